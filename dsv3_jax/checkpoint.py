@@ -1,0 +1,72 @@
+"""Saving and restoring the training state with orbax.
+
+A checkpoint holds the `TrainState` and a JSON object of facts beside it: the
+data position and whatever the caller wants compared on the way back.
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from dsv3_jax import config
+from dsv3_jax import train
+
+
+def manager(
+    directory: pathlib.Path, cfg: config.Checkpoint
+) -> ocp.CheckpointManager:
+  """Keeps the newest checkpoints under directory; saves in the background."""
+  options = ocp.CheckpointManagerOptions(max_to_keep=cfg.keep, create=True)
+  return ocp.CheckpointManager(directory.absolute(), options=options)
+
+
+def save(
+    checkpoints: ocp.CheckpointManager,
+    state: train.TrainState,
+    facts: dict[str, Any],
+) -> None:
+  """Starts saving the state under its own step."""
+  step = int(state.step)
+  checkpoints.save(
+      step,
+      args=ocp.args.Composite(
+          state=ocp.args.StandardSave(_raw(state)),
+          facts=ocp.args.JsonSave(facts),
+      ),
+  )
+
+
+def restore(
+    checkpoints: ocp.CheckpointManager, run: config.Run, step: int
+) -> tuple[train.TrainState, dict[str, Any]]:
+  """The state and the facts of a step.
+
+  Raises:
+    ValueError: the checkpoint is damaged or of another architecture.
+  """
+  template = jax.eval_shape(
+      lambda: _raw(train.init_state(run, jax.random.key(0)))
+  )
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  template = jax.tree.map(
+      lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device),
+      template,
+  )
+  args = ocp.args.Composite(
+      state=ocp.args.StandardRestore(template), facts=ocp.args.JsonRestore()
+  )
+  try:
+    restored = checkpoints.restore(step, args=args)
+  except Exception as error:  # orbax raises many kinds for a damaged file
+    raise ValueError(
+        f"checkpoint {checkpoints.directory / str(step)} cannot be read: {error}"
+    ) from error
+  state = restored.state
+  return state.replace(key=jax.random.wrap_key_data(state.key)), restored.facts
+
+
+def _raw(state: train.TrainState) -> train.TrainState:
+  """The state with its key as plain integers, which files can hold."""
+  return state.replace(key=jax.random.key_data(state.key))

@@ -1,0 +1,428 @@
+"""Configuration: frozen, validated dataclasses and the published presets.
+
+A config holds numbers and names only (no mesh, array or function), is hashable
+and therefore a static argument of `jit`. Every class checks itself when it is
+made; `override` applies `a.b=value` assignments and reports all problems of all
+of them at once.
+"""
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+
+def number(
+    default: Any = dataclasses.MISSING,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+) -> Any:
+  """A numeric field with low <= value <= high and value > above."""
+  limits = {"low": low, "high": high, "above": above}
+  return dataclasses.field(default=default, metadata=limits)
+
+
+def choice(default: str, *others: str) -> Any:
+  """A text field that must be one of the values given."""
+  return dataclasses.field(
+      default=default, metadata={"choices": (default, *others)}
+  )
+
+
+def _field_problems(cfg: Any) -> Iterator[str]:
+  """Values of the wrong type, not finite, or out of the range declared."""
+  hints = typing.get_type_hints(type(cfg))
+  for field in dataclasses.fields(cfg):
+    value, kind = getattr(cfg, field.name), hints[field.name]
+    where = f"{type(cfg).__name__}.{field.name}={value!r}"
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    accepted = is_number if kind is float else type(value) is kind
+    if not accepted:
+      yield f"{where}: expected {kind.__name__}"
+    elif is_number and not math.isfinite(value):
+      yield f"{where}: must be finite"
+    elif is_number:
+      low, high, above = map(field.metadata.get, ("low", "high", "above"))
+      if low is not None and value < low:
+        yield f"{where}: must be at least {low:g}"
+      if above is not None and value <= above:
+        yield f"{where}: must be above {above:g}"
+      if high is not None and value > high:
+        yield f"{where}: must be at most {high:g}"
+    elif choices := field.metadata.get("choices"):
+      if value not in choices:
+        yield f"{where}: must be one of {', '.join(choices)}{nearest(value, choices)}"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+  """A hint `; did you mean ...?` where a known word is close, else nothing."""
+  close = difflib.get_close_matches(word, list(known), n=1)
+  return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _validate(cfg: Any) -> None:
+  problems = list(_field_problems(cfg))
+  if not problems and hasattr(cfg, "relations"):
+    problems = list(cfg.relations())
+  if problems:
+    raise ValueError("\n".join(problems))
+
+
+def config(cls: type) -> type:
+  """Makes a frozen keyword-only dataclass that validates itself.
+
+  The fields' declared types and limits are checked first; the relations between
+  fields, which a class states in `relations`, only if those hold.
+  """
+  cls.__post_init__ = _validate
+  return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+# --- the model (arXiv:2412.19437, sections 2.1, 2.2 and 4.2) ---
+
+
+@config
+class MLA:
+  """Multi-head latent attention (section 2.1.1)."""
+
+  n_heads: int = number(low=1)
+  q_rank: int = number(low=0)  # 0: no query compression (V2-Lite)
+  kv_rank: int = number(low=1)
+  nope_dim: int = number(low=1)
+  rope_dim: int = number(low=2)
+  v_dim: int = number(low=1)
+  rope_theta: float = number(10_000.0, above=0)
+
+  def relations(self) -> Iterator[str]:
+    if self.rope_dim % 2:
+      yield (
+          f"MLA.rope_dim={self.rope_dim}: must be even, components rotate in"
+          f" pairs; try {self.rope_dim + 1}"
+      )
+
+  @property
+  def qk_dim(self) -> int:
+    return self.nope_dim + self.rope_dim
+
+
+@config
+class Router:
+  """Expert choice, its loss-free balancing and the balance loss (2.1.2)."""
+
+  n_experts: int = number(low=1)
+  top_k: int = number(low=1)
+  n_groups: int = number(1, low=1)
+  top_groups: int = number(1, low=1)
+  score: str = choice("sigmoid", "softmax")  # softmax: DeepSeek-V2's gate
+  renormalize: bool = True
+  scale: float = number(2.5, above=0)
+  bias_speed: float = number(0.001, low=0)  # gamma
+  balance_weight: float = number(1e-4, low=0)  # alpha
+  balance_map: str = choice("scores", "routed")  # what f_i counts, eq. 18
+
+  def relations(self) -> Iterator[str]:
+    experts, groups = self.n_experts, self.n_groups
+    if experts % groups:
+      fits = [g for g in range(1, experts + 1) if experts % g == 0]
+      yield (
+          f"Router.n_groups={groups}: must divide n_experts={experts}; "
+          f"{', '.join(map(str, fits))} do"
+      )
+    elif self.top_groups > groups:
+      yield f"Router.top_groups={self.top_groups}: must be at most n_groups={groups}"
+    elif self.top_k > self.top_groups * (experts // groups):
+      yield (
+          f"Router.top_k={self.top_k}: must be at most"
+          f" {self.top_groups * (experts // groups)}, the experts in"
+          f" top_groups={self.top_groups} of n_groups={groups} groups of"
+          f" n_experts={experts}"
+      )
+
+
+@config
+class MoE:
+  """Sizes of the experts of a mixture layer."""
+
+  n_shared: int = number(1, low=0)
+  ffn_dim: int = number(low=1)
+
+
+@config
+class MTP:
+  """Multi-token prediction (section 2.2)."""
+
+  depth: int = number(1, low=0)
+  weight: float = number(0.3, low=0)  # lambda
+  late_weight: float = number(0.1, low=0)  # lambda after Schedule.mtp_until
+  hidden: str = choice("post_norm", "pre_norm")  # main state that depth 1 reads
+
+
+@config
+class Model:
+  """The whole network."""
+
+  vocab_size: int = number(low=4)
+  d_model: int = number(low=1)
+  n_layers: int = number(low=1)
+  n_dense_layers: int = number(low=0)
+  dense_ffn_dim: int = number(low=1)
+  mla: MLA
+  moe: MoE
+  router: Router
+  mtp: MTP = MTP()
+  norm_eps: float = number(1e-6, above=0)
+  init_std: float = number(0.006, above=0)
+
+  def relations(self) -> Iterator[str]:
+    if self.n_dense_layers > self.n_layers:
+      yield (
+          f"Model.n_dense_layers={self.n_dense_layers}: must be at most"
+          f" n_layers={self.n_layers}"
+      )
+
+  @property
+  def n_moe_layers(self) -> int:
+    """MoE layers of the main model."""
+    return self.n_layers - self.n_dense_layers
+
+  @property
+  def n_routers(self) -> int:
+    """MoE layers of the main model and of the MTP modules together."""
+    return self.n_moe_layers + self.mtp.depth
+
+
+# --- the run ---
+
+
+@config
+class Data:
+  """Text and how it becomes rows of tokens."""
+
+  path: str = ""  # file, .gz, .jsonl or a directory of them; "": the novels
+  tokenizer: str = choice("bpe", "deepseek")  # trained on the text, or V3's own
+  seq_len: int = number(low=1)
+  heldout: float = number(0.05, above=0, high=0.5)  # share held out, of the end
+  on_bad_text: str = choice("error", "replace", "skip")  # invalid UTF-8
+
+
+@config
+class Optim:
+  """AdamW and clipping (section 4.2)."""
+
+  peak_lr: float = number(2.2e-4, above=0)
+  min_lr: float = number(2.2e-5, low=0)
+  tail_lr: float = number(7.3e-6, low=0)
+  beta1: float = number(0.9, low=0, high=1)
+  beta2: float = number(0.95, low=0, high=1)
+  eps: float = number(1e-8, above=0)
+  weight_decay: float = number(0.1, low=0)
+  clip_norm: float = number(1.0, above=0)
+  moments: str = choice("float32", "bfloat16")
+
+
+@config
+class Schedule:
+  """When things change, as shares of the token budget (section 4.2).
+
+  The defaults are the paper's 10T, 14.3T and 14.633T of 14.8T tokens.
+  """
+
+  warmup_steps: int = number(2000, low=0)
+  constant_until: float = number(10 / 14.8, low=0, high=1)
+  decay_until: float = number(14.3 / 14.8, low=0, high=1)
+  tail_from: float = number(14.633 / 14.8, low=0, high=1)
+  bias_until: float = number(14.3 / 14.8, low=0, high=1)
+  mtp_until: float = number(10 / 14.8, low=0, high=1)
+
+  def relations(self) -> Iterator[str]:
+    if not self.constant_until <= self.decay_until <= self.tail_from:
+      yield (
+          "Schedule: constant_until, decay_until, tail_from must not fall, got"
+          f" {self.constant_until:g}, {self.decay_until:g}, {self.tail_from:g}"
+      )
+
+
+@config
+class Train:
+  """Budget and batch."""
+
+  tokens: int = number(low=1)  # the budget that every schedule is keyed to
+  batch_size: int = number(low=1)  # sequences an optimizer step
+  micro_batches: int = number(1, low=1)  # a step is accumulated over so many
+  remat: str = choice("none", "block")  # recompute each block in the backward
+  max_bad_steps: int = number(8, low=0)  # non-finite steps in a row: exit 3
+
+  def relations(self) -> Iterator[str]:
+    if self.batch_size % self.micro_batches:
+      yield (
+          f"Train.micro_batches={self.micro_batches}: must divide"
+          f" batch_size={self.batch_size}"
+      )
+
+
+@config
+class Precision:
+  """What the forward and backward pass compute in; masters are float32."""
+
+  recipe: str = choice("fp32", "bf16")
+
+
+@config
+class Checkpoint:
+  """How often the state is saved and how many saves are kept."""
+
+  every: int = number(100, low=1)  # steps
+  keep: int = number(2, low=1)
+
+
+@config
+class Evaluate:
+  """Held-out evaluation during training."""
+
+  every: int = number(100, low=1)  # steps
+  batch_size: int = number(32, low=1)
+  sample_tokens: int = number(120, low=0)  # of sample text at an evaluation
+
+
+@config
+class Run:
+  """Everything that a training run depends on, except seed and mesh."""
+
+  model: Model
+  data: Data
+  train: Train
+  optim: Optim = Optim()
+  schedule: Schedule = Schedule()
+  precision: Precision = Precision()
+  checkpoint: Checkpoint = Checkpoint()
+  evaluate: Evaluate = Evaluate()
+
+  def relations(self) -> Iterator[str]:
+    if self.model.mtp.depth >= self.data.seq_len:
+      yield (
+          f"Data.seq_len={self.data.seq_len}: must be above MTP.depth="
+          f"{self.model.mtp.depth}, or no position has a target that far ahead"
+      )
+    if self.train.tokens < self.tokens_per_step:
+      yield (
+          f"Train.tokens={self.train.tokens}: must be at least one step of"
+          f" batch_size * seq_len = {self.tokens_per_step} tokens"
+      )
+    elif self.schedule.warmup_steps > self.total_steps:
+      yield (
+          f"Schedule.warmup_steps={self.schedule.warmup_steps}: must be at most"
+          f" the {self.total_steps} steps of the token budget"
+      )
+
+  @property
+  def tokens_per_step(self) -> int:
+    return self.train.batch_size * self.data.seq_len
+
+  @property
+  def total_steps(self) -> int:
+    """Optimizer steps in the token budget."""
+    return self.train.tokens // self.tokens_per_step
+
+
+# --- overrides ---
+
+
+def leaves(cfg: Any, prefix: str = "") -> dict[str, Any]:
+  """All settings as {"model.mla.n_heads": value}, in order."""
+  out = {}
+  for field in dataclasses.fields(cfg):
+    value, path = getattr(cfg, field.name), prefix + field.name
+    if dataclasses.is_dataclass(value):
+      out |= leaves(value, path + ".")
+    else:
+      out[path] = value
+  return out
+
+
+def _parse(text: str, kind: type) -> Any:
+  if kind is str:
+    return text
+  if kind is bool:
+    return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+  if kind is float:
+    return float(text)
+  try:
+    return int(text)
+  except ValueError:
+    if (value := float(text)) != int(value):  # 1e9 is a fine way to write it
+      raise
+    return int(value)
+
+
+def _assignments(
+    known: dict[str, Any], texts: Sequence[str]
+) -> tuple[dict[str, Any], list[str]]:
+  """Parses `path=value` texts to ({path: value}, problems)."""
+  values, problems = {}, []
+  for text in texts:
+    path, equals, value = text.partition("=")
+    # `model.` may be left out: router.bias_speed is model.router.bias_speed.
+    path = path if path in known else f"model.{path}"
+    if not equals:
+      problems.append(f"{text!r}: expected path=value")
+    elif path not in known:
+      path = path.removeprefix("model.")
+      short = [k.removeprefix("model.") for k in known]
+      problems.append(f"{path}: no such setting{nearest(path, short)}")
+    else:
+      kind = type(known[path])
+      try:
+        values[path] = _parse(value, kind)
+      except (ValueError, KeyError, OverflowError):
+        problems.append(f"{path}={value!r}: expected {kind.__name__}")
+  return values, problems
+
+
+def _rebuild(
+    cfg: Any, values: dict[str, Any], prefix: str, problems: list[str]
+) -> Any:
+  """The config with values replaced, or None where a part is not valid."""
+  changes = {}
+  for field in dataclasses.fields(cfg):
+    value, path = getattr(cfg, field.name), prefix + field.name
+    if dataclasses.is_dataclass(value):
+      changes[field.name] = _rebuild(value, values, path + ".", problems)
+    elif path in values:
+      changes[field.name] = values[path]
+  if any(value is None for value in changes.values()):
+    return None
+  try:
+    return dataclasses.replace(cfg, **changes)
+  except ValueError as error:
+    problems.extend(str(error).splitlines())
+    return None
+
+
+def override(cfg: Any, *assignments: str) -> Any:
+  """The config with settings such as `mla.n_heads=4` or `train.tokens=1e6`.
+
+  Paths start at `cfg`; a leading `model.` may be left out. Values take the type
+  of the setting.
+
+  Raises:
+    ValueError: one line a problem, of all assignments together.
+  """
+  values, problems = _assignments(leaves(cfg), assignments)
+  result = _rebuild(cfg, values, "", problems)
+  if problems:
+    raise ValueError("\n".join(problems))
+  return result
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+  """One line for each setting that differs between two `leaves` dicts."""
+  missing = "(not there)"
+  return [
+      f"{path}: {old.get(path, missing)!r} -> {new.get(path, missing)!r}"
+      for path in sorted(old.keys() | new.keys())
+      if old.get(path, missing) != new.get(path, missing)
+  ]

@@ -1,0 +1,199 @@
+"""Documents as one flat file of token ids, with a manifest beside it.
+
+Each document is BOS, its tokens, EOS; documents follow each other without
+padding, and attention does not stop at their borders (arXiv:2412.19437, 4.1).
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+from absl import logging
+
+from dsv3_jax.data import corpus, tokenizer
+
+_GROUP_DOCUMENTS = 64  # encoded together, on all cores
+_PIECE_CHARACTERS = 1 << 18
+# No pre-token spans a line break and a letter behind it, so a cut there
+# changes no id.
+_PIECE_END = re.compile(r"(?<=\n)(?=[A-Za-z])")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenFile:
+  """A token file; all but the path is its manifest."""
+
+  path: pathlib.Path
+  corpus_digest: str  # of the documents packed
+  tokenizer_digest: str
+  vocab_size: int
+  dtype: str
+  n_tokens: int
+  n_documents: int
+  text_bytes: int
+  tokens_digest: str
+
+  def open(self) -> np.memmap:
+    """The token ids [n_tokens], mapped, not read."""
+    return np.memmap(self.path, self.dtype, "r", shape=(self.n_tokens,))
+
+
+def pack(
+    documents: Sequence[corpus.Document],
+    path: pathlib.Path,
+    tok: tokenizers.Tokenizer,
+    vocab_size: int,
+) -> TokenFile:
+  """Writes the documents' tokens to `path`, or reuses what is there.
+
+  Reused only if the manifest says that the same documents and tokenizer made
+  it and its bytes have their digest; written again if the bytes do not.
+
+  Raises:
+    ValueError: the file was made from something else, or an id is not below
+      `vocab_size`.
+  """
+  inputs = {
+      "corpus_digest": corpus.digest(documents),
+      "tokenizer_digest": tokenizer.digest(tok),
+      "vocab_size": vocab_size,
+      "dtype": "uint16" if vocab_size <= 1 << 16 else "uint32",
+      "n_documents": len(documents),
+      "text_bytes": len(corpus.text_bytes(documents)),
+  }
+  known = _manifest(path)
+  if known is not None:
+    _refuse_changes(path, inputs, known)
+    if path.is_file() and _file_digest(path) == known.tokens_digest:
+      return known
+    logging.warning("%s: missing or damaged, packing the text again", path)
+  size, digest = _write(path, encode(documents, tok), inputs, vocab_size)
+  result = TokenFile(path=path, **inputs, n_tokens=size, tokens_digest=digest)
+  manifest = dataclasses.asdict(result)
+  del manifest["path"]
+  with _replacing(manifest_path(path)) as temporary:
+    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
+  return result
+
+
+def manifest_path(path: pathlib.Path) -> pathlib.Path:
+  """Where the manifest of a token file is."""
+  return path.with_suffix(".json")
+
+
+def _manifest(path: pathlib.Path) -> TokenFile | None:
+  """The token file that the manifest describes, if there is one."""
+  manifest = manifest_path(path)
+  if not manifest.exists():
+    return None
+  try:
+    return TokenFile(path=path, **json.loads(manifest.read_text()))
+  except (ValueError, TypeError) as error:
+    raise ValueError(
+        f"{manifest}: not a manifest of tokens ({error}); remove"
+        f" {path.parent} to prepare the data again"
+    ) from error
+
+
+def _refuse_changes(
+    path: pathlib.Path, inputs: dict[str, Any], known: TokenFile
+) -> None:
+  changes = [
+      f"{key} was {getattr(known, key)}, is {value}"
+      for key, value in inputs.items()
+      if getattr(known, key) != value
+  ]
+  if changes:
+    raise ValueError(
+        f"{path}: the data changed since this run began"
+        f" ({'; '.join(changes)}); restore it, or start in another workdir"
+    )
+
+
+def encode(
+    documents: Sequence[corpus.Document], tok: tokenizers.Tokenizer
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Yields (name, BOS + ids + EOS) for each document."""
+  for first in range(0, len(documents), _GROUP_DOCUMENTS):
+    group = documents[first : first + _GROUP_DOCUMENTS]
+    pieces = [list(_pieces(document.text)) for document in group]
+    texts = list(itertools.chain.from_iterable(pieces))
+    encodings = iter(tok.encode_batch_fast(texts, add_special_tokens=False))
+    for document, own in zip(group, pieces, strict=True):
+      ids = [e.ids for e in itertools.islice(encodings, len(own))]
+      yield (
+          document.name,
+          np.concatenate(
+              [[tokenizer.BOS_ID], *ids, [tokenizer.EOS_ID]], dtype=np.int64
+          ),
+      )
+
+
+def _pieces(text: str) -> Iterator[str]:
+  """Cuts a long text where that changes no id: bounded memory, more cores."""
+  start = 0
+  while cut := _PIECE_END.search(text, start + _PIECE_CHARACTERS):
+    yield text[start : cut.start()]
+    start = cut.start()
+  yield text[start:]
+
+
+def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
+  """Raises ValueError, naming the first, where ids are not in [0, vocab_size).
+
+  Args:
+    ids: token ids of any shape.
+    vocab_size: rows of the embedding.
+    where: what the ids are of, for the message.
+  """
+  if ids.dtype.kind not in "iu":
+    raise ValueError(f"{where}: token ids must be integers, got {ids.dtype}")
+  bad = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+  if bad.size:
+    raise ValueError(
+        f"{where}: token id {ids.flat[bad[0]]} at offset {bad[0]}; allowed:"
+        f" 0 to {vocab_size - 1}"
+    )
+
+
+def _write(
+    path: pathlib.Path,
+    encoded: Iterable[tuple[str, np.ndarray]],
+    inputs: dict[str, Any],
+    vocab_size: int,
+) -> tuple[int, str]:
+  """Writes ids; returns their number and the sha256 of the bytes."""
+  size, digest = 0, hashlib.sha256()
+  with _replacing(path) as temporary, open(temporary, "wb") as file:
+    for name, ids in encoded:
+      check_ids(ids, vocab_size, name)
+      raw = ids.astype(inputs["dtype"]).tobytes()
+      size += len(ids)
+      digest.update(raw)
+      file.write(raw)
+  return size, digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A temporary file that becomes `path` if the block ends well."""
+  temporary = path.with_name(f".{path.name}.{os.getpid()}")
+  try:
+    yield temporary
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def _file_digest(path: pathlib.Path) -> str:
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()

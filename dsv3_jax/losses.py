@@ -1,0 +1,182 @@
+"""Training losses: chunked cross-entropy, and its sum with MTP and balance."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3_jax import config
+from dsv3_jax import schema
+from dsv3_jax.model import experts as experts_lib
+from dsv3_jax.model import moe
+from dsv3_jax.model import transformer
+
+IGNORE = -100  # a label without loss
+CHUNK = 1024  # tokens whose logits exist at a time
+
+
+@flax.struct.dataclass
+class Batch:
+  """Token ids and what follows each of them."""
+
+  tokens: jax.Array  # [..., T] int32
+  labels: jax.Array  # [..., T] int32, the next token, or IGNORE
+
+
+@flax.struct.dataclass
+class Losses:
+  """Scalars of one batch; `total` is what is minimised."""
+
+  total: jax.Array
+  main: jax.Array
+  mtp: jax.Array  # mean over depths, before lambda
+  balance: jax.Array  # alpha included, summed over routers
+
+
+def batch(rows: np.ndarray, vocab_size: int) -> Batch:
+  """The batch of rows [..., T + 1] of consecutive token ids.
+
+  Raises:
+    ValueError: an id outside the vocabulary, or ids that are not integers.
+  """
+  rows = np.asarray(rows)
+  if not np.issubdtype(rows.dtype, np.integer):
+    raise ValueError(f"token ids of dtype {rows.dtype}: expected integers")
+  bad = (rows < 0) | (rows >= vocab_size)
+  if bad.any():
+    where = tuple(int(i) for i in np.argwhere(bad)[0])
+    raise ValueError(
+        f"token id {rows[where]} at {where}: must be in [0, {vocab_size}), the"
+        " model's vocabulary"
+    )
+  rows = rows.astype(np.int32)
+  return Batch(rows[..., :-1], rows[..., 1:])
+
+
+def token_weights(labels: jax.Array) -> jax.Array:
+  """1 / (number of labels that count) for those, 0 for the ignored ones."""
+  counted = labels != IGNORE
+  return counted / jnp.maximum(counted.sum(), 1).astype(jnp.float32)
+
+
+@jax.custom_vjp
+def cross_entropy(
+    hidden: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.Array
+) -> jax.Array:
+  """Sum of weights * -log softmax(hidden @ head)[labels], in float32.
+
+  Logits exist for one chunk of tokens at a time, and the gradient is made in
+  the same pass, so that they are never computed twice. No gradient reaches the
+  weights.
+
+  Args:
+    hidden: [M, D].
+    head: [D, C].
+    labels: [M] int32; anything where the weight is 0.
+    weights: [M] f32.
+  """
+  chunks = _chunks(hidden, labels, weights)
+  nll = jax.lax.map(lambda c: _chunk_nll(c, head)[0], chunks)
+  return nll.sum()
+
+
+def _chunks(hidden: jax.Array, *per_token: jax.Array) -> tuple[jax.Array, ...]:
+  """Arrays [M, ...] -> [M / chunk, chunk, ...], padded with zeros."""
+  m = hidden.shape[0]
+  n = -(-m // CHUNK)
+  size = -(-m // n)
+
+  def split(a):
+    pad = [(0, n * size - m)] + [(0, 0)] * (a.ndim - 1)
+    return jnp.pad(a, pad).reshape(n, size, *a.shape[1:])
+
+  return tuple(split(a) for a in (hidden, *per_token))
+
+
+def _chunk_nll(
+    chunk: tuple[jax.Array, ...], head: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Weighted loss of a chunk, its logits and their log-sum-exp."""
+  hidden, labels, weights = chunk
+  logits = jnp.dot(hidden, head, preferred_element_type=jnp.float32)
+  lse = jax.nn.logsumexp(logits, axis=-1)
+  label = jnp.clip(labels, 0)[:, None]  # IGNORE: any row, its weight is 0
+  target = jnp.take_along_axis(logits, label, axis=-1)[:, 0]
+  return ((lse - target) * weights).sum(), logits, lse
+
+
+def _cross_entropy_fwd(hidden, head, labels, weights):
+  def step(carry, chunk):
+    total, dhead = carry
+    x, label, weight = chunk
+    nll, logits, lse = _chunk_nll(chunk, head)
+    hit = label[:, None] == jnp.arange(head.shape[1])
+    dlogits = (jnp.exp(logits - lse[:, None]) - hit) * weight[:, None]
+    dlogits = dlogits.astype(x.dtype)
+    dhead += jnp.dot(x.T, dlogits, preferred_element_type=jnp.float32)
+    return (total + nll, dhead), dlogits @ head.T
+
+  zero = jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32)
+  chunks = _chunks(hidden, labels, weights)
+  (total, dhead), dhidden = jax.lax.scan(step, zero, chunks)
+  dhidden = dhidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
+  return total, (dhidden, dhead.astype(head.dtype))
+
+
+def _cross_entropy_bwd(residuals, dtotal):
+  dhidden, dhead = residuals
+  scale = lambda g: (g * dtotal).astype(g.dtype)
+  return scale(dhidden), scale(dhead), None, None
+
+
+cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
+
+
+def loss(
+    params: schema.Params,
+    bias: jax.Array,
+    data: Batch,
+    weights: jax.Array,
+    mtp_weight: jax.Array | float,
+    cfg: config.Model,
+    *,
+    remat: bool = False,
+    experts: moe.Experts = experts_lib.grouped_ffn,
+) -> tuple[Losses, jax.Array]:
+  """Main, MTP and balance losses of a batch (eq. 17-25).
+
+  L_main + (lambda / D) * sum_k L^k + sum of balance losses. Depth k has T - k
+  terms but the weights of T: position i carries the weight of its target.
+
+  Args:
+    params: parameters of the model.
+    bias: [n_routers, E] f32.
+    data: tokens and labels [B, T].
+    weights: [B, T] f32 of the labels, see `token_weights`.
+    mtp_weight: lambda.
+    cfg: the model.
+    remat: recompute each block in the backward pass.
+    experts: computes the routed experts.
+
+  Returns:
+    The losses and the load of every router, [n_routers, E] int32.
+  """
+  out = transformer.forward(
+      params, bias, data.tokens, cfg, remat=remat, experts=experts
+  )
+
+  def term(hidden, shift):
+    return cross_entropy(
+        hidden.reshape(-1, cfg.d_model),
+        params["head"],
+        data.labels[:, shift:].reshape(-1),
+        weights[:, shift:].reshape(-1),
+    )
+
+  with jax.named_scope("loss"):
+    main = term(out.hidden, 0)
+    mtp = jnp.zeros((), jnp.float32)
+    for depth, hidden in enumerate(out.mtp_hidden, start=1):
+      mtp += term(hidden, depth) / cfg.mtp.depth
+  total = main + mtp_weight * mtp + out.balance
+  return Losses(total, main, mtp, out.balance), out.load

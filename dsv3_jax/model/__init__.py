@@ -1,0 +1,1 @@
+"""The network: pure functions over nested dicts of parameters."""

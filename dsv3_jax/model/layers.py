@@ -1,0 +1,32 @@
+"""Norm, linear and SwiGLU: specs beside the functions that read them."""
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax import schema
+
+
+def rms_norm(gain: jax.Array, x: jax.Array, eps: float) -> jax.Array:
+  """x / rms(x) * gain over the last dim, statistics in float32."""
+  y = x.astype(jnp.float32)
+  y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+  return (y * gain.astype(jnp.float32)).astype(x.dtype)
+
+
+def linear(x: jax.Array, w: jax.Array) -> jax.Array:
+  """Contracts the last dim of x with the first of w; the rest of w follows."""
+  return jnp.tensordot(x, w, axes=1)
+
+
+def swiglu_specs(d: int, f: int, std: float) -> schema.Specs:
+  """Gate and up projections side by side, then down."""
+  return {
+      "gate_up": schema.weight(std, embed=d, pair=2, ffn=f),
+      "down": schema.weight(std, ffn=f, embed=d),
+  }
+
+
+def swiglu(p: schema.Params, x: jax.Array) -> jax.Array:
+  """down(silu(gate(x)) * up(x)), [..., D] -> [..., D] (arXiv:2002.05202)."""
+  h = linear(x, p["gate_up"])
+  return linear(jax.nn.silu(h[..., 0, :]) * h[..., 1, :], p["down"])

@@ -1,0 +1,200 @@
+"""Multi-head latent attention (arXiv:2412.19437, section 2.1.1)."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax import config
+from dsv3_jax import schema
+from dsv3_jax.model import layers
+from dsv3_jax.model import rope
+
+CHUNK = 128  # queries that attend together; keys after them are never touched
+
+
+def specs(cfg: config.MLA, d: int, std: float) -> schema.Specs:
+  """Down- and up-projections of queries and keys-values, and the output."""
+  n, q, r = cfg.n_heads, cfg.q_rank, cfg.kv_rank
+  if q:
+    query = {
+        "q_down": schema.weight(std, embed=d, q_rank=q),
+        "q_norm": schema.gain(q),
+        "q_up": schema.weight(std, q_rank=q, heads=n, qk=cfg.qk_dim),
+    }
+  else:
+    query = {"q": schema.weight(std, embed=d, heads=n, qk=cfg.qk_dim)}
+  return query | {
+      "kv_down": schema.weight(std, embed=d, kv_rank=r + cfg.rope_dim),
+      "kv_norm": schema.gain(r),
+      "kv_up": schema.weight(
+          std, kv_rank=r, heads=n, kv=cfg.nope_dim + cfg.v_dim
+      ),
+      "out": schema.weight(std, heads=n, v=cfg.v_dim, embed=d),
+  }
+
+
+def queries(
+    p: schema.Params,
+    x: jax.Array,
+    angle: jax.Array,
+    cfg: config.MLA,
+    eps: float,
+) -> tuple[jax.Array, jax.Array]:
+  """Nope [B, T, N, P] and rotated rope [B, T, N, H] parts (eq. 6-9)."""
+  if cfg.q_rank:
+    latent = layers.rms_norm(p["q_norm"], layers.linear(x, p["q_down"]), eps)
+    q = layers.linear(latent, p["q_up"])
+  else:
+    q = layers.linear(x, p["q"])
+  nope, rotary = jnp.split(q, [cfg.nope_dim], axis=-1)
+  return nope, rope.rotate(rotary, angle[..., None, :])
+
+
+def latents(
+    p: schema.Params,
+    x: jax.Array,
+    angle: jax.Array,
+    cfg: config.MLA,
+    eps: float,
+) -> tuple[jax.Array, jax.Array]:
+  """What a cache holds: latent [B, T, R] and rotated key [B, T, H] (eq. 1, 3).
+
+  Only the latent is normalised; the rope key is shared by all heads.
+  """
+  kv, key = jnp.split(layers.linear(x, p["kv_down"]), [cfg.kv_rank], axis=-1)
+  return layers.rms_norm(p["kv_norm"], kv, eps), rope.rotate(key, angle)
+
+
+def _scores(q: jax.Array, k: jax.Array, start: int) -> jax.Array:
+  """Scores [N, T, S] in float32 of queries from position start, masked."""
+  scores = jnp.einsum("TNX,SNX->NTS", q, k, preferred_element_type=jnp.float32)
+  visible = start + jnp.arange(q.shape[0])[:, None] >= jnp.arange(k.shape[0])
+  return jnp.where(visible, scores, -jnp.inf)
+
+
+def _spans(t: int) -> list[tuple[int, int]]:
+  return [(start, min(start + CHUNK, t)) for start in range(0, t, CHUNK)]
+
+
+@jax.custom_vjp
+def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """Causal softmax attention, q and k [B, T, N, X], v [B, T, N, V].
+
+  One sequence at a time, and in it one chunk of queries against the keys up to
+  the chunk's end: the scores stay in cache and the future costs nothing. Only
+  the log-sum-exp is kept for the backward pass, which makes the scores again;
+  softmax in float32.
+  """
+  return _attend_fwd(q, k, v)[0]
+
+
+def _attend_fwd(q, k, v):
+  def sequence(qkv):
+    q, k, v = qkv
+    out, lse = [], []
+    for start, end in _spans(q.shape[0]):
+      scores = _scores(q[start:end], k[:end], start)
+      top = scores.max(-1, keepdims=True)
+      weights = jnp.exp(scores - top)
+      total = weights.sum(-1, keepdims=True)
+      weights = weights.astype(v.dtype)
+      y = jnp.einsum("NTS,SNV->TNV", weights, v[:end])
+      out.append(y / total[..., 0].T[..., None].astype(y.dtype))
+      lse.append((top + jnp.log(total))[..., 0])
+    return jnp.concatenate(out), jnp.concatenate(lse, axis=1)
+
+  out, lse = jax.lax.map(sequence, (q, k, v))
+  return out, (q, k, v, out, lse)
+
+
+def _attend_bwd(residuals, dout):
+  def sequence(args):
+    q, k, v, out, lse, dout = args
+    # sum_s p ds = sum_v out dout, the softmax's own term in its gradient.
+    mean = (out * dout).astype(jnp.float32).sum(-1).T[..., None]
+    dq, dk, dv = [], jnp.zeros_like(k), jnp.zeros_like(v)
+    for start, end in _spans(q.shape[0]):
+      here = slice(start, end)
+      p = jnp.exp(_scores(q[here], k[:end], start) - lse[:, here, None])
+      dp = jnp.einsum("TNV,SNV->NTS", dout[here], v[:end])
+      ds = (p * (dp - mean[:, here])).astype(q.dtype)
+      dq.append(jnp.einsum("NTS,SNX->TNX", ds, k[:end]))
+      dk = dk.at[:end].add(jnp.einsum("NTS,TNX->SNX", ds, q[here]))
+      p = p.astype(v.dtype)
+      dv = dv.at[:end].add(jnp.einsum("NTS,TNV->SNV", p, dout[here]))
+    return jnp.concatenate(dq), dk, dv
+
+  return jax.lax.map(sequence, (*residuals, dout))
+
+
+attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def mla(
+    p: schema.Params, x: jax.Array, cfg: config.MLA, eps: float
+) -> jax.Array:
+  """Attention of a whole sequence from position 0, [B, T, D] -> [B, T, D].
+
+  The training and prefill form: keys and values are expanded from the latent
+  (eq. 1-11).
+  """
+  angle = rope.angles(
+      jnp.arange(x.shape[1]), rope.frequencies(cfg.rope_dim, cfg.rope_theta)
+  )
+  q_nope, q_rope = queries(p, x, angle, cfg, eps)
+  latent, k_rope = latents(p, x, angle, cfg, eps)
+  k_nope, v = jnp.split(
+      layers.linear(latent, p["kv_up"]), [cfg.nope_dim], axis=-1
+  )
+  k_rope = jnp.broadcast_to(k_rope[:, :, None], q_rope.shape)
+  q = jnp.concatenate([q_nope, q_rope], axis=-1) / math.sqrt(cfg.qk_dim)
+  k = jnp.concatenate([k_nope, k_rope], axis=-1)
+  out = attend(q, k, v)
+  return jnp.einsum("BTNV,NVD->BTD", out, p["out"])
+
+
+def absorbed(
+    p: schema.Params,
+    x: jax.Array,
+    cache: tuple[jax.Array, jax.Array],
+    start: jax.Array,
+    cfg: config.MLA,
+    eps: float,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  """Attention of new tokens against a latent cache, without expanding it.
+
+  The key up-projection moves into the query and the value up-projection behind
+  the weighted sum, so that all heads read the same latent.
+
+  Args:
+    p: parameters of `specs`.
+    x: [B, T, D] at positions start .. start + T - 1.
+    cache: latents [B, S, R] and rotated keys [B, S, H]; positions before start
+      are filled.
+    start: [] int32.
+    cfg: the attention.
+    eps: of the norms.
+
+  Returns:
+    [B, T, D] and the cache with the new positions written.
+  """
+  positions = start + jnp.arange(x.shape[1])
+  angle = rope.angles(
+      positions, rope.frequencies(cfg.rope_dim, cfg.rope_theta)
+  )
+  q_nope, q_rope = queries(p, x, angle, cfg, eps)
+  latent, k_rope = (
+      jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, 1)
+      for old, new in zip(cache, latents(p, x, angle, cfg, eps), strict=True)
+  )
+  up_k, up_v = jnp.split(p["kv_up"], [cfg.nope_dim], axis=-1)
+  q_latent = jnp.einsum("BTNP,RNP->BTNR", q_nope, up_k)
+  scores = jnp.einsum("BTNR,BSR->BNTS", q_latent, latent)
+  scores = scores + jnp.einsum("BTNH,BSH->BNTS", q_rope, k_rope)
+  scores = scores.astype(jnp.float32) / math.sqrt(cfg.qk_dim)
+  visible = positions[:, None] >= jnp.arange(latent.shape[1])
+  weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+  mixed = jnp.einsum("BNTS,BSR->BTNR", weights.astype(latent.dtype), latent)
+  out = jnp.einsum("BTNR,RNV->BTNV", mixed, up_v)
+  return jnp.einsum("BTNV,NVD->BTD", out, p["out"]), (latent, k_rope)

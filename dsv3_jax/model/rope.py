@@ -1,0 +1,60 @@
+"""Rotary position embedding on interleaved pairs, and its YaRN frequencies."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def frequencies(dim: int, theta: float) -> np.ndarray:
+  """theta^(-2i/dim) for each of the dim/2 pairs, radians a position."""
+  exponent = np.arange(0, dim, 2, dtype=np.float64) / dim
+  return (theta**-exponent).astype(np.float32)
+
+
+def yarn_frequencies(
+    dim: int,
+    theta: float,
+    *,
+    factor: float,
+    original_len: int,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+) -> np.ndarray:
+  """Frequencies after YaRN extension by `factor` (arXiv:2309.00071, sec. 3.2).
+
+  Pairs that turn more than beta_fast times within original_len are kept, those
+  that turn less than beta_slow times are divided by factor, with a linear ramp
+  between.
+  """
+
+  def pair_turning(turns):
+    return dim * math.log(original_len / (turns * 2 * math.pi)) / (
+        2 * math.log(theta)
+    )
+
+  low = max(math.floor(pair_turning(beta_fast)), 0)
+  high = min(math.ceil(pair_turning(beta_slow)), dim - 1)
+  ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 1e-3), 0, 1)
+  base = theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
+  return (base / factor * ramp + base * (1 - ramp)).astype(np.float32)
+
+
+def angles(positions: jax.Array, freqs: np.ndarray) -> jax.Array:
+  """Rotation angles [..., T, dim/2] of integer positions [..., T]."""
+  return positions[..., None].astype(jnp.float32) * freqs
+
+
+def rotate(x: jax.Array, angle: jax.Array) -> jax.Array:
+  """Rotates pairs (2i, 2i+1) of the last dim, in float32.
+
+  Args:
+    x: [..., dim].
+    angle: [..., dim/2], broadcast against x.
+  """
+  pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+  even, odd = pairs[..., 0], pairs[..., 1]
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+  return turned.reshape(x.shape).astype(x.dtype)

@@ -1,0 +1,113 @@
+"""Expert choice and its balancing (arXiv:2412.19437, section 2.1.2)."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax import config
+
+
+@flax.struct.dataclass
+class Routing:
+  """What the router decided for every token."""
+
+  experts: jax.Array  # [B, T, K] int32
+  gates: jax.Array  # [B, T, K] f32
+  scores: jax.Array  # [B, T, E] f32, affinities without bias
+  load: jax.Array  # [E] int32, (token, slot) pairs an expert received
+
+
+def select(
+    scores: jax.Array, bias: jax.Array, cfg: config.Router
+) -> tuple[jax.Array, jax.Array]:
+  """Top-k experts and their gates (eq. 12-16).
+
+  Bias and group limit act on the choice alone; gates come from the scores.
+  Groups that are not kept are masked with -inf: a biased score may be negative,
+  so 0 would let a masked expert win. Ties go to the lower index.
+
+  Args:
+    scores: [..., E] affinities.
+    bias: [E], no gradient.
+    cfg: routing rules.
+
+  Returns:
+    experts [..., K] int32 and gates [..., K].
+  """
+  biased = jax.lax.stop_gradient(scores + bias)
+  if cfg.n_groups > 1:
+    groups = biased.reshape(*scores.shape[:-1], cfg.n_groups, -1)
+    # V3 ranks a group by its two best experts, V2 by its best one.
+    best = 2 if cfg.score == "sigmoid" else 1
+    best = min(best, groups.shape[-1])
+    rank = jax.lax.top_k(groups, best)[0].sum(-1)
+    kept = jax.lax.top_k(rank, cfg.top_groups)[1]
+    keep = (kept[..., None] == jnp.arange(cfg.n_groups)).any(-2)
+    groups = jnp.where(keep[..., None], groups, -jnp.inf)
+    biased = groups.reshape(scores.shape)
+  experts = jax.lax.top_k(biased, cfg.top_k)[1]
+  gates = jnp.take_along_axis(scores, experts, axis=-1)
+  if cfg.renormalize:
+    gates = gates / (gates.sum(-1, keepdims=True) + 1e-20)
+  return experts, cfg.scale * gates
+
+
+def route(
+    w: jax.Array, x: jax.Array, bias: jax.Array, cfg: config.Router
+) -> Routing:
+  """Routes x [B, T, D] with centroids w [D, E]; all in float32."""
+  affinity = jnp.einsum(
+      "BTD,DE->BTE", x.astype(jnp.float32), w.astype(jnp.float32)
+  )
+  squash = jax.nn.sigmoid if cfg.score == "sigmoid" else jax.nn.softmax
+  scores = squash(affinity)
+  experts, gates = select(scores, bias, cfg)
+  load = _multi_hot(experts, cfg.n_experts).sum((0, 1), dtype=jnp.int32)
+  return Routing(experts, gates, scores, load)
+
+
+def _multi_hot(experts: jax.Array, n_experts: int) -> jax.Array:
+  """[..., K] indices -> [..., E] bool."""
+  return (experts[..., None] == jnp.arange(n_experts)).any(-2)
+
+
+def balance_loss(
+    scores: jax.Array, experts: jax.Array, cfg: config.Router
+) -> jax.Array:
+  """Sequence-wise balance loss, mean over sequences (eq. 17-20).
+
+  f_i counts the top-k of the plain scores, as written; `balance_map="routed"`
+  counts the experts really chosen. It carries no gradient.
+  """
+  if cfg.balance_map == "scores":
+    experts = jax.lax.top_k(jax.lax.stop_gradient(scores), cfg.top_k)[1]
+  chosen = _multi_hot(experts, cfg.n_experts).astype(jnp.float32)
+  f = chosen.mean(1) * (cfg.n_experts / cfg.top_k)
+  share = scores / (scores.sum(-1, keepdims=True) + 1e-20)
+  return cfg.balance_weight * (f * share.mean(1)).sum(-1).mean()
+
+
+def update_bias(
+    bias: jax.Array, load: jax.Array, speed: jax.Array | float
+) -> jax.Array:
+  """Raises the bias of underloaded experts by speed, lowers the overloaded.
+
+  Once an optimizer step, from the counts of the whole global batch; an expert
+  exactly at the mean stays (section 2.1.2, gamma = speed). The comparison is in
+  integers, so no count is too large for it.
+
+  Args:
+    bias: [..., E] f32.
+    load: [..., E] int32.
+    speed: step size.
+  """
+  total, n_experts = load.sum(-1, keepdims=True), load.shape[-1]
+  over = load > total // n_experts
+  under = load < -(-total // n_experts)
+  return bias + speed * (under.astype(bias.dtype) - over.astype(bias.dtype))
+
+
+def max_violation(load: jax.Array) -> jax.Array:
+  """MaxVio, (max load - mean load) / mean load, over the last dim."""
+  load = load.astype(jnp.float32)
+  return load.max(-1) / load.mean(-1) - 1.0

@@ -1,0 +1,176 @@
+"""The whole network: embedding, blocks, head and MTP modules."""
+
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax import config
+from dsv3_jax import schema
+from dsv3_jax.model import experts as experts_lib
+from dsv3_jax.model import layers
+from dsv3_jax.model import mla
+from dsv3_jax.model import moe
+from dsv3_jax.model import mtp
+
+
+@flax.struct.dataclass
+class Output:
+  """What a forward pass returns."""
+
+  hidden: jax.Array  # [B, T, D], after the final norm
+  mtp_hidden: tuple[jax.Array, ...]  # depth k: [B, T - k, D], after its norm
+  load: jax.Array  # [n_routers, E] int32, MoE layers, then MTP modules
+  balance: jax.Array  # [] f32, balance losses summed over routers
+
+
+def block_specs(cfg: config.Model, ffn: schema.Specs) -> schema.Specs:
+  """A pre-norm block around the feed-forward given."""
+  return {
+      "mla_norm": schema.gain(cfg.d_model),
+      "mla": mla.specs(cfg.mla, cfg.d_model, cfg.init_std),
+      "ffn_norm": schema.gain(cfg.d_model),
+      "ffn": ffn,
+  }
+
+
+def specs(cfg: config.Model) -> schema.Specs:
+  """Every parameter; layers of one kind are stacked."""
+  d, c, std = cfg.d_model, cfg.vocab_size, cfg.init_std
+  dense = layers.swiglu_specs(d, cfg.dense_ffn_dim, std)
+  tree = {
+      "embed": schema.weight(std, vocab=c, embed=d),
+      "norm": schema.gain(d),
+      "head": schema.weight(std, embed=d, vocab=c),
+  }
+  if cfg.n_dense_layers:
+    block = block_specs(cfg, dense)
+    tree["dense"] = schema.stack(block, cfg.n_dense_layers)
+  if cfg.n_moe_layers:
+    block = block_specs(cfg, moe.specs(cfg))
+    tree["moe"] = schema.stack(block, cfg.n_moe_layers)
+  if cfg.mtp.depth:
+    module = mtp.specs(cfg, block_specs(cfg, moe.specs(cfg)))
+    tree["mtp"] = schema.stack(module, cfg.mtp.depth)
+  return tree
+
+
+def router_bias(cfg: config.Model) -> jax.Array:
+  """The initial router bias, [n_routers, E] f32 zeros; not a parameter."""
+  return jnp.zeros((cfg.n_routers, cfg.router.n_experts), jnp.float32)
+
+
+def dense_block(
+    p: schema.Params, x: jax.Array, cfg: config.Model
+) -> jax.Array:
+  """h += MLA(norm(h)); h += SwiGLU(norm(h))."""
+  x = _attention(p, x, cfg)
+  h = layers.rms_norm(p["ffn_norm"], x, cfg.norm_eps)
+  return x + layers.swiglu(p["ffn"], h)
+
+
+def moe_block(
+    p: schema.Params,
+    x: jax.Array,
+    bias: jax.Array,
+    cfg: config.Model,
+    experts: moe.Experts,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """h += MLA(norm(h)); h += MoE(norm(h)); also load [E] and balance loss."""
+  x = _attention(p, x, cfg)
+  h = layers.rms_norm(p["ffn_norm"], x, cfg.norm_eps)
+  y, load, balance = moe.moe(p["ffn"], h, bias, cfg, experts)
+  return x + y, load, balance
+
+
+def _attention(p: schema.Params, x: jax.Array, cfg: config.Model) -> jax.Array:
+  with jax.named_scope("mla"):
+    h = layers.rms_norm(p["mla_norm"], x, cfg.norm_eps)
+    return x + mla.mla(p["mla"], h, cfg.mla, cfg.norm_eps)
+
+
+def forward(
+    params: schema.Params,
+    bias: jax.Array,
+    tokens: jax.Array,
+    cfg: config.Model,
+    *,
+    remat: bool = False,
+    experts: moe.Experts = experts_lib.grouped_ffn,
+) -> Output:
+  """Hidden states of the main model and of every MTP depth.
+
+  Args:
+    params: parameters of `specs`.
+    bias: [n_routers, E] f32 router bias.
+    tokens: [B, T] int32, T above the MTP depth.
+    cfg: the model.
+    remat: recompute each block in the backward pass.
+    experts: computes the routed experts, see `experts.py`.
+  """
+  maybe_remat = jax.checkpoint if remat else lambda f: f
+  dense = maybe_remat(functools.partial(dense_block, cfg=cfg))
+  mixture = maybe_remat(
+      functools.partial(moe_block, cfg=cfg, experts=experts)
+  )
+  x = params["embed"][tokens]
+  loads, balances = [], []
+  if cfg.n_dense_layers:
+    x, _ = jax.lax.scan(lambda h, p: (dense(p, h), None), x, params["dense"])
+  if cfg.n_moe_layers:
+
+    def step(h, layer):
+      h, load, balance = mixture(layer[0], h, layer[1])
+      return h, (load, balance)
+
+    main_bias = bias[: cfg.n_moe_layers]
+    x, (load, balance) = jax.lax.scan(step, x, (params["moe"], main_bias))
+    loads.append(load)
+    balances.append(balance)
+  hidden = layers.rms_norm(params["norm"], x, cfg.norm_eps)
+  start = hidden if cfg.mtp.hidden == "post_norm" else x
+  mtp_hidden, load, balance = mtp.predict(
+      params, bias[cfg.n_moe_layers :], start, tokens, cfg, mixture
+  )
+  loads.append(load)
+  balances.append(balance)
+  return Output(
+      hidden, mtp_hidden, jnp.concatenate(loads), jnp.concatenate(balances).sum()
+  )
+
+
+def logits(params: schema.Params, hidden: jax.Array) -> jax.Array:
+  """Next-token logits [..., C] in float32 of hidden states [..., D]."""
+  return jnp.einsum(
+      "...D,DC->...C",
+      hidden,
+      params["head"],
+      preferred_element_type=jnp.float32,
+  )
+
+
+def parameter_counts(cfg: config.Model) -> dict[str, int]:
+  """Parameters as the papers count them.
+
+  `main` excludes the MTP modules and the router biases; `mtp` is what the MTP
+  modules add, their biases included, without copies of embedding and head;
+  `active` is what one token meets in the main model, the head included and the
+  embedding not.
+  """
+  tree = specs(cfg)
+  total = schema.count(tree)
+  e, router = cfg.router.n_experts, cfg.router
+  unique = schema.count(tree.get("mtp", {}))
+  idle = 0
+  if cfg.n_moe_layers:
+    routed = schema.count(tree["moe"]["ffn"]["experts"])
+    idle = routed * (e - router.top_k) // e
+  embed = schema.count({"embed": tree["embed"]})
+  return {
+      "main": total - unique,
+      "router_bias": cfg.n_moe_layers * e,
+      "mtp": unique + cfg.mtp.depth * e,
+      "active": total - unique - idle - embed,
+      "active_no_head": total - unique - idle - 2 * embed,
+  }

@@ -1,0 +1,177 @@
+"""The published models and our own small ones, as complete runs.
+
+Sizes: arXiv:2412.19437 (V3), arXiv:2405.04434 (V2 and V2-Lite).
+"""
+
+from dsv3_jax import config
+
+V3_671B = config.Run(
+    model=config.Model(
+        vocab_size=129_280,
+        d_model=7168,
+        n_layers=61,
+        n_dense_layers=3,
+        dense_ffn_dim=18_432,
+        mla=config.MLA(
+            n_heads=128,
+            q_rank=1536,
+            kv_rank=512,
+            nope_dim=128,
+            rope_dim=64,
+            v_dim=128,
+        ),
+        moe=config.MoE(n_shared=1, ffn_dim=2048),
+        router=config.Router(
+            n_experts=256, top_k=8, n_groups=8, top_groups=4
+        ),
+    ),
+    data=config.Data(seq_len=4096, tokenizer="deepseek"),
+    train=config.Train(
+        tokens=14_800_000_000_000,
+        batch_size=15_360,
+        micro_batches=120,
+        remat="block",
+    ),
+    optim=config.Optim(moments="bfloat16"),
+    precision=config.Precision(recipe="bf16"),
+    checkpoint=config.Checkpoint(every=500),
+    evaluate=config.Evaluate(every=500),
+)
+
+# V2's gate is a softmax without bias or renormalisation; no MTP.
+V2_236B = config.override(
+    V3_671B,
+    "vocab_size=102400",
+    "d_model=5120",
+    "n_layers=60",
+    "n_dense_layers=1",
+    "dense_ffn_dim=12288",
+    "moe.n_shared=2",
+    "moe.ffn_dim=1536",
+    "router.n_experts=160",
+    "router.top_k=6",
+    "router.top_groups=3",
+    "router.score=softmax",
+    "router.renormalize=false",
+    "router.scale=16",
+    "router.bias_speed=0",
+    "router.balance_weight=0.003",
+    "mtp.depth=0",
+    "train.tokens=8.1e12",
+    "train.batch_size=9216",
+    "train.micro_batches=72",
+    "optim.peak_lr=2.4e-4",
+)
+
+V2_LITE_16B = config.override(
+    V2_236B,
+    "d_model=2048",
+    "n_layers=27",
+    "dense_ffn_dim=10944",
+    "mla.n_heads=16",
+    "mla.q_rank=0",
+    "moe.ffn_dim=1408",
+    "router.n_experts=64",
+    "router.n_groups=1",
+    "router.top_groups=1",
+    "router.scale=1",
+    "router.balance_weight=0.001",
+    "train.tokens=5.7e12",
+    "train.batch_size=4608",
+    "train.micro_batches=36",
+    "optim.peak_lr=4.2e-4",
+)
+
+# Benchmark shapes.
+S = config.override(
+    V3_671B,
+    "vocab_size=8192",
+    "d_model=256",
+    "n_layers=8",
+    "n_dense_layers=1",
+    "dense_ffn_dim=1024",
+    "mla.n_heads=8",
+    "mla.q_rank=128",
+    "mla.kv_rank=64",
+    "mla.nope_dim=32",
+    "mla.rope_dim=16",
+    "mla.v_dim=32",
+    "moe.ffn_dim=128",
+    "router.n_experts=32",
+    "router.top_k=4",
+    "router.n_groups=4",
+    "router.top_groups=2",
+    "init_std=0.02",
+    "data.seq_len=512",
+    "data.tokenizer=bpe",
+    "train.tokens=1e8",
+    "train.batch_size=8",
+    "train.micro_batches=1",
+    "train.remat=none",
+    "optim.moments=float32",
+    "precision.recipe=fp32",
+)
+
+M = config.override(
+    S,
+    "vocab_size=16384",
+    "d_model=512",
+    "n_layers=12",
+    "dense_ffn_dim=2048",
+    "mla.q_rank=256",
+    "mla.kv_rank=128",
+    "mla.nope_dim=64",
+    "mla.rope_dim=32",
+    "mla.v_dim=64",
+    "moe.ffn_dim=256",
+    "router.n_experts=64",
+    "router.top_k=6",
+)
+
+# Trains in minutes on two cores: every mechanism of V3, on two novels.
+TINY = config.override(
+    S,
+    "vocab_size=2048",
+    "d_model=192",
+    "n_layers=5",
+    "n_dense_layers=1",
+    "dense_ffn_dim=512",
+    "mla.n_heads=6",
+    "mla.q_rank=96",
+    "mla.kv_rank=64",
+    "moe.ffn_dim=96",
+    "router.n_experts=16",
+    "data.seq_len=256",
+    "train.tokens=2e6",
+    "train.batch_size=16",
+    "optim.peak_lr=3e-3",
+    "optim.min_lr=3e-4",
+    "optim.tail_lr=1e-4",
+    "schedule.warmup_steps=30",
+    "schedule.constant_until=0.3",
+    "schedule.mtp_until=0.5",
+    "checkpoint.every=50",
+    "evaluate.every=50",
+)
+
+# An overnight run on a laptop, or minutes on an accelerator.
+SMALL = config.override(
+    M,
+    "train.tokens=1e9",
+    "train.batch_size=32",
+    "optim.peak_lr=1e-3",
+    "optim.min_lr=1e-4",
+    "optim.tail_lr=3e-5",
+    "schedule.warmup_steps=500",
+    "schedule.constant_until=0.3",
+)
+
+PRESETS = {
+    "tiny": TINY,
+    "small": SMALL,
+    "v2_lite_16b": V2_LITE_16B,
+    "v2_236b": V2_236B,
+    "v3_671b": V3_671B,
+    "S": S,
+    "M": M,
+}

@@ -1,0 +1,145 @@
+"""The command line that all experiments share.
+
+  python -m experiments.NAME --variant=V --workdir=DIR [--steps=N] [--seed=S]
+      [--mesh=data=1] [--set=a.b=1 ...]
+
+The same command again goes on where the last one stopped. All problems of a
+command line are listed at once, before JAX starts.
+"""
+
+import dataclasses
+import difflib
+import pathlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+from absl import flags
+
+from dsv3_jax import config
+
+OK, BAD_INPUT, NOT_FINITE, NO_CHECKPOINT = 0, 2, 3, 4
+MESH_AXES = ("pipe", "data", "node", "expert", "model")
+
+flags.DEFINE_string("workdir", None, "folder of the run")
+flags.DEFINE_string("variant", None, "which of the experiment's variants")
+flags.DEFINE_integer("seed", 0, "of initialisation and data order")
+flags.DEFINE_integer("steps", None, "where to stop; default: token budget")
+flags.DEFINE_string("mesh", "", "devices by axis, such as data=1")
+flags.DEFINE_multi_string("set", [], "a setting such as train.tokens=1e6")
+
+
+class NoCheckpointError(Exception):
+  """A checkpoint was expected and there is none that can be used."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+  """A command line that was found good."""
+
+  variant: str
+  run: config.Run
+  workdir: pathlib.Path | None
+  seed: int
+  stop: int  # steps
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+  """Reads the flags; returns the problems found, one a line."""
+  known = flags.FLAGS
+  try:
+    _, *rest = known(list(argv), known_only=True)
+  except flags.Error as error:
+    return [str(error)]
+  problems = []
+  for text in rest:
+    name = text.lstrip("-").partition("=")[0]
+    if text.startswith("-"):
+      close = difflib.get_close_matches(name, list(known), n=1)
+      hint = f"; did you mean --{close[0]}?" if close else ""
+      problems.append(f"unknown flag {text!r}{hint}")
+    else:
+      problems.append(f"stray argument {text!r}: settings are --flag=value")
+  return problems
+
+
+def mesh_problems(text: str) -> list[str]:
+  """What is wrong with a mesh such as `data=1,expert=1`."""
+  problems = []
+  for part in filter(None, text.split(",")):
+    axis, _, size = part.partition("=")
+    if axis not in MESH_AXES:
+      hint = config.nearest(axis, MESH_AXES)
+      problems.append(
+          f"--mesh={part}: axes are {', '.join(MESH_AXES)}{hint}"
+      )
+    elif size != "1":
+      problems.append(
+          f"--mesh={part}: every axis has size 1, training runs on one device"
+      )
+  return problems
+
+
+def _command(variants: Mapping[str, config.Run]) -> tuple[Command, list[str]]:
+  """The command that the flags ask for, and all that is wrong with it."""
+  args = flags.FLAGS
+  problems = mesh_problems(args.mesh)
+  name = args.variant or next(iter(variants))
+  run = variants.get(name)
+  if run is None:
+    hint = config.nearest(name, variants)
+    problems.append(f"--variant={name}: one of {', '.join(variants)}{hint}")
+  else:
+    try:
+      run = config.override(run, *args.set)
+    except ValueError as error:
+      problems += [f"--set: {line}" for line in str(error).splitlines()]
+  if not 0 <= args.seed < 2**32:
+    problems.append(f"--seed={args.seed}: must be in [0, 2^32)")
+  total = run.total_steps if run else 0
+  stop = total if args.steps is None else args.steps
+  if run and not 0 < stop <= total:
+    problems.append(
+        f"--steps={stop}: must be in 1 to {total}, the steps of the token"
+        " budget train.tokens"
+    )
+  workdir = pathlib.Path(args.workdir) if args.workdir else None
+  return Command(name, run, workdir, args.seed, stop), problems
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+  """Calls main and exits with the code that the error it raises stands for."""
+  try:
+    code = main() or OK
+  except ValueError as error:
+    code = _say(BAD_INPUT, error)
+  except FloatingPointError as error:
+    code = _say(NOT_FINITE, error)
+  except NoCheckpointError as error:
+    code = _say(NO_CHECKPOINT, error)
+  sys.exit(code)
+
+
+def _say(code: int, error: Exception) -> int:
+  for line in str(error).splitlines():
+    print(f"error: {line}", file=sys.stderr)
+  return code
+
+
+def main(
+    variants: Mapping[str, config.Run], execute: Callable[[Command], int | None]
+) -> None:
+  """Runs an experiment from the command line.
+
+  Args:
+    variants: runs by name; the first is the default.
+    execute: does the work of a command.
+  """
+
+  def checked():
+    problems = parse_flags(sys.argv)
+    command, more = _command(variants)
+    if problems := problems + more:
+      raise ValueError("\n".join(problems))
+    return execute(command)
+
+  run_main(checked)

@@ -1,0 +1,210 @@
+"""Trains a run in a workdir: data, state, loop, evaluation, checkpoints."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from dsv3_jax import checkpoint
+from dsv3_jax import config
+from dsv3_jax import losses
+from dsv3_jax import train
+from dsv3_jax.data import corpus
+from dsv3_jax.data import stream
+from dsv3_jax.data import tokenizer
+from dsv3_jax.evals import likelihood
+from dsv3_jax.infer import decoding
+from dsv3_jax.model import transformer
+from experiments import common
+from experiments import logbook
+from experiments import workdir
+
+LOADS = 60  # times in a run that the loads of all experts are written
+
+
+def micro_batches(
+    data: stream.Prepared, run: config.Run, seed: int, first_step: int
+) -> Iterator[losses.Batch]:
+  """Batches [A, B, T] of optimizer steps from first_step on."""
+  order = stream.order(data.rows, seed)
+  for rows in stream.batches(order, first_step, run.train.batch_size):
+    shape = (run.train.micro_batches, -1, run.data.seq_len + 1)
+    yield losses.batch(rows["tokens"].reshape(shape), run.model.vocab_size)
+
+
+def sample_text(
+    state: train.TrainState,
+    tok: Any,
+    run: config.Run,
+    prompt: str,
+    max_tokens: int,
+) -> str:
+  """Text that the model writes after a prompt, at temperature 0.8."""
+  ids = [tokenizer.BOS_ID, *tok.encode(prompt, add_special_tokens=False).ids]
+  made = decoding.generate(
+      state.params,
+      state.router_bias,
+      ids,
+      max_tokens,
+      jax.random.fold_in(state.key, state.step),
+      run.model,
+      temperature=0.8,
+      top_p=0.95,
+      stop=tokenizer.EOS_ID,
+  )
+  return prompt + tok.decode(list(made))
+
+
+class _Reporter:
+  """Turns the metrics of steps into rows of the logbook."""
+
+  def __init__(self, book: logbook.Logbook, run: config.Run):
+    self._book, self._run = book, run
+    self._time = time.monotonic()
+    self._bad_in_a_row = 0
+    self.train_s = 0.0
+
+  def restart_clock(self) -> None:
+    """Leaves out what happened since the last step: it was no training."""
+    self._time = time.monotonic()
+
+  def step(self, done: int, metrics: train.Metrics) -> None:
+    """Writes a row; waits for the step to finish.
+
+    Raises:
+      FloatingPointError: too many steps in a row were not finite.
+    """
+    metrics = jax.device_get(metrics)
+    seconds = time.monotonic() - self._time
+    self.restart_clock()
+    self.train_s += seconds
+    row = {"step": done, "tokens": done * self._run.tokens_per_step}
+    row |= {k: v for k, v in metrics.items() if k not in ("load", "finite")}
+    row["tokens_per_s"] = self._run.tokens_per_step / seconds
+    if metrics["load"].size:
+      row["max_vio"] = metrics["max_vio_per_layer"].max()
+    if (done - 1) % max(self._run.total_steps // LOADS, 1) == 0:
+      row["load"] = metrics["load"]
+    self._book.step(row)
+    self._bad_in_a_row = 0 if metrics["finite"] else self._bad_in_a_row + 1
+    if not metrics["finite"]:
+      self._book.note(f"step {done} was skipped: loss or gradient not finite")
+    if self._bad_in_a_row > self._run.train.max_bad_steps:
+      raise FloatingPointError(
+          f"{self._bad_in_a_row} steps in a row up to step {done} were not"
+          " finite; the newest checkpoint is from before them. Lower"
+          " optim.peak_lr, or look at the data of these steps"
+      )
+
+
+def _start(
+    command: common.Command, checkpoints: Any, facts: dict[str, Any]
+) -> train.TrainState:
+  """The newest checkpoint's state, or a fresh one that is saved at once.
+
+  Saving the first state shows before any work that saving works; from then on,
+  a workdir without a checkpoint has lost it.
+  """
+  run, step = command.run, checkpoints.latest_step()
+  if step is None:
+    metrics = command.workdir / logbook.METRICS
+    if metrics.exists() and logbook.read(metrics):
+      raise common.NoCheckpointError(
+          f"{command.workdir} holds metrics of a run but no checkpoint under"
+          f" {checkpoints.directory}; restore it, or start in a new --workdir"
+      )
+    fresh = jax.jit(train.init_state, static_argnums=0)
+    state = fresh(run, jax.random.key(command.seed))
+    checkpoint.save(checkpoints, state, facts)
+    checkpoints.wait_until_finished()
+    return state
+  try:
+    state, saved = checkpoint.restore(checkpoints, run, step)
+  except ValueError as error:
+    raise common.NoCheckpointError(str(error)) from error
+  changes = config.difference(saved["data"], facts["data"])
+  if changes:
+    raise ValueError(
+        "the data is not what the checkpoint was trained on (there -> here):\n"
+        + "\n".join(changes)
+    )
+  return state
+
+
+def execute(command: common.Command) -> None:
+  """Trains up to `command.stop`, from the newest checkpoint if there is one."""
+  run, folder = command.run, command.workdir
+  began = time.monotonic()
+  workdir.claim(folder, workdir.describe(command.variant, command.seed, run))
+  data = stream.prepare(run.data, run.model.vocab_size, folder / "data")
+  windows = stream.heldout_windows(data.heldout_tokens, run.data.seq_len)
+  workdir.write_environment(folder)
+  checkpoints = checkpoint.manager(folder / "checkpoints", run.checkpoint)
+
+  def facts(step):
+    rows = step * run.train.batch_size
+    return {"data": data.digests | {"seed": command.seed}, "rows": rows}
+
+  state = _start(command, checkpoints, facts(0))
+  first = int(state.step)
+  with logbook.Logbook(folder, command.stop, first) as book:
+    book.note(
+        f"{command.variant}: {first} of {command.stop} steps done,"
+        f" {data.train.n_tokens:,} tokens of text an epoch"
+    )
+    reporter = _Reporter(book, run)
+    final = {}
+
+    def evaluate(state):
+      final.update(
+          likelihood.heldout(
+              state.params,
+              state.router_bias,
+              *windows,
+              data.heldout_bytes,
+              run,
+          )
+      )
+      row = {"step": int(state.step)} | final
+      if length := run.evaluate.sample_tokens:
+        row["sample"] = sample_text(state, data.tokenizer, run, "", length)
+      book.evaluation(row)
+      reporter.restart_clock()
+
+    def save(state):
+      checkpoint.save(checkpoints, state, facts(int(state.step)))
+      reporter.restart_clock()
+
+    train.fit(
+        state,
+        run,
+        micro_batches(data, run, command.seed, first),
+        command.stop,
+        report=reporter.step,
+        evaluate=evaluate,
+        save=save,
+    )
+    checkpoints.wait_until_finished()
+  if first < command.stop:
+    summary = _summary(run, data) | final
+    summary["train_seconds"] = reporter.train_s
+    summary["total_seconds"] = time.monotonic() - began
+    workdir.write_summary(folder, summary)
+
+
+def _summary(run: config.Run, data: stream.Prepared) -> dict[str, Any]:
+  """Figures of the model and of the text, for the report."""
+  counts = transformer.parameter_counts(run.model)
+  parts = corpus.split(
+      corpus.documents(run.data.path, run.data.on_bad_text), run.data.heldout
+  )
+  rivals = corpus.compression_bits_per_byte(*map(corpus.text_bytes, parts))
+  return {
+      "parameters": counts["main"] + counts["mtp"],
+      "active_parameters": counts["active"],
+      "train_bytes": data.train_bytes,
+      "heldout_bytes": data.heldout_bytes,
+      "bzip2_bpb": rivals["bzip2 -9"],
+      "xz_bpb": rivals["xz -9e"],
+  }

@@ -1,0 +1,125 @@
+"""The folder of a run: what it was made with, and where it stands."""
+
+import json
+import os
+import pathlib
+import platform
+import subprocess
+from typing import Any
+
+import jax
+import jaxlib
+
+from dsv3_jax import config
+
+CONFIG, ENV, SUMMARY = "config.json", "env.json", "summary.json"
+
+# Settings that change when things are looked at, not what is trained.
+_CADENCE = ("settings.checkpoint.", "settings.evaluate.")
+
+
+def describe(variant: str, seed: int, run: config.Run) -> dict[str, Any]:
+  """What config.json holds."""
+  return {"variant": variant, "seed": seed, "settings": config.leaves(run)}
+
+
+def _write(path: pathlib.Path, facts: dict[str, Any]) -> None:
+  partial = path.with_suffix(".partial")
+  partial.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+  os.replace(partial, path)
+
+
+def _flat(facts: dict[str, Any]) -> dict[str, Any]:
+  settings = {f"settings.{k}": v for k, v in facts["settings"].items()}
+  return {"seed": facts["seed"], "variant": facts["variant"]} | settings
+
+
+def read_config(workdir: pathlib.Path) -> dict[str, Any]:
+  """The config.json of a run.
+
+  Raises:
+    ValueError: there is none, or it is not one.
+  """
+  path = workdir / CONFIG
+  try:
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    _flat(facts)
+  except OSError as error:
+    raise ValueError(
+        f"--workdir={workdir}: holds no run, {path.name} is missing"
+    ) from error
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f"{path}: is not the configuration of a run") from error
+  return facts
+
+
+def run_of(
+    facts: dict[str, Any], presets: dict[str, config.Run]
+) -> config.Run:
+  """The run that a config.json describes."""
+  base = next(iter(presets.values()))
+  settings = facts["settings"].items()
+  return config.override(base, *(f"{path}={value}" for path, value in settings))
+
+
+def claim(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
+  """Makes the workdir of a run, or checks that it is this run's.
+
+  Raises:
+    ValueError: it cannot be written, or was made by another configuration.
+  """
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not (workdir / CONFIG).exists():
+      _write(workdir / CONFIG, facts)
+      return
+    probe = workdir / ".probe"
+    probe.write_text("")
+    probe.unlink()
+  except OSError as error:
+    raise ValueError(f"--workdir={workdir}: cannot be written: {error}") from error
+  changes = [
+      line
+      for line in config.difference(_flat(read_config(workdir)), _flat(facts))
+      if not line.startswith(_CADENCE)
+  ]
+  if changes:
+    raise ValueError(
+        "\n".join([
+            f"--workdir={workdir} belongs to another configuration; take"
+            " another folder or the old settings (there -> here):",
+            *(f"  {line.removeprefix('settings.')}" for line in changes),
+        ])
+    )
+
+
+def _revision() -> str:
+  """The git revision of this code, or that there is none."""
+  folder = pathlib.Path(__file__).parent
+  command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
+  try:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+  except (OSError, subprocess.CalledProcessError):
+    return "not a git checkout"
+  return done.stdout.strip()
+
+
+def write_environment(workdir: pathlib.Path) -> None:
+  """Writes env.json: versions, devices, git revision."""
+  _write(
+      workdir / ENV,
+      {
+          "python": platform.python_version(),
+          "jax": jax.__version__,
+          "jaxlib": jaxlib.__version__,
+          "platform": platform.platform(),
+          "processors": os.cpu_count(),
+          "devices": [d.device_kind for d in jax.devices()],
+          "revision": _revision(),
+      },
+  )
+
+
+def write_summary(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
+  """Writes summary.json: figures for the report."""
+  _write(workdir / SUMMARY, facts)

@@ -1,0 +1,273 @@
+"""How fast is training on this machine, and how fast is `transformers`?
+
+  python -m scripts.bench --what=train --shape=S --json
+  python -m scripts.bench --what=train --shape=S --against=transformers
+
+Prints one line a metric. Both sides train the shape in float32 on random token
+ids with AdamW and gradient clipping, without MTP. With `--against` the two take
+turns, round by round, each in a process of its own that sleeps while the other
+one runs; the ratio is that of neighbouring rounds, so that a machine which
+slows down for a while slows both.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from absl import app
+from absl import flags
+
+from dsv3_jax import config
+from dsv3_jax import presets
+from scripts import bench_worker
+
+WHAT = ("train",)
+SHAPES = ("S", "M", "tiny")
+RIVALS = ("transformers",)
+ROUND_S = 4.0  # about as long is a round; it is of whole steps
+OURS = "dsv3_jax"
+OVERRIDES = ("mtp.depth=0",)  # transformers trains without MTP
+# Keeps freed memory: getting it back from the system costs torch page faults.
+RIVAL_ENV = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "67108864",
+}
+
+_WHAT = flags.DEFINE_list("what", list(WHAT), f"Any of: {', '.join(WHAT)}.")
+_SHAPE = flags.DEFINE_enum("shape", "S", SHAPES, "Model and batch.")
+_JSON = flags.DEFINE_bool("json", False, "One JSON object a line.")
+_AGAINST = flags.DEFINE_enum("against", None, RIVALS, "Compare with.")
+_RIVAL_PYTHON = flags.DEFINE_string(
+    "rival_python",
+    sys.executable,
+    "Interpreter that has torch and transformers.",
+)
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds each.", lower_bound=1)
+
+
+# --- what a token costs ---
+
+
+def active_weights(model: config.Model) -> int:
+  """Weights of the matrices that one token is multiplied with (no MTP).
+
+  Attention, the dense or the shared and the chosen top-k experts, the router
+  and the head; the embedding is looked up and the norms are no matrices.
+  """
+  mla, d = model.mla, model.d_model
+  q = mla.n_heads * mla.qk_dim
+  attention = (
+      (mla.q_rank * (d + q) if mla.q_rank else d * q)
+      + d * (mla.kv_rank + mla.rope_dim)
+      + mla.kv_rank * mla.n_heads * (mla.nope_dim + mla.v_dim)
+      + mla.n_heads * mla.v_dim * d
+  )
+  dense = 3 * d * model.dense_ffn_dim
+  experts = model.router.top_k + model.moe.n_shared
+  moe = d * model.router.n_experts + experts * 3 * d * model.moe.ffn_dim
+  return (
+      model.n_layers * attention
+      + model.n_dense_layers * dense
+      + model.n_moe_layers * moe
+      + d * model.vocab_size
+  )
+
+
+def train_flops_per_token(model: config.Model, seq_len: int) -> float:
+  """Matmul FLOPs of forward and backward for one token, without MTP.
+
+  Forward: 2 a weight of `active_weights`, and for each layer and head
+  2 * (qk_dim + v_dim) for each of the (seq_len + 1) / 2 positions that a token
+  attends to on average. The backward pass computes two products for each one
+  of the forward pass: 3 times as much in all. Recomputation is not counted.
+  """
+  mla = model.mla
+  attention = (
+      model.n_layers
+      * mla.n_heads
+      * 2
+      * (mla.qk_dim + mla.v_dim)
+      * (seq_len + 1)
+      / 2
+  )
+  return 3 * (2 * active_weights(model) + attention)
+
+
+# --- rounds ---
+
+
+def take_turns(
+    workers: dict[str, subprocess.Popen], job: dict[str, Any], n_rounds: int
+) -> dict[str, dict[str, Any]]:
+  """Prepares the workers one after the other, then lets them take turns.
+
+  Returns:
+    Of each worker its answer to the job, with "rounds": its answers to the
+    rounds, each with the "steps" that the round had.
+  """
+  results = {
+      name: bench_worker.ask(worker, job) | {"rounds": []}
+      for name, worker in workers.items()
+  }
+  for _ in range(n_rounds):
+    for name, worker in workers.items():
+      steps = max(1, round(ROUND_S / results[name]["step_s"]))
+      answer = bench_worker.ask(worker, {"steps": steps})
+      results[name]["rounds"].append(answer | {"steps": steps})
+  return results
+
+
+def measure(
+    cfg: config.Run, shape: str, pythons: dict[str, str], n_rounds: int
+) -> dict[str, dict[str, Any]]:
+  """Starts a worker for each of {name: interpreter}; see `take_turns`."""
+  root = str(pathlib.Path(__file__).resolve().parents[1])
+  job = {
+      "shape": shape,
+      "set": OVERRIDES,
+      "settings": config.leaves(cfg),
+  }
+  with contextlib.ExitStack() as stack:
+    workers = {}
+    for name, python in pythons.items():
+      ours = name == OURS
+      module = "scripts.bench_jax" if ours else f"scripts.bench_{name}"
+      env = {} if ours else RIVAL_ENV
+      worker = bench_worker.start([python, "-m", module], env, root)
+      workers[name] = stack.enter_context(worker)
+    return take_turns(workers, job, n_rounds)
+
+
+# --- what is printed ---
+
+
+def _tokens_per_s(cfg: config.Run, result: dict[str, Any]) -> list[float]:
+  return [
+      round(cfg.tokens_per_step * r["steps"] / r["seconds"], 1)
+      for r in result["rounds"]
+  ]
+
+
+def _idle_cpu(result: dict[str, Any]) -> float:
+  """Processors that a worker kept busy while it waited for its turns."""
+  cpu, clock = (
+      sum(r[field] for r in result["rounds"])
+      for field in ("idle_cpu_s", "idle_s")
+  )
+  return round(cpu / clock, 3)
+
+
+def report(
+    cfg: config.Run, shape: str, results: dict[str, dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+  """Yields a metric each: ours, then the rival and the ratio if there is one.
+
+  The peak is the fastest float32 matmul that any worker did in any round;
+  `mfu` is the share of it that the model's own FLOPs took.
+  """
+  peak = max(r["peak_gflops"] for x in results.values() for r in x["rounds"])
+  flops = train_flops_per_token(cfg.model, cfg.data.seq_len)
+  speeds = {name: _tokens_per_s(cfg, x) for name, x in results.items()}
+  for name, result in results.items():
+    tokens_per_s = statistics.median(speeds[name])
+    yield {
+        "what": "train" if name == OURS else f"train_{name}",
+        "shape": shape,
+        "batch": cfg.train.batch_size,
+        "seq": cfg.data.seq_len,
+        "tokens_per_s": tokens_per_s,
+        "mfu": round(tokens_per_s * flops / (peak * 1e9), 4),
+        "peak_gflops": round(peak, 1),
+        "peak_rss_mib": round(result["rounds"][-1]["peak_rss_mib"]),
+        "compile_s": round(result["compile_s"], 1),
+        "rounds": speeds[name],
+        "version": result["version"],
+    }
+  for name in results.keys() - {OURS}:
+    ratios = [
+        a / b for a, b in zip(speeds[OURS], speeds[name], strict=True)
+    ]
+    yield {
+        "what": f"train_ratio_to_{name}",
+        "shape": shape,
+        "min": round(min(ratios), 3),
+        "median": round(statistics.median(ratios), 3),
+        "max": round(max(ratios), 3),
+        "rounds": [round(ratio, 3) for ratio in ratios],
+        "idle_cpu": {side: _idle_cpu(x) for side, x in results.items()},
+    }
+
+
+def _show(metric: dict[str, Any]) -> str:
+  if _JSON.value:
+    return json.dumps(metric)
+  return "  ".join(f"{name}={value}" for name, value in metric.items())
+
+
+# --- the command ---
+
+
+def _problems(arguments: Sequence[str]) -> Iterator[str]:
+  for argument in arguments:
+    yield f"{argument!r}: stray argument; every setting is a --flag"
+  for what in _WHAT.value:
+    if what not in WHAT:
+      yield f"--what={what}: must be one of {', '.join(WHAT)}; no other yet"
+  if not _WHAT.value:
+    yield f"--what=: must name at least one of {', '.join(WHAT)}"
+  if _AGAINST.value is None:
+    if _RIVAL_PYTHON.present:
+      yield "--rival_python: does nothing without --against"
+    return
+  python = shutil.which(_RIVAL_PYTHON.value)
+  imports = [python, "-c", "import torch, transformers"]
+  if python is None:
+    yield f"--rival_python={_RIVAL_PYTHON.value}: no such program"
+  elif subprocess.run(imports, capture_output=True, check=False).returncode:
+    yield (
+        f"--rival_python={python}: cannot import torch and transformers; give"
+        " an interpreter that can"
+    )
+  if not shutil.which(os.environ.get("CXX", "g++")):
+    yield "--against=transformers: torch.compile needs a C++ compiler, g++"
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+  """Flags checked, all problems on stderr; exit code 2 if there are any."""
+  try:
+    problems = list(_problems(flags.FLAGS(argv)[1:]))
+  except flags.Error as error:
+    problems = [str(error)]
+  if problems:
+    print("\n".join(problems), file=sys.stderr)
+    sys.exit(2)
+  return list(argv[:1])
+
+
+def main(_: list[str]) -> None:
+  shape = _SHAPE.value
+  cfg = config.override(presets.PRESETS[shape], *OVERRIDES)
+  pythons = {OURS: sys.executable}
+  if _AGAINST.value:
+    pythons[_AGAINST.value] = os.path.abspath(
+        shutil.which(_RIVAL_PYTHON.value)
+    )
+  try:
+    results = measure(cfg, shape, pythons, _ROUNDS.value)
+  except RuntimeError as error:
+    print(error, file=sys.stderr)
+    sys.exit(70)
+  for metric in report(cfg, shape, results):
+    print(_show(metric))
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=_parse)

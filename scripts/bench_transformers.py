@@ -1,0 +1,94 @@
+"""Worker of `scripts.bench`: the train step of `transformers`' DeepSeek-V3.
+
+The settings are the fastest that were found for it on CPU: grouped GEMM over
+the experts, eager attention, the whole model through `torch.compile`, fused
+AdamW. The environment that it likes is in `scripts.bench`. Runs in any
+interpreter that has torch and transformers; JAX is not needed.
+"""
+
+from typing import Any
+
+import torch
+import transformers
+
+from scripts import bench_worker
+
+
+def model_config(settings: dict[str, Any]) -> transformers.DeepseekV3Config:
+  """Their configuration of a run given as `config.leaves`, without MTP."""
+  model = {
+      path.removeprefix("model."): value
+      for path, value in settings.items()
+      if path.startswith("model.")
+  }
+  return transformers.DeepseekV3Config(
+      vocab_size=model["vocab_size"],
+      hidden_size=model["d_model"],
+      num_hidden_layers=model["n_layers"],
+      first_k_dense_replace=model["n_dense_layers"],
+      intermediate_size=model["dense_ffn_dim"],
+      num_attention_heads=model["mla.n_heads"],
+      num_key_value_heads=model["mla.n_heads"],
+      q_lora_rank=model["mla.q_rank"] or None,
+      kv_lora_rank=model["mla.kv_rank"],
+      qk_nope_head_dim=model["mla.nope_dim"],
+      qk_rope_head_dim=model["mla.rope_dim"],
+      v_head_dim=model["mla.v_dim"],
+      n_shared_experts=model["moe.n_shared"],
+      moe_intermediate_size=model["moe.ffn_dim"],
+      n_routed_experts=model["router.n_experts"],
+      num_experts_per_tok=model["router.top_k"],
+      n_group=model["router.n_groups"],
+      topk_group=model["router.top_groups"],
+      routed_scaling_factor=model["router.scale"],
+      norm_topk_prob=model["router.renormalize"],
+      rms_norm_eps=model["norm_eps"],
+      initializer_range=model["init_std"],
+      max_position_embeddings=settings["data.seq_len"],
+      num_mtp_layers=0,
+      use_cache=False,
+      attn_implementation="eager",
+      experts_implementation="grouped_mm",
+  )
+
+
+def prepare(job: dict[str, Any]) -> bench_worker.Task:
+  """The same run as ours: model, batch, AdamW, clipping, random tokens."""
+  settings = job["settings"]
+  torch.manual_seed(0)
+  model = transformers.DeepseekV3ForCausalLM(model_config(settings)).train()
+  optimizer = torch.optim.AdamW(
+      model.parameters(),
+      lr=settings["optim.peak_lr"],
+      betas=(settings["optim.beta1"], settings["optim.beta2"]),
+      eps=settings["optim.eps"],
+      weight_decay=settings["optim.weight_decay"],
+      fused=True,
+  )
+  compiled = torch.compile(model)
+  shape = (settings["train.batch_size"], settings["data.seq_len"] + 1)
+
+  def step() -> float:
+    rows = torch.randint(settings["model.vocab_size"], shape)
+    inputs, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    loss = compiled(input_ids=inputs, labels=labels, shift_labels=labels).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(
+        model.parameters(), settings["optim.clip_norm"]
+    )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item()
+
+  x = torch.randn(bench_worker.PEAK_SIZE, bench_worker.PEAK_SIZE)
+  return bench_worker.Task(
+      step=step,
+      matmul=lambda: x @ x,
+      version=(
+          f"transformers {transformers.__version__}, torch {torch.__version__}"
+      ),
+  )
+
+
+if __name__ == "__main__":
+  bench_worker.serve(prepare)

@@ -1,0 +1,316 @@
+"""The pictures of a report: functions that draw arrays into a figure.
+
+A drawing takes its colours from matplotlib's settings, which `render` sets to
+those of a theme, so the same picture exists for light and for dark pages.
+Nothing here knows of files or of runs.
+"""
+
+import dataclasses
+import io
+from collections.abc import Callable, Mapping, Sequence
+
+import matplotlib
+import matplotlib.ticker
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+WIDTH_IN = 7.2
+DPI = 150
+PANELS = 12  # most layers that are shown with a panel of their own
+
+
+@dataclasses.dataclass(frozen=True)
+class Theme:
+  """Colours of a page; series and heat map are safe for the colour-blind."""
+
+  paper: str
+  ink: str
+  grid: str
+  series: tuple[str, ...]  # after Okabe and Ito
+  low: tuple[str, ...]  # towards an idle expert, from the middle outwards
+  high: tuple[str, ...]  # towards an overloaded one
+  shares: str  # name of the colour map made of these
+
+
+LIGHT = Theme(
+    paper="#ffffff",
+    ink="#2b3036",
+    grid="#e3e6ea",
+    series=("#0072b2", "#d55e00", "#009e73", "#7a5195"),
+    low=("#8fc1e3", "#1f77b4", "#08305b"),
+    high=("#f6b98a", "#d8601a", "#6b2400"),
+    shares="expert-share-light",
+)
+DARK = Theme(
+    paper="#1b1f24",
+    ink="#d5dae0",
+    grid="#333a43",
+    series=("#56b4e9", "#f0913a", "#35c79a", "#c79ae0"),
+    low=("#1f4f7a", "#3f97d8", "#c4e4ff"),
+    high=("#7a3f12", "#ec8a3c", "#ffe0bf"),
+    shares="expert-share-dark",
+)
+
+
+def _register_shares(theme: Theme) -> None:
+  """Makes the theme's colour map known: an even load is the paper itself."""
+  colours = (*theme.low[::-1], theme.paper, *theme.high)
+  ramp = LinearSegmentedColormap.from_list(theme.shares, colours)
+  matplotlib.colormaps.register(ramp.with_extremes(bad=theme.grid))
+
+
+_register_shares(LIGHT)
+_register_shares(DARK)
+
+
+def render(
+    draw: Callable[[Figure], None], theme: Theme, height_in: float
+) -> bytes:
+  """A drawing as PNG bytes."""
+  settings = {
+      "figure.facecolor": theme.paper,
+      "axes.facecolor": theme.paper,
+      "axes.edgecolor": theme.ink,
+      "axes.labelcolor": theme.ink,
+      "text.color": theme.ink,
+      "xtick.color": theme.ink,
+      "ytick.color": theme.ink,
+      "grid.color": theme.grid,
+      "axes.prop_cycle": matplotlib.cycler(color=theme.series),
+      "image.cmap": theme.shares,
+      "font.size": 10,
+      "axes.titlesize": 10,
+      "axes.spines.top": False,
+      "axes.spines.right": False,
+      "axes.linewidth": 0.8,
+      "axes.axisbelow": True,
+      "legend.frameon": False,
+      "lines.linewidth": 1.8,
+  }
+  with matplotlib.rc_context(settings):
+    figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
+    draw(figure)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=DPI, metadata={"Software": None})
+  return png.getvalue()
+
+
+def count(n: float) -> str:
+  """1234567 as 1.23 M."""
+  for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
+    if abs(n) >= size:
+      return f"{n / (1e3 if unit == 'k' else size):.3g} {unit}"
+  return f"{n:,.0f}"
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+  """Centred running mean that skips values which are not finite."""
+  if window < 2:
+    return values
+  finite, kernel = np.isfinite(values), np.ones(window)
+  total = np.convolve(np.where(finite, values, 0.0), kernel, "same")
+  count = np.convolve(finite, kernel, "same")
+  with np.errstate(invalid="ignore", divide="ignore"):
+    return np.where(count > 0.5, total / count, np.nan)
+
+
+def _window(n: int) -> int:
+  """A running mean of 2 % of the run."""
+  return max(1, n // 50)
+
+
+def _token_axis(axes: Axes, *, label: bool = True) -> None:
+  axes.grid(True, linewidth=0.8)
+  axes.xaxis.set_major_formatter(lambda n, _: count(n))
+  axes.set_xlim(left=0)
+  if label:
+    axes.set_xlabel("training tokens")
+
+
+def _trend(axes: Axes, x: np.ndarray, y: np.ndarray, label: str) -> None:
+  """A running mean over the faint values it is made of."""
+  window = _window(len(y))
+  marker = "o" if len(y) == 1 else None
+  (line,) = axes.plot(x, smooth(y, window), marker=marker, label=label)
+  if window > 1:
+    axes.plot(x, y, color=line.get_color(), alpha=0.25, linewidth=0.8, zorder=1)
+
+
+def losses(
+    figure: Figure,
+    x: np.ndarray,
+    curves: Mapping[str, np.ndarray],
+    points: Mapping[str, tuple[np.ndarray, np.ndarray]],
+) -> None:
+  """Losses of every step, as trends, and of evaluations, as points.
+
+  Args:
+    figure: drawn into.
+    x: [steps] tokens.
+    curves: [steps] losses by label.
+    points: tokens and losses of evaluations by label.
+  """
+  axes = figure.subplots()
+  for label, y in curves.items():
+    _trend(axes, x, y, label)
+  for label, (at, y) in points.items():
+    axes.plot(at, y, marker="o", markersize=4, label=label, zorder=3)
+  axes.set_ylabel("cross-entropy (nats per token)")
+  _token_axis(axes)
+  figure.legend(loc="outside upper left", ncols=4)
+
+
+def bits_per_byte(
+    figure: Figure, x: np.ndarray, y: np.ndarray, rivals: Mapping[str, float]
+) -> None:
+  """Held-out bits per byte, and what other compressors need as lines."""
+  axes = figure.subplots()
+  axes.plot(x, y, marker="o", markersize=4)
+  left = {"textcoords": "offset points", "ha": "right"}
+  if np.isfinite(y[-1]):
+    at = x[-1], y[-1]
+    axes.annotate(f"{y[-1]:.2f}", at, (0, -6), va="top", **left)
+  edge = axes.get_yaxis_transform()  # x = 1 is the right edge
+  for name, value in rivals.items():
+    axes.axhline(value, color=axes.yaxis.label.get_color(), ls="--", lw=1)
+    text = f"{name} {value:.2f}"
+    axes.annotate(text, (1, value), (0, 3), edge, va="bottom", **left)
+  axes.set_ylabel("bits per byte of held-out text")
+  _token_axis(axes)
+  axes.margins(y=0.12)
+
+
+def max_violation(
+    figure: Figure, x: np.ndarray, vio: np.ndarray, names: Sequence[str]
+) -> None:
+  """Running mean of MaxVio [steps, routers], a line a router, by depth."""
+  axes = figure.subplots()
+  n = len(names)
+  ramp = matplotlib.colormaps["viridis"]
+  # The ends of the ramp are too faint on a white or on a black page.
+  colours = ramp(np.linspace(0.18, 0.88, n))
+  window, marker = _window(len(x)), "o" if len(x) == 1 else None
+  for column, colour in zip(vio.T, colours, strict=True):
+    axes.plot(x, smooth(column, window), color=colour, marker=marker, lw=1.5)
+  norm = BoundaryNorm(np.arange(n + 1) - 0.5, n)
+  scale = matplotlib.cm.ScalarMappable(
+      norm, matplotlib.colors.ListedColormap(colours)
+  )
+  bar = figure.colorbar(scale, ax=axes, aspect=25, pad=0.02)
+  shown = np.arange(0, n, -(-n // 16))
+  bar.set_ticks(shown, labels=[names[i] for i in shown], minor=False)
+  bar.ax.tick_params(which="both", length=0)
+  bar.ax.invert_yaxis()  # first layer on top, as in the heat maps
+  bar.outline.set_visible(False)
+  axes.set_ylabel("MaxVio (0: even load)")
+  axes.set_ylim(bottom=0)
+  _token_axis(axes)
+
+
+def load_maps(
+    figure: Figure,
+    shares: np.ndarray,
+    titles: Sequence[str],
+    names: Sequence[str],
+) -> None:
+  """Heat maps of expert load [times, routers, experts], 1 where it is even."""
+  times, routers, _ = shares.shape
+  columns = min(times, 2)
+  grid = figure.subplots(-(-times // columns), columns, squeeze=False)
+  for axes, share, title in zip(grid.flat, shares, titles, strict=False):
+    image = axes.imshow(
+        share, vmin=0, vmax=2, aspect="auto", interpolation="nearest"
+    )
+    axes.set_title(title, loc="left")
+    axes.tick_params(length=0)
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    shown = np.arange(0, routers, -(-routers // 16))
+    axes.set_yticks(shown, [names[i] for i in shown])
+    axes.spines[:].set_visible(True)
+  for axes in grid.flat[times:]:
+    axes.set_axis_off()
+  for axes in grid[-1]:
+    axes.set_xlabel("expert")
+  for axes in grid[:, 1:].flat:
+    axes.tick_params(labelleft=False)
+  _share_bar(figure, image, grid)
+
+
+def load_over_time(
+    figure: Figure, x: np.ndarray, shares: np.ndarray, names: Sequence[str]
+) -> None:
+  """One heat map a router: experts upwards, tokens to the right.
+
+  Args:
+    figure: drawn into.
+    x: [times] tokens, rising.
+    shares: [times, routers, experts], 1 where the load is even.
+    names: of the routers.
+  """
+  shown = spread(len(names), PANELS)
+  columns = min(len(shown), 2)
+  rows = -(-len(shown) // columns)
+  grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+  experts = np.arange(shares.shape[-1])
+  for axes, i in zip(grid.flat, shown, strict=False):
+    image = axes.pcolormesh(
+        x, experts, shares[:, i].T, vmin=0, vmax=2, shading="nearest"
+    )
+    axes.set_title(names[i], loc="left")
+    axes.tick_params(length=0)
+    axes.xaxis.set_major_formatter(lambda n, _: count(n))
+    few = matplotlib.ticker.MaxNLocator(5, integer=True)
+    axes.yaxis.set_major_locator(few)
+  for axes in grid.flat[len(shown) :]:
+    axes.set_axis_off()
+  for axes in grid[:, 0]:
+    axes.set_ylabel("expert")
+  for axes in grid.flat[: len(shown)][-columns:]:  # lowest of each column
+    axes.tick_params(labelbottom=True)
+    axes.set_xlabel("training tokens")
+  _share_bar(figure, image, grid)
+
+
+def _share_bar(figure: Figure, image: object, grid: np.ndarray) -> None:
+  bar = figure.colorbar(
+      image, ax=grid, location="top", extend="max", aspect=45, shrink=0.7
+  )
+  bar.set_ticks([0, 0.5, 1, 1.5, 2])
+  bar.set_label("load of an expert (1: its even share)")
+
+
+def spread(n: int, most: int) -> list[int]:
+  """At most `most` indices below n, first and last among them, evenly apart."""
+  return sorted({round(i) for i in np.linspace(0, n - 1, min(n, most))})
+
+
+def panels(
+    figure: Figure,
+    x: np.ndarray,
+    curves: Mapping[str, np.ndarray],
+    *,
+    noisy: bool,
+) -> None:
+  """Curves of different units, one above the other.
+
+  Args:
+    figure: drawn into.
+    x: tokens.
+    curves: values by label.
+    noisy: draw a running mean; otherwise exact steps.
+  """
+  grid = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
+  for axes, (label, y) in zip(grid, curves.items(), strict=True):
+    if noisy:
+      _trend(axes, x, y, label)
+    else:
+      marker = "o" if len(y) == 1 else None
+      axes.plot(x, y, drawstyle="steps-post", marker=marker)
+    axes.set_title(label, loc="left")
+    axes.margins(y=0.12)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
+    axes.yaxis.set_major_formatter("{x:,g}")
+    _token_axis(axes, label=axes is grid[-1])

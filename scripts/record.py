@@ -1,0 +1,155 @@
+"""What a run has written, read back: rows, settings, and figures of merit."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments import logbook
+
+LAST = 0.1  # "at the end" is this share of the steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+  """What a run has written."""
+
+  name: str
+  steps: list[dict]  # rows of optimizer steps
+  evals: list[dict]  # rows of evaluations
+  config: dict[str, Any]  # flat: {"model.n_layers": 5}
+  env: dict[str, Any]
+  summary: dict[str, Any]
+  missing: tuple[str, ...]  # sentences
+
+
+def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+  """{"a": {"b": 1}} as {"a.b": 1}."""
+  out = {}
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      out |= flat(value, f"{prefix}{key}.")
+    else:
+      out[f"{prefix}{key}"] = value
+  return out
+
+
+def _read_object(path: pathlib.Path, missing: list[str]) -> dict[str, Any]:
+  try:
+    tree = json.loads(path.read_text(encoding="utf-8"))
+  except OSError:
+    missing.append(f"{path.name}: not written.")
+    return {}
+  except ValueError:
+    missing.append(f"{path.name}: not valid JSON.")
+    return {}
+  return flat(tree)
+
+
+def read(workdir: str | os.PathLike) -> Record:
+  """Everything that the report needs from a workdir.
+
+  Raises:
+    ValueError: there is no training step in it.
+  """
+  workdir = pathlib.Path(workdir).absolute()
+  path = workdir / logbook.METRICS
+  if not path.is_file():
+    raise ValueError(
+        f"--workdir={workdir}: has no {logbook.METRICS}; expected the workdir"
+        " of a training run"
+    )
+  rows = logbook.read(path)
+  steps = [row for row in rows if "loss" in row]
+  if not steps:
+    raise ValueError(f"{path}: has no training step yet; try again later")
+  missing = []
+  settings = _read_object(workdir / "config.json", missing)
+  return Record(
+      name=workdir.name,
+      steps=steps,
+      evals=[row for row in rows if "heldout_loss" in row],
+      config={k.removeprefix("settings."): v for k, v in settings.items()},
+      env=_read_object(workdir / "env.json", missing),
+      summary=_read_object(workdir / "summary.json", missing),
+      missing=tuple(missing),
+  )
+
+
+def column(rows: Sequence[dict], key: str) -> np.ndarray | None:
+  """[rows] values of a key, NaN where a row has none; None if no row has."""
+  values = [row.get(key) for row in rows]
+  if all(value is None for value in values):
+    return None
+  return np.array(values, float)  # None becomes NaN
+
+
+def nested(rows: Sequence[dict], key: str) -> tuple[list[int], np.ndarray]:
+  """Where rows have a nested list under a key, and the lists as one array."""
+  at = [i for i, row in enumerate(rows) if row.get(key)]
+  return at, np.array([rows[i][key] for i in at], float)
+
+
+def tokens_at(run: Record, steps: Sequence[int]) -> np.ndarray:
+  """Training tokens seen by the end of steps."""
+  known = [0, *(row["step"] for row in run.steps)]
+  seen = [0, *(row["tokens"] for row in run.steps)]
+  return np.interp(steps, known, seen)
+
+
+def router_names(run: Record, n: int) -> list[str]:
+  """Names of the n routers: layers counted from 0, then the MTP modules."""
+  depth = run.config.get("model.mtp.depth", 0)
+  first = run.config.get("model.n_dense_layers")
+  if first is None:
+    return [f"router {i}" for i in range(n)]
+  names = [f"layer {first + i}" for i in range(n - depth)]
+  return names + [f"MTP {i + 1}" for i in range(depth)]
+
+
+def final_violation(run: Record) -> dict[str, tuple[float, float]]:
+  """(mean, highest) MaxVio over the last tenth of the steps, by router."""
+  _, vio = nested(last_steps(run), "max_vio_per_layer")
+  if not vio.size:
+    return {}
+  names = router_names(run, vio.shape[1])
+  return {
+      name: (float(np.nanmean(column)), float(np.nanmax(column)))
+      for name, column in zip(names, vio.T, strict=True)
+      if np.isfinite(column).any()
+  }
+
+
+def shares(run: Record) -> tuple[list[int], np.ndarray]:
+  """Rows with expert loads, and those [rows, routers, experts], 1 if even."""
+  at, load = nested(run.steps, "load")
+  if not load.size:
+    return at, load
+  mean = load.mean(-1, keepdims=True)
+  return at, np.divide(load, mean, np.full_like(load, np.nan), where=mean > 0)
+
+
+def rivals(run: Record) -> dict[str, float]:
+  """Bits per byte that other compressors need for the held-out text."""
+  known = {"bzip2 -9": "bzip2_bpb", "xz -9e": "xz_bpb"}
+  return {
+      name: run.summary[key]
+      for name, key in known.items()
+      if run.summary.get(key) is not None
+  }
+
+
+def last_steps(run: Record) -> list[dict]:
+  """Rows of the last tenth of the steps, at least one."""
+  return run.steps[-max(1, round(LAST * len(run.steps))) :]
+
+
+def budget_steps(run: Record) -> int | None:
+  """Steps in the token budget of the configuration."""
+  keys = ("train.tokens", "train.batch_size", "data.seq_len")
+  tokens, rows, length = map(run.config.get, keys)
+  return tokens // (rows * length) if tokens and rows and length else None

@@ -1,0 +1,287 @@
+"""Draws the report of a run: report.html, one file that needs nothing else.
+
+  python -m scripts.report --workdir=runs/demo
+
+It reads metrics.jsonl, config.json, env.json and summary.json, shows what is
+there and says what is not; a run that is still going can be looked at too. The
+pictures also lie in the folder report/.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import flags
+from matplotlib.figure import Figure
+
+from scripts import page, plots, record
+
+SNAPSHOTS = 4  # heat maps of expert load
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+  """A figure of the report."""
+
+  name: str  # of its file
+  title: str
+  caption: str
+  draw: Callable[[Figure], None]
+  height_in: float = 3.4
+
+
+# Each of these is a Picture, or a sentence that says what the run lacks.
+
+
+def _curves(run: record.Record, keys: dict[str, str]) -> dict:
+  """The columns that the run has, by label."""
+  columns = {k: record.column(run.steps, key) for k, key in keys.items()}
+  return {label: y for label, y in columns.items() if y is not None}
+
+
+def _losses(run: record.Record) -> Picture | str:
+  curves = _curves(run, {"next token": "main_loss", "MTP": "mtp_loss"})
+  if not (curves := curves or _curves(run, {"training": "loss"})):
+    return "Loss: no step has a finite one."
+  caption = "Every step faint, a running mean over 2% of the run solid."
+  if "MTP" in curves:
+    caption += (
+        " MTP is the loss of the multi-token prediction modules, which predict"
+        " further ahead and so stay above the main model."
+    )
+  points = {}
+  if (heldout := record.column(run.evals, "heldout_loss")) is not None:
+    at = record.tokens_at(run, [row["step"] for row in run.evals])
+    points["held-out text, next token"] = at, heldout
+    caption += " Held-out text is never trained on."
+  return Picture(
+      name="loss",
+      title="Loss",
+      caption=caption,
+      draw=functools.partial(
+          plots.losses,
+          x=record.column(run.steps, "tokens"),
+          curves=curves,
+          points=points,
+      ),
+  )
+
+
+def _bits_per_byte(run: record.Record) -> Picture | str:
+  bits = record.column(run.evals, "heldout_bpb")
+  if bits is None:
+    return "Bits per byte: no held-out evaluation was written."
+  rivals = record.rivals(run)
+  x = record.tokens_at(run, [row["step"] for row in run.evals])
+  caption = (
+      "How well the model would compress held-out text; lower is better, and"
+      " the tokenizer has no influence on it."
+  )
+  if rivals:
+    caption += (
+        " Dashed: what these programs need for the same bytes after the same"
+        " training text."
+    )
+  return Picture(
+      name="bits_per_byte",
+      title="Bits per byte",
+      caption=caption,
+      draw=functools.partial(plots.bits_per_byte, x=x, y=bits, rivals=rivals),
+  )
+
+
+def _max_violation(run: record.Record) -> Picture | str:
+  at, vio = record.nested(run.steps, "max_vio_per_layer")
+  if not vio.size:
+    return "MaxVio: no row has it; without MoE layers there is none."
+  return Picture(
+      name="max_violation",
+      title="Balance of the experts",
+      caption=(
+          "MaxVio: how far the busiest expert of a layer is above its even"
+          " share of a step's tokens, as a part of that share; running mean"
+          " over 2% of the run. At 0, all experts have the same load."
+      ),
+      draw=functools.partial(
+          plots.max_violation,
+          x=record.column(run.steps, "tokens")[at],
+          vio=vio,
+          names=record.router_names(run, vio.shape[1]),
+      ),
+  )
+
+
+def _load_maps(run: record.Record) -> Picture | str:
+  at, shares = record.shares(run)
+  if not shares.size:
+    return "Expert load: no row has it; without MoE layers there is none."
+  shown = plots.spread(len(at), SNAPSHOTS)
+  names = record.router_names(run, shares.shape[1])
+  rows = -(-len(shown) // 2)
+  return Picture(
+      name="expert_load",
+      title="Load of every expert",
+      caption=(
+          "Share of a layer's tokens that each expert received in one step,"
+          " relative to an even share. Blue experts were idle, orange ones"
+          " busy; an evenly used layer fades into the page. Layers count from"
+          " 0, dense ones have no experts."
+      ),
+      draw=functools.partial(
+          plots.load_maps,
+          shares=shares[shown],
+          titles=[f"step {run.steps[at[i]]['step']:,}" for i in shown],
+          names=names,
+      ),
+      height_in=1.2 + rows * (0.8 + 0.16 * min(16, len(names))),
+  )
+
+
+def _load_over_time(run: record.Record) -> Picture | str:
+  at, shares = record.shares(run)
+  if len(at) < 3:
+    return "Expert load over time: fewer than three rows have the loads."
+  n = shares.shape[1]
+  shown = min(n, plots.PANELS)
+  return Picture(
+      name="expert_load_over_time",
+      title="Load over time",
+      caption="The same shares through the whole run, a panel a layer."
+      + (f" {shown} of {n} layers are shown." if shown < n else ""),
+      draw=functools.partial(
+          plots.load_over_time,
+          x=record.column(run.steps, "tokens")[at],
+          shares=shares,
+          names=record.router_names(run, n),
+      ),
+      height_in=1.2 + 1.35 * -(-shown // 2),
+  )
+
+
+def _schedules(run: record.Record) -> Picture | str:
+  keys = {
+      "learning rate": "lr",
+      "step of the router bias": "bias_speed",
+      "weight of the MTP loss": "mtp_weight",
+  }
+  if not (curves := _curves(run, keys)):
+    return "Schedules: no row has a learning rate."
+  x = record.column(run.steps, "tokens")
+  return Picture(
+      name="schedules",
+      title="Schedules",
+      caption="What was set from outside, by the number of tokens seen.",
+      draw=functools.partial(plots.panels, x=x, curves=curves, noisy=False),
+      height_in=0.6 + 1.35 * len(curves),
+  )
+
+
+def _throughput(run: record.Record) -> Picture | str:
+  keys = {
+      "training tokens per second": "tokens_per_s",
+      "norm of the gradient before clipping": "grad_norm",
+  }
+  if not (curves := _curves(run, keys)):
+    return "Throughput: no row has tokens_per_s."
+  x = record.column(run.steps, "tokens")
+  return Picture(
+      name="throughput",
+      title="Throughput and gradients",
+      caption="Every step faint, a running mean over 2% of the run solid.",
+      draw=functools.partial(plots.panels, x=x, curves=curves, noisy=True),
+      height_in=0.6 + 1.35 * len(curves),
+  )
+
+
+def pictures(run: record.Record) -> list[Picture | str]:
+  """The pictures of a run, in order; a sentence stands for one it lacks."""
+  return [
+      _losses(run),
+      _bits_per_byte(run),
+      _max_violation(run),
+      _load_maps(run),
+      _load_over_time(run),
+      _schedules(run),
+      _throughput(run),
+  ]
+
+
+# --- the report ---
+
+
+def write(workdir: str | os.PathLike) -> pathlib.Path:
+  """Writes report.html and the pictures in report/ of a workdir.
+
+  Returns:
+    The path of the report.
+
+  Raises:
+    ValueError: there is no training step in the workdir.
+  """
+  run = record.read(workdir)
+  folder = pathlib.Path(workdir) / "report"
+  folder.mkdir(exist_ok=True)
+  figures, missing = [], list(run.missing)
+  for picture in pictures(run):
+    if isinstance(picture, str):
+      missing.append(picture)
+      continue
+    images = []
+    for suffix, theme in (("", plots.LIGHT), ("_dark", plots.DARK)):
+      png = plots.render(picture.draw, theme, picture.height_in)
+      (folder / f"{picture.name}{suffix}.png").write_bytes(png)
+      images.append(png)
+    figures.append(page.Figure(picture.title, picture.caption, *images))
+  text = page.html_of(run, figures, missing)
+  path = pathlib.Path(workdir) / "report.html"
+  partial = path.with_suffix(".partial")
+  # A model may write half a surrogate pair, which has no UTF-8.
+  partial.write_text(text, encoding="utf-8", errors="replace")
+  os.replace(partial, path)
+  return path
+
+
+def _parse(argv: Sequence[str]) -> str | None:
+  """The workdir; None after --help.
+
+  The flags are not the process-wide ones: an experiment that imports this
+  module has a --workdir of its own.
+
+  Raises:
+    ValueError: a flag is unknown or missing, or there are stray arguments.
+  """
+  known = flags.FlagValues()
+  flags.DEFINE_string(
+      "workdir", None, "folder of a training run", flag_values=known
+  )
+  flags.DEFINE_boolean("help", False, "show this help", flag_values=known)
+  try:
+    _, *stray = known(argv)
+  except flags.Error as error:
+    raise ValueError(str(error)) from error
+  if known.help:
+    print(__doc__, known.get_help(), sep="\n")
+    return None
+  if stray:
+    raise ValueError(f"stray arguments {' '.join(stray)!r}; flags are --a=b")
+  if not known.workdir:
+    raise ValueError("--workdir is missing: the folder of a training run")
+  return known.workdir
+
+
+def main(argv: Sequence[str]) -> int:
+  """Writes a report; returns the exit code."""
+  try:
+    if workdir := _parse(argv):
+      print(write(workdir))
+  except ValueError as error:
+    print(error, file=sys.stderr)
+    return 2
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv))

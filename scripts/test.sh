@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# From a fresh machine to tested: installs, lints, runs the suite.
+# usage: scripts/test.sh [--all]   (--all: the slow tests too)
+. "$(dirname "$0")/venv.sh" requirements-dev.txt
+case "${1:-}" in
+  "") selection="not slow" ;;
+  --all) selection="slow or not slow" ;;
+  *) echo "error: unknown argument $1; usage: scripts/test.sh [--all]" >&2
+     exit 2 ;;
+esac
+.venv/bin/ruff check .
+exec .venv/bin/python -m pytest -m "$selection" --durations=10

@@ -1,0 +1,107 @@
+import functools
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+import reference
+import testing
+
+from dsv3_jax import schema
+from dsv3_jax.model import experts
+from dsv3_jax.model import layers
+
+FORMS = (experts.block_ffn, experts.ragged_ffn, experts.dense_ffn)
+# M tokens, E experts, K of them chosen, widths D and F.
+SIZES = (
+    (1, 1, 1, 3, 5),
+    (1, 16, 16, 3, 7),
+    (7, 3, 3, 7, 5),
+    (7, 16, 4, 3, 1),
+    (130, 1, 1, 1, 3),
+    (130, 3, 2, 5, 7),
+    (130, 16, 4, 7, 9),
+    (600, 3, 2, 3, 5),  # several blocks an expert
+)
+EDGE = (130, 5, 1, 3, 7)  # for the cases of one shape
+
+
+def _inputs(m, e, k, d, f):
+  specs = schema.stack(layers.swiglu_specs(d, f, 0.1), e, "experts")
+  p = jax.tree.map(lambda w: 4 * w, testing.draw(specs))
+  rng = np.random.default_rng(m + e + k)
+  chosen = np.array([rng.permutation(e)[:k] for _ in range(m)], np.int32)
+  gates = rng.uniform(0.1, 1, (m, k)).astype(np.float32)
+  return p, testing.normal(m, d), chosen, gates
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _value_and_gradients(form, p, x, chosen, gates, dy):
+  y, vjp = jax.vjp(lambda p, x, gates: form(p, x, chosen, gates), p, x, gates)
+  return y, vjp(dy)
+
+
+def _check(form, p, x, chosen, gates):
+  m, (e, d, _, f) = len(x), p["gate_up"].shape
+  dy = testing.normal(*x.shape, seed=1)
+  y, gradients = _value_and_gradients(form, p, x, chosen, gates, dy)
+  p, x, gates, dy = reference.f64((p, x, gates, dy))
+  # Up, down, the sum over choices; backwards both again, then over tokens.
+  terms = 2 * (d + f) + chosen.shape[1] + m
+  testing.assert_close(y, reference.expert_ffn(p, x, chosen, gates), terms)
+  expected = reference.expert_ffn_gradients(p, x, chosen, gates, dy)
+  testing.assert_close(gradients, expected, terms)
+  return gradients
+
+
+class GroupedFfnTest(parameterized.TestCase):
+
+  @parameterized.parameters(*SIZES)
+  def test_values_and_gradients_match_the_reference(self, *size):
+    _check(experts.block_ffn, *_inputs(*size))
+
+  @parameterized.parameters(*FORMS)
+  def test_every_form_matches_it(self, form):
+    _check(form, *_inputs(*EDGE))
+
+  @parameterized.parameters(*FORMS)
+  def test_all_tokens_to_one_expert_and_none_to_the_others(self, form):
+    p, x, chosen, gates = _inputs(*EDGE)
+    dp, _, _ = _check(form, p, x, np.full_like(chosen, 3), gates)
+    for gradient in dp.values():
+      idle = np.delete(gradient, 3, axis=0)
+      np.testing.assert_array_equal(idle, np.zeros_like(idle))
+
+  @parameterized.parameters(*FORMS)
+  def test_an_expert_without_tokens(self, form):
+    p, x, chosen, gates = _inputs(*EDGE)
+    dp, _, _ = _check(form, p, x, np.where(chosen == 2, 4, chosen), gates)
+    for gradient in dp.values():
+      self.assertEqual(np.abs(gradient[2]).max(), 0)
+      self.assertGreater(np.abs(gradient[4]).max(), 0)
+
+  @parameterized.parameters(*FORMS)
+  def test_a_gate_of_zero_still_has_a_gradient(self, form):
+    p, x, chosen, gates = _inputs(*EDGE)
+    _, _, dgates = _check(form, p, x, chosen, 0 * gates)
+    self.assertGreater(np.abs(dgates).min(), 0)
+
+  def test_eager_is_compiled(self):
+    p, x, chosen, gates = jax.tree.map(jnp.asarray, _inputs(7, 3, 2, 5, 3))
+    eager = experts.block_ffn(p, x, chosen, gates)
+    compiled = jax.jit(experts.block_ffn)(p, x, chosen, gates)
+    testing.assert_close(eager, compiled, terms=5 + 3 + 2)
+
+  def test_default_form_is_not_the_reference(self):
+    p, x, chosen, gates = _inputs(130, 16, 4, 7, 9)
+    cost = {
+        form: jax.jit(form).lower(p, x, chosen, gates).as_text()
+        for form in (experts.grouped_ffn, experts.block_ffn)
+    }
+    self.assertIn("while", cost[experts.grouped_ffn])
+    self.assertEqual(*(text.count("dot_general") for text in cost.values()))
+
+
+if __name__ == "__main__":
+  absltest.main()

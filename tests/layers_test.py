@@ -1,0 +1,65 @@
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+import reference
+import testing
+
+from dsv3_jax.model import layers
+
+
+class RmsNormTest(parameterized.TestCase):
+
+  @parameterized.parameters(1e-4, 1.0, 1e4)
+  def test_matches_the_reference_at_any_scale(self, scale):
+    gain, x = testing.normal(33, seed=1), testing.normal(2, 5, 33, scale=scale)
+    actual = jax.jit(layers.rms_norm, static_argnums=2)(gain, x, 1e-6)
+    expected = reference.rms_norm(*reference.f64((gain, x)), 1e-6)
+    testing.assert_close(actual, expected, terms=33)
+
+  def test_zeros_stay_zeros(self):
+    def total(x):
+      return layers.rms_norm(jnp.ones(8), x, 1e-6).sum()
+
+    value, gradient = jax.value_and_grad(total)(jnp.zeros((2, 8)))
+    self.assertEqual(value, 0)
+    # d/dx (x * rsqrt(eps)) = 1000 at 0.
+    np.testing.assert_allclose(gradient, 1e3, rtol=2 * testing.EPS)
+
+  def test_statistics_of_bfloat16_are_float32(self):
+    x = jnp.asarray(testing.normal(4, 1024), jnp.bfloat16)
+    y = layers.rms_norm(jnp.ones(1024), x, 1e-6)
+    self.assertEqual(y.dtype, jnp.bfloat16)
+    expected = reference.rms_norm(1.0, np.asarray(x, np.float64), 1e-6)
+    # One rounding to 8 significant bits, 2^-8 of the value at most; a bfloat16
+    # mean of 1024 squares would be off by more.
+    np.testing.assert_allclose(
+        np.asarray(y, np.float64), expected, rtol=2**-8 + 1024 * testing.EPS
+    )
+
+
+class SwigluTest(absltest.TestCase):
+
+  def test_matches_the_reference(self):
+    p = testing.draw(layers.swiglu_specs(24, 40, 0.1))
+    x = testing.normal(2, 3, 24)
+    expected = reference.swiglu(*reference.f64((p, x)))
+    testing.assert_close(jax.jit(layers.swiglu)(p, x), expected, 24 + 40)
+
+  def test_gradients_match_the_reference(self):
+    p = testing.draw(layers.swiglu_specs(5, 7, 0.1))
+    x, dy = testing.normal(6, 5), testing.normal(6, 5, seed=1)
+    _, vjp = jax.vjp(layers.swiglu, p, x)
+    # One expert, chosen by everyone with gate 1, is the same function.
+    stacked, x64, dy64 = reference.f64(
+        ({n: w[None] for n, w in p.items()}, x, dy)
+    )
+    dp, dx, _ = reference.expert_ffn_gradients(
+        stacked, x64, np.zeros((6, 1), int), np.ones((6, 1)), dy64
+    )
+    testing.assert_close(vjp(dy), (reference.layer(dp, 0), dx), 5 + 7 + 5 + 6)
+
+
+if __name__ == "__main__":
+  absltest.main()

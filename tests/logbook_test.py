@@ -1,0 +1,219 @@
+"""Rows survive kills and resumes; progress suits terminals and pipes."""
+
+import io
+import json
+import pathlib
+import struct
+import tempfile
+from unittest import mock
+
+import numpy as np
+from absl.testing import absltest, parameterized
+from tensorboardX.proto import event_pb2
+
+from experiments import logbook
+
+
+class Terminal(io.StringIO):
+
+  def isatty(self):
+    return True
+
+
+def row(step: int, **more) -> dict:
+  """The row of a step."""
+  return {
+      "step": step,
+      "tokens": 8 * step,
+      "loss": 5.0 - step,
+      "tokens_per_s": 12_345.6,
+      "max_vio": 0.21,
+      "skipped_steps": 1,
+  } | more
+
+
+def events(workdir: pathlib.Path) -> list[event_pb2.Event]:
+  """Tensorboard events in the order of their files."""
+  found = []
+  for path in sorted((workdir / "tensorboard").iterdir()):
+    data = path.read_bytes()
+    while data:  # length, its checksum, event, its checksum
+      (length,) = struct.unpack("<Q", data[:8])
+      found.append(event_pb2.Event.FromString(data[12 : 12 + length]))
+      data = data[16 + length :]
+  return found
+
+
+class BookTestCase(parameterized.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    parent = self.enter_context(tempfile.TemporaryDirectory())
+    self.workdir = pathlib.Path(parent) / "run"  # the logbook makes it
+    self.metrics = self.workdir / "metrics.jsonl"
+    clock = mock.patch("time.monotonic", side_effect=lambda: self.now)
+    self.enter_context(clock)
+    self.enter_context(mock.patch.dict("os.environ", {"TERM": "xterm"}))
+    self.now = 100.0
+
+  def book(self, total=10, done=0, stream=None) -> logbook.Logbook:
+    return logbook.Logbook(self.workdir, total, done, stream or io.StringIO())
+
+
+class LogbookTest(BookTestCase):
+
+  def write(self, first: int, last: int) -> None:
+    with self.book(done=first - 1) as log:
+      for step in range(first, last + 1):
+        log.step(row(step))
+
+  def steps(self) -> list[int]:
+    return [r["step"] for r in logbook.read(self.metrics)]
+
+  def test_rows_round_trip(self):
+    load = np.arange(6, dtype=np.int32).reshape(2, 3)
+    evaluation = {"step": 1, "heldout_bpb": 1.5, "sample": "“a”\n\ud800"}
+    with self.book() as log:
+      log.step(row(1, load=load, lr=np.float32(0.5)))
+      log.evaluation(evaluation)
+    expected = row(1, load=load.tolist(), lr=0.5)
+    self.assertEqual(logbook.read(self.metrics), [expected, evaluation])
+
+  def test_a_row_is_on_disk_when_the_call_returns(self):
+    log = self.book()
+    log.step(row(1))
+    self.assertEqual(self.steps(), [1])
+    log.close()
+
+  def test_not_finite_is_null_in_strict_json(self):
+    def refuse(name):
+      raise ValueError(f"{name} is no JSON")
+
+    bad = [float("inf"), np.float32("nan"), 1.0]
+    stream = io.StringIO()
+    with self.book(stream=stream) as log:
+      log.step(row(1, loss=float("nan"), max_vio_per_layer=bad))
+    text = self.metrics.read_text()
+    parsed = json.loads(text, parse_constant=refuse)
+    self.assertIsNone(parsed["loss"])
+    self.assertEqual(parsed["max_vio_per_layer"], [None, None, 1.0])
+    self.assertIn("loss nan", stream.getvalue())
+
+  @parameterized.parameters(3, 5)
+  def test_resume_leaves_one_row_a_step(self, done):
+    self.write(1, 5)
+    with self.book(done=5) as log:
+      log.evaluation({"step": 5, "heldout_loss": 1.0})
+    self.write(done + 1, 6)
+    steps = [r["step"] for r in logbook.read(self.metrics) if "loss" in r]
+    self.assertEqual(steps, [1, 2, 3, 4, 5, 6])
+    self.assertLen(self.steps(), 7 if done == 5 else 6)
+    left = {p.name for p in self.workdir.iterdir()}
+    self.assertEqual(left, {"metrics.jsonl", "log.txt", "tensorboard"})
+
+  def test_resume_drops_a_torn_line(self):
+    self.write(1, 3)
+    text = self.metrics.read_text()
+    self.metrics.write_text(text[:-20])
+    self.write(3, 4)
+    self.assertEqual(self.steps(), [1, 2, 3, 4])
+    for line in self.metrics.read_text().splitlines():
+      json.loads(line)
+
+  def test_new_run_starts_an_empty_file(self):
+    self.write(1, 3)
+    self.write(1, 1)
+    self.assertEqual(self.steps(), [1])
+
+  def test_events_hold_the_scalars_and_purge_on_resume(self):
+    with self.book() as log:
+      log.step(row(1, max_vio_per_layer=[0.5, None], load=[[1, 2]]))
+      log.evaluation({"step": 1, "heldout_bpb": 1.5, "sample": "text"})
+    written = {
+        value.tag: value.simple_value
+        for event in events(self.workdir)
+        for value in event.summary.value
+    }
+    self.assertEqual(written["train/loss"], 4.0)
+    self.assertEqual(written["heldout/bpb"], 1.5)
+    self.assertEqual(written["max_vio/router_0"], 0.5)
+    self.assertNoCommonElements(
+        written, ["train/load", "max_vio/router_1", "train/step"]
+    )
+    self.write(2, 2)
+    starts = [e.step for e in events(self.workdir) if e.HasField("session_log")]
+    self.assertIn(2, starts)
+    self.assertLen(list((self.workdir / "tensorboard").iterdir()), 2)
+
+
+class ProgressTest(BookTestCase):
+
+  def test_pipe_gets_a_line_every_five_seconds(self):
+    stream = io.StringIO()
+    with self.book(stream=stream) as log:
+      for step in range(1, 9):
+        log.step(row(step))
+        self.now += 2
+    lines = stream.getvalue().splitlines()
+    shown = [line.split()[1] for line in lines]
+    self.assertEqual(shown, ["1/10", "4/10", "7/10", "8/10"])
+    self.assertNotIn("\r", stream.getvalue())
+    logged = (self.workdir / "log.txt").read_text().splitlines()
+    self.assertEqual([line.split("  ", 1)[1] for line in logged], lines)
+
+  def test_line_says_what_a_person_wants_to_know(self):
+    stream = io.StringIO()
+    with self.book(stream=stream) as log:
+      log.step(row(1))
+      log.evaluation({"step": 1, "heldout_loss": 4.0, "heldout_bpb": 1.987})
+      self.now += 60
+      log.step(row(4))
+    line = stream.getvalue().splitlines()[-1]
+    # Three steps took 60 s and six are left.
+    self.assertEqual(
+        line,
+        "step 4/10  loss 1.000  12,346 tok/s  2:00 left  MaxVio 0.21"
+        "  skipped 1  bpb 1.987",
+    )
+    self.assertLess(len(line), 90)
+
+  def test_terminal_rewrites_one_line(self):
+    stream = Terminal()
+    with self.book(stream=stream) as log:
+      for step in range(1, 5):
+        log.step(row(step))
+        self.now += 1
+      live = stream.getvalue()
+    self.assertNotIn("\n", live)
+    self.assertEqual(live.count("\r"), 4)
+    for state in live.split("\r")[1:]:
+      self.assertLess(len(state.removesuffix("\x1b[K")), 80)
+    self.assertEndsWith(stream.getvalue(), "\n")
+    self.assertEqual(stream.getvalue().count("\n"), 1)
+
+  def test_evaluation_always_gets_a_line_and_its_sample_one(self):
+    stream = Terminal()
+    with self.book(stream=stream) as log:
+      log.step(row(1))
+      log.evaluation({
+          "step": 1,
+          "heldout_loss": 4.0,
+          "heldout_bpb": None,
+          "sample": "one\ntwo\x1b[2J\r" + "x" * 200,
+      })
+    text = stream.getvalue().replace("\r\x1b[K", "")
+    self.assertIn("held-out loss 4.0000  nan bits per byte\n", text)
+    sample = text.splitlines()[-1]
+    self.assertStartsWith(sample, "  > one two\ufffd[2J xxx")
+    self.assertLess(len(sample), 101)
+
+  def test_letters_that_the_stream_cannot_show_are_escaped(self):
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii")
+    with self.book(stream=stream) as log:
+      log.note("“quoted”")
+    self.assertEqual(raw.getvalue(), b"\\u201cquoted\\u201d\n")
+
+
+if __name__ == "__main__":
+  absltest.main()

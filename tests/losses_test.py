@@ -1,0 +1,224 @@
+import types
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+import reference
+import testing
+
+from dsv3_jax import losses
+from dsv3_jax.model import transformer
+
+VOCAB = 37
+
+
+def _case(m, d=12):
+  rng = np.random.default_rng(m)
+  labels = jnp.asarray(rng.integers(VOCAB, size=m), jnp.int32)
+  weights = jnp.asarray(rng.uniform(0, 1, m), jnp.float32)
+  return testing.normal(m, d), testing.normal(d, VOCAB), labels, weights
+
+
+class CrossEntropyTest(parameterized.TestCase):
+
+  # One token, part of a chunk, a whole one, and a remainder.
+  @parameterized.parameters(
+      1, 7, losses.CHUNK, losses.CHUNK + 1, 2 * losses.CHUNK + 3
+  )
+  def test_value_and_gradients_match_the_reference(self, m):
+    hidden, head, labels, weights = _case(m)
+    run = jax.jit(jax.value_and_grad(losses.cross_entropy, (0, 1)))
+    value, gradients = run(hidden, head, labels, weights)
+    plain = jax.jit(losses.cross_entropy)(hidden, head, labels, weights)
+    hidden, head, weights = reference.f64((hidden, head, weights))
+    labels = np.asarray(labels)
+    expected = reference.cross_entropy(hidden, head, labels, weights)
+    # Logits, the normaliser, the sum over tokens.
+    terms = 12 + VOCAB + m
+    testing.assert_close((value, plain), (expected, expected), terms)
+    expected = reference.cross_entropy_gradients(hidden, head, labels, weights)
+    testing.assert_close(gradients, expected, terms)
+
+  def test_gradient_is_scaled_by_what_comes_after(self):
+    case = _case(7)
+    one = jax.grad(losses.cross_entropy, (0, 1))(*case)
+    three = jax.grad(lambda *a: 3 * losses.cross_entropy(*a), (0, 1))(*case)
+    testing.assert_close(three, jax.tree.map(lambda g: 3 * g, one), terms=2)
+
+  def test_ignored_labels_leave_value_and_gradient_alone(self):
+    hidden, head, labels, _ = _case(9)
+    ignored = labels.at[2:5].set(losses.IGNORE)
+    weights = losses.token_weights(ignored)
+    np.testing.assert_allclose(weights, [1 / 6] * 2 + [0] * 3 + [1 / 6] * 4)
+    run = jax.value_and_grad(losses.cross_entropy, (0, 1))
+    value, (dhidden, dhead) = run(hidden, head, ignored, weights)
+    kept = np.array([0, 1, 5, 6, 7, 8])
+    want, (want_dhidden, want_dhead) = run(
+        hidden[kept], head, labels[kept], jnp.full(6, 1 / 6, jnp.float32)
+    )
+    testing.assert_close(
+        (value, dhidden[kept], dhead), (want, want_dhidden, want_dhead), 12 + VOCAB + 9
+    )
+    self.assertEqual(np.abs(dhidden[2:5]).max(), 0)
+
+  def test_all_labels_ignored_is_zero(self):
+    hidden, head, labels, _ = _case(9)
+    ignored = jnp.full_like(labels, losses.IGNORE)
+    weights = losses.token_weights(ignored)
+    run = jax.value_and_grad(losses.cross_entropy, (0, 1))
+    for leaf in jax.tree.leaves(run(hidden, head, ignored, weights)):
+      np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
+
+  def test_huge_logits_stay_finite(self):
+    hidden, head, labels, weights = _case(9)
+    run = jax.value_and_grad(losses.cross_entropy, (0, 1))
+    result = run(1e4 * hidden, 1e4 * head, labels, weights)
+    for leaf in jax.tree.leaves(result):
+      self.assertTrue(np.isfinite(leaf).all())
+
+  def test_logits_of_all_tokens_never_exist(self):
+    m = 8 * losses.CHUNK
+    shapes = (m, 12), (12, VOCAB), (m,), (m,)
+    dtypes = jnp.float32, jnp.float32, jnp.int32, jnp.float32
+    arguments = map(jax.ShapeDtypeStruct, shapes, dtypes)
+    run = jax.jit(jax.value_and_grad(losses.cross_entropy, (0, 1)))
+    text = run.lower(*arguments).as_text()
+    self.assertIn(f"tensor<{losses.CHUNK}x{VOCAB}xf32>", text)
+    self.assertNotIn(f"tensor<{m}x{VOCAB}x", text)
+    self.assertNotIn(f"tensor<8x{losses.CHUNK}x{VOCAB}x", text)
+
+
+class BatchTest(parameterized.TestCase):
+
+  def test_labels_are_the_next_tokens(self):
+    data = losses.batch(np.array([[5, 6, 7, 8, 9]]), 10)
+    np.testing.assert_array_equal(data.tokens, [[5, 6, 7, 8]])
+    np.testing.assert_array_equal(data.labels, [[6, 7, 8, 9]])
+
+  @parameterized.parameters(
+      ([[1, 10]], r"token id 10 at \(0, 1\): must be in \[0, 10\)"),
+      ([[1, 2], [-3, 1]], r"token id -3 at \(1, 0\)"),
+      ([[1.0, 2.0]], "float64: expected integers"),
+  )
+  def test_refuses(self, rows, message):
+    with self.assertRaisesRegex(ValueError, message):
+      losses.batch(np.array(rows), 10)
+
+
+def _model(*assignments):
+  cfg = testing.tiny(
+      "vocab_size=41", "n_layers=2", "router.balance_weight=0.1", *assignments
+  )
+  params = testing.draw(transformer.specs(cfg))
+  bias = testing.normal(cfg.n_routers, 16, seed=1, scale=0.1)
+  return cfg, params, bias, testing.tokens(2, 8, vocab_size=41)
+
+
+def _gradients(params, bias, rows, cfg, remat):
+  """Gradients of the total loss, and the load."""
+  data = losses.batch(rows, cfg.vocab_size)
+  weights = losses.token_weights(data.labels)
+
+  def total(params):
+    out, load = losses.loss(
+        params, bias, data, weights, cfg.mtp.weight, cfg, remat=remat
+    )
+    return out.total, load
+
+  return jax.jit(jax.grad(total, has_aux=True))(params)
+
+
+class LossTest(parameterized.TestCase):
+
+  def test_mtp_labels_golden(self):
+    # Row a b c d e: depth 1 reads b c d, predicts c d e, divides by 4.
+    row, head = np.array([[0, 1, 2, 3, 4]]), testing.normal(6, 5)
+    state = testing.normal(1, 3, 6, seed=1)
+    hidden = testing.normal(1, 4, 6, seed=2)
+    seen = {}
+
+    def forward(params, bias, tokens, cfg, **_):
+      seen["tokens"] = tokens
+      return transformer.Output(
+          hidden, (state,), jnp.zeros((2, 16), jnp.int32), jnp.zeros(())
+      )
+
+    cfg = testing.tiny("d_model=6", "vocab_size=5")
+    data = losses.batch(row, 5)
+    fake = types.SimpleNamespace(forward=forward)
+    with absltest.mock.patch.object(losses, "transformer", fake):
+      out, _ = losses.loss(
+          {"head": head}, None, data, losses.token_weights(data.labels), 0.3, cfg
+      )
+    np.testing.assert_array_equal(seen["tokens"], [[0, 1, 2, 3]])
+    head, state = reference.f64((head, state))
+    want = reference.cross_entropy(state[0], head, [2, 3, 4], np.ones(3)) / 4
+    testing.assert_close(out.mtp, want, terms=6 + 5 + 3)
+    testing.assert_close(out.total, out.main + 0.3 * out.mtp, terms=3)
+
+  @parameterized.parameters(0, 2)
+  def test_matches_the_reference(self, depth):
+    cfg, params, bias, rows = _model(f"mtp.depth={depth}")
+    data = losses.batch(rows, 41)
+    weights = losses.token_weights(data.labels)
+    out, load = jax.jit(losses.loss, static_argnums=5)(
+        params, bias, data, weights, cfg.mtp.weight, cfg
+    )
+    params, bias = reference.f64((params, bias))
+    main, ahead, balance = reference.losses(params, bias, rows, cfg)
+    total = reference.total_loss(params, bias, rows, cfg)
+    # Two layers and the modules, see transformer_test; head and vocabulary.
+    terms = (2 + depth) * 465 + 64 + 41 + 14
+    testing.assert_close(
+        (out.total, out.main, out.mtp, out.balance),
+        (total, main, np.mean(ahead) if ahead else np.zeros(()), balance),
+        terms,
+    )
+    self.assertEqual(load.sum(), (14 * (1 + depth) - depth * (depth + 1)) * 4)
+
+  def test_remat_changes_no_count_and_no_gradient(self):
+    cfg, params, bias, rows = _model(
+        "n_layers=1", "n_dense_layers=0", "mtp.depth=0"
+    )
+    plain, load = _gradients(params, bias, rows, cfg, remat=False)
+    remat, remat_load = _gradients(params, bias, rows, cfg, remat=True)
+    np.testing.assert_array_equal(load, remat_load)
+    # The same operations fused differently, forwards and backwards.
+    testing.assert_close(remat, plain, 2 * (465 + 64 + 41) + 14)
+
+  def test_gradients_are_the_slopes_of_the_reference(self):
+    cfg, params, bias, rows = _model()
+    gradients, _ = _gradients(params, bias, rows, cfg, remat=True)
+    # Forwards and backwards through two layers, the module and the head.
+    terms = 2 * (3 * 465 + 64 + 41) + 14
+    self._check_slopes(params, bias, rows, cfg, gradients, terms)
+
+  def _check_slopes(self, params, bias, rows, cfg, gradients, terms):
+    """Each leaf's slope along a random direction, by central differences."""
+    params, bias = reference.f64((params, bias))
+    rng = np.random.default_rng(0)
+    for (path, leaf), gradient in zip(
+        jax.tree.leaves_with_path(params), jax.tree.leaves(gradients), strict=True
+    ):
+      direction, h = rng.normal(size=leaf.shape), 1e-5
+      leaf += h * direction  # in place: leaf is part of params
+      above = reference.total_loss(params, bias, rows, cfg)
+      leaf -= 2 * h * direction
+      below = reference.total_loss(params, bias, rows, cfg)
+      leaf += h * direction
+      slope = (above - below) / (2 * h)
+      gradient = np.asarray(gradient, np.float64)
+      # A sum of independent errors of the entries, and h^2 and 1e-16 / h.
+      error = terms * testing.EPS * np.abs(gradient).max() * leaf.size**0.5
+      self.assertAlmostEqual(
+          slope,
+          (gradient * direction).sum(),
+          delta=error + 1e-8,
+          msg=jax.tree_util.keystr(path),
+      )
+
+
+if __name__ == "__main__":
+  absltest.main()

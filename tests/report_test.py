@@ -1,0 +1,304 @@
+"""The report shows what a run has, says what it lacks, and stands alone."""
+
+import contextlib
+import html.parser
+import io
+import json
+import pathlib
+import tempfile
+
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from experiments import logbook
+from scripts import plots, record, report
+
+E, ROUTERS, STEPS, TOKENS = 16, 5, 488, 4096
+
+SETTINGS = {
+    "model.vocab_size": 2048,
+    "model.n_layers": 5,
+    "model.n_dense_layers": 1,
+    "model.router.n_experts": E,
+    "model.router.top_k": 4,
+    "model.moe.n_shared": 1,
+    "model.mtp.depth": 1,
+    "data.seq_len": 256,
+    "data.path": "",
+    "train.tokens": 2_000_000,
+    "train.batch_size": 16,
+}
+
+SAMPLE = """It was the evening of the day when the old lady came down to the
+house, and said she would not be <b>a moment</b> longer & that was all.
+
+“My dear,” said he, “you must be very tired.”"""
+
+
+def step_row(rng: np.random.Generator, step: int, total: int) -> dict:
+  """A row with the course that a real small run takes."""
+  t = step / total
+  main = 3.4 + 4.2 * np.exp(-9 * t) - 0.5 * t + rng.normal(0, 0.05)
+  skew = 1.3 * np.exp(-8 * t) + 0.03 + 0.08 * np.sin(12 * t) ** 2
+  tilt = np.sin(np.outer(np.arange(1, ROUTERS + 1), np.arange(E)))
+  share = np.exp(skew * tilt) + rng.normal(0, 0.05, (ROUTERS, E))
+  load = np.maximum(share, 0) / share.sum(-1, keepdims=True) * TOKENS * 4
+  load = np.round(load).astype(int)
+  vio = load.max(-1) / load.mean(-1) - 1
+  row = {
+      "step": step,
+      "tokens": step * TOKENS,
+      "loss": main * 1.3 + 0.3,
+      "main_loss": main,
+      "mtp_loss": main + 0.7 + rng.normal(0, 0.05),
+      "balance_loss": 1e-4,
+      "lr": 3e-3 * min(step / 30, 1) * (1 if t < 0.3 else 1.25 - 0.85 * t),
+      "grad_norm": 0.4 + 3 * np.exp(-20 * t) + rng.gamma(2, 0.05),
+      "tokens_per_s": 12_000 + rng.normal(0, 400) - 11_000 * (step == 1),
+      "max_vio": vio.max(),
+      "max_vio_per_layer": vio,
+      "bias_speed": 1e-3 if t < 0.97 else 0.0,
+      "mtp_weight": 0.3 if t < 0.5 else 0.1,
+      "skipped_steps": int(t > 0.4),
+  }
+  return row | ({"load": load} if step % 4 == 1 or step == total else {})
+
+
+def write_run(workdir: pathlib.Path, steps: int = STEPS) -> None:
+  """A workdir like that of a finished run."""
+  rng = np.random.default_rng(0)
+  with logbook.Logbook(workdir, steps, stream=io.StringIO()) as log:
+    for step in range(1, steps + 1):
+      row = step_row(rng, step, steps)
+      log.step(row)
+      if step % 50 == 0 or step == steps:
+        loss = row["main_loss"] + 0.1
+        bits = loss / np.log(2) / 2.9
+        log.evaluation({
+            "step": step,
+            "heldout_loss": loss,
+            "heldout_bpb": bits,
+            "sample": SAMPLE,
+        })
+  config = {"variant": "tiny", "seed": 0, "settings": SETTINGS}
+  env = {
+      "versions": {"jax": "0.10.2", "numpy": "2.4.6"},
+      "devices": ["cpu:0"],
+      "python": "3.11.14",
+      "git_revision": "0123abc",
+  }
+  summary = {
+      "parameters": 5_012_352,
+      "active_parameters": 2_345_472,
+      "bzip2_bpb": 1.99,
+      "xz_bpb": 2.21,
+      "train_seconds": 251.3,
+      "compile_seconds": 21.4,
+  }
+  for name, tree in (("config", config), ("env", env), ("summary", summary)):
+    (workdir / f"{name}.json").write_text(json.dumps(tree))
+
+
+class Elements(html.parser.HTMLParser):
+  """Collects elements and text, and checks that tags close in order."""
+
+  VOID = ("meta", "img", "source")
+
+  def __init__(self, text: str):
+    super().__init__()
+    self.found, self.open, self.text = [], [], ""
+    self.feed(text)
+
+  def handle_starttag(self, tag, attrs):
+    self.found.append((tag, dict(attrs)))
+    if tag not in self.VOID:
+      self.open.append(tag)
+
+  def handle_endtag(self, tag):
+    if self.open.pop() != tag:
+      raise ValueError(f"</{tag}> closes another element")
+
+  def handle_data(self, data):
+    self.text += data if "style" not in self.open else ""
+
+
+class ReportTest(parameterized.TestCase):
+
+  def workdir(self, rows=(), **files) -> pathlib.Path:
+    """A workdir with rows of metrics and files of JSON."""
+    path = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
+    if rows:
+      lines = "".join(json.dumps(row) + "\n" for row in rows)
+      (path / "metrics.jsonl").write_text(lines)
+    for name, tree in files.items():
+      (path / f"{name}.json").write_text(json.dumps(tree))
+    return path
+
+  def page_of(self, workdir: pathlib.Path) -> Elements:
+    elements = Elements(report.write(workdir).read_text(encoding="utf-8"))
+    self.assertEmpty(elements.open)
+    return elements
+
+  def test_complete_run_shows_everything_and_stands_alone(self):
+    workdir = self.workdir()
+    write_run(workdir, steps=60)
+    elements = self.page_of(workdir)
+    images = [a for tag, a in elements.found if tag == "img"]
+    self.assertLen(images, 7)
+    self.assertLen([1 for tag, _ in elements.found if tag == "source"], 7)
+    for image in images:
+      self.assertNotEmpty(image["alt"])
+    for _, attributes in elements.found:
+      self.assertNotIn("href", attributes)
+      for name in ("src", "srcset"):
+        data = attributes.get(name, "data:image/png;base64,")
+        self.assertStartsWith(data, "data:image/png;base64,")
+    text = (workdir / "report.html").read_text(encoding="utf-8")
+    for outside in ("http:", "https:", "<script", "<link", "url(", "@import"):
+      self.assertNotIn(outside, text)
+    for said in (
+        "5,012,352",
+        "2,345,472",
+        "bzip2 -9 needs 1.99",
+        "xz -9e needs 2.21",
+        "60 of 488",
+        "16 sequences of 256 tokens",
+        "4 min 11 s",
+        "0123abc",
+    ):
+      self.assertIn(said, elements.text)
+    self.assertNotIn("Not in this report", elements.text)
+    pictures = sorted(p.name for p in (workdir / "report").iterdir())
+    self.assertLen(pictures, 14)
+    for picture in (workdir / "report").iterdir():
+      self.assertStartsWith(picture.read_bytes(), b"\x89PNG")
+
+  def test_text_of_the_model_is_escaped(self):
+    rows = [
+        {"step": 1, "tokens": 8, "loss": 1.0},
+        {
+            "step": 1,
+            "heldout_loss": 1.0,
+            "heldout_bpb": 2.0,
+            "sample": "<img src=x onerror=alert(1)>&amp;\x1b[31m\ud800\ttab",
+        },
+    ]
+    settings = {"variant": "<b>", "settings": {"data.path": "<i>/x"}}
+    elements = self.page_of(self.workdir(rows, config=settings))
+    self.assertIn("<img src=x onerror=alert(1)>&amp;", elements.text)
+    self.assertIn("Training run: <b>", elements.text)
+    self.assertIn("<i>/x", elements.text)
+    self.assertNotIn("\x1b", elements.text)
+    tags = [tag for tag, _ in elements.found]
+    self.assertNotIn("i", tags)
+    self.assertFalse([a for _, a in elements.found if "onerror" in a])
+
+  def test_one_step_says_what_is_missing(self):
+    rows = [{"step": 1, "tokens": 4096, "loss": 7.6, "lr": 1e-4}]
+    elements = self.page_of(self.workdir(rows))
+    for said in (
+        "config.json: not written",
+        "Bits per byte: no held-out evaluation",
+        "MaxVio: no row has it",
+        "Expert load: no row has it",
+        "Throughput: no row",
+        "Samples: no evaluation",
+        "has not been evaluated",
+    ):
+      self.assertIn(said, elements.text)
+
+  @parameterized.named_parameters(
+      ("every_loss_nan", {"loss": None, "main_loss": None}),
+      ("no_mtp", {"loss": 1.0, "main_loss": 1.0, "mtp_loss": None}),
+      ("idle_layer", {"loss": 1, "load": [[0, 0], [1, 3]]}),
+      ("nan_violation", {"loss": 1, "max_vio_per_layer": [None, 0.5]}),
+  )
+  def test_odd_rows_are_drawn(self, row):
+    rows = [{"step": 1, "tokens": 4} | row, {"step": 2, "tokens": 8, "loss": 1}]
+    rows.append({"step": 2, "heldout_loss": None, "heldout_bpb": None})
+    self.page_of(self.workdir(rows[: 1 if row["loss"] is None else None]))
+
+  def test_many_layers_and_experts(self):
+    load = np.random.default_rng(0).integers(50, 150, (4, 59, 256))
+    vio = load.max(-1) / load.mean(-1) - 1
+    rows = [
+        {
+            "step": i + 1,
+            "tokens": 1000 * (i + 1),
+            "loss": 1.0,
+            "load": load[i].tolist(),
+            "max_vio_per_layer": vio[i].tolist(),
+        }
+        for i in range(4)
+    ]
+    settings = {"model": {"n_dense_layers": 3, "mtp": {"depth": 1}}}
+    workdir = self.workdir(rows, config=settings)
+    self.assertIn("12 of 59 layers", self.page_of(workdir).text)
+    names = record.router_names(record.read(workdir), 59)
+    self.assertEqual(names[:1] + names[-2:], ["layer 3", "layer 60", "MTP 1"])
+
+  def test_final_violation_is_of_the_last_tenth(self):
+    rows = [
+        {"step": i, "tokens": i, "loss": 1.0, "max_vio_per_layer": [9.0, 9.0]}
+        for i in range(1, 19)
+    ]
+    rows.append(rows[0] | {"step": 19, "max_vio_per_layer": [0.2, 0.5]})
+    rows.append(rows[0] | {"step": 20, "max_vio_per_layer": [0.4, 0.1]})
+    run = record.read(self.workdir(rows))
+    means = record.final_violation(run)
+    np.testing.assert_allclose(means["router 0"], (0.3, 0.4), rtol=1e-15)
+    np.testing.assert_allclose(means["router 1"], (0.3, 0.5), rtol=1e-15)
+
+  def test_a_run_that_is_writing_can_be_read(self):
+    workdir = self.workdir([{"step": 1, "tokens": 8, "loss": 1.0}])
+    with open(workdir / "metrics.jsonl", "a") as file:
+      file.write('{"step": 2, "tok')
+    (workdir / "summary.json").write_text('{"parame')
+    self.assertLen(record.read(workdir).steps, 1)
+    self.assertIn("summary.json: not valid JSON", self.page_of(workdir).text)
+
+  @parameterized.named_parameters(
+      ("unknown_flag", ["--wrkdir={}"], "Unknown command line flag 'wrkdir'"),
+      ("stray", ["--workdir={}", "more"], "stray arguments 'more'"),
+      ("no_workdir", [], "--workdir is missing"),
+      ("no_metrics", ["--workdir={}"], "has no metrics.jsonl"),
+  )
+  def test_bad_call_exits_2(self, arguments, message):
+    empty = self.enter_context(tempfile.TemporaryDirectory())
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr):
+      code = report.main(["report", *(a.format(empty) for a in arguments)])
+    self.assertEqual(code, 2)
+    self.assertIn(message, stderr.getvalue())
+
+  def test_call_prints_the_path(self):
+    workdir = self.workdir([{"step": 1, "tokens": 8, "loss": 1.0}])
+    stdout = io.StringIO()
+    with contextlib.redirect_stdout(stdout):
+      self.assertEqual(report.main(["report", f"--workdir={workdir}"]), 0)
+    self.assertEqual(stdout.getvalue(), f"{workdir}/report.html\n")
+
+
+class PlotsTest(parameterized.TestCase):
+
+  def test_smooth_keeps_a_line_and_skips_nan(self):
+    y = np.full(9, 2.0)
+    y[4] = np.nan
+    np.testing.assert_allclose(plots.smooth(y, 3), 2.0, rtol=1e-15)
+
+  @parameterized.parameters((1, [0]), (3, [0, 1, 2]), (10, [0, 3, 6, 9]))
+  def test_spread_keeps_both_ends(self, n, expected):
+    self.assertEqual(plots.spread(n, 4), expected)
+
+  @parameterized.parameters(
+      (9_990, "9,990"),
+      (25e4, "250 k"),
+      (5_012_352, "5.01 M"),
+      (671_026_404_352, "671 B"),
+  )
+  def test_count(self, n, expected):
+    self.assertEqual(plots.count(n), expected)
+
+
+if __name__ == "__main__":
+  absltest.main()

@@ -1,0 +1,83 @@
+"""Seeded inputs, small configs and the one tolerance rule of the tests."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3_jax import config
+from dsv3_jax import schema
+
+EPS = float(np.finfo(np.float32).eps)
+
+TINY = config.Model(
+    vocab_size=512,
+    d_model=64,
+    n_layers=4,
+    n_dense_layers=1,
+    dense_ffn_dim=128,
+    mla=config.MLA(
+        n_heads=4, q_rank=32, kv_rank=16, nope_dim=16, rope_dim=8, v_dim=16
+    ),
+    moe=config.MoE(n_shared=1, ffn_dim=32),
+    router=config.Router(n_experts=16, top_k=4, n_groups=8, top_groups=4),
+    mtp=config.MTP(depth=1),
+)
+
+
+def tiny(*assignments: str) -> config.Model:
+  """The small model of the tests with settings replaced."""
+  return config.override(TINY, *assignments)
+
+
+def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> jax.Array:
+  """N(0, scale^2) in float32."""
+  return jnp.float32(scale * np.random.default_rng(seed).normal(size=shape))
+
+
+def tokens(*shape: int, vocab_size: int, seed: int = 0) -> np.ndarray:
+  """Uniform token ids, int32."""
+  rng = np.random.default_rng(seed)
+  return rng.integers(vocab_size, size=shape, dtype=np.int32)
+
+
+def draw(specs: schema.Specs, seed: int = 0) -> schema.Params:
+  """Parameters at scales where every term matters.
+
+  Weights are near 1 / sqrt(d) of the tiny model, so that each layer keeps the
+  size of its input; gains differ from 1, so that forgetting one is seen.
+  """
+  rng = np.random.default_rng(seed)
+
+  def leaf(spec):
+    noise = rng.normal(size=spec.shape)
+    is_gain = spec.axes[-1] == "norm"
+    value = 1 + 0.2 * noise if is_gain else 0.12 * noise
+    return jnp.asarray(value, spec.dtype)
+
+  return jax.tree.map(leaf, specs)
+
+
+def assert_close(actual, expected, terms: int) -> None:
+  """Each float32 array is within terms * eps of the float64 one.
+
+  A float32 sum of n products is off by at most n * eps / 2 of the sum of their
+  absolute values (Higham, Accuracy and Stability of Numerical Algorithms,
+  section 3.1), and errors of chained sums add up: `terms` is the total length
+  of the contractions on the longest way from the inputs. The unit is the
+  largest entry expected, which is smaller than that sum of absolute values by
+  about sqrt(n); roundings of random sign gain as much.
+  """
+  expected_leaves = jax.tree.leaves_with_path(expected)
+  actual_leaves = jax.tree.leaves(actual)
+  assert len(actual_leaves) == len(expected_leaves)
+  for got, (path, want) in zip(actual_leaves, expected_leaves, strict=True):
+    want = np.asarray(want, np.float64)
+    assert np.shape(got) == want.shape, (path, np.shape(got), want.shape)
+    if want.size:
+      np.testing.assert_allclose(
+          np.asarray(got, np.float64),
+          want,
+          rtol=0,
+          atol=terms * EPS * np.abs(want).max(),
+          err_msg=jax.tree_util.keystr(path),
+      )
