@@ -254,6 +254,7 @@ class Train:
   batch_size: int = number(low=1)  # sequences an optimizer step
   micro_batches: int = number(1, low=1)  # a step is accumulated over so many
   remat: str = choice("none", "block")  # recompute each block in the backward
+  scan_layers: bool = True  # false: unrolled, faster on CPU, compiles longer
   max_bad_steps: int = number(8, low=0)  # non-finite steps in a row: exit 3
 
   def relations(self) -> Iterator[str]:

@@ -110,7 +110,7 @@ def _cross_entropy_fwd(hidden, head, labels, weights):
     total, dhead = carry
     x, label, weight = chunk
     nll, logits, lse = _chunk_nll(chunk, head)
-    hit = label[:, None] == jnp.arange(head.shape[1])
+    hit = jax.nn.one_hot(label, head.shape[1], dtype=jnp.bool_)
     dlogits = (jnp.exp(logits - lse[:, None]) - hit) * weight[:, None]
     dlogits = dlogits.astype(x.dtype)
     dhead += jnp.dot(x.T, dlogits, preferred_element_type=jnp.float32)
@@ -141,6 +141,7 @@ def loss(
     cfg: config.Model,
     *,
     remat: bool = False,
+    scan: bool = True,
     experts: moe.Experts = experts_lib.grouped_ffn,
 ) -> tuple[Losses, jax.Array]:
   """Main, MTP and balance losses of a batch (eq. 17-25).
@@ -156,13 +157,14 @@ def loss(
     mtp_weight: lambda.
     cfg: the model.
     remat: recompute each block in the backward pass.
+    scan: loop over layers instead of unrolling them.
     experts: computes the routed experts.
 
   Returns:
     The losses and the load of every router, [n_routers, E] int32.
   """
   out = transformer.forward(
-      params, bias, data.tokens, cfg, remat=remat, experts=experts
+      params, bias, data.tokens, cfg, remat=remat, scan=scan, experts=experts
   )
 
   def term(hidden, shift):

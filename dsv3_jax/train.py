@@ -73,6 +73,7 @@ def gradients(
         weight,
         run.model,
         remat=run.train.remat == "block",
+        scan=run.train.scan_layers,
     )
     balance = terms.balance * share
     total = terms.main + weight * terms.mtp + balance
@@ -177,12 +178,13 @@ def fit(
     if pending:
       report(*pending)
     pending = (done, metrics)
-    if done % run.evaluate.every == 0 or done == stop:
+    evaluating = done % run.evaluate.every == 0 or done == stop
+    saving = done % run.checkpoint.every == 0 or done == stop
+    if evaluating or saving:  # what is saved has been reported
       report(*pending)
       pending = None
+    if evaluating:
       evaluate(state)
-    if done % run.checkpoint.every == 0 or done == stop:
+    if saving:
       save(state)
-  if pending:
-    report(*pending)
   return state

@@ -59,8 +59,8 @@ def sample_text(
 class _Reporter:
   """Turns the metrics of steps into rows of the logbook."""
 
-  def __init__(self, book: logbook.Logbook, run: config.Run):
-    self._book, self._run = book, run
+  def __init__(self, book: logbook.Logbook, run: config.Run, stop: int):
+    self._book, self._run, self._stop = book, run, stop
     self._time = time.monotonic()
     self._bad_in_a_row = 0
     self.train_s = 0.0
@@ -84,7 +84,8 @@ class _Reporter:
     row["tokens_per_s"] = self._run.tokens_per_step / seconds
     if metrics["load"].size:
       row["max_vio"] = metrics["max_vio_per_layer"].max()
-    if (done - 1) % max(self._run.total_steps // LOADS, 1) == 0:
+    every = max(self._run.total_steps // LOADS, 1)
+    if done % every == 0 or done in (1, self._stop):
       row["load"] = metrics["load"]
     self._book.step(row)
     self._bad_in_a_row = 0 if metrics["finite"] else self._bad_in_a_row + 1
@@ -153,7 +154,7 @@ def execute(command: common.Command) -> None:
         f"{command.variant}: {first} of {command.stop} steps done,"
         f" {data.train.n_tokens:,} tokens of text an epoch"
     )
-    reporter = _Reporter(book, run)
+    reporter = _Reporter(book, run, command.stop)
     final = {}
 
     def evaluate(state):

@@ -353,7 +353,7 @@ def html_of(
       '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
       f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
       f"<h1>{title}</h1>\n"
-      f"<p class=sub>{html.escape(run.name)}</p>\n"
+      f"<p class=sub>workdir {html.escape(run.name)}</p>\n"
       f"<p>{html.escape(_summary(run, r))}</p>\n"
       f"<div class=tiles>\n{tiles}</div>\n"
       + "".join(map(_figure_html, figures))

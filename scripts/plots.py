@@ -121,7 +121,11 @@ def _window(n: int) -> int:
   return max(1, n // 50)
 
 
-def _token_axis(axes: Axes, *, label: bool = True) -> None:
+def _scales(axes: Axes, *, label: bool = True, ticks: int = 6) -> None:
+  """Training tokens to the right, and about as many ticks upwards as given."""
+  # The default number of ticks depends on the room that the layout leaves,
+  # and this on the width of their labels: a label could be cut off.
+  axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(ticks))
   axes.grid(True, linewidth=0.8)
   axes.xaxis.set_major_formatter(lambda n, _: count(n))
   axes.set_xlim(left=0)
@@ -158,7 +162,7 @@ def losses(
   for label, (at, y) in points.items():
     axes.plot(at, y, marker="o", markersize=4, label=label, zorder=3)
   axes.set_ylabel("cross-entropy (nats per token)")
-  _token_axis(axes)
+  _scales(axes)
   figure.legend(loc="outside upper left", ncols=4)
 
 
@@ -178,7 +182,7 @@ def bits_per_byte(
     text = f"{name} {value:.2f}"
     axes.annotate(text, (1, value), (0, 3), edge, va="bottom", **left)
   axes.set_ylabel("bits per byte of held-out text")
-  _token_axis(axes)
+  _scales(axes)
   axes.margins(y=0.12)
 
 
@@ -206,7 +210,7 @@ def max_violation(
   bar.outline.set_visible(False)
   axes.set_ylabel("MaxVio (0: even load)")
   axes.set_ylim(bottom=0)
-  _token_axis(axes)
+  _scales(axes)
 
 
 def load_maps(
@@ -311,6 +315,5 @@ def panels(
     axes.set_title(label, loc="left")
     axes.margins(y=0.12)
     axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
     axes.yaxis.set_major_formatter("{x:,g}")
-    _token_axis(axes, label=axes is grid[-1])
+    _scales(axes, label=axes is grid[-1], ticks=4)

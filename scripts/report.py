@@ -50,7 +50,7 @@ def _losses(run: record.Record) -> Picture | str:
   if "MTP" in curves:
     caption += (
         " MTP is the loss of the multi-token prediction modules, which predict"
-        " further ahead and so stay above the main model."
+        " further ahead and so end above the main model."
     )
   points = {}
   if (heldout := record.column(run.evals, "heldout_loss")) is not None:

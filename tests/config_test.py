@@ -1,12 +1,10 @@
 import dataclasses
 import math
 
-from absl.testing import absltest
-from absl.testing import parameterized
 import testing
+from absl.testing import absltest, parameterized
 
-from dsv3_jax import config
-from dsv3_jax import presets
+from dsv3_jax import config, presets
 
 RUN = presets.TINY
 
@@ -15,79 +13,79 @@ class FieldTest(parameterized.TestCase):
   """What a class refuses by itself; every message names value and limit."""
 
   @parameterized.parameters(
-      # MLA
-      ("mla.n_heads", 0, "at least 1"),
-      ("mla.q_rank", -1, "at least 0"),
-      ("mla.kv_rank", 0, "at least 1"),
-      ("mla.nope_dim", 0, "at least 1"),
-      ("mla.rope_dim", 1, "at least 2"),
-      ("mla.rope_dim", 7, "must be even"),
-      ("mla.v_dim", 0, "at least 1"),
-      ("mla.rope_theta", 0.0, "above 0"),
-      # Router
-      ("router.n_experts", 0, "at least 1"),
-      ("router.top_k", 0, "at least 1"),
-      ("router.top_k", 17, "at most 8"),
-      ("router.top_k", 9, "at most 8, the experts in top_groups=2"),
-      ("router.n_groups", 0, "at least 1"),
-      ("router.n_groups", 5, "must divide n_experts=16; 1, 2, 4, 8, 16 do"),
-      ("router.top_groups", 0, "at least 1"),
-      ("router.top_groups", 5, "at most n_groups=4"),
-      ("router.score", "sigmoit", "did you mean 'sigmoid'"),
-      ("router.scale", 0.0, "above 0"),
-      ("router.bias_speed", -1e-3, "at least 0"),
-      ("router.balance_weight", -1.0, "at least 0"),
-      ("router.balance_map", "both", "one of scores, routed"),
-      # MoE, MTP, Model
-      ("moe.n_shared", -1, "at least 0"),
-      ("moe.ffn_dim", 0, "at least 1"),
-      ("mtp.depth", -1, "at least 0"),
-      ("mtp.weight", -0.1, "at least 0"),
-      ("mtp.late_weight", -0.1, "at least 0"),
-      ("mtp.hidden", "postnorm", "did you mean 'post_norm'"),
-      ("vocab_size", 3, "at least 4"),
-      ("d_model", 0, "at least 1"),
-      ("n_layers", 0, "at least 1"),
-      ("n_dense_layers", -1, "at least 0"),
-      ("n_dense_layers", 6, "at most n_layers=5"),
-      ("dense_ffn_dim", 0, "at least 1"),
-      ("norm_eps", 0.0, "above 0"),
-      ("init_std", 0.0, "above 0"),
-      # Data, Optim, Schedule, Train
-      ("data.tokenizer", "deep_seek", "did you mean 'deepseek'"),
-      ("data.seq_len", 0, "at least 1"),
-      ("data.heldout", 0.0, "above 0"),
-      ("data.heldout", 0.6, "at most 0.5"),
-      ("data.on_bad_text", "ignore", "one of error, replace, skip"),
-      ("optim.peak_lr", -1.0, "above 0"),
-      ("optim.min_lr", -1.0, "at least 0"),
-      ("optim.tail_lr", -1.0, "at least 0"),
-      ("optim.beta1", 1.5, "at most 1"),
-      ("optim.beta2", -0.1, "at least 0"),
-      ("optim.eps", 0.0, "above 0"),
-      ("optim.weight_decay", -0.1, "at least 0"),
-      ("optim.clip_norm", 0.0, "above 0"),
-      ("optim.moments", "float16", "one of float32, bfloat16"),
-      ("schedule.warmup_steps", -1, "at least 0"),
-      ("schedule.bias_until", 1.1, "at most 1"),
-      ("schedule.mtp_until", -0.1, "at least 0"),
-      ("schedule.constant_until", 0.99, "must not fall"),
-      ("train.tokens", 0, "at least 1"),
-      ("train.batch_size", 0, "at least 1"),
-      ("train.micro_batches", 3, "must divide batch_size=16"),
-      ("train.remat", "full", "one of none, block"),
-      ("train.max_bad_steps", -1, "at least 0"),
-      # Precision, Checkpoint, Evaluate, Run
-      ("precision.recipe", "fp16", "did you mean 'fp"),
-      ("checkpoint.every", 0, "at least 1"),
-      ("checkpoint.keep", 0, "at least 1"),
-      ("evaluate.every", 0, "at least 1"),
-      ("evaluate.batch_size", 0, "at least 1"),
-      ("evaluate.sample_tokens", -1, "at least 0"),
-      ("data.seq_len", 1, "above MTP.depth=1"),
-      ("train.tokens", 4095, "at least one step of batch_size * seq_len = 4096"),
-      ("schedule.warmup_steps", 10_000, "at most the 488 steps"),
-  )  # fmt: skip
+    # MLA
+    ("mla.n_heads", 0, "at least 1"),
+    ("mla.q_rank", -1, "at least 0"),
+    ("mla.kv_rank", 0, "at least 1"),
+    ("mla.nope_dim", 0, "at least 1"),
+    ("mla.rope_dim", 1, "at least 2"),
+    ("mla.rope_dim", 7, "must be even"),
+    ("mla.v_dim", 0, "at least 1"),
+    ("mla.rope_theta", 0.0, "above 0"),
+    # Router
+    ("router.n_experts", 0, "at least 1"),
+    ("router.top_k", 0, "at least 1"),
+    ("router.top_k", 17, "at most 8"),
+    ("router.top_k", 9, "at most 8, the experts in top_groups=2"),
+    ("router.n_groups", 0, "at least 1"),
+    ("router.n_groups", 5, "must divide n_experts=16; 1, 2, 4, 8, 16 do"),
+    ("router.top_groups", 0, "at least 1"),
+    ("router.top_groups", 5, "at most n_groups=4"),
+    ("router.score", "sigmoit", "did you mean 'sigmoid'"),
+    ("router.scale", 0.0, "above 0"),
+    ("router.bias_speed", -1e-3, "at least 0"),
+    ("router.balance_weight", -1.0, "at least 0"),
+    ("router.balance_map", "both", "one of scores, routed"),
+    # MoE, MTP, Model
+    ("moe.n_shared", -1, "at least 0"),
+    ("moe.ffn_dim", 0, "at least 1"),
+    ("mtp.depth", -1, "at least 0"),
+    ("mtp.weight", -0.1, "at least 0"),
+    ("mtp.late_weight", -0.1, "at least 0"),
+    ("mtp.hidden", "postnorm", "did you mean 'post_norm'"),
+    ("vocab_size", 3, "at least 4"),
+    ("d_model", 0, "at least 1"),
+    ("n_layers", 0, "at least 1"),
+    ("n_dense_layers", -1, "at least 0"),
+    ("n_dense_layers", 6, "at most n_layers=5"),
+    ("dense_ffn_dim", 0, "at least 1"),
+    ("norm_eps", 0.0, "above 0"),
+    ("init_std", 0.0, "above 0"),
+    # Data, Optim, Schedule, Train
+    ("data.tokenizer", "deep_seek", "did you mean 'deepseek'"),
+    ("data.seq_len", 0, "at least 1"),
+    ("data.heldout", 0.0, "above 0"),
+    ("data.heldout", 0.6, "at most 0.5"),
+    ("data.on_bad_text", "ignore", "one of error, replace, skip"),
+    ("optim.peak_lr", -1.0, "above 0"),
+    ("optim.min_lr", -1.0, "at least 0"),
+    ("optim.tail_lr", -1.0, "at least 0"),
+    ("optim.beta1", 1.5, "at most 1"),
+    ("optim.beta2", -0.1, "at least 0"),
+    ("optim.eps", 0.0, "above 0"),
+    ("optim.weight_decay", -0.1, "at least 0"),
+    ("optim.clip_norm", 0.0, "above 0"),
+    ("optim.moments", "float16", "one of float32, bfloat16"),
+    ("schedule.warmup_steps", -1, "at least 0"),
+    ("schedule.bias_until", 1.1, "at most 1"),
+    ("schedule.mtp_until", -0.1, "at least 0"),
+    ("schedule.constant_until", 0.99, "must not fall"),
+    ("train.tokens", 0, "at least 1"),
+    ("train.batch_size", 0, "at least 1"),
+    ("train.micro_batches", 3, "must divide batch_size=16"),
+    ("train.remat", "full", "one of none, block"),
+    ("train.max_bad_steps", -1, "at least 0"),
+    # Precision, Checkpoint, Evaluate, Run
+    ("precision.recipe", "fp16", "one of fp32, bf16"),
+    ("checkpoint.every", 0, "at least 1"),
+    ("checkpoint.keep", 0, "at least 1"),
+    ("evaluate.every", 0, "at least 1"),
+    ("evaluate.batch_size", 0, "at least 1"),
+    ("evaluate.sample_tokens", -1, "at least 0"),
+    ("data.seq_len", 1, "above MTP.depth=1"),
+    ("train.tokens", 4095, "one step of batch_size * seq_len = 4096"),
+    ("schedule.warmup_steps", 10_000, "at most the 488 steps"),
+  )
   def test_refuses(self, path, value, message):
     with self.assertRaises(ValueError) as raised:
       config.override(RUN, f"{path}={value}")
@@ -97,7 +95,7 @@ class FieldTest(parameterized.TestCase):
     self.assertIn(str(value), text)
 
   @parameterized.parameters(
-      path for path, value in config.leaves(RUN).items() if type(value) is float
+    path for path, value in config.leaves(RUN).items() if type(value) is float
   )
   def test_refuses_what_is_not_finite(self, path):
     for value in ("nan", "inf", "-inf"):
@@ -105,7 +103,7 @@ class FieldTest(parameterized.TestCase):
         config.override(RUN, f"{path}={value}")
 
   @parameterized.parameters(
-      dict(n_heads=2.0), dict(n_heads="2"), dict(n_heads=True), dict(q_rank=None)
+    dict(n_heads=2.0), dict(n_heads="2"), dict(n_heads=True), dict(q_rank=None)
   )
   def test_refuses_other_types(self, **fields):
     with self.assertRaisesRegex(ValueError, "expected int"):
@@ -113,7 +111,7 @@ class FieldTest(parameterized.TestCase):
 
   def test_an_integer_is_a_fine_float(self):
     self.assertEqual(
-        dataclasses.replace(RUN.model.mla, rope_theta=500).rope_theta, 500
+      dataclasses.replace(RUN.model.mla, rope_theta=500).rope_theta, 500
     )
 
   def test_a_class_lists_all_its_problems(self):
@@ -130,19 +128,21 @@ class FieldTest(parameterized.TestCase):
 
 
 class OverrideTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      ("model.mla.n_heads=4", "model.mla.n_heads", 4),
-      ("mla.n_heads=4", "model.mla.n_heads", 4),
-      ("router.bias_speed=0", "model.router.bias_speed", 0.0),
-      ("router.renormalize=False", "model.router.renormalize", False),
-      ("router.renormalize=1", "model.router.renormalize", True),
-      ("train.tokens=1e9", "train.tokens", 10**9),
-      ("optim.peak_lr=1e-3", "optim.peak_lr", 1e-3),
-      ("data.path=/a=b", "data.path", "/a=b"),
+    ("model.mla.n_heads=4", "model.mla.n_heads", 4),
+    ("mla.n_heads=4", "model.mla.n_heads", 4),
+    ("router.bias_speed=0", "model.router.bias_speed", 0.0),
+    ("router.renormalize=False", "model.router.renormalize", False),
+    ("router.renormalize=1", "model.router.renormalize", True),
+    ("train.tokens=1e9", "train.tokens", 10**9),
+    ("optim.peak_lr=1e-3", "optim.peak_lr", 1e-3),
+    ("data.path=/a=b", "data.path", "/a=b"),
   )
   def test_sets_one_value_of_the_right_type(self, text, path, value):
-    before, after = config.leaves(RUN), config.leaves(config.override(RUN, text))
+    before, after = (
+      config.leaves(RUN),
+      config.leaves(config.override(RUN, text)),
+    )
     self.assertEqual(after[path], value)
     self.assertIs(type(after[path]), type(before[path]))
     after[path] = before[path]
@@ -156,27 +156,27 @@ class OverrideTest(parameterized.TestCase):
   def test_lists_all_problems_at_once_with_suggestions(self):
     with self.assertRaises(ValueError) as raised:
       config.override(
-          RUN,
-          "mla.n_head=4",
-          "optim.peak_lr=fast",
-          "router.top_k=99",
-          "train.micro_batches=5",
-          "mtp.depth",
-          "mla.rope_dim=9",
-          "data.seq_len=1.5",
-          "router.renormalize=maybe",
+        RUN,
+        "mla.n_head=4",
+        "optim.peak_lr=fast",
+        "router.top_k=99",
+        "train.micro_batches=5",
+        "mtp.depth",
+        "mla.rope_dim=9",
+        "data.seq_len=1.5",
+        "router.renormalize=maybe",
       )
     lines = str(raised.exception).splitlines()
     self.assertLen(lines, 8)
     for words in (
-        ("mla.n_head", "did you mean 'mla.n_heads'?"),
-        ("optim.peak_lr='fast'", "expected float"),
-        ("Router.top_k=99", "at most 8"),
-        ("Train.micro_batches=5", "must divide batch_size=16"),
-        ("'mtp.depth'", "expected path=value"),
-        ("MLA.rope_dim=9", "even", "try 10"),
-        ("data.seq_len='1.5'", "expected int"),
-        ("router.renormalize='maybe'", "expected bool"),
+      ("mla.n_head", "did you mean 'mla.n_heads'?"),
+      ("optim.peak_lr='fast'", "expected float"),
+      ("Router.top_k=99", "at most 8"),
+      ("Train.micro_batches=5", "must divide batch_size=16"),
+      ("'mtp.depth'", "expected path=value"),
+      ("MLA.rope_dim=9", "even", "try 10"),
+      ("data.seq_len='1.5'", "expected int"),
+      ("router.renormalize='maybe'", "expected bool"),
     ):
       matching = [line for line in lines if all(word in line for word in words)]
       self.assertLen(matching, 1, (words, lines))
@@ -189,53 +189,146 @@ class OverrideTest(parameterized.TestCase):
     old = config.leaves(RUN)
     new = config.leaves(config.override(RUN, "d_model=256", "optim.beta2=0.9"))
     self.assertEqual(
-        config.difference(old, new),
-        ["model.d_model: 192 -> 256", "optim.beta2: 0.95 -> 0.9"],
+      config.difference(old, new),
+      ["model.d_model: 192 -> 256", "optim.beta2: 0.95 -> 0.9"],
     )
     self.assertEqual(config.difference(old, old), [])
-    self.assertEqual(
-        config.difference({"a": 1}, {}), ["a: 1 -> '(not there)'"]
-    )
+    self.assertEqual(config.difference({"a": 1}, {}), ["a: 1 -> '(not there)'"])
 
 
 class PresetTest(parameterized.TestCase):
-
   @parameterized.named_parameters(
-      ("v3", presets.V3_671B, dict(
-          vocab_size=129280, d_model=7168, n_layers=61, n_dense_layers=3,
-          dense_ffn_dim=18432, n_heads=128, q_rank=1536, kv_rank=512,
-          n_shared=1, ffn_dim=2048, n_experts=256, top_k=8, n_groups=8,
-          top_groups=4, score="sigmoid", renormalize=True, scale=2.5,
-          bias_speed=0.001, balance_weight=1e-4, depth=1)),
-      ("v2", presets.V2_236B, dict(
-          vocab_size=102400, d_model=5120, n_layers=60, n_dense_layers=1,
-          dense_ffn_dim=12288, n_heads=128, q_rank=1536, kv_rank=512,
-          n_shared=2, ffn_dim=1536, n_experts=160, top_k=6, n_groups=8,
-          top_groups=3, score="softmax", renormalize=False, scale=16,
-          bias_speed=0, balance_weight=0.003, depth=0)),
-      ("v2_lite", presets.V2_LITE_16B, dict(
-          vocab_size=102400, d_model=2048, n_layers=27, n_dense_layers=1,
-          dense_ffn_dim=10944, n_heads=16, q_rank=0, kv_rank=512,
-          n_shared=2, ffn_dim=1408, n_experts=64, top_k=6, n_groups=1,
-          top_groups=1, score="softmax", renormalize=False, scale=1,
-          bias_speed=0, balance_weight=0.001, depth=0)),
-      ("S", presets.S, dict(
-          vocab_size=8192, d_model=256, n_layers=8, n_dense_layers=1,
-          dense_ffn_dim=1024, n_heads=8, q_rank=128, kv_rank=64,
-          nope_dim=32, rope_dim=16, v_dim=32, n_shared=1, ffn_dim=128,
-          n_experts=32, top_k=4, n_groups=4, top_groups=2)),
-      ("M", presets.M, dict(
-          vocab_size=16384, d_model=512, n_layers=12, n_dense_layers=1,
-          dense_ffn_dim=2048, n_heads=8, q_rank=256, kv_rank=128,
-          nope_dim=64, rope_dim=32, v_dim=64, n_shared=1, ffn_dim=256,
-          n_experts=64, top_k=6, n_groups=4, top_groups=2)),
-  )  # fmt: skip
+    (
+      "v3",
+      presets.V3_671B,
+      dict(
+        vocab_size=129280,
+        d_model=7168,
+        n_layers=61,
+        n_dense_layers=3,
+        dense_ffn_dim=18432,
+        n_heads=128,
+        q_rank=1536,
+        kv_rank=512,
+        n_shared=1,
+        ffn_dim=2048,
+        n_experts=256,
+        top_k=8,
+        n_groups=8,
+        top_groups=4,
+        score="sigmoid",
+        renormalize=True,
+        scale=2.5,
+        bias_speed=0.001,
+        balance_weight=1e-4,
+        depth=1,
+      ),
+    ),
+    (
+      "v2",
+      presets.V2_236B,
+      dict(
+        vocab_size=102400,
+        d_model=5120,
+        n_layers=60,
+        n_dense_layers=1,
+        dense_ffn_dim=12288,
+        n_heads=128,
+        q_rank=1536,
+        kv_rank=512,
+        n_shared=2,
+        ffn_dim=1536,
+        n_experts=160,
+        top_k=6,
+        n_groups=8,
+        top_groups=3,
+        score="softmax",
+        renormalize=False,
+        scale=16,
+        bias_speed=0,
+        balance_weight=0.003,
+        depth=0,
+      ),
+    ),
+    (
+      "v2_lite",
+      presets.V2_LITE_16B,
+      dict(
+        vocab_size=102400,
+        d_model=2048,
+        n_layers=27,
+        n_dense_layers=1,
+        dense_ffn_dim=10944,
+        n_heads=16,
+        q_rank=0,
+        kv_rank=512,
+        n_shared=2,
+        ffn_dim=1408,
+        n_experts=64,
+        top_k=6,
+        n_groups=1,
+        top_groups=1,
+        score="softmax",
+        renormalize=False,
+        scale=1,
+        bias_speed=0,
+        balance_weight=0.001,
+        depth=0,
+      ),
+    ),
+    (
+      "S",
+      presets.S,
+      dict(
+        vocab_size=8192,
+        d_model=256,
+        n_layers=8,
+        n_dense_layers=1,
+        dense_ffn_dim=1024,
+        n_heads=8,
+        q_rank=128,
+        kv_rank=64,
+        nope_dim=32,
+        rope_dim=16,
+        v_dim=32,
+        n_shared=1,
+        ffn_dim=128,
+        n_experts=32,
+        top_k=4,
+        n_groups=4,
+        top_groups=2,
+      ),
+    ),
+    (
+      "M",
+      presets.M,
+      dict(
+        vocab_size=16384,
+        d_model=512,
+        n_layers=12,
+        n_dense_layers=1,
+        dense_ffn_dim=2048,
+        n_heads=8,
+        q_rank=256,
+        kv_rank=128,
+        nope_dim=64,
+        rope_dim=32,
+        v_dim=64,
+        n_shared=1,
+        ffn_dim=256,
+        n_experts=64,
+        top_k=6,
+        n_groups=4,
+        top_groups=2,
+      ),
+    ),
+  )
   def test_published_sizes(self, run, fields):
     published = dict(nope_dim=128, rope_dim=64, v_dim=128) | fields
     published |= dict(rope_theta=1e4, norm_eps=1e-6)
     actual = {
-        path.split(".")[-1]: value
-        for path, value in config.leaves(run.model).items()
+      path.split(".")[-1]: value
+      for path, value in config.leaves(run.model).items()
     }
     self.assertEqual(actual, actual | published)
 
@@ -249,23 +342,25 @@ class PresetTest(parameterized.TestCase):
     self.assertEqual(optim.moments, "bfloat16")
     self.assertEqual(run.schedule.warmup_steps, 2000)
     self.assertEqual(run.model.init_std, 0.006)
-    self.assertEqual((run.model.mtp.weight, run.model.mtp.late_weight), (0.3, 0.1))
+    self.assertEqual(
+      (run.model.mtp.weight, run.model.mtp.late_weight), (0.3, 0.1)
+    )
     # 62.9M tokens a step; phases end at 10T, 14.3T, 14.633T of 14.8T tokens.
     self.assertEqual(run.tokens_per_step, 62_914_560)
     budget, schedule = run.train.tokens, run.schedule
     for share, trillions in (
-        (schedule.constant_until, 10),
-        (schedule.decay_until, 14.3),
-        (schedule.tail_from, 14.633),
-        (schedule.bias_until, 14.3),
-        (schedule.mtp_until, 10),
+      (schedule.constant_until, 10),
+      (schedule.decay_until, 14.3),
+      (schedule.tail_from, 14.633),
+      (schedule.bias_until, 14.3),
+      (schedule.mtp_until, 10),
     ):
       self.assertTrue(math.isclose(share * budget, trillions * 1e12))
 
   def test_v2_recipes(self):
     for run, lr, batch, trillions in (
-        (presets.V2_236B, 2.4e-4, 9216, 8.1),
-        (presets.V2_LITE_16B, 4.2e-4, 4608, 5.7),
+      (presets.V2_236B, 2.4e-4, 9216, 8.1),
+      (presets.V2_LITE_16B, 4.2e-4, 4608, 5.7),
     ):
       self.assertEqual(run.optim.peak_lr, lr)
       self.assertEqual(run.train.batch_size, batch)

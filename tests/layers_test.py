@@ -1,16 +1,14 @@
-from absl.testing import absltest
-from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
 import numpy as np
 import reference
 import testing
+from absl.testing import absltest, parameterized
 
 from dsv3_jax.model import layers
 
 
 class RmsNormTest(parameterized.TestCase):
-
   @parameterized.parameters(1e-4, 1.0, 1e4)
   def test_matches_the_reference_at_any_scale(self, scale):
     gain, x = testing.normal(33, seed=1), testing.normal(2, 5, 33, scale=scale)
@@ -35,12 +33,11 @@ class RmsNormTest(parameterized.TestCase):
     # One rounding to 8 significant bits, 2^-8 of the value at most; a bfloat16
     # mean of 1024 squares would be off by more.
     np.testing.assert_allclose(
-        np.asarray(y, np.float64), expected, rtol=2**-8 + 1024 * testing.EPS
+      np.asarray(y, np.float64), expected, rtol=2**-8 + 1024 * testing.EPS
     )
 
 
 class SwigluTest(absltest.TestCase):
-
   def test_matches_the_reference(self):
     p = testing.draw(layers.swiglu_specs(24, 40, 0.1))
     x = testing.normal(2, 3, 24)
@@ -53,10 +50,10 @@ class SwigluTest(absltest.TestCase):
     _, vjp = jax.vjp(layers.swiglu, p, x)
     # One expert, chosen by everyone with gate 1, is the same function.
     stacked, x64, dy64 = reference.f64(
-        ({n: w[None] for n, w in p.items()}, x, dy)
+      ({n: w[None] for n, w in p.items()}, x, dy)
     )
     dp, dx, _ = reference.expert_ffn_gradients(
-        stacked, x64, np.zeros((6, 1), int), np.ones((6, 1)), dy64
+      stacked, x64, np.zeros((6, 1), int), np.ones((6, 1)), dy64
     )
     testing.assert_close(vjp(dy), (reference.layer(dp, 0), dx), 5 + 7 + 5 + 6)
 

@@ -1,18 +1,18 @@
 import dataclasses
 
-from absl.testing import absltest
-from absl.testing import parameterized
 import jax
+import jax.numpy as jnp
 import numpy as np
 import reference
 import testing
+from absl.testing import absltest, parameterized
 
 from dsv3_jax import config
 from dsv3_jax.model import mla
 
 D_MODEL = 24
 CFG = config.MLA(
-    n_heads=3, q_rank=10, kv_rank=14, nope_dim=6, rope_dim=4, v_dim=8
+  n_heads=3, q_rank=10, kv_rank=14, nope_dim=6, rope_dim=4, v_dim=8
 )
 
 
@@ -23,7 +23,6 @@ def _run(cfg, n_tokens, seed=0):
 
 
 class MlaTest(parameterized.TestCase):
-
   # Chunks of queries attend together: one token, part of a chunk, one token
   # more than a chunk.
   @parameterized.product(n_tokens=(1, 7, mla.CHUNK + 1), q_rank=(0, 10))
@@ -34,6 +33,35 @@ class MlaTest(parameterized.TestCase):
     # Down, up, scores, values and out; a score is off by its angles too.
     terms = D_MODEL + 14 + (6 + 4) + n_tokens + 3 * 8 + n_tokens
     testing.assert_close(run(p, x), expected, terms)
+
+  def test_gradients_are_the_slopes_of_the_reference_over_chunks(self):
+    n_tokens = mla.CHUNK + 2
+    p, x, run = _run(CFG, n_tokens)
+    probe = testing.normal(*x.shape, seed=5)
+    gradients = jax.jit(jax.grad(lambda px: (run(*px) * probe).sum()))((p, x))
+
+    def f(px):
+      return (reference.mla(*px, CFG, 1e-6) * reference.f64(probe)).sum()
+
+    # Forwards and backwards as above; weights sum over all tokens.
+    terms = 2 * (D_MODEL + 24 + 10 + 2 * n_tokens + 24) + 2 * n_tokens
+    testing.assert_slopes(f, reference.f64((p, x)), gradients, terms)
+
+  @parameterized.parameters(0, 10)
+  def test_absorbed_form_is_the_naive_one(self, q_rank):
+    cfg = dataclasses.replace(CFG, q_rank=q_rank)
+    p, x, _ = _run(cfg, 9)
+    # Room for more positions than are used: those must not be seen.
+    cache = jnp.full((2, 12, 14), 7.0), jnp.full((2, 12, 4), 7.0)
+    step = jax.jit(lambda x, cache, t: mla.absorbed(p, x, cache, t, cfg, 1e-6))
+    parts, t = [], 0
+    for size in (4, 1, 3, 1):
+      y, cache = step(x[:, t : t + size], cache, t)
+      parts.append(y)
+      t += size
+    expected = reference.mla(*reference.f64((p, x)), cfg, 1e-6)
+    terms = D_MODEL + 14 + (6 + 14 + 4) + 9 + 14 + 24
+    testing.assert_close(jnp.concatenate(parts, axis=1), expected, terms)
 
   def test_no_output_depends_on_a_later_input(self):
     p, x, run = _run(CFG, 7)

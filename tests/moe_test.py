@@ -1,13 +1,11 @@
-from absl.testing import absltest
-from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
 import numpy as np
 import reference
 import testing
+from absl.testing import absltest, parameterized
 
-from dsv3_jax.model import experts
-from dsv3_jax.model import moe
+from dsv3_jax.model import experts, moe
 
 V2 = ("router.score=softmax", "router.renormalize=false", "router.scale=16")
 # The longest contraction path: router, up, down (or the shared up and down),
@@ -24,15 +22,14 @@ def _setup(*assignments):
 
 
 class MoeTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      (), ("moe.n_shared=0",), ("moe.n_shared=2",), V2, ("router.n_groups=4",)
+    (), ("moe.n_shared=0",), ("moe.n_shared=2",), V2, ("router.n_groups=4",)
   )
   def test_matches_the_reference(self, *assignments):
     cfg, p, x, bias, run = _setup(*assignments)
     y, load, balance = run(p, x, bias, cfg)
     want_y, want_load, want_balance = reference.moe(
-        *reference.f64((p, x, bias)), cfg
+      *reference.f64((p, x, bias)), cfg
     )
     np.testing.assert_array_equal(load, want_load)
     testing.assert_close((y, balance), (want_y, want_balance), TERMS)

@@ -1,24 +1,22 @@
-from absl.testing import absltest
-from absl.testing import parameterized
 import jax
 import numpy as np
 import reference
 import testing
+from absl.testing import absltest, parameterized
 
-from dsv3_jax.model import mtp
-from dsv3_jax.model import transformer
+from dsv3_jax.model import mtp, transformer
 
 SMALL = (
-    "d_model=32",
-    "n_layers=1",
-    "vocab_size=61",
-    "mla.n_heads=2",
-    "dense_ffn_dim=24",
-    "moe.ffn_dim=16",
-    "router.n_experts=8",
-    "router.n_groups=4",
-    "router.top_groups=2",
-    "router.top_k=2",
+  "d_model=32",
+  "n_layers=1",
+  "vocab_size=61",
+  "mla.n_heads=2",
+  "dense_ffn_dim=24",
+  "moe.ffn_dim=16",
+  "router.n_experts=8",
+  "router.n_groups=4",
+  "router.top_groups=2",
+  "router.top_k=2",
 )
 
 
@@ -31,17 +29,16 @@ def _setup(*assignments, n_tokens=8):
 
 
 class MtpTest(parameterized.TestCase):
-
   @parameterized.parameters((1, "post_norm"), (2, "post_norm"))
   def test_matches_a_brute_force_loop(self, depth, hidden):
     cfg, params, bias, tokens = _setup(
-        f"mtp.depth={depth}", f"mtp.hidden={hidden}"
+      f"mtp.depth={depth}", f"mtp.hidden={hidden}"
     )
     state = testing.normal(2, 8, cfg.d_model)
 
     def block(p, x, bias):
       return transformer.moe_block(
-          p, x, bias, cfg, transformer.moe.experts_lib.dense_ffn
+        p, x, bias, cfg, transformer.moe.experts_lib.dense_ffn
       )
 
     @jax.jit
@@ -50,13 +47,13 @@ class MtpTest(parameterized.TestCase):
 
     states, load, balance = run(params, bias, state)
     want_states, want_load, want_balance = reference.mtp(
-        *reference.f64((params, bias, state)), tokens, cfg
+      *reference.f64((params, bias, state)), tokens, cfg
     )
     np.testing.assert_array_equal(load, want_load)
     # A depth: projection, attention (down, up, scores, values, out), MoE.
     terms = depth * (2 * 32 + (32 + 32 + 24 + 8 + 32) + (32 + 32 + 16 + 8))
     testing.assert_close(
-        (list(states), balance), (want_states, np.array(want_balance)), terms
+      (list(states), balance), (want_states, np.array(want_balance)), terms
     )
 
 

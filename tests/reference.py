@@ -85,7 +85,7 @@ def mla(p, x, cfg, eps):
 def _mla_sequence(p, x, cfg, eps):
   n_tokens = len(x)
   turn = np.outer(
-      np.arange(n_tokens), frequencies(cfg.rope_dim, cfg.rope_theta)
+    np.arange(n_tokens), frequencies(cfg.rope_dim, cfg.rope_theta)
   )
   down = x @ p["kv_down"]
   latent = rms_norm(p["kv_norm"], down[:, : cfg.kv_rank], eps)
@@ -121,8 +121,8 @@ def select(scores, bias, cfg):
   size = cfg.n_experts // cfg.n_groups
   n_best = 2 if cfg.score == "sigmoid" else 1
   ranks = [
-      sum(sorted(biased[g * size : (g + 1) * size], reverse=True)[:n_best])
-      for g in range(cfg.n_groups)
+    sum(sorted(biased[g * size : (g + 1) * size], reverse=True)[:n_best])
+    for g in range(cfg.n_groups)
   ]
   kept = top(ranks, cfg.top_groups)
   allowed = [e for e in range(cfg.n_experts) if e // size in kept]
@@ -152,7 +152,10 @@ def balance_loss(scores, experts, cfg):
 
 def update_bias(bias, load, speed):
   mean = sum(load) / len(load)
-  return [b + speed * float(np.sign(mean - c)) for b, c in zip(bias, load, strict=True)]
+  return [
+    b + speed * float(np.sign(mean - c))
+    for b, c in zip(bias, load, strict=True)
+  ]
 
 
 def expert_ffn(p, x, chosen, gates):
@@ -191,7 +194,7 @@ def moe(p, x, bias, cfg):
   for b, sequence in enumerate(x):
     scores = scores_of(p["router"], sequence, cfg.router)
     chosen, gates = zip(
-        *(select(row, bias, cfg.router) for row in scores), strict=True
+      *(select(row, bias, cfg.router) for row in scores), strict=True
     )
     y[b] = expert_ffn(p["experts"], sequence, chosen, gates)
     if cfg.moe.n_shared:
@@ -208,7 +211,7 @@ def moe(p, x, bias, cfg):
 def block(p, x, bias, cfg):
   """Pre-norm block: y, and load and balance loss of a mixture, else None."""
   x = x + mla(
-      p["mla"], rms_norm(p["mla_norm"], x, cfg.norm_eps), cfg.mla, cfg.norm_eps
+    p["mla"], rms_norm(p["mla_norm"], x, cfg.norm_eps), cfg.mla, cfg.norm_eps
   )
   h = rms_norm(p["ffn_norm"], x, cfg.norm_eps)
   if "router" not in p["ffn"]:
@@ -231,17 +234,19 @@ def mtp(params, bias, h, tokens, cfg):
   for k in range(1, cfg.mtp.depth + 1):
     p = layer(params["mtp"], k - 1)
     joined = [
-        [
-            np.concatenate([
-                rms_norm(
-                    p["embed_norm"], params["embed"][row[i + k]], cfg.norm_eps
-                ),
-                rms_norm(p["hidden_norm"], h[b, i], cfg.norm_eps),
-            ])
-            @ p["proj"]
-            for i in range(len(row) - k)
-        ]
-        for b, row in enumerate(tokens)
+      [
+        np.concatenate(
+          [
+            rms_norm(
+              p["embed_norm"], params["embed"][row[i + k]], cfg.norm_eps
+            ),
+            rms_norm(p["hidden_norm"], h[b, i], cfg.norm_eps),
+          ]
+        )
+        @ p["proj"]
+        for i in range(len(row) - k)
+      ]
+      for b, row in enumerate(tokens)
     ]
     x, load, balance = block(p["block"], np.array(joined), bias[k - 1], cfg)
     states.append(rms_norm(p["norm"], x, cfg.norm_eps))
@@ -264,7 +269,7 @@ def forward(params, bias, tokens, cfg):
   hidden = rms_norm(params["norm"], x, cfg.norm_eps)
   start = hidden if cfg.mtp.hidden == "post_norm" else x
   states, mtp_loads, mtp_losses = mtp(
-      params, bias[len(loads) :], start, tokens, cfg
+    params, bias[len(loads) :], start, tokens, cfg
   )
   load = np.reshape(loads + mtp_loads, (-1, cfg.router.n_experts))
   return hidden, states, load, sum(losses + mtp_losses)
@@ -276,8 +281,8 @@ def forward(params, bias, tokens, cfg):
 def cross_entropy(hidden, head, labels, weights):
   """Sum of weighted -log p(label), hidden [M, D]."""
   return sum(
-      -w * np.log(softmax(h @ head)[label])
-      for h, label, w in zip(hidden, labels, weights, strict=True)
+    -w * np.log(softmax(h @ head)[label])
+    for h, label, w in zip(hidden, labels, weights, strict=True)
   )
 
 
@@ -311,7 +316,7 @@ def losses(params, bias, rows, cfg):
     for b, row in enumerate(rows):
       labels = [label for _, label in mtp_targets(row, k)]
       total += cross_entropy(
-          state[b], params["head"], labels, np.ones(len(labels))
+        state[b], params["head"], labels, np.ones(len(labels))
       )
     terms.append(total / tokens.size)
   return terms[0], terms[1:], balance

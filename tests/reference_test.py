@@ -2,20 +2,19 @@
 
 import types
 
-from absl.testing import absltest
 import numpy as np
 import reference
+from absl.testing import absltest
 
 
 def _router(**fields):
   defaults = dict(
-      score="sigmoid", renormalize=True, scale=2.5, balance_map="scores"
+    score="sigmoid", renormalize=True, scale=2.5, balance_map="scores"
   )
   return types.SimpleNamespace(**defaults | fields)
 
 
 class ReferenceTest(absltest.TestCase):
-
   def test_router(self):
     cfg = _router(n_experts=8, n_groups=4, top_groups=2, top_k=3)
     scores = np.array([0.9, 0.1, 0.6, 0.5, 0.55, 0.45, 0.8, 0.05])
@@ -36,26 +35,32 @@ class ReferenceTest(absltest.TestCase):
     scores = np.array([[0.8, 0.4, 0.2, 0.1], [0.7, 0.6, 0.1, 0.2]])
     # P is printed with five digits; f is 2 for each of the two that count.
     self.assertAlmostEqual(
-        reference.balance_loss(scores, None, cfg), 1.6125, delta=2e-5
+      reference.balance_loss(scores, None, cfg), 1.6125, delta=2e-5
     )
 
   def test_mtp_targets(self):
     self.assertEqual(
-        reference.mtp_targets("abcde", 0),
-        [("a", "b"), ("b", "c"), ("c", "d"), ("d", "e")],
+      reference.mtp_targets("abcde", 0),
+      [("a", "b"), ("b", "c"), ("c", "d"), ("d", "e")],
     )
     self.assertEqual(
-        reference.mtp_targets("abcde", 1), [("b", "c"), ("c", "d"), ("d", "e")]
+      reference.mtp_targets("abcde", 1), [("b", "c"), ("c", "d"), ("d", "e")]
     )
 
   def test_gradients_are_those_of_central_differences(self):
     rng = np.random.default_rng(0)
-    p = {"gate_up": rng.normal(size=(3, 4, 2, 5)), "down": rng.normal(size=(3, 5, 4))}
+    p = {
+      "gate_up": rng.normal(size=(3, 4, 2, 5)),
+      "down": rng.normal(size=(3, 5, 4)),
+    }
     x, gates, dy = (rng.normal(size=s) for s in ((6, 4), (6, 2), (6, 4)))
     chosen = np.array([rng.permutation(3)[:2] for _ in range(6)])
     dp, dx, dgates = reference.expert_ffn_gradients(p, x, chosen, gates, dy)
     for array, gradient in (
-        (p["gate_up"], dp["gate_up"]), (p["down"], dp["down"]), (x, dx), (gates, dgates)
+      (p["gate_up"], dp["gate_up"]),
+      (p["down"], dp["down"]),
+      (x, dx),
+      (gates, dgates),
     ):
       direction, h = rng.normal(size=array.shape), 1e-6
       values = []

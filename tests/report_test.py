@@ -286,6 +286,18 @@ class PlotsTest(parameterized.TestCase):
     y[4] = np.nan
     np.testing.assert_allclose(plots.smooth(y, 3), 2.0, rtol=1e-15)
 
+  def test_labels_stay_inside_the_picture(self):
+    # In these limits, ticks every 0.25 just fit and need more room than 0.5.
+    x, y = np.linspace(4e3, 123e3, 30), np.linspace(7.66077, 5.83633, 30)
+    drawn = []
+
+    def draw(figure):
+      plots.losses(figure, x, {"training": y}, {})
+      drawn.extend(figure.axes)
+
+    plots.render(draw, plots.LIGHT, 3.4)
+    self.assertGreaterEqual(drawn[0].yaxis.label.get_window_extent().x0, 0)
+
   @parameterized.parameters((1, [0]), (3, [0, 1, 2]), (10, [0, 3, 6, 9]))
   def test_spread_keeps_both_ends(self, n, expected):
     self.assertEqual(plots.spread(n, 4), expected)

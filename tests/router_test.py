@@ -1,28 +1,27 @@
 import dataclasses
 
-from absl.testing import absltest
-from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
 import numpy as np
 import reference
 import testing
+from absl.testing import absltest, parameterized
 
 from dsv3_jax import config
 from dsv3_jax.model import router
 
 V3 = config.Router(n_experts=16, top_k=4, n_groups=8, top_groups=4)
 V2 = dataclasses.replace(
-    V3, n_groups=4, top_groups=2, score="softmax", renormalize=False, scale=16.0
+  V3, n_groups=4, top_groups=2, score="softmax", renormalize=False, scale=16.0
 )
 CONFIGS = (
-    V3,
-    V2,
-    dataclasses.replace(V3, n_groups=1, top_groups=1),
-    dataclasses.replace(V3, n_groups=4, top_groups=1),
-    dataclasses.replace(V3, n_groups=16, top_groups=5),
-    config.Router(n_experts=1, top_k=1),
-    config.Router(n_experts=9, top_k=9, n_groups=3, top_groups=3),
+  V3,
+  V2,
+  dataclasses.replace(V3, n_groups=1, top_groups=1),
+  dataclasses.replace(V3, n_groups=4, top_groups=1),
+  dataclasses.replace(V3, n_groups=16, top_groups=5),
+  config.Router(n_experts=1, top_k=1),
+  config.Router(n_experts=9, top_k=9, n_groups=3, top_groups=3),
 )
 
 
@@ -46,8 +45,7 @@ class GoldenTest(absltest.TestCase):
     experts, gates = router.select(scores, bias, cfg)
     np.testing.assert_array_equal(experts, [4, 2, 3])
     np.testing.assert_allclose(gates, [0.8333, 0.9091, 0.7576], atol=5e-5)
-    # Groups 0 and 2 tie at 1.0 here, but 0.9 + 0.1 and 0.55 + 0.45 need not
-    # in float32; in quarters of them they do.
+    # Groups 0 and 2 tie at 1.0, and the lower one is kept.
     experts, gates = router.select(scores, 0 * bias, cfg)
     np.testing.assert_array_equal(experts, [0, 2, 3])
     np.testing.assert_allclose(gates, [1.125, 0.75, 0.625], rtol=1e-6)
@@ -62,12 +60,11 @@ class GoldenTest(absltest.TestCase):
     experts = jnp.int32([[[0, 1], [0, 1]]])
     # Printed with five digits, each counted twice.
     self.assertAlmostEqual(
-        router.balance_loss(scores, experts, cfg), 1.6125, delta=2e-5
+      router.balance_loss(scores, experts, cfg), 1.6125, delta=2e-5
     )
 
 
 class SelectTest(parameterized.TestCase):
-
   @parameterized.product(cfg=CONFIGS, steps=(4, 4096))
   def test_is_the_reference_exactly_ties_included(self, cfg, steps):
     scores = _grid(steps, 64, cfg.n_experts)
@@ -75,7 +72,7 @@ class SelectTest(parameterized.TestCase):
     experts, gates = SELECT(scores, bias, cfg)
     for t in range(64):
       want, want_gates = reference.select(
-          *reference.f64((scores[t], bias)), cfg
+        *reference.f64((scores[t], bias)), cfg
       )
       np.testing.assert_array_equal(experts[t], want)
       testing.assert_close(gates[t], want_gates, cfg.top_k)
@@ -92,7 +89,7 @@ class SelectTest(parameterized.TestCase):
       self.assertLessEqual(len(set(chosen // group_size)), cfg.top_groups)
     if cfg.renormalize:
       np.testing.assert_allclose(
-          gates.sum(-1), cfg.scale, rtol=cfg.top_k * testing.EPS
+        gates.sum(-1), cfg.scale, rtol=cfg.top_k * testing.EPS
       )
     else:
       chosen_scores = np.take_along_axis(scores, np.asarray(experts), -1)
@@ -106,17 +103,13 @@ class SelectTest(parameterized.TestCase):
     # Lifting just the chosen experts cannot change who is chosen.
     lifted = bias + np.isin(np.arange(cfg.n_experts), experts)
     for other in (lifted, bias - 3):
-      other_experts, other_gates = SELECT(
-          scores, other.astype(np.float32), cfg
-      )
+      other_experts, other_gates = SELECT(scores, other.astype(np.float32), cfg)
       np.testing.assert_array_equal(other_experts, experts)
       np.testing.assert_array_equal(other_gates, gates)
     if cfg.top_k < cfg.n_experts:
       unchosen = np.setdiff1d(np.arange(cfg.n_experts), experts)[0]
       tilted = bias + 10 * (np.arange(cfg.n_experts) == unchosen)
-      self.assertIn(
-          unchosen, SELECT(scores, tilted.astype(np.float32), cfg)[0]
-      )
+      self.assertIn(unchosen, SELECT(scores, tilted.astype(np.float32), cfg)[0])
 
   @parameterized.parameters(V3, V2)
   def test_no_gradient_to_bias_and_one_to_the_chosen_scores(self, cfg):
@@ -159,7 +152,6 @@ class SelectTest(parameterized.TestCase):
 
 
 class RouteTest(parameterized.TestCase):
-
   @parameterized.parameters(V3, V2)
   def test_scores_and_load(self, cfg):
     w, x = testing.normal(24, 16, scale=0.2), testing.normal(2, 9, 24, seed=1)
@@ -201,20 +193,19 @@ class RouteTest(parameterized.TestCase):
 
 
 class BalanceLossTest(parameterized.TestCase):
-
   @parameterized.product(
-      cfg=(V3, V2), balance_map=("scores", "routed"), alpha=(1e-4, 1.0)
+    cfg=(V3, V2), balance_map=("scores", "routed"), alpha=(1e-4, 1.0)
   )
   def test_matches_the_reference(self, cfg, balance_map, alpha):
     cfg = dataclasses.replace(
-        cfg, balance_map=balance_map, balance_weight=alpha
+      cfg, balance_map=balance_map, balance_weight=alpha
     )
     scores, experts = _grid(4096, 2, 9, 16), _grid(4096, 2, 9, 16, seed=1)
     experts = np.argsort(experts, axis=-1)[..., : cfg.top_k]
     actual = BALANCE(scores, experts, cfg)
     expected = [
-        reference.balance_loss(s, e, cfg)
-        for s, e in zip(reference.f64(scores), experts, strict=True)
+      reference.balance_loss(s, e, cfg)
+      for s, e in zip(reference.f64(scores), experts, strict=True)
     ]
     testing.assert_close(actual, np.mean(expected), terms=16 + 9 + 16 + 2)
 
@@ -234,13 +225,15 @@ class BalanceLossTest(parameterized.TestCase):
     scores = np.stack([half.repeat(6, 0), half[:, ::-1].repeat(6, 0)])
     cfg = dataclasses.replace(V3, top_k=8, balance_weight=1.0)
     np.testing.assert_allclose(
-        BALANCE(scores, None, cfg), 2, rtol=20 * testing.EPS
+      BALANCE(scores, None, cfg), 2, rtol=20 * testing.EPS
     )
 
   def test_gradient_takes_the_counts_as_constants(self):
     cfg = dataclasses.replace(V3, balance_weight=1.0)
     scores = _grid(4096, 2, 9, 16)
-    gradient = jax.jit(jax.grad(router.balance_loss), static_argnums=2)(scores, None, cfg)
+    gradient = jax.jit(jax.grad(router.balance_loss), static_argnums=2)(
+      scores, None, cfg
+    )
     s = reference.f64(scores)
     for b in range(2):
       f = np.zeros(16)
@@ -253,12 +246,11 @@ class BalanceLossTest(parameterized.TestCase):
 
 
 class UpdateBiasTest(absltest.TestCase):
-
   def test_compares_with_a_mean_that_is_no_integer(self):
     load = jnp.int32([[5, 3, 4, 5], [0, 0, 0, 1]])
     bias = router.update_bias(jnp.ones((2, 4)), load, 0.25)
     np.testing.assert_array_equal(
-        bias, [[0.75, 1.25, 1.25, 0.75], [1.25, 1.25, 1.25, 0.75]]
+      bias, [[0.75, 1.25, 1.25, 0.75], [1.25, 1.25, 1.25, 0.75]]
     )
 
   def test_counts_beyond_float32_are_told_apart(self):

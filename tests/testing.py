@@ -4,23 +4,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax import config
-from dsv3_jax import schema
+from dsv3_jax import config, schema
 
 EPS = float(np.finfo(np.float32).eps)
 
 TINY = config.Model(
-    vocab_size=512,
-    d_model=64,
-    n_layers=4,
-    n_dense_layers=1,
-    dense_ffn_dim=128,
-    mla=config.MLA(
-        n_heads=4, q_rank=32, kv_rank=16, nope_dim=16, rope_dim=8, v_dim=16
-    ),
-    moe=config.MoE(n_shared=1, ffn_dim=32),
-    router=config.Router(n_experts=16, top_k=4, n_groups=8, top_groups=4),
-    mtp=config.MTP(depth=1),
+  vocab_size=512,
+  d_model=64,
+  n_layers=4,
+  n_dense_layers=1,
+  dense_ffn_dim=128,
+  mla=config.MLA(
+    n_heads=4, q_rank=32, kv_rank=16, nope_dim=16, rope_dim=8, v_dim=16
+  ),
+  moe=config.MoE(n_shared=1, ffn_dim=32),
+  router=config.Router(n_experts=16, top_k=4, n_groups=8, top_groups=4),
+  mtp=config.MTP(depth=1),
 )
 
 
@@ -75,9 +74,42 @@ def assert_close(actual, expected, terms: int) -> None:
     assert np.shape(got) == want.shape, (path, np.shape(got), want.shape)
     if want.size:
       np.testing.assert_allclose(
-          np.asarray(got, np.float64),
-          want,
-          rtol=0,
-          atol=terms * EPS * np.abs(want).max(),
-          err_msg=jax.tree_util.keystr(path),
+        np.asarray(got, np.float64),
+        want,
+        rtol=0,
+        atol=terms * EPS * np.abs(want).max(),
+        err_msg=jax.tree_util.keystr(path),
       )
+
+
+def assert_slopes(f, tree, gradients, terms: int) -> None:
+  """Each gradient is the slope of f along a random direction.
+
+  Args:
+    f: function of a float64 tree, its arrays' values read at every call.
+    tree: where; changed in place and back.
+    gradients: tree like it, in float32.
+    terms: as in `assert_close`, of the gradients.
+  """
+  rng = np.random.default_rng(0)
+  leaves = jax.tree.leaves_with_path(tree)
+  for (path, leaf), gradient in zip(
+    leaves, jax.tree.leaves(gradients), strict=True
+  ):
+    gradient = np.asarray(gradient, np.float64)
+    direction, h = rng.normal(size=leaf.shape), 1e-5
+    leaf += h * direction
+    above = f(tree)
+    leaf -= 2 * h * direction
+    below = f(tree)
+    leaf += h * direction
+    # Errors of the entries are independent: the direction weights them by
+    # random signs. The difference quotient has one of h^2 and of 1e-16 / h.
+    error = terms * EPS * np.abs(gradient).max() * leaf.size**0.5
+    np.testing.assert_allclose(
+      (gradient * direction).sum(),
+      (above - below) / (2 * h),
+      rtol=0,
+      atol=error + 1e-8,
+      err_msg=jax.tree_util.keystr(path),
+    )

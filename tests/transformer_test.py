@@ -1,13 +1,11 @@
-from absl.testing import absltest
-from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
 import numpy as np
 import reference
 import testing
+from absl.testing import absltest, parameterized
 
-from dsv3_jax import presets
-from dsv3_jax import schema
+from dsv3_jax import presets, schema
 from dsv3_jax.model import transformer
 
 # A layer of the tiny model: MLA down, up, scores, values, out, then the router
@@ -18,54 +16,54 @@ LAYER_TERMS = (64 + 32 + 24 + 9 + 64) + (64 + 64 + 128 + 16)
 def _setup(*assignments, n_tokens=9):
   cfg = testing.tiny(*assignments)
   params = testing.draw(transformer.specs(cfg))
-  bias = testing.normal(
-      cfg.n_routers, cfg.router.n_experts, seed=1, scale=0.1
-  )
+  bias = testing.normal(cfg.n_routers, cfg.router.n_experts, seed=1, scale=0.1)
   tokens = testing.tokens(2, n_tokens, vocab_size=cfg.vocab_size)
   return cfg, params, bias, tokens
 
 
 def _forward(cfg, **options):
   return jax.jit(
-      lambda params, bias, tokens: transformer.forward(
-          params, bias, tokens, cfg, **options
-      )
+    lambda params, bias, tokens: transformer.forward(
+      params, bias, tokens, cfg, **options
+    )
   )
 
 
 class ForwardTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      ("mtp.depth=2", "mtp.hidden=pre_norm"),
-      ("n_dense_layers=0", "mtp.depth=0", "mla.q_rank=0"),
-      ("n_dense_layers=4", "mtp.depth=0"),
+    ("mtp.depth=1", "mtp.hidden=pre_norm"),
+    ("n_layers=2", "n_dense_layers=0", "mtp.depth=0", "mla.q_rank=0"),
+    ("n_layers=2", "n_dense_layers=2", "mtp.depth=0"),
   )
   def test_matches_the_reference(self, *assignments):
     cfg, params, bias, tokens = _setup(*assignments)
-    out = _forward(cfg)(params, bias, tokens)
+    # Layers looped over here, unrolled elsewhere.
+    scan = cfg.mtp.depth > 0
+    out = _forward(cfg, scan=scan)(params, bias, tokens)
     hidden, states, load, balance = reference.forward(
-        *reference.f64((params, bias)), tokens, cfg
+      *reference.f64((params, bias)), tokens, cfg
     )
     np.testing.assert_array_equal(out.load, load)
     terms = LAYER_TERMS * (cfg.n_layers + cfg.mtp.depth)
     testing.assert_close(
-        (out.hidden, list(out.mtp_hidden), out.balance),
-        (hidden, states, balance),
-        terms,
+      (out.hidden, list(out.mtp_hidden), out.balance),
+      (hidden, states, balance),
+      terms,
     )
     logits = transformer.logits(params, out.hidden)
     self.assertEqual(logits.dtype, np.float32)
     self.assertEqual(out.load.shape, (cfg.n_routers, 16))
     testing.assert_close(
-        logits, hidden @ reference.f64(params["head"]), terms + 64
+      logits, hidden @ reference.f64(params["head"]), terms + 64
     )
 
 
 class CausalityTest(absltest.TestCase):
-
   def test_gradients_reach_back_and_never_ahead(self):
     n_tokens, depth = 7, 2
-    cfg, params, bias, _ = _setup(f"mtp.depth={depth}", "n_layers=1", "n_dense_layers=0")
+    cfg, params, bias, _ = _setup(
+      f"mtp.depth={depth}", "n_layers=1", "n_dense_layers=0"
+    )
     # Every token is another row of the embedding.
     tokens = np.arange(3, 3 + n_tokens, dtype=np.int32)[None]
     probe = testing.normal(cfg.d_model)
@@ -73,13 +71,11 @@ class CausalityTest(absltest.TestCase):
     @jax.jit
     def sensitivity(embed, k, t):
       def f(embed):
-        out = transformer.forward(
-            params | {"embed": embed}, bias, tokens, cfg
-        )
+        out = transformer.forward(params | {"embed": embed}, bias, tokens, cfg)
         states = (out.hidden, *out.mtp_hidden)
         values = [
-            jnp.pad(state[0] @ probe, (0, depth))
-            for depth, state in enumerate(states)
+          jnp.pad(state[0] @ probe, (0, depth))
+          for depth, state in enumerate(states)
         ]
         return jnp.stack(values)[k, t]
 
@@ -87,7 +83,7 @@ class CausalityTest(absltest.TestCase):
 
     for k in range(depth + 1):
       reached = np.array(
-          [sensitivity(params["embed"], k, t) > 0 for t in range(n_tokens - k)]
+        [sensitivity(params["embed"], k, t) > 0 for t in range(n_tokens - k)]
       )
       # Position t of depth k has read tokens 0 .. t + k: all of those count,
       # and none after them.
@@ -96,46 +92,45 @@ class CausalityTest(absltest.TestCase):
 
 
 class SpecsTest(parameterized.TestCase):
-
   # Published sizes: without router bias and MTP; of one attention, dense FFN
   # and MoE layer; active a token, head included.
   @parameterized.named_parameters(
-      dict(
-          testcase_name="v3",
-          cfg=presets.V3_671B.model,
-          total=671_026_404_352,
-          mla=187_107_328,
-          dense=396_361_728,
-          moe=11_320_164_352,
-          router=1_835_008,
-          active=36_625_603_584,
-          active_no_head=35_698_924_544,
-      ),
-      dict(
-          testcase_name="v2",
-          cfg=presets.V2_236B.model,
-          total=235_741_434_880,
-          mla=149_227_520,
-          dense=188_743_680,
-          moe=3_822_878_720,
-          router=819_200,
-          active=20_851_512_320,
-          active_no_head=20_327_224_320,
-      ),
-      dict(
-          testcase_name="v2_lite",
-          cfg=presets.V2_LITE_16B.model,
-          total=15_706_484_224,
-          mla=13_763_072,
-          dense=67_239_936,
-          moe=571_080_704,
-          router=131_072,
-          active=2_451_435_008,
-          active_no_head=2_241_719_808,
-      ),
+    dict(
+      testcase_name="v3",
+      cfg=presets.V3_671B.model,
+      total=671_026_404_352,
+      mla=187_107_328,
+      dense=396_361_728,
+      moe=11_320_164_352,
+      router=1_835_008,
+      active=36_625_603_584,
+      active_no_head=35_698_924_544,
+    ),
+    dict(
+      testcase_name="v2",
+      cfg=presets.V2_236B.model,
+      total=235_741_434_880,
+      mla=149_227_520,
+      dense=188_743_680,
+      moe=3_822_878_720,
+      router=819_200,
+      active=20_851_512_320,
+      active_no_head=20_327_224_320,
+    ),
+    dict(
+      testcase_name="v2_lite",
+      cfg=presets.V2_LITE_16B.model,
+      total=15_706_484_224,
+      mla=13_763_072,
+      dense=67_239_936,
+      moe=571_080_704,
+      router=131_072,
+      active=2_451_435_008,
+      active_no_head=2_241_719_808,
+    ),
   )
   def test_published_counts(
-      self, cfg, total, mla, dense, moe, router, active, active_no_head
+    self, cfg, total, mla, dense, moe, router, active, active_no_head
   ):
     tree = transformer.specs(cfg)
     main = {name: part for name, part in tree.items() if name != "mtp"}
@@ -145,7 +140,7 @@ class SpecsTest(parameterized.TestCase):
     self.assertEqual(schema.count(tree["moe"]["ffn"]), n_moe * moe)
     self.assertEqual(schema.count(tree["moe"]["ffn"]["router"]), n_moe * router)
     self.assertEqual(
-        schema.count(tree["dense"]["ffn"]), cfg.n_dense_layers * dense
+      schema.count(tree["dense"]["ffn"]), cfg.n_dense_layers * dense
     )
     counts = transformer.parameter_counts(cfg)
     self.assertEqual(counts["main"], total)
@@ -167,7 +162,7 @@ class SpecsTest(parameterized.TestCase):
     cfg = presets.PRESETS[name].model
     params = schema.abstract(transformer.specs(cfg))
     bias = jax.ShapeDtypeStruct(
-        (cfg.n_routers, cfg.router.n_experts), np.float32
+      (cfg.n_routers, cfg.router.n_experts), np.float32
     )
     tokens = jax.ShapeDtypeStruct((1, 8), np.int32)
     out = jax.eval_shape(_forward(cfg), params, bias, tokens)

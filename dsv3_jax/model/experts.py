@@ -28,7 +28,7 @@ def dense_ffn(
 ) -> jax.Array:
   """Reference: every expert on every token, unchosen ones weighted by 0."""
   n_experts = p["down"].shape[0]
-  hot = (chosen[..., None] == jnp.arange(n_experts)).astype(gates.dtype)
+  hot = jax.nn.one_hot(chosen, n_experts, dtype=gates.dtype)
   weight = jnp.einsum("MKE,MK->ME", hot, gates)
   h = jnp.einsum("MD,EDGF->MEGF", x, p["gate_up"])
   act = jax.nn.silu(h[:, :, 0]) * h[:, :, 1]
@@ -87,7 +87,7 @@ def _layout(chosen: jax.Array, n_experts: int) -> _Layout:
   block, n_blocks = _sizes(n_slots, n_experts)
   share = n_blocks * block // n_experts
   experts = jnp.arange(n_experts, dtype=jnp.int32)
-  load = (flat[:, None] == experts).sum(0, dtype=jnp.int32)
+  load = jax.nn.one_hot(flat, n_experts, dtype=jnp.int32).sum(0)
   # With few slots an expert the even form would mostly multiply padding.
   dense = share * n_experts <= 1.5 * n_slots
   even = dense & (load.max() <= share)

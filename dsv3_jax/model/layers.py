@@ -10,7 +10,8 @@ def rms_norm(gain: jax.Array, x: jax.Array, eps: float) -> jax.Array:
   """x / rms(x) * gain over the last dim, statistics in float32."""
   y = x.astype(jnp.float32)
   y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-  return (y * gain.astype(jnp.float32)).astype(x.dtype)
+  gain = jnp.expand_dims(gain.astype(jnp.float32), range(x.ndim - 1))
+  return (y * gain).astype(x.dtype)
 
 
 def linear(x: jax.Array, w: jax.Array) -> jax.Array:

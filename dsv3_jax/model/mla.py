@@ -1,5 +1,6 @@
 """Multi-head latent attention (arXiv:2412.19437, section 2.1.1)."""
 
+import functools
 import math
 
 import jax
@@ -66,20 +67,18 @@ def latents(
   return layers.rms_norm(p["kv_norm"], kv, eps), rope.rotate(key, angle)
 
 
-def _scores(q: jax.Array, k: jax.Array, start: int) -> jax.Array:
-  """Scores [N, T, S] in float32 of queries from position start, masked."""
-  scores = jnp.einsum("TNX,SNX->NTS", q, k, preferred_element_type=jnp.float32)
-  visible = start + jnp.arange(q.shape[0])[:, None] >= jnp.arange(k.shape[0])
-  return jnp.where(visible, scores, -jnp.inf)
-
-
 def _spans(t: int) -> list[tuple[int, int]]:
   return [(start, min(start + CHUNK, t)) for start in range(0, t, CHUNK)]
 
 
+def _future(start: int, end: int) -> jax.Array:
+  """[end, end - start] bool: key s is after query start + t."""
+  return jnp.arange(end)[:, None] > jnp.arange(start, end)[None]
+
+
 @jax.custom_vjp
 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """Causal softmax attention, q and k [B, T, N, X], v [B, T, N, V].
+  """Causal softmax attention, q and k [B, N, T, X], v [B, N, T, V].
 
   One sequence at a time, and in it one chunk of queries against the keys up to
   the chunk's end: the scores stay in cache and the future costs nothing. Only
@@ -93,41 +92,47 @@ def _attend_fwd(q, k, v):
   def sequence(qkv):
     q, k, v = qkv
     out, lse = [], []
-    for start, end in _spans(q.shape[0]):
-      scores = _scores(q[start:end], k[:end], start)
+    for start, end in _spans(q.shape[1]):
+      scores = _dot("NTX,NSX->NTS", q[:, start:end], k[:, :end])
+      scores = jnp.where(_future(start, end).T[None], -jnp.inf, scores)
       top = scores.max(-1, keepdims=True)
       weights = jnp.exp(scores - top)
       total = weights.sum(-1, keepdims=True)
-      weights = weights.astype(v.dtype)
-      y = jnp.einsum("NTS,SNV->TNV", weights, v[:end])
-      out.append(y / total[..., 0].T[..., None].astype(y.dtype))
+      y = _dot("NTS,NSV->NTV", weights.astype(v.dtype), v[:, :end])
+      out.append((y / total).astype(v.dtype))
       lse.append((top + jnp.log(total))[..., 0])
-    return jnp.concatenate(out), jnp.concatenate(lse, axis=1)
+    return jnp.concatenate(out, axis=1), jnp.concatenate(lse, axis=1)
 
   out, lse = jax.lax.map(sequence, (q, k, v))
   return out, (q, k, v, out, lse)
 
 
 def _attend_bwd(residuals, dout):
+  # Scores are made as [keys, queries]: of the five products only the one for
+  # dq then contracts a leading dim, which is slow.
   def sequence(args):
     q, k, v, out, lse, dout = args
-    # sum_s p ds = sum_v out dout, the softmax's own term in its gradient.
-    mean = (out * dout).astype(jnp.float32).sum(-1).T[..., None]
-    dq, dk, dv = [], jnp.zeros_like(k), jnp.zeros_like(v)
-    for start, end in _spans(q.shape[0]):
-      here = slice(start, end)
-      p = jnp.exp(_scores(q[here], k[:end], start) - lse[:, here, None])
-      dp = jnp.einsum("TNV,SNV->NTS", dout[here], v[:end])
-      ds = (p * (dp - mean[:, here])).astype(q.dtype)
-      dq.append(jnp.einsum("NTS,SNX->TNX", ds, k[:end]))
-      dk = dk.at[:end].add(jnp.einsum("NTS,TNX->SNX", ds, q[here]))
-      p = p.astype(v.dtype)
-      dv = dv.at[:end].add(jnp.einsum("NTS,TNV->SNV", p, dout[here]))
-    return jnp.concatenate(dq), dk, dv
+    # sum_s p dp = sum_v out dout: what the softmax takes off its gradient.
+    mean = _dot("NTV,NTV->NT", out, dout)
+    dq, dk, dv = [], jnp.zeros(k.shape), jnp.zeros(v.shape)
+    for start, end in _spans(q.shape[1]):
+      q_here, dout_here = q[:, start:end], dout[:, start:end]
+      scores = _dot("NSX,NTX->NST", k[:, :end], q_here)
+      weights = jnp.exp(scores - lse[:, None, start:end])
+      weights = jnp.where(_future(start, end)[None], 0, weights)
+      dweights = _dot("NSV,NTV->NST", v[:, :end], dout_here)
+      dscores = weights * (dweights - mean[:, None, start:end])
+      dscores, weights = dscores.astype(q.dtype), weights.astype(q.dtype)
+      dq.append(_dot("NST,NSX->NTX", dscores, k[:, :end]))
+      dk = dk.at[:, :end].add(_dot("NST,NTX->NSX", dscores, q_here))
+      dv = dv.at[:, :end].add(_dot("NST,NTV->NSV", weights, dout_here))
+    dq = jnp.concatenate(dq, axis=1)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
   return jax.lax.map(sequence, (*residuals, dout))
 
 
+_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 attend.defvjp(_attend_fwd, _attend_bwd)
 
 
@@ -150,8 +155,9 @@ def mla(
   k_rope = jnp.broadcast_to(k_rope[:, :, None], q_rope.shape)
   q = jnp.concatenate([q_nope, q_rope], axis=-1) / math.sqrt(cfg.qk_dim)
   k = jnp.concatenate([k_nope, k_rope], axis=-1)
-  out = attend(q, k, v)
-  return jnp.einsum("BTNV,NVD->BTD", out, p["out"])
+  out = attend(*(jnp.swapaxes(a, 1, 2) for a in (q, k, v)))
+  out = jnp.swapaxes(out, 1, 2).reshape(*x.shape[:2], -1)
+  return layers.linear(out, p["out"].reshape(-1, x.shape[-1]))
 
 
 def absorbed(
@@ -193,8 +199,10 @@ def absorbed(
   scores = jnp.einsum("BTNR,BSR->BNTS", q_latent, latent)
   scores = scores + jnp.einsum("BTNH,BSH->BNTS", q_rope, k_rope)
   scores = scores.astype(jnp.float32) / math.sqrt(cfg.qk_dim)
-  visible = positions[:, None] >= jnp.arange(latent.shape[1])
-  weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+  visible = positions[:, None] >= jnp.arange(latent.shape[1])[None]
+  weights = jax.nn.softmax(
+      jnp.where(visible[None, None], scores, -jnp.inf), axis=-1
+  )
   mixed = jnp.einsum("BNTS,BSR->BTNR", weights.astype(latent.dtype), latent)
   out = jnp.einsum("BTNR,RNV->BTNV", mixed, up_v)
   return jnp.einsum("BTNV,NVD->BTD", out, p["out"]), (latent, k_rope)

@@ -42,8 +42,8 @@ def yarn_frequencies(
 
 
 def angles(positions: jax.Array, freqs: np.ndarray) -> jax.Array:
-  """Rotation angles [..., T, dim/2] of integer positions [..., T]."""
-  return positions[..., None].astype(jnp.float32) * freqs
+  """Rotation angles [T, dim/2] of integer positions [T]."""
+  return jnp.outer(positions.astype(jnp.float32), freqs)
 
 
 def rotate(x: jax.Array, angle: jax.Array) -> jax.Array:
@@ -51,8 +51,9 @@ def rotate(x: jax.Array, angle: jax.Array) -> jax.Array:
 
   Args:
     x: [..., dim].
-    angle: [..., dim/2], broadcast against x.
+    angle: [T, dim/2] or any shape that broadcasts against x's pairs.
   """
+  angle = jnp.expand_dims(angle, range(x.ndim - angle.ndim))
   pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
   even, odd = pairs[..., 0], pairs[..., 1]
   cos, sin = jnp.cos(angle), jnp.sin(angle)

@@ -6,6 +6,10 @@ import jax.numpy as jnp
 
 from dsv3_jax import config
 
+# Where all scores underflow, keeps their sum from dividing 0 by 0. A gradient
+# squares its inverse: with the customary 1e-20 that overflows float32.
+FLOOR = 1e-18
+
 
 @flax.struct.dataclass
 class Routing:
@@ -34,6 +38,7 @@ def select(
   Returns:
     experts [..., K] int32 and gates [..., K].
   """
+  bias = jnp.expand_dims(bias, range(scores.ndim - 1))
   biased = jax.lax.stop_gradient(scores + bias)
   if cfg.n_groups > 1:
     groups = biased.reshape(*scores.shape[:-1], cfg.n_groups, -1)
@@ -42,13 +47,13 @@ def select(
     best = min(best, groups.shape[-1])
     rank = jax.lax.top_k(groups, best)[0].sum(-1)
     kept = jax.lax.top_k(rank, cfg.top_groups)[1]
-    keep = (kept[..., None] == jnp.arange(cfg.n_groups)).any(-2)
+    keep = _multi_hot(kept, cfg.n_groups)
     groups = jnp.where(keep[..., None], groups, -jnp.inf)
     biased = groups.reshape(scores.shape)
   experts = jax.lax.top_k(biased, cfg.top_k)[1]
   gates = jnp.take_along_axis(scores, experts, axis=-1)
   if cfg.renormalize:
-    gates = gates / (gates.sum(-1, keepdims=True) + 1e-20)
+    gates = gates / (gates.sum(-1, keepdims=True) + FLOOR)
   return experts, cfg.scale * gates
 
 
@@ -68,7 +73,7 @@ def route(
 
 def _multi_hot(experts: jax.Array, n_experts: int) -> jax.Array:
   """[..., K] indices -> [..., E] bool."""
-  return (experts[..., None] == jnp.arange(n_experts)).any(-2)
+  return jax.nn.one_hot(experts, n_experts, dtype=jnp.bool_).any(-2)
 
 
 def balance_loss(
@@ -83,7 +88,7 @@ def balance_loss(
     experts = jax.lax.top_k(jax.lax.stop_gradient(scores), cfg.top_k)[1]
   chosen = _multi_hot(experts, cfg.n_experts).astype(jnp.float32)
   f = chosen.mean(1) * (cfg.n_experts / cfg.top_k)
-  share = scores / (scores.sum(-1, keepdims=True) + 1e-20)
+  share = scores / (scores.sum(-1, keepdims=True) + FLOOR)
   return cfg.balance_weight * (f * share.mean(1)).sum(-1).mean()
 
 

@@ -90,6 +90,17 @@ def _attention(p: schema.Params, x: jax.Array, cfg: config.Model) -> jax.Array:
     return x + mla.mla(p["mla"], h, cfg.mla, cfg.norm_eps)
 
 
+def _unrolled(step, carry, stacked):
+  """`lax.scan` as a Python loop."""
+  leaves, structure = jax.tree.flatten(stacked)
+  # Split once: its transpose joins the layers' gradients in one copy.
+  outs = []
+  for layer in zip(*map(jnp.unstack, leaves), strict=True):
+    carry, out = step(carry, jax.tree.unflatten(structure, layer))
+    outs.append(out)
+  return carry, jax.tree.map(lambda *ys: jnp.stack(ys), *outs)
+
+
 def forward(
     params: schema.Params,
     bias: jax.Array,
@@ -97,6 +108,7 @@ def forward(
     cfg: config.Model,
     *,
     remat: bool = False,
+    scan: bool = True,
     experts: moe.Experts = experts_lib.grouped_ffn,
 ) -> Output:
   """Hidden states of the main model and of every MTP depth.
@@ -107,8 +119,11 @@ def forward(
     tokens: [B, T] int32, T above the MTP depth.
     cfg: the model.
     remat: recompute each block in the backward pass.
+    scan: loop over the layers of one kind; else unroll them, which compiles
+      for longer and, on CPU, saves copying what the backward pass needs.
     experts: computes the routed experts, see `experts.py`.
   """
+  over_layers = jax.lax.scan if scan else _unrolled
   maybe_remat = jax.checkpoint if remat else lambda f: f
   dense = maybe_remat(functools.partial(dense_block, cfg=cfg))
   mixture = maybe_remat(
@@ -117,7 +132,7 @@ def forward(
   x = params["embed"][tokens]
   loads, balances = [], []
   if cfg.n_dense_layers:
-    x, _ = jax.lax.scan(lambda h, p: (dense(p, h), None), x, params["dense"])
+    x, _ = over_layers(lambda h, p: (dense(p, h), None), x, params["dense"])
   if cfg.n_moe_layers:
 
     def step(h, layer):
@@ -125,7 +140,7 @@ def forward(
       return h, (load, balance)
 
     main_bias = bias[: cfg.n_moe_layers]
-    x, (load, balance) = jax.lax.scan(step, x, (params["moe"], main_bias))
+    x, (load, balance) = over_layers(step, x, (params["moe"], main_bias))
     loads.append(load)
     balances.append(balance)
   hidden = layers.rms_norm(params["norm"], x, cfg.norm_eps)

@@ -1,0 +1,31 @@
+import jax.numpy as jnp
+import numpy as np
+import testing
+from absl.testing import absltest
+
+from dsv3_jax import schema
+from dsv3_jax.model import precision, transformer
+
+
+class ComputeParamsTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.params = testing.draw(transformer.specs(testing.TINY))
+
+  def test_fp32_is_the_masters_themselves(self):
+    self.assertIs(precision.compute_params(self.params, "fp32"), self.params)
+
+  def test_bf16_casts_all_but_norms_and_routers(self):
+    cast = schema.paths(precision.compute_params(self.params, "bf16"))
+    full = {path for path, leaf in cast.items() if leaf.dtype == jnp.float32}
+    expected = {path for path in cast if path.endswith(("norm", "/router"))}
+    self.assertEqual(full, expected)
+    for path, leaf in schema.paths(self.params).items():
+      # One rounding to 8 significant bits.
+      np.testing.assert_allclose(
+        np.asarray(cast[path], np.float32), leaf, rtol=2**-8
+      )
+
+
+if __name__ == "__main__":
+  absltest.main()
