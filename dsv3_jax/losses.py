@@ -116,7 +116,7 @@ def _cross_entropy_fwd(hidden, head, labels, weights):
     dhead += jnp.dot(x.T, dlogits, preferred_element_type=jnp.float32)
     return (total + nll, dhead), dlogits @ head.T
 
-  zero = jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32)
+  zero = jnp.zeros_like(weights, shape=()), jnp.zeros_like(head, jnp.float32)
   chunks = _chunks(hidden, labels, weights)
   (total, dhead), dhidden = jax.lax.scan(step, zero, chunks)
   dhidden = dhidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]

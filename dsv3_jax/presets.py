@@ -108,6 +108,7 @@ S = config.override(
     "train.batch_size=8",
     "train.micro_batches=1",
     "train.remat=none",
+    "train.scan_layers=false",
     "optim.moments=float32",
     "precision.recipe=fp32",
 )
@@ -147,6 +148,7 @@ TINY = config.override(
     "optim.peak_lr=3e-3",
     "optim.min_lr=3e-4",
     "optim.tail_lr=1e-4",
+    "router.bias_speed=0.01",
     "schedule.warmup_steps=30",
     "schedule.constant_until=0.3",
     "schedule.mtp_until=0.5",

@@ -46,37 +46,68 @@ def init_state(run: config.Run, key: jax.Array) -> TrainState:
 
 
 def gradients(
-    state: TrainState, batch: losses.Batch, run: config.Run
+    state: TrainState,
+    batch: losses.Batch,
+    run: config.Run,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[schema.Params, losses.Losses, jax.Array]:
   """Gradient, losses and router loads of a global batch.
 
-  Micro-batches are weighted so that any split of the batch gives the same sums:
-  a token counts 1 / (labels of the whole batch), a balance loss by its share of
-  the sequences.
+  Any split of the batch, over micro-batches or devices, gives the same sums: a
+  token is weighted by 1 / (labels of the whole batch), a balance loss by its
+  share of the sequences.
 
   Args:
     state: parameters and bias are read.
-    batch: tokens and labels [A, B, T], A micro-batches.
+    batch: tokens and labels [A, B, T], A micro-batches, B sharded over `data`.
     run: the configuration.
+    mesh: where the batch is; None without one.
   """
   params = precision.compute_params(state.params, run.precision.recipe)
-  share = 1.0 / batch.tokens.shape[0]
   weights = losses.token_weights(batch.labels)
   weight = optim.mtp_weight(state.step, run)
+  args = params, state.router_bias, weight, batch, weights
+  if mesh is None:
+    return _gradient_sums(*args, run=run, n_shards=1)
+  sharded, whole = jax.P(None, "data"), jax.P()
+  return jax.shard_map(
+      functools.partial(_reduced_sums, run=run, n_shards=mesh.shape["data"]),
+      mesh=mesh,
+      in_specs=(whole, whole, whole, sharded, sharded),
+      out_specs=whole,
+  )(*args)
+
+
+def _reduced_sums(*args, run, n_shards):
+  # Parameters that are said to differ between devices get local gradients, and
+  # one sum at the end, instead of one at every use.
+  args = jax.tree.map(
+      lambda a: a
+      if "data" in jax.typeof(a).mat.varying
+      else jax.lax.pcast(a, "data", to="varying"),
+      args,
+  )
+  sums = _gradient_sums(*args, run=run, n_shards=n_shards)
+  return jax.lax.psum(sums, "data")
+
+
+def _gradient_sums(params, bias, mtp_weight, batch, weights, *, run, n_shards):
+  """Sums over the micro-batches of one device."""
+  share = 1.0 / (batch.tokens.shape[0] * n_shards)
 
   def objective(params, micro, micro_weights):
     terms, load = losses.loss(
         params,
-        state.router_bias,
+        bias,
         micro,
         micro_weights,
-        weight,
+        mtp_weight,
         run.model,
         remat=run.train.remat == "block",
         scan=run.train.scan_layers,
     )
     balance = terms.balance * share
-    total = terms.main + weight * terms.mtp + balance
+    total = terms.main + mtp_weight * terms.mtp + balance
     return total, (terms.replace(total=total, balance=balance), load)
 
   def one(micro):
@@ -84,15 +115,23 @@ def gradients(
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
     return grads, terms, load
 
+  def add(total, micro):
+    return jax.tree.map(jnp.add, total, one(micro)), None
+
   micros = (batch, weights)
-  shapes = jax.eval_shape(one, jax.tree.map(lambda a: a[0], micros))
-  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-  add = lambda total, micro: (jax.tree.map(jnp.add, total, one(micro)), None)
+  first = jax.tree.map(lambda a: a[0], micros)
+  if batch.tokens.shape[0] == 1:
+    return one(first)
+  zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, first))
   return jax.lax.scan(add, zeros, micros)[0]
 
 
 def train_step(
-    state: TrainState, batch: losses.Batch, *, run: config.Run
+    state: TrainState,
+    batch: losses.Batch,
+    *,
+    run: config.Run,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[TrainState, Metrics]:
   """One optimizer step; pure.
 
@@ -104,8 +143,9 @@ def train_step(
     state: the state, donated by `make_step`.
     batch: tokens and labels [A, B, T], A micro-batches.
     run: the configuration.
+    mesh: of the devices that share the batch; None for one device.
   """
-  grads, terms, load = gradients(state, batch, run)
+  grads, terms, load = gradients(state, batch, run, mesh)
   norm = optax.tree.norm(grads)
   rate = optim.learning_rate(state.step, run)
   speed = optim.bias_speed(state.step, run)
@@ -141,10 +181,20 @@ def train_step(
 
 
 def make_step(
-    run: config.Run,
+    run: config.Run, mesh: jax.sharding.Mesh | None = None
 ) -> Callable[[TrainState, losses.Batch], tuple[TrainState, Metrics]]:
-  """The jitted step of a run; the state is donated."""
-  return jax.jit(functools.partial(train_step, run=run), donate_argnums=0)
+  """The jitted step of a run; the state is donated.
+
+  With a mesh, the state must be replicated over it and the batch on it, see
+  `place`.
+  """
+  step = functools.partial(train_step, run=run, mesh=mesh)
+  return jax.jit(step, donate_argnums=0)
+
+
+def place(batch: losses.Batch, mesh: jax.sharding.Mesh) -> losses.Batch:
+  """The batch [A, B, T] on a mesh, sequences divided over `data`."""
+  return jax.device_put(batch, jax.NamedSharding(mesh, jax.P(None, "data")))
 
 
 def fit(
@@ -153,6 +203,7 @@ def fit(
     batches: Iterator[losses.Batch],
     stop: int,
     *,
+    mesh: jax.sharding.Mesh | None = None,
     report: Callable[[int, Metrics], None],
     evaluate: Callable[[TrainState], None],
     save: Callable[[TrainState], None],
@@ -167,11 +218,12 @@ def fit(
     run: the configuration.
     batches: micro-batched batches from the state's step on.
     stop: steps done at the end.
+    mesh: of the devices that share the work; None for one device.
     report: takes the number of steps done and the metrics of the last.
     evaluate: called every `run.evaluate.every` steps.
     save: called every `run.checkpoint.every` steps.
   """
-  step_fn = make_step(run)
+  step_fn = make_step(run, mesh)
   pending = None
   for done in range(int(state.step) + 1, stop + 1):
     state, metrics = step_fn(state, next(batches))  # starts, does not wait

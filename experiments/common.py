@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from absl import flags
 
 from dsv3_jax import config
+from dsv3_jax import host
 
 OK, BAD_INPUT, NOT_FINITE, NO_CHECKPOINT = 0, 2, 3, 4
 MESH_AXES = ("pipe", "data", "node", "expert", "model")
@@ -140,6 +141,7 @@ def main(
     command, more = _command(variants)
     if problems := problems + more:
       raise ValueError("\n".join(problems))
+    host.keep_freed_memory()
     return execute(command)
 
   run_main(checked)

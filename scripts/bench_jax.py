@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax import config
+from dsv3_jax import host
 from dsv3_jax import losses
 from dsv3_jax import presets
 from dsv3_jax import train
@@ -38,4 +39,5 @@ def prepare(job: dict[str, Any]) -> bench_worker.Task:
 
 
 if __name__ == "__main__":
+  host.keep_freed_memory()
   bench_worker.serve(prepare)

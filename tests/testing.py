@@ -28,6 +28,36 @@ def tiny(*assignments: str) -> config.Model:
   return config.override(TINY, *assignments)
 
 
+def run(*assignments: str) -> config.Run:
+  """The smallest run that has every mechanism; quick to compile."""
+  model = tiny(
+    "vocab_size=300",
+    "d_model=16",
+    "n_layers=2",
+    "dense_ffn_dim=24",
+    "mla.n_heads=2",
+    "mla.q_rank=8",
+    "mla.kv_rank=8",
+    "mla.nope_dim=4",
+    "mla.rope_dim=4",
+    "mla.v_dim=4",
+    "moe.ffn_dim=8",
+    "router.n_experts=8",
+    "router.top_k=2",
+    "router.n_groups=4",
+    "router.top_groups=2",
+    "init_std=0.1",
+  )
+  micro = config.Run(
+    model=model,
+    data=config.Data(seq_len=8),
+    train=config.Train(tokens=64 * 100, batch_size=8),
+    optim=config.Optim(peak_lr=1e-2),
+    schedule=config.Schedule(warmup_steps=2),
+  )
+  return config.override(micro, *assignments)
+
+
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> jax.Array:
   """N(0, scale^2) in float32."""
   return jnp.float32(scale * np.random.default_rng(seed).normal(size=shape))

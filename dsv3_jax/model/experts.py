@@ -206,7 +206,7 @@ def _ffn_fwd(gate_up, down, x, gate, layout):
       )
       return _put(carry[0], h, i), _put(carry[1], y, i)
 
-    h = jnp.zeros((x.shape[0], gate_up.shape[-1]), x.dtype)
+    h = jnp.zeros_like(x, shape=(x.shape[0], gate_up.shape[-1]))
     zeros = (h, jnp.zeros_like(x))
     return jax.lax.fori_loop(0, layout.used, body, zeros)
 

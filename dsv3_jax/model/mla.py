@@ -108,13 +108,15 @@ def _attend_fwd(q, k, v):
 
 
 def _attend_bwd(residuals, dout):
-  # Scores are made as [keys, queries]: of the five products only the one for
-  # dq then contracts a leading dim, which is slow.
+  # Scores are made as [keys, queries], and dq as [X, queries]: no product then
+  # contracts the leading dims of both its operands, which is slow.
   def sequence(args):
     q, k, v, out, lse, dout = args
+    k_turned = jnp.swapaxes(k, 1, 2)
     # sum_s p dp = sum_v out dout: what the softmax takes off its gradient.
     mean = _dot("NTV,NTV->NT", out, dout)
-    dq, dk, dv = [], jnp.zeros(k.shape), jnp.zeros(v.shape)
+    dq = []
+    dk, dv = (jnp.zeros_like(a, jnp.float32) for a in (k, v))
     for start, end in _spans(q.shape[1]):
       q_here, dout_here = q[:, start:end], dout[:, start:end]
       scores = _dot("NSX,NTX->NST", k[:, :end], q_here)
@@ -123,10 +125,10 @@ def _attend_bwd(residuals, dout):
       dweights = _dot("NSV,NTV->NST", v[:, :end], dout_here)
       dscores = weights * (dweights - mean[:, None, start:end])
       dscores, weights = dscores.astype(q.dtype), weights.astype(q.dtype)
-      dq.append(_dot("NST,NSX->NTX", dscores, k[:, :end]))
+      dq.append(_dot("NXS,NST->NXT", k_turned[:, :, :end], dscores))
       dk = dk.at[:, :end].add(_dot("NST,NTX->NSX", dscores, q_here))
       dv = dv.at[:, :end].add(_dot("NST,NTV->NSV", weights, dout_here))
-    dq = jnp.concatenate(dq, axis=1)
+    dq = jnp.swapaxes(jnp.concatenate(dq, axis=2), 1, 2)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
   return jax.lax.map(sequence, (*residuals, dout))

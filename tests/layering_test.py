@@ -1,0 +1,114 @@
+"""Tests of what may import and call what; the source is read, not run."""
+
+import ast
+import pathlib
+
+from absl.testing import absltest
+from absl.testing import parameterized
+
+ROOT = pathlib.Path(__file__).parents[1]
+# A part imports only what stands left of it, and itself.
+ORDER = (
+    "host config presets schema data model losses parallel optim train"
+    " checkpoint infer evals posttrain interop plan"
+).split()
+# Where communication may be written by hand.
+MANUAL = ("parallel", "train")
+# Flags and the environment are read at the edge only; files are data, never
+# code; other frameworks stay outside.
+FORBIDDEN_IMPORTS = (
+    "absl.flags argparse experiments flax.linen flax.nnx pickle scripts torch"
+    " transformers"
+).split()
+FORBIDDEN_NAMES = (
+    "os.environ os.getenv eval exec pickle.load pickle.loads __import__"
+).split()
+
+
+def sources(folder):
+  return sorted((ROOT / folder).rglob("*.py"))
+
+
+def part_of(path):
+  return path.relative_to(ROOT / "dsv3_jax").parts[0].removesuffix(".py")
+
+
+def imports(tree):
+  """Every module and name imported, dotted."""
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      assert not node.level, "relative import"
+      yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def names(tree):
+  """Every name and dotted name used."""
+  for node in ast.walk(tree):
+    if isinstance(node, (ast.Name, ast.Attribute)):
+      yield ast.unparse(node)
+
+
+def within(name, packages):
+  return any(name == p or name.startswith(p + ".") for p in packages)
+
+
+PACKAGE = [(str(path.relative_to(ROOT)),) for path in sources("dsv3_jax")]
+
+
+class PackageTest(parameterized.TestCase):
+
+  @parameterized.parameters(PACKAGE)
+  def test_imports_only_leftwards(self, name):
+    path = ROOT / name
+    part = part_of(path)
+    if part == "__init__":
+      return
+    self.assertIn(part, ORDER)
+    for imported in imports(ast.parse(path.read_text())):
+      if within(imported, ["dsv3_jax"]):
+        other = imported.split(".")[1]
+        self.assertLessEqual(
+            ORDER.index(other), ORDER.index(part), f"{name}: {imported}"
+        )
+
+  @parameterized.parameters(PACKAGE)
+  def test_leaves_the_edge_to_others(self, name):
+    path = ROOT / name
+    tree = ast.parse(path.read_text())
+    for imported in imports(tree):
+      self.assertFalse(within(imported, FORBIDDEN_IMPORTS), imported)
+    used = set(names(tree))
+    self.assertFalse(used & set(FORBIDDEN_NAMES), used & set(FORBIDDEN_NAMES))
+    if part_of(path) not in MANUAL:
+      self.assertFalse([n for n in used if n.endswith("shard_map")])
+
+  def test_holds_no_file_past_its_size(self):
+    sizes = {name: len((ROOT / name).read_text().splitlines())
+             for (name,) in PACKAGE}
+    self.assertEmpty({k: n for k, n in sizes.items() if n > 450})
+
+
+class EverywhereTest(absltest.TestCase):
+
+  def test_nothing_unsafe_or_foreign_outside_the_package(self):
+    for path in sources("experiments") + sources("scripts"):
+      tree = ast.parse(path.read_text())
+      for imported in imports(tree):
+        self.assertFalse(within(imported, ["pickle", "tests"]), path)
+        # The rival of the benchmark runs in an environment of its own.
+        if path.name != "bench_transformers.py":
+          self.assertFalse(within(imported, ["torch", "transformers"]), path)
+      self.assertFalse({"eval", "exec"} & set(names(tree)), path)
+
+  def test_linters_are_obeyed_and_not_silenced(self):
+    marks = ["# no" + "qa", "# type: " + "ignore", "# pylint: " + "disable"]
+    for folder in ("dsv3_jax", "experiments", "scripts", "tests"):
+      for path in sources(folder):
+        for mark in marks:
+          self.assertNotIn(mark, path.read_text(), path)
+
+
+if __name__ == "__main__":
+  absltest.main()

@@ -1,0 +1,152 @@
+"""Tests of AdamW and the schedules."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import testing
+from absl.testing import absltest
+from absl.testing import parameterized
+
+from dsv3_jax import config
+from dsv3_jax import optim
+from dsv3_jax import presets
+from dsv3_jax import schema
+from dsv3_jax.model import transformer
+
+V3 = presets.V3_671B
+
+
+def step_at(tokens: float) -> int:
+  """The first step before which at least so many tokens were consumed."""
+  return int(np.ceil(tokens / V3.tokens_per_step))
+
+
+class LearningRateTest(parameterized.TestCase):
+  # Section 4.2; the cosine's values are worked out by hand.
+
+  @parameterized.parameters(
+      (0, 2.2e-4 / 2000),
+      (999, 1.1e-4),
+      (1999, 2.2e-4),
+      (2000, 2.2e-4),
+      (step_at(10e12) - 1, 2.2e-4),
+      (step_at(14.3e12), 2.2e-5),
+      (step_at(14.633e12) - 1, 2.2e-5),
+      (step_at(14.633e12), 7.3e-6),
+      (V3.total_steps - 1, 7.3e-6),
+  )
+  def test_flat_parts_and_warm_up(self, step, expected):
+    rate = optim.learning_rate(step, V3)
+    # A handful of float32 operations.
+    np.testing.assert_allclose(rate, expected, rtol=8 * testing.EPS)
+
+  @parameterized.parameters(
+      (1.075e12, 1.9100e-4, 5e-9),
+      (2.15e12, 1.2100e-4, 5e-9),
+      (3.225e12, 5.0996e-5, 5e-10),
+  )
+  def test_cosine(self, after, expected, half_digit):
+    step = step_at(10e12 + after)
+    # The step is rounded up: by one, at the cosine's steepest.
+    slope = np.pi / 2 * (2.2e-4 - 2.2e-5) * V3.tokens_per_step / 4.3e12
+    rate = optim.learning_rate(step, V3)
+    np.testing.assert_allclose(rate, expected, rtol=0, atol=half_digit + slope)
+
+  def test_never_rises_after_warm_up(self):
+    steps = np.linspace(2000, V3.total_steps - 1, 5000, dtype=np.int32)
+    rates = jax.vmap(lambda s: optim.learning_rate(s, V3))(steps)
+    rise = np.diff(np.asarray(rates)).max()
+    self.assertLessEqual(rise, 8 * testing.EPS * 2.2e-4)
+
+  def test_no_warm_up_and_no_decay(self):
+    run = testing.run(
+        "schedule.warmup_steps=0",
+        "schedule.constant_until=1",
+        "schedule.decay_until=1",
+        "schedule.tail_from=1",
+    )
+    for step in (0, run.total_steps - 1):
+      np.testing.assert_allclose(
+          optim.learning_rate(step, run), run.optim.peak_lr, rtol=testing.EPS
+      )
+
+
+class SwitchTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      (optim.bias_speed, 14.3e12, 0.001, 0.0),
+      (optim.mtp_weight, 10e12, 0.3, 0.1),
+  )
+  def test_switches_once(self, schedule, at, early, late):
+    step = step_at(at)
+    for when, expected in ((0, early), (step - 1, early), (step, late)):
+      self.assertEqual(schedule(when, V3), np.float32(expected), when)
+    self.assertEqual(schedule(V3.total_steps - 1, V3), np.float32(late))
+
+
+class DecayTest(parameterized.TestCase):
+
+  @parameterized.parameters("v3_671b", "v2_lite_16b")
+  def test_spares_norm_gains_alone(self, name):
+    specs = transformer.specs(presets.PRESETS[name].model)
+    spared = {
+        path
+        for path, decayed in schema.paths(optim.decayed(specs)).items()
+        if not decayed
+    }
+    gains = {
+        path
+        for path, spec in schema.paths(specs).items()
+        if spec.axes[-1] == "norm"
+    }
+    self.assertEqual(spared, gains)
+    self.assertGreater(len(gains), 4)
+
+
+class AdamWTest(parameterized.TestCase):
+  PARAMS = {"w": np.array([[1.0, -2.0]]), "norm": np.array([0.5])}
+  GRADS = (
+      {"w": np.array([[3.0, -4.0]]), "norm": np.array([12.0])},  # norm 13
+      {"w": np.array([[0.1, 0.2]]), "norm": np.array([-0.3])},  # not clipped
+  )
+
+  def test_two_steps_by_hand(self):
+    cfg = config.Optim(clip_norm=6.5, weight_decay=0.1)
+    adamw = optim.adamw(cfg)
+    params = jax.tree.map(jnp.float32, self.PARAMS)
+    state = adamw.init(params)
+    m = v = jax.tree.map(np.zeros_like, self.PARAMS)
+    for t, grads in enumerate(self.GRADS, start=1):
+      updates, state = adamw.update(
+          jax.tree.map(jnp.float32, grads), state, params
+      )
+      clip = 0.5 if t == 1 else 1.0
+      m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * clip * g, m, grads)
+      v = jax.tree.map(lambda v, g: 0.95 * v + 0.05 * (clip * g) ** 2, v, grads)
+      expected = jax.tree.map(
+          lambda m, v: m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8),
+          m,
+          v,
+      )
+      expected["w"] = expected["w"] + 0.1 * self.PARAMS["w"]  # no norm gain
+      # 1 - 0.95^t in float32 loses up to 1 / 0.05 of its digits.
+      testing.assert_close(updates, expected, 40)
+
+  def test_moments_are_stored_in_bfloat16_and_computed_in_float32(self):
+    params, grads = jax.tree.map(jnp.float32, (self.PARAMS, self.GRADS[0]))
+    updates = {}
+    for dtype in ("float32", "bfloat16"):
+      adamw = optim.adamw(config.Optim(moments=dtype))
+      updates[dtype], state = adamw.update(grads, adamw.init(params), params)
+      adam = optax.tree.get(state, "ScaleByAdamState")
+      dtypes = {leaf.dtype for leaf in jax.tree.leaves((adam.mu, adam.nu))}
+      self.assertEqual(dtypes, {jnp.dtype(dtype)})
+      self.assertEqual(adam.count, 1)
+      self.assertEqual(adam.count.dtype, jnp.int32)
+    # The first update reads zeros, which both store exactly.
+    jax.tree.map(np.testing.assert_array_equal, *updates.values())
+
+
+if __name__ == "__main__":
+  absltest.main()
