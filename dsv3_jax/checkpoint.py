@@ -39,9 +39,12 @@ def save(
 
 
 def restore(
-    checkpoints: ocp.CheckpointManager, run: config.Run, step: int
+    checkpoints: ocp.CheckpointManager,
+    run: config.Run,
+    step: int,
+    sharding: jax.sharding.Sharding,
 ) -> tuple[train.TrainState, dict[str, Any]]:
-  """The state and the facts of a step.
+  """The state, placed by the sharding given, and the facts of a step.
 
   Raises:
     ValueError: the checkpoint is damaged or of another architecture.
@@ -49,9 +52,8 @@ def restore(
   template = jax.eval_shape(
       lambda: _raw(train.init_state(run, jax.random.key(0)))
   )
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   template = jax.tree.map(
-      lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device),
+      lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
       template,
   )
   args = ocp.args.Composite(
@@ -61,7 +63,8 @@ def restore(
     restored = checkpoints.restore(step, args=args)
   except Exception as error:  # orbax raises many kinds for a damaged file
     raise ValueError(
-        f"checkpoint {checkpoints.directory / str(step)} cannot be read: {error}"
+        f"checkpoint {checkpoints.directory / str(step)} cannot be read:"
+        f" {error}"
     ) from error
   state = restored.state
   return state.replace(key=jax.random.wrap_key_data(state.key)), restored.facts

@@ -10,7 +10,9 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -55,7 +57,8 @@ def _field_problems(cfg: Any) -> Iterator[str]:
         yield f"{where}: must be at most {high:g}"
     elif choices := field.metadata.get("choices"):
       if value not in choices:
-        yield f"{where}: must be one of {', '.join(choices)}{nearest(value, choices)}"
+        hint = nearest(value, choices)
+        yield f"{where}: must be one of {', '.join(choices)}{hint}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -133,7 +136,10 @@ class Router:
           f"{', '.join(map(str, fits))} do"
       )
     elif self.top_groups > groups:
-      yield f"Router.top_groups={self.top_groups}: must be at most n_groups={groups}"
+      yield (
+          f"Router.top_groups={self.top_groups}: must be at most"
+          f" n_groups={groups}"
+      )
     elif self.top_k > self.top_groups * (experts // groups):
       yield (
           f"Router.top_k={self.top_k}: must be at most"

@@ -1,7 +1,7 @@
 """The command line that all experiments share.
 
   python -m experiments.NAME --variant=V --workdir=DIR [--steps=N] [--seed=S]
-      [--mesh=data=1] [--set=a.b=1 ...]
+      [--mesh=data=2] [--set=a.b=1 ...]
 
 The same command again goes on where the last one stopped. All problems of a
 command line are listed at once, before JAX starts.
@@ -9,23 +9,27 @@ command line are listed at once, before JAX starts.
 
 import dataclasses
 import difflib
+import math
 import pathlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
 
+import jax
 from absl import flags
 
 from dsv3_jax import config
 from dsv3_jax import host
+from dsv3_jax.parallel import topology
 
 OK, BAD_INPUT, NOT_FINITE, NO_CHECKPOINT = 0, 2, 3, 4
-MESH_AXES = ("pipe", "data", "node", "expert", "model")
 
 flags.DEFINE_string("workdir", None, "folder of the run")
 flags.DEFINE_string("variant", None, "which of the experiment's variants")
 flags.DEFINE_integer("seed", 0, "of initialisation and data order")
 flags.DEFINE_integer("steps", None, "where to stop; default: token budget")
-flags.DEFINE_string("mesh", "", "devices by axis, such as data=1")
+flags.DEFINE_string("mesh", "", "devices by axis, such as data=2")
 flags.DEFINE_multi_string("set", [], "a setting such as train.tokens=1e6")
 
 
@@ -42,6 +46,7 @@ class Command:
   workdir: pathlib.Path | None
   seed: int
   stop: int  # steps
+  mesh: dict[str, int]  # sizes of the axes named
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -63,27 +68,29 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
   return problems
 
 
-def mesh_problems(text: str) -> list[str]:
-  """What is wrong with a mesh such as `data=1,expert=1`."""
-  problems = []
+def parse_mesh(text: str) -> tuple[dict[str, int], list[str]]:
+  """The sizes of a mesh such as `data=2`, and what is wrong with it."""
+  sizes, problems = {}, []
   for part in filter(None, text.split(",")):
     axis, _, size = part.partition("=")
-    if axis not in MESH_AXES:
-      hint = config.nearest(axis, MESH_AXES)
+    if axis not in topology.AXES:
+      hint = config.nearest(axis, topology.AXES)
       problems.append(
-          f"--mesh={part}: axes are {', '.join(MESH_AXES)}{hint}"
+          f"--mesh={part}: axes are {', '.join(topology.AXES)}{hint}"
       )
-    elif size != "1":
-      problems.append(
-          f"--mesh={part}: every axis has size 1, training runs on one device"
-      )
-  return problems
+    elif not size.isdecimal() or int(size) < 1:
+      problems.append(f"--mesh={part}: expected {axis}=N, N at least 1")
+    elif axis != "data" and int(size) > 1:
+      problems.append(f"--mesh={part}: only data can be above 1 in training")
+    else:
+      sizes[axis] = int(size)
+  return sizes, problems
 
 
 def _command(variants: Mapping[str, config.Run]) -> tuple[Command, list[str]]:
   """The command that the flags ask for, and all that is wrong with it."""
   args = flags.FLAGS
-  problems = mesh_problems(args.mesh)
+  mesh, problems = parse_mesh(args.mesh)
   name = args.variant or next(iter(variants))
   run = variants.get(name)
   if run is None:
@@ -94,6 +101,7 @@ def _command(variants: Mapping[str, config.Run]) -> tuple[Command, list[str]]:
       run = config.override(run, *args.set)
     except ValueError as error:
       problems += [f"--set: {line}" for line in str(error).splitlines()]
+    problems += _batch_problems(run, mesh.get("data", 1))
   if not 0 <= args.seed < 2**32:
     problems.append(f"--seed={args.seed}: must be in [0, 2^32)")
   total = run.total_steps if run else 0
@@ -104,7 +112,18 @@ def _command(variants: Mapping[str, config.Run]) -> tuple[Command, list[str]]:
         " budget train.tokens"
     )
   workdir = pathlib.Path(args.workdir) if args.workdir else None
-  return Command(name, run, workdir, args.seed, stop), problems
+  return Command(name, run, workdir, args.seed, stop, mesh), problems
+
+
+def _batch_problems(run: config.Run, data: int) -> list[str]:
+  micro = run.train.batch_size // run.train.micro_batches
+  if micro % data == 0:
+    return []
+  fits = [n for n in range(1, micro + 1) if micro % n == 0]
+  return [
+      f"--mesh=data={data}: must divide the {micro} sequences of a micro-batch;"
+      f" {', '.join(map(str, fits))} do"
+  ]
 
 
 def run_main(main: Callable[[], int | None]) -> None:
@@ -138,10 +157,14 @@ def main(
 
   def checked():
     problems = parse_flags(sys.argv)
+    if not flags.FLAGS.is_parsed():  # a value of the wrong type
+      raise ValueError("\n".join(problems))
     command, more = _command(variants)
     if problems := problems + more:
       raise ValueError("\n".join(problems))
     host.keep_freed_memory()
+    # Virtual devices, where the processor is all there is.
+    jax.config.update("jax_num_cpu_devices", math.prod(command.mesh.values()))
     return execute(command)
 
   run_main(checked)

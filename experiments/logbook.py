@@ -12,7 +12,8 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any
+from typing import TextIO
 
 import tensorboardX
 

@@ -7,7 +7,6 @@ tiny: a whole small DeepSeek-V3 on two novels, minutes on two cores; expect held
 out bits per byte below 1.85.
 """
 
-import sys
 
 from absl import flags
 

@@ -16,6 +16,7 @@ from dsv3_jax.data import tokenizer
 from dsv3_jax.evals import likelihood
 from dsv3_jax.infer import decoding
 from dsv3_jax.model import transformer
+from dsv3_jax.parallel import topology
 from experiments import common
 from experiments import logbook
 from experiments import workdir
@@ -24,13 +25,18 @@ LOADS = 60  # times in a run that the loads of all experts are written
 
 
 def micro_batches(
-    data: stream.Prepared, run: config.Run, seed: int, first_step: int
+    data: stream.Prepared,
+    run: config.Run,
+    seed: int,
+    first_step: int,
+    mesh: jax.sharding.Mesh,
 ) -> Iterator[losses.Batch]:
   """Batches [A, B, T] of optimizer steps from first_step on."""
   order = stream.order(data.rows, seed)
   for rows in stream.batches(order, first_step, run.train.batch_size):
     shape = (run.train.micro_batches, -1, run.data.seq_len + 1)
-    yield losses.batch(rows["tokens"].reshape(shape), run.model.vocab_size)
+    batch = losses.batch(rows["tokens"].reshape(shape), run.model.vocab_size)
+    yield train.place(batch, mesh)
 
 
 def sample_text(
@@ -100,7 +106,10 @@ class _Reporter:
 
 
 def _start(
-    command: common.Command, checkpoints: Any, facts: dict[str, Any]
+    command: common.Command,
+    checkpoints: Any,
+    facts: dict[str, Any],
+    sharding: jax.sharding.Sharding,
 ) -> train.TrainState:
   """The newest checkpoint's state, or a fresh one that is saved at once.
 
@@ -115,13 +124,15 @@ def _start(
           f"{command.workdir} holds metrics of a run but no checkpoint under"
           f" {checkpoints.directory}; restore it, or start in a new --workdir"
       )
-    fresh = jax.jit(train.init_state, static_argnums=0)
+    fresh = jax.jit(
+        train.init_state, static_argnums=0, out_shardings=sharding
+    )
     state = fresh(run, jax.random.key(command.seed))
     checkpoint.save(checkpoints, state, facts)
     checkpoints.wait_until_finished()
     return state
   try:
-    state, saved = checkpoint.restore(checkpoints, run, step)
+    state, saved = checkpoint.restore(checkpoints, run, step, sharding)
   except ValueError as error:
     raise common.NoCheckpointError(str(error)) from error
   changes = config.difference(saved["data"], facts["data"])
@@ -137,9 +148,11 @@ def execute(command: common.Command) -> None:
   """Trains up to `command.stop`, from the newest checkpoint if there is one."""
   run, folder = command.run, command.workdir
   began = time.monotonic()
-  workdir.claim(folder, workdir.describe(command.variant, command.seed, run))
+  description = workdir.describe(command.variant, command.seed, run)
+  workdir.claim(folder, description)
   data = stream.prepare(run.data, run.model.vocab_size, folder / "data")
   windows = stream.heldout_windows(data.heldout_tokens, run.data.seq_len)
+  workdir.write_config(folder, description)
   workdir.write_environment(folder)
   checkpoints = checkpoint.manager(folder / "checkpoints", run.checkpoint)
 
@@ -147,7 +160,8 @@ def execute(command: common.Command) -> None:
     rows = step * run.train.batch_size
     return {"data": data.digests | {"seed": command.seed}, "rows": rows}
 
-  state = _start(command, checkpoints, facts(0))
+  mesh = topology.mesh(command.mesh)
+  state = _start(command, checkpoints, facts(0), topology.replicated(mesh))
   first = int(state.step)
   with logbook.Logbook(folder, command.stop, first) as book:
     book.note(
@@ -158,6 +172,7 @@ def execute(command: common.Command) -> None:
     final = {}
 
     def evaluate(state):
+      state = topology.first_replica(state)
       final.update(
           likelihood.heldout(
               state.params,
@@ -180,8 +195,9 @@ def execute(command: common.Command) -> None:
     train.fit(
         state,
         run,
-        micro_batches(data, run, command.seed, first),
+        micro_batches(data, run, command.seed, first, mesh),
         command.stop,
+        mesh=mesh,
         report=reporter.step,
         evaluate=evaluate,
         save=save,

@@ -50,7 +50,8 @@ def sample() -> None:
   checkpoints = checkpoint.manager(folder / "checkpoints", run.checkpoint)
   if (step := checkpoints.latest_step()) is None:
     raise common.NoCheckpointError(f"{folder}: has no finished checkpoint")
-  state, _ = checkpoint.restore(checkpoints, run, step)
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  state, _ = checkpoint.restore(checkpoints, run, step, device)
   prompt = tok.encode(_PROMPT.value, add_special_tokens=False).ids
   made = decoding.generate(
       state.params,

@@ -48,7 +48,7 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
     raise ValueError(
         f"--workdir={workdir}: holds no run, {path.name} is missing"
     ) from error
-  except (ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(f"{path}: is not the configuration of a run") from error
   return facts
 
@@ -65,19 +65,23 @@ def run_of(
 def claim(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
   """Makes the workdir of a run, or checks that it is this run's.
 
+  It becomes the run's by `write_config`: settings that turn out to be wrong
+  before that do not stand in the way of right ones.
+
   Raises:
     ValueError: it cannot be written, or was made by another configuration.
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    if not (workdir / CONFIG).exists():
-      _write(workdir / CONFIG, facts)
-      return
     probe = workdir / ".probe"
     probe.write_text("")
     probe.unlink()
+    if not (workdir / CONFIG).exists():
+      return
   except OSError as error:
-    raise ValueError(f"--workdir={workdir}: cannot be written: {error}") from error
+    raise ValueError(
+        f"--workdir={workdir}: cannot be written: {error}"
+    ) from error
   changes = [
       line
       for line in config.difference(_flat(read_config(workdir)), _flat(facts))
@@ -91,6 +95,12 @@ def claim(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
             *(f"  {line.removeprefix('settings.')}" for line in changes),
         ])
     )
+
+
+def write_config(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
+  """Makes the workdir that of the run described, if it is of none."""
+  if not (workdir / CONFIG).exists():
+    _write(workdir / CONFIG, facts)
 
 
 def _revision() -> str:

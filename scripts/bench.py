@@ -18,7 +18,8 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 from absl import app
@@ -253,6 +254,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 
 def main(_: list[str]) -> None:
+  """Measures and prints; the flags are good by now."""
   shape = _SHAPE.value
   cfg = config.override(presets.PRESETS[shape], *OVERRIDES)
   pythons = {OURS: sys.executable}

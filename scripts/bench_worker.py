@@ -13,8 +13,11 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
 
 PEAK_SIZE = 2048  # square matrices, large enough that a matmul is at its peak
 PEAK_REPEATS = 4

@@ -3,13 +3,15 @@
 import base64
 import dataclasses
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from experiments import logbook
-from scripts import plots, record
+from scripts import plots
+from scripts import record
 
 SAMPLES = 6  # most samples of text that are shown
 

@@ -12,12 +12,15 @@ import functools
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence
 
 from absl import flags
 from matplotlib.figure import Figure
 
-from scripts import page, plots, record
+from scripts import page
+from scripts import plots
+from scripts import record
 
 SNAPSHOTS = 4  # heat maps of expert load
 

@@ -2,9 +2,11 @@ import dataclasses
 import math
 
 import testing
-from absl.testing import absltest, parameterized
+from absl.testing import absltest
+from absl.testing import parameterized
 
-from dsv3_jax import config, presets
+from dsv3_jax import config
+from dsv3_jax import presets
 
 RUN = presets.TINY
 

@@ -7,7 +7,8 @@ import pathlib
 import random
 import tempfile
 
-from absl.testing import absltest, parameterized
+from absl.testing import absltest
+from absl.testing import parameterized
 
 from dsv3_jax.data import corpus
 

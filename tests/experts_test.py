@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import reference
 import testing
-from absl.testing import absltest, parameterized
+from absl.testing import absltest
+from absl.testing import parameterized
 
 from dsv3_jax import schema
-from dsv3_jax.model import experts, layers
+from dsv3_jax.model import experts
+from dsv3_jax.model import layers
 
 FORMS = (experts.block_ffn, experts.ragged_ffn, experts.dense_ffn)
 # M tokens, E experts, K of them chosen, widths D and F.

@@ -8,7 +8,8 @@ import tempfile
 from unittest import mock
 
 import numpy as np
-from absl.testing import absltest, parameterized
+from absl.testing import absltest
+from absl.testing import parameterized
 from tensorboardX.proto import event_pb2
 
 from experiments import logbook

@@ -2,9 +2,11 @@ import jax
 import numpy as np
 import reference
 import testing
-from absl.testing import absltest, parameterized
+from absl.testing import absltest
+from absl.testing import parameterized
 
-from dsv3_jax.model import mtp, transformer
+from dsv3_jax.model import mtp
+from dsv3_jax.model import transformer
 
 SMALL = (
   "d_model=32",

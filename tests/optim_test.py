@@ -116,20 +116,19 @@ class AdamWTest(parameterized.TestCase):
     adamw = optim.adamw(cfg)
     params = jax.tree.map(jnp.float32, self.PARAMS)
     state = adamw.init(params)
-    m = v = jax.tree.map(np.zeros_like, self.PARAMS)
-    for t, grads in enumerate(self.GRADS, start=1):
+    m, v = dict.fromkeys(self.PARAMS, 0.0), dict.fromkeys(self.PARAMS, 0.0)
+    clips = (0.5, 1.0)
+    for t, (grads, clip) in enumerate(zip(self.GRADS, clips, strict=True), 1):
       updates, state = adamw.update(
           jax.tree.map(jnp.float32, grads), state, params
       )
-      clip = 0.5 if t == 1 else 1.0
-      m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * clip * g, m, grads)
-      v = jax.tree.map(lambda v, g: 0.95 * v + 0.05 * (clip * g) ** 2, v, grads)
-      expected = jax.tree.map(
-          lambda m, v: m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8),
-          m,
-          v,
-      )
-      expected["w"] = expected["w"] + 0.1 * self.PARAMS["w"]  # no norm gain
+      expected = {}
+      for name, g in grads.items():
+        m[name] = 0.9 * m[name] + 0.1 * clip * g
+        v[name] = 0.95 * v[name] + 0.05 * (clip * g) ** 2
+        root = np.sqrt(v[name] / (1 - 0.95**t))
+        expected[name] = m[name] / (1 - 0.9**t) / (root + 1e-8)
+      expected["w"] += 0.1 * self.PARAMS["w"]  # no norm gain
       # 1 - 0.95^t in float32 loses up to 1 / 0.05 of its digits.
       testing.assert_close(updates, expected, 40)
 

@@ -5,9 +5,12 @@ import pathlib
 import tempfile
 
 import numpy as np
-from absl.testing import absltest, parameterized
+from absl.testing import absltest
+from absl.testing import parameterized
 
-from dsv3_jax.data import corpus, packing, tokenizer
+from dsv3_jax.data import corpus
+from dsv3_jax.data import packing
+from dsv3_jax.data import tokenizer
 
 DOCUMENTS = [
     corpus.Document("a", "It is a truth.\n\nUniversally acknowledged,\n"),

@@ -4,7 +4,8 @@ import testing
 from absl.testing import absltest
 
 from dsv3_jax import schema
-from dsv3_jax.model import precision, transformer
+from dsv3_jax.model import precision
+from dsv3_jax.model import transformer
 
 
 class ComputeParamsTest(absltest.TestCase):

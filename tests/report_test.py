@@ -8,10 +8,13 @@ import pathlib
 import tempfile
 
 import numpy as np
-from absl.testing import absltest, parameterized
+from absl.testing import absltest
+from absl.testing import parameterized
 
 from experiments import logbook
-from scripts import plots, record, report
+from scripts import plots
+from scripts import record
+from scripts import report
 
 E, ROUTERS, STEPS, TOKENS = 16, 5, 488, 4096
 

@@ -9,10 +9,14 @@ import tempfile
 import time
 
 import numpy as np
-from absl.testing import absltest, parameterized
+from absl.testing import absltest
+from absl.testing import parameterized
 
 from dsv3_jax import config
-from dsv3_jax.data import corpus, packing, stream, tokenizer
+from dsv3_jax.data import corpus
+from dsv3_jax.data import packing
+from dsv3_jax.data import stream
+from dsv3_jax.data import tokenizer
 
 
 def token_file(path, n_tokens):

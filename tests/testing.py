@@ -1,10 +1,17 @@
 """Seeded inputs, small configs and the one tolerance rule of the tests."""
 
+import pathlib
+import tempfile
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax import config, schema
+from dsv3_jax import config
+from dsv3_jax import optim
+from dsv3_jax import schema
+from dsv3_jax import train
+from dsv3_jax.model import transformer
 
 EPS = float(np.finfo(np.float32).eps)
 
@@ -56,6 +63,36 @@ def run(*assignments: str) -> config.Run:
     schedule=config.Schedule(warmup_steps=2),
   )
   return config.override(micro, *assignments)
+
+
+def state(run: config.Run, seed: int = 0) -> train.TrainState:
+  """A first state without compiling `train.init_state`, which takes long."""
+  params = draw(transformer.specs(run.model), seed)
+  return train.TrainState(
+    params=params,
+    opt_state=optim.adamw(run.optim).init(params),
+    router_bias=transformer.router_bias(run.model),
+    step=jnp.zeros((), jnp.int32),
+    skipped=jnp.zeros((), jnp.int32),
+    key=jax.random.key(seed),
+  )
+
+
+def host(state: train.TrainState) -> train.TrainState:
+  """A copy that outlives donation, its key as integers."""
+  return jax.device_get(state.replace(key=jax.random.key_data(state.key)))
+
+
+def assert_same(actual, expected) -> None:
+  """Trees of host arrays are equal bit for bit, in dtype too."""
+  jax.tree.map(np.testing.assert_array_equal, actual, expected)
+  dtypes = lambda tree: [leaf.dtype for leaf in jax.tree.leaves(tree)]
+  assert dtypes(actual) == dtypes(expected), dtypes(actual)
+
+
+def folder(test) -> pathlib.Path:
+  """An empty folder that goes when the test is over."""
+  return pathlib.Path(test.enter_context(tempfile.TemporaryDirectory()))
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> jax.Array:

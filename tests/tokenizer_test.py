@@ -8,9 +8,11 @@ import tempfile
 import time
 
 import tokenizers
-from absl.testing import absltest, parameterized
+from absl.testing import absltest
+from absl.testing import parameterized
 
-from dsv3_jax.data import corpus, tokenizer
+from dsv3_jax.data import corpus
+from dsv3_jax.data import tokenizer
 
 HARD = (
     "",

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import pathlib
 from unittest import mock
 
 import jax
@@ -18,20 +17,27 @@ from dsv3_jax import schema
 from dsv3_jax import train
 from dsv3_jax.data import stream
 from dsv3_jax.model import router
+from dsv3_jax.parallel import topology
 from experiments import runner
 
 RUN = testing.run()
+MESH = topology.mesh({"data": 2})
 PROSE = "It was a bright cold day, and {} clocks were striking thirteen.\n"
 
 
 @functools.cache
 def compiled_step():
-  return train.make_step(RUN)
+  return train.make_step(RUN, MESH)
 
 
-def fresh_state(run=RUN):
-  """A first state; parameters do not depend on how a step is computed."""
-  return jax.jit(train.init_state, static_argnums=0)(run, jax.random.key(7))
+def first_state(**changes):
+  state = testing.state(RUN)
+  state = state.replace(params=state.params | changes)
+  return jax.device_put(state, topology.replicated(MESH))
+
+
+def placed(seed=0):
+  return train.place(batch_of(seed=seed), MESH)
 
 
 def batch_of(run=RUN, seed=0):
@@ -42,27 +48,28 @@ def batch_of(run=RUN, seed=0):
   return losses.batch(rows, cfg.vocab_size)
 
 
-def host(state):
-  """A copy that outlives donation, the key as integers."""
-  return jax.device_get(state.replace(key=jax.random.key_data(state.key)))
+class InitTest(absltest.TestCase):
 
-
-def assert_same(actual, expected):
-  """Equal bit for bit, in dtype too."""
-  jax.tree.map(np.testing.assert_array_equal, actual, expected)
-  dtypes = [
-      [leaf.dtype for leaf in jax.tree.leaves(tree)]
-      for tree in (actual, expected)
-  ]
-  assert dtypes[0] == dtypes[1], dtypes
+  def test_mtp_modules_change_no_other_parameter(self):
+    key = jax.random.key(7)
+    with_mtp = train.init_state(RUN, key)
+    without = train.init_state(testing.run("mtp.depth=0"), key)
+    params = schema.paths(with_mtp.params)
+    expected = schema.paths(without.params)
+    self.assertContainsSubset(expected, params)
+    for name, value in expected.items():
+      np.testing.assert_array_equal(params[name], value, name)
+    self.assertEqual(with_mtp.step, 0)
+    self.assertFalse(with_mtp.router_bias.any())
+    self.assertEqual(with_mtp.router_bias.shape, (2, 8))
 
 
 class StepTest(absltest.TestCase):
 
   def test_moves_everything_that_it_should(self):
-    before = host(fresh_state())
-    state, metrics = compiled_step()(fresh_state(), batch_of())
-    after, metrics = host(state), jax.device_get(metrics)
+    before = testing.host(testing.state(RUN))
+    state, metrics = compiled_step()(first_state(), placed())
+    after, metrics = testing.host(state), jax.device_get(metrics)
     for name, value in metrics.items():
       self.assertTrue(np.isfinite(value).all(), name)
     old, new = map(schema.paths, (before.params, after.params))
@@ -80,9 +87,9 @@ class StepTest(absltest.TestCase):
 
   def test_bias_moves_once_a_step_by_the_counts_of_the_batch(self):
     cfg = RUN.model
-    state, expected = fresh_state(), np.zeros((2, 8), np.float32)
+    state, expected = first_state(), np.zeros((2, 8), np.float32)
     for seed in range(2):
-      state, metrics = compiled_step()(state, batch_of(seed=seed))
+      state, metrics = compiled_step()(state, placed(seed))
       load = np.asarray(metrics["load"])
       tokens = RUN.train.batch_size * (RUN.data.seq_len - np.arange(2))
       np.testing.assert_array_equal(load.sum(-1), tokens * cfg.router.top_k)
@@ -93,40 +100,48 @@ class StepTest(absltest.TestCase):
     self.assertTrue(expected.any())
 
   def test_a_step_that_is_not_finite_changes_only_the_counters(self):
-    state, _ = compiled_step()(fresh_state(), batch_of())
-    poisoned = state.params["head"].at[0, 0].set(jnp.nan)
-    state = state.replace(params=state.params | {"head": poisoned})
-    before = host(state)
-    state, metrics = compiled_step()(state, batch_of(seed=1))
-    after = host(state)
+    head = testing.state(RUN).params["head"].at[0, 0].set(jnp.nan)
+    state = first_state(head=head)
+    before = testing.host(state)
+    state, metrics = compiled_step()(state, placed())
+    after = testing.host(state)
     self.assertFalse(metrics["finite"])
     self.assertTrue(np.ptp(metrics["load"]))  # the bias had reason to move
-    self.assertEqual((after.step, after.skipped), (2, 1))
-    assert_same(after, before.replace(step=after.step, skipped=after.skipped))
+    self.assertEqual((after.step, after.skipped), (1, 1))
+    expected = before.replace(step=after.step, skipped=after.skipped)
+    testing.assert_same(after, expected)
 
 
 class SplitTest(parameterized.TestCase):
 
   @staticmethod
   @functools.cache
-  def gradients(remat, micro_batches):
+  def gradients(remat, micro_batches, data):
     run = testing.run(
         f"train.remat={remat}", f"train.micro_batches={micro_batches}"
     )
-    state = fresh_state()
+    state = testing.state(RUN)
     bias = 0.01 * testing.normal(*state.router_bias.shape, seed=3)
     state = state.replace(router_bias=bias)
-    compute = jax.jit(train.gradients, static_argnames="run")
-    grads, terms, load = compute(state, batch_of(run), run=run)
+    mesh, batch = None, batch_of(run)
+    if data > 1:
+      mesh = topology.mesh({"data": data})
+      state = jax.device_put(state, topology.replicated(mesh))
+      batch = train.place(batch, mesh)
+    compute = jax.jit(functools.partial(train.gradients, run=run, mesh=mesh))
+    grads, terms, load = jax.device_get(compute(state, batch))
     bias = router.update_bias(bias, load, run.model.router.bias_speed)
     return grads, terms, load, bias
 
   @parameterized.parameters(
-      ("block", 1), ("block", 2), ("none", 2), ("none", 4), ("none", 8)
+      ("block", 2, 1),
+      ("none", 4, 1),
+      ("none", 8, 1),
+      ("none", 2, 4),
   )
-  def test_remat_and_micro_batches_change_no_decision(self, remat, n):
-    grads, terms, load, bias = self.gradients(remat, n)
-    want_grads, want_terms, want_load, want_bias = self.gradients("none", 1)
+  def test_no_way_to_compute_a_step_changes_a_decision(self, *way):
+    grads, terms, load, bias = self.gradients(*way)
+    want_grads, want_terms, want_load, want_bias = self.gradients("none", 1, 1)
     np.testing.assert_array_equal(load, want_load)
     np.testing.assert_array_equal(bias, want_bias)
     # Sums of the same terms in another order: 64 tokens, and the longest way
@@ -141,7 +156,7 @@ class ResumeTest(absltest.TestCase):
     self.enter_context(
         mock.patch.object(train, "make_step", lambda *_: compiled_step())
     )
-    folder = pathlib.Path(self.create_tempdir())
+    folder = testing.folder(self)
     text = folder / "text.txt"
     text.write_text("".join(PROSE.format(i) for i in range(100)))
     run = testing.run(f"data.path={text}")
@@ -151,7 +166,7 @@ class ResumeTest(absltest.TestCase):
       first, fed = int(state.step), []
 
       def batches():
-        for batch in runner.micro_batches(data, run, 5, first):
+        for batch in runner.micro_batches(data, run, 5, first, MESH):
           fed.append(batch.tokens)
           yield batch
 
@@ -166,18 +181,20 @@ class ResumeTest(absltest.TestCase):
       )
       return state, np.array(fed)
 
-    whole, all_fed = fit(fresh_state(), 2 * n)
+    whole, all_fed = fit(first_state(), 2 * n)
 
     checkpoints = checkpoint.manager(folder / "checkpoints", run.checkpoint)
     save = lambda state: checkpoint.save(checkpoints, state, {})
-    _, first_fed = fit(fresh_state(), n, save)
+    _, first_fed = fit(first_state(), n, save)
     checkpoints.close()
     checkpoints = checkpoint.manager(folder / "checkpoints", run.checkpoint)
-    state, _ = checkpoint.restore(checkpoints, run, n)
+    state, _ = checkpoint.restore(
+        checkpoints, run, n, topology.replicated(MESH)
+    )
     parts, second_fed = fit(state, 2 * n)
     checkpoints.close()
 
-    assert_same(host(parts), host(whole))
+    testing.assert_same(testing.host(parts), testing.host(whole))
     np.testing.assert_array_equal(
         np.concatenate([first_fed, second_fed]), all_fed
     )

@@ -14,7 +14,8 @@ import lzma
 import os
 import pathlib
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence
 
 from absl import logging
 

@@ -12,14 +12,17 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tokenizers
 from absl import logging
 
-from dsv3_jax.data import corpus, tokenizer
+from dsv3_jax.data import corpus
+from dsv3_jax.data import tokenizer
 
 _GROUP_DOCUMENTS = 64  # encoded together, on all cores
 _PIECE_CHARACTERS = 1 << 18

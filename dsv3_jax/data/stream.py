@@ -16,7 +16,9 @@ import numpy as np
 import tokenizers
 
 from dsv3_jax import config
-from dsv3_jax.data import corpus, packing, tokenizer
+from dsv3_jax.data import corpus
+from dsv3_jax.data import packing
+from dsv3_jax.data import tokenizer
 
 
 class Rows:

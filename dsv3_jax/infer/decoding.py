@@ -1,7 +1,8 @@
 """Autoregressive generation over the latent cache (section 2.1.1)."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence
 
 import flax.struct
 import jax
@@ -89,7 +90,9 @@ def step(
     static_argnames=("cfg", "temperature", "top_p"),
     donate_argnames="cache",
 )
-def _next(params, bias, cache, tokens, start, last, key, cfg, temperature, top_p):
+def _next(
+    params, bias, cache, tokens, start, last, key, cfg, temperature, top_p
+):
   """Samples what follows tokens[:, last]; later tokens are padding."""
   logits, cache = step(params, bias, cache, tokens, start, cfg)
   return sampling.sample(logits[:, last], key, temperature, top_p), cache

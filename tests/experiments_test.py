@@ -1,0 +1,411 @@
+"""Tests of the command lines, and of a run from start to report."""
+
+import contextlib
+import functools
+import io
+import json
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+import testing
+from absl import flags
+from absl.testing import absltest
+from absl.testing import flagsaver
+from absl.testing import parameterized
+
+from dsv3_jax import checkpoint
+from dsv3_jax import config
+from dsv3_jax import losses
+from dsv3_jax import presets
+from dsv3_jax import train
+from experiments import common
+from experiments import logbook
+from experiments import pretrain
+from experiments import runner
+from experiments import sample
+from experiments import workdir
+
+ROOT = pathlib.Path(__file__).parents[1]
+PROSE = "It was a bright cold day, and {} clocks were striking thirteen.\n"
+
+
+def command_line(program, *arguments):
+  """Exit code and what was printed to stdout and stderr, in this process."""
+  out, err = io.StringIO(), io.StringIO()
+  with (
+      flagsaver.flagsaver(),
+      mock.patch.object(sys, "argv", ["program", *arguments]),
+      contextlib.redirect_stdout(out),
+      contextlib.redirect_stderr(err),
+  ):
+    flags.FLAGS.unparse_flags()
+    try:
+      program()
+    except SystemExit as end:
+      return end.code, out.getvalue(), err.getvalue()
+  raise AssertionError("a program ends by an exit code")
+
+
+def refuse(command):
+  raise AssertionError(f"{command} should have been refused")
+
+
+pretrain_main = functools.partial(common.main, pretrain.variants())
+refusing = functools.partial(pretrain_main, refuse)
+sample_main = functools.partial(common.run_main, sample.sample)
+
+
+def python(*arguments, **environment):
+  """A program's result; at full optimisation, unlike the tests."""
+  env = os.environ | {"XLA_FLAGS": ""} | environment
+  return subprocess.run(
+      [sys.executable, "-m", *arguments],
+      cwd=ROOT,
+      env=env,
+      capture_output=True,
+      text=True,
+      check=False,
+  )
+
+
+class TraceTest(parameterized.TestCase):
+
+  @parameterized.parameters(*pretrain.variants())
+  def test_a_step_of_every_variant_traces(self, name):
+    run = pretrain.variants()[name]
+    state = jax.eval_shape(
+        functools.partial(train.init_state, run), jax.random.key(0)
+    )
+    micro = run.train.batch_size // run.train.micro_batches
+    shape = (run.train.micro_batches, micro, run.data.seq_len)
+    ids = jax.ShapeDtypeStruct(shape, np.int32)
+    after, metrics = jax.eval_shape(
+        functools.partial(train.train_step, run=run),
+        state,
+        losses.Batch(ids, ids),
+    )
+    shapes = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)
+    self.assertEqual(shapes(after), shapes(state))
+    self.assertEqual(metrics["loss"].shape, ())
+    n_experts = run.model.router.n_experts
+    self.assertEqual(metrics["load"].shape, (run.model.n_routers, n_experts))
+
+
+class CommandLineTest(parameterized.TestCase):
+
+  def assert_refused(self, program, arguments, *messages):
+    code, out, err = command_line(program, *arguments)
+    self.assertEqual((code, out), (common.BAD_INPUT, ""), err)
+    for line in err.splitlines():
+      self.assertStartsWith(line, "error: ")
+    for message in messages:
+      self.assertIn(message, err)
+    return err
+
+  @parameterized.parameters(
+      ("--varient=tiny", "unknown flag '--varient=tiny'", "--variant?"),
+      ("tiny", "stray argument 'tiny'"),
+      ("--steps=ten", "steps", "ten"),
+      ("--steps=0", "--steps=0: must be in 1 to "),
+      ("--steps=1000000000", "--steps=1000000000: must be in 1 to "),
+      ("--seed=-1", "--seed=-1: must be in [0, 2^32)"),
+      ("--variant=tinny", "--variant=tinny: one of", "did you mean 'tiny'"),
+      ("--mesh=dota=1", "--mesh=dota=1", "did you mean 'data'"),
+      ("--mesh=data=0", "--mesh=data=0"),
+      ("--mesh=data=3", "must divide the 16 sequences"),
+      ("--set=optim.peak_lr=nan", "Optim.peak_lr=nan: must be finite"),
+      ("--set=optim.peak_lr=-1", "Optim.peak_lr=-1.0: must be above 0"),
+      ("--set=router.top_k=99", "Router.top_k=99: must be at most 8"),
+      ("--set=router.n_groups=5", "Router.n_groups=5: must divide"),
+      ("--set=mla.rope_dim=7", "MLA.rope_dim=7: must be even"),
+      ("--set=data.seq_len=1", "Data.seq_len=1: must be above MTP.depth=1"),
+      ("--set=router.bais_speed=0", "did you mean 'router.bias_speed'"),
+  )
+  def test_refuses(self, argument, *messages):
+    self.assert_refused(refusing, [argument], *messages)
+
+  def test_lists_all_problems_at_once(self):
+    err = self.assert_refused(
+        refusing,
+        ["--wrokdir=x", "stray", "--seed=-1", "--mesh=a=1"]
+        + ["--set=optim.eps=0", "--set=mla.n_heads=0", "--set=no"],
+        "--wrokdir",
+        "stray",
+        "--seed",
+        "--mesh=a=1",
+        "Optim.eps",
+        "MLA.n_heads",
+        "'no'",
+    )
+    self.assertLen(err.splitlines(), 7)
+
+  def test_a_good_command_is_passed_on(self):
+    arguments = ["--variant=tiny", "--workdir=w", "--steps=7", "--seed=3"]
+    arguments += ["--set=mla.n_heads=4", "--set=optim.eps=1e-9"]
+    seen = []
+    with (
+        mock.patch.object(common.host, "keep_freed_memory"),
+        mock.patch.object(common.jax, "config"),
+    ):
+      code, _, err = command_line(
+          lambda: pretrain_main(seen.append), *arguments
+      )
+    self.assertEqual((code, err), (common.OK, ""))
+    expected = config.override(
+        presets.TINY, "mla.n_heads=4", "optim.eps=1e-9"
+    )
+    (command,) = seen
+    self.assertEqual(command.run, expected)
+    self.assertEqual(command.workdir, pathlib.Path("w"))
+    self.assertEqual((command.variant, command.stop), ("tiny", 7))
+    self.assertEqual(command.seed, 3)
+
+  @parameterized.parameters(
+      (FloatingPointError("x\ny"), common.NOT_FINITE),
+      (common.NoCheckpointError("x\ny"), common.NO_CHECKPOINT),
+      (ValueError("x\ny"), common.BAD_INPUT),
+  )
+  def test_errors_have_exit_codes(self, error, expected):
+    main = functools.partial(common.run_main, mock.Mock(side_effect=error))
+    code, _, err = command_line(main)
+    self.assertEqual(code, expected)
+    self.assertEqual(err, "error: x\nerror: y\n")
+
+  @parameterized.parameters(
+      (("--max_tokens=0",), "--max_tokens=0: must be at least 1"),
+      (("--temperature=-1",), "--temperature=-1.0: must be at least 0"),
+      (("--temperature=nan",), "--temperature=nan"),
+      (("--top_p=0",), "--top_p=0.0: must be above 0"),
+      (("--prompt_=x",), "--prompt?"),
+      (("--workdir=/nowhere",), "/nowhere: holds no run"),
+  )
+  def test_sample_refuses(self, arguments, message):
+    self.assert_refused(sample_main, arguments, message)
+
+  def test_sample_needs_a_workdir(self):
+    self.assert_refused(sample_main, [], "--workdir is missing")
+
+
+class WorkdirTest(parameterized.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.folder = testing.folder(self) / "run"
+    self.facts = workdir.describe("tiny", 0, presets.TINY)
+    workdir.claim(self.folder, self.facts)
+    workdir.write_config(self.folder, self.facts)
+
+  def contents(self):
+    return {
+        path: path.read_bytes()
+        for path in self.folder.rglob("*")
+        if path.is_file()
+    }
+
+  def test_the_same_configuration_may_go_on(self):
+    before = self.contents()
+    # How often things are saved or looked at may change.
+    run = config.override(presets.TINY, "checkpoint.every=7")
+    workdir.claim(self.folder, workdir.describe("tiny", 0, run))
+    self.assertEqual(self.contents(), before)
+
+  def test_another_configuration_is_told_field_by_field(self):
+    before = self.contents()
+    run = config.override(presets.TINY, "optim.eps=1e-9", "mla.n_heads=3")
+    with self.assertRaises(ValueError) as caught:
+      workdir.claim(self.folder, workdir.describe("tiny", 1, run))
+    title, *lines = str(caught.exception).splitlines()
+    self.assertIn(str(self.folder), title)
+    self.assertEqual(
+        lines,
+        [
+            "  seed: 0 -> 1",
+            "  model.mla.n_heads: 6 -> 3",
+            "  optim.eps: 1e-08 -> 1e-09",
+        ],
+    )
+    self.assertEqual(self.contents(), before)
+
+  def test_config_gives_the_run_back(self):
+    facts = workdir.read_config(self.folder)
+    self.assertEqual(workdir.run_of(facts, presets.PRESETS), presets.TINY)
+    run = config.override(
+        presets.V2_LITE_16B, "data.path=a b=c", "optim.moments=float32"
+    )
+    facts = json.loads(json.dumps(workdir.describe("x", 0, run)))
+    self.assertEqual(workdir.run_of(facts, presets.PRESETS), run)
+
+  @parameterized.parameters("", "{}", "[1]", '{"settings": 3}', "\x00")
+  def test_refuses_what_is_no_configuration(self, text):
+    (self.folder / workdir.CONFIG).write_text(text)
+    with self.assertRaisesRegex(ValueError, "is not the configuration"):
+      workdir.read_config(self.folder)
+
+  def test_refuses_a_folder_that_cannot_be(self):
+    with self.assertRaisesRegex(ValueError, "cannot be written"):
+      workdir.claim(self.folder / workdir.CONFIG / "below", self.facts)
+
+
+class StartTest(parameterized.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.root = testing.folder(self)
+    self.text = self.root / "text.txt"
+    self.text.write_text("".join(PROSE.format(i) for i in range(100)))
+
+  def command(self, **changes):
+    path = changes.get("path", self.text)
+    run = testing.run(f"data.path={path}")
+    folder = self.root / "run"
+    return common.Command("tiny", run, folder, changes.get("seed", 0), 4, {})
+
+  @parameterized.parameters(
+      ("missing.txt", None, "missing.txt"),
+      ("empty.txt", b"", "there is no text"),
+      ("bad.txt", b"good \xff bad", "UTF-8"),
+  )
+  def test_bad_text_is_refused_and_claims_no_folder(self, name, raw, message):
+    path = self.root / name
+    if raw is not None:
+      path.write_bytes(raw)
+    with self.assertRaisesRegex(ValueError, message):
+      runner.execute(self.command(path=path))
+    # The right path can be given next.
+    self.assertFalse((self.root / "run" / workdir.CONFIG).exists())
+
+  def test_lost_checkpoints_are_never_replaced_by_a_fresh_start(self):
+    command = self.command()
+    facts = workdir.describe(command.variant, command.seed, command.run)
+    command.workdir.mkdir()
+    workdir.write_config(command.workdir, facts)
+    metrics = command.workdir / logbook.METRICS
+    metrics.write_text('{"step": 3, "loss": 1.0}\n')
+    with self.assertRaisesRegex(common.NoCheckpointError, "no checkpoint"):
+      runner.execute(command)
+    self.assertEqual(metrics.read_text(), '{"step": 3, "loss": 1.0}\n')
+
+  def test_sample_says_that_there_is_no_checkpoint(self):
+    command = self.command()
+    facts = workdir.describe(command.variant, command.seed, command.run)
+    command.workdir.mkdir()
+    workdir.write_config(command.workdir, facts)
+    (command.workdir / "checkpoints").mkdir()
+    runner.stream.prepare(
+        command.run.data, command.run.model.vocab_size, command.workdir / "data"
+    )
+    code, _, err = command_line(sample_main, f"--workdir={command.workdir}")
+    self.assertEqual(code, common.NO_CHECKPOINT)
+    self.assertIn("no finished checkpoint", err)
+
+
+class DryRunTest(absltest.TestCase):
+
+  def test_prints_exact_counts_without_starting_jax(self):
+    # A backend that does not exist: starting one would fail.
+    done = python(
+        "experiments.pretrain",
+        "--variant=v3_671b",
+        "--dry_run",
+        JAX_PLATFORMS="none_such",
+    )
+    self.assertEqual((done.returncode, done.stderr), (0, ""))
+    for count in (
+        "671,026,404,352",
+        "14,848",
+        "11,610,068,224",
+        "36,625,603,584",
+        "35,698,924,544",
+    ):
+      self.assertIn(count, done.stdout)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    self.assertLess(used.ru_utime, 10)
+
+
+@pytest.mark.slow
+class EndToEndTest(absltest.TestCase):
+  SETTINGS = (
+      "vocab_size=300",
+      "d_model=32",
+      "n_layers=2",
+      "dense_ffn_dim=32",
+      "mla.n_heads=2",
+      "moe.ffn_dim=16",
+      "data.seq_len=32",
+      "train.batch_size=4",
+      "train.micro_batches=2",
+      "train.tokens=4096",
+      "schedule.warmup_steps=2",
+      "checkpoint.every=4",
+      "evaluate.every=4",
+      "evaluate.sample_tokens=8",
+  )
+
+  def run_program(self, *arguments):
+    done = python(*arguments)
+    self.assertEqual(done.returncode, 0, done.stderr)
+    return done.stdout
+
+  def test_train_stop_go_on_sample_and_report(self):
+    root = testing.folder(self)
+    text = root / "text.txt"
+    text.write_text("".join(PROSE.format(i) for i in range(500)))
+    settings = [f"--set={s}" for s in (*self.SETTINGS, f"data.path={text}")]
+
+    def pretrain(name, steps):
+      folder = f"--workdir={root / name}"
+      self.run_program(
+          "experiments.pretrain",
+          "--variant=tiny",
+          folder,
+          f"--steps={steps}",
+          *settings,
+      )
+
+    def state(name):
+      run = config.override(
+          presets.TINY, *self.SETTINGS, f"data.path={text}"
+      )
+      folder = root / name / "checkpoints"
+      checkpoints = checkpoint.manager(folder, run.checkpoint)
+      self.addCleanup(checkpoints.close)
+      self.assertEqual(checkpoints.latest_step(), 8)
+      device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+      restored, facts = checkpoint.restore(checkpoints, run, 8, device)
+      return testing.host(restored), facts
+
+    pretrain("parts", 4)
+    pretrain("parts", 8)
+    pretrain("whole", 8)
+    (parts, facts), (whole, whole_facts) = state("parts"), state("whole")
+    testing.assert_same(parts, whole)
+    self.assertEqual(facts, whole_facts)
+    rows = [
+        logbook.read(root / name / logbook.METRICS)
+        for name in ("parts", "whole")
+    ]
+    losses_of = lambda rows: [row["loss"] for row in rows if "loss" in row]
+    self.assertLen(losses_of(rows[0]), 8)
+    self.assertEqual(*map(losses_of, rows))
+
+    prompt = "It was a"
+    folder = f"--workdir={root / 'parts'}"
+    out = self.run_program(
+        "experiments.sample", folder, f"--prompt={prompt}", "--max_tokens=9"
+    )
+    self.assertStartsWith(out, prompt)
+    self.assertGreater(len(out.strip()), len(prompt))
+    self.run_program("scripts.report", folder)
+    page = (root / "parts" / "report.html").read_text()
+    self.assertIn("<html", page)
+
+
+if __name__ == "__main__":
+  absltest.main()
