@@ -1,7 +1,8 @@
 """The training state, one optimizer step, and the loop."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from collections.abc import Iterator
 
 import flax.struct
 import jax

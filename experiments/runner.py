@@ -151,7 +151,6 @@ def execute(command: common.Command) -> None:
   description = workdir.describe(command.variant, command.seed, run)
   workdir.claim(folder, description)
   data = stream.prepare(run.data, run.model.vocab_size, folder / "data")
-  windows = stream.heldout_windows(data.heldout_tokens, run.data.seq_len)
   workdir.write_config(folder, description)
   workdir.write_environment(folder)
   checkpoints = checkpoint.manager(folder / "checkpoints", run.checkpoint)
@@ -173,15 +172,7 @@ def execute(command: common.Command) -> None:
 
     def evaluate(state):
       state = topology.first_replica(state)
-      final.update(
-          likelihood.heldout(
-              state.params,
-              state.router_bias,
-              *windows,
-              data.heldout_bytes,
-              run,
-          )
-      )
+      final.update(_heldout(state, data, run))
       row = {"step": int(state.step)} | final
       if length := run.evaluate.sample_tokens:
         row["sample"] = sample_text(state, data.tokenizer, run, "", length)
@@ -208,6 +199,15 @@ def execute(command: common.Command) -> None:
     summary["train_seconds"] = reporter.train_s
     summary["total_seconds"] = time.monotonic() - began
     workdir.write_summary(folder, summary)
+
+
+def _heldout(
+    state: train.TrainState, data: stream.Prepared, run: config.Run
+) -> dict[str, float]:
+  rows, mask = stream.heldout_windows(data.heldout_tokens, run.data.seq_len)
+  return likelihood.heldout(
+      state.params, state.router_bias, rows, mask, data.heldout_bytes, run
+  )
 
 
 def _summary(run: config.Run, data: stream.Prepared) -> dict[str, Any]:

@@ -52,8 +52,9 @@ def _losses(run: record.Record) -> Picture | str:
   caption = "Every step faint, a running mean over 2% of the run solid."
   if "MTP" in curves:
     caption += (
-        " MTP is the loss of the multi-token prediction modules, which predict"
-        " further ahead and so end above the main model."
+        " MTP is the loss of the multi-token prediction modules: they predict"
+        " one token further and are given one token more, so the two can be"
+        " alike."
     )
   points = {}
   if (heldout := record.column(run.evals, "heldout_loss")) is not None:

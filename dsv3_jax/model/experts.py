@@ -57,11 +57,11 @@ def ragged_ffn(
 
 # --- the blocked form ---
 #
-# Slots (token, k) are sorted by expert into R rows, enough for the worst case of
-# whole blocks. Where every expert's load is within R / E, each expert gets so
-# many rows and the products are batched over experts. Otherwise each expert gets
-# the blocks that it needs, and a loop runs over the blocks in use. No slot is
-# lost either way.
+# Slots (token, k) are sorted by expert into R rows, enough for the worst case
+# of whole blocks. Where every expert's load is within R / E, each expert gets
+# so many rows and the products are batched over experts. Otherwise each expert
+# gets the blocks that it needs, and a loop runs over the blocks in use. No slot
+# is lost either way.
 
 
 @flax.struct.dataclass

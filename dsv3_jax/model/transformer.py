@@ -150,9 +150,8 @@ def forward(
   )
   loads.append(load)
   balances.append(balance)
-  return Output(
-      hidden, mtp_hidden, jnp.concatenate(loads), jnp.concatenate(balances).sum()
-  )
+  load, balance = jnp.concatenate(loads), jnp.concatenate(balances).sum()
+  return Output(hidden, mtp_hidden, load, balance)
 
 
 def logits(params: schema.Params, hidden: jax.Array) -> jax.Array:
