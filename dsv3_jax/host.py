@@ -8,8 +8,8 @@ def keep_freed_memory() -> None:
   """Tells glibc to keep freed memory instead of returning it to the system.
 
   A step on CPU allocates all of its temporary memory afresh: returned memory
-  costs a page fault and a cleared page for every 4 KiB of every step, 40 % of
-  the time of a small model. Call before JAX starts; does nothing elsewhere.
+  costs a page fault and a cleared page for every 4 KiB of every step. Call
+  before JAX starts; does nothing elsewhere.
   """
   if not sys.platform.startswith("linux"):
     return
