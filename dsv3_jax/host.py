@@ -18,6 +18,6 @@ def keep_freed_memory() -> None:
     return
   trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8
   mallopt(mmap_max, 0)
-  mallopt(trim_threshold, 2**31 - 1)
+  mallopt(trim_threshold, -1)
   mallopt(top_pad, 64 << 20)
   mallopt(arena_max, 1)  # other arenas map every large block separately

@@ -6,13 +6,17 @@ form for the backend: `block_ffn` on CPU, `ragged_ffn` on accelerators.
 `dense_ffn` runs every expert on every token and is the reference.
 """
 
+import functools
+import math
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from dsv3_jax import schema
 
-MIN_BLOCK, MAX_BLOCK = 8, 256  # rows of one product in the blocked form
+SHARE = 1.125  # rows batched for every expert, in mean loads
+MIN_BLOCK, MAX_BLOCK = 8, 256  # rows of a block
 
 
 def grouped_ffn(
@@ -57,114 +61,97 @@ def ragged_ffn(
 
 # --- the blocked form ---
 #
-# Slots (token, k) are sorted by expert into R rows, enough for the worst case
-# of whole blocks. Where every expert's load is within R / E, each expert gets
-# so many rows and the products are batched over experts. Otherwise each expert
-# gets the blocks that it needs, and a loop runs over the blocks in use. No slot
-# is lost either way.
+# Slots (token, k) are sorted by expert. The first S of every expert, S a little
+# above the mean load, are the rows of products that are batched over experts.
+# What an expert has beyond S goes through a loop over blocks of B rows, as many
+# as are in use: next to none while the experts are balanced, nearly all slots
+# if one expert gets every token. No slot is lost either way.
 
 
 @flax.struct.dataclass
 class _Layout:
-  """Where every slot stands among R rows."""
+  """Where every slot m * K + k stands; M * K stands for padding."""
 
-  slot: jax.Array  # [R] int32, the slot in a row; M * K where it is padding
-  row: jax.Array  # [M, K] int32, the row of a slot
-  even: jax.Array  # [] bool, same number of rows for every expert
+  share: jax.Array  # [E, S] int32, slots of the batched products
+  block: jax.Array  # [N, B] int32, slots of the loop
   expert: jax.Array  # [N] int32, expert of a block
   used: jax.Array  # [] int32, blocks in use
+  row: jax.Array  # [M, K] int32, a slot's place in share; E * S or more: block
 
 
-def _sizes(n_slots: int, n_experts: int) -> tuple[int, int]:
-  """Rows of a block, about a quarter of the mean load, and blocks at worst."""
-  quarter = 1 << max(n_slots // (4 * n_experts), 1).bit_length() - 1
+def _sizes(n_slots: int, n_experts: int) -> tuple[int, int, int]:
+  """Rows of a share, rows of a block, and how many blocks at worst."""
+  mean = n_slots / n_experts
+  # With few slots an expert, shares would mostly multiply padding.
+  share = math.ceil(SHARE * mean) if mean >= MIN_BLOCK else 0
+  quarter = 1 << max(int(mean / 4), 1).bit_length() - 1
   block = min(max(quarter, MIN_BLOCK), MAX_BLOCK)
-  return block, n_slots // block + min(n_experts, n_slots)
+  return share, block, n_slots // block + min(n_experts, n_slots)
 
 
 def _layout(chosen: jax.Array, n_experts: int) -> _Layout:
   n_slots, flat = chosen.size, chosen.reshape(-1)
-  block, n_blocks = _sizes(n_slots, n_experts)
-  share = n_blocks * block // n_experts
-  experts = jnp.arange(n_experts, dtype=jnp.int32)
+  share, block, n_blocks = _sizes(n_slots, n_experts)
+  n_rows = n_experts * share
   load = jax.nn.one_hot(flat, n_experts, dtype=jnp.int32).sum(0)
-  # With few slots an expert the even form would mostly multiply padding.
-  dense = share * n_experts <= 1.5 * n_slots
-  even = dense & (load.max() <= share)
-  blocks = -(-load // block)
-  ends = jnp.cumsum(blocks)
-  first_row = jnp.where(even, experts * share, (ends - blocks) * block)
-  # A sorted slot moves right by the padding of the experts before its own.
-  shift = first_row - (jnp.cumsum(load) - load)
+  ends = jnp.cumsum(-(-jnp.maximum(load - share, 0) // block))
+  first_block = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
   order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-  rows = jnp.arange(n_slots, dtype=jnp.int32) + shift[flat[order]]
+  owner = flat[order]
+  first_slot = jnp.cumsum(load) - load
+  rank = jnp.arange(n_slots, dtype=jnp.int32) - first_slot[owner]
+  beyond = n_rows + first_block[owner] * block + rank - share
+  place = jnp.where(rank < share, owner * share + rank, beyond)
+  slots = jnp.full(n_rows + n_blocks * block, n_slots, jnp.int32)
+  slots = slots.at[place].set(order, unique_indices=True)
+  row = jnp.zeros_like(order).at[order].set(place, unique_indices=True)
   expert = jnp.searchsorted(ends, jnp.arange(n_blocks), side="right")
-  slot = jnp.full(n_blocks * block, n_slots, jnp.int32)
-  row = jnp.zeros(n_slots, jnp.int32)
   return _Layout(
-      slot=slot.at[rows].set(order, unique_indices=True),
-      row=row.at[order].set(rows, unique_indices=True).reshape(chosen.shape),
-      even=even,
+      share=slots[:n_rows].reshape(n_experts, share),
+      block=slots[n_rows:].reshape(n_blocks, block),
       expert=jnp.minimum(expert, n_experts - 1).astype(jnp.int32),
       used=ends[-1],
+      row=row.reshape(chosen.shape),
   )
 
 
 def block_ffn(
     p: schema.Params, x: jax.Array, chosen: jax.Array, gates: jax.Array
 ) -> jax.Array:
-  """Rows sorted by expert, padded to an even share or to whole blocks."""
+  """An equal share of rows of every expert, batched; the rest in blocks."""
   n_experts, d, _, f = p["gate_up"].shape
+  gate_up = p["gate_up"].reshape(n_experts, d, 2 * f)
   layout = _layout(chosen, n_experts)
-  gate = gates.reshape(-1).at[layout.slot].get(mode="fill", fill_value=0)
-  y = _ffn(
-      p["gate_up"].reshape(n_experts, d, 2 * f),
-      p["down"],
-      _spread(x, layout),
-      gate.astype(x.dtype),
-      layout,
-  )
-  return _collect(y, layout)
+  return _ffn(gate_up, p["down"], x, gates.astype(x.dtype), layout)
 
 
-@jax.custom_vjp
-def _spread(x: jax.Array, layout: _Layout) -> jax.Array:
-  """[M, ...] -> [R, ...], the token of every row, 0 in padding.
-
-  The transpose of `_collect`; stated so, because the scatter that automatic
-  differentiation would make of a gather is slow.
-  """
-  k = layout.row.shape[1]
-  return x.at[layout.slot // k].get(mode="fill", fill_value=0)
+def _pick(rows: jax.Array, index: jax.Array) -> jax.Array:
+  """rows[index], 0 where the index is beyond the last row."""
+  if not rows.shape[0]:
+    return jnp.zeros_like(rows, shape=index.shape + rows.shape[1:])
+  return rows.at[index].get(mode="fill", fill_value=0)
 
 
-@jax.custom_vjp
-def _collect(y: jax.Array, layout: _Layout) -> jax.Array:
-  """[R, ...] -> [M, ...], the sum of every token's rows."""
-  return y[layout.row].sum(1)
+def _add(rows: jax.Array, index: jax.Array, update: jax.Array) -> jax.Array:
+  """Rows with different ones changed, none for indices beyond the last."""
+  return rows.at[index].add(update, mode="drop", unique_indices=True)
 
 
-_spread.defvjp(
-    lambda x, layout: (_spread(x, layout), layout),
-    lambda layout, dy: (_collect(dy, layout), None),
-)
-_collect.defvjp(
-    lambda y, layout: (_collect(y, layout), layout),
-    lambda layout, dx: (_spread(dx, layout), None),
-)
+def _sum_slots(rows: jax.Array, layout: _Layout) -> jax.Array:
+  """[E, S, D] -> [M, D], the sum of a token's rows in the shares."""
+  return _pick(rows.reshape(-1, rows.shape[-1]), layout.row).sum(1)
 
 
-def _swiglu(h: jax.Array) -> jax.Array:
-  gate, up = jnp.split(h, 2, axis=-1)
-  return jax.nn.silu(gate) * up
+_dot = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
 
 
 def _forward(
     gate_up: jax.Array, down: jax.Array, x: jax.Array, gate: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Hidden state and output of rows of one expert, or of [E, rows] of all."""
+  """Hidden state and output of rows of one expert, or of [E, S] of all."""
   h = x @ gate_up
-  return h, (gate[..., None] * _swiglu(h)) @ down
+  a, b = jnp.split(h, 2, axis=-1)
+  return h, (gate[..., None] * jax.nn.silu(a) * b) @ down
 
 
 def _backward(
@@ -175,98 +162,74 @@ def _backward(
     h: jax.Array,
     dy: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """Gradients of `_forward` for gate_up, down, x and gate."""
-  turn = lambda a: jnp.swapaxes(a, -1, -2)
-  act, swiglu_vjp = jax.vjp(_swiglu, h)
+  """Gradients of `_forward` for gate_up and down (in f32), x and gate."""
+  turn = lambda w: jnp.swapaxes(w, -1, -2)
+  a, b = jnp.split(h, 2, axis=-1)
+  sigmoid = jax.nn.sigmoid(a)
+  silu = a * sigmoid
   dact = dy @ turn(down)
-  (dh,) = swiglu_vjp(gate[..., None] * dact)
-  return (
-      turn(x) @ dh,
-      turn(gate[..., None] * act) @ dy,
-      dh @ turn(gate_up),
-      (act * dact).sum(-1),
-  )
+  dgate = (silu * b * dact).sum(-1)
+  gate, dact = gate[..., None], gate[..., None] * dact
+  da = dact * b * (sigmoid + silu * (1 - sigmoid))
+  dh = jnp.concatenate([da, dact * silu], axis=-1)
+  dgate_up, ddown = _dot(turn(x), dh), _dot(turn(gate * silu * b), dy)
+  return dgate_up, ddown, dh @ turn(gate_up), dgate
 
 
 @jax.custom_vjp
-def _ffn(gate_up, down, x, gate, layout):
-  return _ffn_fwd(gate_up, down, x, gate, layout)[0]
+def _ffn(gate_up, down, x, gates, layout):
+  return _ffn_fwd(gate_up, down, x, gates, layout)[0]
 
 
-def _ffn_fwd(gate_up, down, x, gate, layout):
-  def even():
-    h, y = _forward(gate_up, down, _shares(x, down), _shares(gate, down))
-    return _flat(h, x), _flat(y, x)
+def _ffn_fwd(gate_up, down, x, gates, layout):
+  k, gate = gates.shape[1], gates.reshape(-1)
+  rows = _pick(x, layout.share // k)
+  h, y = _forward(gate_up, down, rows, _pick(gate, layout.share))
 
-  def blocked():
-    def body(i, carry):
-      e = layout.expert[i]
-      h, y = _forward(
-          gate_up[e], down[e], _block(x, i, layout), _block(gate, i, layout)
-      )
-      return _put(carry[0], h, i), _put(carry[1], y, i)
-
-    h = jnp.zeros_like(x, shape=(x.shape[0], gate_up.shape[-1]))
-    zeros = (h, jnp.zeros_like(x))
-    return jax.lax.fori_loop(0, layout.used, body, zeros)
-
-  h, y = jax.lax.cond(layout.even, even, blocked)
-  return y, (gate_up, down, x, gate, layout, h)
-
-
-def _ffn_bwd(residuals, dy):
-  gate_up, down, x, gate, layout, h = residuals
-  rows = (x, gate, h, dy)
-
-  def even():
-    dgate_up, ddown, dx, dgate = _backward(
-        gate_up, down, *(_shares(a, down) for a in rows)
+  def add_block(i, out):
+    slots, e = layout.block[i], layout.expert[i]
+    _, y = _forward(
+        gate_up[e], down[e], _pick(x, slots // k), _pick(gate, slots)
     )
-    return dgate_up, ddown, _flat(dx, x), _flat(dgate, x)
+    return _add(out, slots // k, y)
 
-  def blocked():
-    def body(i, carry):
-      e = layout.expert[i]
-      dgate_up, ddown, dx, dgate = _backward(
-          gate_up[e], down[e], *(_block(a, i, layout) for a in rows)
-      )
-      return (
-          carry[0].at[e].add(dgate_up),
-          carry[1].at[e].add(ddown),
-          _put(carry[2], dx, i),
-          _put(carry[3], dgate, i),
-      )
+  out = jax.lax.fori_loop(0, layout.used, add_block, _sum_slots(y, layout))
+  return out, (gate_up, down, x, gates, layout, rows, h)
 
-    zeros = jax.tree.map(jnp.zeros_like, (gate_up, down, x, gate))
-    return jax.lax.fori_loop(0, layout.used, body, zeros)
 
-  return *jax.lax.cond(layout.even, even, blocked), None
+def _ffn_bwd(residuals, dout):
+  gate_up, down, x, gates, layout, rows, h = residuals
+  k, gate = gates.shape[1], gates.reshape(-1)
+  dgate_up, ddown, drows, dgate = _backward(
+      gate_up,
+      down,
+      rows,
+      _pick(gate, layout.share),
+      h,
+      _pick(dout, layout.share // k),
+  )
+
+  def add_block(i, grads):
+    slots, e = layout.block[i], layout.expert[i]
+    rows, weights = _pick(x, slots // k), (gate_up[e], down[e])
+    h = rows @ gate_up[e]  # made again: blocks are few
+    block = _backward(
+        *weights, rows, _pick(gate, slots), h, _pick(dout, slots // k)
+    )
+    places = (e, e, slots // k, slots)
+    return tuple(map(_add, grads, places, block))
+
+  dgates = _pick(dgate.reshape(-1), layout.row.reshape(-1))
+  grads = (dgate_up, ddown, _sum_slots(drows, layout), dgates)
+  grads = jax.lax.fori_loop(0, layout.used, add_block, grads)
+  dgate_up, ddown, dx, dgates = grads
+  return (
+      dgate_up.astype(gate_up.dtype),
+      ddown.astype(down.dtype),
+      dx,
+      dgates.reshape(gates.shape),
+      None,
+  )
 
 
 _ffn.defvjp(_ffn_fwd, _ffn_bwd)
-
-
-def _shares(rows: jax.Array, down: jax.Array) -> jax.Array:
-  """[R, ...] -> [E, R // E, ...], the rows of the even form."""
-  n_experts = down.shape[0]
-  share = rows.shape[0] // n_experts
-  return rows[: n_experts * share].reshape(n_experts, share, *rows.shape[1:])
-
-
-def _flat(shares: jax.Array, like: jax.Array) -> jax.Array:
-  """[E, R // E, ...] -> [R, ...] with as many rows as `like`."""
-  flat = shares.reshape(-1, *shares.shape[2:])
-  pad = [(0, like.shape[0] - flat.shape[0])] + [(0, 0)] * (flat.ndim - 1)
-  return jnp.pad(flat, pad)
-
-
-def _block(rows: jax.Array, i: jax.Array, layout: _Layout) -> jax.Array:
-  """The rows of block i."""
-  size = rows.shape[0] // layout.expert.size
-  return jax.lax.dynamic_slice_in_dim(rows, i * size, size)
-
-
-def _put(rows: jax.Array, block: jax.Array, i: jax.Array) -> jax.Array:
-  """Rows with block i replaced."""
-  start = i * block.shape[0]
-  return jax.lax.dynamic_update_slice_in_dim(rows, block, start, 0)

@@ -46,8 +46,11 @@ def angles(positions: jax.Array, freqs: np.ndarray) -> jax.Array:
   return jnp.outer(positions.astype(jnp.float32), freqs)
 
 
+@jax.custom_vjp
 def rotate(x: jax.Array, angle: jax.Array) -> jax.Array:
   """Rotates pairs (2i, 2i+1) of the last dim, in float32.
+
+  No gradient reaches the angles; that of x is turned back by them.
 
   Args:
     x: [..., dim].
@@ -59,3 +62,9 @@ def rotate(x: jax.Array, angle: jax.Array) -> jax.Array:
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
   return turned.reshape(x.shape).astype(x.dtype)
+
+
+rotate.defvjp(
+    lambda x, angle: (rotate(x, angle), angle),
+    lambda angle, dy: (rotate(dy, -angle), None),
+)
