@@ -1,5 +1,10 @@
-"""Worker of `scripts.bench`: the train step of this package."""
+"""Worker of `scripts.bench`: the train step of this package.
 
+On CPU the sequences of a batch are divided over virtual devices, one for each
+core as far as that divides them, as in `--mesh=data=N` of pre-training.
+"""
+
+import os
 from typing import Any
 
 import jax
@@ -11,22 +16,34 @@ from dsv3_jax import host
 from dsv3_jax import losses
 from dsv3_jax import presets
 from dsv3_jax import train
+from dsv3_jax.parallel import topology
 from scripts import bench_worker
 
 
 def prepare(job: dict[str, Any]) -> bench_worker.Task:
   """The train step of preset `job["shape"]` with `job["set"]` applied."""
   cfg = config.override(presets.PRESETS[job["shape"]], *job["set"])
-  state = train.init_state(cfg, jax.random.key(0))
-  train_step = train.make_step(cfg)
   rng = np.random.default_rng(0)
   vocab, n_micro = cfg.model.vocab_size, cfg.train.micro_batches
-  shape = (n_micro, cfg.train.batch_size // n_micro, cfg.data.seq_len + 1)
+  n_rows = cfg.train.batch_size // n_micro
+  cores = len(os.sched_getaffinity(0))
+  shards = max(n for n in range(1, cores + 1) if n_rows % n == 0)
+  jax.config.update("jax_num_cpu_devices", shards)
+  mesh = topology.mesh({"data": shards if jax.default_backend() == "cpu" else 1})
+  init = jax.jit(
+      train.init_state,
+      static_argnums=0,
+      out_shardings=topology.replicated(mesh),
+  )
+  state = init(cfg, jax.random.key(0))
+  train_step = train.make_step(cfg, mesh)
+  shape = (n_micro, n_rows, cfg.data.seq_len + 1)
 
   def step() -> float:
     nonlocal state
     rows = rng.integers(vocab, size=shape, dtype=np.int32)
-    state, metrics = train_step(state, losses.batch(rows, vocab))
+    batch = train.place(losses.batch(rows, vocab), mesh)
+    state, metrics = train_step(state, batch)
     return float(metrics["loss"])
 
   x = jax.random.normal(jax.random.key(1), [bench_worker.PEAK_SIZE] * 2)
