@@ -162,7 +162,7 @@ def main(
     command, more = _command(variants)
     if problems := problems + more:
       raise ValueError("\n".join(problems))
-    host.keep_freed_memory()
+    host.use_mimalloc()
     # Virtual devices, where the processor is all there is.
     jax.config.update("jax_num_cpu_devices", math.prod(command.mesh.values()))
     return execute(command)

@@ -1,7 +1,7 @@
 """Worker of `scripts.bench`: the train step of this package.
 
-On CPU the sequences of a batch are divided over virtual devices, one for each
-core as far as that divides them, as in `--mesh=data=N` of pre-training.
+The sequences of a batch are divided over the devices, as in `--mesh=data=N` of
+pre-training; on CPU there is a virtual one for each core.
 """
 
 import os
@@ -26,10 +26,9 @@ def prepare(job: dict[str, Any]) -> bench_worker.Task:
   rng = np.random.default_rng(0)
   vocab, n_micro = cfg.model.vocab_size, cfg.train.micro_batches
   n_rows = cfg.train.batch_size // n_micro
-  cores = len(os.sched_getaffinity(0))
-  shards = max(n for n in range(1, cores + 1) if n_rows % n == 0)
-  jax.config.update("jax_num_cpu_devices", shards)
-  mesh = topology.mesh({"data": shards if jax.default_backend() == "cpu" else 1})
+  most = min(jax.device_count(), n_rows)
+  shards = max(n for n in range(1, most + 1) if n_rows % n == 0)
+  mesh = topology.mesh({"data": shards})
   init = jax.jit(
       train.init_state,
       static_argnums=0,
@@ -56,5 +55,6 @@ def prepare(job: dict[str, Any]) -> bench_worker.Task:
 
 
 if __name__ == "__main__":
-  host.keep_freed_memory()
+  host.use_mimalloc()
+  jax.config.update("jax_num_cpu_devices", os.cpu_count())
   bench_worker.serve(prepare)
