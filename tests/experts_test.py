@@ -22,6 +22,7 @@ SIZES = (
   (130, 1, 1, 1, 3),
   (130, 16, 4, 7, 9),
   (600, 3, 2, 3, 5),
+  (600, 3, 3, 3, 5),
 )
 EDGE = (130, 5, 1, 3, 7)  # for the cases of one shape
 
@@ -76,6 +77,18 @@ class GroupedFfnTest(parameterized.TestCase):
       idle = np.delete(gradient, 3, axis=0)
       np.testing.assert_array_equal(idle, np.zeros_like(idle))
 
+  def test_loads_from_none_to_all_of_the_tokens(self):
+    # Expert e is chosen by about e / 16 of the tokens, the last by all: shares
+    # that are empty, part filled, full, and followed by several blocks.
+    p, x, _, gates = _inputs(200, 16, 4, 3, 5)
+    wanted = np.random.default_rng(0).uniform(size=(200, 16)) * np.arange(16)
+    wanted[:, 15] = 16
+    chosen = np.argsort(-wanted, axis=1)[:, :4].astype(np.int32)
+    layout = experts._layout(jnp.asarray(chosen), 16)
+    self.assertBetween(int(layout.used), 3, len(layout.block) - 1)
+    self.assertGreater(int((layout.share == chosen.size).sum()), 0)
+    _check(experts.block_ffn, p, x, chosen, gates)
+
   @parameterized.parameters(*FORMS)
   def test_an_expert_without_tokens(self, form):
     p, x, chosen, gates = _inputs(*EDGE)
@@ -89,6 +102,16 @@ class GroupedFfnTest(parameterized.TestCase):
     p, x, chosen, gates = _inputs(*EDGE)
     _, _, dgates = _check(form, p, x, chosen, 0 * gates)
     self.assertGreater(np.abs(dgates).min(), 0)
+
+  def test_no_tokens(self):
+    p, x, chosen, gates = _inputs(0, 3, 2, 3, 5)
+    y, (dp, dx, dgates) = _value_and_gradients(
+        experts.block_ffn, p, x, chosen, gates, x
+    )
+    shapes = (y.shape, dx.shape, dgates.shape)
+    self.assertEqual(shapes, ((0, 3), (0, 3), (0, 2)))
+    for gradient in dp.values():
+      self.assertEqual(np.abs(gradient).max(), 0)
 
   def test_eager_is_compiled(self):
     p, x, chosen, gates = jax.tree.map(jnp.asarray, _inputs(7, 3, 2, 5, 3))

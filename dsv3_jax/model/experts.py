@@ -1,7 +1,8 @@
 """Routed experts: a dropless grouped feed-forward, one interface, three forms.
 
 Each takes (p, x [M, D], chosen [M, K], gates [M, K]) and returns
-sum_k gates[m, k] * ffn_{chosen[m, k]}(x[m]), [M, D]. `grouped_ffn` picks the
+sum_k gates[m, k] * ffn_{chosen[m, k]}(x[m]), [M, D]; the experts that a token
+chose are different ones. `grouped_ffn` picks the
 form for the backend: `block_ffn` on CPU, `ragged_ffn` on accelerators.
 `dense_ffn` runs every expert on every token and is the reference.
 """
@@ -79,11 +80,13 @@ class _Layout:
   row: jax.Array  # [M, K] int32, a slot's place in share; E * S or more: block
 
 
-def _sizes(n_slots: int, n_experts: int) -> tuple[int, int, int]:
+def _sizes(n_tokens: int, k: int, n_experts: int) -> tuple[int, int, int]:
   """Rows of a share, rows of a block, and how many blocks at worst."""
+  n_slots = n_tokens * k
   mean = n_slots / n_experts
   # With few slots an expert, shares would mostly multiply padding.
   share = math.ceil(SHARE * mean) if mean >= MIN_BLOCK else 0
+  share = min(share, n_tokens)  # an expert gets a token once
   quarter = 1 << max(int(mean / 4), 1).bit_length() - 1
   block = min(max(quarter, MIN_BLOCK), MAX_BLOCK)
   return share, block, n_slots // block + min(n_experts, n_slots)
@@ -91,7 +94,7 @@ def _sizes(n_slots: int, n_experts: int) -> tuple[int, int, int]:
 
 def _layout(chosen: jax.Array, n_experts: int) -> _Layout:
   n_slots, flat = chosen.size, chosen.reshape(-1)
-  share, block, n_blocks = _sizes(n_slots, n_experts)
+  share, block, n_blocks = _sizes(*chosen.shape, n_experts)
   n_rows = n_experts * share
   load = jax.nn.one_hot(flat, n_experts, dtype=jnp.int32).sum(0)
   ends = jnp.cumsum(-(-jnp.maximum(load - share, 0) // block))
@@ -119,6 +122,8 @@ def block_ffn(
     p: schema.Params, x: jax.Array, chosen: jax.Array, gates: jax.Array
 ) -> jax.Array:
   """An equal share of rows of every expert, batched; the rest in blocks."""
+  if not chosen.size:
+    return jnp.zeros_like(x)
   n_experts, d, _, f = p["gate_up"].shape
   gate_up = p["gate_up"].reshape(n_experts, d, 2 * f)
   layout = _layout(chosen, n_experts)
