@@ -20,8 +20,8 @@ import jax
 from absl import flags
 
 from dsv3_jax import config
-from dsv3_jax import host
 from dsv3_jax.parallel import topology
+from experiments import host
 
 OK, BAD_INPUT, NOT_FINITE, NO_CHECKPOINT = 0, 2, 3, 4
 

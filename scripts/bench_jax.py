@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax import config
-from dsv3_jax import host
 from dsv3_jax import losses
 from dsv3_jax import presets
 from dsv3_jax import train
 from dsv3_jax.parallel import topology
+from experiments import host
 from scripts import bench_worker
 
 

@@ -6,11 +6,11 @@ from unittest import mock
 
 from absl.testing import absltest
 
-from dsv3_jax import host
+from experiments import host
 
 PROGRAM = """
 import sys
-from dsv3_jax import host
+from experiments import host
 print("start")
 sys.stdout.flush()
 host.use_mimalloc()

@@ -1,4 +1,4 @@
-"""Settings of the host process."""
+"""The process that an experiment runs in."""
 
 import importlib.metadata
 import os
