@@ -21,7 +21,7 @@ from absl import flags
 
 from dsv3_jax import config
 from dsv3_jax.parallel import topology
-from experiments import host
+from experiments import allocator
 
 OK, BAD_INPUT, NOT_FINITE, NO_CHECKPOINT = 0, 2, 3, 4
 
@@ -162,7 +162,7 @@ def main(
     command, more = _command(variants)
     if problems := problems + more:
       raise ValueError("\n".join(problems))
-    host.use_mimalloc()
+    allocator.use_mimalloc()
     # Virtual devices, where the processor is all there is.
     jax.config.update("jax_num_cpu_devices", math.prod(command.mesh.values()))
     return execute(command)

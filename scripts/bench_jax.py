@@ -16,7 +16,7 @@ from dsv3_jax import losses
 from dsv3_jax import presets
 from dsv3_jax import train
 from dsv3_jax.parallel import topology
-from experiments import host
+from experiments import allocator
 from scripts import bench_worker
 
 
@@ -55,6 +55,6 @@ def prepare(job: dict[str, Any]) -> bench_worker.Task:
 
 
 if __name__ == "__main__":
-  host.use_mimalloc()
+  allocator.use_mimalloc()
   jax.config.update("jax_num_cpu_devices", os.cpu_count())
   bench_worker.serve(prepare)

@@ -151,7 +151,7 @@ class CommandLineTest(parameterized.TestCase):
     arguments += ["--set=mla.n_heads=4", "--set=optim.eps=1e-9"]
     seen = []
     with (
-        mock.patch.object(common.host, "use_mimalloc"),
+        mock.patch.object(common.allocator, "use_mimalloc"),
         mock.patch.object(common.jax, "config"),
     ):
       code, _, err = command_line(

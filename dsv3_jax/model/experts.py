@@ -1,10 +1,10 @@
 """Routed experts: a dropless grouped feed-forward, one interface, three forms.
 
 Each takes (p, x [M, D], chosen [M, K], gates [M, K]) and returns
-sum_k gates[m, k] * ffn_{chosen[m, k]}(x[m]), [M, D]; the experts that a token
-chose are different ones. `grouped_ffn` picks the
-form for the backend: `block_ffn` on CPU, `ragged_ffn` on accelerators.
-`dense_ffn` runs every expert on every token and is the reference.
+sum_k gates[m, k] * ffn_{chosen[m, k]}(x[m]), [M, D]; a token chooses an expert
+once at most. `grouped_ffn` picks the form for the backend: `block_ffn` on CPU,
+`ragged_ffn` on accelerators. `dense_ffn` runs every expert on every token and
+is the reference.
 """
 
 import functools
@@ -97,13 +97,13 @@ def _layout(chosen: jax.Array, n_experts: int) -> _Layout:
   share, block, n_blocks = _sizes(*chosen.shape, n_experts)
   n_rows = n_experts * share
   load = jax.nn.one_hot(flat, n_experts, dtype=jnp.int32).sum(0)
-  ends = jnp.cumsum(-(-jnp.maximum(load - share, 0) // block))
-  first_block = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
+  blocks = -(-jnp.maximum(load - share, 0) // block)
+  ends = jnp.cumsum(blocks)
   order = jnp.argsort(flat, stable=True).astype(jnp.int32)
   owner = flat[order]
   first_slot = jnp.cumsum(load) - load
   rank = jnp.arange(n_slots, dtype=jnp.int32) - first_slot[owner]
-  beyond = n_rows + first_block[owner] * block + rank - share
+  beyond = n_rows + (ends - blocks)[owner] * block + rank - share
   place = jnp.where(rank < share, owner * share + rank, beyond)
   slots = jnp.full(n_rows + n_blocks * block, n_slots, jnp.int32)
   slots = slots.at[place].set(order, unique_indices=True)

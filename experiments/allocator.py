@@ -1,4 +1,4 @@
-"""The process that an experiment runs in."""
+"""The memory allocator of the process."""
 
 import importlib.metadata
 import os

@@ -6,14 +6,14 @@ from unittest import mock
 
 from absl.testing import absltest
 
-from experiments import host
+from experiments import allocator
 
 PROGRAM = """
 import sys
-from experiments import host
+from experiments import allocator
 print("start")
 sys.stdout.flush()
-host.use_mimalloc()
+allocator.use_mimalloc()
 print(sys.argv[1], "libmimalloc" in open("/proc/self/maps").read())
 """
 
@@ -38,12 +38,12 @@ class UseMimallocTest(absltest.TestCase):
     self.assertEqual(_run(LD_PRELOAD=""), ["start", "--flag=a b False"])
 
   def test_does_nothing_without_the_package(self):
-    missing = host.importlib.metadata.PackageNotFoundError
+    missing = allocator.importlib.metadata.PackageNotFoundError
     find = mock.patch.object(
-        host.importlib.metadata, "distribution", side_effect=missing
+        allocator.importlib.metadata, "distribution", side_effect=missing
     )
     with find, mock.patch.dict(os.environ, clear=True):
-      host.use_mimalloc()  # or this test would never end
+      allocator.use_mimalloc()  # or this test would never end
 
 
 if __name__ == "__main__":
