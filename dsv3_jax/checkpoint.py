@@ -42,9 +42,9 @@ def restore(
     checkpoints: ocp.CheckpointManager,
     run: config.Run,
     step: int,
-    sharding: jax.sharding.Sharding,
+    shardings: train.TrainState,
 ) -> tuple[train.TrainState, dict[str, Any]]:
-  """The state, placed by the sharding given, and the facts of a step.
+  """The state, each array where `shardings` says, and the facts of a step.
 
   Raises:
     ValueError: the checkpoint is damaged or of another architecture.
@@ -53,8 +53,9 @@ def restore(
       lambda: _raw(train.init_state(run, jax.random.key(0)))
   )
   template = jax.tree.map(
-      lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+      lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to),
       template,
+      shardings,
   )
   args = ocp.args.Composite(
       state=ocp.args.StandardRestore(template), facts=ocp.args.JsonRestore()

@@ -1,4 +1,4 @@
-"""Configuration: frozen, validated dataclasses and the published presets.
+"""Configuration: frozen, validated dataclasses.
 
 A config holds numbers and names only (no mesh, array or function), is hashable
 and therefore a static argument of `jit`. Every class checks itself when it is
@@ -7,88 +7,18 @@ of them at once.
 """
 
 import dataclasses
-import difflib
-import math
-import typing
-from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Any
 
+from dsv3_jax import fields
 
-def number(
-    default: Any = dataclasses.MISSING,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-) -> Any:
-  """A numeric field with low <= value <= high and value > above."""
-  limits = {"low": low, "high": high, "above": above}
-  return dataclasses.field(default=default, metadata=limits)
-
-
-def choice(default: str, *others: str) -> Any:
-  """A text field that must be one of the values given."""
-  return dataclasses.field(
-      default=default, metadata={"choices": (default, *others)}
-  )
-
-
-def _field_problems(cfg: Any) -> Iterator[str]:
-  """Values of the wrong type, not finite, or out of the range declared."""
-  hints = typing.get_type_hints(type(cfg))
-  for field in dataclasses.fields(cfg):
-    value, kind = getattr(cfg, field.name), hints[field.name]
-    where = f"{type(cfg).__name__}.{field.name}={value!r}"
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    accepted = is_number if kind is float else type(value) is kind
-    if not accepted:
-      yield f"{where}: expected {kind.__name__}"
-    elif is_number and not math.isfinite(value):
-      yield f"{where}: must be finite"
-    elif is_number:
-      low, high, above = map(field.metadata.get, ("low", "high", "above"))
-      if low is not None and value < low:
-        yield f"{where}: must be at least {low:g}"
-      if above is not None and value <= above:
-        yield f"{where}: must be above {above:g}"
-      if high is not None and value > high:
-        yield f"{where}: must be at most {high:g}"
-    elif choices := field.metadata.get("choices"):
-      if value not in choices:
-        hint = nearest(value, choices)
-        yield f"{where}: must be one of {', '.join(choices)}{hint}"
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-  """A hint `; did you mean ...?` where a known word is close, else nothing."""
-  close = difflib.get_close_matches(word, list(known), n=1)
-  return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _validate(cfg: Any) -> None:
-  problems = list(_field_problems(cfg))
-  if not problems and hasattr(cfg, "relations"):
-    problems = list(cfg.relations())
-  if problems:
-    raise ValueError("\n".join(problems))
-
-
-def config(cls: type) -> type:
-  """Makes a frozen keyword-only dataclass that validates itself.
-
-  The fields' declared types and limits are checked first; the relations between
-  fields, which a class states in `relations`, only if those hold.
-  """
-  cls.__post_init__ = _validate
-  return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-
+number, choice = fields.number, fields.choice
 
 # --- the model (arXiv:2412.19437, sections 2.1, 2.2 and 4.2) ---
 
 
-@config
+@fields.checked
 class MLA:
   """Multi-head latent attention (section 2.1.1)."""
 
@@ -112,7 +42,7 @@ class MLA:
     return self.nope_dim + self.rope_dim
 
 
-@config
+@fields.checked
 class Router:
   """Expert choice, its loss-free balancing and the balance loss (2.1.2)."""
 
@@ -149,7 +79,7 @@ class Router:
       )
 
 
-@config
+@fields.checked
 class MoE:
   """Sizes of the experts of a mixture layer."""
 
@@ -157,7 +87,7 @@ class MoE:
   ffn_dim: int = number(low=1)
 
 
-@config
+@fields.checked
 class MTP:
   """Multi-token prediction (section 2.2)."""
 
@@ -167,7 +97,7 @@ class MTP:
   hidden: str = choice("post_norm", "pre_norm")  # main state that depth 1 reads
 
 
-@config
+@fields.checked
 class Model:
   """The whole network."""
 
@@ -204,7 +134,7 @@ class Model:
 # --- the run ---
 
 
-@config
+@fields.checked
 class Data:
   """Text and how it becomes rows of tokens."""
 
@@ -215,7 +145,7 @@ class Data:
   on_bad_text: str = choice("error", "replace", "skip")  # invalid UTF-8
 
 
-@config
+@fields.checked
 class Optim:
   """AdamW and clipping (section 4.2)."""
 
@@ -230,7 +160,7 @@ class Optim:
   moments: str = choice("float32", "bfloat16")
 
 
-@config
+@fields.checked
 class Schedule:
   """When things change, as shares of the token budget (section 4.2).
 
@@ -252,7 +182,7 @@ class Schedule:
       )
 
 
-@config
+@fields.checked
 class Train:
   """Budget and batch."""
 
@@ -270,15 +200,30 @@ class Train:
           f" batch_size={self.batch_size}"
       )
 
+  @property
+  def micro_batch_size(self) -> int:
+    return self.batch_size // self.micro_batches
 
-@config
+
+@fields.checked
 class Precision:
   """What the forward and backward pass compute in; masters are float32."""
 
   recipe: str = choice("fp32", "bf16")
 
 
-@config
+@fields.checked
+class Parallel:
+  """How a step is divided over a mesh; it never changes what is computed."""
+
+  layout: str = choice("zero1", "fsdp", "replicated")
+  dispatch: str = choice(
+      "auto", "gather", "one_hop", "two_hop", "ragged_one_hop", "ragged_two_hop"
+  )
+  check_every: int = number(0, low=0)  # steps; compares replicas; 0: never
+
+
+@fields.checked
 class Checkpoint:
   """How often the state is saved and how many saves are kept."""
 
@@ -286,7 +231,7 @@ class Checkpoint:
   keep: int = number(2, low=1)
 
 
-@config
+@fields.checked
 class Evaluate:
   """Held-out evaluation during training."""
 
@@ -295,7 +240,7 @@ class Evaluate:
   sample_tokens: int = number(120, low=0)  # of sample text at an evaluation
 
 
-@config
+@fields.checked
 class Run:
   """Everything that a training run depends on, except seed and mesh."""
 
@@ -305,6 +250,7 @@ class Run:
   optim: Optim = Optim()
   schedule: Schedule = Schedule()
   precision: Precision = Precision()
+  parallel: Parallel = Parallel()
   checkpoint: Checkpoint = Checkpoint()
   evaluate: Evaluate = Evaluate()
 
@@ -379,7 +325,7 @@ def _assignments(
     elif path not in known:
       path = path.removeprefix("model.")
       short = [k.removeprefix("model.") for k in known]
-      problems.append(f"{path}: no such setting{nearest(path, short)}")
+      problems.append(f"{path}: no such setting{fields.nearest(path, short)}")
     else:
       kind = type(known[path])
       try:

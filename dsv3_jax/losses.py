@@ -1,5 +1,7 @@
 """Training losses: chunked cross-entropy, and its sum with MTP and balance."""
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,6 @@ import numpy as np
 
 from dsv3_jax import config
 from dsv3_jax import schema
-from dsv3_jax.model import experts as experts_lib
 from dsv3_jax.model import moe
 from dsv3_jax.model import transformer
 
@@ -139,11 +140,8 @@ def loss(
     weights: jax.Array,
     mtp_weight: jax.Array | float,
     cfg: config.Model,
-    *,
-    remat: bool = False,
-    scan: bool = True,
-    experts: moe.Experts = experts_lib.grouped_ffn,
-) -> tuple[Losses, jax.Array]:
+    **how: Any,
+) -> tuple[Losses, moe.Stats]:
   """Main, MTP and balance losses of a batch (eq. 17-25).
 
   L_main + (lambda / D) * sum_k L^k + sum of balance losses. Depth k has T - k
@@ -156,16 +154,12 @@ def loss(
     weights: [B, T] f32 of the labels, see `token_weights`.
     mtp_weight: lambda.
     cfg: the model.
-    remat: recompute each block in the backward pass.
-    scan: loop over layers instead of unrolling them.
-    experts: computes the routed experts.
+    **how: of `transformer.forward`.
 
   Returns:
-    The losses and the load of every router, [n_routers, E] int32.
+    The losses and what the routers tell, [n_routers, ...].
   """
-  out = transformer.forward(
-      params, bias, data.tokens, cfg, remat=remat, scan=scan, experts=experts
-  )
+  out = transformer.forward(params, bias, data.tokens, cfg, **how)
 
   def term(hidden, shift):
     return cross_entropy(
@@ -180,5 +174,6 @@ def loss(
     mtp = jnp.zeros((), jnp.float32)
     for depth, hidden in enumerate(out.mtp_hidden, start=1):
       mtp += term(hidden, depth) / cfg.mtp.depth
-  total = main + mtp_weight * mtp + out.balance
-  return Losses(total, main, mtp, out.balance), out.load
+  balance = out.stats.balance.sum()
+  total = main + mtp_weight * mtp + balance
+  return Losses(total, main, mtp, balance), out.stats

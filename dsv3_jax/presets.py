@@ -149,7 +149,7 @@ TINY = config.override(
     "optim.min_lr=5e-5",
     "optim.tail_lr=5e-5",
     # A few hundred steps: the bias must move faster than in the paper's many.
-    "router.bias_speed=0.01",
+    "router.bias_speed=0.007",
     "schedule.bias_until=1",
     "schedule.warmup_steps=40",
     "schedule.constant_until=0.2",

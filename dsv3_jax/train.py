@@ -13,9 +13,12 @@ from dsv3_jax import config
 from dsv3_jax import losses
 from dsv3_jax import optim
 from dsv3_jax import schema
+from dsv3_jax.model import moe
 from dsv3_jax.model import precision
 from dsv3_jax.model import router
 from dsv3_jax.model import transformer
+from dsv3_jax.parallel import layouts
+from dsv3_jax.parallel import topology
 
 Metrics = dict[str, jax.Array]
 
@@ -46,13 +49,39 @@ def init_state(run: config.Run, key: jax.Array) -> TrainState:
   )
 
 
+def shardings(run: config.Run, mesh: jax.sharding.Mesh) -> TrainState:
+  """Where each array of the state is: the optimizer's with its parameter."""
+  params = layouts.layout(run, mesh.shape).specs
+  state = jax.eval_shape(lambda: init_state(run, jax.random.key(0)))
+  opt_state = optax.tree.map_params(
+      optim.adamw(run.optim),
+      lambda _, spec: spec,
+      state.opt_state,
+      params,
+      transform_non_params=lambda _: jax.P(),
+  )
+  specs = jax.tree.map(lambda _: jax.P(), state)
+  specs = specs.replace(params=params, opt_state=opt_state)
+  return jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), specs)
+
+
+def make_state(
+    run: config.Run, mesh: jax.sharding.Mesh, seed: int
+) -> TrainState:
+  """The state before the first step, every array born where it belongs."""
+  init = jax.jit(
+      init_state, static_argnums=0, out_shardings=shardings(run, mesh)
+  )
+  return init(run, jax.random.key(seed))
+
+
 def gradients(
     state: TrainState,
     batch: losses.Batch,
     run: config.Run,
     mesh: jax.sharding.Mesh | None = None,
-) -> tuple[schema.Params, losses.Losses, jax.Array]:
-  """Gradient, losses and router loads of a global batch.
+) -> tuple[schema.Params, losses.Losses, moe.Stats]:
+  """Gradient, losses and router statistics of a global batch.
 
   Any split of the batch, over micro-batches or devices, gives the same sums: a
   token is weighted by 1 / (labels of the whole batch), a balance loss by its
@@ -60,7 +89,8 @@ def gradients(
 
   Args:
     state: parameters and bias are read.
-    batch: tokens and labels [A, B, T], A micro-batches, B sharded over `data`.
+    batch: tokens and labels [A, B, T], A micro-batches, B divided over the
+      batch axes of the mesh.
     run: the configuration.
     mesh: where the batch is; None without one.
   """
@@ -69,35 +99,39 @@ def gradients(
   weight = optim.mtp_weight(state.step, run)
   args = params, state.router_bias, weight, batch, weights
   if mesh is None:
-    return _gradient_sums(*args, run=run, n_shards=1)
-  sharded, whole = jax.P(None, "data"), jax.P()
+    return _gradient_sums(*args, run=run)
+  layout = layouts.layout(run, mesh.shape)
+  divided = topology.batch_spec(mesh.shape, 1)
   return jax.shard_map(
-      functools.partial(_reduced_sums, run=run, n_shards=mesh.shape["data"]),
+      functools.partial(_local_gradients, run=run, layout=layout),
       mesh=mesh,
-      in_specs=(whole, whole, whole, sharded, sharded),
-      out_specs=whole,
+      in_specs=(layout.specs, jax.P(), jax.P(), divided, divided),
+      out_specs=(layout.specs, jax.P(), jax.P()),
   )(*args)
 
 
-def _reduced_sums(*args, run, n_shards):
-  # Parameters that are said to differ between devices get local gradients, and
-  # one sum at the end, instead of one at every use.
-  args = jax.tree.map(
-      lambda a: a
-      if "data" in jax.typeof(a).mat.varying
-      else jax.lax.pcast(a, "data", to="varying"),
-      args,
+def _local_gradients(params, *args, run, layout):
+  """What one device does in `gradients`, and the sums over all of them."""
+  grads, terms, stats = _gradient_sums(
+      layout.step(params),
+      *args,
+      run=run,
+      n_shards=layout.n_shards,
+      experts=layout.experts,
+      gather=layout.layer,
   )
-  sums = _gradient_sums(*args, run=run, n_shards=n_shards)
-  return jax.lax.psum(sums, "data")
+  terms, stats = jax.lax.psum((terms, stats), layout.batch_axes)
+  return layout.reduce(grads), terms, stats
 
 
-def _gradient_sums(params, bias, mtp_weight, batch, weights, *, run, n_shards):
+def _gradient_sums(
+    params, bias, mtp_weight, batch, weights, *, run, n_shards=1, **how
+):
   """Sums over the micro-batches of one device."""
   share = 1.0 / (batch.tokens.shape[0] * n_shards)
 
   def objective(params, micro, micro_weights):
-    terms, load = losses.loss(
+    terms, stats = losses.loss(
         params,
         bias,
         micro,
@@ -106,15 +140,16 @@ def _gradient_sums(params, bias, mtp_weight, batch, weights, *, run, n_shards):
         run.model,
         remat=run.train.remat == "block",
         scan=run.train.scan_layers,
+        **how,
     )
     balance = terms.balance * share
     total = terms.main + mtp_weight * terms.mtp + balance
-    return total, (terms.replace(total=total, balance=balance), load)
+    return total, (terms.replace(total=total, balance=balance), stats)
 
   def one(micro):
-    grads, (terms, load) = jax.grad(objective, has_aux=True)(params, *micro)
+    grads, (terms, stats) = jax.grad(objective, has_aux=True)(params, *micro)
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-    return grads, terms, load
+    return grads, terms, stats
 
   def add(total, micro):
     return jax.tree.map(jnp.add, total, one(micro)), None
@@ -144,9 +179,9 @@ def train_step(
     state: the state, donated by `make_step`.
     batch: tokens and labels [A, B, T], A micro-batches.
     run: the configuration.
-    mesh: of the devices that share the batch; None for one device.
+    mesh: of the devices that share the work; None for one device.
   """
-  grads, terms, load = gradients(state, batch, run, mesh)
+  grads, terms, stats = gradients(state, batch, run, mesh)
   norm = optax.tree.norm(grads)
   rate = optim.learning_rate(state.step, run)
   speed = optim.bias_speed(state.step, run)
@@ -154,7 +189,7 @@ def train_step(
       grads, state.opt_state, state.params
   )
   params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-  bias = router.update_bias(state.router_bias, load, speed)
+  bias = router.update_bias(state.router_bias, stats.load, speed)
   finite = jnp.isfinite(terms.total) & jnp.isfinite(norm)
   keep = functools.partial(jnp.where, finite)
   new_state = TrainState(
@@ -176,8 +211,9 @@ def train_step(
       "grad_norm": norm,
       "finite": finite,
       "skipped_steps": new_state.skipped,
-      "load": load,
-      "max_vio_per_layer": router.max_violation(load),
+      "load": stats.load,
+      "sent": stats.sent,
+      "max_vio_per_layer": router.max_violation(stats.load),
   }
 
 
@@ -186,16 +222,18 @@ def make_step(
 ) -> Callable[[TrainState, losses.Batch], tuple[TrainState, Metrics]]:
   """The jitted step of a run; the state is donated.
 
-  With a mesh, the state must be replicated over it and the batch on it, see
-  `place`.
+  With a mesh, the state is where `shardings` says and the batch where `place`
+  puts it.
   """
   step = functools.partial(train_step, run=run, mesh=mesh)
   return jax.jit(step, donate_argnums=0)
 
 
-def place(batch: losses.Batch, mesh: jax.sharding.Mesh) -> losses.Batch:
-  """The batch [A, B, T] on a mesh, sequences divided over `data`."""
-  return jax.device_put(batch, jax.NamedSharding(mesh, jax.P(None, "data")))
+def place(
+    batch: losses.Batch, n_rows: int, mesh: jax.sharding.Mesh
+) -> losses.Batch:
+  """This process' rows [A, B', T] of a batch [A, n_rows, T], on a mesh."""
+  return topology.put_rows(batch, n_rows, mesh, dim=1)
 
 
 def fit(

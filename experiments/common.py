@@ -1,7 +1,7 @@
 """The command line that all experiments share.
 
   python -m experiments.NAME --variant=V --workdir=DIR [--steps=N] [--seed=S]
-      [--mesh=data=2] [--set=a.b=1 ...]
+      [--mesh=data=2,expert=4] [--set=a.b=1 ...]
 
 The same command again goes on where the last one stopped. All problems of a
 command line are listed at once, before JAX starts.
@@ -20,8 +20,11 @@ import jax
 from absl import flags
 
 from dsv3_jax import config
+from dsv3_jax import fields
+from dsv3_jax.parallel import layouts
 from dsv3_jax.parallel import topology
 from experiments import allocator
+from experiments import cluster
 
 OK, BAD_INPUT, NOT_FINITE, NO_CHECKPOINT = 0, 2, 3, 4
 
@@ -29,8 +32,16 @@ flags.DEFINE_string("workdir", None, "folder of the run")
 flags.DEFINE_string("variant", None, "which of the experiment's variants")
 flags.DEFINE_integer("seed", 0, "of initialisation and data order")
 flags.DEFINE_integer("steps", None, "where to stop; default: token budget")
-flags.DEFINE_string("mesh", "", "devices by axis, such as data=2")
+flags.DEFINE_string(
+    "mesh", "", "devices by axis, such as data=2,expert=4; default: all, data"
+)
 flags.DEFINE_multi_string("set", [], "a setting such as train.tokens=1e6")
+flags.DEFINE_string(
+    "coordinator", "", "HOST:PORT of process 0 of several, or auto"
+)
+flags.DEFINE_integer("processes", 1, "how many run this command together")
+flags.DEFINE_integer("process", 0, "which of them this is")
+flags.DEFINE_integer("join_timeout", 300, "seconds for all of them to start")
 
 
 class NoCheckpointError(Exception):
@@ -47,6 +58,7 @@ class Command:
   seed: int
   stop: int  # steps
   mesh: dict[str, int]  # sizes of the axes named
+  processes: cluster.Processes
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -74,14 +86,14 @@ def parse_mesh(text: str) -> tuple[dict[str, int], list[str]]:
   for part in filter(None, text.split(",")):
     axis, _, size = part.partition("=")
     if axis not in topology.AXES:
-      hint = config.nearest(axis, topology.AXES)
+      hint = fields.nearest(axis, topology.AXES)
       problems.append(
           f"--mesh={part}: axes are {', '.join(topology.AXES)}{hint}"
       )
     elif not size.isdecimal() or int(size) < 1:
       problems.append(f"--mesh={part}: expected {axis}=N, N at least 1")
-    elif axis != "data" and int(size) > 1:
-      problems.append(f"--mesh={part}: only data can be above 1 in training")
+    elif axis == "pipe" and int(size) > 1:
+      problems.append(f"--mesh={part}: must be 1, layers are not divided")
     else:
       sizes[axis] = int(size)
   return sizes, problems
@@ -94,14 +106,14 @@ def _command(variants: Mapping[str, config.Run]) -> tuple[Command, list[str]]:
   name = args.variant or next(iter(variants))
   run = variants.get(name)
   if run is None:
-    hint = config.nearest(name, variants)
+    hint = fields.nearest(name, variants)
     problems.append(f"--variant={name}: one of {', '.join(variants)}{hint}")
   else:
     try:
       run = config.override(run, *args.set)
     except ValueError as error:
       problems += [f"--set: {line}" for line in str(error).splitlines()]
-    problems += _batch_problems(run, mesh.get("data", 1))
+    problems += layouts.problems(run, mesh)
   if not 0 <= args.seed < 2**32:
     problems.append(f"--seed={args.seed}: must be in [0, 2^32)")
   total = run.total_steps if run else 0
@@ -111,19 +123,19 @@ def _command(variants: Mapping[str, config.Run]) -> tuple[Command, list[str]]:
         f"--steps={stop}: must be in 1 to {total}, the steps of the token"
         " budget train.tokens"
     )
+  processes = cluster.Processes(
+      args.coordinator, args.processes, args.process, args.join_timeout
+  )
+  problems += processes.problems()
+  n_devices = math.prod(mesh.values())
+  if processes.count > 1 and n_devices % processes.count:
+    problems.append(
+        f"--mesh={args.mesh}: {n_devices} devices do not divide over"
+        f" --processes={processes.count}"
+    )
   workdir = pathlib.Path(args.workdir) if args.workdir else None
-  return Command(name, run, workdir, args.seed, stop, mesh), problems
-
-
-def _batch_problems(run: config.Run, data: int) -> list[str]:
-  micro = run.train.batch_size // run.train.micro_batches
-  if micro % data == 0:
-    return []
-  fits = [n for n in range(1, micro + 1) if micro % n == 0]
-  return [
-      f"--mesh=data={data}: must divide the {micro} sequences of a micro-batch;"
-      f" {', '.join(map(str, fits))} do"
-  ]
+  command = Command(name, run, workdir, args.seed, stop, mesh, processes)
+  return command, problems
 
 
 def run_main(main: Callable[[], int | None]) -> None:
@@ -164,7 +176,8 @@ def main(
       raise ValueError("\n".join(problems))
     allocator.use_mimalloc()
     # Virtual devices, where the processor is all there is.
-    jax.config.update("jax_num_cpu_devices", math.prod(command.mesh.values()))
+    n_devices = math.prod(command.mesh.values()) // command.processes.count
+    jax.config.update("jax_num_cpu_devices", max(n_devices, 1))
     return execute(command)
 
   run_main(checked)

@@ -120,6 +120,25 @@ def excerpt(text: str, length: int) -> str:
   return text if len(text) <= length else text[: length - 3] + "..."
 
 
+class Silent:
+  """A logbook of a process that leaves writing to process 0."""
+
+  def __enter__(self) -> "Silent":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    pass
+
+  def step(self, row: Row) -> None:
+    del row
+
+  def evaluation(self, row: Row) -> None:
+    del row
+
+  def note(self, text: str) -> None:
+    del text
+
+
 class Logbook:
   """Writes the rows of one run; a context manager.
 

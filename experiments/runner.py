@@ -1,5 +1,6 @@
 """Trains a run in a workdir: data, state, loop, evaluation, checkpoints."""
 
+import pathlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +17,9 @@ from dsv3_jax.data import tokenizer
 from dsv3_jax.evals import likelihood
 from dsv3_jax.infer import decoding
 from dsv3_jax.model import transformer
+from dsv3_jax.parallel import layouts
 from dsv3_jax.parallel import topology
+from experiments import cluster
 from experiments import common
 from experiments import logbook
 from experiments import workdir
@@ -31,35 +34,18 @@ def micro_batches(
     first_step: int,
     mesh: jax.sharding.Mesh,
 ) -> Iterator[losses.Batch]:
-  """Batches [A, B, T] of optimizer steps from first_step on."""
+  """Batches [A, B, T] of optimizer steps from first_step on.
+
+  A process reads the rows of its own devices.
+  """
   order = stream.order(data.rows, seed)
-  for rows in stream.batches(order, first_step, run.train.batch_size):
-    shape = (run.train.micro_batches, -1, run.data.seq_len + 1)
-    batch = losses.batch(rows["tokens"].reshape(shape), run.model.vocab_size)
-    yield train.place(batch, mesh)
-
-
-def sample_text(
-    state: train.TrainState,
-    tok: Any,
-    run: config.Run,
-    prompt: str,
-    max_tokens: int,
-) -> str:
-  """Text that the model writes after a prompt, at temperature 0.8."""
-  ids = [tokenizer.BOS_ID, *tok.encode(prompt, add_special_tokens=False).ids]
-  made = decoding.generate(
-      state.params,
-      state.router_bias,
-      ids,
-      max_tokens,
-      jax.random.fold_in(state.key, state.step),
-      run.model,
-      temperature=0.8,
-      top_p=0.95,
-      stop=tokenizer.EOS_ID,
-  )
-  return prompt + tok.decode(list(made))
+  n_micro, n_rows = run.train.micro_batches, run.train.micro_batch_size
+  columns = topology.own_rows(n_rows, mesh)
+  own = [i * n_rows + column for i in range(n_micro) for column in columns]
+  for rows in stream.batches(order, first_step, run.train.batch_size, own):
+    tokens = rows["tokens"].reshape(n_micro, len(columns), -1)
+    batch = losses.batch(tokens, run.model.vocab_size)
+    yield train.place(batch, n_rows, mesh)
 
 
 class _Reporter:
@@ -109,7 +95,7 @@ def _start(
     command: common.Command,
     checkpoints: Any,
     facts: dict[str, Any],
-    sharding: jax.sharding.Sharding,
+    mesh: jax.sharding.Mesh,
 ) -> train.TrainState:
   """The newest checkpoint's state, or a fresh one that is saved at once.
 
@@ -124,15 +110,14 @@ def _start(
           f"{command.workdir} holds metrics of a run but no checkpoint under"
           f" {checkpoints.directory}; restore it, or start in a new --workdir"
       )
-    fresh = jax.jit(
-        train.init_state, static_argnums=0, out_shardings=sharding
-    )
-    state = fresh(run, jax.random.key(command.seed))
+    state = train.make_state(run, mesh, command.seed)
     checkpoint.save(checkpoints, state, facts)
     checkpoints.wait_until_finished()
     return state
   try:
-    state, saved = checkpoint.restore(checkpoints, run, step, sharding)
+    state, saved = checkpoint.restore(
+        checkpoints, run, step, train.shardings(run, mesh)
+    )
   except ValueError as error:
     raise common.NoCheckpointError(str(error)) from error
   changes = config.difference(saved["data"], facts["data"])
@@ -144,25 +129,50 @@ def _start(
   return state
 
 
+def _book(
+    folder: pathlib.Path, stop: int, first: int
+) -> logbook.Logbook | logbook.Silent:
+  if jax.process_index():
+    return logbook.Silent()
+  return logbook.Logbook(folder, stop, first)
+
+
+def _prepare(command: common.Command) -> stream.Prepared:
+  """The workdir and the data in it, written by process 0."""
+  run, folder = command.run, command.workdir
+
+  def prepare():
+    return stream.prepare(run.data, run.model.vocab_size, folder / "data")
+
+  def write():
+    description = workdir.describe(command.variant, command.seed, run)
+    workdir.claim(folder, description)
+    prepare()
+    workdir.write_config(folder, description)
+    workdir.write_environment(folder)
+
+  cluster.first_does(write)
+  return prepare()
+
+
 def execute(command: common.Command) -> None:
   """Trains up to `command.stop`, from the newest checkpoint if there is one."""
   run, folder = command.run, command.workdir
   began = time.monotonic()
-  description = workdir.describe(command.variant, command.seed, run)
-  workdir.claim(folder, description)
-  data = stream.prepare(run.data, run.model.vocab_size, folder / "data")
-  workdir.write_config(folder, description)
-  workdir.write_environment(folder)
+  command.processes.join()
+  mesh = cluster.mesh(command.mesh)
+  if problems := layouts.problems(run, mesh.shape):
+    raise ValueError("\n".join(problems))
+  data = _prepare(command)
   checkpoints = checkpoint.manager(folder / "checkpoints", run.checkpoint)
 
   def facts(step):
     rows = step * run.train.batch_size
     return {"data": data.digests | {"seed": command.seed}, "rows": rows}
 
-  mesh = topology.mesh(command.mesh)
-  state = _start(command, checkpoints, facts(0), topology.replicated(mesh))
+  state = _start(command, checkpoints, facts(0), mesh)
   first = int(state.step)
-  with logbook.Logbook(folder, command.stop, first) as book:
+  with _book(folder, command.stop, first) as book:
     book.note(
         f"{command.variant}: {first} of {command.stop} steps done,"
         f" {data.train.n_tokens:,} tokens of text an epoch"
@@ -171,11 +181,10 @@ def execute(command: common.Command) -> None:
     final = {}
 
     def evaluate(state):
-      state = topology.first_replica(state)
-      final.update(_heldout(state, data, run))
+      final.update(_heldout(state, data, run, mesh))
       row = {"step": int(state.step)} | final
-      if length := run.evaluate.sample_tokens:
-        row["sample"] = sample_text(state, data.tokenizer, run, "", length)
+      if run.evaluate.sample_tokens:
+        row["sample"] = _sample(state, data.tokenizer, run, mesh)
       book.evaluation(row)
       reporter.restart_clock()
 
@@ -194,7 +203,7 @@ def execute(command: common.Command) -> None:
         save=save,
     )
     checkpoints.wait_until_finished()
-  if first < command.stop:
+  if first < command.stop and jax.process_index() == 0:
     summary = _summary(run, data) | final
     summary["train_seconds"] = reporter.train_s
     summary["total_seconds"] = time.monotonic() - began
@@ -202,12 +211,46 @@ def execute(command: common.Command) -> None:
 
 
 def _heldout(
-    state: train.TrainState, data: stream.Prepared, run: config.Run
+    state: train.TrainState,
+    data: stream.Prepared,
+    run: config.Run,
+    mesh: jax.sharding.Mesh,
 ) -> dict[str, float]:
   rows, mask = stream.heldout_windows(data.heldout_tokens, run.data.seq_len)
   return likelihood.heldout(
-      state.params, state.router_bias, rows, mask, data.heldout_bytes, run
+      state.params,
+      state.router_bias,
+      rows,
+      mask,
+      data.heldout_bytes,
+      run,
+      mesh,
   )
+
+
+def _sample(
+    state: train.TrainState,
+    tok: Any,
+    run: config.Run,
+    mesh: jax.sharding.Mesh,
+) -> str:
+  """Text that process 0 lets the model write from nothing, on one device."""
+  parts = state.params, state.router_bias, state.key, state.step
+  params, bias, key, step = topology.on_first_device(parts, mesh)
+  if jax.process_index():
+    return ""
+  made = decoding.generate(
+      params,
+      bias,
+      [tokenizer.BOS_ID],
+      run.evaluate.sample_tokens,
+      jax.random.fold_in(key, step),
+      run.model,
+      temperature=0.8,
+      top_p=0.95,
+      stop=tokenizer.EOS_ID,
+  )
+  return tok.decode(list(made))
 
 
 def _summary(run: config.Run, data: stream.Prepared) -> dict[str, Any]:

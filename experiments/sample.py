@@ -11,8 +11,10 @@ from absl import flags
 
 from dsv3_jax import checkpoint
 from dsv3_jax import presets
+from dsv3_jax import train
 from dsv3_jax.data import tokenizer
 from dsv3_jax.infer import decoding
+from dsv3_jax.parallel import topology
 from experiments import common
 from experiments import workdir
 
@@ -50,12 +52,15 @@ def sample() -> None:
   checkpoints = checkpoint.manager(folder / "checkpoints", run.checkpoint)
   if (step := checkpoints.latest_step()) is None:
     raise common.NoCheckpointError(f"{folder}: has no finished checkpoint")
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  state, _ = checkpoint.restore(checkpoints, run, step, device)
+  mesh = topology.mesh({})
+  shardings = train.shardings(run, mesh)
+  state, _ = checkpoint.restore(checkpoints, run, step, shardings)
+  parts = state.params, state.router_bias
+  params, bias = topology.on_first_device(parts, mesh)
   prompt = tok.encode(_PROMPT.value, add_special_tokens=False).ids
   made = decoding.generate(
-      state.params,
-      state.router_bias,
+      params,
+      bias,
       [tokenizer.BOS_ID, *prompt],
       _MAX_TOKENS.value,
       jax.random.key(flags.FLAGS.seed),

@@ -14,8 +14,9 @@ from dsv3_jax import config
 
 CONFIG, ENV, SUMMARY = "config.json", "env.json", "summary.json"
 
-# Settings that change when things are looked at, not what is trained.
-_CADENCE = ("settings.checkpoint.", "settings.evaluate.")
+# Settings that change when things are looked at and where they are computed,
+# not what is trained.
+_HARMLESS = ("settings.checkpoint.", "settings.evaluate.", "settings.parallel.")
 
 
 def describe(variant: str, seed: int, run: config.Run) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def claim(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
   changes = [
       line
       for line in config.difference(_flat(read_config(workdir)), _flat(facts))
-      if not line.startswith(_CADENCE)
+      if not line.startswith(_HARMLESS)
   ]
   if changes:
     raise ValueError(

@@ -29,19 +29,14 @@ def prepare(job: dict[str, Any]) -> bench_worker.Task:
   most = min(jax.device_count(), n_rows)
   shards = max(n for n in range(1, most + 1) if n_rows % n == 0)
   mesh = topology.mesh({"data": shards})
-  init = jax.jit(
-      train.init_state,
-      static_argnums=0,
-      out_shardings=topology.replicated(mesh),
-  )
-  state = init(cfg, jax.random.key(0))
+  state = train.make_state(cfg, mesh, seed=0)
   train_step = train.make_step(cfg, mesh)
   shape = (n_micro, n_rows, cfg.data.seq_len + 1)
 
   def step() -> float:
     nonlocal state
     rows = rng.integers(vocab, size=shape, dtype=np.int32)
-    batch = train.place(losses.batch(rows, vocab), mesh)
+    batch = train.place(losses.batch(rows, vocab), n_rows, mesh)
     state, metrics = train_step(state, batch)
     return float(metrics["loss"])
 

@@ -10,6 +10,7 @@ from absl.testing import parameterized
 from dsv3_jax import checkpoint
 from dsv3_jax import config
 from dsv3_jax import train
+from dsv3_jax.parallel import topology
 
 RUN = testing.run("optim.moments=bfloat16")
 FACTS = {"data": {"seed": 3, "train_text": "5f"}, "rows": 40}
@@ -29,8 +30,8 @@ def noisy_state(run=RUN, step=0):
 
 
 def restore(checkpoints, step, run=RUN):
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  return checkpoint.restore(checkpoints, run, step, device)
+  places = train.shardings(run, topology.mesh({}))
+  return checkpoint.restore(checkpoints, run, step, places)
 
 
 class CheckpointTest(parameterized.TestCase):

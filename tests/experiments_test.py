@@ -25,6 +25,8 @@ from dsv3_jax import config
 from dsv3_jax import losses
 from dsv3_jax import presets
 from dsv3_jax import train
+from dsv3_jax.parallel import topology
+from experiments import cluster
 from experiments import common
 from experiments import logbook
 from experiments import pretrain
@@ -119,7 +121,7 @@ class CommandLineTest(parameterized.TestCase):
       ("--variant=tinny", "--variant=tinny: one of", "did you mean 'tiny'"),
       ("--mesh=dota=1", "--mesh=dota=1", "did you mean 'data'"),
       ("--mesh=data=0", "--mesh=data=0"),
-      ("--mesh=data=999", "--mesh=data=999: must divide the "),
+      ("--mesh=data=999", "--mesh: data=999 x node=1 x expert=1 devices must"),
       ("--set=optim.peak_lr=nan", "Optim.peak_lr=nan: must be finite"),
       ("--set=optim.peak_lr=-1", "Optim.peak_lr=-1.0: must be above 0"),
       ("--set=router.top_k=99", "Router.top_k=99: must be at most 8"),
@@ -265,7 +267,8 @@ class StartTest(parameterized.TestCase):
     path = changes.get("path", self.text)
     run = testing.run(f"data.path={path}")
     folder = self.root / "run"
-    return common.Command("tiny", run, folder, changes.get("seed", 0), 4, {})
+    seed, alone = changes.get("seed", 0), cluster.Processes()
+    return common.Command("tiny", run, folder, seed, 4, {"data": 8}, alone)
 
   @parameterized.parameters(
       ("missing.txt", None, "missing.txt"),
@@ -377,8 +380,8 @@ class EndToEndTest(absltest.TestCase):
       checkpoints = checkpoint.manager(folder, run.checkpoint)
       self.addCleanup(checkpoints.close)
       self.assertEqual(checkpoints.latest_step(), 8)
-      device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-      restored, facts = checkpoint.restore(checkpoints, run, 8, device)
+      places = train.shardings(run, topology.mesh({}))
+      restored, facts = checkpoint.restore(checkpoints, run, 8, places)
       return testing.host(restored), facts
 
     pretrain("parts", 4)

@@ -84,7 +84,7 @@ class GroupedFfnTest(parameterized.TestCase):
     wanted = np.random.default_rng(0).uniform(size=(200, 16)) * np.arange(16)
     wanted[:, 15] = 16
     chosen = np.argsort(-wanted, axis=1)[:, :4].astype(np.int32)
-    layout = experts._layout(jnp.asarray(chosen), 16)
+    layout = experts._layout(jnp.asarray(chosen), 16, chosen.size)
     self.assertBetween(int(layout.used), 3, len(layout.block) - 1)
     self.assertGreater(int((layout.share == chosen.size).sum()), 0)
     _check(experts.block_ffn, p, x, chosen, gates)
@@ -102,6 +102,31 @@ class GroupedFfnTest(parameterized.TestCase):
     p, x, chosen, gates = _inputs(*EDGE)
     _, _, dgates = _check(form, p, x, chosen, 0 * gates)
     self.assertGreater(np.abs(dgates).min(), 0)
+
+  @parameterized.parameters(*FORMS)
+  def test_choices_of_none_count_for_nothing(self, form):
+    p, x, chosen, gates = _inputs(130, 5, 3, 3, 7)
+    rng = np.random.default_rng(0)
+    none = rng.random(chosen.shape) < 0.6
+    none[:20], none[20:40] = True, False
+    # The reference knows no such choice: there, a gate of 0 stands for it.
+    dy = testing.normal(*x.shape, seed=1)
+    y, (dp, dx, dgates) = _value_and_gradients(
+        form, p, x, np.where(none, 5, chosen), gates, dy
+    )
+    args = reference.f64((p, x, np.where(none, 0, gates), dy))
+    args = (*args[:2], chosen, *args[2:])
+    terms = 2 * (3 + 7) + 3 + 130
+    testing.assert_close(y, reference.expert_ffn(*args[:4]), terms)
+    want = reference.expert_ffn_gradients(*args)
+    want_dgates = np.where(none, 0, want[2])
+    testing.assert_close((dp, dx, dgates), (*want[:2], want_dgates), terms)
+
+  @parameterized.parameters(1, 17, 40, 130)
+  def test_the_number_of_choices_expected_changes_nothing(self, n_slots):
+    p, x, chosen, gates = _inputs(*EDGE)
+    form = functools.partial(experts.block_ffn, n_slots=n_slots)
+    _check(form, p, x, chosen, gates)
 
   def test_no_tokens(self):
     p, x, chosen, gates = _inputs(0, 3, 2, 3, 5)

@@ -9,11 +9,11 @@ from absl.testing import parameterized
 ROOT = pathlib.Path(__file__).parents[1]
 # A part imports only what stands left of it, and itself.
 ORDER = (
-    "host config presets schema data model losses parallel optim train"
+    "manual fields config presets schema data model losses parallel optim train"
     " checkpoint infer evals posttrain interop plan"
 ).split()
 # Where communication may be written by hand.
-MANUAL = ("parallel", "train")
+MANUAL = ("parallel", "train", "evals")
 # Flags and the environment are read at the edge only; files are data, never
 # code; other frameworks stay outside.
 FORBIDDEN_IMPORTS = (

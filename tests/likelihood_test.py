@@ -1,5 +1,6 @@
 """Tests of held-out loss and bits per byte."""
 
+import jax
 import numpy as np
 import reference
 import testing
@@ -8,6 +9,8 @@ from absl.testing import absltest
 from dsv3_jax import config
 from dsv3_jax.evals import likelihood
 from dsv3_jax.model import transformer
+from dsv3_jax.parallel import layouts
+from dsv3_jax.parallel import topology
 
 RUN = testing.run("evaluate.batch_size=2")
 VOCAB, SEQ_LEN, N_BYTES = RUN.model.vocab_size, RUN.data.seq_len, 77
@@ -26,14 +29,23 @@ class HeldoutTest(absltest.TestCase):
     rng = np.random.default_rng(2)
     self.mask = rng.random((3, SEQ_LEN)) < 0.6
 
-  def heldout(self, *, params=None, rows=None, run=RUN):
+  def heldout(self, *, params=None, rows=None, run=RUN, shards=1):
+    mesh = topology.mesh({"data": shards})
+    params = self.params if params is None else params
+    places = layouts.layout(run, mesh.shape).specs
+    params = jax.tree.map(
+        lambda a, spec: jax.device_put(a, jax.NamedSharding(mesh, spec)),
+        params,
+        places,
+    )
     return likelihood.heldout(
-        self.params if params is None else params,
-        self.bias,
+        params,
+        jax.device_put(self.bias, jax.NamedSharding(mesh, jax.P())),
         self.rows if rows is None else rows,
         self.mask,
         N_BYTES,
         run,
+        mesh,
     )
 
   def expected_nats(self):
@@ -54,6 +66,11 @@ class HeldoutTest(absltest.TestCase):
     testing.assert_close(
         result["heldout_bpb"], np.float64(nats / np.log(2) / N_BYTES), TERMS
     )
+
+  def test_devices_share_the_rows(self):
+    result, expected = self.heldout(shards=2), self.heldout()
+    nats = np.float64(expected["heldout_loss"])
+    testing.assert_close(result["heldout_loss"], nats, TERMS)
 
   def test_batch_size_does_not_matter(self):
     one_batch = config.override(RUN, "evaluate.batch_size=100")

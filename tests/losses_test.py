@@ -9,6 +9,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from dsv3_jax import losses
+from dsv3_jax.model import moe
 from dsv3_jax.model import transformer
 
 VOCAB = 37
@@ -122,10 +123,10 @@ def _gradients(params, bias, rows, cfg, remat):
   weights = losses.token_weights(data.labels)
 
   def total(params):
-    out, load = losses.loss(
+    out, stats = losses.loss(
       params, bias, data, weights, cfg.mtp.weight, cfg, remat=remat
     )
-    return out.total, load
+    return out.total, stats.load
 
   return jax.jit(jax.grad(total, has_aux=True))(params)
 
@@ -140,9 +141,8 @@ class LossTest(parameterized.TestCase):
 
     def forward(params, bias, tokens, cfg, **_):
       seen["tokens"] = tokens
-      return transformer.Output(
-        hidden, (state,), jnp.zeros((2, 16), jnp.int32), jnp.zeros(())
-      )
+      stats = moe.Stats(jnp.zeros((2, 16), jnp.int32), jnp.zeros(2), None)
+      return transformer.Output(hidden, (state,), stats)
 
     cfg = testing.tiny("d_model=6", "vocab_size=5")
     data = losses.batch(row, 5)
@@ -162,7 +162,7 @@ class LossTest(parameterized.TestCase):
     cfg, params, bias, rows = _model(f"mtp.depth={depth}", "n_layers=1")
     data = losses.batch(rows, 41)
     weights = losses.token_weights(data.labels)
-    out, load = jax.jit(losses.loss, static_argnums=5)(
+    out, stats = jax.jit(losses.loss, static_argnums=5)(
       params, bias, data, weights, cfg.mtp.weight, cfg
     )
     params, bias = reference.f64((params, bias))
@@ -176,7 +176,7 @@ class LossTest(parameterized.TestCase):
       terms,
     )
     # Two rows, 7 - k positions at depth k, four experts each.
-    np.testing.assert_array_equal(load.sum(-1), [2 * 6 * 4, 2 * 5 * 4])
+    np.testing.assert_array_equal(stats.load.sum(-1), [2 * 6 * 4, 2 * 5 * 4])
 
   def test_gradients_are_the_slopes_of_the_reference(self):
     cfg, params, bias, rows = _model()

@@ -29,7 +29,8 @@ class MoeTest(parameterized.TestCase):
   )
   def test_matches_the_reference(self, *assignments):
     cfg, p, x, bias, run = _setup(*assignments)
-    y, load, balance = run(p, x, bias, cfg)
+    y, stats = run(p, x, bias, cfg)
+    load, balance = stats.load, stats.balance
     want_y, want_load, want_balance = reference.moe(
       *reference.f64((p, x, bias)), cfg
     )
@@ -39,7 +40,7 @@ class MoeTest(parameterized.TestCase):
   def test_shared_expert_is_not_scaled(self):
     cfg, p, x, bias, run = _setup()
     silent = p | {"experts": jax.tree.map(np.zeros_like, p["experts"])}
-    y, _, _ = run(silent, x, bias, cfg)
+    y, _ = run(silent, x, bias, cfg)
     expected = reference.swiglu(*reference.f64((p["shared"], x)))
     testing.assert_close(y, expected, 64 + 32)
 
@@ -51,8 +52,9 @@ class MoeTest(parameterized.TestCase):
 
   def test_the_experts_are_an_argument(self):
     cfg, p, x, bias, run = _setup()
-    y, _, _ = run(p, x, bias, cfg)
-    other, _, _ = moe.moe(p, x, bias, cfg, experts=experts.dense_ffn)
+    y, _ = run(p, x, bias, cfg)
+    dense = moe.Experts(experts.dense_ffn)
+    other, _ = moe.moe(p, x, bias, cfg, dense)
     testing.assert_close(y, other, TERMS)
 
   def test_all_tokens_to_the_same_experts(self):
@@ -60,8 +62,8 @@ class MoeTest(parameterized.TestCase):
     bias = 100 * (jnp.arange(16) < 4).astype(jnp.float32)
 
     def f(p, x, bias):
-      y, load, balance = moe.moe(p, x, bias, cfg)
-      return (y * y).sum() + balance, load
+      y, stats = moe.moe(p, x, bias, cfg)
+      return (y * y).sum() + stats.balance, stats.load
 
     gradients, load = jax.jit(jax.grad(f, (0, 1, 2), has_aux=True))(p, x, bias)
     np.testing.assert_array_equal(load, [18] * 4 + [0] * 12)

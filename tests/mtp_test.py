@@ -5,6 +5,8 @@ import testing
 from absl.testing import absltest
 from absl.testing import parameterized
 
+from dsv3_jax.model import experts
+from dsv3_jax.model import moe
 from dsv3_jax.model import mtp
 from dsv3_jax.model import transformer
 
@@ -37,17 +39,21 @@ class MtpTest(parameterized.TestCase):
       f"mtp.depth={depth}", f"mtp.hidden={hidden}"
     )
     state = testing.normal(2, 8, cfg.d_model)
+    dense = moe.Experts(experts.dense_ffn)
 
     def block(p, x, bias):
-      return transformer.moe_block(
-        p, x, bias, cfg, transformer.moe.experts_lib.dense_ffn
-      )
+      return transformer.moe_block(p, x, bias, cfg, dense)
+
+    def module(p, bias, hidden, ahead):
+      return mtp.module(p, bias, hidden, ahead, cfg, block)
 
     @jax.jit
     def run(params, bias, state):
-      return mtp.predict(params, bias, state, tokens, cfg, block)
+      return mtp.predict(params, bias, state, tokens, cfg, module)
 
-    states, load, balance = run(params, bias, state)
+    states, stats = run(params, bias, state)
+    load = np.concatenate([s.load for s in stats])
+    balance = np.concatenate([s.balance for s in stats])
     want_states, want_load, want_balance = reference.mtp(
       *reference.f64((params, bias, state)), tokens, cfg
     )

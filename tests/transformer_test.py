@@ -45,16 +45,16 @@ class ForwardTest(parameterized.TestCase):
     hidden, states, load, balance = reference.forward(
       *reference.f64((params, bias)), tokens, cfg
     )
-    np.testing.assert_array_equal(out.load, load)
+    np.testing.assert_array_equal(out.stats.load, load)
     terms = LAYER_TERMS * (cfg.n_layers + cfg.mtp.depth)
     testing.assert_close(
-      (out.hidden, list(out.mtp_hidden), out.balance),
+      (out.hidden, list(out.mtp_hidden), out.stats.balance.sum()),
       (hidden, states, balance),
       terms,
     )
     logits = transformer.logits(params, out.hidden)
     self.assertEqual(logits.dtype, np.float32)
-    self.assertEqual(out.load.shape, (cfg.n_routers, 16))
+    self.assertEqual(out.stats.load.shape, (cfg.n_routers, 16))
     testing.assert_close(
       logits, hidden @ reference.f64(params["head"]), terms + 64
     )

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from absl import logging
 
-from dsv3_jax import config
+from dsv3_jax import fields
 
 NOVELS = pathlib.Path(__file__).parent / "novels"
 WHOLE_DOCUMENTS = 20  # from so many on, documents are held out whole
@@ -83,7 +83,7 @@ def _files(path: str) -> list[tuple[str, pathlib.Path]]:
     return [(root.name, root)]
   if not os.path.isdir(root):
     beside = root.parent.iterdir() if os.path.isdir(root.parent) else ()
-    hint = config.nearest(root.name, (file.name for file in beside))
+    hint = fields.nearest(root.name, (file.name for file in beside))
     raise ValueError(
         f"data.path={path!r}: no such file or directory{hint}; {_ALLOWED}"
     )

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import pathlib
 from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -71,9 +72,7 @@ def batch(
     ordered: grain.MapDataset,
     step: int,
     batch_size: int,
-    *,
-    process: int = 0,
-    n_processes: int = 1,
+    own: Sequence[int] | None = None,
 ) -> dict[str, np.ndarray]:
   """The rows of one optimizer step.
 
@@ -81,22 +80,13 @@ def batch(
     ordered: from `order`.
     step: optimizer step, from 0.
     batch_size: rows of the step, over all processes.
-    process: which of `n_processes` asks; it gets rows [process::n_processes].
-    n_processes: must divide `batch_size`.
+    own: which of them to read, default all.
 
   Returns:
     `tokens` [B, T + 1] int32, and `row` [B] int64: which rows they are.
-
-  Raises:
-    ValueError: `n_processes` does not divide `batch_size`.
   """
-  if batch_size % n_processes:
-    raise ValueError(
-        f"train.batch_size={batch_size}: must be a multiple of the"
-        f" {n_processes} processes"
-    )
-  own = range(step * batch_size + process, (step + 1) * batch_size, n_processes)
-  rows = [ordered[i] for i in own]
+  own = range(batch_size) if own is None else own
+  rows = [ordered[step * batch_size + i] for i in own]
   return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
@@ -104,23 +94,14 @@ def batches(
     ordered: grain.MapDataset,
     first_step: int,
     batch_size: int,
-    *,
-    process: int = 0,
-    n_processes: int = 1,
+    own: Sequence[int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
   """`batch` of each step from `first_step` on, one read ahead in a thread."""
   # Not grain's own prefetch: its thread aborts an interpreter that exits.
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
 
     def read(step):
-      return pool.submit(
-          batch,
-          ordered,
-          step,
-          batch_size,
-          process=process,
-          n_processes=n_processes,
-      )
+      return pool.submit(batch, ordered, step, batch_size, own)
 
     ahead = read(first_step)
     for step in itertools.count(first_step + 1):

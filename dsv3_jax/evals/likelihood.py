@@ -4,7 +4,6 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax import config
@@ -12,20 +11,47 @@ from dsv3_jax import losses
 from dsv3_jax import schema
 from dsv3_jax.model import precision
 from dsv3_jax.model import transformer
+from dsv3_jax.parallel import layouts
+from dsv3_jax.parallel import topology
 
 
-@functools.partial(jax.jit, static_argnames="run")
-def _nll(params, bias, tokens, labels, mask, run):
+def _nll(params, bias, tokens, labels, mask, *, run, **how):
   """Sum of -log p over the labels that the mask selects, [B, T] each."""
-  params = precision.compute_params(params, run.precision.recipe)
   main = config.override(run.model, "mtp.depth=0")
-  out = transformer.forward(params, bias[: main.n_routers], tokens, main)
+  out = transformer.forward(
+      params, bias[: main.n_routers], tokens, main, **how
+  )
   return losses.cross_entropy(
       out.hidden.reshape(-1, main.d_model),
       params["head"],
       labels.reshape(-1),
       mask.reshape(-1),
   )
+
+
+def _local_nll(params, *args, run, layout):
+  nll = _nll(
+      layout.step(params),
+      *args,
+      run=run,
+      experts=layout.experts,
+      gather=layout.layer,
+  )
+  return jax.lax.psum(nll, layout.batch_axes)
+
+
+@functools.partial(jax.jit, static_argnames=("run", "mesh"))
+def _sharded_nll(params, *args, run, mesh):
+  """`_nll` of rows divided over a mesh."""
+  params = precision.compute_params(params, run.precision.recipe)
+  layout = layouts.layout(run, mesh.shape)
+  divided = topology.batch_spec(mesh.shape, 0)
+  return jax.shard_map(
+      functools.partial(_local_nll, run=run, layout=layout),
+      mesh=mesh,
+      in_specs=(layout.specs, jax.P(), divided, divided, divided),
+      out_specs=jax.P(),
+  )(params, *args)
 
 
 def heldout(
@@ -35,6 +61,7 @@ def heldout(
     mask: np.ndarray,
     n_bytes: int,
     run: config.Run,
+    mesh: jax.sharding.Mesh,
 ) -> dict[str, float]:
   """Loss a token, and sum of -log2 p over the text's UTF-8 bytes.
 
@@ -45,15 +72,21 @@ def heldout(
     mask: [R, T] bool, targets to score.
     n_bytes: UTF-8 bytes of the text that the scored targets spell.
     run: the configuration.
+    mesh: where the parameters are, as `run` lays them out.
   """
+  n_shards = layouts.layout(run, mesh.shape).n_shards
   size = min(run.evaluate.batch_size, len(rows))
+  size = -(-size // n_shards) * n_shards
   padding = -len(rows) % size
   rows = np.pad(rows, ((0, padding), (0, 0)))
   weight = np.pad(mask, ((0, padding), (0, 0))).astype(np.float32)
-  total = jnp.zeros((), jnp.float32)
+  total = 0.0
   for i in range(0, len(rows), size):
     part, here = rows[i : i + size], weight[i : i + size]
-    total += _nll(params, bias, part[:, :-1], part[:, 1:], here, run)
+    own = topology.own_rows(size, mesh)
+    data = (part[own, :-1], part[own, 1:], here[own])
+    data = topology.put_rows(data, size, mesh)
+    total += _sharded_nll(params, bias, *data, run=run, mesh=mesh)
   nats = float(total)
   return {
       "heldout_loss": nats / int(mask.sum()),

@@ -2,9 +2,10 @@
 
 Each takes (p, x [M, D], chosen [M, K], gates [M, K]) and returns
 sum_k gates[m, k] * ffn_{chosen[m, k]}(x[m]), [M, D]; a token chooses an expert
-once at most. `grouped_ffn` picks the form for the backend: `block_ffn` on CPU,
-`ragged_ffn` on accelerators. `dense_ffn` runs every expert on every token and
-is the reference.
+once at most, and a choice of E, one beyond the last, stands for none.
+`grouped_ffn` picks the form for the backend: `block_ffn` on CPU, `ragged_ffn`
+on accelerators. `dense_ffn` runs every expert on every token and is the
+reference.
 """
 
 import functools
@@ -14,6 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax import manual
 from dsv3_jax import schema
 
 SHARE = 1.125  # rows batched for every expert, in mean loads
@@ -21,11 +23,24 @@ MIN_BLOCK, MAX_BLOCK = 8, 256  # rows of a block
 
 
 def grouped_ffn(
-    p: schema.Params, x: jax.Array, chosen: jax.Array, gates: jax.Array
+    p: schema.Params,
+    x: jax.Array,
+    chosen: jax.Array,
+    gates: jax.Array,
+    n_slots: int | None = None,
 ) -> jax.Array:
-  """The form that is fast on the default backend; see the module."""
-  form = block_ffn if jax.default_backend() == "cpu" else ragged_ffn
-  return form(p, x, chosen, gates)
+  """The form that is fast on the default backend; see the module.
+
+  Args:
+    p: parameters of the experts.
+    x: [M, D].
+    chosen: [M, K] int32.
+    gates: [M, K].
+    n_slots: about how many choices are of an expert; M * K if not given.
+  """
+  if jax.default_backend() == "cpu":
+    return block_ffn(p, x, chosen, gates, n_slots)
+  return ragged_ffn(p, x, chosen, gates)
 
 
 def dense_ffn(
@@ -33,7 +48,7 @@ def dense_ffn(
 ) -> jax.Array:
   """Reference: every expert on every token, unchosen ones weighted by 0."""
   n_experts = p["down"].shape[0]
-  hot = jax.nn.one_hot(chosen, n_experts, dtype=gates.dtype)
+  hot = jax.nn.one_hot(chosen, n_experts, dtype=gates.dtype)  # none: zeros
   weight = jnp.einsum("MKE,MK->ME", hot, gates)
   h = jnp.einsum("MD,EDGF->MEGF", x, p["gate_up"])
   act = jax.nn.silu(h[:, :, 0]) * h[:, :, 1]
@@ -49,15 +64,22 @@ def ragged_ffn(
   On CPU it multiplies every slot with every expert: never use it there.
   """
   k, (n_experts, d, _, f) = chosen.shape[1], p["gate_up"].shape
-  order = jnp.argsort(chosen.reshape(-1), stable=True)
-  load = jnp.bincount(chosen.reshape(-1), length=n_experts)
-  h = jax.lax.ragged_dot(
-      x[order // k], p["gate_up"].reshape(n_experts, d, 2 * f), load
-  ).reshape(-1, 2, f)
+  flat = chosen.reshape(-1)
+  gate_up, down, x, gates = manual.alike(
+      p["gate_up"].reshape(n_experts, d, 2 * f), p["down"], x, gates
+  )
+  order = jnp.argsort(flat, stable=True)
+  load = jax.nn.one_hot(flat, n_experts, dtype=jnp.int32).sum(0)
+  # Choices of none come last: a group has no say over their rows.
+  real = flat[order] < n_experts
+  token = jnp.where(real, order // k, x.shape[0])
+  h = jax.lax.ragged_dot(_pick(x, token), gate_up, load)
+  h = jnp.where(real[:, None], h, 0).reshape(-1, 2, f)
   act = jax.nn.silu(h[:, 0]) * h[:, 1]
-  y = jax.lax.ragged_dot(act, p["down"], load)
+  y = jax.lax.ragged_dot(act, down, load)
   y = y * gates.reshape(-1)[order, None].astype(y.dtype)
-  return jnp.zeros_like(x).at[order // k].add(y)
+  y = jnp.where(real[:, None], y, 0)
+  return jnp.zeros_like(x).at[token].add(y, mode="drop")
 
 
 # --- the blocked form ---
@@ -80,33 +102,37 @@ class _Layout:
   row: jax.Array  # [M, K] int32, a slot's place in share; E * S or more: block
 
 
-def _sizes(n_tokens: int, k: int, n_experts: int) -> tuple[int, int, int]:
+def _sizes(
+    n_tokens: int, k: int, n_experts: int, n_slots: int
+) -> tuple[int, int, int]:
   """Rows of a share, rows of a block, and how many blocks at worst."""
-  n_slots = n_tokens * k
   mean = n_slots / n_experts
   # With few slots an expert, shares would mostly multiply padding.
   share = math.ceil(SHARE * mean) if mean >= MIN_BLOCK else 0
   share = min(share, n_tokens)  # an expert gets a token once
   quarter = 1 << max(int(mean / 4), 1).bit_length() - 1
   block = min(max(quarter, MIN_BLOCK), MAX_BLOCK)
-  return share, block, n_slots // block + min(n_experts, n_slots)
+  most = n_tokens * min(k, n_experts)
+  return share, block, most // block + min(n_experts, most)
 
 
-def _layout(chosen: jax.Array, n_experts: int) -> _Layout:
+def _layout(chosen: jax.Array, n_experts: int, expected: int) -> _Layout:
   n_slots, flat = chosen.size, chosen.reshape(-1)
-  share, block, n_blocks = _sizes(*chosen.shape, n_experts)
+  share, block, n_blocks = _sizes(*chosen.shape, n_experts, expected)
   n_rows = n_experts * share
   load = jax.nn.one_hot(flat, n_experts, dtype=jnp.int32).sum(0)
   blocks = -(-jnp.maximum(load - share, 0) // block)
   ends = jnp.cumsum(blocks)
   order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-  owner = flat[order]
-  first_slot = jnp.cumsum(load) - load
-  rank = jnp.arange(n_slots, dtype=jnp.int32) - first_slot[owner]
+  owner = jnp.minimum(flat[order], n_experts - 1)
+  first_slot, index = jnp.cumsum(load) - load, jnp.arange(n_slots)
+  rank = index - first_slot[owner]
   beyond = n_rows + (ends - blocks)[owner] * block + rank - share
   place = jnp.where(rank < share, owner * share + rank, beyond)
-  slots = jnp.full(n_rows + n_blocks * block, n_slots, jnp.int32)
-  slots = slots.at[place].set(order, unique_indices=True)
+  nowhere = n_rows + n_blocks * block + index  # of choices of none: they last
+  place = jnp.where(flat[order] < n_experts, place, nowhere)
+  slots = jnp.full_like(order, n_slots, shape=n_rows + n_blocks * block)
+  slots = slots.at[place].set(order, mode="drop", unique_indices=True)
   row = jnp.zeros_like(order).at[order].set(place, unique_indices=True)
   expert = jnp.searchsorted(ends, jnp.arange(n_blocks), side="right")
   return _Layout(
@@ -119,15 +145,24 @@ def _layout(chosen: jax.Array, n_experts: int) -> _Layout:
 
 
 def block_ffn(
-    p: schema.Params, x: jax.Array, chosen: jax.Array, gates: jax.Array
+    p: schema.Params,
+    x: jax.Array,
+    chosen: jax.Array,
+    gates: jax.Array,
+    n_slots: int | None = None,
 ) -> jax.Array:
   """An equal share of rows of every expert, batched; the rest in blocks."""
+  n_experts, d, _, f = p["gate_up"].shape
+  gate_up, down, x, gates = manual.alike(
+      p["gate_up"].reshape(n_experts, d, 2 * f),
+      p["down"],
+      x,
+      gates.astype(x.dtype),
+  )
   if not chosen.size:
     return jnp.zeros_like(x)
-  n_experts, d, _, f = p["gate_up"].shape
-  gate_up = p["gate_up"].reshape(n_experts, d, 2 * f)
-  layout = _layout(chosen, n_experts)
-  return _ffn(gate_up, p["down"], x, gates.astype(x.dtype), layout)
+  layout = _layout(chosen, n_experts, n_slots or chosen.size)
+  return _ffn(gate_up, down, x, gates, layout)
 
 
 def _pick(rows: jax.Array, index: jax.Array) -> jax.Array:

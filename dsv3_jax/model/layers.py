@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax import manual
 from dsv3_jax import schema
 
 
@@ -16,7 +17,26 @@ def rms_norm(gain: jax.Array, x: jax.Array, eps: float) -> jax.Array:
 
 def linear(x: jax.Array, w: jax.Array) -> jax.Array:
   """Contracts the last dim of x with the first of w; the rest of w follows."""
-  return jnp.tensordot(x, w, axes=1)
+  rows, matrix = x.reshape(-1, x.shape[-1]), w.reshape(w.shape[0], -1)
+  y = _matmul(*manual.alike(rows, matrix))
+  return y.reshape(*x.shape[:-1], *w.shape[1:])
+
+
+@jax.custom_vjp
+def _matmul(x, w):
+  return x @ w
+
+
+def _matmul_bwd(residuals, dy):
+  # Stated so that no operand is transposed first; autodiff makes dw.T.
+  x, w = residuals
+  dw = jax.lax.dot_general(
+      x, dy, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+  )
+  return dy @ w.T, dw.astype(w.dtype)
+
+
+_matmul.defvjp(lambda x, w: (x @ w, (x, w)), _matmul_bwd)
 
 
 def swiglu_specs(d: int, f: int, std: float) -> schema.Specs:
@@ -30,4 +50,5 @@ def swiglu_specs(d: int, f: int, std: float) -> schema.Specs:
 def swiglu(p: schema.Params, x: jax.Array) -> jax.Array:
   """down(silu(gate(x)) * up(x)), [..., D] -> [..., D] (arXiv:2002.05202)."""
   h = linear(x, p["gate_up"])
-  return linear(jax.nn.silu(h[..., 0, :]) * h[..., 1, :], p["down"])
+  y = linear(jax.nn.silu(h[..., 0, :]) * h[..., 1, :], p["down"])
+  return manual.total(y, "model")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax import config
+from dsv3_jax import manual
 from dsv3_jax import schema
 from dsv3_jax.model import layers
 from dsv3_jax.model import rope
@@ -171,7 +172,8 @@ def mla(
   k = jnp.concatenate([k_nope, k_rope], axis=-1)
   out = attend(*(jnp.swapaxes(a, 1, 2) for a in (q, k, v)))
   out = jnp.swapaxes(out, 1, 2).reshape(*x.shape[:2], -1)
-  return layers.linear(out, p["out"].reshape(-1, x.shape[-1]))
+  y = layers.linear(out, p["out"].reshape(-1, x.shape[-1]))
+  return manual.total(y, "model")
 
 
 def absorbed(
@@ -219,4 +221,5 @@ def absorbed(
   )
   mixed = jnp.einsum("BNTS,BSR->BTNR", weights.astype(latent.dtype), latent)
   out = jnp.einsum("BTNR,RNV->BTNV", mixed, up_v)
-  return jnp.einsum("BTNV,NVD->BTD", out, p["out"]), (latent, k_rope)
+  y = jnp.einsum("BTNV,NVD->BTD", out, p["out"])
+  return manual.total(y, "model"), (latent, k_rope)

@@ -1,24 +1,52 @@
 """DeepSeekMoE: shared experts and fine-grained routed ones (section 2.1.2)."""
 
+import dataclasses
 from collections.abc import Callable
 
+import flax.struct
 import jax
+import jax.numpy as jnp
 
 from dsv3_jax import config
+from dsv3_jax import manual
 from dsv3_jax import schema
 from dsv3_jax.model import experts as experts_lib
 from dsv3_jax.model import layers
 from dsv3_jax.model import router
 
-# (expert parameters, x [M, D], chosen [M, K], gates [M, K]) -> [M, D]
-Experts = Callable[..., jax.Array]
+
+def _none_sent(chosen: jax.Array) -> jax.Array:
+  return jnp.zeros_like(chosen, shape=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+  """How the routed experts are computed; the default: all on this device."""
+
+  # (parameters, x [M, D], chosen [M, K], gates [M, K]) -> [M, D], `experts.py`
+  ffn: Callable[..., jax.Array] = experts_lib.grouped_ffn
+  # chosen [M, K] -> [2] int32, copies of tokens that cross nodes, and that
+  # pass between the devices of a node
+  sent: Callable[[jax.Array], jax.Array] = _none_sent
+
+
+LOCAL = Experts()
+
+
+@flax.struct.dataclass
+class Stats:
+  """What a mixture layer tells beside its output."""
+
+  load: jax.Array  # [E] int32, (token, slot) pairs an expert received
+  balance: jax.Array  # [] f32, balance loss
+  sent: jax.Array  # [2] int32, see `Experts`
 
 
 def specs(cfg: config.Model) -> schema.Specs:
   """Router centroids, routed experts and the shared experts as one FFN."""
   d, f, std = cfg.d_model, cfg.moe.ffn_dim, cfg.init_std
   tree = {
-      "router": schema.weight(std, embed=d, experts=cfg.router.n_experts),
+      "router": schema.weight(std, embed=d, scores=cfg.router.n_experts),
       "experts": schema.stack(
           layers.swiglu_specs(d, f, std), cfg.router.n_experts, "experts"
       ),
@@ -33,8 +61,8 @@ def moe(
     x: jax.Array,
     bias: jax.Array,
     cfg: config.Model,
-    experts: Experts = experts_lib.grouped_ffn,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    experts: Experts = LOCAL,
+) -> tuple[jax.Array, Stats]:
   """One mixture layer; no token is ever dropped.
 
   Args:
@@ -45,20 +73,22 @@ def moe(
     experts: computes the routed experts' weighted sum.
 
   Returns:
-    y [B, T, D], load [E] int32 and the balance loss.
+    y [B, T, D] and what is to be told of it.
   """
   with jax.named_scope("router"):
     routing = router.route(p["router"], x, bias, cfg.router)
     balance = router.balance_loss(routing.scores, routing.experts, cfg.router)
   with jax.named_scope("experts"):
     k = cfg.router.top_k
-    y = experts(
+    chosen = routing.experts.reshape(-1, k)
+    y = experts.ffn(
         p["experts"],
         x.reshape(-1, x.shape[-1]),
-        routing.experts.reshape(-1, k),
+        chosen,
         routing.gates.reshape(-1, k),
-    ).reshape(x.shape)
+    )
+    y = manual.total(y, "model").reshape(x.shape)
   if "shared" in p:
     with jax.named_scope("shared"):
       y = y + layers.swiglu(p["shared"], x)
-  return y, routing.load, balance
+  return y, Stats(routing.load, balance, experts.sent(chosen))

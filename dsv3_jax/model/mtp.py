@@ -1,6 +1,7 @@
 """Multi-token prediction (arXiv:2412.19437, section 2.2)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,19 +23,53 @@ def specs(cfg: config.Model, block: schema.Specs) -> schema.Specs:
   }
 
 
+def module(
+    p: schema.Params,
+    bias: jax.Array,
+    hidden: jax.Array,
+    ahead: jax.Array,
+    cfg: config.Model,
+    block: Callable[..., tuple[jax.Array, Any]],
+) -> tuple[jax.Array, jax.Array, Any]:
+  """One depth (eq. 21-22).
+
+  The embedding comes first in the projection, as in the released weights.
+
+  Args:
+    p: parameters of `specs`.
+    bias: [E] f32.
+    hidden: [B, T, D] state of the depth before.
+    ahead: [B, T, D] embeddings of the tokens that this depth reads.
+    cfg: the model.
+    block: (parameters, x, bias) -> (y, stats).
+
+  Returns:
+    State after the module's own norm, the state for the next depth, stats.
+  """
+  joined = jnp.concatenate(
+      [
+          layers.rms_norm(p["embed_norm"], ahead, cfg.norm_eps),
+          layers.rms_norm(p["hidden_norm"], hidden, cfg.norm_eps),
+      ],
+      axis=-1,
+  )
+  x, stats = block(p["block"], layers.linear(joined, p["proj"]), bias)
+  normed = layers.rms_norm(p["norm"], x, cfg.norm_eps)
+  return normed, normed if cfg.mtp.hidden == "post_norm" else x, stats
+
+
 def predict(
     params: schema.Params,
     bias: jax.Array,
     hidden: jax.Array,
     tokens: jax.Array,
     cfg: config.Model,
-    block: Callable[..., tuple[jax.Array, jax.Array, jax.Array]],
-) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
+    one: Callable[..., tuple[jax.Array, jax.Array, Any]],
+) -> tuple[tuple[jax.Array, ...], list[Any]]:
   """Chains the D modules; each keeps the causal order of the one before.
 
   At depth k, position i joins the state of depth k - 1 with the embedding of
-  token i + k, so that its output predicts token i + k + 1 (0-based). The
-  embedding comes first in the projection, as in the released weights.
+  token i + k, so that its output predicts token i + k + 1 (0-based).
 
   Args:
     params: all parameters of the model: embedding and `mtp` are read.
@@ -42,32 +77,18 @@ def predict(
     hidden: [B, T, D] state of the main model.
     tokens: [B, T] int32.
     cfg: the model.
-    block: (parameters, x, bias) -> (y, load, balance).
+    one: (parameters, bias, hidden, ahead) of a depth, as in `module`.
 
   Returns:
-    States after each depth's own norm, [B, T - k, D] for k = 1..D; load
-    [D, E] int32; balance loss [D].
+    States after each depth's own norm, [B, T - k, D] for k = 1..D, and their
+    stats, [1, ...] each.
   """
-  states, loads, balances = [], [], []
+  states, stats = [], []
   for depth in range(1, cfg.mtp.depth + 1):
     with jax.named_scope(f"mtp_{depth}"):
       p = jax.tree.map(lambda a, i=depth - 1: a[i], params["mtp"])
       ahead = params["embed"][tokens[:, depth:]]
-      joined = jnp.concatenate(
-          [
-              layers.rms_norm(p["embed_norm"], ahead, cfg.norm_eps),
-              layers.rms_norm(p["hidden_norm"], hidden[:, :-1], cfg.norm_eps),
-          ],
-          axis=-1,
-      )
-      x, load, balance = block(
-          p["block"], layers.linear(joined, p["proj"]), bias[depth - 1]
-      )
-      normed = layers.rms_norm(p["norm"], x, cfg.norm_eps)
-      hidden = normed if cfg.mtp.hidden == "post_norm" else x
-    states.append(normed)
-    loads.append(load)
-    balances.append(balance)
-  if not states:
-    return (), jnp.zeros_like(bias, jnp.int32), jnp.zeros(0, jnp.float32)
-  return tuple(states), jnp.stack(loads), jnp.stack(balances)
+      state, hidden, told = one(p, bias[depth - 1], hidden[:, :-1], ahead)
+    states.append(state)
+    stats.append(jax.tree.map(lambda a: a[None], told))
+  return tuple(states), stats

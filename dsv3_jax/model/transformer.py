@@ -1,6 +1,7 @@
 """The whole network: embedding, blocks, head and MTP modules."""
 
 import functools
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -8,7 +9,6 @@ import jax.numpy as jnp
 
 from dsv3_jax import config
 from dsv3_jax import schema
-from dsv3_jax.model import experts as experts_lib
 from dsv3_jax.model import layers
 from dsv3_jax.model import mla
 from dsv3_jax.model import moe
@@ -21,8 +21,7 @@ class Output:
 
   hidden: jax.Array  # [B, T, D], after the final norm
   mtp_hidden: tuple[jax.Array, ...]  # depth k: [B, T - k, D], after its norm
-  load: jax.Array  # [n_routers, E] int32, MoE layers, then MTP modules
-  balance: jax.Array  # [] f32, balance losses summed over routers
+  stats: moe.Stats  # [n_routers, ...], of MoE layers, then of MTP modules
 
 
 def block_specs(cfg: config.Model, ffn: schema.Specs) -> schema.Specs:
@@ -76,12 +75,12 @@ def moe_block(
     bias: jax.Array,
     cfg: config.Model,
     experts: moe.Experts,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """h += MLA(norm(h)); h += MoE(norm(h)); also load [E] and balance loss."""
+) -> tuple[jax.Array, moe.Stats]:
+  """h += MLA(norm(h)); h += MoE(norm(h)); and what the mixture tells."""
   x = _attention(p, x, cfg)
   h = layers.rms_norm(p["ffn_norm"], x, cfg.norm_eps)
-  y, load, balance = moe.moe(p["ffn"], h, bias, cfg, experts)
-  return x + y, load, balance
+  y, stats = moe.moe(p["ffn"], h, bias, cfg, experts)
+  return x + y, stats
 
 
 def _attention(p: schema.Params, x: jax.Array, cfg: config.Model) -> jax.Array:
@@ -101,6 +100,12 @@ def _unrolled(step, carry, stacked):
   return carry, jax.tree.map(lambda *ys: jnp.stack(ys), *outs)
 
 
+def as_stored(kind: str, p: schema.Params) -> schema.Params:
+  """The parameters of a layer where every device holds them whole."""
+  del kind
+  return p
+
+
 def forward(
     params: schema.Params,
     bias: jax.Array,
@@ -109,7 +114,8 @@ def forward(
     *,
     remat: bool = False,
     scan: bool = True,
-    experts: moe.Experts = experts_lib.grouped_ffn,
+    experts: moe.Experts = moe.LOCAL,
+    gather: Callable[[str, schema.Params], schema.Params] = as_stored,
 ) -> Output:
   """Hidden states of the main model and of every MTP depth.
 
@@ -121,37 +127,47 @@ def forward(
     remat: recompute each block in the backward pass.
     scan: loop over the layers of one kind; else unroll them, which compiles
       for longer and, on CPU, saves copying what the backward pass needs.
-    experts: computes the routed experts, see `experts.py`.
+    experts: how the routed experts are computed.
+    gather: makes the parameters of a layer of a kind (`dense`, `moe`, `mtp`)
+      whole, where they are stored in slices.
   """
   over_layers = jax.lax.scan if scan else _unrolled
   maybe_remat = jax.checkpoint if remat else lambda f: f
-  dense = maybe_remat(functools.partial(dense_block, cfg=cfg))
-  mixture = maybe_remat(
-      functools.partial(moe_block, cfg=cfg, experts=experts)
-  )
+
+  @maybe_remat
+  def dense(h, p):
+    return dense_block(gather("dense", p), h, cfg), None
+
+  @maybe_remat
+  def mixture(h, layer):
+    p, layer_bias = layer
+    return moe_block(gather("moe", p), h, layer_bias, cfg, experts)
+
+  @maybe_remat
+  def module(p, layer_bias, hidden, ahead):
+    block = functools.partial(moe_block, cfg=cfg, experts=experts)
+    return mtp.module(gather("mtp", p), layer_bias, hidden, ahead, cfg, block)
+
   x = params["embed"][tokens]
-  loads, balances = [], []
+  stats = []
   if cfg.n_dense_layers:
-    x, _ = over_layers(lambda h, p: (dense(p, h), None), x, params["dense"])
+    x, _ = over_layers(dense, x, params["dense"])
   if cfg.n_moe_layers:
-
-    def step(h, layer):
-      h, load, balance = mixture(layer[0], h, layer[1])
-      return h, (load, balance)
-
-    main_bias = bias[: cfg.n_moe_layers]
-    x, (load, balance) = over_layers(step, x, (params["moe"], main_bias))
-    loads.append(load)
-    balances.append(balance)
+    layer = params["moe"], bias[: cfg.n_moe_layers]
+    x, told = over_layers(mixture, x, layer)
+    stats.append(told)
   hidden = layers.rms_norm(params["norm"], x, cfg.norm_eps)
   start = hidden if cfg.mtp.hidden == "post_norm" else x
-  mtp_hidden, load, balance = mtp.predict(
-      params, bias[cfg.n_moe_layers :], start, tokens, cfg, mixture
+  mtp_hidden, told = mtp.predict(
+      params, bias[cfg.n_moe_layers :], start, tokens, cfg, module
   )
-  loads.append(load)
-  balances.append(balance)
-  load, balance = jnp.concatenate(loads), jnp.concatenate(balances).sum()
-  return Output(hidden, mtp_hidden, load, balance)
+  stats += told
+  if not stats:
+    load = bias.astype(jnp.int32)
+    stats = [moe.Stats(load, bias.sum(-1), jnp.zeros_like(load, shape=(0, 2)))]
+  return Output(
+      hidden, mtp_hidden, jax.tree.map(lambda *s: jnp.concatenate(s), *stats)
+  )
 
 
 def logits(params: schema.Params, hidden: jax.Array) -> jax.Array:

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 
 import jax
 
-# Outermost first. Tokens are sharded over data, node and expert.
+# Outermost first; `node` crosses hosts, `expert` stays inside one.
 AXES = ("pipe", "data", "node", "expert", "model")
+BATCH = ("data", "node", "expert")  # tokens are divided over these
+EXPERTS = ("node", "expert")  # routed experts are divided over these
 
 
 def mesh(sizes: Mapping[str, int]) -> jax.sharding.Mesh:
@@ -30,11 +32,53 @@ def mesh(sizes: Mapping[str, int]) -> jax.sharding.Mesh:
   )
 
 
-def replicated(devices: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
-  """Every device holds the whole array."""
-  return jax.NamedSharding(devices, jax.P())
+def used(sizes: Mapping[str, int], axes: tuple[str, ...]) -> tuple[str, ...]:
+  """Those of the axes that are larger than 1."""
+  return tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
 
 
-def first_replica(tree):
-  """The copy of replicated arrays on the first device; nothing is moved."""
-  return jax.tree.map(lambda a: a.addressable_data(0), tree)
+def extent(sizes: Mapping[str, int], axes: tuple[str, ...]) -> int:
+  """The number of devices along the axes together."""
+  return math.prod(sizes.get(axis, 1) for axis in axes)
+
+
+def spec(*dims: tuple[str, ...]) -> jax.P:
+  """The partition of an array with these mesh axes along its dims."""
+  return jax.P(*(dim or None for dim in dims))
+
+
+def batch_spec(sizes: Mapping[str, int], dim: int) -> jax.P:
+  """The partition of an array whose dim runs over the sequences of a batch."""
+  return spec(*[()] * dim, used(sizes, BATCH))
+
+
+def own_rows(n: int, devices: jax.sharding.Mesh) -> list[int]:
+  """Which of n rows, divided over a mesh, this process' devices hold."""
+  sharding = jax.NamedSharding(devices, batch_spec(devices.shape, 0))
+  parts = sharding.addressable_devices_indices_map((n,)).values()
+  return sorted({row for (part,) in parts for row in range(n)[part]})
+
+
+def put_rows(tree, n: int, devices: jax.sharding.Mesh, dim: int = 0):
+  """Arrays of this process' `own_rows` of n along dim, as global ones."""
+  sharding = jax.NamedSharding(devices, batch_spec(devices.shape, dim))
+  own = own_rows(n, devices)
+
+  def leaf(a):
+    def part(index):
+      rows = range(n)[index[dim]]
+      start = own.index(rows[0])
+      here = slice(start, start + len(rows))
+      return a[(*index[:dim], here, *index[dim + 1 :])]
+
+    shape = (*a.shape[:dim], n, *a.shape[dim + 1 :])
+    return jax.make_array_from_callback(shape, sharding, part)
+
+  return jax.tree.map(leaf, tree)
+
+
+def on_first_device(tree, devices: jax.sharding.Mesh):
+  """Whole copies on this process' first device of the mesh."""
+  whole = jax.NamedSharding(devices, jax.P())
+  copies = jax.jit(lambda tree: tree, out_shardings=whole)(tree)
+  return jax.tree.map(lambda a: a.addressable_data(0), copies)

@@ -1,0 +1,78 @@
+"""Dataclasses that check themselves: declared types and limits of fields."""
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Iterable
+from collections.abc import Iterator
+from typing import Any
+
+
+def number(
+    default: Any = dataclasses.MISSING,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+) -> Any:
+  """A numeric field with low <= value <= high and value > above."""
+  limits = {"low": low, "high": high, "above": above}
+  return dataclasses.field(default=default, metadata=limits)
+
+
+def choice(default: str, *others: str) -> Any:
+  """A text field that must be one of the values given."""
+  return dataclasses.field(
+      default=default, metadata={"choices": (default, *others)}
+  )
+
+
+def _field_problems(cfg: Any) -> Iterator[str]:
+  """Values of the wrong type, not finite, or out of the range declared."""
+  hints = typing.get_type_hints(type(cfg))
+  for field in dataclasses.fields(cfg):
+    value, kind = getattr(cfg, field.name), hints[field.name]
+    where = f"{type(cfg).__name__}.{field.name}={value!r}"
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    accepted = is_number if kind is float else type(value) is kind
+    if not accepted:
+      yield f"{where}: expected {kind.__name__}"
+    elif is_number and not math.isfinite(value):
+      yield f"{where}: must be finite"
+    elif is_number:
+      low, high, above = map(field.metadata.get, ("low", "high", "above"))
+      if low is not None and value < low:
+        yield f"{where}: must be at least {low:g}"
+      if above is not None and value <= above:
+        yield f"{where}: must be above {above:g}"
+      if high is not None and value > high:
+        yield f"{where}: must be at most {high:g}"
+    elif choices := field.metadata.get("choices"):
+      if value not in choices:
+        hint = nearest(value, choices)
+        yield f"{where}: must be one of {', '.join(choices)}{hint}"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+  """A hint `; did you mean ...?` where a known word is close, else nothing."""
+  close = difflib.get_close_matches(word, list(known), n=1)
+  return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _validate(cfg: Any) -> None:
+  problems = list(_field_problems(cfg))
+  if not problems and hasattr(cfg, "relations"):
+    problems = list(cfg.relations())
+  if problems:
+    raise ValueError("\n".join(problems))
+
+
+def checked(cls: type) -> type:
+  """Makes a frozen keyword-only dataclass that validates itself.
+
+  The fields' declared types and limits are checked first; the relations between
+  fields, which a class states in `relations`, only if those hold.
+  """
+  cls.__post_init__ = _validate
+  return dataclasses.dataclass(frozen=True, kw_only=True)(cls)

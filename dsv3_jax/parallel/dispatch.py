@@ -1,0 +1,290 @@
+"""Expert parallelism: tokens travel to the experts they chose, and back.
+
+Routed experts are divided over the mesh axes `node` and `expert`. Each form has
+the signature of the local experts in `model/experts.py`, is exact and drops
+nothing; all run inside `shard_map`.
+
+  gather    every device gets all tokens of the group; for few tokens
+  one_hop   a token is sent once to each device that holds experts it chose
+  two_hop   once to each node, by the device of the same place in the node, and
+            from there to the devices of the node; partial sums on the way back
+            (arXiv:2412.19437, section 3.2.2)
+
+An exchange goes in rounds of a fixed number of rows for each pair of devices, a
+little more than balanced routing needs: usually one round, as many as it takes
+otherwise. Memory is that of a round.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from collections.abc import Mapping
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax import config
+from dsv3_jax import manual
+from dsv3_jax import schema
+from dsv3_jax.model import experts as experts_lib
+from dsv3_jax.model import moe
+from dsv3_jax.parallel import topology
+
+SLACK = 1.25  # rows of a round, in rows that balanced routing needs
+
+Ffn = Callable[..., jax.Array]
+Axes = tuple[str, ...]
+
+
+def experts(
+    form: str, sizes: Mapping[str, int], cfg: config.Router
+) -> moe.Experts:
+  """The routed experts of a mesh.
+
+  Args:
+    form: `gather`, `one_hop`, `two_hop`; `ragged_one_hop` and `ragged_two_hop`
+      send only the rows in use, where the backend can; `auto`: two hops if both
+      axes are in use.
+    sizes: of the mesh axes.
+    cfg: routing rules: how many experts, of which a token chooses how many.
+  """
+  axes = topology.used(sizes, topology.EXPERTS)
+  if not axes:
+    return moe.LOCAL
+  swap = _ragged_swap if form.startswith("ragged_") else _padded_swap
+  form = form.removeprefix("ragged_")
+  if form == "auto":
+    form = "two_hop"
+  if len(axes) == 1 and form == "two_hop":
+    form = "one_hop"
+  sent = functools.partial(_sent, sizes=sizes, cfg=cfg, form=form)
+  if form == "gather":
+    return moe.Experts(functools.partial(_gathered, axes=axes), sent)
+  if form == "one_hop":
+    hop = _Hop(axes, axes, swap, n_devices=1, fanout=cfg.top_k)
+    return moe.Experts(functools.partial(_exchange, hop), sent)
+  n_nodes, n_places = (sizes[axis] for axis in axes)
+  # A group of experts inside one node: tokens reach no more nodes than groups.
+  aligned = cfg.n_groups % n_nodes == 0
+  fanout = cfg.top_groups if aligned else cfg.top_k
+  inside = _Hop(axes[1:], axes, swap, n_devices=1, fanout=cfg.top_k)
+  across = _Hop(axes[:1], axes, swap, n_devices=n_places, fanout=fanout)
+  inner = functools.partial(_exchange, inside)
+  return moe.Experts(functools.partial(_exchange, across, inner=inner), sent)
+
+
+def bytes_a_copy(cfg: config.Model, itemsize: int) -> int:
+  """Bytes of a token that goes to another device and comes back.
+
+  Its state both ways, and with it the choices and gates of its top-k.
+  """
+  return 2 * cfg.d_model * itemsize + 8 * cfg.router.top_k
+
+
+# --- all tokens everywhere ---
+
+
+def _owned(chosen: jax.Array, device: jax.Array, n: int) -> jax.Array:
+  """Choices among the n experts of a device by their place there, n: none."""
+  here = chosen - device * n
+  return jnp.where((here >= 0) & (here < n), here, n)
+
+
+def _gathered(
+    p: schema.Params,
+    x: jax.Array,
+    chosen: jax.Array,
+    gates: jax.Array,
+    n_slots: int | None = None,
+    *,
+    axes: Axes,
+) -> jax.Array:
+  everyone = functools.partial(jax.lax.all_gather, axis_name=axes, tiled=True)
+  n = p["down"].shape[0]
+  here = _owned(everyone(chosen), jax.lax.axis_index(axes), n)
+  y = experts_lib.grouped_ffn(
+      p, everyone(x), here, everyone(gates), n_slots or chosen.size
+  )
+  return jax.lax.psum_scatter(y, axes, tiled=True)
+
+
+# --- exchanges ---
+
+
+def _padded_swap(rows: jax.Array, counts: jax.Array, axes: Axes) -> jax.Array:
+  """Block i of rows [R, C, ...] goes to device i; theirs arrive in order."""
+  del counts
+  return jax.lax.all_to_all(rows, axes, 0, 0, tiled=True)
+
+
+def _ragged_swap(rows: jax.Array, counts: jax.Array, axes: Axes) -> jax.Array:
+  """The same, sending the first counts[i] rows of block i; the rest are 0."""
+  n, capacity = rows.shape[:2]
+  flat = rows.reshape(n * capacity, *rows.shape[2:])
+  starts = capacity * jnp.arange(n, dtype=jnp.int32)
+  mine = jnp.full_like(starts, capacity) * jax.lax.axis_index(axes)
+  theirs = _padded_swap(counts, counts, axes)
+  out = jax.lax.ragged_all_to_all(
+      flat,
+      jnp.zeros_like(flat),
+      *manual.alike(starts, counts, mine, theirs),
+      axis_name=axes,
+  )
+  return out.reshape(rows.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Hop:
+  """An exchange over some axes of the expert-parallel group."""
+
+  axes: Axes  # exchanged over
+  group: Axes  # all that must do as many rounds
+  swap: Callable[..., jax.Array]
+  n_devices: int  # that a destination stands for: those of a node, or 1
+  fanout: int  # destinations of a token at most
+
+
+@flax.struct.dataclass
+class _Plan:
+  """Which tokens go where; M stands for none."""
+
+  queue: jax.Array  # [R, Q] int32, tokens for each destination
+  counts: jax.Array  # [R] int32, how many they are
+  chosen: jax.Array  # [M, K] int32
+  rounds: jax.Array  # [] int32, the same in the whole group
+
+
+def _capacity(n_rows: int, n_slots: int, size: int, fanout: int) -> int:
+  """Rows of a round for one destination, of n_rows with n_slots choices.
+
+  Choices at random leave a destination out with (1 - 1 / size)^(choices of a
+  row); limited routing sends a row to `fanout` destinations at most.
+  """
+  reached = 1 - (1 - 1 / size) ** (n_slots / n_rows)
+  needed = SLACK * n_rows * min(reached, fanout / size)
+  return min(n_rows, math.ceil(needed))
+
+
+def _plan(
+    chosen: jax.Array, n_experts: int, size: int, capacity: int, group: Axes
+) -> _Plan:
+  """Queues for `size` destinations of n_experts each."""
+  n_rows = chosen.shape[0]
+  wanted = jax.nn.one_hot(chosen // n_experts, size, dtype=jnp.bool_).any(1)
+  place = jnp.cumsum(wanted, axis=0, dtype=jnp.int32) - 1
+  length = -(-n_rows // capacity) * capacity
+  place = jnp.where(wanted, place, length)
+  row, destination = jnp.indices(wanted.shape, dtype=jnp.int32)
+  queue = jnp.full_like(chosen, n_rows, shape=(size, length))
+  queue = queue.at[destination, place].set(row, mode="drop")
+  counts = wanted.sum(0, dtype=jnp.int32)
+  rounds = jax.lax.pmax(-(-counts.max() // capacity), group)
+  return _Plan(queue, counts, chosen, rounds)
+
+
+def _exchange(
+    hop: _Hop,
+    p: schema.Params,
+    x: jax.Array,
+    chosen: jax.Array,
+    gates: jax.Array,
+    n_slots: int | None = None,
+    *,
+    inner: Ffn = experts_lib.grouped_ffn,
+) -> jax.Array:
+  """Rows go to those that hold their experts; `inner` runs on what arrives."""
+  if not chosen.size:
+    return jnp.zeros_like(x)
+  leaves, structure = jax.tree.flatten((p, x, gates))
+  p, x, gates = jax.tree.unflatten(structure, manual.alike(*leaves))
+  n_slots = n_slots or chosen.size
+  size, n_experts = jax.lax.axis_size(hop.axes), p["down"].shape[0]
+  capacity = _capacity(len(x), n_slots, size, hop.fanout)
+  plan = _plan(
+      chosen, n_experts * hop.n_devices, size, capacity, hop.group
+  )
+  one = functools.partial(_round, hop, inner, capacity, n_slots)
+  return one(0, p, x, gates, plan) + _other_rounds(one, p, x, gates, plan)
+
+
+def _round(hop, inner, capacity, n_slots, i, p, x, gates, plan):
+  """Sends a round of rows to each destination and adds up what returns."""
+  n_experts = p["down"].shape[0] * hop.n_devices
+  token = jax.lax.dynamic_slice_in_dim(plan.queue, i * capacity, capacity, 1)
+  counts = jnp.clip(plan.counts - i * capacity, 0, capacity)
+  theirs = _padded_swap(counts, counts, hop.axes)
+
+  def send(rows):
+    rows = rows.at[token].get(mode="fill", fill_value=0)
+    rows = hop.swap(rows, counts, hop.axes)
+    return rows.reshape(-1, rows.shape[-1])
+
+  arrived = jnp.arange(capacity)[None] < theirs[:, None]
+  here = _owned(send(plan.chosen), jax.lax.axis_index(hop.axes), n_experts)
+  here = jnp.where(arrived.reshape(-1, 1), here, n_experts)
+  y = inner(p, send(x), here, send(gates), min(n_slots, here.size))
+  y = hop.swap(y.reshape(*token.shape, -1), theirs, hop.axes)
+  return jnp.zeros_like(x).at[token].add(y, mode="drop")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _other_rounds(one, p, x, gates, plan):
+  """The sum of `one` over all rounds but the first, recomputed backwards."""
+
+  def add(i, y):
+    return y + one(i, p, x, gates, plan)
+
+  return jax.lax.fori_loop(1, plan.rounds, add, jnp.zeros_like(x))
+
+
+def _other_rounds_fwd(one, *args):
+  return _other_rounds(one, *args), args
+
+
+def _other_rounds_bwd(one, args, dy):
+  *inputs, plan = args
+
+  def add(i, gradients):
+    _, vjp = jax.vjp(lambda *inputs: one(i, *inputs, plan), *inputs)
+    return jax.tree.map(jnp.add, gradients, list(vjp(dy)))
+
+  zeros = jax.tree.map(jnp.zeros_like, inputs)
+  return *jax.lax.fori_loop(1, plan.rounds, add, zeros), None
+
+
+_other_rounds.defvjp(_other_rounds_fwd, _other_rounds_bwd)
+
+
+# --- how much is sent ---
+
+
+def _sent(
+    chosen: jax.Array,
+    *,
+    sizes: Mapping[str, int],
+    cfg: config.Router,
+    form: str,
+) -> jax.Array:
+  """Copies of this device's tokens that cross nodes, and that stay in one."""
+  n_nodes, n_places = (sizes.get(axis, 1) for axis in topology.EXPERTS)
+  n_here = cfg.n_experts // (n_nodes * n_places)
+  node, place = (
+      jax.lax.axis_index(axis) if sizes.get(axis, 1) > 1 else 0
+      for axis in topology.EXPERTS
+  )
+  reached = jax.nn.one_hot(
+      chosen // n_here, n_nodes * n_places, dtype=jnp.bool_
+  ).any(1)
+  reached = reached.reshape(-1, n_nodes, n_places)
+  if form == "gather":
+    reached = jnp.ones_like(reached)
+  away = (jnp.arange(n_nodes) != node)[None, :, None]
+  beside = (jnp.arange(n_places) != place)[None, None]
+  if form == "two_hop":
+    across = reached.any(2, keepdims=True) & away
+    inside = reached & beside
+  else:
+    across, inside = reached & away, reached & ~away & beside
+  return jnp.stack([across.sum(), inside.sum()]).astype(jnp.int32)

@@ -1,0 +1,178 @@
+"""Several processes that train as one.
+
+Each runs the same command with `--coordinator=HOST:PORT --processes=N
+--process=I`, process 0 on HOST. `--coordinator=auto` asks the environment, as
+on the virtual machines of a TPU slice.
+"""
+
+import dataclasses
+import json
+import math
+import socket
+import time
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from dsv3_jax.parallel import topology
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+  """Who takes part; the default: this process alone."""
+
+  coordinator: str = ""
+  count: int = 1
+  index: int = 0
+  timeout_s: int = 300  # for all to join
+
+  def problems(self) -> list[str]:
+    """What is wrong with it, a line each."""
+    found = []
+    if not self.coordinator:
+      if self.count != 1 or self.index:
+        found.append("--coordinator is missing: HOST:PORT of process 0")
+      return found
+    _, colon, port = self.coordinator.rpartition(":")
+    if self.coordinator != "auto" and not (colon and port.isdecimal()):
+      found.append(
+          f"--coordinator={self.coordinator}: expected HOST:PORT or auto"
+      )
+    if self.count < 1:
+      found.append(f"--processes={self.count}: must be at least 1")
+    elif not 0 <= self.index < self.count:
+      found.append(
+          f"--process={self.index}: must be in 0 to {self.count - 1}, below"
+          f" --processes={self.count}"
+      )
+    if self.timeout_s < 1:
+      found.append(f"--join_timeout={self.timeout_s}: must be at least 1 s")
+    return found
+
+  def join(self) -> None:
+    """Waits for the others and connects JAX to them.
+
+    Raises:
+      ValueError: some did not come in time; names them.
+    """
+    if not self.coordinator:
+      return
+    if self.coordinator == "auto":
+      jax.distributed.initialize(initialization_timeout=self.timeout_s)
+      return
+    # JAX would end the process where one is missing, and not say which.
+    if problem := _roll_call(self):
+      raise ValueError(problem)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        self.coordinator,
+        self.count,
+        self.index,
+        initialization_timeout=self.timeout_s,
+    )
+
+
+def _roll_call(who: Processes) -> str:
+  """Process 0 hears from all others and tells them what is wrong, if it is."""
+  host, _, port = who.coordinator.rpartition(":")
+  address, deadline = (host, int(port)), time.monotonic() + who.timeout_s
+  return (_answer if who.index else _call)(who, address, deadline)
+
+
+def _left(deadline: float) -> float:
+  return max(deadline - time.monotonic(), 0.01)
+
+
+def _call(who: Processes, address: tuple[str, int], deadline: float) -> str:
+  came, problem = {}, ""
+  try:
+    server = socket.create_server(("", address[1]))
+  except OSError as error:
+    return f"--coordinator={who.coordinator}: cannot listen there: {error}"
+  with server:
+    while not problem and len(came) < who.count - 1:
+      server.settimeout(_left(deadline))
+      try:
+        peer, _ = server.accept()
+        peer.settimeout(_left(deadline))
+        count, index = json.loads(peer.makefile().readline())
+      except TimeoutError:
+        missing = sorted(set(range(1, who.count)) - came.keys())
+        problem = (
+            f"--processes={who.count}: {', '.join(map(str, missing))} did not"
+            f" join within {who.timeout_s} s; start them, or raise"
+            " --join_timeout"
+        )
+      except (OSError, ValueError):  # not one of ours
+        continue
+      else:
+        if count != who.count:
+          problem = f"--processes: {who.count} here, {count} at {index}"
+        elif index in came or not 0 < index < count:
+          problem = f"--process={index}: was started twice"
+        came[len(came) if index in came else index] = peer
+    for peer in came.values():
+      with peer:
+        peer.sendall(json.dumps(problem).encode() + b"\n")
+  return problem
+
+
+def _answer(who: Processes, address: tuple[str, int], deadline: float) -> str:
+  while True:
+    try:
+      with socket.create_connection(address, timeout=_left(deadline)) as peer:
+        peer.settimeout(_left(deadline) + 5)  # process 0 may have begun later
+        peer.sendall(json.dumps([who.count, who.index]).encode() + b"\n")
+        return json.loads(peer.makefile().readline())
+    except (OSError, ValueError):
+      if time.monotonic() >= deadline:
+        return (
+            f"--coordinator={who.coordinator}: process 0 did not answer within"
+            f" {who.timeout_s} s"
+        )
+      time.sleep(0.1)
+
+
+def first_does(work: Callable[[], Any]) -> None:
+  """Process 0 works while the others wait, so that a file has one writer.
+
+  Raises:
+    ValueError: it did in process 0.
+  """
+  error = None
+  if jax.process_index() == 0:
+    try:
+      work()
+    except ValueError as e:
+      error = e
+  if jax.process_count() > 1:
+    failed = np.int32(error is not None)
+    failed = bool(multihost_utils.broadcast_one_to_all(failed))
+    if failed and error is None:
+      error = ValueError("process 0 failed; it says why")
+  if error:
+    raise error
+
+
+def mesh(sizes: Mapping[str, int]) -> jax.sharding.Mesh:
+  """The mesh over all devices of all processes; without sizes, all of `data`.
+
+  Raises:
+    ValueError: the sizes do not multiply to the number of devices.
+  """
+  n = jax.device_count()
+  sizes = sizes or {"data": n}
+  product = math.prod(sizes.values())
+  if product == n:
+    return topology.mesh(sizes)
+  given = ",".join(f"{axis}={size}" for axis, size in sizes.items())
+  rest = product // sizes.get("data", 1)
+  fits = f"data={n}" if n % rest else f"data={n // rest} with the others kept"
+  raise ValueError(
+      f"--mesh={given}: multiplies to {product}, and there are {n} devices;"
+      f" {fits} would fit"
+  )
