@@ -111,6 +111,8 @@ S = config.override(
     "train.scan_layers=false",
     "optim.moments=float32",
     "precision.recipe=fp32",
+    # The virtual devices of a processor share its memory.
+    "parallel.layout=replicated",
 )
 
 M = config.override(

@@ -8,6 +8,7 @@ on accelerators. `dense_ffn` runs every expert on every token and is the
 reference.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -18,8 +19,8 @@ import jax.numpy as jnp
 from dsv3_jax import manual
 from dsv3_jax import schema
 
-SHARE = 1.125  # rows batched for every expert, in mean loads
 MIN_BLOCK, MAX_BLOCK = 8, 256  # rows of a block
+KEPT = 1.25  # rows whose hidden state is kept, in rows expected
 
 
 def grouped_ffn(
@@ -84,64 +85,73 @@ def ragged_ffn(
 
 # --- the blocked form ---
 #
-# Slots (token, k) are sorted by expert. The first S of every expert, S a little
-# above the mean load, are the rows of products that are batched over experts.
-# What an expert has beyond S goes through a loop over blocks of B rows, as many
-# as are in use: next to none while the experts are balanced, nearly all slots
-# if one expert gets every token. No slot is lost either way.
+# Slots (token, k) are sorted by expert. The places of an expert are cut into
+# blocks of few rows, large ones first, so that padding is less than a small
+# block for an expert; a loop runs over the blocks in use. What a block computes
+# stays in cache. No slot is lost, however uneven the loads.
+
+
+@flax.struct.dataclass
+class _Blocks:
+  """Blocks of one size."""
+
+  start: jax.Array  # [N] int32, first place of each
+  expert: jax.Array  # [N] int32, of each
+  used: jax.Array  # [] int32, how many are in use
 
 
 @flax.struct.dataclass
 class _Layout:
   """Where every slot m * K + k stands; M * K stands for padding."""
 
-  share: jax.Array  # [E, S] int32, slots of the batched products
-  block: jax.Array  # [N, B] int32, slots of the loop
-  expert: jax.Array  # [N] int32, expert of a block
-  used: jax.Array  # [] int32, blocks in use
-  row: jax.Array  # [M, K] int32, a slot's place in share; E * S or more: block
+  slots: jax.Array  # [P] int32, the slot of each place
+  blocks: tuple[_Blocks, ...]  # of each size
 
 
-def _sizes(
-    n_tokens: int, k: int, n_experts: int, n_slots: int
-) -> tuple[int, int, int]:
-  """Rows of a share, rows of a block, and how many blocks at worst."""
-  mean = n_slots / n_experts
-  # With few slots an expert, shares would mostly multiply padding.
-  share = math.ceil(SHARE * mean) if mean >= MIN_BLOCK else 0
-  share = min(share, n_tokens)  # an expert gets a token once
-  quarter = 1 << max(int(mean / 4), 1).bit_length() - 1
-  block = min(max(quarter, MIN_BLOCK), MAX_BLOCK)
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+  """Sizes that shapes depend on."""
+
+  blocks: tuple[int, ...]  # rows of a block, falling
+  places: int  # enough for all slots with their padding
+  kept: int  # of the first places: their hidden state is kept
+
+
+def _plan(n_tokens: int, k: int, n_experts: int, n_slots: int) -> _Plan:
+  half = max(int(n_slots / n_experts / 2), 1)  # of the mean load
+  large = min(max(1 << half.bit_length() - 1, MIN_BLOCK), MAX_BLOCK)
+  small = max(large // 4, MIN_BLOCK)
   most = n_tokens * min(k, n_experts)
-  return share, block, most // block + min(n_experts, most)
+  padding = min(n_experts, most) * small
+  kept = min(math.ceil(KEPT * n_slots), most) + padding
+  blocks = (large, small) if small < large else (large,)
+  return _Plan(blocks, most + padding, kept)
 
 
-def _layout(chosen: jax.Array, n_experts: int, expected: int) -> _Layout:
-  n_slots, flat = chosen.size, chosen.reshape(-1)
-  share, block, n_blocks = _sizes(*chosen.shape, n_experts, expected)
-  n_rows = n_experts * share
+def _layout(chosen: jax.Array, n_experts: int, plan: _Plan) -> _Layout:
+  flat, small = chosen.reshape(-1), plan.blocks[-1]
   load = jax.nn.one_hot(flat, n_experts, dtype=jnp.int32).sum(0)
-  blocks = -(-jnp.maximum(load - share, 0) // block)
-  ends = jnp.cumsum(blocks)
+  left = -(-load // small) * small
+  first_place = jnp.cumsum(left) - left
+  at, blocks = first_place, []
+  for size in plan.blocks:
+    n = left // size
+    ends = jnp.cumsum(n)
+    index = jnp.arange(plan.places // size, dtype=jnp.int32)
+    expert = jnp.searchsorted(ends, index, side="right").astype(jnp.int32)
+    expert = jnp.minimum(expert, n_experts - 1)
+    start = at[expert] + (index - (ends - n)[expert]) * size
+    blocks.append(_Blocks(start, expert, ends[-1]))
+    at, left = at + n * size, left - n * size
   order = jnp.argsort(flat, stable=True).astype(jnp.int32)
   owner = jnp.minimum(flat[order], n_experts - 1)
-  first_slot, index = jnp.cumsum(load) - load, jnp.arange(n_slots)
-  rank = index - first_slot[owner]
-  beyond = n_rows + (ends - blocks)[owner] * block + rank - share
-  place = jnp.where(rank < share, owner * share + rank, beyond)
-  nowhere = n_rows + n_blocks * block + index  # of choices of none: they last
-  place = jnp.where(flat[order] < n_experts, place, nowhere)
-  slots = jnp.full_like(order, n_slots, shape=n_rows + n_blocks * block)
+  index, first_slot = jnp.arange(flat.size), jnp.cumsum(load) - load
+  place = first_place[owner] + index - first_slot[owner]
+  # Choices of none come last, and go to as many places beyond the last.
+  place = jnp.where(flat[order] < n_experts, place, plan.places + index)
+  slots = jnp.full_like(order, flat.size, shape=plan.places)
   slots = slots.at[place].set(order, mode="drop", unique_indices=True)
-  row = jnp.zeros_like(order).at[order].set(place, unique_indices=True)
-  expert = jnp.searchsorted(ends, jnp.arange(n_blocks), side="right")
-  return _Layout(
-      share=slots[:n_rows].reshape(n_experts, share),
-      block=slots[n_rows:].reshape(n_blocks, block),
-      expert=jnp.minimum(expert, n_experts - 1).astype(jnp.int32),
-      used=ends[-1],
-      row=row.reshape(chosen.shape),
-  )
+  return _Layout(slots, tuple(blocks))
 
 
 def block_ffn(
@@ -151,7 +161,7 @@ def block_ffn(
     gates: jax.Array,
     n_slots: int | None = None,
 ) -> jax.Array:
-  """An equal share of rows of every expert, batched; the rest in blocks."""
+  """A loop over blocks of rows of one expert."""
   n_experts, d, _, f = p["gate_up"].shape
   gate_up, down, x, gates = manual.alike(
       p["gate_up"].reshape(n_experts, d, 2 * f),
@@ -161,14 +171,13 @@ def block_ffn(
   )
   if not chosen.size:
     return jnp.zeros_like(x)
-  layout = _layout(chosen, n_experts, n_slots or chosen.size)
-  return _ffn(gate_up, down, x, gates, layout)
+  plan = _plan(*chosen.shape, n_experts, n_slots or chosen.size)
+  layout = _layout(chosen, n_experts, plan)
+  return _ffn(plan, gate_up, down, x, gates, layout)
 
 
 def _pick(rows: jax.Array, index: jax.Array) -> jax.Array:
   """rows[index], 0 where the index is beyond the last row."""
-  if not rows.shape[0]:
-    return jnp.zeros_like(rows, shape=index.shape + rows.shape[1:])
   return rows.at[index].get(mode="fill", fill_value=0)
 
 
@@ -177,24 +186,17 @@ def _add(rows: jax.Array, index: jax.Array, update: jax.Array) -> jax.Array:
   return rows.at[index].add(update, mode="drop", unique_indices=True)
 
 
-def _sum_slots(rows: jax.Array, layout: _Layout) -> jax.Array:
-  """[E, S, D] -> [M, D], the sum of a token's rows in the shares."""
-  return _pick(rows.reshape(-1, rows.shape[-1]), layout.row).sum(1)
-
-
 _dot = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+_slice = jax.lax.dynamic_slice_in_dim
 
 
-def _forward(
-    gate_up: jax.Array, down: jax.Array, x: jax.Array, gate: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """Hidden state and output of rows of one expert, or of [E, S] of all."""
-  h = x @ gate_up
+def _output(down: jax.Array, gate: jax.Array, h: jax.Array) -> jax.Array:
+  """Output of rows of one expert, from their hidden state."""
   a, b = jnp.split(h, 2, axis=-1)
-  return h, (gate[..., None] * jax.nn.silu(a) * b) @ down
+  return (gate[:, None] * jax.nn.silu(a) * b) @ down
 
 
-def _backward(
+def _gradients(
     gate_up: jax.Array,
     down: jax.Array,
     x: jax.Array,
@@ -202,66 +204,76 @@ def _backward(
     h: jax.Array,
     dy: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """Gradients of `_forward` for gate_up and down (in f32), x and gate."""
-  turn = lambda w: jnp.swapaxes(w, -1, -2)
+  """Gradients of a block for gate_up and down (in f32), x and gate."""
   a, b = jnp.split(h, 2, axis=-1)
   sigmoid = jax.nn.sigmoid(a)
   silu = a * sigmoid
-  dact = dy @ turn(down)
+  dact = dy @ down.T
   dgate = (silu * b * dact).sum(-1)
-  gate, dact = gate[..., None], gate[..., None] * dact
+  gate, dact = gate[:, None], gate[:, None] * dact
   da = dact * b * (sigmoid + silu * (1 - sigmoid))
   dh = jnp.concatenate([da, dact * silu], axis=-1)
-  dgate_up, ddown = _dot(turn(x), dh), _dot(turn(gate * silu * b), dy)
-  return dgate_up, ddown, dh @ turn(gate_up), dgate
+  dgate_up, ddown = _dot(x.T, dh), _dot((gate * silu * b).T, dy)
+  return dgate_up, ddown, dh @ gate_up.T, dgate
 
 
-@jax.custom_vjp
-def _ffn(gate_up, down, x, gates, layout):
-  return _ffn_fwd(gate_up, down, x, gates, layout)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ffn(plan, gate_up, down, x, gates, layout):
+  return _ffn_fwd(plan, gate_up, down, x, gates, layout)[0]
 
 
-def _ffn_fwd(gate_up, down, x, gates, layout):
+def _ffn_fwd(plan, gate_up, down, x, gates, layout):
   k, gate = gates.shape[1], gates.reshape(-1)
-  rows = _pick(x, layout.share // k)
-  h, y = _forward(gate_up, down, rows, _pick(gate, layout.share))
+  hidden = jnp.zeros_like(x, shape=(plan.kept, gate_up.shape[2]))
+  carry = jnp.zeros_like(x), hidden
+  for size, blocks in zip(plan.blocks, layout.blocks, strict=True):
 
-  def add_block(i, out):
-    slots, e = layout.block[i], layout.expert[i]
-    _, y = _forward(
-        gate_up[e], down[e], _pick(x, slots // k), _pick(gate, slots)
-    )
-    return _add(out, slots // k, y)
+    def add(i, carry, size=size, blocks=blocks):
+      y, hidden = carry
+      e, start = blocks.expert[i], blocks.start[i]
+      slots = _slice(layout.slots, start, size)
+      h = _pick(x, slots // k) @ gate_up[e]
+      y = _add(y, slots // k, _output(down[e], _pick(gate, slots), h))
+      place = start + jnp.arange(size)
+      hidden = hidden.at[place].set(h, mode="drop", unique_indices=True)
+      return y, hidden
 
-  out = jax.lax.fori_loop(0, layout.used, add_block, _sum_slots(y, layout))
-  return out, (gate_up, down, x, gates, layout, rows, h)
+    carry = jax.lax.fori_loop(0, blocks.used, add, carry)
+  y, hidden = carry
+  return y, (gate_up, down, x, gates, layout, hidden)
 
 
-def _ffn_bwd(residuals, dout):
-  gate_up, down, x, gates, layout, rows, h = residuals
+def _ffn_bwd(plan, residuals, dout):
+  gate_up, down, x, gates, layout, hidden = residuals
   k, gate = gates.shape[1], gates.reshape(-1)
-  dgate_up, ddown, drows, dgate = _backward(
-      gate_up,
-      down,
-      rows,
-      _pick(gate, layout.share),
-      h,
-      _pick(dout, layout.share // k),
+  grads = tuple(
+      jnp.zeros_like(a, dtype)
+      for a, dtype in (
+          (gate_up, jnp.float32),
+          (down, jnp.float32),
+          (x, x.dtype),
+          (gate, gate.dtype),
+      )
   )
+  for size, blocks in zip(plan.blocks, layout.blocks, strict=True):
 
-  def add_block(i, grads):
-    slots, e = layout.block[i], layout.expert[i]
-    rows, weights = _pick(x, slots // k), (gate_up[e], down[e])
-    h = rows @ gate_up[e]  # made again: blocks are few
-    block = _backward(
-        *weights, rows, _pick(gate, slots), h, _pick(dout, slots // k)
+    def add(i, grads, kept, size=size, blocks=blocks):
+      e, start = blocks.expert[i], blocks.start[i]
+      slots = _slice(layout.slots, start, size)
+      rows = _pick(x, slots // k)
+      h = _slice(hidden, start, size) if kept else rows @ gate_up[e]
+      dy = _pick(dout, slots // k)
+      block = _gradients(gate_up[e], down[e], rows, _pick(gate, slots), h, dy)
+      return tuple(map(_add, grads, (e, e, slots // k, slots), block))
+
+    inside = blocks.start + size <= plan.kept
+    n_kept = jnp.minimum(inside.sum(), blocks.used)
+    recompute = functools.partial(add, kept=False)
+    grads = jax.lax.fori_loop(
+        0, n_kept, functools.partial(add, kept=True), grads
     )
-    places = (e, e, slots // k, slots)
-    return tuple(map(_add, grads, places, block))
-
-  dgates = _pick(dgate.reshape(-1), layout.row.reshape(-1))
-  grads = (dgate_up, ddown, _sum_slots(drows, layout), dgates)
-  grads = jax.lax.fori_loop(0, layout.used, add_block, grads)
+    if plan.kept < plan.places:
+      grads = jax.lax.fori_loop(n_kept, blocks.used, recompute, grads)
   dgate_up, ddown, dx, dgates = grads
   return (
       dgate_up.astype(gate_up.dtype),
