@@ -59,7 +59,8 @@ def rotate(x: jax.Array, angle: jax.Array) -> jax.Array:
   angle = jnp.expand_dims(angle, range(x.ndim - angle.ndim))
   pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
   even, odd = pairs[..., 0], pairs[..., 1]
-  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  # Made once; XLA would make them anew for every sequence and head.
+  cos, sin = jax.lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle)))
   turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
   return turned.reshape(x.shape).astype(x.dtype)
 
