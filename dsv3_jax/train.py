@@ -162,26 +162,19 @@ def _gradient_sums(
   return jax.lax.scan(add, zeros, micros)[0]
 
 
-def train_step(
+def update(
     state: TrainState,
-    batch: losses.Batch,
-    *,
+    grads: schema.Params,
+    terms: losses.Losses,
+    stats: moe.Stats,
     run: config.Run,
-    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[TrainState, Metrics]:
-  """One optimizer step; pure.
+  """Applies what `gradients` returned.
 
   A step whose loss or gradient is not finite changes nothing but the counters.
   The router bias moves once, by the counts of the whole batch, and acts from
   the next step on (section 2.1.2).
-
-  Args:
-    state: the state, donated by `make_step`.
-    batch: tokens and labels [A, B, T], A micro-batches.
-    run: the configuration.
-    mesh: of the devices that share the work; None for one device.
   """
-  grads, terms, stats = gradients(state, batch, run, mesh)
   norm = optax.tree.norm(grads)
   rate = optim.learning_rate(state.step, run)
   speed = optim.bias_speed(state.step, run)
@@ -215,6 +208,24 @@ def train_step(
       "sent": stats.sent,
       "max_vio_per_layer": router.max_violation(stats.load),
   }
+
+
+def train_step(
+    state: TrainState,
+    batch: losses.Batch,
+    *,
+    run: config.Run,
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[TrainState, Metrics]:
+  """One optimizer step; pure.
+
+  Args:
+    state: the state, donated by `make_step`.
+    batch: tokens and labels [A, B, T], A micro-batches.
+    run: the configuration.
+    mesh: of the devices that share the work; None for one device.
+  """
+  return update(state, *gradients(state, batch, run, mesh), run)
 
 
 def make_step(

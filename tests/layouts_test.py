@@ -1,0 +1,124 @@
+"""Tests of where parameters live, and that it changes no maths."""
+
+import jax
+import numpy as np
+import pytest
+from absl.testing import absltest
+from absl.testing import parameterized
+
+from dsv3_jax import presets
+from dsv3_jax import schema
+from dsv3_jax import train
+from dsv3_jax.model import transformer
+from dsv3_jax.parallel import layouts
+from dsv3_jax.parallel import topology
+from scripts import layout_matrix
+
+SLOW = [
+    case for case in layout_matrix.CASES if case not in layout_matrix.QUICK
+]
+
+
+def named(cases):
+  return [
+      (f"{c.mesh}_{c.layout}_{c.dispatch}".replace("=", ""), c) for c in cases
+  ]
+
+
+def check(case):
+  found = layout_matrix.measure(case)
+  assert found.counts_equal, found
+  # A sum of n = 128 tokens in another order is off by sqrt(n) * eps of its
+  # terms or so; through some ten such sums, no leaf may be off by 1e-5.
+  assert max(found.loss, found.norm) < 1e-6, found
+  assert max(found.gradients, found.update, found.params) < 1e-5, found
+
+
+@pytest.mark.slow
+class AllCasesTest(parameterized.TestCase):
+
+  @parameterized.named_parameters(*named(SLOW))
+  def test_no_layout_changes_the_maths(self, case):
+    check(case)
+
+
+class InvarianceTest(parameterized.TestCase):
+
+  @parameterized.named_parameters(*named(layout_matrix.QUICK))
+  def test_no_layout_changes_the_maths(self, case):
+    check(case)
+
+  def test_the_cases_cover_every_axis_pair_layout_and_dispatch(self):
+    cases = layout_matrix.CASES
+    axes = [frozenset(a for a, n in c.sizes.items() if n > 1) for c in cases]
+    for a in ("data", "node", "expert", "model"):
+      for b in ("data", "node", "expert", "model"):
+        self.assertIn(frozenset({a, b}), axes)
+    self.assertEqual({c.layout for c in cases}, set(layouts.LAYOUTS))
+    self.assertLessEqual({"gather", "one_hop", "two_hop"},
+                         {c.dispatch for c in cases})
+    sizes = {int(np.prod(list(c.sizes.values()))) for c in cases}
+    self.assertEqual(sizes, {1, 2, 4, 8})
+
+
+class PlacementTest(parameterized.TestCase):
+
+  @parameterized.product(
+      variant=("tiny", "v2_lite_16b", "v3_671b"),
+      layout=tuple(layouts.LAYOUTS),
+  )
+  def test_every_array_divides_and_uses_an_axis_once(self, variant, layout):
+    rules = layouts.LAYOUTS[layout]
+    sizes = {"data": 2, "node": 2, "expert": 4}
+    specs = transformer.specs(presets.PRESETS[variant].model)
+    for name, spec in schema.paths(specs).items():
+      place = layouts.placement(spec, rules, sizes)
+      axes = [axis for dim in place.dims for axis in dim]
+      self.assertLen(set(axes), len(axes), name)
+      for size, dim in zip(spec.shape, place.dims, strict=True):
+        self.assertEqual(size % topology.extent(sizes, dim), 0, name)
+      if "experts" in name:
+        self.assertLessEqual({"node", "expert"}, set(axes))
+      elif layout == "replicated":
+        self.assertEmpty(axes, name)
+      if layout != "replicated":
+        self.assertEqual(set(axes), {"data", "node", "expert"}, name)
+
+  def test_the_optimizer_is_where_its_parameters_are(self):
+    run = layout_matrix.Case("data=2,expert=2", "zero1").run
+    mesh = topology.mesh({"data": 2, "expert": 2})
+    state = train.make_state(run, mesh, seed=0)
+    adam = state.opt_state[1]
+    for moments in (adam.mu, adam.nu):
+      types = lambda tree: jax.tree.map(jax.typeof, tree)
+      self.assertEqual(types(moments), types(state.params))
+    held = lambda tree: sum(
+        a.addressable_shards[0].data.size for a in jax.tree.leaves(tree)
+    )
+    total = schema.count(transformer.specs(run.model))
+    self.assertEqual(held(state.params), total // 4)
+    self.assertEqual(held(adam.mu), total // 4)
+
+  def test_a_layout_does_not_change_the_first_state(self):
+    case = layout_matrix.Case("data=2,expert=2", "fsdp")
+    state = train.make_state(case.run, topology.mesh(case.sizes), seed=3)
+    init = jax.jit(train.init_state, static_argnums=0)
+    plain = init(case.run, jax.random.key(3))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.device_get(state.params),
+        jax.device_get(plain.params),
+    )
+
+  def test_problems_name_the_sizes_and_what_fits(self):
+    run = layout_matrix.RUN
+    sizes = {"data": 3, "node": 3, "model": 5}
+    found = "\n".join(layouts.problems(run, sizes))
+    self.assertIn("data=3 x node=3 x expert=1 devices must divide the 8", found)
+    self.assertIn("16 routed experts; 1, 2, 4, 8, 16 do", found)
+    self.assertIn("model=5 devices must divide the 4 heads", found)
+    self.assertEmpty(layouts.problems(run, {"data": 2, "expert": 4}))
+
+
+if __name__ == "__main__":
+  absltest.main()
