@@ -5,6 +5,7 @@ Each runs the same command with `--coordinator=HOST:PORT --processes=N
 on the virtual machines of a TPU slice.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -88,37 +89,42 @@ def _left(deadline: float) -> float:
 
 
 def _call(who: Processes, address: tuple[str, int], deadline: float) -> str:
-  came, problem = {}, ""
-  try:
-    server = socket.create_server(("", address[1]))
-  except OSError as error:
-    return f"--coordinator={who.coordinator}: cannot listen there: {error}"
-  with server:
-    while not problem and len(came) < who.count - 1:
+  with contextlib.ExitStack() as stack:
+    try:
+      server = stack.enter_context(socket.create_server(("", address[1])))
+    except OSError as error:
+      return f"--coordinator={who.coordinator}: cannot listen there: {error}"
+    missing, peers, problem = set(range(1, who.count)), [], ""
+    while missing and not problem:
       server.settimeout(_left(deadline))
       try:
-        peer, _ = server.accept()
+        peer = stack.enter_context(server.accept()[0])
         peer.settimeout(_left(deadline))
-        count, index = json.loads(peer.makefile().readline())
+        count, index = json.loads(_line(peer))
       except TimeoutError:
-        missing = sorted(set(range(1, who.count)) - came.keys())
+        names = ", ".join(map(str, sorted(missing)))
         problem = (
-            f"--processes={who.count}: {', '.join(map(str, missing))} did not"
-            f" join within {who.timeout_s} s; start them, or raise"
-            " --join_timeout"
+            f"--processes={who.count}: {names} did not join within"
+            f" {who.timeout_s} s; start them, or raise --join_timeout"
         )
-      except (OSError, ValueError):  # not one of ours
+        break
+      except (OSError, ValueError, TypeError):  # not one of ours
         continue
-      else:
-        if count != who.count:
-          problem = f"--processes: {who.count} here, {count} at {index}"
-        elif index in came or not 0 < index < count:
-          problem = f"--process={index}: was started twice"
-        came[len(came) if index in came else index] = peer
-    for peer in came.values():
-      with peer:
+      peers.append(peer)
+      if count != who.count:
+        problem = f"--processes: {who.count} here, {count} at {index}"
+      elif index not in missing:
+        problem = f"--process={index}: was started twice"
+      missing.discard(index)
+    for peer in peers:
+      with contextlib.suppress(OSError):  # it has gone; the others matter
         peer.sendall(json.dumps(problem).encode() + b"\n")
   return problem
+
+
+def _line(peer: socket.socket) -> str:
+  with peer.makefile() as file:
+    return file.readline()
 
 
 def _answer(who: Processes, address: tuple[str, int], deadline: float) -> str:
@@ -127,7 +133,7 @@ def _answer(who: Processes, address: tuple[str, int], deadline: float) -> str:
       with socket.create_connection(address, timeout=_left(deadline)) as peer:
         peer.settimeout(_left(deadline) + 5)  # process 0 may have begun later
         peer.sendall(json.dumps([who.count, who.index]).encode() + b"\n")
-        return json.loads(peer.makefile().readline())
+        return json.loads(_line(peer))
     except (OSError, ValueError):
       if time.monotonic() >= deadline:
         return (
