@@ -220,7 +220,6 @@ class Parallel:
   dispatch: str = choice(
       "auto", "gather", "one_hop", "two_hop", "ragged_one_hop", "ragged_two_hop"
   )
-  check_every: int = number(0, low=0)  # steps; compares replicas; 0: never
 
 
 @fields.checked

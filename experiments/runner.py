@@ -17,6 +17,7 @@ from dsv3_jax.data import tokenizer
 from dsv3_jax.evals import likelihood
 from dsv3_jax.infer import decoding
 from dsv3_jax.model import transformer
+from dsv3_jax.parallel import dispatch
 from dsv3_jax.parallel import layouts
 from dsv3_jax.parallel import topology
 from experiments import cluster
@@ -72,7 +73,12 @@ class _Reporter:
     self.restart_clock()
     self.train_s += seconds
     row = {"step": done, "tokens": done * self._run.tokens_per_step}
-    row |= {k: v for k, v in metrics.items() if k not in ("load", "finite")}
+    apart = ("load", "finite", "sent")
+    row |= {k: v for k, v in metrics.items() if k not in apart}
+    sent = dispatch.bytes_sent(metrics["sent"], self._run)
+    for axis, n_bytes in sent.items():
+      if n_bytes:
+        row[f"bytes_over_{axis}"] = n_bytes
     row["tokens_per_s"] = self._run.tokens_per_step / seconds
     if metrics["load"].size:
       row["max_vio"] = metrics["max_vio_per_layer"].max()
@@ -161,7 +167,14 @@ def execute(command: common.Command) -> None:
   began = time.monotonic()
   command.processes.join()
   mesh = cluster.mesh(command.mesh)
-  if problems := layouts.problems(run, mesh.shape):
+  problems = layouts.problems(run, mesh.shape)
+  form = run.parallel.dispatch
+  if form.startswith("ragged") and jax.default_backend() == "cpu":
+    problems.append(
+        f"parallel.dispatch={form}: not on CPU;"
+        f" {form.removeprefix('ragged_')} is the same with padding"
+    )
+  if problems:
     raise ValueError("\n".join(problems))
   data = _prepare(command)
   checkpoints = checkpoint.manager(folder / "checkpoints", run.checkpoint)

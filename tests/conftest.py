@@ -7,6 +7,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # it; `XLA_FLAGS= pytest` tests what users run.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+# Threads to spare for devices that wait for each other, see
+# `experiments/common.py`.
+os.environ.setdefault("NPROC", "24")
+
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)

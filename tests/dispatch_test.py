@@ -11,6 +11,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from dsv3_jax import config
+from dsv3_jax import presets
 from dsv3_jax import schema
 from dsv3_jax.model import layers
 from dsv3_jax.parallel import dispatch
@@ -154,6 +155,14 @@ class DispatchTest(parameterized.TestCase):
     copies = np.asarray(run(*args))[:, 0]
     expected = [len({int(e) // 4 for e in row}) for row in inputs[2]]
     np.testing.assert_array_equal(copies, expected)
+
+  def test_bytes_of_a_step(self):
+    # 3.2.2: a token's state goes once to each target node and comes back once;
+    # 7168 numbers of 2 bytes each way, 8 choices and gates of 4 bytes.
+    sent = np.array([[5, 2], [1, 0]])
+    found = dispatch.bytes_sent(sent, presets.V3_671B)
+    copy = 2 * 7168 * 2 + 8 * (4 + 4)
+    self.assertEqual(found, {"node": 6 * copy, "expert": 2 * copy})
 
   def test_no_tokens(self):
     p, x, chosen, gates = _inputs(0, np.zeros((0, 4)))

@@ -24,6 +24,7 @@ from collections.abc import Mapping
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dsv3_jax import config
 from dsv3_jax import manual
@@ -75,12 +76,24 @@ def experts(
   return moe.Experts(functools.partial(_exchange, across, inner=inner), sent)
 
 
-def bytes_a_copy(cfg: config.Model, itemsize: int) -> int:
-  """Bytes of a token that goes to another device and comes back.
+def bytes_sent(sent: np.ndarray, run: config.Run) -> dict[str, int]:
+  """Bytes that the forward passes of a step send over each axis.
 
-  Its state both ways, and with it the choices and gates of its top-k.
+  A copy of a token is its state, there and back, and on the way there the
+  choices and gates of its top-k.
+
+  Args:
+    sent: [n_routers, 2] copies, as `moe.Stats` counts them.
+    run: the configuration.
   """
-  return 2 * cfg.d_model * itemsize + 8 * cfg.router.top_k
+  itemsize = 4 if run.precision.recipe == "fp32" else 2
+  model = run.model
+  copy = 2 * model.d_model * itemsize + 8 * model.router.top_k
+  copies = sent.sum(0, dtype=np.int64)
+  return {
+      axis: int(n) * copy
+      for axis, n in zip(topology.EXPERTS, copies, strict=True)
+  }
 
 
 # --- all tokens everywhere ---
