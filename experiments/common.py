@@ -10,14 +10,12 @@ command line are listed at once, before JAX starts.
 import dataclasses
 import difflib
 import math
-import os
 import pathlib
 import sys
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 
-import jax
 from absl import flags
 
 from dsv3_jax import config
@@ -161,15 +159,10 @@ def _say(code: int, error: Exception) -> int:
 def _use_virtual_devices(command: Command) -> None:
   """Makes the mesh's devices, where the processor is all there is."""
   n = max(math.prod(command.mesh.values()) // command.processes.count, 1)
-  jax.config.update("jax_num_cpu_devices", n)
   only_sums = command.run.parallel.layout == "replicated" and not any(
       size > 1 for axis, size in command.mesh.items() if axis != "data"
   )
-  if n > 1 and not only_sums:
-    # A device that waits for the others keeps a thread. With one thread for
-    # each device, which is XLA's choice, some step waits for ever; more of them
-    # than are needed cost a tenth of the speed.
-    os.environ.setdefault("NPROC", str(3 * n))
+  cluster.use_virtual_devices(n, spare_threads=n > 1 and not only_sums)
 
 
 def main(

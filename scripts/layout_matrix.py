@@ -22,6 +22,7 @@ from dsv3_jax import optim
 from dsv3_jax import presets
 from dsv3_jax import train
 from dsv3_jax.parallel import topology
+from experiments import cluster
 
 STEPS = 3
 RUN = config.override(
@@ -134,7 +135,8 @@ class Differences:
 def _batch(step: int) -> losses.Batch:
   rng = np.random.default_rng(step)
   shape = (RUN.train.micro_batches, RUN.train.micro_batch_size)
-  rows = rng.integers(RUN.model.vocab_size, size=(*shape, 9), dtype=np.int32)
+  shape = (*shape, RUN.data.seq_len + 1)
+  rows = rng.integers(RUN.model.vocab_size, size=shape, dtype=np.int32)
   return losses.batch(rows, RUN.model.vocab_size)
 
 
@@ -196,7 +198,7 @@ def measure(case: Case) -> Differences:
 
 def main() -> None:
   """Prints the matrix as it goes, in Markdown."""
-  jax.config.update("jax_num_cpu_devices", 8)
+  cluster.use_virtual_devices(8, spare_threads=True)
   names = [field.name for field in dataclasses.fields(Differences)]
   print("| mesh | layout | dispatch |", " | ".join(names), "|")
   print("|---" * (3 + len(names)) + "|")

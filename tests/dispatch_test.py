@@ -19,11 +19,7 @@ from dsv3_jax.parallel import topology
 
 CFG = config.Router(n_experts=16, top_k=4, n_groups=8, top_groups=4)
 M, D, F = 24, 8, 6  # tokens of a device, widths
-GROUPS = {
-    "gather": {"node": 2, "expert": 2},
-    "one_hop": {"node": 2, "expert": 2},
-    "two_hop": {"node": 2, "expert": 2},
-}
+FORMS, SIZES = ("gather", "one_hop", "two_hop"), {"node": 2, "expert": 2}
 
 
 def _inputs(n_tokens, chosen=None):
@@ -102,24 +98,24 @@ def _crossings(chosen, form, n_nodes=2, n_places=2):
 
 class DispatchTest(parameterized.TestCase):
 
-  @parameterized.parameters(*GROUPS)
+  @parameterized.parameters(*FORMS)
   def test_values_and_gradients_match_the_reference(self, form):
     inputs = _inputs(4 * M)
-    sent = _check(form, GROUPS[form], *inputs)
+    sent = _check(form, SIZES, *inputs)
     self.assertEqual(sent.tolist(), _crossings(inputs[2], form))
 
-  @parameterized.parameters(*GROUPS)
+  @parameterized.parameters(*FORMS)
   def test_all_tokens_to_the_experts_of_one_device(self, form):
     chosen = np.tile(np.arange(12, 16), (4 * M, 1))
-    sent = _check(form, GROUPS[form], *_inputs(4 * M, chosen))
+    sent = _check(form, SIZES, *_inputs(4 * M, chosen))
     self.assertEqual(sent.tolist(), _crossings(chosen, form))
 
-  @parameterized.parameters(*GROUPS)
+  @parameterized.parameters(*FORMS)
   def test_a_hot_node_and_a_device_that_gets_no_token(self, form):
     # All choices of all tokens in node 0, none on its device 1.
     rng = np.random.default_rng(1)
     chosen = np.array([rng.permutation(4) for _ in range(4 * M)])
-    _check(form, GROUPS[form], *_inputs(4 * M, chosen))
+    _check(form, SIZES, *_inputs(4 * M, chosen))
 
   def test_a_token_crosses_nodes_once_for_each_node_it_needs(self):
     chosen = np.tile([0, 4, 8, 12], (4 * M, 1))
@@ -127,12 +123,11 @@ class DispatchTest(parameterized.TestCase):
       self.assertEqual(
           _crossings(chosen, form), [4 * M * across, 4 * M * inside]
       )
-      sent = _check(form, GROUPS[form], *_inputs(4 * M, chosen))
+      sent = _check(form, SIZES, *_inputs(4 * M, chosen))
       self.assertEqual(sent.tolist(), [4 * M * across, 4 * M * inside])
 
   def test_what_arrives_is_what_is_counted(self):
     # Each device adds 1 for a row that arrived: copies that were really sent.
-    sizes = {"node": 2, "expert": 2}
     inside = dispatch._Hop(("expert",), ("node", "expert"),
                            dispatch._padded_swap, 1, 4)
     across = dispatch._Hop(("node",), ("node", "expert"),
@@ -146,7 +141,7 @@ class DispatchTest(parameterized.TestCase):
       inner = functools.partial(dispatch._exchange, inside, inner=one)
       return dispatch._exchange(across, p, x, chosen, gates, inner=inner)
 
-    mesh, spec = topology.mesh(sizes), jax.P(("node", "expert"))
+    mesh, spec = topology.mesh(SIZES), jax.P(("node", "expert"))
     run = jax.jit(
         jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec)
     )
@@ -167,7 +162,7 @@ class DispatchTest(parameterized.TestCase):
   def test_no_tokens(self):
     p, x, chosen, gates = _inputs(0, np.zeros((0, 4)))
     y, (dp, _, _), sent = _run(
-        "two_hop", {"node": 2, "expert": 2}, p, x, chosen, gates, x
+        "two_hop", SIZES, p, x, chosen, gates, x
     )
     self.assertEqual(y.shape, (0, D))
     self.assertEqual(sent.tolist(), [0, 0])

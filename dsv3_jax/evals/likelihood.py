@@ -15,34 +15,29 @@ from dsv3_jax.parallel import layouts
 from dsv3_jax.parallel import topology
 
 
-def _nll(params, bias, tokens, labels, mask, *, run, **how):
+def _local_nll(params, bias, tokens, labels, mask, *, run, layout):
   """Sum of -log p over the labels that the mask selects, [B, T] each."""
-  main = config.override(run.model, "mtp.depth=0")
+  params, main = layout.step(params), config.override(run.model, "mtp.depth=0")
   out = transformer.forward(
-      params, bias[: main.n_routers], tokens, main, **how
+      params,
+      bias[: main.n_routers],
+      tokens,
+      main,
+      experts=layout.experts,
+      gather=layout.layer,
   )
-  return losses.cross_entropy(
+  nll = losses.cross_entropy(
       out.hidden.reshape(-1, main.d_model),
       params["head"],
       labels.reshape(-1),
       mask.reshape(-1),
   )
-
-
-def _local_nll(params, *args, run, layout):
-  nll = _nll(
-      layout.step(params),
-      *args,
-      run=run,
-      experts=layout.experts,
-      gather=layout.layer,
-  )
   return jax.lax.psum(nll, layout.batch_axes)
 
 
 @functools.partial(jax.jit, static_argnames=("run", "mesh"))
-def _sharded_nll(params, *args, run, mesh):
-  """`_nll` of rows divided over a mesh."""
+def _nll(params, *args, run, mesh):
+  """The sum over rows that are divided over a mesh."""
   params = precision.compute_params(params, run.precision.recipe)
   layout = layouts.layout(run, mesh.shape)
   divided = topology.batch_spec(mesh.shape, 0)
@@ -86,7 +81,7 @@ def heldout(
     own = topology.own_rows(size, mesh)
     data = (part[own, :-1], part[own, 1:], here[own])
     data = topology.put_rows(data, size, mesh)
-    total += _sharded_nll(params, bias, *data, run=run, mesh=mesh)
+    total += _nll(params, bias, *data, run=run, mesh=mesh)
   nats = float(total)
   return {
       "heldout_loss": nats / int(mask.sum()),
