@@ -154,7 +154,7 @@ class CommandLineTest(parameterized.TestCase):
     seen = []
     with (
         mock.patch.object(common.allocator, "use_mimalloc"),
-        mock.patch.object(common.jax, "config"),
+        mock.patch.object(cluster.jax, "config"),
     ):
       code, _, err = command_line(
           lambda: pretrain_main(seen.append), *arguments
