@@ -39,23 +39,23 @@ def save(
 
 
 def restore(
-    checkpoints: ocp.CheckpointManager,
-    run: config.Run,
-    step: int,
-    shardings: train.TrainState,
+    checkpoints: ocp.CheckpointManager, step: int, like: train.TrainState
 ) -> tuple[train.TrainState, dict[str, Any]]:
-  """The state, each array where `shardings` says, and the facts of a step.
+  """The state of a step and the facts beside it.
+
+  Args:
+    checkpoints: where they are.
+    step: which one.
+    like: shapes, types and places, see `train.abstract_state`; the places need
+      not be those it was saved from.
 
   Raises:
     ValueError: the checkpoint is damaged or of another architecture.
   """
-  template = jax.eval_shape(
-      lambda: _raw(train.init_state(run, jax.random.key(0)))
-  )
   template = jax.tree.map(
-      lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to),
-      template,
-      shardings,
+      lambda s, to: s.update(sharding=to.sharding),
+      jax.eval_shape(_raw, like),
+      like,
   )
   args = ocp.args.Composite(
       state=ocp.args.StandardRestore(template), facts=ocp.args.JsonRestore()

@@ -49,10 +49,14 @@ def init_state(run: config.Run, key: jax.Array) -> TrainState:
   )
 
 
+def _shapes(run: config.Run) -> TrainState:
+  return jax.eval_shape(lambda: init_state(run, jax.random.key(0)))
+
+
 def shardings(run: config.Run, mesh: jax.sharding.Mesh) -> TrainState:
   """Where each array of the state is: the optimizer's with its parameter."""
   params = layouts.layout(run, mesh.shape).specs
-  state = jax.eval_shape(lambda: init_state(run, jax.random.key(0)))
+  state = _shapes(run)
   opt_state = optax.tree.map_params(
       optim.adamw(run.optim),
       lambda _, spec: spec,
@@ -63,6 +67,17 @@ def shardings(run: config.Run, mesh: jax.sharding.Mesh) -> TrainState:
   specs = jax.tree.map(lambda _: jax.P(), state)
   specs = specs.replace(params=params, opt_state=opt_state)
   return jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), specs)
+
+
+def abstract_state(
+    run: config.Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
+) -> TrainState:
+  """Shape, type and place of every array of the state; allocates nothing."""
+  return jax.tree.map(
+      lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to),
+      _shapes(run),
+      shardings(run, mesh),
+  )
 
 
 def make_state(
@@ -240,6 +255,23 @@ def make_step(
   return jax.jit(step, donate_argnums=0)
 
 
+def trace_step(
+    run: config.Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
+) -> jax.stages.Traced:
+  """The step of a run, type-checked for a mesh; allocates nothing.
+
+  An abstract mesh stands for devices that are not here: what it returns lowers
+  for a platform that is named, and does not compile.
+  """
+  spec = topology.batch_spec(mesh.shape, 1)
+  shape = run.train.micro_batches, run.train.micro_batch_size, run.data.seq_len
+  ids = jax.ShapeDtypeStruct(
+      shape, jnp.int32, sharding=jax.NamedSharding(mesh, spec)
+  )
+  batch = losses.Batch(ids, ids)
+  return make_step(run, mesh).trace(abstract_state(run, mesh), batch)
+
+
 def place(
     batch: losses.Batch, n_rows: int, mesh: jax.sharding.Mesh
 ) -> losses.Batch:
@@ -255,6 +287,7 @@ def fit(
     *,
     mesh: jax.sharding.Mesh | None = None,
     report: Callable[[int, Metrics], None],
+    check: Callable[[TrainState], None],
     evaluate: Callable[[TrainState], None],
     save: Callable[[TrainState], None],
 ) -> TrainState:
@@ -270,6 +303,7 @@ def fit(
     stop: steps done at the end.
     mesh: of the devices that share the work; None for one device.
     report: takes the number of steps done and the metrics of the last.
+    check: called every `run.parallel.check_every` steps, before a save.
     evaluate: called every `run.evaluate.every` steps.
     save: called every `run.checkpoint.every` steps.
   """
@@ -285,6 +319,8 @@ def fit(
     if evaluating or saving:  # what is saved has been reported
       report(*pending)
       pending = None
+    if run.parallel.check_every and done % run.parallel.check_every == 0:
+      check(state)
     if evaluating:
       evaluate(state)
     if saving:

@@ -21,11 +21,12 @@ from absl import flags
 from dsv3_jax import config
 from dsv3_jax import fields
 from dsv3_jax.parallel import layouts
+from dsv3_jax.parallel import replicas
 from dsv3_jax.parallel import topology
 from experiments import allocator
 from experiments import cluster
 
-OK, BAD_INPUT, NOT_FINITE, NO_CHECKPOINT = 0, 2, 3, 4
+OK, BAD_INPUT, NOT_FINITE, NO_CHECKPOINT, INTERNAL = 0, 2, 3, 4, 70
 
 flags.DEFINE_string("workdir", None, "folder of the run")
 flags.DEFINE_string("variant", None, "which of the experiment's variants")
@@ -147,6 +148,8 @@ def run_main(main: Callable[[], int | None]) -> None:
     code = _say(NOT_FINITE, error)
   except NoCheckpointError as error:
     code = _say(NO_CHECKPOINT, error)
+  except replicas.DivergedError as error:
+    code = _say(INTERNAL, error)
   sys.exit(code)
 
 
@@ -156,8 +159,11 @@ def _say(code: int, error: Exception) -> int:
   return code
 
 
-def _use_virtual_devices(command: Command) -> None:
-  """Makes the mesh's devices, where the processor is all there is."""
+def use_virtual_devices(command: Command) -> None:
+  """Makes the mesh's devices, where the processor is all there is.
+
+  Call before JAX starts.
+  """
   n = max(math.prod(command.mesh.values()) // command.processes.count, 1)
   only_sums = command.run.parallel.layout == "replicated" and not any(
       size > 1 for axis, size in command.mesh.items() if axis != "data"
@@ -183,7 +189,6 @@ def main(
     if problems := problems + more:
       raise ValueError("\n".join(problems))
     allocator.use_mimalloc()
-    _use_virtual_devices(command)
     return execute(command)
 
   run_main(checked)

@@ -19,6 +19,7 @@ from dsv3_jax.infer import decoding
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import dispatch
 from dsv3_jax.parallel import layouts
+from dsv3_jax.parallel import replicas
 from dsv3_jax.parallel import topology
 from experiments import cluster
 from experiments import common
@@ -121,9 +122,8 @@ def _start(
     checkpoints.wait_until_finished()
     return state
   try:
-    state, saved = checkpoint.restore(
-        checkpoints, run, step, train.shardings(run, mesh)
-    )
+    like = train.abstract_state(run, mesh)
+    state, saved = checkpoint.restore(checkpoints, step, like)
   except ValueError as error:
     raise common.NoCheckpointError(str(error)) from error
   changes = config.difference(saved["data"], facts["data"])
@@ -165,6 +165,7 @@ def execute(command: common.Command) -> None:
   """Trains up to `command.stop`, from the newest checkpoint if there is one."""
   run, folder = command.run, command.workdir
   began = time.monotonic()
+  common.use_virtual_devices(command)
   command.processes.join()
   mesh = cluster.mesh(command.mesh)
   problems = layouts.problems(run, mesh.shape)
@@ -193,6 +194,10 @@ def execute(command: common.Command) -> None:
     reporter = _Reporter(book, run, command.stop)
     final = {}
 
+    def check(state):
+      replicas.check(state, mesh)
+      reporter.restart_clock()
+
     def evaluate(state):
       final.update(_heldout(state, data, run, mesh))
       row = {"step": int(state.step)} | final
@@ -212,6 +217,7 @@ def execute(command: common.Command) -> None:
         command.stop,
         mesh=mesh,
         report=reporter.step,
+        check=check,
         evaluate=evaluate,
         save=save,
     )

@@ -53,8 +53,8 @@ def sample() -> None:
   if (step := checkpoints.latest_step()) is None:
     raise common.NoCheckpointError(f"{folder}: has no finished checkpoint")
   mesh = topology.mesh({})
-  shardings = train.shardings(run, mesh)
-  state, _ = checkpoint.restore(checkpoints, run, step, shardings)
+  like = train.abstract_state(run, mesh)
+  state, _ = checkpoint.restore(checkpoints, step, like)
   parts = state.params, state.router_bias
   params, bias = topology.on_first_device(parts, mesh)
   prompt = tok.encode(_PROMPT.value, add_special_tokens=False).ids

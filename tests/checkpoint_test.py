@@ -30,8 +30,8 @@ def noisy_state(run=RUN, step=0):
 
 
 def restore(checkpoints, step, run=RUN):
-  places = train.shardings(run, topology.mesh({}))
-  return checkpoint.restore(checkpoints, run, step, places)
+  like = train.abstract_state(run, topology.mesh({}))
+  return checkpoint.restore(checkpoints, step, like)
 
 
 class CheckpointTest(parameterized.TestCase):

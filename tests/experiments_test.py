@@ -380,8 +380,8 @@ class EndToEndTest(absltest.TestCase):
       checkpoints = checkpoint.manager(folder, run.checkpoint)
       self.addCleanup(checkpoints.close)
       self.assertEqual(checkpoints.latest_step(), 8)
-      places = train.shardings(run, topology.mesh({}))
-      restored, facts = checkpoint.restore(checkpoints, run, 8, places)
+      like = train.abstract_state(run, topology.mesh({}))
+      restored, facts = checkpoint.restore(checkpoints, 8, like)
       return testing.host(restored), facts
 
     pretrain("parts", 4)

@@ -171,6 +171,7 @@ class ResumeTest(absltest.TestCase):
           batches(),
           stop,
           report=lambda *_: None,
+          check=None,
           evaluate=lambda *_: None,
           save=save,
       )
@@ -183,9 +184,8 @@ class ResumeTest(absltest.TestCase):
     _, first_fed = fit(first_state(), n, save)
     checkpoints.close()
     checkpoints = checkpoint.manager(folder / "checkpoints", run.checkpoint)
-    state, _ = checkpoint.restore(
-        checkpoints, run, n, train.shardings(run, MESH)
-    )
+    like = train.abstract_state(run, MESH)
+    state, _ = checkpoint.restore(checkpoints, n, like)
     parts, second_fed = fit(state, 2 * n)
     checkpoints.close()
 
@@ -199,7 +199,9 @@ class ResumeTest(absltest.TestCase):
 class FitTest(absltest.TestCase):
 
   def test_reports_each_step_before_what_follows_it(self):
-    run = testing.run("checkpoint.every=2", "evaluate.every=3")
+    run = testing.run(
+        "checkpoint.every=2", "evaluate.every=3", "parallel.check_every=4"
+    )
     done = itertools.count(1)
     calls = []
 
@@ -214,6 +216,7 @@ class FitTest(absltest.TestCase):
           itertools.count(1),
           5,
           report=lambda step, metrics: calls.append(("report", step, metrics)),
+          check=lambda _: calls.append("check"),
           evaluate=lambda _: calls.append("evaluate"),
           save=lambda _: calls.append("save"),
       )
@@ -223,7 +226,7 @@ class FitTest(absltest.TestCase):
     # has been reported, and the last step is both.
     expected = [("start", 1), ("start", 2), ("report", 1, 1), ("report", 2, 2)]
     expected += ["save", ("start", 3), ("report", 3, 3), "evaluate"]
-    expected += [("start", 4), ("report", 4, 4), "save"]
+    expected += [("start", 4), ("report", 4, 4), "check", "save"]
     expected += [("start", 5), ("report", 5, 5), "evaluate", "save"]
     self.assertEqual(calls, expected)
 

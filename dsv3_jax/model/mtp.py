@@ -87,7 +87,8 @@ def predict(
   for depth in range(1, cfg.mtp.depth + 1):
     with jax.named_scope(f"mtp_{depth}"):
       p = jax.tree.map(lambda a, i=depth - 1: a[i], params["mtp"])
-      ahead = params["embed"][tokens[:, depth:]]
+      with jax.named_scope("embed"):
+        ahead = params["embed"][tokens[:, depth:]]
       state, hidden, told = one(p, bias[depth - 1], hidden[:, :-1], ahead)
     states.append(state)
     stats.append(jax.tree.map(lambda a: a[None], told))

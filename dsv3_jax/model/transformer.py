@@ -148,7 +148,8 @@ def forward(
     block = functools.partial(moe_block, cfg=cfg, experts=experts)
     return mtp.module(gather("mtp", p), layer_bias, hidden, ahead, cfg, block)
 
-  x = params["embed"][tokens]
+  with jax.named_scope("embed"):
+    x = params["embed"][tokens]
   stats = []
   if cfg.n_dense_layers:
     x, _ = over_layers(dense, x, params["dense"])

@@ -48,8 +48,7 @@ class Placement:
   """Where one parameter is; not a pytree, so that trees of them map."""
 
   dims: tuple[tuple[str, ...], ...]  # mesh axes of each dim
-  sliced: int | None  # the dim that slices run along
-  slices: tuple[str, ...]  # and their mesh axes
+  slices: tuple[tuple[int, tuple[str, ...]], ...]  # dims that slices run along
 
   @property
   def spec(self) -> jax.P:
@@ -62,8 +61,8 @@ class Placement:
 
   def of_layer(self) -> "Placement":
     """The same without the leading dim, of layers."""
-    sliced = None if self.sliced is None else self.sliced - 1
-    return Placement(self.dims[1:], sliced, self.slices)
+    slices = tuple((dim - 1, axes) for dim, axes in self.slices)
+    return Placement(self.dims[1:], slices)
 
 
 def placement(
@@ -71,31 +70,35 @@ def placement(
 ) -> Placement:
   """Where a parameter is on a mesh.
 
-  Slices run along the first undivided dim that they divide evenly, over all
-  axes of `rules.slices` that do not divide another dim; a parameter without
-  such a dim is whole everywhere.
+  Each axis of `rules.slices` that divides no dim for good slices the first of
+  the other dims that it divides evenly; where there is none, the parameter is
+  whole along that axis.
   """
   divided = dict(rules.divided)
   dims = [topology.used(sizes, divided.get(axis, ())) for axis in param.axes]
   taken = {axis for dim in dims for axis in dim}
-  slices = tuple(
-      axis for axis in topology.used(sizes, rules.slices) if axis not in taken
-  )
-  n = topology.extent(sizes, slices)
-  for i, (axis, size) in enumerate(param.dims):
-    if slices and not dims[i] and axis != "layers" and size % n == 0:
-      dims[i] = slices
-      return Placement(tuple(dims), i, slices)
-  return Placement(tuple(dims), None, ())
+  slices = {
+      i: ()
+      for i, (axis, _) in enumerate(param.dims)
+      if not dims[i] and axis != "layers"
+  }
+  for axis in topology.used(sizes, rules.slices):
+    for i in slices if axis not in taken else ():
+      more = (*slices[i], axis)
+      if param.shape[i] % topology.extent(sizes, more) == 0:
+        slices[i] = dims[i] = more
+        break
+  used = tuple((i, axes) for i, axes in slices.items() if axes)
+  return Placement(tuple(dims), used)
 
 
 # --- inside shard_map ---
 
 
 def _whole(a: jax.Array, place: Placement) -> jax.Array:
-  if place.sliced is None:
-    return a
-  return jax.lax.all_gather(a, place.slices, axis=place.sliced, tiled=True)
+  for dim, axes in place.slices:
+    a = jax.lax.all_gather(a, axes, axis=dim, tiled=True)
+  return a
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,10 +147,8 @@ class Layout:
     """Local gradients of what `step` returned, as those of its argument."""
 
     def leaf(g, place, sliced):
-      if sliced and place.sliced is not None:
-        g = jax.lax.psum_scatter(
-            g, place.slices, scatter_dimension=place.sliced, tiled=True
-        )
+      for dim, axes in place.slices if sliced else ():
+        g = jax.lax.psum_scatter(g, axes, scatter_dimension=dim, tiled=True)
       rest = tuple(axis for axis in self.batch_axes if axis not in place.axes)
       return jax.lax.psum(g, rest)
 

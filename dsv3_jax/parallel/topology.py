@@ -10,6 +10,8 @@ AXES = ("pipe", "data", "node", "expert", "model")
 BATCH = ("data", "node", "expert")  # tokens are divided over these
 EXPERTS = ("node", "expert")  # routed experts are divided over these
 
+_EXPLICIT = (jax.sharding.AxisType.Explicit,) * len(AXES)
+
 
 def mesh(sizes: Mapping[str, int]) -> jax.sharding.Mesh:
   """A mesh over the first devices, with Explicit axes.
@@ -20,16 +22,24 @@ def mesh(sizes: Mapping[str, int]) -> jax.sharding.Mesh:
   Raises:
     ValueError: there are fewer devices.
   """
-  shape = tuple(sizes.get(axis, 1) for axis in AXES)
+  shape = _shape(sizes)
   needed, devices = math.prod(shape), jax.devices()
   if needed > len(devices):
     raise ValueError(
         f"mesh {dict(sizes)}: needs {needed} devices, there are {len(devices)}"
     )
-  explicit = (jax.sharding.AxisType.Explicit,) * len(AXES)
   return jax.make_mesh(
-      shape, AXES, axis_types=explicit, devices=devices[:needed]
+      shape, AXES, axis_types=_EXPLICIT, devices=devices[:needed]
   )
+
+
+def abstract(sizes: Mapping[str, int]) -> jax.sharding.AbstractMesh:
+  """A mesh of devices that need not be here; for tracing."""
+  return jax.sharding.AbstractMesh(_shape(sizes), AXES, axis_types=_EXPLICIT)
+
+
+def _shape(sizes: Mapping[str, int]) -> tuple[int, ...]:
+  return tuple(sizes.get(axis, 1) for axis in AXES)
 
 
 def used(sizes: Mapping[str, int], axes: tuple[str, ...]) -> tuple[str, ...]:

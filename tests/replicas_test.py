@@ -1,0 +1,92 @@
+"""Tests of the comparison of what several devices hold alike."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import testing
+from absl.testing import absltest
+from absl.testing import parameterized
+
+from dsv3_jax import train
+from dsv3_jax.parallel import replicas
+from dsv3_jax.parallel import topology
+
+SIZES = {"data": 2, "expert": 4}
+MESH = topology.mesh(SIZES)
+
+
+def placed(array, *spec):
+  return jax.device_put(array, jax.NamedSharding(MESH, jax.P(*spec)))
+
+
+def corrupted(array, device, flip):
+  """The same with what one device holds replaced by flip(it)."""
+  parts = [
+      jax.device_put(flip(np.array(s.data)), s.device)
+      if s.device.id == device
+      else s.data
+      for s in array.addressable_shards
+  ]
+  return jax.make_array_from_single_device_arrays(
+      array.shape, array.sharding, parts
+  )
+
+
+def last_bit(a):
+  flat = a.reshape(-1).view(f"u{a.dtype.itemsize}")
+  flat[-1] ^= 1
+  return a
+
+
+def swap(a):
+  a[[0, 1]] = a[[1, 0]]
+  return a
+
+
+class CheckTest(parameterized.TestCase):
+
+  def test_says_nothing_of_equal_copies(self):
+    run = testing.run()
+    state = jax.device_put(testing.state(run), train.shardings(run, MESH))
+    replicas.check(state, MESH)
+
+  @parameterized.parameters("float32", "bfloat16", "int32", "uint8")
+  def test_one_bit_on_one_device(self, dtype):
+    whole = placed(jnp.arange(24, dtype=dtype).reshape(4, 6))
+    tree = {"a": {"b": corrupted(whole, 5, last_bit)}, "c": whole}
+    with self.assertRaises(replicas.DivergedError) as caught:
+      replicas.check(tree, MESH)
+    self.assertEqual(
+        str(caught.exception),
+        "a/b: the copy of devices 5 (process 0) differs from the copy of"
+        " devices "
+        + ", ".join(f"{i} (process 0)" for i in (0, 1, 2, 3, 4, 6, 7)),
+    )
+
+  def test_elements_that_changed_places(self):
+    whole = placed(jnp.arange(6.0))
+    with self.assertRaisesRegex(replicas.DivergedError, "devices 2 "):
+      replicas.check([corrupted(whole, 2, swap)], MESH)
+
+  def test_compares_a_part_with_its_own_copies_only(self):
+    # Over `expert`, device 6 holds what device 2 holds, and no other does.
+    parts = placed(jnp.arange(8.0), "expert")
+    replicas.check([parts], MESH)
+    with self.assertRaisesRegex(
+        replicas.DivergedError, r"devices \d \(.*\) differs .* \d \(.*\)$"
+    ):
+      replicas.check([corrupted(parts, 6, last_bit)], MESH)
+
+  def test_what_one_device_holds_alone_cannot_differ(self):
+    parts = placed(jnp.arange(8.0), ("data", "expert"))
+    replicas.check([corrupted(parts, 6, last_bit)], MESH)
+
+  def test_a_scalar_and_a_key(self):
+    tree = placed(jnp.int32(3)), placed(jax.random.key(0))
+    replicas.check(tree, MESH)
+    with self.assertRaisesRegex(replicas.DivergedError, "^0: .* devices 7 "):
+      replicas.check((corrupted(tree[0], 7, lambda a: a + 1), tree[1]), MESH)
+
+
+if __name__ == "__main__":
+  absltest.main()
