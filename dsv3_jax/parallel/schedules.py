@@ -278,8 +278,8 @@ def _size_problem(what: str, n: int, low: int, step: int) -> list[str]:
     return []
   below = n - (n - low) % step
   near = f"{below} or {below + step}" if n >= low else f"{low}"
-  even = " and even" if step == 2 else ""
-  return [f"{what}: must be at least {low}{even}; use {near}"]
+  even = "even and " if step == 2 else ""
+  return [f"{what}: must be {even}at least {low}; use {near}"]
 
 
 def problems(

@@ -43,6 +43,16 @@ class Timeline:
   makespan: float
   peak_activations: tuple[int, ...]  # [rank], micro-batches of a stage
 
+  def cells(
+      self, schedule: schedules.Schedule
+  ) -> Iterator[tuple[int, float, float, schedules.Cell]]:
+    """Rank, start, end and operations of every cell."""
+    for rank, rows in enumerate(
+        zip(self.starts, self.ends, schedule.cells, strict=True)
+    ):
+      for start, end, cell in zip(*rows, strict=True):
+        yield rank, start, end, cell
+
 
 def simulate(
     schedule: schedules.Schedule, times: Times | None = None
