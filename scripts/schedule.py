@@ -122,7 +122,7 @@ def _totals(
       f"makespan {makespan:g}, of which a rank is idle {_exact(idle):g} at most"
       f" ({idle / makespan:.1%})"
   )
-  yield f"bubble by the formula, communication being free: {_exact(formula):g}"
+  yield f"bubble by the formula, without communication: {_exact(formula):g}"
   yield f"{len(lockstep.ticks(schedule))} ticks in lock-step"
 
 

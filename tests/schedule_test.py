@@ -61,7 +61,7 @@ class ScriptTest(parameterized.TestCase):
     self.assertIn("10 . | | .".split(), lines)
     self.assertIn("1 1, 2 2 5".split(), lines)
     self.assertIn("makespan 26, of which a rank is idle 2 at most (7.7%)", out)
-    self.assertIn("communication being free: 2\n16 ticks in lock-step", out)
+    self.assertIn("without communication: 2\n16 ticks in lock-step", out)
 
   def test_communication_is_counted(self):
     sizes = "--schedule=1f1b", "--ranks=2", "--microbatches=1"

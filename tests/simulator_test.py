@@ -61,11 +61,25 @@ class SimulatorTest(parameterized.TestCase):
         ("dualpipev", 4, 3 * 5.4),
     ):
       self.assertAlmostEqual(simulator.bubble(name, n_ranks, times), expected)
-      found = simulator.simulate(make(name, 8, 32), times)
-      if name != "dualpipe" and name != "dualpipev":
-        self.assertAlmostEqual(max(found.idle), expected)
     with self.assertRaisesRegex(ValueError, "'gpipe': one of 1f1b, zb1p"):
       simulator.bubble("gpipe", 8)
+    with self.assertRaisesRegex(ValueError, "dualpipe: 7 ranks: must be even"):
+      simulator.bubble("dualpipe", 7)
+
+  @parameterized.parameters(
+      ("1f1b", {"F": 1.5, "B": 4, "W": 3, "FB": 5}),
+      ("zb1p", {"F": 1.5, "B": 4, "W": 1.2, "FB": 5}),
+      ("zb1p", {"F": 1, "B": 2.2, "W": 0.9, "FB": 3}),
+      ("dualpipe", {"F": 0.7, "B": 1.4, "W": 0.7, "FB": 1.4}),
+      ("dualpipev", {"F": 0.7, "B": 1.4, "W": 0.7, "FB": 2.1}),
+  )
+  def test_formulas_hold_at_the_times_that_they_suppose(self, name, times):
+    times = simulator.Times(**times)
+    for n_stages in (4, 8, 16):
+      schedule = make(name, n_stages, 64)
+      found = simulator.simulate(schedule, times)
+      formula = simulator.bubble(name, schedule.n_ranks, times)
+      self.assertAlmostEqual(max(found.idle), formula)
 
   def test_cells_do_not_overlap_and_fill_the_time(self):
     schedule = schedules.dualpipe(6, 16)

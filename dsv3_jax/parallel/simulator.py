@@ -90,17 +90,18 @@ def _peak(cells: tuple[schedules.Cell, ...]) -> int:
 
 
 def bubble(name: str, n_ranks: int, times: Times | None = None) -> float:
-  """Idle time of the rank that waits most, by formula.
+  """Idle time of the rank that waits most, by formula, communication free.
 
-  Table 2 of arXiv:2412.19437. Without communication; `zb1p` also needs W no
-  longer than F and I, and a micro-batch for each rank.
+  Table 2 of arXiv:2412.19437. Other times than these need a simulation: `zb1p`
+  supposes that W takes no longer than F and I, and a micro-batch for each rank;
+  DualPipe that F, I and W take equally long, and FB from B to F + B.
 
   Raises:
-    ValueError: there is no such schedule.
+    ValueError: no such schedule, or not on so many ranks.
   """
-  if name not in schedules.SCHEDULES:
-    known = ", ".join(schedules.SCHEDULES)
-    raise ValueError(f"schedule {name!r}: one of {known}")
+  n_micro = 4 * n_ranks  # enough for every schedule
+  if found := schedules.problems(name, n_ranks, n_micro):
+    raise ValueError("\n".join(found))
   times = times or Times()
   n_stages = 2 * n_ranks if name == "dualpipev" else n_ranks
   if name == "1f1b":
