@@ -69,7 +69,10 @@ _register_shares(DARK)
 
 
 def render(
-    draw: Callable[[Figure], None], theme: Theme, height_in: float
+    draw: Callable[[Figure], None],
+    theme: Theme,
+    height_in: float,
+    width_in: float = WIDTH_IN,
 ) -> bytes:
   """A drawing as PNG bytes."""
   settings = {
@@ -93,7 +96,7 @@ def render(
       "lines.linewidth": 1.8,
   }
   with matplotlib.rc_context(settings):
-    figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
+    figure = Figure(figsize=(width_in, height_in), layout="constrained")
     draw(figure)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=DPI, metadata={"Software": None})

@@ -1,0 +1,122 @@
+"""Tests of simulated schedules: the published figures and the formulas."""
+
+from absl.testing import absltest
+from absl.testing import parameterized
+
+from dsv3_jax.parallel import schedules
+from dsv3_jax.parallel import simulator
+
+
+def make(name, n_stages, n_micro):
+  """Of so many stages; n_micro in both directions."""
+  if name == "dualpipev":
+    return schedules.dualpipev(n_stages // 2, n_micro // 2)
+  return schedules.SCHEDULES[name](n_stages, n_micro)
+
+
+class SimulatorTest(parameterized.TestCase):
+
+  @parameterized.parameters((4, 8, 26, 2), (8, 20, 66, 6), (16, 64, 206, 14))
+  def test_dualpipe(self, n_ranks, n_micro, makespan, idle):
+    found = simulator.simulate(schedules.dualpipe(n_ranks, n_micro))
+    self.assertEqual(found.makespan, makespan)
+    self.assertEqual(found.idle, (idle,) * n_ranks)
+    self.assertEqual(found.peak_activations, (n_ranks + 1,) * n_ranks)
+
+  @parameterized.parameters(
+      (2, 4, 26), (4, 8, 54), (4, 10, 66), (4, 20, 126)
+  )
+  def test_dualpipev(self, n_ranks, n_micro, makespan):
+    found = simulator.simulate(schedules.dualpipev(n_ranks, n_micro))
+    self.assertEqual(found.makespan, makespan)
+    self.assertEqual(found.peak_activations, (2 * n_ranks + 1,) * n_ranks)
+
+  @parameterized.parameters("1f1b", "zb1p")
+  def test_one_way_peak_activations(self, name):
+    found = simulator.simulate(make(name, 8, 20))
+    self.assertEqual(found.peak_activations, (8, 7, 6, 5, 4, 3, 2, 1))
+
+  @parameterized.product(
+      name=tuple(schedules.SCHEDULES),
+      n_stages=(2, 4, 8, 16),
+      n_micro=(32, 34, 64),
+      pair=(3.0, 2.4),
+  )
+  def test_idle_time_is_that_of_the_formula(
+      self, name, n_stages, n_micro, pair
+  ):
+    times = simulator.Times(FB=pair)
+    n_micro = 2 * n_micro if name == "dualpipev" else n_micro
+    schedule = make(name, n_stages, n_micro)
+    found = simulator.simulate(schedule, times)
+    formula = simulator.bubble(name, schedule.n_ranks, times)
+    self.assertAlmostEqual(max(found.idle), formula)
+
+  def test_formulas(self):
+    times = simulator.Times(F=1.5, B=4, W=1.2, FB=5)
+    for name, n_ranks, expected in (
+        ("1f1b", 8, 7 * 5.5),
+        ("zb1p", 8, 7 * 3.1),
+        ("dualpipe", 8, 3 * 5.4),
+        ("dualpipev", 4, 3 * 5.4),
+    ):
+      self.assertAlmostEqual(simulator.bubble(name, n_ranks, times), expected)
+    with self.assertRaisesRegex(ValueError, "'gpipe': one of 1f1b, zb1p"):
+      simulator.bubble("gpipe", 8)
+    with self.assertRaisesRegex(ValueError, "dualpipe: 7 ranks: must be even"):
+      simulator.bubble("dualpipe", 7)
+
+  @parameterized.parameters(
+      ("1f1b", {"F": 1.5, "B": 4, "W": 3, "FB": 5}),
+      ("zb1p", {"F": 1.5, "B": 4, "W": 1.2, "FB": 5}),
+      ("zb1p", {"F": 1, "B": 2.2, "W": 0.9, "FB": 3}),
+      ("dualpipe", {"F": 0.7, "B": 1.4, "W": 0.7, "FB": 1.4}),
+      ("dualpipev", {"F": 0.7, "B": 1.4, "W": 0.7, "FB": 2.1}),
+  )
+  def test_formulas_hold_at_the_times_that_they_suppose(self, name, times):
+    times = simulator.Times(**times)
+    for n_stages in (4, 8, 16):
+      schedule = make(name, n_stages, 64)
+      found = simulator.simulate(schedule, times)
+      formula = simulator.bubble(name, schedule.n_ranks, times)
+      self.assertAlmostEqual(max(found.idle), formula)
+
+  def test_cells_do_not_overlap_and_fill_the_time(self):
+    schedule = schedules.dualpipe(6, 16)
+    found = simulator.simulate(schedule, simulator.Times(F=1.1, FB=2.7))
+    for starts, ends, idle in zip(
+        found.starts, found.ends, found.idle, strict=True
+    ):
+      gaps = [b - a for a, b in zip((0, *ends), starts, strict=False)]
+      self.assertGreaterEqual(min(gaps), 0)
+      tail = found.makespan - ends[-1]
+      self.assertAlmostEqual(sum(gaps) + tail, idle)
+
+  def test_a_result_travels_and_no_rank_is_busy_with_it(self):
+    times = simulator.Times(comm=5)
+    found = simulator.simulate(schedules.one_f_one_b(2, 1), times)
+    self.assertEqual(found.starts, ((0, 14), (6, 7)))
+    self.assertEqual(found.idle, (13, 13))
+    found = simulator.simulate(schedules.one_f_one_b(2, 3), times)
+    self.assertEqual(found.starts[1][:3], (6, 7, 9))
+
+  def test_a_rank_sends_itself_nothing(self):
+    schedule = schedules.dualpipev(1, 2)
+    self.assertEqual(
+        simulator.simulate(schedule, simulator.Times(comm=5)),
+        simulator.simulate(schedule),
+    )
+
+  def test_times_that_cannot_be(self):
+    for times, message in (
+        ({"F": 0}, "Times.F=0: must be above 0"),
+        ({"comm": -1}, "Times.comm=-1: must be at least 0"),
+        ({"FB": float("nan")}, "Times.FB=nan: must be finite"),
+        ({"W": 2}, r"Times.W=2: must be below B=2.0"),
+    ):
+      with self.assertRaisesRegex(ValueError, message):
+        simulator.Times(**times)
+
+
+if __name__ == "__main__":
+  absltest.main()
