@@ -160,6 +160,36 @@ def loss(
     The losses and what the routers tell, [n_routers, ...].
   """
   out = transformer.forward(params, bias, data.tokens, cfg, **how)
+  return _of_output(params, out, data, weights, mtp_weight, cfg), out.stats
+
+
+def of_last_layer(
+    params: schema.Params,
+    bias: jax.Array,
+    x: jax.Array,
+    data: Batch,
+    weights: jax.Array,
+    mtp_weight: jax.Array | float,
+    cfg: config.Model,
+    **how: Any,
+) -> tuple[Losses, moe.Stats]:
+  """The same from what the last layer returns, [B, T, D], on.
+
+  `bias`, the balance losses and the stats are of the MTP modules alone, `how`
+  of `transformer.predict`.
+  """
+  out = transformer.predict(params, bias, x, data.tokens, cfg, **how)
+  return _of_output(params, out, data, weights, mtp_weight, cfg), out.stats
+
+
+def _of_output(
+    params: schema.Params,
+    out: transformer.Output,
+    data: Batch,
+    weights: jax.Array,
+    mtp_weight: jax.Array | float,
+    cfg: config.Model,
+) -> Losses:
 
   def term(hidden, shift):
     return cross_entropy(
@@ -175,5 +205,4 @@ def loss(
     for depth, hidden in enumerate(out.mtp_hidden, start=1):
       mtp += term(hidden, depth) / cfg.mtp.depth
   balance = out.stats.balance.sum()
-  total = main + mtp_weight * mtp + balance
-  return Losses(total, main, mtp, balance), out.stats
+  return Losses(main + mtp_weight * mtp + balance, main, mtp, balance)

@@ -171,7 +171,7 @@ class DispatchTest(parameterized.TestCase):
 
   def test_one_device_needs_no_dispatch(self):
     experts = dispatch.experts("auto", {"data": 4}, CFG)
-    self.assertIs(experts, dispatch.moe.LOCAL)
+    self.assertEqual(experts, dispatch.moe.LOCAL)
 
   def test_rounds_hold_what_balanced_routing_needs(self):
     # 8 choices, 8 devices: 1 - (7/8)^8 = 0.656 of the rows, and a quarter more.

@@ -29,6 +29,8 @@ def grouped_ffn(
     chosen: jax.Array,
     gates: jax.Array,
     n_slots: int | None = None,
+    *,
+    apart: bool = False,
 ) -> jax.Array:
   """The form that is fast on the default backend; see the module.
 
@@ -38,9 +40,11 @@ def grouped_ffn(
     chosen: [M, K] int32.
     gates: [M, K].
     n_slots: about how many choices are of an expert; M * K if not given.
+    apart: share no loop between the gradients of weights and the others, so
+      that a pipeline can put the former off.
   """
   if jax.default_backend() == "cpu":
-    return block_ffn(p, x, chosen, gates, n_slots)
+    return block_ffn(p, x, chosen, gates, n_slots, apart=apart)
   return ragged_ffn(p, x, chosen, gates)
 
 
@@ -115,9 +119,12 @@ class _Plan:
   blocks: tuple[int, ...]  # rows of a block, falling
   places: int  # enough for all slots with their padding
   kept: int  # of the first places: their hidden state is kept
+  apart: bool  # gradients of weights in a loop of their own
 
 
-def _plan(n_tokens: int, k: int, n_experts: int, n_slots: int) -> _Plan:
+def _plan(
+    n_tokens: int, k: int, n_experts: int, n_slots: int, apart: bool = False
+) -> _Plan:
   half = max(int(n_slots / n_experts / 2), 1)  # of the mean load
   large = min(max(1 << half.bit_length() - 1, MIN_BLOCK), MAX_BLOCK)
   small = max(large // 4, MIN_BLOCK)
@@ -125,7 +132,7 @@ def _plan(n_tokens: int, k: int, n_experts: int, n_slots: int) -> _Plan:
   padding = min(n_experts, most) * small
   kept = min(math.ceil(KEPT * n_slots), most) + padding
   blocks = (large, small) if small < large else (large,)
-  return _Plan(blocks, most + padding, kept)
+  return _Plan(blocks, most + padding, kept, apart)
 
 
 def _layout(chosen: jax.Array, n_experts: int, plan: _Plan) -> _Layout:
@@ -160,6 +167,8 @@ def block_ffn(
     chosen: jax.Array,
     gates: jax.Array,
     n_slots: int | None = None,
+    *,
+    apart: bool = False,
 ) -> jax.Array:
   """A loop over blocks of rows of one expert."""
   n_experts, d, _, f = p["gate_up"].shape
@@ -171,7 +180,7 @@ def block_ffn(
   )
   if not chosen.size:
     return jnp.zeros_like(x)
-  plan = _plan(*chosen.shape, n_experts, n_slots or chosen.size)
+  plan = _plan(*chosen.shape, n_experts, n_slots or chosen.size, apart)
   layout = _layout(chosen, n_experts, plan)
   return _ffn(plan, gate_up, down, x, gates, layout)
 
@@ -196,25 +205,27 @@ def _output(down: jax.Array, gate: jax.Array, h: jax.Array) -> jax.Array:
   return (gate[:, None] * jax.nn.silu(a) * b) @ down
 
 
-def _gradients(
-    gate_up: jax.Array,
-    down: jax.Array,
-    x: jax.Array,
-    gate: jax.Array,
-    h: jax.Array,
-    dy: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """Gradients of a block for gate_up and down (in f32), x and gate."""
+def _dhidden(
+    down: jax.Array, gate: jax.Array, h: jax.Array, dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Gradients of the hidden state and of the gates of a block."""
   a, b = jnp.split(h, 2, axis=-1)
   sigmoid = jax.nn.sigmoid(a)
   silu = a * sigmoid
   dact = dy @ down.T
   dgate = (silu * b * dact).sum(-1)
-  gate, dact = gate[:, None], gate[:, None] * dact
+  dact = gate[:, None] * dact
   da = dact * b * (sigmoid + silu * (1 - sigmoid))
-  dh = jnp.concatenate([da, dact * silu], axis=-1)
-  dgate_up, ddown = _dot(x.T, dh), _dot((gate * silu * b).T, dy)
-  return dgate_up, ddown, dh @ gate_up.T, dgate
+  return jnp.concatenate([da, dact * silu], axis=-1), dgate
+
+
+def _dweights(
+    x: jax.Array, gate: jax.Array, h: jax.Array, dh: jax.Array, dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Gradients of a block for gate_up and down, in float32."""
+  a, b = jnp.split(h, 2, axis=-1)
+  act = gate[:, None] * (a * jax.nn.sigmoid(a)) * b
+  return _dot(x.T, dh), _dot(act.T, dy)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -246,35 +257,49 @@ def _ffn_fwd(plan, gate_up, down, x, gates, layout):
 def _ffn_bwd(plan, residuals, dout):
   gate_up, down, x, gates, layout, hidden = residuals
   k, gate = gates.shape[1], gates.reshape(-1)
-  grads = tuple(
-      jnp.zeros_like(a, dtype)
-      for a, dtype in (
-          (gate_up, jnp.float32),
-          (down, jnp.float32),
-          (x, x.dtype),
-          (gate, gate.dtype),
-      )
-  )
-  for size, blocks in zip(plan.blocks, layout.blocks, strict=True):
 
-    def add(i, grads, kept, size=size, blocks=blocks):
-      e, start = blocks.expert[i], blocks.start[i]
-      slots = _slice(layout.slots, start, size)
-      rows = _pick(x, slots // k)
-      h = _slice(hidden, start, size) if kept else rows @ gate_up[e]
-      dy = _pick(dout, slots // k)
-      block = _gradients(gate_up[e], down[e], rows, _pick(gate, slots), h, dy)
-      return tuple(map(_add, grads, (e, e, slots // k, slots), block))
+  def block(i, blocks, size, kept):
+    """Expert, first place, slots, rows, gates, hidden state, dy of a block."""
+    e, start = blocks.expert[i], blocks.start[i]
+    slots = _slice(layout.slots, start, size)
+    rows = _pick(x, slots // k)
+    h = _slice(hidden, start, size) if kept else rows @ gate_up[e]
+    return e, start, slots, rows, _pick(gate, slots), h, _pick(dout, slots // k)
 
-    inside = blocks.start + size <= plan.kept
-    n_kept = jnp.minimum(inside.sum(), blocks.used)
-    recompute = functools.partial(add, kept=False)
-    grads = jax.lax.fori_loop(
-        0, n_kept, functools.partial(add, kept=True), grads
-    )
-    if plan.kept < plan.places:
-      grads = jax.lax.fori_loop(n_kept, blocks.used, recompute, grads)
-  dgate_up, ddown, dx, dgates = grads
+  def add_all(i, grads, **how):
+    e, _, slots, rows, gate_here, h, dy = block(i, **how)
+    dh, dgate = _dhidden(down[e], gate_here, h, dy)
+    dgate_up, ddown = _dweights(rows, gate_here, h, dh, dy)
+    here = dh @ gate_up[e].T, dgate, dgate_up, ddown
+    return tuple(map(_add, grads, (slots // k, slots, e, e), here))
+
+  def add_inputs(i, carry, kept, **how):
+    dx, dgates, dhidden = carry
+    e, start, slots, _, gate_here, h, dy = block(i, kept=kept, **how)
+    dh, dgate = _dhidden(down[e], gate_here, h, dy)
+    if kept:
+      dhidden = jax.lax.dynamic_update_slice_in_dim(dhidden, dh, start, 0)
+    dx = _add(dx, slots // k, dh @ gate_up[e].T)
+    return dx, _add(dgates, slots, dgate), dhidden
+
+  def add_weights(i, grads, kept, **how):
+    e, start, _, rows, gate_here, h, dy = block(i, kept=kept, **how)
+    if kept:
+      dh = _slice(dhidden, start, how["size"])
+    else:
+      dh, _ = _dhidden(down[e], gate_here, h, dy)
+    here = _dweights(rows, gate_here, h, dh, dy)
+    return tuple(_add(d, e, new) for d, new in zip(grads, here, strict=True))
+
+  dx, dgates = jnp.zeros_like(x), jnp.zeros_like(gate)
+  dweights = tuple(jnp.zeros_like(w, jnp.float32) for w in (gate_up, down))
+  over = functools.partial(_over_blocks, plan, layout)
+  if plan.apart:
+    carry = dx, dgates, jnp.zeros_like(hidden)
+    dx, dgates, dhidden = over(add_inputs, carry)
+    dgate_up, ddown = over(add_weights, dweights)
+  else:
+    dx, dgates, dgate_up, ddown = over(add_all, (dx, dgates, *dweights))
   return (
       dgate_up.astype(gate_up.dtype),
       ddown.astype(down.dtype),
@@ -282,6 +307,20 @@ def _ffn_bwd(plan, residuals, dout):
       dgates.reshape(gates.shape),
       None,
   )
+
+
+def _over_blocks(plan, layout, add, carry):
+  """Adds block after block; those whose hidden state was kept come first."""
+  for size, blocks in zip(plan.blocks, layout.blocks, strict=True):
+    one = functools.partial(add, blocks=blocks, size=size)
+    inside = blocks.start + size <= plan.kept
+    n_kept = jnp.minimum(inside.sum(), blocks.used)
+    kept = functools.partial(one, kept=True)
+    carry = jax.lax.fori_loop(0, n_kept, kept, carry)
+    if plan.kept < plan.places:
+      others = functools.partial(one, kept=False)
+      carry = jax.lax.fori_loop(n_kept, blocks.used, others, carry)
+  return carry
 
 
 _ffn.defvjp(_ffn_fwd, _ffn_bwd)

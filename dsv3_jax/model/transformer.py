@@ -143,32 +143,80 @@ def forward(
     p, layer_bias = layer
     return moe_block(gather("moe", p), h, layer_bias, cfg, experts)
 
-  @maybe_remat
-  def module(p, layer_bias, hidden, ahead):
-    block = functools.partial(moe_block, cfg=cfg, experts=experts)
-    return mtp.module(gather("mtp", p), layer_bias, hidden, ahead, cfg, block)
-
-  with jax.named_scope("embed"):
-    x = params["embed"][tokens]
-  stats = []
+  x = embed(params, tokens)
+  stats = [_no_stats(bias)]
   if cfg.n_dense_layers:
     x, _ = over_layers(dense, x, params["dense"])
   if cfg.n_moe_layers:
     layer = params["moe"], bias[: cfg.n_moe_layers]
     x, told = over_layers(mixture, x, layer)
     stats.append(told)
+  out = predict(
+      params,
+      bias[cfg.n_moe_layers :],
+      x,
+      tokens,
+      cfg,
+      remat=remat,
+      experts=experts,
+      gather=gather,
+  )
+  stats.append(out.stats)
+  return out.replace(stats=_joined(stats))
+
+
+def embed(params: schema.Params, tokens: jax.Array) -> jax.Array:
+  """[B, T] int32 -> [B, T, D]."""
+  with jax.named_scope("embed"):
+    return params["embed"][tokens]
+
+
+def predict(
+    params: schema.Params,
+    bias: jax.Array,
+    x: jax.Array,
+    tokens: jax.Array,
+    cfg: config.Model,
+    *,
+    remat: bool = False,
+    experts: moe.Experts = moe.LOCAL,
+    gather: Callable[[str, schema.Params], schema.Params] = as_stored,
+) -> Output:
+  """What follows the last layer: the final norm and the MTP modules.
+
+  Args:
+    params: all parameters but those of layers are read.
+    bias: [depth, E] f32, of the MTP modules' routers.
+    x: [B, T, D], from the last layer.
+    tokens: [B, T] int32.
+    cfg: the model.
+    remat: as in `forward`.
+    experts: as in `forward`.
+    gather: as in `forward`.
+
+  Returns:
+    The hidden states, with the stats of the MTP modules.
+  """
+
+  def module(p, layer_bias, hidden, ahead):
+    block = functools.partial(moe_block, cfg=cfg, experts=experts)
+    return mtp.module(gather("mtp", p), layer_bias, hidden, ahead, cfg, block)
+
   hidden = layers.rms_norm(params["norm"], x, cfg.norm_eps)
   start = hidden if cfg.mtp.hidden == "post_norm" else x
-  mtp_hidden, told = mtp.predict(
-      params, bias[cfg.n_moe_layers :], start, tokens, cfg, module
-  )
-  stats += told
-  if not stats:
-    load = bias.astype(jnp.int32)
-    stats = [moe.Stats(load, bias.sum(-1), jnp.zeros_like(load, shape=(0, 2)))]
-  return Output(
-      hidden, mtp_hidden, jax.tree.map(lambda *s: jnp.concatenate(s), *stats)
-  )
+  one = jax.checkpoint(module) if remat else module
+  states, told = mtp.predict(params, bias, start, tokens, cfg, one)
+  return Output(hidden, states, _joined([_no_stats(bias), *told]))
+
+
+def _no_stats(bias: jax.Array) -> moe.Stats:
+  """Of no router."""
+  load = bias[:0].astype(jnp.int32)
+  return moe.Stats(load, load.sum(-1, dtype=bias.dtype), load[:, :2])
+
+
+def _joined(stats: list[moe.Stats]) -> moe.Stats:
+  return jax.tree.map(lambda *s: jnp.concatenate(s), *stats)
 
 
 def logits(params: schema.Params, hidden: jax.Array) -> jax.Array:

@@ -40,7 +40,11 @@ Axes = tuple[str, ...]
 
 
 def experts(
-    form: str, sizes: Mapping[str, int], cfg: config.Router
+    form: str,
+    sizes: Mapping[str, int],
+    cfg: config.Router,
+    *,
+    apart: bool = False,
 ) -> moe.Experts:
   """The routed experts of a mesh.
 
@@ -50,10 +54,14 @@ def experts(
       axes are in use.
     sizes: of the mesh axes.
     cfg: routing rules: how many experts, of which a token chooses how many.
+    apart: keep the weights' gradients apart, see `experts.grouped_ffn`.
   """
   axes = topology.used(sizes, topology.EXPERTS)
+  local = experts_lib.grouped_ffn
+  if apart:
+    local = functools.partial(local, apart=True)
   if not axes:
-    return moe.LOCAL
+    return moe.Experts(local)
   swap = _ragged_swap if form.startswith("ragged_") else _padded_swap
   form = form.removeprefix("ragged_")
   if form == "auto":
@@ -62,18 +70,21 @@ def experts(
     form = "one_hop"
   sent = functools.partial(_sent, sizes=sizes, cfg=cfg, form=form)
   if form == "gather":
-    return moe.Experts(functools.partial(_gathered, axes=axes), sent)
+    return moe.Experts(
+        functools.partial(_gathered, axes=axes, inner=local), sent
+    )
+  exchange = functools.partial(_exchange, apart=apart)
   if form == "one_hop":
     hop = _Hop(axes, axes, swap, n_devices=1, fanout=cfg.top_k)
-    return moe.Experts(functools.partial(_exchange, hop), sent)
+    return moe.Experts(functools.partial(exchange, hop, inner=local), sent)
   n_nodes, n_places = (sizes[axis] for axis in axes)
   # A group of experts inside one node: tokens reach no more nodes than groups.
   aligned = cfg.n_groups % n_nodes == 0
   fanout = cfg.top_groups if aligned else cfg.top_k
   inside = _Hop(axes[1:], axes, swap, n_devices=1, fanout=cfg.top_k)
   across = _Hop(axes[:1], axes, swap, n_devices=n_places, fanout=fanout)
-  inner = functools.partial(_exchange, inside)
-  return moe.Experts(functools.partial(_exchange, across, inner=inner), sent)
+  inner = functools.partial(exchange, inside, inner=local)
+  return moe.Experts(functools.partial(exchange, across, inner=inner), sent)
 
 
 def bytes_sent(sent: np.ndarray, run: config.Run) -> dict[str, int]:
@@ -113,13 +124,12 @@ def _gathered(
     n_slots: int | None = None,
     *,
     axes: Axes,
+    inner: Ffn,
 ) -> jax.Array:
   everyone = functools.partial(jax.lax.all_gather, axis_name=axes, tiled=True)
   n = p["down"].shape[0]
   here = _owned(everyone(chosen), jax.lax.axis_index(axes), n)
-  y = experts_lib.grouped_ffn(
-      p, everyone(x), here, everyone(gates), n_slots or chosen.size
-  )
+  y = inner(p, everyone(x), here, everyone(gates), n_slots or chosen.size)
   return jax.lax.psum_scatter(y, axes, tiled=True)
 
 
@@ -206,6 +216,7 @@ def _exchange(
     n_slots: int | None = None,
     *,
     inner: Ffn = experts_lib.grouped_ffn,
+    apart: bool = False,
 ) -> jax.Array:
   """Rows go to those that hold their experts; `inner` runs on what arrives."""
   if not chosen.size:
@@ -219,7 +230,10 @@ def _exchange(
       chosen, n_experts * hop.n_devices, size, capacity, hop.group
   )
   one = functools.partial(_round, hop, inner, capacity, n_slots)
-  return one(0, p, x, gates, plan) + _other_rounds(one, p, x, gates, plan)
+  # As all else that one pass may keep for another.
+  plan = plan.replace(rounds=manual.vary(plan.rounds, manual.varying(x)))
+  rest = _other_rounds(one, apart, p, x, gates, plan)
+  return one(0, p, x, gates, plan) + rest
 
 
 def _round(hop, inner, capacity, n_slots, i, p, x, gates, plan):
@@ -242,9 +256,10 @@ def _round(hop, inner, capacity, n_slots, i, p, x, gates, plan):
   return jnp.zeros_like(x).at[token].add(y, mode="drop")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _other_rounds(one, p, x, gates, plan):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _other_rounds(one, apart, p, x, gates, plan):
   """The sum of `one` over all rounds but the first, recomputed backwards."""
+  del apart
 
   def add(i, y):
     return y + one(i, p, x, gates, plan)
@@ -252,19 +267,28 @@ def _other_rounds(one, p, x, gates, plan):
   return jax.lax.fori_loop(1, plan.rounds, add, jnp.zeros_like(x))
 
 
-def _other_rounds_fwd(one, *args):
-  return _other_rounds(one, *args), args
+def _other_rounds_fwd(one, apart, *args):
+  return _other_rounds(one, apart, *args), args
 
 
-def _other_rounds_bwd(one, args, dy):
-  *inputs, plan = args
+def _other_rounds_bwd(one, apart, args, dy):
+  p, *rows, plan = args
 
-  def add(i, gradients):
-    _, vjp = jax.vjp(lambda *inputs: one(i, *inputs, plan), *inputs)
-    return jax.tree.map(jnp.add, gradients, list(vjp(dy)))
+  def gradients(of, *inputs):
+    """The sum over the rounds, of a function of a round and the inputs."""
 
-  zeros = jax.tree.map(jnp.zeros_like, inputs)
-  return *jax.lax.fori_loop(1, plan.rounds, add, zeros), None
+    def add(i, total):
+      _, vjp = jax.vjp(functools.partial(of, i), *inputs)
+      return jax.tree.map(jnp.add, total, vjp(dy))
+
+    zeros = jax.tree.map(jnp.zeros_like, inputs)
+    return jax.lax.fori_loop(1, plan.rounds, add, zeros)
+
+  if apart:
+    of_weights = gradients(lambda i, p: one(i, p, *rows, plan), p)
+    of_rows = gradients(lambda i, *rows: one(i, p, *rows, plan), *rows)
+    return *of_weights, *of_rows, None
+  return *gradients(lambda i, *all: one(i, *all, plan), p, *rows), None
 
 
 _other_rounds.defvjp(_other_rounds_fwd, _other_rounds_bwd)
