@@ -220,6 +220,8 @@ class Parallel:
   dispatch: str = choice(
       "auto", "gather", "one_hop", "two_hop", "ragged_one_hop", "ragged_two_hop"
   )
+  # How stages take turns, with the mesh axis `pipe`.
+  schedule: str = choice("none", "1f1b", "zb1p", "dualpipe", "dualpipev")
   # Steps between comparisons of what several devices hold alike; 0: none.
   check_every: int = number(0, low=0)
 

@@ -18,6 +18,7 @@ from dsv3_jax.model import precision
 from dsv3_jax.model import router
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import layouts
+from dsv3_jax.parallel import pipeline
 from dsv3_jax.parallel import topology
 
 Metrics = dict[str, jax.Array]
@@ -127,15 +128,20 @@ def gradients(
 
 def _local_gradients(params, *args, run, layout):
   """What one device does in `gradients`, and the sums over all of them."""
-  grads, terms, stats = _gradient_sums(
-      layout.step(params),
-      *args,
-      run=run,
-      n_shards=layout.n_shards,
-      experts=layout.experts,
-      gather=layout.layer,
-  )
-  terms, stats = jax.lax.psum((terms, stats), layout.batch_axes)
+  params = layout.step(params)
+  if layout.stages:
+    sums = pipeline.gradient_sums(params, *args, run=run, layout=layout)
+  else:
+    sums = _gradient_sums(
+        params,
+        *args,
+        run=run,
+        n_shards=layout.n_shards,
+        experts=layout.experts,
+        gather=layout.layer,
+    )
+  grads, terms, stats = sums
+  terms, stats = jax.lax.psum((terms, stats), layout.work_axes)
   return layout.reduce(grads), terms, stats
 
 

@@ -92,8 +92,6 @@ def parse_mesh(text: str) -> tuple[dict[str, int], list[str]]:
       )
     elif not size.isdecimal() or int(size) < 1:
       problems.append(f"--mesh={part}: expected {axis}=N, N at least 1")
-    elif axis == "pipe" and int(size) > 1:
-      problems.append(f"--mesh={part}: must be 1, layers are not divided")
     else:
       sizes[axis] = int(size)
   return sizes, problems

@@ -39,8 +39,8 @@ def _local_nll(params, bias, tokens, labels, mask, *, run, layout):
 def _nll(params, *args, run, mesh):
   """The sum over rows that are divided over a mesh."""
   params = precision.compute_params(params, run.precision.recipe)
-  layout = layouts.layout(run, mesh.shape)
-  divided = topology.batch_spec(mesh.shape, 0)
+  layout = layouts.layout(run, mesh.shape, staged=False)
+  divided = topology.batch_spec(mesh.shape, 0, topology.ROWS)
   return jax.shard_map(
       functools.partial(_local_nll, run=run, layout=layout),
       mesh=mesh,
@@ -69,7 +69,7 @@ def heldout(
     run: the configuration.
     mesh: where the parameters are, as `run` lays them out.
   """
-  n_shards = layouts.layout(run, mesh.shape).n_shards
+  n_shards = topology.extent(mesh.shape, topology.ROWS)
   size = min(run.evaluate.batch_size, len(rows))
   size = -(-size // n_shards) * n_shards
   padding = -len(rows) % size
@@ -78,9 +78,9 @@ def heldout(
   total = 0.0
   for i in range(0, len(rows), size):
     part, here = rows[i : i + size], weight[i : i + size]
-    own = topology.own_rows(size, mesh)
+    own = topology.own_rows(size, mesh, topology.ROWS)
     data = (part[own, :-1], part[own, 1:], here[own])
-    data = topology.put_rows(data, size, mesh)
+    data = topology.put_rows(data, size, mesh, axes=topology.ROWS)
     total += _nll(params, bias, *data, run=run, mesh=mesh)
   nats = float(total)
   return {

@@ -19,6 +19,8 @@ from dsv3_jax import schema
 from dsv3_jax.model import moe
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import dispatch
+from dsv3_jax.parallel import schedules
+from dsv3_jax.parallel import stages as stages_lib
 from dsv3_jax.parallel import topology
 
 
@@ -38,8 +40,8 @@ class Rules:
 
 LAYOUTS = {
     "replicated": Rules(),
-    "zero1": Rules(slices=topology.BATCH),
-    "fsdp": Rules(slices=topology.BATCH, by_layer=True),
+    "zero1": Rules(slices=topology.ROWS),
+    "fsdp": Rules(slices=topology.ROWS, by_layer=True),
 }
 
 
@@ -58,6 +60,19 @@ class Placement:
   def axes(self) -> frozenset[str]:
     """All mesh axes that the parameter is divided over."""
     return frozenset(axis for dim in self.dims for axis in dim)
+
+  @property
+  def pipe_dim(self) -> int | None:
+    """The dim that is sliced over `pipe`."""
+    return next((dim for dim, axes in self.slices if "pipe" in axes), None)
+
+  def inside_stage(self) -> "Placement":
+    """The same without the slices over `pipe`."""
+    slices = (
+        (dim, tuple(axis for axis in axes if axis != "pipe"))
+        for dim, axes in self.slices
+    )
+    return Placement(self.dims, tuple((d, axes) for d, axes in slices if axes))
 
   def of_layer(self) -> "Placement":
     """The same without the leading dim, of layers."""
@@ -101,14 +116,21 @@ def _whole(a: jax.Array, place: Placement) -> jax.Array:
   return a
 
 
+def _scatter(g: jax.Array, place: Placement) -> jax.Array:
+  for dim, axes in place.slices:
+    g = jax.lax.psum_scatter(g, axes, scatter_dimension=dim, tiled=True)
+  return g
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
   """A run on a mesh: where its parameters are, and how devices share work."""
 
   places: Any  # tree of placements
   rules: Rules
+  sizes: Mapping[str, int]
   batch_axes: tuple[str, ...]  # mesh axes that tokens are divided over
-  n_shards: int  # of a batch
+  stages: stages_lib.Stages | None  # of a pipeline
   experts: moe.Experts
 
   @property
@@ -116,21 +138,39 @@ class Layout:
     """The partition of every parameter."""
     return jax.tree.map(lambda place: place.spec, self.places)
 
+  @property
+  def n_shards(self) -> int:
+    """Parts of a batch."""
+    return topology.extent(self.sizes, self.batch_axes)
+
+  @property
+  def work_axes(self) -> tuple[str, ...]:
+    """Mesh axes whose devices do different work."""
+    return ("pipe", *self.batch_axes) if self.stages else self.batch_axes
+
   # The rest is for the inside of a `shard_map` over the whole mesh.
 
   def step(self, params: schema.Params) -> schema.Params:
-    """Makes whole what is whole for a step.
+    """Makes whole what is whole for a step; of layers, those of this rank.
 
-    Everything is said to differ between the devices that tokens are divided
-    over: its gradients stay local, and are summed once, by `reduce`.
+    Everything is said to differ between the devices that do different work:
+    its gradients stay local, and are summed once, by `reduce`.
     """
-    whole = {
-        kind: jax.tree.map(_whole, p, self.places[kind])
-        if self._of_step(kind)
-        else p
+
+    def leaf(kind, a, place):
+      if staged := self._staged(kind):
+        a = _whole(a, place.inside_stage())
+        a = stages_lib.to_ranks(a, staged, place.pipe_dim)
+      elif self._of_step(kind):
+        a = _whole(a, place)
+      return manual.vary(a, self.work_axes)
+
+    return {
+        kind: jax.tree.map(
+            functools.partial(leaf, kind), p, self.places[kind]
+        )
         for kind, p in params.items()
     }
-    return jax.tree.map(lambda a: manual.vary(a, self.batch_axes), whole)
 
   def layer(self, kind: str, p: schema.Params) -> schema.Params:
     """Makes a layer whole: the `gather` of a forward pass."""
@@ -143,39 +183,61 @@ class Layout:
   def _of_step(self, kind: str) -> bool:
     return not (self.rules.by_layer and kind in ("dense", "moe", "mtp"))
 
+  def _staged(self, kind: str) -> stages_lib.Kind | None:
+    return self.stages.kinds.get(kind) if self.stages else None
+
   def reduce(self, gradients: schema.Params) -> schema.Params:
     """Local gradients of what `step` returned, as those of its argument."""
 
-    def leaf(g, place, sliced):
-      for dim, axes in place.slices if sliced else ():
-        g = jax.lax.psum_scatter(g, axes, scatter_dimension=dim, tiled=True)
-      rest = tuple(axis for axis in self.batch_axes if axis not in place.axes)
+    def leaf(kind, g, place):
+      if staged := self._staged(kind):
+        g = stages_lib.from_ranks(g, staged, place.pipe_dim)
+        g = _scatter(g, place.inside_stage())
+      elif self._of_step(kind):
+        g = _scatter(g, place)
+      rest = tuple(axis for axis in self.work_axes if axis not in place.axes)
       return jax.lax.psum(g, rest)
 
     return {
         kind: jax.tree.map(
-            functools.partial(leaf, sliced=self._of_step(kind)),
-            g,
-            self.places[kind],
+            functools.partial(leaf, kind), g, self.places[kind]
         )
         for kind, g in gradients.items()
     }
 
 
-def layout(run: config.Run, sizes: Mapping[str, int]) -> Layout:
-  """The layout of a run on a mesh of these sizes by axis."""
-  rules = LAYOUTS[run.parallel.layout]
-  batch_axes = topology.used(sizes, topology.BATCH)
+def layout(
+    run: config.Run, sizes: Mapping[str, int], *, staged: bool = True
+) -> Layout:
+  """The layout of a run on a mesh of these sizes by axis.
+
+  Args:
+    run: the configuration.
+    sizes: of the mesh axes.
+    staged: with the layers divided over `pipe` as the run's schedule says;
+      otherwise its devices divide the rows of a batch like all others.
+  """
+  rules, schedule = LAYOUTS[run.parallel.layout], None
+  if staged and run.parallel.schedule != "none":
+    schedule = schedules.SCHEDULES[run.parallel.schedule](
+        sizes.get("pipe", 1), run.train.micro_batches
+    )
   return Layout(
       places=jax.tree.map(
           lambda param: placement(param, rules, sizes),
           transformer.specs(run.model),
       ),
       rules=rules,
-      batch_axes=batch_axes,
-      n_shards=topology.extent(sizes, batch_axes),
+      sizes=sizes,
+      batch_axes=topology.used(
+          sizes, topology.BATCH if schedule else topology.ROWS
+      ),
+      stages=stages_lib.stages(schedule, run.model) if schedule else None,
       experts=dispatch.experts(
-          run.parallel.dispatch, sizes, run.model.router
+          run.parallel.dispatch,
+          sizes,
+          run.model.router,
+          apart=schedule is not None,
       ),
   )
 
@@ -199,4 +261,31 @@ def problems(run: config.Run, sizes: Mapping[str, int]) -> list[str]:
           f"--mesh: {over} devices must divide the {size} {name};"
           f" {', '.join(map(str, fits))} do"
       )
+  return found + _pipeline_problems(run, sizes)
+
+
+def _pipeline_problems(
+    run: config.Run, sizes: Mapping[str, int]
+) -> list[str]:
+  name, n_ranks = run.parallel.schedule, sizes.get("pipe", 1)
+  if name == "none":
+    if n_ranks == 1:
+      return []
+    return [
+        f"--mesh: pipe={n_ranks} needs a parallel.schedule; one of"
+        f" {', '.join(schedules.SCHEDULES)}"
+    ]
+  found = schedules.problems(
+      name, n_ranks, run.train.micro_batches, run.model.n_layers
+  )
+  if sizes.get("model", 1) > 1:
+    found.append(
+        f"--mesh: model={sizes['model']} with parallel.schedule={name}: layers"
+        " of a stage are not divided; leave model at 1"
+    )
+  if LAYOUTS[run.parallel.layout].by_layer:
+    found.append(
+        f"parallel.layout={run.parallel.layout} with parallel.schedule={name}:"
+        " a stage's layers are whole for a step; zero1 or replicated do"
+    )
   return found

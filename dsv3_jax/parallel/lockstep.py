@@ -40,7 +40,7 @@ class Slots:
 
   inputs: Buffer  # of F, from the tick after another stage made them
   residuals: Buffer  # from F to B or I
-  gradients: Buffer  # of B or I, as inputs
+  gradients: Buffer  # of B or I, as inputs; of the last stage, from its F on
   deferred: Buffer  # what W needs, from I
 
 
@@ -57,13 +57,16 @@ def slots(schedule: schedules.Schedule) -> Slots:
   names = [field.name for field in dataclasses.fields(Slots)]
   lives = {name: [{} for _ in schedule.cells] for name in names}
   for rank, tick, op in ops:
-    if received := schedule.received(rank, op):
+    received = schedule.received(rank, op)
+    if received:
       name = "inputs" if op.kind == "F" else "gradients"
       lives[name][rank][op[1:]] = made[received] + 1, tick
     if op.kind != "F":
       name = "deferred" if op.kind == "W" else "residuals"
       kept, *_ = schedule.needs(rank, op)
       lives[name][rank][op[1:]] = made[kept], tick
+    if op.kind in "BI" and not received:  # the loss makes it, in F's own tick
+      lives["gradients"][rank][op[1:]] = lives["residuals"][rank][op[1:]]
   return Slots(**{name: tuple(map(_assign, lives[name])) for name in names})
 
 

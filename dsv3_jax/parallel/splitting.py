@@ -19,21 +19,21 @@ Types = list[Any]  # of arrays, with shape and dtype
 Eqns = list[core.JaxprEqn]
 
 # Made again by each pass that reads them, rather than kept beside their source.
-VIEWS = ("reshape", "squeeze", "expand_dims", "pvary", "stop_gradient")
+VIEWS = ("reshape", "squeeze", "expand_dims", "stop_gradient")
 
 
 @dataclasses.dataclass(frozen=True)
 class Passes:
   """The passes of layer(weights, constants, x) -> (outputs, told).
 
-  Gradients of weights come as lists of the tree's leaves: those that are put
-  off, and the others.
+  Gradients of weights come as a list of the tree's leaves, None for those that
+  another pass makes.
   """
 
   # (weights, constants, x) -> outputs, told, kept
   forward: Callable[..., Any]
-  # (weights, constants, kept, gradients of outputs) -> gradient of x, of the
-  # weights not put off, deferred
+  # (weights, constants, kept, gradients of outputs) -> gradient of x, those of
+  # the weights that are not put off, deferred
   input_gradient: Callable[..., Any]
   # (weights, constants, deferred) -> gradients of the weights put off
   weight_gradient: Callable[..., Any]
@@ -110,13 +110,19 @@ def split(
     made, kept = _cut(flat, len(result))
     return *jax.tree.unflatten(structure, made), kept
 
+  def spread(gradients, mine):
+    gradients = iter(gradients)
+    return [next(gradients) if later is mine else None for later in put_off]
+
   def input_pass(weights, constants, kept, d_outputs):
     args = weights, constants, kept, d_outputs
     dx, *rest = run_input(*jax.tree.leaves(args))
-    return dx, *_cut(rest, len(early))
+    gradients, deferred = _cut(rest, len(early))
+    return dx, spread(gradients, False), deferred
 
   def weight_pass(weights, constants, deferred):
-    return run_weights(*jax.tree.leaves((weights, constants, deferred)))
+    flat = run_weights(*jax.tree.leaves((weights, constants, deferred)))
+    return spread(flat, True)
 
   return Passes(
       forward_pass,
@@ -124,6 +130,25 @@ def split(
       weight_pass,
       [var.aval for var in kept],
       [var.aval for var in deferred],
+  )
+
+
+def recomputed(passes: Passes, x: jax.Array) -> Passes:
+  """The same, keeping the input alone and repeating forward for the rest."""
+
+  def forward(weights, constants, x):
+    outputs, told, _ = passes.forward(weights, constants, x)
+    return outputs, told, [x]
+
+  def input_gradient(weights, constants, kept, d_outputs):
+    *_, inner = passes.forward(weights, constants, *kept)
+    return passes.input_gradient(weights, constants, inner, d_outputs)
+
+  return dataclasses.replace(
+      passes,
+      forward=forward,
+      input_gradient=input_gradient,
+      kept=[jax.typeof(x)],
   )
 
 

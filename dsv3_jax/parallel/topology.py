@@ -8,6 +8,7 @@ import jax
 # Outermost first; `node` crosses hosts, `expert` stays inside one.
 AXES = ("pipe", "data", "node", "expert", "model")
 BATCH = ("data", "node", "expert")  # tokens are divided over these
+ROWS = ("pipe", *BATCH)  # and over these where there are no stages
 EXPERTS = ("node", "expert")  # routed experts are divided over these
 
 _EXPLICIT = (jax.sharding.AxisType.Explicit,) * len(AXES)
@@ -57,22 +58,32 @@ def spec(*dims: tuple[str, ...]) -> jax.P:
   return jax.P(*(dim or None for dim in dims))
 
 
-def batch_spec(sizes: Mapping[str, int], dim: int) -> jax.P:
+def batch_spec(
+    sizes: Mapping[str, int], dim: int, axes: tuple[str, ...] = BATCH
+) -> jax.P:
   """The partition of an array whose dim runs over the sequences of a batch."""
-  return spec(*[()] * dim, used(sizes, BATCH))
+  return spec(*[()] * dim, used(sizes, axes))
 
 
-def own_rows(n: int, devices: jax.sharding.Mesh) -> list[int]:
-  """Which of n rows, divided over a mesh, this process' devices hold."""
-  sharding = jax.NamedSharding(devices, batch_spec(devices.shape, 0))
+def own_rows(
+    n: int, devices: jax.sharding.Mesh, axes: tuple[str, ...] = BATCH
+) -> list[int]:
+  """Which of n rows, divided over mesh axes, this process' devices hold."""
+  sharding = jax.NamedSharding(devices, batch_spec(devices.shape, 0, axes))
   parts = sharding.addressable_devices_indices_map((n,)).values()
   return sorted({row for (part,) in parts for row in range(n)[part]})
 
 
-def put_rows(tree, n: int, devices: jax.sharding.Mesh, dim: int = 0):
+def put_rows(
+    tree,
+    n: int,
+    devices: jax.sharding.Mesh,
+    dim: int = 0,
+    axes: tuple[str, ...] = BATCH,
+):
   """Arrays of this process' `own_rows` of n along dim, as global ones."""
-  sharding = jax.NamedSharding(devices, batch_spec(devices.shape, dim))
-  own = own_rows(n, devices)
+  sharding = jax.NamedSharding(devices, batch_spec(devices.shape, dim, axes))
+  own = own_rows(n, devices, axes)
 
   def leaf(a):
     def part(index):

@@ -1,0 +1,514 @@
+"""The executor of a schedule: one scan over the ticks of its lock-step form.
+
+All ranks run one program. In a tick, each does what its row of a table says:
+loops over the layers of a stage run as many times as it has layers, or not at
+all, so that ranks differ without branches and every buffer is updated in place.
+What a stage made goes to its neighbours at the end of the tick. The forward
+pass keeps what the backward pass reads, see `splitting.py`; nothing is computed
+twice unless `train.remat` says so (arXiv:2412.19437, section 3.2.1).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3_jax import config
+from dsv3_jax import losses
+from dsv3_jax import manual
+from dsv3_jax import schema
+from dsv3_jax.model import moe
+from dsv3_jax.model import transformer
+from dsv3_jax.parallel import layouts
+from dsv3_jax.parallel import lockstep
+from dsv3_jax.parallel import schedules
+from dsv3_jax.parallel import splitting
+from dsv3_jax.parallel import stages as stages_lib
+
+# --- the table ---
+
+
+@flax.struct.dataclass
+class Task:
+  """One operation of a rank; all int32. `on` 0: none, and the rest is 0."""
+
+  on: Any
+  stage: Any
+  direction: Any
+  micro_batch: Any  # in the batch
+  arrived: Any  # slot of the input, or of the gradient of the output
+  kept: Any  # slot of what forward keeps
+  deferred: Any  # slot of what the input gradient leaves
+
+
+@flax.struct.dataclass
+class Turn:
+  """What a rank does in a tick, and where it puts what arrives at its end.
+
+  Slots by where it comes from: the rank before, the rank after, this rank's
+  other stage, its loss. A slot beyond the last one takes what is for no one.
+  """
+
+  forward: Task
+  backward: Task  # input gradient
+  weight: Task  # weight gradient, also of a full backward
+  pair: Any  # 1: forward and backward overlap
+  inputs: tuple[Any, ...]
+  gradients: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """Turns of all ticks and ranks, [tick, rank], and the sizes of buffers."""
+
+  turns: Turn
+  inputs: int
+  gradients: int
+  kept: int
+  deferred: int  # one more than W ever needs: a full backward passes through it
+
+
+def table(schedule: schedules.Schedule) -> Table:
+  """The lock-step form of a schedule in numbers."""
+  slots = lockstep.slots(schedule)
+  size = {
+      field.name: max(lockstep.n_slots(getattr(slots, field.name)))
+      for field in dataclasses.fields(slots)
+  }
+  idle = Task(*[0] * 7)
+
+  def task(rank, op):
+    which, stage = op[1:], schedule.stages[rank][op.direction]
+    stream = schedule.streams[op.direction]
+    waiting = slots.inputs if op.kind == "F" else slots.gradients
+    return Task(
+        on=1,
+        stage=stage,
+        direction=op.direction,
+        micro_batch=stream * schedule.n_per_stream + op.micro_batch,
+        arrived=waiting[rank].get(which, 0),
+        kept=slots.residuals[rank][which],
+        deferred=slots.deferred[rank].get(which, size["deferred"]),
+    )
+
+  def turn(rank, cell, arriving):
+    by_kind = {op.kind: task(rank, op) for op in cell}
+    full = by_kind.get("B", idle)
+
+    def places(kind, none):
+      return tuple(arriving.get((kind, source), none) for source in SOURCES)
+
+    return Turn(
+        forward=by_kind.get("F", idle),
+        backward=by_kind.get("I", full),
+        weight=by_kind.get("W", full),
+        pair=int(len(cell) == 2),
+        inputs=places("F", size["inputs"]),
+        gradients=places("B", size["gradients"]),
+    )
+
+  rows = [
+      [
+          turn(rank, cells[rank] or (), arriving)
+          for rank, arriving in enumerate(_arrivals(schedule, cells, slots))
+      ]
+      for cells in lockstep.ticks(schedule)
+  ]
+  stack = lambda *turns: np.stack([np.asarray(t, np.int32) for t in turns])
+  return Table(
+      turns=jax.tree.map(
+          stack, *[jax.tree.map(stack, *ranks) for ranks in rows]
+      ),
+      inputs=size["inputs"],
+      gradients=size["gradients"],
+      kept=size["residuals"],
+      deferred=size["deferred"] + 1,
+  )
+
+
+SOURCES = (-1, 1, 0, "loss")  # steps along the ranks
+
+
+def _arrivals(schedule, cells, slots) -> list[dict[tuple[str, Any], int]]:
+  """For each rank: slots by kind and source of what a tick's cells make."""
+  found = [{} for _ in cells]
+  for rank, cell in enumerate(cells):
+    for op in cell or ():
+      kind = schedule.result(rank, op).kind
+      receiver = schedule.receiver(rank, op)
+      if receiver:
+        to, direction = receiver
+        waiting = slots.inputs if kind == "F" else slots.gradients
+        which = direction, op.micro_batch
+        found[to][kind, rank - to] = waiting[to][which]
+      elif kind == "F":
+        found[rank]["B", "loss"] = slots.gradients[rank][op[1:]]
+  return found
+
+
+# --- the executor, inside shard_map ---
+
+
+@flax.struct.dataclass
+class _Memory:
+  """What a rank has; every array differs between all devices."""
+
+  inputs: jax.Array  # [slots + 1, B, T, D]
+  gradients: jax.Array  # the same
+  kept: dict[str, list[jax.Array]]  # [slots * places, ...] by kind of layer
+  deferred: dict[str, list[jax.Array]]
+  sums: schema.Params  # of gradients, f32
+  main: jax.Array  # sums of losses
+  mtp: jax.Array
+  stats: moe.Stats  # sums
+
+
+def gradient_sums(
+    params: schema.Params,
+    bias: jax.Array,
+    mtp_weight: jax.Array,
+    batch: losses.Batch,
+    weights: jax.Array,
+    *,
+    run: config.Run,
+    layout: layouts.Layout,
+) -> tuple[schema.Params, losses.Losses, moe.Stats]:
+  """Sums over the micro-batches and stages of one device.
+
+  Args:
+    params: as `layout.step` returns them.
+    bias: [n_routers, E] f32.
+    mtp_weight: lambda.
+    batch: tokens and labels [A, B', T], the rows of this device.
+    weights: [A, B', T], of labels.
+    run: the configuration.
+    layout: its layout, with stages.
+
+  Returns:
+    As `train.gradients`, of this device alone.
+  """
+  work = table(layout.stages.schedule)
+  executor = _executor(params, bias, mtp_weight, batch, weights, run, layout)
+  memory = executor.memory(work)
+  rank = jax.lax.axis_index("pipe")
+
+  def tick(memory, turns):
+    mine = jax.tree.map(lambda of_ranks: of_ranks[rank], turns)
+    return executor.tick(mine, memory), None
+
+  turns = jax.tree.map(jnp.asarray, work.turns)
+  memory, _ = jax.lax.scan(tick, memory, turns)
+  balance = executor.share * memory.stats.balance.sum()
+  total = memory.main + mtp_weight * memory.mtp + balance
+  terms = losses.Losses(total, memory.main, memory.mtp, balance)
+  return memory.sums, terms, memory.stats
+
+
+def _executor(params, bias, mtp_weight, batch, weights, run, layout):
+  """Divides the layers of each kind into passes."""
+  vary = functools.partial(manual.vary, axes=layout.work_axes)
+  x = vary(transformer.embed(params, batch.tokens[0]))
+  bias = vary(bias)
+  passes = {}
+  for name in layout.stages.kinds:
+    p = jax.tree.map(lambda a: a[0], params[name])
+    put_off = [leaf.ndim > 1 for leaf in jax.tree.leaves(p)]
+    layer = functools.partial(
+        _LAYERS[name], cfg=run.model, experts=layout.experts
+    )
+    divided = splitting.split(layer, p, bias[0], x, put_off)
+    if run.train.remat == "block":
+      divided = splitting.recomputed(divided, x)
+    passes[name] = divided
+  share = 1.0 / (batch.tokens.shape[0] * layout.n_shards)
+  return _Executor(
+      params, bias, mtp_weight, batch, weights, run, layout, passes, share, vary
+  )
+
+
+def _dense(p, bias, x, cfg, experts):
+  del experts
+  y = transformer.dense_block(p, x, cfg)
+  return (y, jnp.zeros_like(bias, shape=())), None
+
+
+def _moe(p, bias, x, cfg, experts):
+  y, stats = transformer.moe_block(p, x, bias, cfg, experts)
+  return (y, stats.balance), stats
+
+
+_LAYERS = {"dense": _dense, "moe": _moe}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Executor:
+  """What the ticks of a step have in common."""
+
+  params: schema.Params
+  bias: jax.Array
+  mtp_weight: jax.Array
+  batch: losses.Batch
+  weights: jax.Array
+  run: config.Run
+  layout: layouts.Layout
+  passes: dict[str, splitting.Passes]
+  share: float  # of a balance loss
+  vary: Callable[[jax.Array], jax.Array]
+
+  def memory(self, work: Table) -> _Memory:
+    """All zeros."""
+
+    def zeros(*shape, dtype=jnp.float32):
+      return self.vary(jnp.zeros(shape, dtype))
+
+    def of_layers(slots, types):
+      return {
+          name: [
+              zeros(slots * kind.size, *t.shape, dtype=t.dtype)
+              for t in types(self.passes[name])
+          ]
+          for name, kind in self.layout.stages.kinds.items()
+      }
+
+    x = jax.eval_shape(transformer.embed, self.params, self.batch.tokens[0])
+    n_routers, n_experts = self.bias.shape
+    return _Memory(
+        inputs=zeros(work.inputs + 1, *x.shape, dtype=x.dtype),
+        gradients=zeros(work.gradients + 1, *x.shape, dtype=x.dtype),
+        kept=of_layers(work.kept, lambda passes: passes.kept),
+        deferred=of_layers(work.deferred, lambda passes: passes.deferred),
+        sums=jax.tree.map(lambda a: zeros(*a.shape), self.params),
+        main=zeros(),
+        mtp=zeros(),
+        stats=moe.Stats(
+            load=zeros(n_routers, n_experts, dtype=jnp.int32),
+            balance=zeros(n_routers),
+            sent=zeros(n_routers, 2, dtype=jnp.int32),
+        ),
+    )
+
+  def tick(self, turn: Turn, memory: _Memory) -> _Memory:
+    """One turn."""
+    f, b, w = turn.forward, turn.backward, turn.weight
+    tokens = self.batch.tokens[f.micro_batch]
+    first = self.vary(transformer.embed(self.params, tokens))
+    x = jnp.where(f.stage == 0, first, _get(memory.inputs, f.arrived))
+    dy = _get(memory.gradients, b.arrived)
+    if "dense" in self.passes:
+      x, memory = self._forward("dense", f, 0, x, memory)
+    if "moe" in self.passes:
+      x, dy, memory, n = self._together(turn, x, dy, memory)
+      x, memory = self._forward("moe", f, n, x, memory)
+      dy, memory = self._backward("moe", b, n, dy, memory)
+    if "dense" in self.passes:
+      dy, memory = self._backward("dense", b, 0, dy, memory)
+    for name in self.passes:
+      memory = self._weights(name, w, memory)
+    memory = self._embed_gradient(b, dy, memory)
+    d_last, memory = self._loss(f, x, memory)
+    return self._deliver(turn, x, dy, d_last, memory)
+
+  # --- the layers of a stage ---
+
+  def _count(self, name: str, task: Task) -> jax.Array:
+    """Layers that a task goes through."""
+    count = jnp.asarray(self.layout.stages.kinds[name].count, jnp.int32)
+    return task.on * count[task.stage]
+
+  def _layer(self, name: str, task: Task, i: jax.Array):
+    """Parameters and router bias of layer i of a stage."""
+    kind = self.layout.stages.kinds[name]
+    at = task.direction * kind.size + i
+    p = jax.tree.map(lambda a: _get(a, at), self.params[name])
+    router = jnp.asarray(kind.first, jnp.int32)[task.stage] + i
+    return p, _get(self.bias, router), at, router
+
+  def _forward_layer(self, name, task, i, x, memory):
+    p, bias, _, router = self._layer(name, task, i)
+    (y, _), told, kept = self.passes[name].forward(p, bias, x)
+    at = task.kept * self.layout.stages.kinds[name].size + i
+    memory = memory.replace(
+        kept=memory.kept | {name: _put(memory.kept[name], at, kept)}
+    )
+    if told is not None:
+      stats = jax.tree.map(
+          lambda total, new: _add(total, router, new), memory.stats, told
+      )
+      memory = memory.replace(stats=stats)
+    return y, memory
+
+  def _backward_layer(self, name, task, i, dy, memory):
+    p, bias, own, _ = self._layer(name, task, i)
+    size = self.layout.stages.kinds[name].size
+    kept = [_get(a, task.kept * size + i) for a in memory.kept[name]]
+    d_balance = self.vary(jnp.float32(self.share))
+    dx, gradients, deferred = self.passes[name].input_gradient(
+        p, bias, kept, (dy, d_balance)
+    )
+    left = _put(memory.deferred[name], task.deferred * size + i, deferred)
+    memory = memory.replace(deferred=memory.deferred | {name: left})
+    return dx, _add_gradients(memory, name, own, gradients)
+
+  def _weight_layer(self, name, task, i, memory):
+    p, bias, own, _ = self._layer(name, task, i)
+    at = task.deferred * self.layout.stages.kinds[name].size + i
+    deferred = [_get(a, at) for a in memory.deferred[name]]
+    gradients = self.passes[name].weight_gradient(p, bias, deferred)
+    return _add_gradients(memory, name, own, gradients)
+
+  def _forward(self, name, task, start, x, memory):
+    """Layers of a stage from the start-th on."""
+
+    def layer(i, carry):
+      return self._forward_layer(name, task, i, *carry)
+
+    n = self._count(name, task)
+    return jax.lax.fori_loop(start, n, layer, (x, memory))
+
+  def _backward(self, name, task, start, dy, memory):
+    """Layers of a stage from the start-th but last one back."""
+    n = self._count(name, task)
+
+    def layer(i, carry):
+      return self._backward_layer(name, task, n - 1 - i, *carry)
+
+    return jax.lax.fori_loop(start, n, layer, (dy, memory))
+
+  def _weights(self, name, task, memory):
+    def layer(i, memory):
+      return self._weight_layer(name, task, i, memory)
+
+    return jax.lax.fori_loop(0, self._count(name, task), layer, memory)
+
+  def _together(self, turn, x, dy, memory):
+    """A layer forward and one backward at a time, in one block of code.
+
+    Neither needs the other: what one sends can travel while the other computes.
+    Returns how many there were, too.
+    """
+    f, b = turn.forward, turn.backward
+    n_forward, n_back = self._count("moe", f), self._count("moe", b)
+    n = turn.pair * jnp.minimum(n_forward, n_back)
+
+    def layers(i, carry):
+      x, dy, memory = carry
+      dx, memory = self._backward_layer("moe", b, n_back - 1 - i, dy, memory)
+      y, memory = self._forward_layer("moe", f, i, x, memory)
+      return y, dx, memory
+
+    return *jax.lax.fori_loop(0, n, layers, (x, dy, memory)), n
+
+  # --- the ends ---
+
+  def _embed_gradient(self, task: Task, dx, memory: _Memory) -> _Memory:
+    """Adds the embedding's gradient, on the first stage."""
+    tokens = self.batch.tokens[task.micro_batch]
+
+    def add(_, memory):
+      embed = memory.sums["embed"].at[tokens].add(dx.astype(jnp.float32))
+      return memory.replace(sums=memory.sums | {"embed": embed})
+
+    here = task.on * (task.stage == 0)
+    return jax.lax.fori_loop(0, here, add, memory)
+
+  def _loss(self, task: Task, x, memory: _Memory):
+    """On the last stage: the losses of its output, and their gradient."""
+    names = [name for name in self.params if name not in self.passes]
+    weights = {name: self.params[name] for name in names}
+    n_layers = self.run.model.n_moe_layers
+    data, token_weights = jax.tree.map(
+        lambda a: a[task.micro_batch], (self.batch, self.weights)
+    )
+
+    def objective(weights, x):
+      terms, stats = losses.of_last_layer(
+          weights,
+          self.bias[n_layers:],
+          x,
+          data,
+          token_weights,
+          self.mtp_weight,
+          self.run.model,
+          remat=self.run.train.remat == "block",
+          experts=self.layout.experts,
+      )
+      total = terms.main + self.mtp_weight * terms.mtp
+      return total + self.share * terms.balance, (terms, stats)
+
+    def add(_, carry):
+      _, memory = carry
+      (d_weights, dx), (terms, stats) = jax.grad(
+          objective, argnums=(0, 1), has_aux=True
+      )(weights, x)
+      sums = jax.tree.map(
+          lambda total, g: total + g.astype(jnp.float32),
+          {name: memory.sums[name] for name in names},
+          d_weights,
+      )
+      told = jax.tree.map(
+          lambda total, new: total.at[n_layers:].add(new), memory.stats, stats
+      )
+      return dx, memory.replace(
+          sums=memory.sums | sums,
+          main=memory.main + terms.main,
+          mtp=memory.mtp + terms.mtp,
+          stats=told,
+      )
+
+    last = self.layout.stages.schedule.n_stages - 1
+    here = task.on * (task.stage == last)
+    return jax.lax.fori_loop(0, here, add, (jnp.zeros_like(x), memory))
+
+  def _deliver(self, turn: Turn, y, dx, d_last, memory: _Memory) -> _Memory:
+    """Sends what the tick made, and stores what arrives."""
+    inputs, gradients = memory.inputs, memory.gradients
+    arrived = zip(SOURCES, turn.inputs, turn.gradients, strict=True)
+    for source, input_slot, gradient_slot in arrived:
+      if source == "loss":
+        gradients = _put(gradients, gradient_slot, d_last)
+        continue
+      inputs = _put(inputs, input_slot, self._from(source, y))
+      gradients = _put(gradients, gradient_slot, self._from(source, dx))
+    return memory.replace(inputs=inputs, gradients=gradients)
+
+  def _from(self, step: int, a: jax.Array) -> jax.Array:
+    """What the rank some steps away has; zeros where there is none."""
+    if step == 0:
+      return a
+    ranks = range(self.layout.stages.schedule.n_ranks)
+    pairs = [(rank + step, rank) for rank in ranks if rank + step in ranks]
+    return jax.lax.ppermute(a, "pipe", pairs)
+
+
+# --- buffers ---
+
+
+def _get(a: jax.Array, at: jax.Array) -> jax.Array:
+  return jax.lax.dynamic_index_in_dim(a, at, keepdims=False)
+
+
+def _put(tree: Any, at: jax.Array, new: Any) -> Any:
+  """Arrays with row `at` replaced."""
+  put = lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, at, 0)
+  return jax.tree.map(put, tree, new)
+
+
+def _add(a: jax.Array, at: jax.Array, new: jax.Array) -> jax.Array:
+  """An array with something added to row `at`."""
+  return _put(a, at, _get(a, at) + new.astype(a.dtype))
+
+
+def _add_gradients(memory, name, at, gradients) -> _Memory:
+  """Adds gradients of a layer; None: not made by this pass."""
+  totals, structure = jax.tree.flatten(memory.sums[name])
+  totals = [
+      total if g is None else _add(total, at, g)
+      for total, g in zip(totals, gradients, strict=True)
+  ]
+  totals = jax.tree.unflatten(structure, totals)
+  return memory.replace(sums=memory.sums | {name: totals})
