@@ -28,7 +28,6 @@ from dsv3_jax.parallel import layouts
 from dsv3_jax.parallel import lockstep
 from dsv3_jax.parallel import schedules
 from dsv3_jax.parallel import splitting
-from dsv3_jax.parallel import stages as stages_lib
 
 # --- the table ---
 
@@ -342,10 +341,13 @@ class _Executor:
       memory = memory.replace(stats=stats)
     return y, memory
 
-  def _backward_layer(self, name, task, i, dy, memory):
+  def _kept(self, name, task, i, memory):
+    at = task.kept * self.layout.stages.kinds[name].size + i
+    return [_get(a, at) for a in memory.kept[name]]
+
+  def _backward_layer(self, name, task, i, kept, dy, memory):
     p, bias, own, _ = self._layer(name, task, i)
     size = self.layout.stages.kinds[name].size
-    kept = [_get(a, task.kept * size + i) for a in memory.kept[name]]
     d_balance = self.vary(jnp.float32(self.share))
     dx, gradients, deferred = self.passes[name].input_gradient(
         p, bias, kept, (dy, d_balance)
@@ -375,7 +377,9 @@ class _Executor:
     n = self._count(name, task)
 
     def layer(i, carry):
-      return self._backward_layer(name, task, n - 1 - i, *carry)
+      _, memory = carry
+      kept = self._kept(name, task, n - 1 - i, memory)
+      return self._backward_layer(name, task, n - 1 - i, kept, *carry)
 
     return jax.lax.fori_loop(start, n, layer, (dy, memory))
 
@@ -395,13 +399,19 @@ class _Executor:
     n_forward, n_back = self._count("moe", f), self._count("moe", b)
     n = turn.pair * jnp.minimum(n_forward, n_back)
 
+    # What the next layer back needs is read from the buffers as the layer
+    # forward leaves them: beside its writing, reading would copy them whole.
     def layers(i, carry):
-      x, dy, memory = carry
-      dx, memory = self._backward_layer("moe", b, n_back - 1 - i, dy, memory)
+      x, dy, kept, memory = carry
+      last = n_back - 1 - i
+      dx, memory = self._backward_layer("moe", b, last, kept, dy, memory)
       y, memory = self._forward_layer("moe", f, i, x, memory)
-      return y, dx, memory
+      return y, dx, self._kept("moe", b, last - 1, memory), memory
 
-    return *jax.lax.fori_loop(0, n, layers, (x, dy, memory)), n
+    kept = self._kept("moe", b, n_back - 1, memory)
+    carry = x, dy, kept, memory
+    x, dy, _, memory = jax.lax.fori_loop(0, n, layers, carry)
+    return x, dy, memory, n
 
   # --- the ends ---
 

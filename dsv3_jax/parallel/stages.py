@@ -7,7 +7,6 @@ every rank; some stay empty.
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 
 import jax
