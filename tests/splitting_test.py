@@ -1,0 +1,156 @@
+"""Tests of a layer cut into passes, against its gradient as one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import testing
+from absl.testing import absltest
+from absl.testing import parameterized
+
+from dsv3_jax import schema
+from dsv3_jax.model import experts
+from dsv3_jax.model import layers
+from dsv3_jax.model import moe
+from dsv3_jax.model import precision
+from dsv3_jax.model import transformer
+from dsv3_jax.parallel import splitting
+
+CFG = testing.tiny()
+B, T = 2, 13  # no weight has a size with this factor
+BLOCKS = {
+    "dense": layers.swiglu_specs(CFG.d_model, CFG.dense_ffn_dim, 0.1),
+    "moe": moe.specs(CFG),
+}
+
+
+def dense(p, bias, x):
+  return (transformer.dense_block(p, x, CFG), jnp.zeros_like(bias[0])), None
+
+
+def mixture(ffn, p, bias, x):
+  y, stats = transformer.moe_block(p, x, bias, CFG, moe.Experts(ffn))
+  return (y, stats.balance), stats.load
+
+
+APART = functools.partial(experts.grouped_ffn, apart=True)
+LAYERS = {
+    "dense": ("dense", dense),
+    "moe": ("moe", functools.partial(mixture, APART)),
+    "moe_ragged": ("moe", functools.partial(mixture, experts.ragged_ffn)),
+}
+
+
+def inputs(kind, recipe="fp32"):
+  p = testing.draw(transformer.block_specs(CFG, BLOCKS[kind]))
+  bias = 0.1 * testing.normal(CFG.router.n_experts, seed=2)
+  x, dy = (testing.normal(B, T, CFG.d_model, seed=seed) for seed in (0, 1))
+  if recipe == "bf16":
+    x, dy = x.astype(jnp.bfloat16), dy.astype(jnp.bfloat16)
+  p = precision.compute_params(p, recipe)
+  return p, jnp.asarray(bias), jnp.asarray(x), (dy, jnp.float32(0.7))
+
+
+def put_off(p):
+  return [leaf.ndim > 1 for leaf in jax.tree.leaves(p)]
+
+
+def whole(layer, p, bias, x, d_outputs):
+  """Outputs and gradients for weights and x, in one go."""
+  of = lambda p, x: layer(p, bias, x)
+  outputs, vjp, told = jax.vjp(of, p, x, has_aux=True)
+  return outputs, told, *vjp(d_outputs)
+
+
+def in_parts(passes, p, bias, x, d_outputs):
+  outputs, told, kept = passes.forward(p, bias, x)
+  dx, early, deferred = passes.input_gradient(p, bias, kept, d_outputs)
+  late = passes.weight_gradient(p, bias, deferred)
+  assert all((a is None) != (b is None) for a, b in zip(early, late))
+  leaves = [b if a is None else a for a, b in zip(early, late, strict=True)]
+  dp = jax.tree.unflatten(jax.tree.structure(p), leaves)
+  return outputs, told, dp, dx
+
+
+def products(f, *args):
+  """Matrix products in a program, grouped ones and inner programs included."""
+  return str(jax.make_jaxpr(f)(*args)).count("dot_general[")
+
+
+class SplitTest(parameterized.TestCase):
+
+  @parameterized.product(name=tuple(LAYERS), recipe=("fp32", "bf16"))
+  def test_the_passes_are_the_layer_and_its_gradient(self, name, recipe):
+    kind, layer = LAYERS[name]
+    args = inputs(kind, recipe)
+    passes = splitting.split(layer, *args[:3], put_off(args[0]))
+    found = jax.jit(functools.partial(in_parts, passes))(*args)
+    expected = jax.jit(functools.partial(whole, layer))(*args)
+    # The same operations in the same order: nothing but fusion may differ.
+    eps = testing.EPS if recipe == "fp32" else float(jnp.finfo("bfloat16").eps)
+    for path, a in jax.tree.leaves_with_path(expected):
+      b = functools.reduce(lambda tree, key: tree[_key(key)], path, found)
+      a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+      np.testing.assert_allclose(
+          b, a, rtol=0, atol=16 * eps * np.abs(a).max(), err_msg=str(path)
+      )
+
+  @parameterized.parameters(*LAYERS)
+  def test_no_product_is_made_twice_and_none_for_weights_early(self, name):
+    kind, layer = LAYERS[name]
+    p, bias, x, d_outputs = inputs(kind)
+    passes = splitting.split(layer, p, bias, x, put_off(p))
+    _, _, kept = passes.forward(p, bias, x)
+    _, _, deferred = passes.input_gradient(p, bias, kept, d_outputs)
+    forward = products(passes.forward, p, bias, x)
+    back = products(passes.input_gradient, p, bias, kept, d_outputs)
+    late = products(passes.weight_gradient, p, bias, deferred)
+    one = products(functools.partial(whole, layer), p, bias, x, d_outputs)
+    self.assertEqual(forward + back + late, one)
+    # One for each matrix that stands alone, and the experts'.
+    self.assertGreaterEqual(late, sum(put_off(p)))
+
+  @parameterized.parameters(*LAYERS)
+  def test_what_is_kept_is_never_a_weight(self, name):
+    kind, layer = LAYERS[name]
+    p, bias, x, _ = inputs(kind)
+    passes = splitting.split(layer, p, bias, x, put_off(p))
+    sizes = {leaf.size for leaf in jax.tree.leaves(p) if leaf.ndim > 1}
+    for kept in (*passes.kept, *passes.deferred):
+      self.assertNotIn(int(np.prod(kept.shape)), sizes, kept)
+
+  def test_of_a_linear_layer_its_input_and_the_gradient_of_its_output(self):
+    def layer(w, constant, x):
+      return layers.linear(x, w) * constant, None
+
+    w, x, c = testing.normal(5, 7), testing.normal(3, 4, 5), jnp.float32(2)
+    passes = splitting.split(layer, w, c, x, [True])
+    shapes = lambda types: [a.shape for a in types]
+    self.assertEqual(shapes(passes.kept), [(3, 4, 5)])
+    self.assertCountEqual(shapes(passes.deferred), [(3, 4, 5), (3, 4, 7)])
+
+  def test_repeating_forward_keeps_the_input_alone(self):
+    kind, layer = LAYERS["moe"]
+    args = inputs(kind)
+    plain = splitting.split(layer, *args[:3], put_off(args[0]))
+    passes = splitting.recomputed(plain, args[2])
+    self.assertEqual([a.shape for a in passes.kept], [args[2].shape])
+    testing.assert_same(
+        jax.jit(functools.partial(in_parts, passes))(*args),
+        jax.jit(functools.partial(in_parts, plain))(*args),
+    )
+
+  def test_refuses_gradients_that_cannot_be_put_off(self):
+    layer = functools.partial(mixture, experts.grouped_ffn)  # shares its loops
+    p, bias, x, _ = inputs("moe")
+    with self.assertRaisesRegex(ValueError, "made together with others"):
+      splitting.split(layer, p, bias, x, put_off(p))
+
+
+def _key(key):
+  return key.key if hasattr(key, "key") else key.idx
+
+
+if __name__ == "__main__":
+  absltest.main()
