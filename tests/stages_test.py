@@ -1,6 +1,5 @@
 """Tests of which layers a stage has, and of their way to its ranks."""
 
-
 import jax
 import numpy as np
 import testing
