@@ -1,29 +1,38 @@
 """Does a layout change the maths? Every way to divide a step, against none.
 
-  python -m scripts.layout_matrix
+  python -m scripts.layout_matrix [--readme]
 
 Trains a small model for three steps on one device and on meshes of up to eight
 virtual ones, and prints the largest relative difference of each quantity: the
 loss, the worst gradient leaf, its global norm, the clipped update and the worst
-parameter after the third step. Counts and bias are compared bit for bit.
+parameter after the third step. Counts and bias are compared bit for bit, and so
+are the copies of everything that several devices hold. `--readme` also puts the
+table into README.md.
 """
 
 import dataclasses
 import functools
+import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from absl import flags
 
 from dsv3_jax import config
 from dsv3_jax import losses
 from dsv3_jax import optim
 from dsv3_jax import presets
 from dsv3_jax import train
+from dsv3_jax.parallel import replicas
 from dsv3_jax.parallel import topology
 from experiments import cluster
 
+README = pathlib.Path(__file__).parents[1] / "README.md"
+BEGIN = "<!-- made by: python -m scripts.layout_matrix --readme -->"
+END = "<!-- end of what it made -->"
 STEPS = 3
 RUN = config.override(
     presets.TINY,
@@ -130,6 +139,7 @@ class Differences:
   update: float
   params: float
   counts_equal: bool  # expert counts and router bias, bit for bit
+  diverged: str  # where devices hold different copies of the final state
 
 
 def _batch(step: int) -> losses.Batch:
@@ -167,7 +177,17 @@ def _train(run: config.Run, mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
     seen["loss"].append(jax.device_get(metrics["loss"]))
     seen["norm"].append(jax.device_get(metrics["grad_norm"]))
     seen["counts"] += jax.device_get([stats.load, state.router_bias])
-  return seen | {"params": jax.device_get(state.params)}
+  diverged = _diverged(state, mesh) if mesh is not None else ""
+  params = jax.device_get(state.params)
+  return seen | {"params": params, "diverged": diverged}
+
+
+def _diverged(state: train.TrainState, mesh: jax.sharding.Mesh) -> str:
+  try:
+    replicas.check(state, mesh)
+  except replicas.DivergedError as error:
+    return str(error)
+  return ""
 
 
 @functools.cache
@@ -193,22 +213,119 @@ def measure(case: Case) -> Differences:
   return Differences(
       **{name: _worst(actual[name], expected[name]) for name in names},
       counts_equal=all(same),
+      diverged=actual["diverged"],
   )
 
 
-def main() -> None:
-  """Prints the matrix as it goes, in Markdown."""
+# --- the table ---
+
+HEAD = (
+    "mesh",
+    "layout",
+    "dispatch",
+    "loss",
+    "gradients",
+    "norm",
+    "update",
+    "parameters",
+    "counts, bias",
+    "copies",
+)
+
+
+def names(case: Case) -> tuple[str, str, str]:
+  """What a row of the table says of a case."""
+  return case.mesh, ", ".join((case.layout, *case.settings)), case.dispatch
+
+
+def _power(value: float) -> str:
+  """As 3e-7."""
+  mantissa, _, exponent = f"{value:.0e}".partition("e")
+  return f"{mantissa}e{int(exponent)}" if value else "0"
+
+
+def _line(cells: Sequence[str]) -> str:
+  return "| " + " | ".join(cells) + " |"
+
+
+def row(case: Case, found: Differences) -> str:
+  """A row of the table, in Markdown."""
+  *values, counts_equal, diverged = dataclasses.astuple(found)
+  equal = [counts_equal, not diverged]
+  return _line([
+      *names(case),
+      *map(_power, values),
+      *("equal" if same else "DIFFER" for same in equal),
+  ])
+
+
+def block(rows: Sequence[str]) -> str:
+  """What stands between the marks in the README."""
+  title = f"All {len(rows)} cases: how far each is from one device"
+  return "\n".join([
+      f"<details><summary>{title}</summary>\n",
+      _line(HEAD),
+      _line(["---"] * len(HEAD)),
+      *rows,
+      "\n</details>",
+  ])
+
+
+def replaced(text: str, rows: Sequence[str]) -> str:
+  """A page with its table replaced by these rows.
+
+  Raises:
+    ValueError: the marks are not there, once and in order.
+  """
+  before, begin, rest = text.partition(BEGIN)
+  _, end, after = rest.partition(END)
+  if not (begin and end) or BEGIN in rest or END in before + after:
+    raise ValueError(f"expected {BEGIN!r} and then {END!r}, once")
+  return f"{before}{BEGIN}\n{block(rows)}\n{END}{after}"
+
+
+def _parse(argv: Sequence[str]) -> flags.FlagValues:
+  """The flags; not the process-wide ones, as the tests import this.
+
+  Raises:
+    ValueError: something else is there.
+  """
+  known = flags.FlagValues()
+  flags.DEFINE_boolean("help", False, "show this help", flag_values=known)
+  flags.DEFINE_boolean(
+      "readme", False, "put the table into README.md", flag_values=known
+  )
+  try:
+    _, *stray = known(argv)
+  except flags.Error as error:
+    raise ValueError(str(error)) from error
+  if stray:
+    raise ValueError(f"stray arguments {' '.join(stray)!r}; flags are --a=b")
+  return known
+
+
+def main(argv: Sequence[str]) -> int:
+  """Prints the matrix as it goes, in Markdown; returns the exit code."""
+  try:
+    known = _parse(argv)
+    if known.readme:  # refused now rather than after minutes
+      replaced(README.read_text(), [])
+  except ValueError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  if known.help:
+    print(__doc__, known.get_help(), sep="\n")
+    return 0
   cluster.use_virtual_devices(8, spare_threads=True)
-  names = [field.name for field in dataclasses.fields(Differences)]
-  print("| mesh | layout | dispatch |", " | ".join(names), "|")
-  print("|---" * (3 + len(names)) + "|")
+  print(_line(HEAD), _line(["---"] * len(HEAD)), sep="\n")
+  rows = []
   for case in CASES:
-    values = dataclasses.astuple(measure(case))
-    cells = [f"{v:.0e}" if isinstance(v, float) else str(v) for v in values]
-    cells = [case.mesh, case.layout, case.dispatch, *cells]
-    print("|", " | ".join(cells), "|")
-    sys.stdout.flush()
+    rows.append(row(case, measure(case)))
+    print(rows[-1], flush=True)
+  if known.readme:
+    README.write_text(replaced(README.read_text(), rows))
+  return 0
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(main(sys.argv))

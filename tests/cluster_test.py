@@ -4,15 +4,11 @@ import concurrent.futures
 import socket
 
 import jax
+import testing
 from absl.testing import absltest
 from absl.testing import parameterized
 
 from experiments import cluster
-
-
-def free_port():
-  with socket.create_server(("127.0.0.1", 0)) as server:
-    return server.getsockname()[1]
 
 
 def call(port, *members, timeout_s=20):
@@ -31,27 +27,27 @@ class RollCallTest(parameterized.TestCase):
   @parameterized.parameters(1, 2, 4)
   def test_all_come(self, n):
     members = [(n, i) for i in range(n)]
-    self.assertEqual(call(free_port(), *members), [""] * n)
+    self.assertEqual(call(testing.free_port(), *members), [""] * n)
 
   def test_names_those_that_do_not_come(self):
-    heard = call(free_port(), (4, 0), (4, 2), timeout_s=2)
+    heard = call(testing.free_port(), (4, 0), (4, 2), timeout_s=2)
     for problem in heard:
       self.assertIn("1, 3 did not join within 2 s", problem)
 
   def test_process_0_does_not_come(self):
-    (problem,) = call(free_port(), (2, 1), timeout_s=1)
+    (problem,) = call(testing.free_port(), (2, 1), timeout_s=1)
     self.assertIn("process 0 did not answer within 1 s", problem)
 
   def test_one_was_started_twice(self):
-    for problem in call(free_port(), (3, 0), (3, 1), (3, 1)):
+    for problem in call(testing.free_port(), (3, 0), (3, 1), (3, 1)):
       self.assertIn("--process=1: was started twice", problem)
 
   def test_they_disagree_on_how_many_they_are(self):
-    for problem in call(free_port(), (2, 0), (3, 1)):
+    for problem in call(testing.free_port(), (2, 0), (3, 1)):
       self.assertIn("--processes: 2 here, 3 at 1", problem)
 
   def test_strangers_are_ignored(self):
-    port = free_port()
+    port = testing.free_port()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
       who = cluster.Processes(f"127.0.0.1:{port}", 2, 0, 20)
       leader = pool.submit(cluster._roll_call, who)

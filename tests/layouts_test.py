@@ -1,5 +1,8 @@
 """Tests of where parameters live, and that it changes no maths."""
 
+import contextlib
+import io
+
 import jax
 import numpy as np
 import pytest
@@ -25,13 +28,23 @@ def named(cases):
   ]
 
 
+# A sum of n = 128 tokens in another order is off by sqrt(n) * eps of its terms
+# or so; through some ten such sums, no leaf may be off by 1e-5.
+BOUNDS = {
+    "loss": 1e-6,
+    "gradients": 1e-5,
+    "norm": 1e-6,
+    "update": 1e-5,
+    "params": 1e-5,
+}
+
+
 def check(case):
   found = layout_matrix.measure(case)
   assert found.counts_equal, found
-  # A sum of n = 128 tokens in another order is off by sqrt(n) * eps of its
-  # terms or so; through some ten such sums, no leaf may be off by 1e-5.
-  assert max(found.loss, found.norm) < 1e-6, found
-  assert max(found.gradients, found.update, found.params) < 1e-5, found
+  assert not found.diverged, found
+  for name, bound in BOUNDS.items():
+    assert getattr(found, name) < bound, (name, found)
 
 
 @pytest.mark.slow
@@ -59,6 +72,62 @@ class InvarianceTest(parameterized.TestCase):
                          {c.dispatch for c in cases})
     sizes = {int(np.prod(list(c.sizes.values()))) for c in cases}
     self.assertEqual(sizes, {1, 2, 4, 8})
+
+
+class TableTest(parameterized.TestCase):
+
+  def test_the_readme_holds_every_case_in_order_and_within_bounds(self):
+    text = layout_matrix.README.read_text()
+    _, _, rest = text.partition(layout_matrix.BEGIN)
+    block, _, _ = rest.partition(layout_matrix.END)
+    lines = [line for line in block.splitlines() if line.startswith("|")]
+    head, _, *rows = [
+        tuple(cell.strip() for cell in line.strip("|").split("|"))
+        for line in lines
+    ]
+    self.assertEqual(head, layout_matrix.HEAD)
+    cases = layout_matrix.CASES
+    self.assertEqual(
+        [row[:3] for row in rows], [layout_matrix.names(c) for c in cases]
+    )
+    for row in rows:
+      *values, counts, copies = row[3:]
+      for value, bound in zip(values, BOUNDS.values(), strict=True):
+        self.assertLess(float(value), bound, row)
+      self.assertEqual((counts, copies), ("equal", "equal"), row)
+
+  def test_a_row_says_what_was_found(self):
+    case = layout_matrix.Case("data=2", "fsdp", settings=("train.remat=block",))
+    found = layout_matrix.Differences(0.0, 3.4e-7, 1e-10, 2e-6, 1.0, False, "x")
+    self.assertEqual(
+        layout_matrix.row(case, found),
+        "| data=2 | fsdp, train.remat=block | auto | 0 | 3e-7 | 1e-10 | 2e-6"
+        " | 1e0 | DIFFER | DIFFER |",
+    )
+
+  def test_a_new_table_takes_the_place_of_the_old_one(self):
+    marks = layout_matrix.BEGIN, layout_matrix.END
+    page = "above\n{}\nold\n{}\nbelow\n".format(*marks)
+    once = layout_matrix.replaced(page, ["| a |"])
+    self.assertStartsWith(once, "above\n" + marks[0] + "\n<details>")
+    self.assertEndsWith(once, "| a |\n\n</details>\n" + marks[1] + "\nbelow\n")
+    self.assertNotIn("old", once)
+    self.assertEqual(layout_matrix.replaced(once, ["| a |"]), once)
+
+  @parameterized.parameters(
+      "{0}", "{1}", "{1} {0}", "{0} {1} {1}", "{0} {0} {1}"
+  )
+  def test_marks_that_are_not_there_once_are_refused(self, page):
+    page = page.format(layout_matrix.BEGIN, layout_matrix.END)
+    with self.assertRaisesRegex(ValueError, "once"):
+      layout_matrix.replaced(page, [])
+
+  @parameterized.parameters("--reedme", "stray", "--readme=x")
+  def test_refuses_what_it_does_not_know(self, argument):
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+      code = layout_matrix.main(["program", argument])
+    self.assertEqual(code, 2)
+    self.assertStartsWith(err.getvalue(), "error: ")
 
 
 class PlacementTest(parameterized.TestCase):

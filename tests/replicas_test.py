@@ -1,8 +1,9 @@
 """Tests of the comparison of what several devices hold alike."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 import testing
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -17,19 +18,6 @@ MESH = topology.mesh(SIZES)
 
 def placed(array, *spec):
   return jax.device_put(array, jax.NamedSharding(MESH, jax.P(*spec)))
-
-
-def corrupted(array, device, flip):
-  """The same with what one device holds replaced by flip(it)."""
-  parts = [
-      jax.device_put(flip(np.array(s.data)), s.device)
-      if s.device.id == device
-      else s.data
-      for s in array.addressable_shards
-  ]
-  return jax.make_array_from_single_device_arrays(
-      array.shape, array.sharding, parts
-  )
 
 
 def last_bit(a):
@@ -50,10 +38,19 @@ class CheckTest(parameterized.TestCase):
     state = jax.device_put(testing.state(run), train.shardings(run, MESH))
     replicas.check(state, MESH)
 
+  def test_is_compiled_once(self):
+    tree = [placed(jnp.zeros(37)), placed(jnp.zeros((5, 7)))]
+    with mock.patch.object(
+        replicas, "_digest", side_effect=replicas._digest
+    ) as digest:
+      for _ in range(3):
+        replicas.check(tree, MESH)
+    self.assertEqual(digest.call_count, len(tree))
+
   @parameterized.parameters("float32", "bfloat16", "int32", "uint8")
   def test_one_bit_on_one_device(self, dtype):
     whole = placed(jnp.arange(24, dtype=dtype).reshape(4, 6))
-    tree = {"a": {"b": corrupted(whole, 5, last_bit)}, "c": whole}
+    tree = {"a": {"b": testing.with_other_copy(whole, 5, last_bit)}, "c": whole}
     with self.assertRaises(replicas.DivergedError) as caught:
       replicas.check(tree, MESH)
     self.assertEqual(
@@ -66,7 +63,7 @@ class CheckTest(parameterized.TestCase):
   def test_elements_that_changed_places(self):
     whole = placed(jnp.arange(6.0))
     with self.assertRaisesRegex(replicas.DivergedError, "devices 2 "):
-      replicas.check([corrupted(whole, 2, swap)], MESH)
+      replicas.check([testing.with_other_copy(whole, 2, swap)], MESH)
 
   def test_compares_a_part_with_its_own_copies_only(self):
     # Over `expert`, device 6 holds what device 2 holds, and no other does.
@@ -75,17 +72,18 @@ class CheckTest(parameterized.TestCase):
     with self.assertRaisesRegex(
         replicas.DivergedError, r"devices \d \(.*\) differs .* \d \(.*\)$"
     ):
-      replicas.check([corrupted(parts, 6, last_bit)], MESH)
+      replicas.check([testing.with_other_copy(parts, 6, last_bit)], MESH)
 
   def test_what_one_device_holds_alone_cannot_differ(self):
     parts = placed(jnp.arange(8.0), ("data", "expert"))
-    replicas.check([corrupted(parts, 6, last_bit)], MESH)
+    replicas.check([testing.with_other_copy(parts, 6, last_bit)], MESH)
 
   def test_a_scalar_and_a_key(self):
     tree = placed(jnp.int32(3)), placed(jax.random.key(0))
     replicas.check(tree, MESH)
+    other = testing.with_other_copy(tree[0], 7, lambda a: a + 1)
     with self.assertRaisesRegex(replicas.DivergedError, "^0: .* devices 7 "):
-      replicas.check((corrupted(tree[0], 7, lambda a: a + 1), tree[1]), MESH)
+      replicas.check((other, tree[1]), MESH)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Seeded inputs, small configs and the one tolerance rule of the tests."""
 
 import pathlib
+import socket
 import tempfile
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +95,27 @@ def assert_same(actual, expected) -> None:
 def folder(test) -> pathlib.Path:
   """An empty folder that goes when the test is over."""
   return pathlib.Path(test.enter_context(tempfile.TemporaryDirectory()))
+
+
+def free_port() -> int:
+  """A port of this machine that nothing listened on just now."""
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    return server.getsockname()[1]
+
+
+def with_other_copy(
+  array: jax.Array, device: int, change: Callable[[np.ndarray], np.ndarray]
+) -> jax.Array:
+  """The same array, but what one device holds is change(what it held)."""
+  parts = [
+    jax.device_put(change(np.array(shard.data)), shard.device)
+    if shard.device.id == device
+    else shard.data
+    for shard in array.addressable_shards
+  ]
+  return jax.make_array_from_single_device_arrays(
+    array.shape, array.sharding, parts
+  )
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> jax.Array:

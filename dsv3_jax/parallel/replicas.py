@@ -1,6 +1,7 @@
 """Whether devices that hold the same part of an array hold the same bits."""
 
 import collections
+import functools
 from typing import Any
 
 import jax
@@ -35,6 +36,7 @@ def check(tree: Any, mesh: jax.sharding.Mesh) -> None:
     raise DivergedError("\n".join(found))
 
 
+@functools.partial(jax.jit, static_argnames="mesh")
 def _digests(leaves: list[jax.Array], mesh: jax.sharding.Mesh) -> jax.Array:
   """A digest of what each device holds of each leaf, [devices, leaves]."""
 
@@ -44,13 +46,9 @@ def _digests(leaves: list[jax.Array], mesh: jax.sharding.Mesh) -> jax.Array:
     ])
     return own[None]
 
-  def everywhere(leaves):
-    of_devices = jax.shard_map(
-        local, mesh=mesh, out_specs=jax.P(topology.AXES)
-    )(leaves)
-    return jax.reshard(of_devices, jax.NamedSharding(mesh, jax.P()))
-
-  return jax.jit(everywhere)(leaves)
+  of_devices = jax.shard_map(local, mesh=mesh, out_specs=jax.P(topology.AXES))
+  whole = jax.NamedSharding(mesh, jax.P())
+  return jax.reshard(of_devices(leaves), whole)
 
 
 def _digest(a: jax.Array) -> jax.Array:

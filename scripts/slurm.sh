@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Trains on several nodes of a SLURM cluster. Edit what is between the lines; a
+# process drives all accelerators of its node. See docs/processes.md.
+# usage: sbatch scripts/slurm.sh [more flags of experiments.pretrain]
+# ------------------------------------------------------------------------------
+#SBATCH --job-name=dsv3
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=32
+#SBATCH --time=24:00:00
+#SBATCH --output=%x-%j.txt
+#SBATCH --no-requeue
+variant=small
+workdir=runs/slurm      # on a file system that all nodes share
+mesh=node=2,expert=8    # multiplies to all accelerators of the job
+# ------------------------------------------------------------------------------
+# Never started again by itself: what was refused (exit code 2) would be refused
+# again. The same sbatch command goes on from the newest checkpoint.
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:?start it with sbatch}"
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+port=$((20000 + SLURM_JOB_ID % 10000))  # jobs may share a node
+# $SLURM_PROCID differs between the processes, so each has to read its own.
+# One that fails takes the others with it: they would wait for it.
+exec srun --kill-on-bad-exit=1 bash -c 'exec "$@" --process="$SLURM_PROCID"' - \
+  .venv/bin/python -m experiments.pretrain \
+  --variant="$variant" --workdir="$workdir" --mesh="$mesh" \
+  --coordinator="${hosts[0]}:$port" --processes="$SLURM_NTASKS" "$@"

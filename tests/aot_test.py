@@ -1,0 +1,159 @@
+"""Tests of steps traced, lowered and compiled for devices that are not here."""
+
+import collections
+import dataclasses
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+from absl.testing import absltest
+from absl.testing import parameterized
+
+from dsv3_jax import config
+from dsv3_jax import presets
+from dsv3_jax import train
+from dsv3_jax.parallel import topology
+
+ROOT = pathlib.Path(__file__).parents[1]
+GIB = 2**30
+
+# Runs a command; the last line it says is the most memory that it held.
+MEASURE = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
+
+COMPILE = """
+import jax
+from dsv3_jax import config, presets, train
+from dsv3_jax.parallel import topology
+jax.config.update("jax_num_cpu_devices", 64)
+run = config.override(
+    presets.V3_671B, "train.batch_size=512", "train.micro_batches=8"
+)
+mesh = topology.mesh({"node": 8, "expert": 8})
+compiled = train.trace_step(run, mesh).lower().compile()
+print(compiled.memory_analysis().argument_size_in_bytes)
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+  """What a program said and took."""
+
+  out: str
+  seconds: float
+  peak_bytes: int
+
+
+def python(*arguments, timeout_s):
+  """Runs a program at full optimisation, unlike the tests."""
+  env = os.environ | {
+      "JAX_PLATFORMS": "cpu",
+      "LD_PRELOAD": "",  # one start instead of two
+      "PYTHONPATH": str(ROOT),
+      "XLA_FLAGS": "",
+  }
+  env.pop("NPROC", None)
+  began = time.monotonic()
+  done = subprocess.run(
+      [sys.executable, "-c", MEASURE, sys.executable, *arguments],
+      cwd=ROOT,
+      env=env,
+      capture_output=True,
+      text=True,
+      timeout=timeout_s,
+      check=False,
+  )
+  seconds = time.monotonic() - began
+  assert done.returncode == 0, done.stderr
+  *lines, kib = done.stdout.splitlines()
+  return Ended("\n".join(lines), seconds, int(kib) * 1024)
+
+
+class AbstractTest(parameterized.TestCase):
+
+  @parameterized.product(
+      layout=("zero1", "fsdp"),
+      sizes=({"data": 2, "expert": 4}, {"node": 2, "expert": 2, "model": 2}),
+  )
+  def test_the_state_is_that_of_a_real_mesh(self, layout, sizes):
+    run = config.override(presets.SMALL, f"parallel.layout={layout}")
+    abstract, real = (
+        train.abstract_state(run, mesh)
+        for mesh in (topology.abstract(sizes), topology.mesh(sizes))
+    )
+
+    def facts(leaf):
+      to = leaf.sharding
+      return leaf.shape, leaf.dtype, to.spec, to.shard_shape(leaf.shape)
+
+    self.assertEqual(jax.tree.map(facts, abstract), jax.tree.map(facts, real))
+
+  def test_the_step_is_that_of_a_real_mesh(self):
+    run = config.override(
+        presets.SMALL, "train.scan_layers=true", "parallel.layout=zero1"
+    )
+    sizes = {"data": 2, "expert": 4}
+    abstract, real = (
+        train.trace_step(run, mesh)
+        for mesh in (topology.abstract(sizes), topology.mesh(sizes))
+    )
+    facts = lambda traced: [
+        (a.shape, a.dtype, a.sharding.spec) for a in traced.jaxpr.out_avals
+    ]
+    self.assertEqual(facts(abstract), facts(real))
+    sent = lambda lowered: collections.Counter(
+        re.findall(
+            r'"stablehlo\.(\w+)".* replica_groups = dense<(.*?)>',
+            lowered.as_text(),
+        )
+    )
+    expected = sent(real.lower())
+    self.assertLessEqual(
+        {"all_gather", "reduce_scatter", "all_to_all"},
+        {kind for kind, _ in expected},
+    )
+    self.assertEqual(
+        sent(abstract.lower(lowering_platforms=("cpu",))), expected
+    )
+
+
+class FullSizeTest(absltest.TestCase):
+
+  def test_671b_lowers_for_2048_devices(self):
+    done = python(
+        "-m",
+        "experiments.pretrain",
+        "--variant=v3_671b",
+        "--dry_run",
+        "--mesh=data=32,node=8,expert=8",
+        "--set=train.batch_size=16384",
+        "--set=train.micro_batches=8",
+        timeout_s=300,
+    )
+    self.assertIn("lowers for 2,048 devices", done.out)
+    # 682.6e9 parameters, MTP included, of 8 bytes: a master weight and two
+    # moments of bfloat16; over 2,048 devices, but for norm gains and the like.
+    self.assertIn("2.48 GiB", done.out)
+    self.assertLess(done.seconds, 60)
+    self.assertLess(done.peak_bytes, 2 * GIB)
+
+  @pytest.mark.slow
+  def test_671b_compiles_for_64_devices(self):
+    done = python("-c", COMPILE, timeout_s=500)
+    # As above, over 64; and a batch.
+    state = 682.6e9 * 8 / 64
+    self.assertAlmostEqual(int(done.out) / state, 1, delta=0.01)
+    print(f"{done.seconds:.0f} s, {done.peak_bytes / GIB:.1f} GiB")
+
+
+if __name__ == "__main__":
+  absltest.main()

@@ -1,0 +1,164 @@
+"""Tests of when devices speak to each other in a step, on what XLA compiled."""
+
+import collections
+import dataclasses
+import functools
+import re
+
+import jax
+import testing
+from absl.testing import absltest
+from absl.testing import parameterized
+
+from dsv3_jax import train
+from dsv3_jax.parallel import layouts
+from dsv3_jax.parallel import topology
+
+# Two micro-batches and two layers of a kind: loops, in which what is done for
+# each of them is there once.
+SETTINGS = (
+    "n_layers=4",
+    "n_dense_layers=2",
+    "train.micro_batches=2",
+    "train.scan_layers=true",
+)
+LAYERS = "dense", "moe", "mtp"
+
+COLLECTIVE = re.compile(
+    r" = (?P<type>.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all"
+    r"|ragged-all-to-all|collective-permute|collective-broadcast)(-start)?\("
+    r'.*?(op_name="(?P<op>[^"]*)"|$)'
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """An operation of the compiled step that sends something."""
+
+  kind: str
+  shapes: tuple[str, ...]  # such as f32[2,8], of its results
+  op: str  # where in the source, as a path of scopes
+  looped: bool  # inside a loop: over micro-batches, layers, rounds
+
+  @property
+  def scopes(self) -> set[str]:
+    """Each scope it lies in, without the transformations around it."""
+    return set(re.findall(r"\w+", self.op))
+
+
+def collectives(text):
+  """The collectives of an HLO module, from its text."""
+  found, entry = [], False
+  for line in text.splitlines():
+    if line and not line[0].isspace():  # a computation begins or ends
+      entry = line.startswith("ENTRY")
+    elif match := COLLECTIVE.search(line):
+      shapes = tuple(re.findall(r"\w+\[[\d,]*\]", match["type"]))
+      found.append(
+          Collective(match["kind"], shapes, match["op"] or "", not entry)
+      )
+  return found
+
+
+@functools.cache
+def compiled(mesh, *settings):
+  """The collectives of a step, and the run's layout."""
+  sizes, run = dict(mesh), testing.run(*SETTINGS, *settings)
+  step = train.trace_step(run, topology.mesh(sizes)).lower().compile()
+  return collectives(step.as_text()), layouts.layout(run, sizes)
+
+
+def slices(layout, kinds):
+  """How many (leaf, dim) are stored in slices."""
+  places = {k: v for k, v in layout.places.items() if k in kinds}
+  return sum(len(place.slices) for place in jax.tree.leaves(places))
+
+
+def of_step(found):
+  """Those that are there for a step, not for a micro-batch or a layer."""
+  # XLA takes the first gathers of the MTP module, which no loop over layers
+  # holds, out of the loop over micro-batches.
+  return [c for c in found if not (c.looped or "mtp_1" in c.scopes)]
+
+
+ZERO1 = ("parallel.layout=zero1",)
+FSDP = "parallel.layout=fsdp", "train.remat=block"
+WAYS = (
+    ((("data", 2), ("expert", 2)), ZERO1),
+    ((("node", 2), ("expert", 2)), ZERO1),
+    ((("data", 2), ("expert", 2)), FSDP),
+)
+
+
+class StepTest(parameterized.TestCase):
+
+  @parameterized.parameters(*WAYS)
+  def test_only_the_experts_speak_while_tokens_pass(self, mesh, settings):
+    found, layout = compiled(mesh, *settings)
+    silent = {"embed", "router", "mla", "shared", "loss"}
+    for each in found:
+      self.assertFalse(each.scopes & silent, each)
+    in_step = of_step(found)
+    inside = [c for c in found if c not in in_step]
+    dispatch = [c for c in inside if "experts" in c.scopes]
+    # Tokens, choices and gates, there and back; how many rounds there are.
+    self.assertEqual({c.kind for c in dispatch}, {"all-to-all", "all-reduce"})
+    for each in dispatch:
+      if each.kind == "all-reduce":
+        self.assertIn("pmax", each.op)
+        self.assertEqual(set(each.shapes), {"s32[]"}, each)
+    others = collections.Counter(c.kind for c in inside if c not in dispatch)
+    expected = {}
+    if layout.rules.by_layer:
+      # Each layer's slices become whole to go forward, and again to go back;
+      # the gradients of what is whole become slices.
+      n = slices(layout, LAYERS)
+      expected = {"all-gather": 2 * n, "reduce-scatter": n}
+    self.assertEqual(others, expected)
+
+  @parameterized.parameters(*WAYS)
+  def test_a_slice_is_gathered_and_scattered_once_a_step(self, mesh, settings):
+    found, layout = compiled(mesh, *settings)
+    of_layers = LAYERS if layout.rules.by_layer else ()
+    n = slices(layout, layout.places.keys() - set(of_layers))
+    counts = collections.Counter(c.kind for c in of_step(found))
+    del counts["all-reduce"]
+    self.assertEqual(counts, {"all-gather": n, "reduce-scatter": n})
+
+  @parameterized.parameters(*WAYS)
+  def test_what_is_summed_is_numbers_and_counts(self, mesh, settings):
+    found, _ = compiled(mesh, *settings)
+    sums = [c for c in of_step(found) if c.kind == "all-reduce"]
+    # Labels, losses and norms; expert counts and copies sent, of three routers.
+    # No gradient: all of them are stored in slices here.
+    shapes = {shape for each in sums for shape in each.shapes}
+    self.assertEqual(shapes, {"s32[]", "f32[]", "s32[3,8]", "s32[3,2]"})
+    self.assertLess(len(sums), 10)
+
+
+class TextTest(absltest.TestCase):
+
+  def test_reads_collectives_and_where_they_are(self):
+    text = """\
+HloModule step
+
+%body (p: f32[2]) -> f32[2] {
+  %a = (f32[1,8]{1,0}, s32[]) all-to-all(%x), op_name="jvp(mtp_1)/experts/a2a"
+}
+
+ENTRY %main (p: f32[2]) -> f32[4] {
+  %all-gather.1 = f32[4]{0} all-gather-start(%p), dimensions={0}
+  ROOT %z = f32[4]{0} add(%all-gather.1, %all-gather.1)
+}
+"""
+    first, second = collectives(text)
+    self.assertEqual(first.kind, "all-to-all")
+    self.assertEqual(first.shapes, ("f32[1,8]", "s32[]"))
+    self.assertLessEqual({"mtp_1", "experts"}, first.scopes)
+    self.assertTrue(first.looped)
+    self.assertEqual((second.kind, second.op), ("all-gather", ""))
+    self.assertFalse(second.looped)
+
+
+if __name__ == "__main__":
+  absltest.main()

@@ -1,0 +1,300 @@
+"""Tests of several processes that train as one, as they are really started."""
+
+import dataclasses
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+import pytest
+import testing
+from absl.testing import absltest
+
+from dsv3_jax import checkpoint
+from dsv3_jax import config
+from dsv3_jax import presets
+from dsv3_jax import train
+from dsv3_jax.parallel import topology
+from experiments import common
+from experiments import logbook
+
+ROOT = pathlib.Path(__file__).parents[1]
+PROSE = "It was a bright cold day, and {} clocks were striking thirteen.\n"
+TIMEOUT_S = 300  # of all that a test starts; nothing here can hang for ever
+STEPS = 4
+SETTINGS = (
+    "vocab_size=300",
+    "d_model=16",
+    "n_layers=1",
+    "n_dense_layers=0",
+    "mtp.depth=0",
+    "mla.n_heads=2",
+    "mla.q_rank=8",
+    "mla.kv_rank=8",
+    "mla.nope_dim=4",
+    "mla.rope_dim=4",
+    "mla.v_dim=4",
+    "moe.ffn_dim=8",
+    "router.n_experts=8",
+    "router.top_k=2",
+    "init_std=0.1",
+    "data.seq_len=8",
+    "train.batch_size=8",
+    "train.micro_batches=2",
+    "train.tokens=2560",
+    "schedule.warmup_steps=2",
+    "checkpoint.every=2",
+    "checkpoint.keep=9",
+    "evaluate.sample_tokens=0",
+    "parallel.layout=zero1",
+    "parallel.check_every=2",
+)
+
+
+# What takes longer to compile.
+MORE = (
+    "n_layers=2",
+    "n_dense_layers=1",
+    "dense_ffn_dim=24",
+    "mtp.depth=1",
+    "evaluate.sample_tokens=4",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+  """What a process left."""
+
+  code: int
+  out: str
+  err: str
+
+
+def together(*commands, timeout_s=TIMEOUT_S):
+  """Runs Python with each of the argument lists, all at once."""
+  env = os.environ | {
+      "JAX_PLATFORMS": "cpu",
+      "LD_PRELOAD": "",  # one start instead of two
+      "XLA_FLAGS": "--xla_backend_optimization_level=0",
+  }
+  env.pop("NPROC", None)  # the program's own choice is tested
+  deadline = time.monotonic() + timeout_s
+  started, files = [], []
+  try:
+    for command in commands:
+      files.append([tempfile.TemporaryFile("w+") for _ in range(2)])
+      out, err = files[-1]
+      started.append(
+          subprocess.Popen(
+              [sys.executable, *command],
+              cwd=ROOT,
+              env=env,
+              stdout=out,
+              stderr=err,
+          )
+      )
+    codes = [p.wait(max(deadline - time.monotonic(), 0)) for p in started]
+    texts = []
+    for pair in files:
+      for file in pair:
+        file.seek(0)
+      texts.append([file.read() for file in pair])
+    return [Ended(c, *pair) for c, pair in zip(codes, texts, strict=True)]
+  finally:
+    for process in started:
+      process.kill()
+      process.wait()
+    for pair in files:
+      for file in pair:
+        file.close()
+
+
+def members(n):
+  """The flags of each of n processes."""
+  port = testing.free_port()
+  return [
+      (
+          f"--coordinator=127.0.0.1:{port}",
+          f"--processes={n}",
+          f"--process={i}",
+      )
+      for i in range(n)
+  ]
+
+
+class Programs(absltest.TestCase):
+  """Runs of one configuration in a folder."""
+
+  SETTINGS = SETTINGS
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    folder = cls.enterClassContext(tempfile.TemporaryDirectory())
+    cls.root = pathlib.Path(folder)
+    text = cls.root / "text.txt"
+    text.write_text("".join(PROSE.format(i) for i in range(200)))
+    cls.settings = (*cls.SETTINGS, f"data.path={text}")
+
+  def command(self, name, mesh, *more):
+    return [
+        "-m",
+        "experiments.pretrain",
+        "--variant=tiny",
+        f"--workdir={self.root / name}",
+        f"--mesh={mesh}",
+        f"--steps={STEPS}",
+        *(f"--set={setting}" for setting in self.settings),
+        *more,
+    ]
+
+  def train(self, name, mesh, n=1):
+    """Trains in n processes, each of which must end well."""
+    who = members(n) if n > 1 else [()]
+    ended = together(*(self.command(name, mesh, *flags) for flags in who))
+    for each in ended:
+      self.assertEqual(each.code, common.OK, each)
+    return ended
+
+  def rows(self, name):
+    return logbook.read(self.root / name / logbook.METRICS)
+
+  def assert_same_steps(self, name, steps):
+    """The rows of steps are those of the run in one process."""
+    of = lambda rows, key: {r["step"]: r[key] for r in rows if key in r}
+    actual, expected = self.rows(name), self.rows("one")
+    for key in ("loss", "main_loss", "mtp_loss", "grad_norm", "heldout_loss"):
+      got, want = of(actual, key), of(expected, key)
+      self.assertTrue(want.keys() & steps)
+      for step in want.keys() & steps:
+        np.testing.assert_allclose(got[step], want[step], rtol=1e-6)
+    for key in ("load", "max_vio", "max_vio_per_layer"):
+      got, want = of(actual, key), of(expected, key)
+      self.assertEqual(want.keys(), set(range(1, STEPS + 1)))
+      for step in steps:
+        self.assertEqual(got[step], want[step])
+
+  def assert_written_once(self, name, ended):
+    folder = self.root / name
+    rows = [row["step"] for row in self.rows(name) if "loss" in row]
+    self.assertEqual(rows, list(range(1, STEPS + 1)))
+    log = (folder / logbook.LOG).read_text()
+    for line in ("tiny: 0 of 4 steps done", "step 4/4  loss", "held-out loss"):
+      self.assertEqual(log.count(line), 1, log)
+    self.assertLen(list((folder / logbook.EVENTS).iterdir()), 1)
+    for file in ("config.json", "env.json", "summary.json"):
+      self.assertLen(list(folder.rglob(file)), 1)
+    self.assertEmpty(list(folder.rglob("*.partial")))
+    self.assertIn("held-out loss", ended[0].out)
+    for other in ended[1:]:  # says nothing of its own
+      said = [line for line in other.out.splitlines() if "[Gloo]" not in line]
+      self.assertEmpty(said)
+
+
+class TwoProcessesTest(Programs):
+
+  def test_train_as_one_and_one_goes_on(self):
+    self.train("one", "data=2,expert=2")
+    ended = self.train("two", "data=2,expert=2", n=2)
+    self.assert_same_steps("two", {1, 2, 3, 4})
+    self.assert_written_once("two", ended)
+    self.check_first_save("two")
+    # One process, one device, from what two have saved in the middle.
+    shutil.copytree(self.root / "two", self.root / "after")
+    shutil.rmtree(self.root / "after" / "checkpoints" / "4")
+    self.train("after", "data=1")
+    log = (self.root / "after" / logbook.LOG).read_text()
+    self.assertIn("tiny: 2 of 4 steps done", log)
+    self.assert_same_steps("after", {3, 4})
+
+  def check_first_save(self, name):
+    """It holds, on one device, the state that one device begins with."""
+    run = config.override(presets.TINY, *self.settings)
+    mesh = topology.mesh({})
+    folder = self.root / name / "checkpoints"
+    checkpoints = checkpoint.manager(folder, run.checkpoint)
+    self.addCleanup(checkpoints.close)
+    self.assertEqual(checkpoints.all_steps(), [0, 2, 4])
+    like = train.abstract_state(run, mesh)
+    saved, facts = checkpoint.restore(checkpoints, 0, like)
+    self.assertEqual(facts["rows"], 0)
+    first = train.make_state(run, mesh, seed=0)
+    testing.assert_same(testing.host(saved), testing.host(first))
+    _, facts = checkpoint.restore(checkpoints, 2, like)
+    self.assertEqual(facts["rows"], 2 * run.train.batch_size)
+
+
+@pytest.mark.slow
+class FourProcessesTest(Programs):
+  SETTINGS = (*SETTINGS, *MORE)
+
+  def test_train_as_one_on_two_nodes(self):
+    self.train("one", "node=2,expert=2")
+    ended = self.train("four", "node=2,expert=2", n=4)
+    self.assert_same_steps("four", {1, 2, 3, 4})
+    self.assert_written_once("four", ended)
+
+
+class RowsTest(absltest.TestCase):
+
+  def test_each_row_is_read_by_one_process(self):
+    script = (
+        "import sys\n"
+        "from dsv3_jax.parallel import topology\n"
+        "from experiments import cluster\n"
+        "address, n, i = sys.argv[1], *map(int, sys.argv[2:])\n"
+        "cluster.use_virtual_devices(2, spare_threads=True)\n"
+        "cluster.Processes(address, n, i, 60).join()\n"
+        "mesh = cluster.mesh({'data': 2, 'expert': 2})\n"
+        "print(topology.own_rows(8, mesh))\n"
+    )
+    address = f"127.0.0.1:{testing.free_port()}"
+    ended = together(
+        *(["-c", script, address, "2", str(i)] for i in range(2)),
+        timeout_s=60,
+    )
+    for each in ended:
+      self.assertEqual(each.code, 0, each)
+    rows = [set(map(int, re.findall(r"\d+", each.out))) for each in ended]
+    self.assertEqual(rows, [{0, 1, 2, 3}, {4, 5, 6, 7}])
+
+
+class MissingTest(absltest.TestCase):
+
+  def test_a_process_that_never_comes_is_named(self):
+    root = testing.folder(self)
+    began = time.monotonic()
+    ended = together(
+        *(
+            [
+                "-m",
+                "experiments.pretrain",
+                "--variant=tiny",
+                f"--workdir={root / 'run'}",
+                "--mesh=data=4",
+                "--join_timeout=5",
+                *flags,
+            ]
+            for flags in members(4)
+            if flags[-1] != "--process=2"
+        ),
+        timeout_s=60,
+    )
+    self.assertLess(time.monotonic() - began, 45)
+    for each in ended:
+      self.assertEqual((each.code, each.out), (common.BAD_INPUT, ""), each)
+      self.assertEqual(
+          each.err,
+          "error: --processes=4: 2 did not join within 5 s; start them, or"
+          " raise --join_timeout\n",
+      )
+    self.assertFalse((root / "run").exists())
+
+
+if __name__ == "__main__":
+  absltest.main()
