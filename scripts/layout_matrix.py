@@ -12,6 +12,7 @@ table into README.md.
 
 import dataclasses
 import functools
+import math
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -65,6 +66,18 @@ RUN = config.override(
 )
 
 
+# For pipelines: a layer for each stage and micro-batches for all schedules.
+# Larger weights multiply rounding from layer to layer, without a pipeline too.
+DEEP = config.override(
+    RUN,
+    "n_layers=8",
+    "init_std=0.1",
+    "train.tokens=12800",
+    "train.batch_size=32",
+    "train.micro_batches=16",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
   """A mesh, such as `data=2,expert=4`, and how it is used."""
@@ -73,6 +86,7 @@ class Case:
   layout: str = "zero1"
   dispatch: str = "auto"
   settings: tuple[str, ...] = ()
+  base: config.Run = RUN  # what it must equal on one device
 
   @property
   def sizes(self) -> dict[str, int]:
@@ -82,11 +96,22 @@ class Case:
   @property
   def run(self) -> config.Run:
     return config.override(
-        RUN,
+        self.base,
         f"parallel.layout={self.layout}",
         f"parallel.dispatch={self.dispatch}",
         *self.settings,
     )
+
+
+def _pipeline(
+    mesh: str,
+    schedule: str,
+    layout: str = "zero1",
+    dispatch: str = "auto",
+    settings: tuple[str, ...] = (),
+) -> Case:
+  settings = f"parallel.schedule={schedule}", *settings
+  return Case(mesh, layout, dispatch, settings, DEEP)
 
 
 # One case or more for each axis, pair of axes, layout and dispatch; these run
@@ -98,6 +123,10 @@ QUICK = (
     Case("node=2,expert=2", "zero1", "two_hop"),
     Case("data=2,expert=2", "fsdp", "gather", ("train.remat=block",)),
     Case("node=2,model=2", "replicated", "one_hop"),
+    _pipeline("pipe=2", "1f1b", "replicated"),
+    _pipeline("pipe=4", "zb1p"),
+    _pipeline("pipe=4,expert=2", "dualpipe"),
+    _pipeline("pipe=2,data=2", "dualpipev", settings=("train.remat=block",)),
 )
 CASES = (
     *QUICK,
@@ -126,6 +155,33 @@ CASES = (
     Case("data=2,node=2,expert=2", "fsdp", "two_hop", ("train.remat=block",)),
     Case("data=2,expert=2,model=2", "fsdp", "one_hop"),
     Case("node=2,expert=2,model=2", "zero1", "two_hop"),
+    _pipeline("pipe=1", "1f1b"),
+    _pipeline("pipe=4", "1f1b"),
+    _pipeline("pipe=8", "1f1b"),
+    _pipeline("pipe=2,expert=2", "1f1b"),
+    _pipeline("pipe=4,expert=2", "1f1b"),
+    _pipeline("pipe=8,expert=2", "1f1b"),
+    _pipeline("pipe=2", "zb1p"),
+    _pipeline("pipe=8", "zb1p"),
+    _pipeline("pipe=2,expert=2", "zb1p"),
+    _pipeline("pipe=4,expert=2", "zb1p", "replicated"),
+    _pipeline("pipe=8,expert=2", "zb1p"),
+    _pipeline("pipe=2", "dualpipe", "replicated"),
+    _pipeline("pipe=4", "dualpipe"),
+    _pipeline("pipe=8", "dualpipe"),
+    _pipeline("pipe=2,expert=2", "dualpipe", "zero1", "gather"),
+    _pipeline("pipe=8,expert=2", "dualpipe"),
+    _pipeline("pipe=2,node=2,expert=2", "dualpipe"),
+    _pipeline(
+        "pipe=2,data=2,expert=2", "dualpipe", settings=("train.remat=block",)
+    ),
+    _pipeline("pipe=2,data=2,node=2", "dualpipe"),
+    _pipeline("pipe=1", "dualpipev"),
+    _pipeline("pipe=2", "dualpipev"),
+    _pipeline("pipe=4", "dualpipev"),
+    _pipeline("pipe=1,expert=2", "dualpipev"),
+    _pipeline("pipe=2,expert=2", "dualpipev"),
+    _pipeline("pipe=4,expert=2", "dualpipev"),
 )
 
 
@@ -142,23 +198,23 @@ class Differences:
   diverged: str  # where devices hold different copies of the final state
 
 
-def _batch(step: int) -> losses.Batch:
+def _batch(run: config.Run, step: int) -> losses.Batch:
   rng = np.random.default_rng(step)
-  shape = (RUN.train.micro_batches, RUN.train.micro_batch_size)
-  shape = (*shape, RUN.data.seq_len + 1)
-  rows = rng.integers(RUN.model.vocab_size, size=shape, dtype=np.int32)
-  return losses.batch(rows, RUN.model.vocab_size)
+  shape = (run.train.micro_batches, run.train.micro_batch_size)
+  shape = (*shape, run.data.seq_len + 1)
+  rows = rng.integers(run.model.vocab_size, size=shape, dtype=np.int32)
+  return losses.batch(rows, run.model.vocab_size)
 
 
-def _first_state() -> train.TrainState:
-  state = train.init_state(RUN, jax.random.key(0))
+def _first_state(run: config.Run) -> train.TrainState:
+  state = train.init_state(run, jax.random.key(0))
   noise = np.random.default_rng(0).normal(size=state.router_bias.shape)
   return state.replace(router_bias=0.01 * noise.astype(np.float32))
 
 
 def _train(run: config.Run, mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
   """Three steps; what is to be compared, on the host."""
-  state = _first_state()
+  state = _first_state(run)
   if mesh is not None:
     state = jax.device_put(state, train.shardings(run, mesh))
   gradients = jax.jit(functools.partial(train.gradients, run=run, mesh=mesh))
@@ -166,7 +222,7 @@ def _train(run: config.Run, mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
   clipped = jax.jit(lambda *args: optim.adamw(run.optim).update(*args)[0])
   seen = {"gradients": [], "update": [], "loss": [], "norm": [], "counts": []}
   for step in range(STEPS):
-    batch = _batch(step)
+    batch = _batch(run, step)
     if mesh is not None:
       batch = train.place(batch, run.train.micro_batch_size, mesh)
     grads, terms, stats = gradients(state, batch)
@@ -191,8 +247,8 @@ def _diverged(state: train.TrainState, mesh: jax.sharding.Mesh) -> str:
 
 
 @functools.cache
-def _expected() -> dict[str, Any]:
-  return _train(RUN, None)
+def _expected(run: config.Run) -> dict[str, Any]:
+  return _train(run, None)
 
 
 def _worst(actual: Any, expected: Any) -> float:
@@ -206,8 +262,8 @@ def _worst(actual: Any, expected: Any) -> float:
 
 def measure(case: Case) -> Differences:
   """How far a case is from one device."""
-  expected, run = _expected(), case.run
-  actual = _train(run, topology.mesh(case.sizes))
+  expected = _expected(case.base)
+  actual = _train(case.run, topology.mesh(case.sizes))
   names = ("loss", "gradients", "norm", "update", "params")
   same = map(np.array_equal, actual["counts"], expected["counts"])
   return Differences(
@@ -316,7 +372,8 @@ def main(argv: Sequence[str]) -> int:
   if known.help:
     print(__doc__, known.get_help(), sep="\n")
     return 0
-  cluster.use_virtual_devices(8, spare_threads=True)
+  n_devices = max(math.prod(case.sizes.values()) for case in CASES)
+  cluster.use_virtual_devices(n_devices, spare_threads=True)
   print(_line(HEAD), _line(["---"] * len(HEAD)), sep="\n")
   rows = []
   for case in CASES:

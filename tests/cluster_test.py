@@ -88,9 +88,9 @@ class ProblemsTest(parameterized.TestCase):
 class MeshTest(absltest.TestCase):
 
   def test_must_multiply_to_the_devices(self):
-    with self.assertRaisesRegex(ValueError, "to 6, and there are 8 .*data=8"):
+    with self.assertRaisesRegex(ValueError, "to 6, and there are 16 .*data=16"):
       cluster.mesh({"data": 2, "expert": 3})
-    with self.assertRaisesRegex(ValueError, "to 4, .*data=4 with the others"):
+    with self.assertRaisesRegex(ValueError, "to 4, .*data=8 with the others"):
       cluster.mesh({"data": 2, "expert": 2})
 
   def test_all_devices_share_the_data_unless_told(self):

@@ -1,4 +1,4 @@
-"""Tests run on eight virtual CPU devices, with implicit broadcasts refused."""
+"""Tests run on 16 virtual CPU devices, with implicit broadcasts refused."""
 
 import os
 
@@ -9,9 +9,9 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 # Threads to spare for devices that wait for each other, see
 # `experiments/cluster.py`.
-os.environ.setdefault("NPROC", "24")
+os.environ.setdefault("NPROC", "48")
 
 import jax
 
-jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_num_cpu_devices", 16)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from dsv3_jax import schema
 from dsv3_jax import train
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import layouts
+from dsv3_jax.parallel import schedules
 from dsv3_jax.parallel import topology
 from scripts import layout_matrix
 
@@ -24,7 +26,7 @@ SLOW = [
 
 def named(cases):
   return [
-      (f"{c.mesh}_{c.layout}_{c.dispatch}".replace("=", ""), c) for c in cases
+      ("_".join(layout_matrix.names(c)).replace("=", ""), c) for c in cases
   ]
 
 
@@ -71,7 +73,18 @@ class InvarianceTest(parameterized.TestCase):
     self.assertLessEqual({"gather", "one_hop", "two_hop"},
                          {c.dispatch for c in cases})
     sizes = {int(np.prod(list(c.sizes.values()))) for c in cases}
-    self.assertEqual(sizes, {1, 2, 4, 8})
+    self.assertEqual(sizes, {1, 2, 4, 8, 16})
+
+  def test_the_cases_cover_every_schedule_and_number_of_stages(self):
+    found = {}
+    for case in layout_matrix.CASES:
+      if case.run.parallel.schedule != "none":
+        stages = layouts.layout(case.run, case.sizes).stages
+        sizes = stages.schedule.n_stages, case.sizes.get("expert", 1)
+        found.setdefault(case.run.parallel.schedule, set()).add(sizes)
+    self.assertEqual(set(found), set(schedules.SCHEDULES))
+    for sizes in found.values():
+      self.assertLessEqual(set(itertools.product((2, 4, 8), (1, 2))), sizes)
 
 
 class TableTest(parameterized.TestCase):

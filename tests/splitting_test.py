@@ -9,7 +9,6 @@ import testing
 from absl.testing import absltest
 from absl.testing import parameterized
 
-from dsv3_jax import schema
 from dsv3_jax.model import experts
 from dsv3_jax.model import layers
 from dsv3_jax.model import moe
@@ -67,8 +66,9 @@ def in_parts(passes, p, bias, x, d_outputs):
   outputs, told, kept = passes.forward(p, bias, x)
   dx, early, deferred = passes.input_gradient(p, bias, kept, d_outputs)
   late = passes.weight_gradient(p, bias, deferred)
-  assert all((a is None) != (b is None) for a, b in zip(early, late))
-  leaves = [b if a is None else a for a, b in zip(early, late, strict=True)]
+  pairs = list(zip(early, late, strict=True))
+  assert all((a is None) != (b is None) for a, b in pairs)
+  leaves = [b if a is None else a for a, b in pairs]
   dp = jax.tree.unflatten(jax.tree.structure(p), leaves)
   return outputs, told, dp, dx
 
