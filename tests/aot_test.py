@@ -43,6 +43,27 @@ compiled = train.trace_step(run, mesh).lower().compile()
 print(compiled.memory_analysis().argument_size_in_bytes)
 """
 
+PIPELINE = """
+import time
+import jax
+from dsv3_jax import config, train
+from dsv3_jax.parallel import topology
+from scripts import layout_matrix
+jax.config.update("jax_num_cpu_devices", 64)
+run = config.override(
+    layout_matrix.DEEP,
+    "n_layers=16",
+    "train.tokens=51200",
+    "train.batch_size=256",
+    "train.micro_batches=64",
+    "parallel.schedule=dualpipe",
+)
+mesh = topology.mesh({"pipe": 16, "expert": 4})
+began = time.monotonic()
+train.trace_step(run, mesh).lower().compile()
+print(time.monotonic() - began)
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
@@ -153,6 +174,11 @@ class FullSizeTest(absltest.TestCase):
     state = 682.6e9 * 8 / 64
     self.assertAlmostEqual(int(done.out) / state, 1, delta=0.01)
     print(f"{done.seconds:.0f} s, {done.peak_bytes / GIB:.1f} GiB")
+
+  @pytest.mark.slow
+  def test_dualpipe_of_16_stages_and_64_micro_batches_compiles(self):
+    done = python("-c", PIPELINE, timeout_s=300)
+    self.assertLess(float(done.out), 60)
 
 
 if __name__ == "__main__":

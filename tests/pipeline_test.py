@@ -1,0 +1,186 @@
+"""Tests of what the executor of schedules compiles to.
+
+That it changes no number is in `layouts_test`.
+"""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import testing
+from absl.testing import absltest
+from absl.testing import parameterized
+from jax.extend import core
+
+from dsv3_jax import config
+from dsv3_jax import losses
+from dsv3_jax import train
+from dsv3_jax.model import transformer
+from dsv3_jax.parallel import layouts
+from dsv3_jax.parallel import lockstep
+from dsv3_jax.parallel import pipeline
+from dsv3_jax.parallel import schedules
+from dsv3_jax.parallel import splitting
+from dsv3_jax.parallel import topology
+from scripts import layout_matrix
+
+SIZES = {"pipe": 4}
+RUN = config.override(
+    layout_matrix.DEEP,
+    "n_dense_layers=2",
+    "train.micro_batches=8",
+    "parallel.schedule=dualpipe",
+)
+
+
+def traced(run, sizes=None):
+  """A run that traces its gradients on a mesh."""
+  mesh = topology.mesh(sizes or SIZES)
+  state = train.abstract_state(run, mesh)
+  spec = jax.NamedSharding(mesh, topology.batch_spec(mesh.shape, 1))
+  shape = run.train.micro_batches, run.train.micro_batch_size, run.data.seq_len
+  ids = jax.ShapeDtypeStruct(shape, np.int32, sharding=spec)
+  gradients = functools.partial(train.gradients, run=run, mesh=mesh)
+  return jax.jit(gradients).trace(state, losses.Batch(ids, ids))
+
+
+def equations(jaxpr):
+  """All of a program, inner ones included."""
+  for eqn in jaxpr.eqns:
+    yield eqn
+    for inner in core.jaxprs_in_params(eqn.params):
+      yield from equations(inner)
+
+
+def products(jaxpr):
+  names = [eqn.primitive.name for eqn in equations(jaxpr)]
+  return sum(name.endswith("dot_general") for name in names)
+
+
+def side_by_side(run):
+  """Products of a mixture layer forward, and of one backward for its input."""
+  specs = transformer.specs(run.model)["moe"]
+  p = jax.tree.map(lambda a: a[0], testing.draw(specs))
+  x = testing.normal(2, run.data.seq_len, run.model.d_model)
+  bias = testing.normal(run.model.router.n_experts)
+  layer = functools.partial(
+      pipeline._moe, cfg=run.model, experts=layouts.layout(run, SIZES).experts
+  )
+  put_off = [leaf.ndim > 1 for leaf in jax.tree.leaves(p)]
+  passes = splitting.split(layer, p, bias, x, put_off)
+  forward = jax.make_jaxpr(passes.forward)(p, bias, x).jaxpr
+  d_outputs = x, jax.ShapeDtypeStruct((), np.float32)
+  backward = jax.make_jaxpr(passes.input_gradient)(
+      p, bias, passes.kept, d_outputs
+  ).jaxpr
+  return products(forward) + products(backward)
+
+
+class TableTest(parameterized.TestCase):
+
+  @parameterized.product(name=tuple(schedules.SCHEDULES), n_ranks=(2, 4, 8))
+  def test_is_the_lockstep_form(self, name, n_ranks):
+    schedule = schedules.SCHEDULES[name](n_ranks, 2 * n_ranks + 2)
+    table = pipeline.table(schedule)
+    for tick, cells in enumerate(lockstep.ticks(schedule)):
+      for rank, cell in enumerate(cells):
+        turn = jax.tree.map(lambda a, at=(tick, rank): int(a[at]), table.turns)
+        kinds = [op.kind for op in cell or ()]
+        self.assertEqual(turn.forward.on, int("F" in kinds))
+        self.assertEqual(turn.backward.on, int("B" in kinds or "I" in kinds))
+        self.assertEqual(turn.weight.on, int("B" in kinds or "W" in kinds))
+        self.assertEqual(turn.pair, int(len(kinds) == 2))
+        for op in cell or ():
+          task = {"F": turn.forward, "W": turn.weight}.get(
+              op.kind, turn.backward
+          )
+          self.assertEqual(task.stage, schedule.stages[rank][op.direction])
+          stream = schedule.streams[op.direction]
+          first = stream * schedule.n_per_stream
+          self.assertEqual(task.micro_batch, first + op.micro_batch)
+
+  @parameterized.parameters(2, 4, 8, 16)
+  def test_keeps_one_micro_batch_more_than_there_are_stages(self, n):
+    self.assertEqual(pipeline.table(schedules.dualpipe(n, 2 * n)).kept, n + 1)
+    half = schedules.dualpipev(n // 2, n)
+    self.assertEqual(pipeline.table(half).kept, n + 1)
+    self.assertEqual(pipeline.table(schedules.one_f_one_b(n, 2 * n)).kept, n)
+
+
+class ProgramTest(parameterized.TestCase):
+
+  @parameterized.parameters(*schedules.SCHEDULES)
+  def test_makes_no_product_more_than_without_a_pipeline(self, name):
+    # A loop over layers is there once, however often it runs. A forward and a
+    # backward pass of mixture layers are there once more, to run side by side.
+    run = config.override(RUN, f"parallel.schedule={name}")
+    plain = config.override(RUN, "parallel.schedule=none")
+    found = products(traced(run, {"pipe": 2}).jaxpr)
+    expected = products(traced(plain, {"data": 1}).jaxpr)
+    self.assertEqual(found, expected + side_by_side(run))
+
+  def test_repeating_forward_is_the_only_other_work(self):
+    run = config.override(RUN, "train.remat=block")
+    plain = config.override(run, "parallel.schedule=none")
+    more = products(traced(run).jaxpr) - products(traced(RUN).jaxpr)
+    plain_more = products(traced(plain, {"data": 1}).jaxpr)
+    plain_more -= products(
+        traced(config.override(plain, "train.remat=none"), {"data": 1}).jaxpr
+    )
+    # Twice for mixture layers: side by side with a forward pass, and alone.
+    self.assertGreater(more, plain_more)
+    self.assertLess(more, 2 * plain_more)
+
+  def test_its_size_does_not_grow_with_micro_batches(self):
+    sizes = set()
+    for n in (8, 16, 32):
+      run = config.override(
+          RUN, f"train.batch_size={2 * n}", f"train.micro_batches={n}"
+      )
+      sizes.add(len(list(equations(traced(run).jaxpr))))
+    self.assertLen(sizes, 1)
+
+  def test_no_buffer_is_copied_from_tick_to_tick(self):
+    # Buffers of two layers a stage: kept of P + 1 = 5 slots, deferred of 3.
+    table = pipeline.table(schedules.dualpipe(4, 8))
+    leading = {2 * table.kept, 2 * table.deferred}
+    self.assertEqual(leading, {10, 6})
+    text = traced(RUN).lower().compile().as_text()
+    in_loops, entry = [], False
+    for line in text.splitlines():
+      if line and not line[0].isspace():
+        entry = line.startswith("ENTRY")
+      elif not entry and (match := re.search(r"= \w+\[(\d+),.* copy\(", line)):
+        in_loops.append(int(match[1]))
+    self.assertIn(" while(", text)
+    self.assertEmpty(leading & set(in_loops))
+
+
+class ProblemsTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      ({"pipe": 3}, (), "3 ranks: must be even"),
+      ({"pipe": 4}, ("train.micro_batches=4",), "4 micro-batches.*at least 8"),
+      ({"pipe": 4}, ("parallel.schedule=none",), "pipe=4 needs a .*schedule"),
+      ({"pipe": 8}, ("n_layers=6",), "6 layers are too few for 8 stages"),
+      ({"pipe": 4, "model": 2}, (), "model=2 with parallel.schedule=dualpipe"),
+      ({"pipe": 4}, ("parallel.layout=fsdp",), "fsdp with parallel.schedule"),
+      ({}, (), "1 ranks: must be even and at least 2; use 2"),
+  )
+  def test_says_what_is_wrong_and_what_would_do(self, sizes, settings, message):
+    run = config.override(RUN, *settings)
+    self.assertRegex("\n".join(layouts.problems(run, sizes)), message)
+
+  def test_odd_micro_batches(self):
+    run = config.override(RUN, "train.batch_size=22", "train.micro_batches=11")
+    found = "\n".join(layouts.problems(run, SIZES))
+    self.assertIn("11 micro-batches: must be even and at least 8", found)
+    self.assertIn("use 10 or 12", found)
+
+  def test_nothing_is_wrong(self):
+    self.assertEmpty(layouts.problems(RUN, SIZES))
+
+
+if __name__ == "__main__":
+  absltest.main()
