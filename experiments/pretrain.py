@@ -3,8 +3,7 @@
   python -m experiments.pretrain --variant=tiny --workdir=runs/tiny
   python -m experiments.pretrain --variant=v3_671b --dry_run
   python -m experiments.pretrain --variant=v3_671b --dry_run \
-      --mesh=data=32,node=8,expert=8 \
-      --set=train.batch_size=16384 --set=train.micro_batches=8
+      --mesh=pipe=16,data=2,node=8,expert=8 --set=parallel.schedule=dualpipe
 
 tiny: a whole small DeepSeek-V3 on two novels, minutes on two cores; expect held
 out bits per byte below 1.85.
