@@ -63,7 +63,7 @@ def side_by_side(run):
   specs = transformer.specs(run.model)["moe"]
   p = jax.tree.map(lambda a: a[0], testing.draw(specs))
   x = testing.normal(2, run.data.seq_len, run.model.d_model)
-  bias = testing.normal(run.model.router.n_experts)
+  bias = testing.normal(1, run.model.router.n_experts)
   layer = functools.partial(
       pipeline._moe, cfg=run.model, experts=layouts.layout(run, SIZES).experts
   )

@@ -216,11 +216,12 @@ def _executor(params, bias, mtp_weight, batch, weights, run, layout):
   passes = {}
   for name in layout.stages.kinds:
     p = jax.tree.map(lambda a: a[0], params[name])
+    constants = {"dense": (), "moe": bias[:1]}[name]
     put_off = [leaf.ndim > 1 for leaf in jax.tree.leaves(p)]
     layer = functools.partial(
         _LAYERS[name], cfg=run.model, experts=layout.experts
     )
-    divided = splitting.split(layer, p, bias[0], x, put_off)
+    divided = splitting.split(layer, p, constants, x, put_off)
     if run.train.remat == "block":
       divided = splitting.recomputed(divided, x)
     passes[name] = divided
@@ -230,14 +231,16 @@ def _executor(params, bias, mtp_weight, batch, weights, run, layout):
   )
 
 
+# Layers as (parameters, router bias [1, E] if any, x) -> outputs, stats.
+
+
 def _dense(p, bias, x, cfg, experts):
-  del experts
-  y = transformer.dense_block(p, x, cfg)
-  return (y, jnp.zeros_like(bias, shape=())), None
+  del bias, experts
+  return (transformer.dense_block(p, x, cfg),), None
 
 
 def _moe(p, bias, x, cfg, experts):
-  y, stats = transformer.moe_block(p, x, bias, cfg, experts)
+  y, stats = transformer.moe_block(p, x, bias[0], cfg, experts)
   return (y, stats.balance), stats
 
 
@@ -320,16 +323,18 @@ class _Executor:
     return task.on * count[task.stage]
 
   def _layer(self, name: str, task: Task, i: jax.Array):
-    """Parameters and router bias of layer i of a stage."""
+    """Of layer i of a stage: parameters, router bias, places of both."""
     kind = self.layout.stages.kinds[name]
     at = task.direction * kind.size + i
     p = jax.tree.map(lambda a: _get(a, at), self.params[name])
+    if name == "dense":
+      return p, (), at, None
     router = jnp.asarray(kind.first, jnp.int32)[task.stage] + i
-    return p, _get(self.bias, router), at, router
+    return p, _get(self.bias, router)[None], at, router
 
   def _forward_layer(self, name, task, i, x, memory):
     p, bias, _, router = self._layer(name, task, i)
-    (y, _), told, kept = self.passes[name].forward(p, bias, x)
+    (y, *_), told, kept = self.passes[name].forward(p, bias, x)
     at = task.kept * self.layout.stages.kinds[name].size + i
     memory = memory.replace(
         kept=memory.kept | {name: _put(memory.kept[name], at, kept)}
@@ -348,9 +353,11 @@ class _Executor:
   def _backward_layer(self, name, task, i, kept, dy, memory):
     p, bias, own, _ = self._layer(name, task, i)
     size = self.layout.stages.kinds[name].size
-    d_balance = self.vary(jnp.float32(self.share))
+    d_outputs = dy, self.vary(jnp.float32(self.share))
+    if name == "dense":
+      d_outputs = d_outputs[:1]
     dx, gradients, deferred = self.passes[name].input_gradient(
-        p, bias, kept, (dy, d_balance)
+        p, bias, kept, d_outputs
     )
     left = _put(memory.deferred[name], task.deferred * size + i, deferred)
     memory = memory.replace(deferred=memory.deferred | {name: left})
