@@ -92,6 +92,41 @@ class SimulatorTest(parameterized.TestCase):
       tail = found.makespan - ends[-1]
       self.assertAlmostEqual(sum(gaps) + tail, idle)
 
+  @parameterized.parameters((4, 8, 26), (8, 20, 72), (16, 64, 224))
+  def test_lockstep_makespan_of_dualpipe(self, n_ranks, n_micro, makespan):
+    schedule = schedules.dualpipe(n_ranks, n_micro)
+    self.assertEqual(simulator.lockstep_makespan(schedule), makespan)
+
+  def test_lockstep_makespan_by_hand(self):
+    # Ticks by rank, for one micro-batch: F. .F .B B.; for two of them:
+    # F. FF .B BF .B B.
+    for n_micro, makespan in ((1, 6), (2, 10)):
+      schedule = schedules.one_f_one_b(2, n_micro)
+      self.assertEqual(simulator.lockstep_makespan(schedule), makespan)
+    times = simulator.Times(F=5, B=4, W=3, comm=1)
+    schedule = schedules.one_f_one_b(2, 1)
+    self.assertEqual(simulator.lockstep_makespan(schedule, times), 18 + 3)
+
+  @parameterized.product(
+      name=tuple(schedules.SCHEDULES), n_stages=(2, 4, 8), n_micro=(16, 34)
+  )
+  def test_lockstep_is_never_faster(self, name, n_stages, n_micro):
+    schedule = make(name, n_stages, n_micro)
+    for times in (
+        simulator.Times(FB=2.4),
+        simulator.Times(F=3, B=4, W=2.5, FB=7),
+    ):
+      free = simulator.simulate(schedule, times).makespan
+      held = simulator.lockstep_makespan(schedule, times)
+      self.assertGreaterEqual(held, free - 1e-9)
+
+  def test_lockstep_costs_nothing_where_all_cells_are_alike(self):
+    times = simulator.Times(F=1, B=1 + 1e-9, W=1e-9, FB=1)
+    schedule = schedules.one_f_one_b(8, 20)
+    free = simulator.simulate(schedule, times).makespan
+    held = simulator.lockstep_makespan(schedule, times)
+    self.assertAlmostEqual(held, free, places=5)
+
   def test_a_result_travels_and_no_rank_is_busy_with_it(self):
     times = simulator.Times(comm=5)
     found = simulator.simulate(schedules.one_f_one_b(2, 1), times)

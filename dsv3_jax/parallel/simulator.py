@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from dsv3_jax import fields
+from dsv3_jax.parallel import lockstep
 from dsv3_jax.parallel import schedules
 
 
@@ -77,6 +78,20 @@ def simulate(
       makespan=makespan,
       peak_activations=tuple(map(_peak, schedule.cells)),
   )
+
+
+def lockstep_makespan(
+    schedule: schedules.Schedule, times: Times | None = None
+) -> float:
+  """How long a step takes where each tick lasts as long as its longest cell.
+
+  That is how the executor runs: all ranks meet at the end of a tick. A result
+  travels from each tick to the next, the last one is for no other rank.
+  """
+  times = times or Times()
+  ticks = lockstep.ticks(schedule)
+  spent = (max(map(times.of, filter(None, cells))) for cells in ticks)
+  return sum(spent) + times.comm * (len(ticks) - 1)
 
 
 def _peak(cells: tuple[schedules.Cell, ...]) -> int:
