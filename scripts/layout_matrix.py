@@ -72,8 +72,8 @@ DEEP = config.override(
     RUN,
     "n_layers=8",
     "init_std=0.1",
-    "train.tokens=12800",
-    "train.batch_size=32",
+    "train.tokens=25600",
+    "train.batch_size=64",
     "train.micro_batches=16",
 )
 

@@ -75,6 +75,10 @@ class InvarianceTest(parameterized.TestCase):
     sizes = {int(np.prod(list(c.sizes.values()))) for c in cases}
     self.assertEqual(sizes, {1, 2, 4, 8, 16})
 
+  def test_every_case_is_one_that_the_command_line_takes(self):
+    for case in layout_matrix.CASES:
+      self.assertEmpty(layouts.problems(case.run, case.sizes), case)
+
   def test_the_cases_cover_every_schedule_and_number_of_stages(self):
     found = {}
     for case in layout_matrix.CASES:

@@ -309,11 +309,15 @@ class _Executor:
       dy, memory = self._backward("moe", b, n, dy, memory)
     if "dense" in self.passes:
       dy, memory = self._backward("dense", b, 0, dy, memory)
+    done = jnp.zeros_like(w.on)
     for name in self.passes:
-      memory = self._weights(name, w, memory)
+      done, memory = self._weights(name, w, done, memory)
     memory = self._embed_gradient(b, dy, memory)
     d_last, memory = self._loss(f, x, memory)
-    return self._deliver(turn, x, dy, d_last, memory)
+    # Sent as one and last: ranks that meet in the middle of a tick wait for
+    # each other twice. `done` is never below 0, but XLA does not know.
+    made = jnp.where(done < 0, 0, jnp.stack([x, dy]))
+    return self._deliver(turn, made, d_last, memory)
 
   # --- the layers of a stage ---
 
@@ -390,11 +394,15 @@ class _Executor:
 
     return jax.lax.fori_loop(start, n, layer, (dy, memory))
 
-  def _weights(self, name, task, memory):
-    def layer(i, memory):
-      return self._weight_layer(name, task, i, memory)
+  def _weights(self, name, task, done, memory):
+    """Weight gradients of a stage's layers, whose number is added to done."""
 
-    return jax.lax.fori_loop(0, self._count(name, task), layer, memory)
+    def layer(i, carry):
+      done, memory = carry
+      return done + 1, self._weight_layer(name, task, i, memory)
+
+    n = self._count(name, task)
+    return jax.lax.fori_loop(0, n, layer, (done, memory))
 
   def _together(self, turn, x, dy, memory):
     """A layer forward and one backward at a time, in one block of code.
@@ -481,16 +489,17 @@ class _Executor:
     here = task.on * (task.stage == last)
     return jax.lax.fori_loop(0, here, add, (jnp.zeros_like(x), memory))
 
-  def _deliver(self, turn: Turn, y, dx, d_last, memory: _Memory) -> _Memory:
-    """Sends what the tick made, and stores what arrives."""
+  def _deliver(self, turn: Turn, made, d_last, memory: _Memory) -> _Memory:
+    """Sends what the tick made, [2, B, T, D], and stores what arrives."""
     inputs, gradients = memory.inputs, memory.gradients
     arrived = zip(SOURCES, turn.inputs, turn.gradients, strict=True)
     for source, input_slot, gradient_slot in arrived:
       if source == "loss":
         gradients = _put(gradients, gradient_slot, d_last)
         continue
-      inputs = _put(inputs, input_slot, self._from(source, y))
-      gradients = _put(gradients, gradient_slot, self._from(source, dx))
+      y, dx = self._from(source, made)
+      inputs = _put(inputs, input_slot, y)
+      gradients = _put(gradients, gradient_slot, dx)
     return memory.replace(inputs=inputs, gradients=gradients)
 
   def _from(self, step: int, a: jax.Array) -> jax.Array:
