@@ -219,7 +219,7 @@ def _executor(params, bias, mtp_weight, batch, weights, run, layout):
     constants = {"dense": (), "moe": bias[:1]}[name]
     put_off = [leaf.ndim > 1 for leaf in jax.tree.leaves(p)]
     layer = functools.partial(
-        _LAYERS[name], cfg=run.model, experts=layout.experts
+        LAYERS[name], cfg=run.model, experts=layout.experts
     )
     divided = splitting.split(layer, p, constants, x, put_off)
     if run.train.remat == "block":
@@ -244,7 +244,7 @@ def _moe(p, bias, x, cfg, experts):
   return (y, stats.balance), stats
 
 
-_LAYERS = {"dense": _dense, "moe": _moe}
+LAYERS = {"dense": _dense, "moe": _moe}
 
 
 @dataclasses.dataclass(frozen=True)

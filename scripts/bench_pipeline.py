@@ -1,0 +1,214 @@
+"""Do pipelines take the time that the simulator predicts?
+
+  python -m scripts.bench_pipeline [--ranks=4] [--microbatches=8] [--ms=50]
+
+Runs the executor on layers that sleep: they need no processor, so that all
+ranks work at the same time on any machine, each on one thing at a time. Prints
+a JSON object for each schedule: the measured seconds of a step, what the
+lock-step form and the simulator predict, the ratio to 1f1b on the same layers.
+"""
+
+import functools
+import json
+import statistics
+import sys
+import threading
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from dsv3_jax import config
+from dsv3_jax import losses
+from dsv3_jax import manual
+from dsv3_jax import train
+from dsv3_jax.model import moe
+from dsv3_jax.parallel import pipeline
+from dsv3_jax.parallel import schedules
+from dsv3_jax.parallel import simulator
+from dsv3_jax.parallel import topology
+from experiments import cluster
+from experiments import common
+from scripts import layout_matrix
+
+ROUNDS = 3
+
+Event = tuple[int, str, int, int]  # rank, kind, layer, micro-batch
+
+
+class Sleeper:
+  """A layer that sleeps for F, for I and for W, and notes when it did.
+
+  Its router bias holds the number of the layer, its input that of the
+  micro-batch: see `inputs`.
+  """
+
+  def __init__(self, n_ranks: int, seconds: float):
+    self.events: list[Event] = []
+    self._seconds = seconds
+    self._busy = [threading.Lock() for _ in range(n_ranks)]
+
+  def _sleep(self, kind, rank, layer, x, *_):
+    rank = int(np.asarray(rank))
+    with self._busy[rank]:
+      time.sleep(self._seconds)
+      which = int(np.asarray(layer)), int(np.asarray(x).flat[0])
+      self.events.append((rank, kind, *which))
+    return np.zeros((), np.float32)
+
+  def _call(self, kind: str, *args: jax.Array) -> jax.Array:
+    """0, after a while."""
+    zero = jax.pure_callback(
+        functools.partial(self._sleep, kind),
+        jax.ShapeDtypeStruct((), jnp.float32),
+        jax.lax.axis_index("pipe"),
+        *args,
+    )
+    return manual.vary(zero, sorted(manual.varying(args[-1])))
+
+  def layer(self, p, bias, x, cfg, experts):
+    """In the place of a mixture layer; uses one of its weights."""
+    del cfg, experts
+
+    @jax.custom_vjp
+    def work(w, layer, x):
+      del w
+      return x + self._call("F", layer, x)
+
+    def forward(w, layer, x):
+      return work(w, layer, x), (w, layer, x)
+
+    def backward(kept, dy):
+      w, layer, x = kept
+      dx = dy + self._call("I", layer, x, dy)
+      dw = jnp.zeros_like(w) + self._call("W", layer, x, dy)
+      return dw, jnp.zeros_like(layer), dx
+
+    work.defvjp(forward, backward)
+    zeros = jnp.zeros_like(bias[0])
+    stats = moe.Stats(
+        load=zeros.astype(jnp.int32),
+        balance=zeros.sum(),
+        sent=zeros[:2].astype(jnp.int32),
+    )
+    return (work(p["ffn"]["router"], bias[0, 0], x), stats.balance), stats
+
+
+def make_run(schedule: str, n_layers: int, n_micro: int) -> config.Run:
+  """Layers of one kind, one sequence a micro-batch."""
+  return config.override(
+      layout_matrix.RUN,
+      "mtp.depth=0",
+      "n_dense_layers=0",
+      f"n_layers={n_layers}",
+      "data.seq_len=4",
+      f"train.batch_size={n_micro}",
+      f"train.micro_batches={n_micro}",
+      f"parallel.schedule={schedule}",
+  )
+
+
+def inputs(
+    run: config.Run, mesh: jax.sharding.Mesh
+) -> tuple[train.TrainState, losses.Batch]:
+  """Micro-batch i holds tokens i, whose embeddings are i; layer i a bias i."""
+  state = train.init_state(run, jax.random.key(0))
+  count = lambda a: np.broadcast_to(
+      np.arange(a.shape[0], dtype=np.float32)[:, None], a.shape
+  )
+  state = state.replace(
+      params=state.params | {"embed": count(state.params["embed"])},
+      router_bias=count(state.router_bias),
+  )
+  state = jax.device_put(state, train.shardings(run, mesh))
+  n_micro = run.train.micro_batches
+  rows = np.arange(n_micro, dtype=np.int32)[:, None, None]
+  rows = np.broadcast_to(rows, (n_micro, 1, run.data.seq_len + 1))
+  batch = losses.batch(np.ascontiguousarray(rows), run.model.vocab_size)
+  return state, train.place(batch, run.train.micro_batch_size, mesh)
+
+
+def executor(run: config.Run, mesh: jax.sharding.Mesh, sleeper: Sleeper):
+  """() -> nothing: makes the gradients of a step of sleeping layers."""
+  state, batch = inputs(run, mesh)
+  gradients = functools.partial(train.gradients, run=run, mesh=mesh)
+  layers = pipeline.LAYERS
+  pipeline.LAYERS = {"moe": sleeper.layer}
+  try:
+    compiled = jax.jit(gradients).lower(state, batch).compile()
+  finally:
+    pipeline.LAYERS = layers
+  return lambda: jax.block_until_ready(compiled(state, batch))
+
+
+def measure(
+    name: str, n_ranks: int, n_layers: int, n_micro: int, seconds: float
+) -> dict[str, Any]:
+  """A line of the output, but for the ratio."""
+  mesh = topology.mesh({"pipe": n_ranks})
+  schedule = schedules.SCHEDULES[name](n_ranks, n_micro)
+  sleeper = Sleeper(n_ranks, seconds)
+  step = executor(make_run(name, n_layers, n_micro), mesh, sleeper)
+  step()
+  spent = []
+  for _ in range(ROUNDS):
+    began = time.monotonic()
+    step()
+    spent.append(time.monotonic() - began)
+  unit = seconds * n_layers / schedule.n_stages  # of a stage
+  # The layers of a pair run one after the other here.
+  times = simulator.Times(F=unit, B=2 * unit, W=unit, FB=3 * unit)
+  return {
+      "schedule": name,
+      "ranks": n_ranks,
+      "microbatches": n_micro,
+      "seconds": statistics.median(spent),
+      "lockstep": simulator.lockstep_makespan(schedule, times),
+      "simulated": simulator.simulate(schedule, times).makespan,
+  }
+
+
+def _flags(argv: list[str]) -> flags.FlagValues:
+  """The flags; not the process-wide ones, as tests import this.
+
+  Raises:
+    ValueError: they are wrong; all problems, a line each.
+  """
+  known = flags.FlagValues()
+  for name, default, meaning in (
+      ("ranks", 4, "pipeline ranks, even"),
+      ("microbatches", 8, "of a step, even, two or more for each rank"),
+      ("ms", 50, "that a layer sleeps for each of F, I and W"),
+  ):
+    flags.DEFINE_integer(name, default, meaning, 1, flag_values=known)
+  try:
+    _, *stray = known(argv)
+  except flags.Error as error:
+    raise ValueError(str(error)) from error
+  problems = [f"stray argument {text!r}" for text in stray]
+  problems += schedules.problems("dualpipe", known.ranks, known.microbatches)
+  if problems:
+    raise ValueError("\n".join(problems))
+  return known
+
+
+def main() -> None:
+  """Measures every schedule on the same layers and micro-batches."""
+  known = _flags(sys.argv)
+  n_ranks, n_micro = known.ranks, known.microbatches
+  cluster.use_virtual_devices(n_ranks, spare_threads=True)
+  baseline = None
+  for name in schedules.SCHEDULES:
+    # DualPipeV has two stages on a rank: as many stages, half of the ranks.
+    of_name = n_ranks // 2 if name == "dualpipev" else n_ranks
+    line = measure(name, of_name, 2 * n_ranks, n_micro, known.ms / 1e3)
+    baseline = baseline or line["seconds"]
+    line["to_1f1b"] = line["seconds"] / baseline
+    print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+  common.run_main(main)

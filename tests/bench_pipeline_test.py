@@ -1,0 +1,79 @@
+"""Tests of what the ranks of a pipeline really do, and when."""
+
+import collections
+import sys
+from unittest import mock
+
+from absl.testing import absltest
+from absl.testing import parameterized
+
+from dsv3_jax.parallel import schedules
+from dsv3_jax.parallel import topology
+from experiments import common
+from scripts import bench_pipeline
+
+LAYERS_OF_STAGE = 2
+
+
+def due(schedule, rank, cell):
+  """What each operation of a cell does, in order: kind, layer, micro-batch."""
+  found = {}
+  for op in cell:
+    stage = schedule.stages[rank][op.direction]
+    first = stage * LAYERS_OF_STAGE
+    layers = range(first, first + LAYERS_OF_STAGE)
+    stream = schedule.streams[op.direction] * schedule.n_per_stream
+    for kind in {"B": "IW"}.get(op.kind, op.kind):
+      order = reversed(layers) if kind == "I" else layers
+      found[kind] = [(kind, i, stream + op.micro_batch) for i in order]
+  return found
+
+
+class OrderTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      ("1f1b", 2), ("zb1p", 3), ("dualpipe", 2), ("dualpipev", 2)
+  )
+  def test_every_rank_does_what_the_schedule_says(self, name, n_ranks):
+    schedule = schedules.SCHEDULES[name](n_ranks, 4)
+    n_layers = LAYERS_OF_STAGE * schedule.n_stages
+    run = bench_pipeline.make_run(name, n_layers, 4)
+    sleeper = bench_pipeline.Sleeper(n_ranks, 1e-4)
+    mesh = topology.mesh({"pipe": n_ranks})
+    bench_pipeline.executor(run, mesh, sleeper)()
+    done = collections.defaultdict(collections.deque)
+    for rank, *event in sleeper.events:
+      done[rank].append(tuple(event))
+    for rank, cells in enumerate(schedule.cells):
+      for turn, cell in enumerate(cells):
+        expected = due(schedule, rank, cell)
+        n = sum(map(len, expected.values()))
+        here = [done[rank].popleft() for _ in range(n)]
+        # The layers of a pair are mixed; those of each of the two are in order.
+        for kind, events in expected.items():
+          found = [event for event in here if event[0] == kind]
+          self.assertEqual(found, events, (rank, turn, cell))
+      self.assertEmpty(done[rank])
+
+
+class CommandTest(absltest.TestCase):
+
+  def test_refuses_what_no_schedule_can_do(self):
+    argv = ["bench_pipeline", "--ranks=3", "--microbatches=5", "stray"]
+    with (
+        mock.patch.object(sys, "argv", argv),
+        self.assertRaisesRegex(ValueError, "(?s)stray.*3 ranks.*5 micro"),
+    ):
+      bench_pipeline.main()
+
+  def test_a_wrong_flag_is_bad_input(self):
+    with (
+        mock.patch.object(sys, "argv", ["bench_pipeline", "--ranks=x"]),
+        self.assertRaises(SystemExit) as end,
+    ):
+      common.run_main(bench_pipeline.main)
+    self.assertEqual(end.exception.code, common.BAD_INPUT)
+
+
+if __name__ == "__main__":
+  absltest.main()
