@@ -81,6 +81,7 @@ def execute(command: common.Command) -> None:
     raise ValueError("--workdir is missing: the folder that the run writes to")
   from experiments import runner  # pulls in what a dry run does not need
 
+  common.use_virtual_devices(command)
   runner.execute(command)
 
 

@@ -165,7 +165,6 @@ def execute(command: common.Command) -> None:
   """Trains up to `command.stop`, from the newest checkpoint if there is one."""
   run, folder = command.run, command.workdir
   began = time.monotonic()
-  common.use_virtual_devices(command)
   command.processes.join()
   mesh = cluster.mesh(command.mesh)
   problems = layouts.problems(run, mesh.shape)

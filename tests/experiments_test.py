@@ -268,7 +268,8 @@ class StartTest(parameterized.TestCase):
     run = testing.run(f"data.path={path}")
     folder = self.root / "run"
     seed, alone = changes.get("seed", 0), cluster.Processes()
-    return common.Command("tiny", run, folder, seed, 4, {"data": 8}, alone)
+    mesh = {"data": 8, "model": 2}
+    return common.Command("tiny", run, folder, seed, 4, mesh, alone)
 
   @parameterized.parameters(
       ("missing.txt", None, "missing.txt"),

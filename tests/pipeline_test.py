@@ -23,6 +23,7 @@ from dsv3_jax.parallel import pipeline
 from dsv3_jax.parallel import schedules
 from dsv3_jax.parallel import splitting
 from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import turns
 from scripts import layout_matrix
 
 SIZES = {"pipe": 4}
@@ -82,7 +83,7 @@ class TableTest(parameterized.TestCase):
   @parameterized.product(name=tuple(schedules.SCHEDULES), n_ranks=(2, 4, 8))
   def test_is_the_lockstep_form(self, name, n_ranks):
     schedule = schedules.SCHEDULES[name](n_ranks, 2 * n_ranks + 2)
-    table = pipeline.table(schedule)
+    table = turns.table(schedule)
     for tick, cells in enumerate(lockstep.ticks(schedule)):
       for rank, cell in enumerate(cells):
         turn = jax.tree.map(lambda a, at=(tick, rank): int(a[at]), table.turns)
@@ -102,10 +103,10 @@ class TableTest(parameterized.TestCase):
 
   @parameterized.parameters(2, 4, 8, 16)
   def test_keeps_one_micro_batch_more_than_there_are_stages(self, n):
-    self.assertEqual(pipeline.table(schedules.dualpipe(n, 2 * n)).kept, n + 1)
+    self.assertEqual(turns.table(schedules.dualpipe(n, 2 * n)).kept, n + 1)
     half = schedules.dualpipev(n // 2, n)
-    self.assertEqual(pipeline.table(half).kept, n + 1)
-    self.assertEqual(pipeline.table(schedules.one_f_one_b(n, 2 * n)).kept, n)
+    self.assertEqual(turns.table(half).kept, n + 1)
+    self.assertEqual(turns.table(schedules.one_f_one_b(n, 2 * n)).kept, n)
 
 
 class ProgramTest(parameterized.TestCase):
@@ -143,7 +144,7 @@ class ProgramTest(parameterized.TestCase):
 
   def test_no_buffer_is_copied_from_tick_to_tick(self):
     # Buffers of two layers a stage: kept of P + 1 = 5 slots, deferred of 3.
-    table = pipeline.table(schedules.dualpipe(4, 8))
+    table = turns.table(schedules.dualpipe(4, 8))
     leading = {2 * table.kept, 2 * table.deferred}
     self.assertEqual(leading, {10, 6})
     text = traced(RUN).lower().compile().as_text()

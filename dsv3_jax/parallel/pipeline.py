@@ -16,7 +16,6 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dsv3_jax import config
 from dsv3_jax import losses
@@ -25,132 +24,8 @@ from dsv3_jax import schema
 from dsv3_jax.model import moe
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import layouts
-from dsv3_jax.parallel import lockstep
-from dsv3_jax.parallel import schedules
 from dsv3_jax.parallel import splitting
-
-# --- the table ---
-
-
-@flax.struct.dataclass
-class Task:
-  """One operation of a rank; all int32. `on` 0: none, and the rest is 0."""
-
-  on: Any
-  stage: Any
-  direction: Any
-  micro_batch: Any  # in the batch
-  arrived: Any  # slot of the input, or of the gradient of the output
-  kept: Any  # slot of what forward keeps
-  deferred: Any  # slot of what the input gradient leaves
-
-
-@flax.struct.dataclass
-class Turn:
-  """What a rank does in a tick, and where it puts what arrives at its end.
-
-  Slots by where it comes from: the rank before, the rank after, this rank's
-  other stage, its loss. A slot beyond the last one takes what is for no one.
-  """
-
-  forward: Task
-  backward: Task  # input gradient
-  weight: Task  # weight gradient, also of a full backward
-  pair: Any  # 1: forward and backward overlap
-  inputs: tuple[Any, ...]
-  gradients: tuple[Any, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-  """Turns of all ticks and ranks, [tick, rank], and the sizes of buffers."""
-
-  turns: Turn
-  inputs: int
-  gradients: int
-  kept: int
-  deferred: int  # one more than W ever needs: a full backward passes through it
-
-
-def table(schedule: schedules.Schedule) -> Table:
-  """The lock-step form of a schedule in numbers."""
-  slots = lockstep.slots(schedule)
-  size = {
-      field.name: max(lockstep.n_slots(getattr(slots, field.name)))
-      for field in dataclasses.fields(slots)
-  }
-  idle = Task(*[0] * 7)
-
-  def task(rank, op):
-    which, stage = op[1:], schedule.stages[rank][op.direction]
-    stream = schedule.streams[op.direction]
-    waiting = slots.inputs if op.kind == "F" else slots.gradients
-    return Task(
-        on=1,
-        stage=stage,
-        direction=op.direction,
-        micro_batch=stream * schedule.n_per_stream + op.micro_batch,
-        arrived=waiting[rank].get(which, 0),
-        kept=slots.residuals[rank][which],
-        deferred=slots.deferred[rank].get(which, size["deferred"]),
-    )
-
-  def turn(rank, cell, arriving):
-    by_kind = {op.kind: task(rank, op) for op in cell}
-    full = by_kind.get("B", idle)
-
-    def places(kind, none):
-      return tuple(arriving.get((kind, source), none) for source in SOURCES)
-
-    return Turn(
-        forward=by_kind.get("F", idle),
-        backward=by_kind.get("I", full),
-        weight=by_kind.get("W", full),
-        pair=int(len(cell) == 2),
-        inputs=places("F", size["inputs"]),
-        gradients=places("B", size["gradients"]),
-    )
-
-  rows = [
-      [
-          turn(rank, cells[rank] or (), arriving)
-          for rank, arriving in enumerate(_arrivals(schedule, cells, slots))
-      ]
-      for cells in lockstep.ticks(schedule)
-  ]
-  stack = lambda *turns: np.stack([np.asarray(t, np.int32) for t in turns])
-  return Table(
-      turns=jax.tree.map(
-          stack, *[jax.tree.map(stack, *ranks) for ranks in rows]
-      ),
-      inputs=size["inputs"],
-      gradients=size["gradients"],
-      kept=size["residuals"],
-      deferred=size["deferred"] + 1,
-  )
-
-
-SOURCES = (-1, 1, 0, "loss")  # steps along the ranks
-
-
-def _arrivals(schedule, cells, slots) -> list[dict[tuple[str, Any], int]]:
-  """For each rank: slots by kind and source of what a tick's cells make."""
-  found = [{} for _ in cells]
-  for rank, cell in enumerate(cells):
-    for op in cell or ():
-      kind = schedule.result(rank, op).kind
-      receiver = schedule.receiver(rank, op)
-      if receiver:
-        to, direction = receiver
-        waiting = slots.inputs if kind == "F" else slots.gradients
-        which = direction, op.micro_batch
-        found[to][kind, rank - to] = waiting[to][which]
-      elif kind == "F":
-        found[rank]["B", "loss"] = slots.gradients[rank][op[1:]]
-  return found
-
-
-# --- the executor, inside shard_map ---
+from dsv3_jax.parallel import turns
 
 
 @flax.struct.dataclass
@@ -191,17 +66,16 @@ def gradient_sums(
   Returns:
     As `train.gradients`, of this device alone.
   """
-  work = table(layout.stages.schedule)
+  work = turns.table(layout.stages.schedule)
   executor = _executor(params, bias, mtp_weight, batch, weights, run, layout)
   memory = executor.memory(work)
   rank = jax.lax.axis_index("pipe")
 
-  def tick(memory, turns):
-    mine = jax.tree.map(lambda of_ranks: of_ranks[rank], turns)
-    return executor.tick(mine, memory), None
+  def tick(memory, of_ranks):
+    turn = jax.tree.map(lambda a: a[rank], of_ranks)
+    return executor.tick(turn, memory), None
 
-  turns = jax.tree.map(jnp.asarray, work.turns)
-  memory, _ = jax.lax.scan(tick, memory, turns)
+  memory, _ = jax.lax.scan(tick, memory, jax.tree.map(jnp.asarray, work.turns))
   balance = executor.share * memory.stats.balance.sum()
   total = memory.main + mtp_weight * memory.mtp + balance
   terms = losses.Losses(total, memory.main, memory.mtp, balance)
@@ -262,7 +136,7 @@ class _Executor:
   share: float  # of a balance loss
   vary: Callable[[jax.Array], jax.Array]
 
-  def memory(self, work: Table) -> _Memory:
+  def memory(self, work: turns.Table) -> _Memory:
     """All zeros."""
 
     def zeros(*shape, dtype=jnp.float32):
@@ -294,7 +168,7 @@ class _Executor:
         ),
     )
 
-  def tick(self, turn: Turn, memory: _Memory) -> _Memory:
+  def tick(self, turn: turns.Turn, memory: _Memory) -> _Memory:
     """One turn."""
     f, b, w = turn.forward, turn.backward, turn.weight
     tokens = self.batch.tokens[f.micro_batch]
@@ -321,12 +195,12 @@ class _Executor:
 
   # --- the layers of a stage ---
 
-  def _count(self, name: str, task: Task) -> jax.Array:
+  def _count(self, name: str, task: turns.Task) -> jax.Array:
     """Layers that a task goes through."""
     count = jnp.asarray(self.layout.stages.kinds[name].count, jnp.int32)
     return task.on * count[task.stage]
 
-  def _layer(self, name: str, task: Task, i: jax.Array):
+  def _layer(self, name: str, task: turns.Task, i: jax.Array):
     """Of layer i of a stage: parameters, router bias, places of both."""
     kind = self.layout.stages.kinds[name]
     at = task.direction * kind.size + i
@@ -430,7 +304,7 @@ class _Executor:
 
   # --- the ends ---
 
-  def _embed_gradient(self, task: Task, dx, memory: _Memory) -> _Memory:
+  def _embed_gradient(self, task: turns.Task, dx, memory: _Memory) -> _Memory:
     """Adds the embedding's gradient, on the first stage."""
     tokens = self.batch.tokens[task.micro_batch]
 
@@ -441,7 +315,7 @@ class _Executor:
     here = task.on * (task.stage == 0)
     return jax.lax.fori_loop(0, here, add, memory)
 
-  def _loss(self, task: Task, x, memory: _Memory):
+  def _loss(self, task: turns.Task, x, memory: _Memory):
     """On the last stage: the losses of its output, and their gradient."""
     names = [name for name in self.params if name not in self.passes]
     weights = {name: self.params[name] for name in names}
@@ -489,10 +363,10 @@ class _Executor:
     here = task.on * (task.stage == last)
     return jax.lax.fori_loop(0, here, add, (jnp.zeros_like(x), memory))
 
-  def _deliver(self, turn: Turn, made, d_last, memory: _Memory) -> _Memory:
+  def _deliver(self, turn: turns.Turn, made, d_last, memory):
     """Sends what the tick made, [2, B, T, D], and stores what arrives."""
     inputs, gradients = memory.inputs, memory.gradients
-    arrived = zip(SOURCES, turn.inputs, turn.gradients, strict=True)
+    arrived = zip(turns.SOURCES, turn.inputs, turn.gradients, strict=True)
     for source, input_slot, gradient_slot in arrived:
       if source == "loss":
         gradients = _put(gradients, gradient_slot, d_last)
