@@ -19,7 +19,8 @@ from dsv3_jax.parallel import topology
 
 CFG = config.Router(n_experts=16, top_k=4, n_groups=8, top_groups=4)
 M, D, F = 24, 8, 6  # tokens of a device, widths
-FORMS, SIZES = ("gather", "one_hop", "two_hop"), {"node": 2, "expert": 2}
+FORMS = ("gather", "one_hop", "two_hop", "one_hop apart")
+SIZES = {"node": 2, "expert": 2}
 
 
 def _inputs(n_tokens, chosen=None):
@@ -36,7 +37,8 @@ def _inputs(n_tokens, chosen=None):
 def _compiled(form, sizes):
   sizes = dict(sizes)
   mesh = topology.mesh(sizes)
-  experts = dispatch.experts(form, sizes, CFG)
+  form, *apart = form.split()
+  experts = dispatch.experts(form, sizes, CFG, apart=bool(apart))
   axes = topology.used(sizes, topology.EXPERTS)
 
   def local(p, x, chosen, gates, dy):

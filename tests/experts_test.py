@@ -12,7 +12,8 @@ from dsv3_jax import schema
 from dsv3_jax.model import experts
 from dsv3_jax.model import layers
 
-FORMS = (experts.block_ffn, experts.ragged_ffn, experts.dense_ffn)
+APART = functools.partial(experts.block_ffn, apart=True)
+FORMS = (experts.block_ffn, APART, experts.ragged_ffn, experts.dense_ffn)
 # M tokens, E experts, K of them chosen, widths D and F.
 SIZES = (
   (1, 1, 1, 3, 5),
@@ -125,10 +126,10 @@ class GroupedFfnTest(parameterized.TestCase):
     testing.assert_close((dp, dx, dgates), (*want[:2], want_dgates), terms)
 
   # From all hidden states made again backwards to none.
-  @parameterized.parameters(1, 17, 40, 130)
-  def test_the_number_of_choices_expected_changes_nothing(self, n_slots):
+  @parameterized.product(n_slots=(1, 17, 40, 130), apart=(False, True))
+  def test_the_number_of_choices_expected_changes_nothing(self, n_slots, apart):
     p, x, chosen, gates = _inputs(*EDGE)
-    form = functools.partial(experts.block_ffn, n_slots=n_slots)
+    form = functools.partial(experts.block_ffn, n_slots=n_slots, apart=apart)
     _check(form, p, x, chosen, gates)
 
   def test_no_tokens(self):

@@ -79,17 +79,12 @@ def split(
   early = [d for d, later in zip(d_weights, put_off, strict=True) if not later]
 
   known, moving = _known(program.jaxpr.eqns, fixed, program.jaxpr.constvars)
-  forward = _needed(moving, outputs)
-  backward = _without(moving, _costly(forward))
-  for_input = _needed(backward, [dx, *early])
-  for_weights = _needed(_without(backward, _costly(for_input)), late)
-  if clash := set(late) & (_made(for_input) | _made(forward)):
-    types = ", ".join(str(var.aval) for var in clash)
-    raise ValueError(f"gradients {types} are made together with others")
-  fixed_vars = _made(known) | {*fixed, *program.jaxpr.constvars}
-  deferred = _read(for_weights, late, but=fixed_vars)
-  seen = _read(for_input, [dx, *early, *deferred], but=fixed_vars)
-  kept = [var for var in seen if var not in set(d_outputs)]
+  forward, for_input, for_weights = _divide(moving, outputs, [dx, *early], late)
+  at_hand = _made(known) | {*fixed, *program.jaxpr.constvars}
+  deferred = _read(for_weights, late, but=at_hand)
+  kept = _read(
+      for_input, [dx, *early, *deferred], but={*at_hand, *d_outputs}
+  )
 
   def run(eqns, inputs, outputs):
     eqns = _needed(_in_order(program.jaxpr.eqns, [*known, *eqns]), outputs)
@@ -191,6 +186,24 @@ def _known(
     else:
       moving.append(eqn)
   return known, moving
+
+
+def _divide(
+    eqns: Eqns, outputs: Types, early: Types, late: Types
+) -> tuple[Eqns, Eqns, Eqns]:
+  """Those that make the outputs; of the rest, the early ones; the late ones.
+
+  Raises:
+    ValueError: something late is made together with something before it.
+  """
+  forward = _needed(eqns, outputs)
+  backward = _without(eqns, _costly(forward))
+  for_input = _needed(backward, early)
+  for_weights = _needed(_without(backward, _costly(for_input)), late)
+  if clash := set(late) & (_made(for_input) | _made(forward)):
+    types = ", ".join(str(var.aval) for var in clash)
+    raise ValueError(f"gradients {types} are made together with others")
+  return forward, for_input, for_weights
 
 
 def _needed(eqns: Eqns, outputs: Iterable[Any]) -> Eqns:

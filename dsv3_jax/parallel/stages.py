@@ -33,7 +33,6 @@ class Stages:
   """A schedule and what its stages are made of."""
 
   schedule: schedules.Schedule
-  of_rank: np.ndarray  # [rank, direction] stage
   kinds: Mapping[str, Kind]  # in the order of the layers
 
 
@@ -50,7 +49,7 @@ def stages(schedule: schedules.Schedule, model: config.Model) -> Stages:
     own = [cut[(start <= cut) & (cut < start + n)] - start for cut in cuts]
     if n:
       kinds[name] = _kind(own, of_rank, n)
-  return Stages(schedule, of_rank, kinds)
+  return Stages(schedule, kinds)
 
 
 def _kind(own: list[np.ndarray], of_rank: np.ndarray, n_layers: int) -> Kind:
