@@ -207,9 +207,24 @@ class Train:
 
 @fields.checked
 class Precision:
-  """What the forward and backward pass compute in; masters are float32."""
+  """What the forward and backward pass compute in; masters are float32.
 
-  recipe: str = choice("fp32", "bf16")
+  With `fp8` activations are bfloat16 and the products of linear layers in FP8
+  (section 3.3); the other settings are of it.
+  """
+
+  recipe: str = choice("fp32", "bf16", "fp8")
+  fp8: str = "*mla/*,*ffn/*"  # weights in FP8: patterns of paths, with commas
+  tile: int = number(128, low=8)  # N_c
+  scales: str = choice("float32", "power_of_two")  # of tiles
+  # `blocks`: square tiles for gradients of activations, as one should not.
+  gradient_tiles: str = choice("rows", "blocks")
+  backend: str = choice("auto", "exact", "dequantized")
+  counters: bool = False  # of saturation, underflow and tiles of zeros
+
+  @property
+  def patterns(self) -> tuple[str, ...]:
+    return tuple(text.strip() for text in self.fp8.split(",") if text.strip())
 
 
 @fields.checked

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+STACKS = ("layers", "experts")  # logical axes of stacked parameters
+
 Specs = dict[str, Any]  # nested dict of ParamSpec
 Params = dict[str, Any]  # nested dict of jax.Array, same structure
 
@@ -25,6 +27,7 @@ class ParamSpec:
   dims: tuple[tuple[str, int], ...]
   init: Callable[..., jax.Array]
   dtype: Any = jnp.float32
+  n_in: int = 0  # dims that a linear layer contracts; 0: none reads it
 
   @property
   def axes(self) -> tuple[str, ...]:
@@ -34,10 +37,27 @@ class ParamSpec:
   def shape(self) -> tuple[int, ...]:
     return tuple(size for _, size in self.dims)
 
+  @property
+  def n_stack(self) -> int:
+    """Leading dims that run over layers or experts."""
+    return sum(axis in STACKS for axis in self.axes)
+
+  @property
+  def matrix(self) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer."""
+    n = self.n_stack
+    inputs, outputs = self.shape[n : n + self.n_in], self.shape[n + self.n_in :]
+    return math.prod(inputs), math.prod(outputs)
+
 
 def weight(std: float, /, **dims: int) -> ParamSpec:
   """A matrix drawn from N(0, std^2), dims as axis=size, inputs first."""
   return ParamSpec(tuple(dims.items()), jax.nn.initializers.normal(std))
+
+
+def linear(std: float, n_in: int = 1, /, **dims: int) -> ParamSpec:
+  """The weight of a linear layer, which contracts the first n_in dims."""
+  return dataclasses.replace(weight(std, **dims), n_in=n_in)
 
 
 def gain(size: int) -> ParamSpec:
@@ -52,13 +72,14 @@ def stack(specs: Specs, n: int, axis: str = "layers") -> Specs:
   )
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def name(path: tuple[Any, ...]) -> str:
+  """A path of `jax.tree` as "moe/mla/out"."""
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def paths(tree: Any) -> dict[str, Any]:
   """{"moe/mla/out": leaf} of any tree, in tree order."""
-  return {_name(p): leaf for p, leaf in jax.tree.leaves_with_path(tree)}
+  return {name(p): leaf for p, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def init(specs: Specs, key: jax.Array) -> Params:
@@ -68,7 +89,7 @@ def init(specs: Specs, key: jax.Array) -> Params:
   """
 
   def leaf(path, spec):
-    leaf_key = jax.random.fold_in(key, zlib.crc32(_name(path).encode()))
+    leaf_key = jax.random.fold_in(key, zlib.crc32(name(path).encode()))
     return spec.init(leaf_key, spec.shape, spec.dtype)
 
   return jax.tree.map_with_path(leaf, specs)

@@ -96,8 +96,11 @@ def gradients(
     batch: losses.Batch,
     run: config.Run,
     mesh: jax.sharding.Mesh | None = None,
-) -> tuple[schema.Params, losses.Losses, moe.Stats]:
+) -> tuple[schema.Params, losses.Losses, moe.Stats, dict[str, jax.Array]]:
   """Gradient, losses and router statistics of a global batch.
+
+  The last of them: by the path of each weight in FP8, what quantization did,
+  [..., 2, 6] f32 for each layer, `gemm.CLASSES` by `tiles.COUNTED`.
 
   Any split of the batch, over micro-batches or devices, gives the same sums: a
   token is weighted by 1 / (labels of the whole batch), a balance loss by its
@@ -110,24 +113,33 @@ def gradients(
     run: the configuration.
     mesh: where the batch is; None without one.
   """
-  params = precision.compute_params(state.params, run.precision.recipe)
   weights = losses.token_weights(batch.labels)
   weight = optim.mtp_weight(state.step, run)
-  args = params, state.router_bias, weight, batch, weights
+  args = state.params, state.router_bias, weight, batch, weights
   if mesh is None:
-    return _gradient_sums(*args, run=run)
-  layout = layouts.layout(run, mesh.shape)
-  divided = topology.batch_spec(mesh.shape, 1)
-  return jax.shard_map(
-      functools.partial(_local_gradients, run=run, layout=layout),
-      mesh=mesh,
-      in_specs=(layout.specs, jax.P(), jax.P(), divided, divided),
-      out_specs=(layout.specs, jax.P(), jax.P()),
-  )(*args)
+    params = _compute_params(state.params, run)
+    sums, *told = _gradient_sums(params, *args[1:], run=run)
+  else:
+    layout = layouts.layout(run, mesh.shape)
+    divided = topology.batch_spec(mesh.shape, 1)
+    sums, *told = jax.shard_map(
+        functools.partial(_local_gradients, run=run, layout=layout),
+        mesh=mesh,
+        in_specs=(layout.specs, jax.P(), jax.P(), divided, divided),
+        out_specs=(layout.trained_specs, jax.P(), jax.P()),
+    )(*args)
+  grads, counted = precision.gradients(sums)
+  return grads, *told, counted
+
+
+def _compute_params(params, run, slices=None):
+  specs = transformer.specs(run.model)
+  return precision.compute_params(params, specs, run.precision, slices)
 
 
 def _local_gradients(params, *args, run, layout):
   """What one device does in `gradients`, and the sums over all of them."""
+  params = _compute_params(params, run, layout.slices)
   params = layout.step(params)
   if layout.stages:
     sums = pipeline.gradient_sums(params, *args, run=run, layout=layout)
@@ -151,9 +163,9 @@ def _gradient_sums(
   """Sums over the micro-batches of one device."""
   share = 1.0 / (batch.tokens.shape[0] * n_shards)
 
-  def objective(params, micro, micro_weights):
+  def objective(trained, micro, micro_weights):
     terms, stats = losses.loss(
-        params,
+        precision.joined(trained, params),
         bias,
         micro,
         micro_weights,
@@ -168,7 +180,9 @@ def _gradient_sums(
     return total, (terms.replace(total=total, balance=balance), stats)
 
   def one(micro):
-    grads, (terms, stats) = jax.grad(objective, has_aux=True)(params, *micro)
+    grads, (terms, stats) = jax.grad(objective, has_aux=True)(
+        precision.trained(params), *micro
+    )
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
     return grads, terms, stats
 
@@ -246,7 +260,9 @@ def train_step(
     run: the configuration.
     mesh: of the devices that share the work; None for one device.
   """
-  return update(state, *gradients(state, batch, run, mesh), run)
+  *sums, counted = gradients(state, batch, run, mesh)
+  state, metrics = update(state, *sums, run)
+  return state, metrics | ({"fp8": counted} if counted else {})
 
 
 def make_step(

@@ -24,6 +24,7 @@ from dsv3_jax.parallel import topology
 from experiments import cluster
 from experiments import common
 from experiments import logbook
+from experiments import quantization
 from experiments import workdir
 
 LOADS = 60  # times in a run that the loads of all experts are written
@@ -74,12 +75,14 @@ class _Reporter:
     self.restart_clock()
     self.train_s += seconds
     row = {"step": done, "tokens": done * self._run.tokens_per_step}
-    apart = ("load", "finite", "sent")
+    apart = ("load", "finite", "sent", "fp8")
     row |= {k: v for k, v in metrics.items() if k not in apart}
     sent = dispatch.bytes_sent(metrics["sent"], self._run)
     for axis, n_bytes in sent.items():
       if n_bytes:
         row[f"bytes_over_{axis}"] = n_bytes
+    counted = metrics.get("fp8", {})
+    row |= quantization.shares(counted)
     row["tokens_per_s"] = self._run.tokens_per_step / seconds
     if metrics["load"].size:
       row["max_vio"] = metrics["max_vio_per_layer"].max()
@@ -90,6 +93,8 @@ class _Reporter:
     self._bad_in_a_row = 0 if metrics["finite"] else self._bad_in_a_row + 1
     if not metrics["finite"]:
       self._book.note(f"step {done} was skipped: loss or gradient not finite")
+    for line in quantization.not_finite(counted):
+      self._book.note(f"step {done}: {line}")
     if self._bad_in_a_row > self._run.train.max_bad_steps:
       raise FloatingPointError(
           f"{self._bad_in_a_row} steps in a row up to step {done} were not"

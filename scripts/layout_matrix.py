@@ -225,7 +225,7 @@ def _train(run: config.Run, mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
     batch = _batch(run, step)
     if mesh is not None:
       batch = train.place(batch, run.train.micro_batch_size, mesh)
-    grads, terms, stats = gradients(state, batch)
+    grads, terms, stats, _ = gradients(state, batch)
     moved = clipped(grads, state.opt_state, state.params)
     state, metrics = update(state, grads, terms, stats)
     seen["gradients"].append(jax.device_get(grads))

@@ -13,7 +13,7 @@ from absl.testing import parameterized
 from dsv3_jax import config
 from dsv3_jax import presets
 from dsv3_jax import schema
-from dsv3_jax.model import layers
+from dsv3_jax.model import swiglu
 from dsv3_jax.parallel import dispatch
 from dsv3_jax.parallel import topology
 
@@ -24,7 +24,7 @@ SIZES = {"node": 2, "expert": 2}
 
 
 def _inputs(n_tokens, chosen=None):
-  specs = schema.stack(layers.swiglu_specs(D, F, 0.1), 16, "experts")
+  specs = schema.stack(swiglu.specs(D, F, 0.1), 16, "experts")
   p = jax.tree.map(lambda w: 4 * w, testing.draw(specs))
   rng = np.random.default_rng(0)
   if chosen is None:
@@ -205,7 +205,7 @@ class MemoryTest(absltest.TestCase):
     def temporary(n):
       mesh = topology.mesh({"expert": n})
       experts = dispatch.experts("one_hop", {"expert": n}, CFG)
-      specs = schema.stack(layers.swiglu_specs(256, 8, 0.1), 16, "experts")
+      specs = schema.stack(swiglu.specs(256, 8, 0.1), 16, "experts")
       spec = jax.P("expert")
       run = jax.shard_map(
           experts.ffn, mesh=mesh, in_specs=spec, out_specs=spec

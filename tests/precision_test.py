@@ -3,6 +3,7 @@ import numpy as np
 import testing
 from absl.testing import absltest
 
+from dsv3_jax import config
 from dsv3_jax import schema
 from dsv3_jax.model import precision
 from dsv3_jax.model import transformer
@@ -11,13 +12,18 @@ from dsv3_jax.model import transformer
 class ComputeParamsTest(absltest.TestCase):
   def setUp(self):
     super().setUp()
-    self.params = testing.draw(transformer.specs(testing.TINY))
+    self.specs = transformer.specs(testing.TINY)
+    self.params = testing.draw(self.specs)
+
+  def cast(self, recipe):
+    how = config.Precision(recipe=recipe)
+    return precision.compute_params(self.params, self.specs, how)
 
   def test_fp32_is_the_masters_themselves(self):
-    self.assertIs(precision.compute_params(self.params, "fp32"), self.params)
+    self.assertIs(self.cast("fp32"), self.params)
 
   def test_bf16_casts_all_but_norms_and_routers(self):
-    cast = schema.paths(precision.compute_params(self.params, "bf16"))
+    cast = schema.paths(self.cast("bf16"))
     full = {path for path, leaf in cast.items() if leaf.dtype == jnp.float32}
     expected = {path for path in cast if path.endswith(("norm", "/router"))}
     self.assertEqual(full, expected)

@@ -9,17 +9,19 @@ import testing
 from absl.testing import absltest
 from absl.testing import parameterized
 
+from dsv3_jax import config
 from dsv3_jax.model import experts
-from dsv3_jax.model import layers
+from dsv3_jax.model import gemm
 from dsv3_jax.model import moe
 from dsv3_jax.model import precision
+from dsv3_jax.model import swiglu
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import splitting
 
 CFG = testing.tiny()
 B, T = 2, 13  # no weight has a size with this factor
 BLOCKS = {
-    "dense": layers.swiglu_specs(CFG.d_model, CFG.dense_ffn_dim, 0.1),
+    "dense": swiglu.specs(CFG.d_model, CFG.dense_ffn_dim, 0.1),
     "moe": moe.specs(CFG),
 }
 
@@ -47,7 +49,8 @@ def inputs(kind, recipe="fp32"):
   x, dy = (testing.normal(B, T, CFG.d_model, seed=seed) for seed in (0, 1))
   if recipe == "bf16":
     x, dy = x.astype(jnp.bfloat16), dy.astype(jnp.bfloat16)
-  p = precision.compute_params(p, recipe)
+  specs = transformer.block_specs(CFG, BLOCKS[kind])
+  p = precision.compute_params(p, specs, config.Precision(recipe=recipe))
   return p, jnp.asarray(bias), jnp.asarray(x), (dy, jnp.float32(0.7))
 
 
@@ -122,7 +125,7 @@ class SplitTest(parameterized.TestCase):
 
   def test_of_a_linear_layer_its_input_and_the_gradient_of_its_output(self):
     def layer(w, constant, x):
-      return layers.linear(x, w) * constant, None
+      return gemm.linear(x, w) * constant, None
 
     w, x, c = testing.normal(5, 7), testing.normal(3, 4, 5), jnp.float32(2)
     passes = splitting.split(layer, w, c, x, [True])

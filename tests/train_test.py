@@ -125,7 +125,7 @@ class SplitTest(parameterized.TestCase):
     state = state.replace(router_bias=bias)
     compute = jax.jit(functools.partial(train.gradients, run=run))
     batch = batch_of(run)
-    grads, terms, stats = jax.device_get(compute(state, batch))
+    grads, terms, stats, _ = jax.device_get(compute(state, batch))
     bias = router.update_bias(bias, stats.load, run.model.router.bias_speed)
     return grads, terms, stats.load, bias
 

@@ -17,7 +17,11 @@ from dsv3_jax.parallel import topology
 
 def _local_nll(params, bias, tokens, labels, mask, *, run, layout):
   """Sum of -log p over the labels that the mask selects, [B, T] each."""
-  params, main = layout.step(params), config.override(run.model, "mtp.depth=0")
+  main = config.override(run.model, "mtp.depth=0")
+  params = precision.compute_params(
+      params, transformer.specs(run.model), run.precision, layout.slices
+  )
+  params = layout.step(params)
   out = transformer.forward(
       params,
       bias[: main.n_routers],
@@ -38,7 +42,6 @@ def _local_nll(params, bias, tokens, labels, mask, *, run, layout):
 @functools.partial(jax.jit, static_argnames=("run", "mesh"))
 def _nll(params, *args, run, mesh):
   """The sum over rows that are divided over a mesh."""
-  params = precision.compute_params(params, run.precision.recipe)
   layout = layouts.layout(run, mesh.shape, staged=False)
   divided = topology.batch_spec(mesh.shape, 0, topology.ROWS)
   return jax.shard_map(

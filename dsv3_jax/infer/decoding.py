@@ -15,6 +15,7 @@ from dsv3_jax.infer import sampling
 from dsv3_jax.model import layers
 from dsv3_jax.model import mla
 from dsv3_jax.model import moe
+from dsv3_jax.model import swiglu
 from dsv3_jax.model import transformer
 
 Layer = tuple[jax.Array, jax.Array]
@@ -66,7 +67,7 @@ def step(
     return x + ffn(p["ffn"], layers.rms_norm(p["ffn_norm"], x, eps)), kept
 
   def dense(x, layer):
-    return block(x, layer, layers.swiglu)
+    return block(x, layer, swiglu.swiglu)
 
   def mixture(x, layer):
     p, kept, layer_bias = layer

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 
 from dsv3_jax import manual
 from dsv3_jax import schema
+from dsv3_jax.model import gemm
+from dsv3_jax.model import swiglu
 
 MIN_BLOCK, MAX_BLOCK = 8, 256  # rows of a block
 KEPT = 1.25  # rows whose hidden state is kept, in rows expected
@@ -171,12 +173,12 @@ def block_ffn(
     apart: bool = False,
 ) -> jax.Array:
   """A loop over blocks of rows of one expert."""
-  n_experts, d, _, f = p["gate_up"].shape
-  gate_up, down, x, gates = manual.alike(
-      p["gate_up"].reshape(n_experts, d, 2 * f),
-      p["down"],
-      x,
-      gates.astype(x.dtype),
+  n_experts = p["down"].shape[0]
+  leaves, structure = jax.tree.flatten(
+      (p["gate_up"], p["down"], x, gates.astype(x.dtype))
+  )
+  gate_up, down, x, gates = jax.tree.unflatten(
+      structure, manual.alike(*leaves)
   )
   if not chosen.size:
     return jnp.zeros_like(x)
@@ -185,9 +187,10 @@ def block_ffn(
   return _ffn(plan, gate_up, down, x, gates, layout)
 
 
-def _pick(rows: jax.Array, index: jax.Array) -> jax.Array:
+def _pick(rows: gemm.Rows, index: jax.Array) -> gemm.Rows:
   """rows[index], 0 where the index is beyond the last row."""
-  return rows.at[index].get(mode="fill", fill_value=0)
+  pick = lambda a: a.at[index].get(mode="fill", fill_value=0)
+  return jax.tree.map(pick, rows)
 
 
 def _add(rows: jax.Array, index: jax.Array, update: jax.Array) -> jax.Array:
@@ -195,37 +198,62 @@ def _add(rows: jax.Array, index: jax.Array, update: jax.Array) -> jax.Array:
   return rows.at[index].add(update, mode="drop", unique_indices=True)
 
 
-_dot = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
 _slice = jax.lax.dynamic_slice_in_dim
 
 
-def _output(down: jax.Array, gate: jax.Array, h: jax.Array) -> jax.Array:
-  """Output of rows of one expert, from their hidden state."""
-  a, b = jnp.split(h, 2, axis=-1)
-  return (gate[:, None] * jax.nn.silu(a) * b) @ down
+def _one(w: gemm.Weight, e: jax.Array) -> gemm.Weight:
+  """The weight of an expert."""
+  return jax.tree.map(lambda a: a[e], w)
 
 
-def _dhidden(
-    down: jax.Array, gate: jax.Array, h: jax.Array, dy: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _put(rows: gemm.Rows, place: jax.Array, new: gemm.Rows) -> gemm.Rows:
+  """Rows with different ones replaced, none for indices beyond the last."""
+
+  def put(a, b):
+    return a.at[place].set(b, mode="drop", unique_indices=True)
+
+  return jax.tree.map(put, rows, new)
+
+
+def _plus(total: jax.Array | None, more: jax.Array | None):
+  """The sum of what was counted, if anything is."""
+  return None if total is None else total + more
+
+
+def _dhidden(down, e, gate, h, dy):
   """Gradients of the hidden state and of the gates of a block."""
-  a, b = jnp.split(h, 2, axis=-1)
-  sigmoid = jax.nn.sigmoid(a)
-  silu = a * sigmoid
-  dact = dy @ down.T
-  dgate = (silu * b * dact).sum(-1)
-  dact = gate[:, None] * dact
-  da = dact * b * (sigmoid + silu * (1 - sigmoid))
-  return jnp.concatenate([da, dact * silu], axis=-1), dgate
+  dact = gemm.input_gradient(dy, _one(down, e)).astype(h.dtype)
+  return swiglu.activation_gradient(h, dact, gate)
 
 
-def _dweights(
-    x: jax.Array, gate: jax.Array, h: jax.Array, dh: jax.Array, dy: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """Gradients of a block for gate_up and down, in float32."""
-  a, b = jnp.split(h, 2, axis=-1)
-  act = gate[:, None] * (a * jax.nn.sigmoid(a)) * b
-  return _dot(x.T, dh), _dot(act.T, dy)
+def _dinput(gate_up, e, dh):
+  """That of the input, and what was counted."""
+  left, counted = gemm.gradient_rows(dh, gate_up)
+  dx = gemm.input_gradient(left, _one(gate_up, e))
+  return dx.astype(dh.dtype), counted
+
+
+def _dweights(gate_up, down, rows, gate, h, dh, dy):
+  """Those of the weights, in float32."""
+  act = swiglu.activation(h, gate)
+  return (
+      gemm.weight_gradient(rows, dh, gate_up, "power_of_two"),
+      gemm.weight_gradient(act, dy, down, "power_of_two"),
+  )
+
+
+def _no_rows(like, n, n_columns, w):
+  """Zeros in place of rows [N, C] to be quantized for a weight."""
+  h = jax.ShapeDtypeStruct((n, n_columns), like.dtype)
+  types, _ = jax.eval_shape(gemm.rows, h, w)
+  zeros = lambda t: jnp.zeros_like(like, t.dtype, shape=t.shape)
+  return jax.tree.map(zeros, types)
+
+
+def _no_weight_gradients(like, weights):
+  """Zeros [E, K, N] f32 for each."""
+  shapes = [(*w.shape[:2], math.prod(w.shape[2:])) for w in weights]
+  return tuple(jnp.zeros_like(like, jnp.float32, shape=s) for s in shapes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -235,74 +263,95 @@ def _ffn(plan, gate_up, down, x, gates, layout):
 
 def _ffn_fwd(plan, gate_up, down, x, gates, layout):
   k, gate = gates.shape[1], gates.reshape(-1)
-  hidden = jnp.zeros_like(x, shape=(plan.kept, gate_up.shape[2]))
-  carry = jnp.zeros_like(x), hidden
+  weights = gemm.untrained(gate_up), gemm.untrained(down)
+  gate_up, down = map(gemm.multiplied_out, weights)
+  # Once a token: they have been sent like this, with powers of two.
+  left, of_x = gemm.rows(x, gate_up, "power_of_two")
+  hidden = _no_rows(x, plan.kept, 2 * down.shape[1], gate_up)
+  of_act = None if of_x is None else jnp.zeros_like(of_x)
+  carry = jnp.zeros_like(x), hidden, of_act
   for size, blocks in zip(plan.blocks, layout.blocks, strict=True):
 
     def add(i, carry, size=size, blocks=blocks):
-      y, hidden = carry
+      y, hidden, of_act = carry
       e, start = blocks.expert[i], blocks.start[i]
       slots = _slice(layout.slots, start, size)
-      h = _pick(x, slots // k) @ gate_up[e]
-      y = _add(y, slots // k, _output(down[e], _pick(gate, slots), h))
-      place = start + jnp.arange(size)
-      hidden = hidden.at[place].set(h, mode="drop", unique_indices=True)
-      return y, hidden
+      up_e, down_e = _one(gate_up, e), _one(down, e)
+      h = gemm.output(_pick(left, slots // k), up_e).astype(x.dtype)
+      act = swiglu.activation(h, _pick(gate, slots))
+      act, more = gemm.rows(act, down_e)
+      y_here = gemm.output(act, down_e).astype(x.dtype)
+      kept, _ = gemm.rows(h, up_e)
+      hidden = _put(hidden, start + jnp.arange(size), kept)
+      return _add(y, slots // k, y_here), hidden, _plus(of_act, more)
 
     carry = jax.lax.fori_loop(0, blocks.used, add, carry)
-  y, hidden = carry
-  return y, (gate_up, down, x, gates, layout, hidden)
+  y, hidden, of_act = carry
+  return y, (*weights, left, gates, layout, hidden, of_x, of_act)
 
 
 def _ffn_bwd(plan, residuals, dout):
-  gate_up, down, x, gates, layout, hidden = residuals
+  *weights, x, gates, layout, hidden, of_x, of_act = residuals
   k, gate = gates.shape[1], gates.reshape(-1)
+  gate_up, down = map(gemm.multiplied_out, weights)
+  of_tokens, of_dy = gemm.gradient_rows(dout, down, "power_of_two")
 
   def block(i, blocks, size, kept):
     """Expert, first place, slots, rows, gates, hidden state, dy of a block."""
     e, start = blocks.expert[i], blocks.start[i]
     slots = _slice(layout.slots, start, size)
     rows = _pick(x, slots // k)
-    h = _slice(hidden, start, size) if kept else rows @ gate_up[e]
-    return e, start, slots, rows, _pick(gate, slots), h, _pick(dout, slots // k)
+    if kept:
+      here = jax.tree.map(lambda a: _slice(a, start, size), hidden)
+      h = gemm.numbers(here, dout.dtype)
+    else:
+      h = gemm.output(rows, _one(gate_up, e)).astype(dout.dtype)
+    dy = _pick(of_tokens, slots // k)
+    return e, start, slots, rows, _pick(gate, slots), h, dy
 
-  def add_all(i, grads, **how):
+  def add_all(i, carry, **how):
+    *grads, of_dh = carry
     e, _, slots, rows, gate_here, h, dy = block(i, **how)
-    dh, dgate = _dhidden(down[e], gate_here, h, dy)
-    dgate_up, ddown = _dweights(rows, gate_here, h, dh, dy)
-    here = dh @ gate_up[e].T, dgate, dgate_up, ddown
-    return tuple(map(_add, grads, (slots // k, slots, e, e), here))
+    dh, dgate = _dhidden(down, e, gate_here, h, dy)
+    dx, more = _dinput(gate_up, e, dh)
+    here = dx, dgate, *_dweights(gate_up, down, rows, gate_here, h, dh, dy)
+    grads = map(_add, grads, (slots // k, slots, e, e), here)
+    return *grads, _plus(of_dh, more)
 
   def add_inputs(i, carry, kept, **how):
-    dx, dgates, dhidden = carry
+    dx, dgates, dhidden, of_dh = carry
     e, start, slots, _, gate_here, h, dy = block(i, kept=kept, **how)
-    dh, dgate = _dhidden(down[e], gate_here, h, dy)
+    dh, dgate = _dhidden(down, e, gate_here, h, dy)
     if kept:
       dhidden = jax.lax.dynamic_update_slice_in_dim(dhidden, dh, start, 0)
-    dx = _add(dx, slots // k, dh @ gate_up[e].T)
-    return dx, _add(dgates, slots, dgate), dhidden
+    dx_here, more = _dinput(gate_up, e, dh)
+    dx = _add(dx, slots // k, dx_here)
+    return dx, _add(dgates, slots, dgate), dhidden, _plus(of_dh, more)
 
   def add_weights(i, grads, kept, **how):
     e, start, _, rows, gate_here, h, dy = block(i, kept=kept, **how)
     if kept:
       dh = _slice(dhidden, start, how["size"])
     else:
-      dh, _ = _dhidden(down[e], gate_here, h, dy)
-    here = _dweights(rows, gate_here, h, dh, dy)
+      dh, _ = _dhidden(down, e, gate_here, h, dy)
+    here = _dweights(gate_up, down, rows, gate_here, h, dh, dy)
     return tuple(_add(d, e, new) for d, new in zip(grads, here, strict=True))
 
-  dx, dgates = jnp.zeros_like(x), jnp.zeros_like(gate)
-  dweights = tuple(jnp.zeros_like(w, jnp.float32) for w in (gate_up, down))
+  dx, dgates = jnp.zeros_like(dout), jnp.zeros_like(gate)
+  dweights = _no_weight_gradients(dout, weights)
+  of_dh = None if of_dy is None else jnp.zeros_like(of_dy)
   over = functools.partial(_over_blocks, plan, layout)
   if plan.apart:
-    carry = dx, dgates, jnp.zeros_like(hidden)
-    dx, dgates, dhidden = over(add_inputs, carry)
+    dhidden = jnp.zeros_like(dout, shape=(plan.kept, 2 * down.shape[1]))
+    carry = over(add_inputs, (dx, dgates, dhidden, of_dh))
+    dx, dgates, dhidden, of_dh = carry
     dgate_up, ddown = over(add_weights, dweights)
   else:
-    dx, dgates, dgate_up, ddown = over(add_all, (dx, dgates, *dweights))
+    carry = over(add_all, (dx, dgates, *dweights, of_dh))
+    dx, dgates, dgate_up, ddown, of_dh = carry
   return (
-      dgate_up.astype(gate_up.dtype),
-      ddown.astype(down.dtype),
+      gemm.gradient(weights[0], dgate_up, [of_x, of_dh]),
+      gemm.gradient(weights[1], ddown, [of_act, of_dy]),
       dx,
       dgates.reshape(gates.shape),
       None,

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from dsv3_jax import config
 from dsv3_jax import manual
 from dsv3_jax import schema
+from dsv3_jax.model import gemm
 from dsv3_jax.model import layers
 from dsv3_jax.model import rope
+from dsv3_jax.model import tiles
 
 CHUNK = 128  # queries that attend together; keys after them are never touched
 
@@ -20,19 +22,19 @@ def specs(cfg: config.MLA, d: int, std: float) -> schema.Specs:
   n, q, r = cfg.n_heads, cfg.q_rank, cfg.kv_rank
   if q:
     query = {
-        "q_down": schema.weight(std, embed=d, q_rank=q),
+        "q_down": schema.linear(std, embed=d, q_rank=q),
         "q_norm": schema.gain(q),
-        "q_up": schema.weight(std, q_rank=q, heads=n, qk=cfg.qk_dim),
+        "q_up": schema.linear(std, q_rank=q, heads=n, qk=cfg.qk_dim),
     }
   else:
-    query = {"q": schema.weight(std, embed=d, heads=n, qk=cfg.qk_dim)}
+    query = {"q": schema.linear(std, embed=d, heads=n, qk=cfg.qk_dim)}
   return query | {
-      "kv_down": schema.weight(std, embed=d, kv_rank=r + cfg.rope_dim),
+      "kv_down": schema.linear(std, embed=d, kv_rank=r + cfg.rope_dim),
       "kv_norm": schema.gain(r),
-      "kv_up": schema.weight(
+      "kv_up": schema.linear(
           std, kv_rank=r, heads=n, kv=cfg.nope_dim + cfg.v_dim
       ),
-      "out": schema.weight(std, heads=n, v=cfg.v_dim, embed=d),
+      "out": schema.linear(std, 2, heads=n, v=cfg.v_dim, embed=d),
   }
 
 
@@ -45,10 +47,10 @@ def queries(
 ) -> tuple[jax.Array, jax.Array]:
   """Nope [B, T, N, P] and rotated rope [B, T, N, H] parts (eq. 6-9)."""
   if cfg.q_rank:
-    latent = layers.rms_norm(p["q_norm"], layers.linear(x, p["q_down"]), eps)
-    q = layers.linear(latent, p["q_up"])
+    latent = layers.rms_norm(p["q_norm"], gemm.linear(x, p["q_down"]), eps)
+    q = gemm.linear(latent, p["q_up"])
   else:
-    q = layers.linear(x, p["q"])
+    q = gemm.linear(x, p["q"])
   nope, rotary = jnp.split(q, [cfg.nope_dim], axis=-1)
   return nope, rope.rotate(rotary, angle[..., None, :])
 
@@ -64,7 +66,7 @@ def latents(
 
   Only the latent is normalised; the rope key is shared by all heads.
   """
-  kv, key = jnp.split(layers.linear(x, p["kv_down"]), [cfg.kv_rank], axis=-1)
+  kv, key = jnp.split(gemm.linear(x, p["kv_down"]), [cfg.kv_rank], axis=-1)
   return layers.rms_norm(p["kv_norm"], kv, eps), rope.rotate(key, angle)
 
 
@@ -83,9 +85,17 @@ def _mask_future(scores: jax.Array, fill: float) -> jax.Array:
   return scores.at[:, -t:].set(near)
 
 
-@jax.custom_vjp
-def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    e5m6_columns: int = 0,
+) -> jax.Array:
   """Causal softmax attention, q and k [B, N, T, X], v [B, N, T, V].
+
+  Returns [B, T, N, V], rounded to E5M6 with a scale for so many columns if any
+  are given. It is also what the backward pass reads (section 3.3.3).
 
   One sequence at a time, and in it one chunk of queries against the keys up to
   the chunk's end: the scores stay in cache and the future costs nothing. Only
@@ -96,10 +106,10 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   last dim, and queries' sums are made as [X, queries]: no product contracts the
   leading dims of both its operands. Both are much faster on CPU.
   """
-  return _attend_fwd(q, k, v)[0]
+  return _attend_fwd(q, k, v, e5m6_columns)[0]
 
 
-def _attend_fwd(q, k, v):
+def _attend_fwd(q, k, v, e5m6_columns):
   def sequence(qkv):
     q, k, v = qkv  # v is [N, V, S]
     out, lse = [], []
@@ -117,15 +127,18 @@ def _attend_fwd(q, k, v):
 
   # Turned outside of the loop: XLA would fold it into the products again.
   out, lse = jax.lax.map(sequence, (q, k, jnp.swapaxes(v, 2, 3)))
-  out = jnp.swapaxes(out, 2, 3)
+  out = jnp.moveaxis(out, 3, 1)
+  if e5m6_columns:
+    rows = out.reshape(-1, out.shape[2] * out.shape[3])
+    out = tiles.e5m6(rows, e5m6_columns).reshape(out.shape)
   return out, (q, k, v, out, lse)
 
 
-def _attend_bwd(residuals, dout):
+def _attend_bwd(e5m6_columns, residuals, dout):
+  del e5m6_columns  # rounding has the gradient of its argument
+
   def sequence(args):
-    q, k, v, out, lse, dout, k_turned = args
-    # sum_s p dp = sum_v out dout: what the softmax takes off its gradient.
-    mean = _dot("NTV,NTV->NT", out, dout)
+    q, k, v, lse, dout, mean, k_turned = args
     dq = []
     dk, dv = (jnp.zeros_like(a, jnp.float32) for a in (k, v))
     for start, end in _spans(q.shape[1]):
@@ -142,8 +155,11 @@ def _attend_bwd(residuals, dout):
     dq = jnp.concatenate(dq, axis=2)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
-  k_turned = jnp.swapaxes(residuals[1], 2, 3)
-  dq, dk, dv = jax.lax.map(sequence, (*residuals, dout, k_turned))
+  q, k, v, out, lse = residuals
+  # sum_s p dp = sum_v out dout: what the softmax takes off its gradient.
+  mean = _dot("BTNV,BTNV->BNT", out, dout)
+  dout, k_turned = jnp.swapaxes(dout, 1, 2), jnp.swapaxes(k, 2, 3)
+  dq, dk, dv = jax.lax.map(sequence, (q, k, v, lse, dout, mean, k_turned))
   return jnp.swapaxes(dq, 2, 3), dk, dv
 
 
@@ -165,14 +181,15 @@ def mla(
   q_nope, q_rope = queries(p, x, angle, cfg, eps)
   latent, k_rope = latents(p, x, angle, cfg, eps)
   k_nope, v = jnp.split(
-      layers.linear(latent, p["kv_up"]), [cfg.nope_dim], axis=-1
+      gemm.linear(latent, p["kv_up"]), [cfg.nope_dim], axis=-1
   )
   k_rope = jnp.broadcast_to(k_rope[:, :, None], q_rope.shape)
   q = jnp.concatenate([q_nope, q_rope], axis=-1) / math.sqrt(cfg.qk_dim)
   k = jnp.concatenate([k_nope, k_rope], axis=-1)
-  out = attend(*(jnp.swapaxes(a, 1, 2) for a in (q, k, v)))
-  out = jnp.swapaxes(out, 1, 2).reshape(*x.shape[:2], -1)
-  y = layers.linear(out, p["out"].reshape(-1, x.shape[-1]))
+  q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
+  out = attend(q, k, v, gemm.tile(p["out"]))
+  # Kept as it is: attention keeps it already.
+  y = gemm.linear(out, p["out"], 2, keep_input=True)
   return manual.total(y, "model")
 
 

@@ -11,8 +11,8 @@ from dsv3_jax import config
 from dsv3_jax import manual
 from dsv3_jax import schema
 from dsv3_jax.model import experts as experts_lib
-from dsv3_jax.model import layers
 from dsv3_jax.model import router
+from dsv3_jax.model import swiglu
 
 
 def _none_sent(chosen: jax.Array) -> jax.Array:
@@ -48,11 +48,11 @@ def specs(cfg: config.Model) -> schema.Specs:
   tree = {
       "router": schema.weight(std, embed=d, scores=cfg.router.n_experts),
       "experts": schema.stack(
-          layers.swiglu_specs(d, f, std), cfg.router.n_experts, "experts"
+          swiglu.specs(d, f, std), cfg.router.n_experts, "experts"
       ),
   }
   if cfg.moe.n_shared:
-    tree["shared"] = layers.swiglu_specs(d, cfg.moe.n_shared * f, std)
+    tree["shared"] = swiglu.specs(d, cfg.moe.n_shared * f, std)
   return tree
 
 
@@ -90,5 +90,5 @@ def moe(
     y = manual.total(y, "model").reshape(x.shape)
   if "shared" in p:
     with jax.named_scope("shared"):
-      y = y + layers.swiglu(p["shared"], x)
+      y = y + swiglu.swiglu(p["shared"], x)
   return y, Stats(routing.load, balance, experts.sent(chosen))

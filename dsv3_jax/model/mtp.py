@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from dsv3_jax import config
 from dsv3_jax import schema
+from dsv3_jax.model import gemm
 from dsv3_jax.model import layers
 
 
@@ -17,7 +18,7 @@ def specs(cfg: config.Model, block: schema.Specs) -> schema.Specs:
   return {
       "embed_norm": schema.gain(d),
       "hidden_norm": schema.gain(d),
-      "proj": schema.weight(cfg.init_std, pair=2 * d, embed=d),
+      "proj": schema.linear(cfg.init_std, pair=2 * d, embed=d),
       "block": block,
       "norm": schema.gain(d),
   }
@@ -53,7 +54,7 @@ def module(
       ],
       axis=-1,
   )
-  x, stats = block(p["block"], layers.linear(joined, p["proj"]), bias)
+  x, stats = block(p["block"], gemm.linear(joined, p["proj"]), bias)
   normed = layers.rms_norm(p["norm"], x, cfg.norm_eps)
   return normed, normed if cfg.mtp.hidden == "post_norm" else x, stats
 

@@ -1,27 +1,184 @@
-"""What the network computes in: a cast of the float32 master parameters."""
+"""What the network computes in: copies of the float32 master parameters."""
+
+import fnmatch
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax import config
 from dsv3_jax import schema
+from dsv3_jax.model import gemm
+from dsv3_jax.model import tiles
 
 _KEPT = ("norm", "router")  # read in float32 whatever the recipe (section 3.3)
 
+Slices = tuple[tuple[int, tuple[str, ...]], ...]  # (dim, mesh axes) of a leaf
 
-def compute_params(params: schema.Params, recipe: str) -> schema.Params:
-  """Parameters as the forward pass reads them, cast once an optimizer step.
 
-  Norm gains and router centroids stay float32.
+def compute_params(
+    params: schema.Params,
+    specs: schema.Specs,
+    how: config.Precision,
+    slices: Any = None,
+) -> schema.Params:
+  """Parameters as the forward pass reads them, made once an optimizer step.
+
+  With `bf16` and `fp8` all are bfloat16 but norm gains and router centroids.
+  With `fp8` the weights that `how.fp8` names are `gemm.Fp8`.
 
   Args:
-    params: float32 master parameters.
-    recipe: `fp32`, or `bf16` for matrices in bfloat16.
+    params: float32 master parameters; inside a `shard_map`, slices of them.
+    specs: of the parameters.
+    how: the recipe.
+    slices: of each parameter, the dims that it is a slice of, and over which
+      mesh axes; None where all are whole.
   """
-  if recipe == "fp32":
+  if how.recipe == "fp32":
     return params
+  chosen = fp8_paths(specs, how)
 
-  def cast(path, leaf):
-    kept = path[-1].key.endswith(_KEPT)
-    return leaf if kept else leaf.astype(jnp.bfloat16)
+  def leaf(path, w, spec, slices=()):
+    name = schema.name(path)
+    if name in chosen:
+      return _fp8(w, spec, how, slices)
+    return w if name.endswith(_KEPT) else w.astype(jnp.bfloat16)
 
-  return jax.tree.map_with_path(cast, params)
+  trees = (params, specs) if slices is None else (params, specs, slices)
+  return jax.tree.map_with_path(leaf, *trees)
+
+
+def fp8_paths(specs: schema.Specs, how: config.Precision) -> frozenset[str]:
+  """Paths of the weights in FP8: of linear layers, and named by the recipe."""
+  if how.recipe != "fp8":
+    return frozenset()
+  linear = [path for path, spec in schema.paths(specs).items() if spec.n_in]
+  return frozenset(
+      path
+      for pattern in how.patterns
+      for path in fnmatch.filter(linear, pattern)
+  )
+
+
+def problems(specs: schema.Specs, how: config.Precision) -> list[str]:
+  """What is wrong with an FP8 recipe for a model, a line each."""
+  if how.recipe != "fp8":
+    return []
+  linear = {p: spec for p, spec in schema.paths(specs).items() if spec.n_in}
+  found = [
+      f"Precision.fp8={pattern!r}: names no weight of a linear layer; there are"
+      f" {', '.join(linear)}"
+      for pattern in how.patterns or ("",)
+      if not fnmatch.filter(linear, pattern)
+  ]
+  sizes = {path: min(linear[path].matrix) for path in fp8_paths(specs, how)}
+  path = min(sizes, key=sizes.get, default=None)
+  if path and sizes[path] < how.tile:
+    found.append(
+        f"Precision.tile={how.tile}: {path} has {sizes[path]} rows or columns,"
+        f" which is less; set precision.tile to {sizes[path]} or less, or name"
+        " in precision.fp8 what is larger"
+    )
+  return found
+
+
+def _fp8(
+    w: jax.Array, spec: schema.ParamSpec, how: config.Precision, slices: Slices
+) -> gemm.Fp8:
+  """A weight, or the slice of one that is here, with its copy in E4M3."""
+  n_stack = spec.n_stack
+  stack, n_in = w.shape[:n_stack], n_stack + spec.n_in
+  inside = {dim: axes for dim, axes in slices if dim >= n_stack}
+  tile = how.tile, how.tile
+  if not inside:
+    k = math.prod(w.shape[n_stack:n_in])
+    made = tiles.quantize(w.reshape(*stack, k, -1), tile, how.scales)
+    values, scales = made.values, made.scales
+  else:
+    rows = _blocks(w.shape, range(n_stack, n_in), inside, how.tile)
+    columns = _blocks(w.shape, range(n_in, w.ndim), inside, how.tile)
+    values, scales = _of_slice(w, stack, rows, columns, inside, how)
+  # Of a stack of layers, those of each; of experts, of all together.
+  layers = stack[:1] if spec.axes[0] == "layers" else ()
+  shape = *layers, len(gemm.CLASSES), len(tiles.COUNTED)
+  counts = jnp.zeros_like(w, shape=shape)
+  return gemm.Fp8(
+      gemm.Trained(w, counts), values.reshape(w.shape), scales, how
+  )
+
+
+def _blocks(
+    shape: tuple[int, ...],
+    dims: range,
+    inside: Mapping[int, tuple[str, ...]],
+    tile: int,
+) -> tuple[jax.Array, int]:
+  """The block of each row, or column, that is here, and how many there are.
+
+  Dims together are rows (or columns); a slice of one has an offset.
+  """
+  index, total = jnp.zeros(1, jnp.int32), 1
+  for dim in dims:
+    n, axes = shape[dim], inside.get(dim, ())
+    whole = n * jax.lax.axis_size(axes) if axes else n
+    here = jnp.arange(n) + (jax.lax.axis_index(axes) * n if axes else 0)
+    index = (index[:, None] * whole + here[None]).reshape(-1)
+    total *= whole
+  return index // tile, -(-total // tile)
+
+
+def _of_slice(w, stack, rows, columns, inside, how):
+  """Values and scales of a slice, scales as those of the whole matrix."""
+  (of_row, n_rows), (of_column, n_columns) = rows, columns
+  flat = w.reshape(*stack, of_row.size, of_column.size)
+  largest = jnp.zeros_like(flat, shape=(*stack, n_rows, of_column.size))
+  largest = largest.at[..., of_row, :].max(jnp.abs(flat))
+  blocks = jnp.zeros_like(flat, shape=(*stack, n_rows, n_columns))
+  blocks = blocks.at[..., of_column].max(largest)
+  axes = tuple(axis for group in inside.values() for axis in group)
+  scales = tiles.scale(
+      jax.lax.pmax(blocks, axes), how.scales, tiles.LARGEST
+  )
+  per_element = scales[..., of_row, :][..., of_column]
+  return tiles.encode(flat, per_element), scales
+
+
+# --- what has a gradient ---
+
+
+def _is_weight(leaf: Any) -> bool:
+  return isinstance(leaf, gemm.Fp8)
+
+
+def trained(params: schema.Params) -> Any:
+  """What the loss has a gradient for: the parameters, `Trained` for FP8."""
+  return jax.tree.map(gemm.trained, params, is_leaf=_is_weight)
+
+
+def joined(new: Any, params: schema.Params) -> schema.Params:
+  """The parameters, with what is trained replaced."""
+
+  def leaf(w, new):
+    return w.replace(trained=new) if _is_weight(w) else new
+
+  return jax.tree.map(leaf, params, new, is_leaf=_is_weight)
+
+
+def gradients(of_trained: Any) -> tuple[schema.Params, dict[str, jax.Array]]:
+  """Gradients of the masters, and by path what was counted.
+
+  Args:
+    of_trained: the gradient of what `trained` returned.
+  """
+  is_leaf = lambda leaf: isinstance(leaf, gemm.Trained)
+  masters = jax.tree.map(
+      lambda g: g.master if is_leaf(g) else g, of_trained, is_leaf=is_leaf
+  )
+  counted = {
+      schema.name(path): leaf.counts
+      for path, leaf in jax.tree.leaves_with_path(of_trained, is_leaf=is_leaf)
+      if is_leaf(leaf)
+  }
+  return masters, counted

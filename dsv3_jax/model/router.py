@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax import config
-from dsv3_jax.model import layers
+from dsv3_jax.model import gemm
 
 # Where all scores underflow, keeps their sum from dividing 0 by 0. A gradient
 # squares its inverse: with the customary 1e-20 that overflows float32.
@@ -62,7 +62,7 @@ def route(
     w: jax.Array, x: jax.Array, bias: jax.Array, cfg: config.Router
 ) -> Routing:
   """Routes x [B, T, D] with centroids w [D, E]; all in float32."""
-  affinity = layers.linear(x.astype(jnp.float32), w.astype(jnp.float32))
+  affinity = gemm.linear(x.astype(jnp.float32), w.astype(jnp.float32))
   squash = jax.nn.sigmoid if cfg.score == "sigmoid" else jax.nn.softmax
   scores = squash(affinity)
   experts, gates = select(scores, bias, cfg)

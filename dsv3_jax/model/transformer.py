@@ -13,6 +13,7 @@ from dsv3_jax.model import layers
 from dsv3_jax.model import mla
 from dsv3_jax.model import moe
 from dsv3_jax.model import mtp
+from dsv3_jax.model import swiglu
 
 
 @flax.struct.dataclass
@@ -37,7 +38,7 @@ def block_specs(cfg: config.Model, ffn: schema.Specs) -> schema.Specs:
 def specs(cfg: config.Model) -> schema.Specs:
   """Every parameter; layers of one kind are stacked."""
   d, c, std = cfg.d_model, cfg.vocab_size, cfg.init_std
-  dense = layers.swiglu_specs(d, cfg.dense_ffn_dim, std)
+  dense = swiglu.specs(d, cfg.dense_ffn_dim, std)
   tree = {
       "embed": schema.weight(std, vocab=c, embed=d),
       "norm": schema.gain(d),
@@ -66,7 +67,7 @@ def dense_block(
   """h += MLA(norm(h)); h += SwiGLU(norm(h))."""
   x = _attention(p, x, cfg)
   h = layers.rms_norm(p["ffn_norm"], x, cfg.norm_eps)
-  return x + layers.swiglu(p["ffn"], h)
+  return x + swiglu.swiglu(p["ffn"], h)
 
 
 def moe_block(

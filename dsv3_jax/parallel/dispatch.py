@@ -20,6 +20,7 @@ import functools
 import math
 from collections.abc import Callable
 from collections.abc import Mapping
+from typing import Any
 
 import flax.struct
 import jax
@@ -30,7 +31,11 @@ from dsv3_jax import config
 from dsv3_jax import manual
 from dsv3_jax import schema
 from dsv3_jax.model import experts as experts_lib
+from dsv3_jax.model import gemm
 from dsv3_jax.model import moe
+from dsv3_jax.model import precision
+from dsv3_jax.model import tiles
+from dsv3_jax.model import transformer
 from dsv3_jax.parallel import topology
 
 SLACK = 1.25  # rows of a round, in rows that balanced routing needs
@@ -91,15 +96,20 @@ def bytes_sent(sent: np.ndarray, run: config.Run) -> dict[str, int]:
   """Bytes that the forward passes of a step send over each axis.
 
   A copy of a token is its state, there and back, and on the way there the
-  choices and gates of its top-k.
+  choices and gates of its top-k. In FP8, the state takes a byte a number and
+  four a tile on the way there.
 
   Args:
     sent: [n_routers, 2] copies, as `moe.Stats` counts them.
     run: the configuration.
   """
   itemsize = 4 if run.precision.recipe == "fp32" else 2
-  model = run.model
-  copy = 2 * model.d_model * itemsize + 8 * model.router.top_k
+  model, tile = run.model, run.precision.tile
+  there = back = model.d_model * itemsize
+  specs = transformer.specs(model)
+  if "moe/ffn/experts/gate_up" in precision.fp8_paths(specs, run.precision):
+    there = model.d_model + 4 * -(-model.d_model // tile)
+  copy = there + back + 8 * model.router.top_k
   copies = sent.sum(0, dtype=np.int64)
   return {
       axis: int(n) * copy
@@ -107,7 +117,70 @@ def bytes_sent(sent: np.ndarray, run: config.Run) -> dict[str, int]:
   }
 
 
+# --- what travels, and how ---
+#
+# A way takes the rows of x [M, ...] to where they are wanted, `spread`, and
+# adds up what returns of them, `collect`; each is the gradient of the other.
+# With FP8 weights, states to the experts and gradients of their outputs are
+# sent in FP8, with powers of two, and what returns of either in bfloat16
+# (section 3.3.3). Quantizing again what was received changes nothing, so the
+# number of hops does not matter.
+
+
+def _spread(way: Any, tile: int, x: jax.Array, where: Any) -> jax.Array:
+  """Rows sent, in FP8 if there is a tile."""
+  if not tile:
+    return way.spread(x, where)
+  made = tiles.quantize(x, (1, tile), "power_of_two")
+  # Not every backend sends this type.
+  values = jax.lax.bitcast_convert_type(made.values, jnp.uint8)
+  values = way.spread(values, where)
+  made = made.replace(
+      values=jax.lax.bitcast_convert_type(values, tiles.E4M3),
+      scales=way.spread(made.scales, where),
+  )
+  return tiles.dequantize(made, x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _send(way, tile, x, where):
+  return _spread(way, tile, x, where)
+
+
+_send.defvjp(
+    lambda way, tile, x, where: (_spread(way, tile, x, where), where),
+    lambda way, _, where, dy: (way.collect(dy, where), None),
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _combine(way, tile, y, where):
+  del tile
+  return way.collect(y, where)
+
+
+_combine.defvjp(
+    lambda way, _, y, where: (way.collect(y, where), where),
+    lambda way, tile, where, dx: (_spread(way, tile, dx, where), None),
+)
+
+
 # --- all tokens everywhere ---
+
+
+@dataclasses.dataclass(frozen=True)
+class _Everyone:
+  """To all devices of some axes."""
+
+  axes: Axes
+
+  def spread(self, x: jax.Array, where: None) -> jax.Array:
+    del where
+    return jax.lax.all_gather(x, self.axes, tiled=True)
+
+  def collect(self, y: jax.Array, where: None) -> jax.Array:
+    del where
+    return jax.lax.psum_scatter(y, self.axes, tiled=True)
 
 
 def _owned(chosen: jax.Array, device: jax.Array, n: int) -> jax.Array:
@@ -126,11 +199,12 @@ def _gathered(
     axes: Axes,
     inner: Ffn,
 ) -> jax.Array:
-  everyone = functools.partial(jax.lax.all_gather, axis_name=axes, tiled=True)
-  n = p["down"].shape[0]
-  here = _owned(everyone(chosen), jax.lax.axis_index(axes), n)
-  y = inner(p, everyone(x), here, everyone(gates), n_slots or chosen.size)
-  return jax.lax.psum_scatter(y, axes, tiled=True)
+  n, way = p["down"].shape[0], _Everyone(axes)
+  here = _owned(way.spread(chosen, None), jax.lax.axis_index(axes), n)
+  send = functools.partial(_send, way, gemm.tile(p["gate_up"]))
+  gates = _send(way, 0, gates, None)
+  y = inner(p, send(x, None), here, gates, n_slots or chosen.size)
+  return _combine(way, gemm.tile(p["down"]), y, None)
 
 
 # --- exchanges ---
@@ -167,6 +241,27 @@ class _Hop:
   swap: Callable[..., jax.Array]
   n_devices: int  # that a destination stands for: those of a node, or 1
   fanout: int  # destinations of a token at most
+
+  def spread(self, x: jax.Array, where: "_Rows") -> jax.Array:
+    rows = x.at[where.token].get(mode="fill", fill_value=0)
+    rows = self.swap(rows, where.mine, self.axes)
+    return rows.reshape(-1, x.shape[-1])
+
+  def collect(self, y: jax.Array, where: "_Rows") -> jax.Array:
+    y = y.reshape(*where.token.shape, -1)
+    y = self.swap(y, where.theirs, self.axes)
+    x = jnp.zeros_like(y, shape=(where.n_rows, y.shape[-1]))
+    return x.at[where.token].add(y, mode="drop")
+
+
+@flax.struct.dataclass
+class _Rows:
+  """Those of a round."""
+
+  token: jax.Array  # [R, C] int32, which go to each destination; M: none
+  mine: jax.Array  # [R] int32, how many
+  theirs: jax.Array  # [R] int32, how many come
+  n_rows: int = flax.struct.field(pytree_node=False)  # M
 
 
 @flax.struct.dataclass
@@ -232,7 +327,8 @@ def _exchange(
   one = functools.partial(_round, hop, inner, capacity, n_slots)
   # As all else that one pass may keep for another.
   plan = plan.replace(rounds=manual.vary(plan.rounds, manual.varying(x)))
-  rest = _other_rounds(one, apart, p, x, gates, plan)
+  trained = precision.trained(p)
+  rest = _other_rounds(one, apart, trained, p, x, gates, plan)
   return one(0, p, x, gates, plan) + rest
 
 
@@ -242,24 +338,21 @@ def _round(hop, inner, capacity, n_slots, i, p, x, gates, plan):
   token = jax.lax.dynamic_slice_in_dim(plan.queue, i * capacity, capacity, 1)
   counts = jnp.clip(plan.counts - i * capacity, 0, capacity)
   theirs = _padded_swap(counts, counts, hop.axes)
-
-  def send(rows):
-    rows = rows.at[token].get(mode="fill", fill_value=0)
-    rows = hop.swap(rows, counts, hop.axes)
-    return rows.reshape(-1, rows.shape[-1])
-
+  where = _Rows(token, counts, theirs, len(x))
   arrived = jnp.arange(capacity)[None] < theirs[:, None]
-  here = _owned(send(plan.chosen), jax.lax.axis_index(hop.axes), n_experts)
+  here = hop.spread(plan.chosen, where)
+  here = _owned(here, jax.lax.axis_index(hop.axes), n_experts)
   here = jnp.where(arrived.reshape(-1, 1), here, n_experts)
-  y = inner(p, send(x), here, send(gates), min(n_slots, here.size))
-  y = hop.swap(y.reshape(*token.shape, -1), theirs, hop.axes)
-  return jnp.zeros_like(x).at[token].add(y, mode="drop")
+  states = _send(hop, gemm.tile(p["gate_up"]), x, where)
+  gates = _send(hop, 0, gates, where)
+  y = inner(p, states, here, gates, min(n_slots, here.size))
+  return _combine(hop, gemm.tile(p["down"]), y, where)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _other_rounds(one, apart, p, x, gates, plan):
+def _other_rounds(one, apart, trained, p, x, gates, plan):
   """The sum of `one` over all rounds but the first, recomputed backwards."""
-  del apart
+  del apart, trained
 
   def add(i, y):
     return y + one(i, p, x, gates, plan)
@@ -272,7 +365,10 @@ def _other_rounds_fwd(one, apart, *args):
 
 
 def _other_rounds_bwd(one, apart, args, dy):
-  p, *rows, plan = args
+  trained, p, *rows, plan = args
+
+  def of_all(i, trained, *rows):
+    return one(i, precision.joined(trained, p), *rows, plan)
 
   def gradients(of, *inputs):
     """The sum over the rounds, of a function of a round and the inputs."""
@@ -285,10 +381,12 @@ def _other_rounds_bwd(one, apart, args, dy):
     return jax.lax.fori_loop(1, plan.rounds, add, zeros)
 
   if apart:
-    of_weights = gradients(lambda i, p: one(i, p, *rows, plan), p)
-    of_rows = gradients(lambda i, *rows: one(i, p, *rows, plan), *rows)
-    return *of_weights, *of_rows, None
-  return *gradients(lambda i, *all: one(i, *all, plan), p, *rows), None
+    of_weights = gradients(lambda i, new: of_all(i, new, *rows), trained)
+    of_rows = gradients(lambda i, *rows: of_all(i, trained, *rows), *rows)
+  else:
+    of_weights, *of_rows = gradients(of_all, trained, *rows)
+    of_weights = (of_weights,)
+  return *of_weights, None, *of_rows, None
 
 
 _other_rounds.defvjp(_other_rounds_fwd, _other_rounds_bwd)

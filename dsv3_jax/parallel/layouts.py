@@ -8,6 +8,8 @@ what is sliced) or layer by layer (FSDP).
 
 import dataclasses
 import functools
+import math
+from collections.abc import Callable
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +18,9 @@ import jax
 from dsv3_jax import config
 from dsv3_jax import manual
 from dsv3_jax import schema
+from dsv3_jax.model import gemm
 from dsv3_jax.model import moe
+from dsv3_jax.model import precision
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import dispatch
 from dsv3_jax.parallel import schedules
@@ -116,6 +120,29 @@ def _whole(a: jax.Array, place: Placement) -> jax.Array:
   return a
 
 
+def _parts(w: gemm.Weight | gemm.Trained, place: Placement) -> Any:
+  """Where the parts of a weight in FP8 are, or an array."""
+  if isinstance(w, gemm.Trained):
+    return gemm.Trained(place, Placement((), ()))
+  if not isinstance(w, gemm.Fp8):
+    return place
+  # Scales are those of whole matrices: slices of a stack have slices of them.
+  n_stack = w.scales.ndim - 2
+  slices = tuple((dim, axes) for dim, axes in place.slices if dim < n_stack)
+  of_scales = Placement(place.dims[:n_stack], slices)
+  of_trained = _parts(w.trained, place)
+  return w.replace(trained=of_trained, values=place, scales=of_scales)
+
+
+def _map(
+    f: Callable[[jax.Array, Placement], jax.Array], params: Any, places: Any
+) -> Any:
+  """f of every array and its place."""
+  is_weight = lambda leaf: isinstance(leaf, (gemm.Fp8, gemm.Trained))
+  places = jax.tree.map(_parts, params, places, is_leaf=is_weight)
+  return jax.tree.map(f, params, places)
+
+
 def _scatter(g: jax.Array, place: Placement) -> jax.Array:
   for dim, axes in place.slices:
     g = jax.lax.psum_scatter(g, axes, scatter_dimension=dim, tiled=True)
@@ -127,6 +154,7 @@ class Layout:
   """A run on a mesh: where its parameters are, and how devices share work."""
 
   places: Any  # tree of placements
+  fp8: frozenset[str]  # paths of the weights in FP8
   rules: Rules
   sizes: Mapping[str, int]
   batch_axes: tuple[str, ...]  # mesh axes that tokens are divided over
@@ -137,6 +165,21 @@ class Layout:
   def specs(self) -> Any:
     """The partition of every parameter."""
     return jax.tree.map(lambda place: place.spec, self.places)
+
+  @property
+  def slices(self) -> Any:
+    """Of every parameter, the dims and mesh axes of slices."""
+    return jax.tree.map(lambda place: place.slices, self.places)
+
+  @property
+  def trained_specs(self) -> Any:
+    """The partition of the gradients that `reduce` returns."""
+
+    def leaf(path, place):
+      in_fp8 = schema.name(path) in self.fp8
+      return gemm.Trained(place.spec, jax.P()) if in_fp8 else place.spec
+
+    return jax.tree.map_with_path(leaf, self.places)
 
   @property
   def n_shards(self) -> int:
@@ -166,9 +209,7 @@ class Layout:
       return manual.vary(a, self.work_axes)
 
     return {
-        kind: jax.tree.map(
-            functools.partial(leaf, kind), p, self.places[kind]
-        )
+        kind: _map(functools.partial(leaf, kind), p, self.places[kind])
         for kind, p in params.items()
     }
 
@@ -176,9 +217,8 @@ class Layout:
     """Makes a layer whole: the `gather` of a forward pass."""
     if self._of_step(kind):
       return p
-    return jax.tree.map(
-        lambda a, place: _whole(a, place.of_layer()), p, self.places[kind]
-    )
+    places = jax.tree.map(lambda place: place.of_layer(), self.places[kind])
+    return _map(_whole, p, places)
 
   def _of_step(self, kind: str) -> bool:
     return not (self.rules.by_layer and kind in ("dense", "moe", "mtp"))
@@ -195,13 +235,11 @@ class Layout:
         g = _scatter(g, place.inside_stage())
       elif self._of_step(kind):
         g = _scatter(g, place)
-      rest = tuple(axis for axis in self.work_axes if axis not in place.axes)
-      return jax.lax.psum(g, rest)
+      rest = manual.varying(g) - place.axes
+      return jax.lax.psum(g, tuple(sorted(rest)))
 
     return {
-        kind: jax.tree.map(
-            functools.partial(leaf, kind), g, self.places[kind]
-        )
+        kind: _map(functools.partial(leaf, kind), g, self.places[kind])
         for kind, g in gradients.items()
     }
 
@@ -218,15 +256,16 @@ def layout(
       otherwise its devices divide the rows of a batch like all others.
   """
   rules, schedule = LAYOUTS[run.parallel.layout], None
+  specs = transformer.specs(run.model)
   if staged and run.parallel.schedule != "none":
     schedule = schedules.SCHEDULES[run.parallel.schedule](
         sizes.get("pipe", 1), run.train.micro_batches
     )
   return Layout(
       places=jax.tree.map(
-          lambda param: placement(param, rules, sizes),
-          transformer.specs(run.model),
+          lambda param: placement(param, rules, sizes), specs
       ),
+      fp8=precision.fp8_paths(specs, run.precision),
       rules=rules,
       sizes=sizes,
       batch_axes=topology.used(
@@ -261,7 +300,34 @@ def problems(run: config.Run, sizes: Mapping[str, int]) -> list[str]:
           f"--mesh: {over} devices must divide the {size} {name};"
           f" {', '.join(map(str, fits))} do"
       )
+  specs = transformer.specs(model)
+  found += precision.problems(specs, run.precision)
+  found += _fp8_problems(run, sizes)
   return found + _pipeline_problems(run, sizes)
+
+
+def _fp8_problems(run: config.Run, sizes: Mapping[str, int]) -> list[str]:
+  """Weights that `model` would divide in the middle of a tile."""
+  specs = transformer.specs(run.model)
+  divided = {"heads", "ffn"}
+  n, tile = sizes.get("model", 1), run.precision.tile
+  for path in sorted(precision.fp8_paths(specs, run.precision)):
+    spec = schema.paths(specs)[path]
+    dims = spec.dims[spec.n_stack :]
+    for part in (dims[: spec.n_in], dims[spec.n_in :]):
+      names = [axis for axis, _ in part]
+      # A dim before the divided one stays whole: it counts pieces.
+      start = next((i for i, axis in enumerate(names) if axis in divided), None)
+      if n == 1 or start is None:
+        continue
+      size = math.prod(size for _, size in part[start:]) // n
+      if size % tile:
+        return [
+            f"--mesh: model={n} leaves {size} of {path} to a device, which"
+            f" precision.tile={tile} does not divide: tiles would differ;"
+            " choose a tile that does, or model=1"
+        ]
+  return []
 
 
 def _pipeline_problems(

@@ -22,6 +22,7 @@ from dsv3_jax import losses
 from dsv3_jax import manual
 from dsv3_jax import schema
 from dsv3_jax.model import moe
+from dsv3_jax.model import precision
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import layouts
 from dsv3_jax.parallel import splitting
@@ -90,12 +91,13 @@ def _executor(params, bias, mtp_weight, batch, weights, run, layout):
   passes = {}
   for name in layout.stages.kinds:
     p = jax.tree.map(lambda a: a[0], params[name])
-    constants = {"dense": (), "moe": bias[:1]}[name]
-    put_off = [leaf.ndim > 1 for leaf in jax.tree.leaves(p)]
+    trained = precision.trained(p)
+    constants = p, {"dense": (), "moe": bias[:1]}[name]
+    put_off = [leaf.ndim > 1 for leaf in jax.tree.leaves(trained)]
     layer = functools.partial(
-        LAYERS[name], cfg=run.model, experts=layout.experts
+        _layer, name, cfg=run.model, experts=layout.experts
     )
-    divided = splitting.split(layer, p, constants, x, put_off)
+    divided = splitting.split(layer, trained, constants, x, put_off)
     if run.train.remat == "block":
       divided = splitting.recomputed(divided, x)
     passes[name] = divided
@@ -119,6 +121,12 @@ def _moe(p, bias, x, cfg, experts):
 
 
 LAYERS = {"dense": _dense, "moe": _moe}
+
+
+def _layer(name, trained, constants, x, cfg, experts):
+  """A layer as `splitting` divides it: what is trained, and all else."""
+  p, bias = constants
+  return LAYERS[name](precision.joined(trained, p), bias, x, cfg, experts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +166,9 @@ class _Executor:
         gradients=zeros(work.gradients + 1, *x.shape, dtype=x.dtype),
         kept=of_layers(work.kept, lambda passes: passes.kept),
         deferred=of_layers(work.deferred, lambda passes: passes.deferred),
-        sums=jax.tree.map(lambda a: zeros(*a.shape), self.params),
+        sums=jax.tree.map(
+            lambda a: zeros(*a.shape), precision.trained(self.params)
+        ),
         main=zeros(),
         mtp=zeros(),
         stats=moe.Stats(
@@ -201,18 +211,19 @@ class _Executor:
     return task.on * count[task.stage]
 
   def _layer(self, name: str, task: turns.Task, i: jax.Array):
-    """Of layer i of a stage: parameters, router bias, places of both."""
+    """Of layer i of a stage: what is trained, constants, places of both."""
     kind = self.layout.stages.kinds[name]
     at = task.direction * kind.size + i
     p = jax.tree.map(lambda a: _get(a, at), self.params[name])
     if name == "dense":
-      return p, (), at, None
+      return precision.trained(p), (p, ()), at, None
     router = jnp.asarray(kind.first, jnp.int32)[task.stage] + i
-    return p, _get(self.bias, router)[None], at, router
+    bias = _get(self.bias, router)[None]
+    return precision.trained(p), (p, bias), at, router
 
   def _forward_layer(self, name, task, i, x, memory):
-    p, bias, _, router = self._layer(name, task, i)
-    (y, *_), told, kept = self.passes[name].forward(p, bias, x)
+    p, constants, _, router = self._layer(name, task, i)
+    (y, *_), told, kept = self.passes[name].forward(p, constants, x)
     at = task.kept * self.layout.stages.kinds[name].size + i
     memory = memory.replace(
         kept=memory.kept | {name: _put(memory.kept[name], at, kept)}
@@ -229,23 +240,23 @@ class _Executor:
     return [_get(a, at) for a in memory.kept[name]]
 
   def _backward_layer(self, name, task, i, kept, dy, memory):
-    p, bias, own, _ = self._layer(name, task, i)
+    p, constants, own, _ = self._layer(name, task, i)
     size = self.layout.stages.kinds[name].size
     d_outputs = dy, self.vary(jnp.float32(self.share))
     if name == "dense":
       d_outputs = d_outputs[:1]
     dx, gradients, deferred = self.passes[name].input_gradient(
-        p, bias, kept, d_outputs
+        p, constants, kept, d_outputs
     )
     left = _put(memory.deferred[name], task.deferred * size + i, deferred)
     memory = memory.replace(deferred=memory.deferred | {name: left})
     return dx, _add_gradients(memory, name, own, gradients)
 
   def _weight_layer(self, name, task, i, memory):
-    p, bias, own, _ = self._layer(name, task, i)
+    p, constants, own, _ = self._layer(name, task, i)
     at = task.deferred * self.layout.stages.kinds[name].size + i
     deferred = [_get(a, at) for a in memory.deferred[name]]
-    gradients = self.passes[name].weight_gradient(p, bias, deferred)
+    gradients = self.passes[name].weight_gradient(p, constants, deferred)
     return _add_gradients(memory, name, own, gradients)
 
   def _forward(self, name, task, start, x, memory):
@@ -318,15 +329,15 @@ class _Executor:
   def _loss(self, task: turns.Task, x, memory: _Memory):
     """On the last stage: the losses of its output, and their gradient."""
     names = [name for name in self.params if name not in self.passes]
-    weights = {name: self.params[name] for name in names}
+    ends = {name: self.params[name] for name in names}
     n_layers = self.run.model.n_moe_layers
     data, token_weights = jax.tree.map(
         lambda a: a[task.micro_batch], (self.batch, self.weights)
     )
 
-    def objective(weights, x):
+    def objective(trained, x):
       terms, stats = losses.of_last_layer(
-          weights,
+          precision.joined(trained, ends),
           self.bias[n_layers:],
           x,
           data,
@@ -343,7 +354,7 @@ class _Executor:
       _, memory = carry
       (d_weights, dx), (terms, stats) = jax.grad(
           objective, argnums=(0, 1), has_aux=True
-      )(weights, x)
+      )(precision.trained(ends), x)
       sums = jax.tree.map(
           lambda total, g: total + g.astype(jnp.float32),
           {name: memory.sums[name] for name in names},

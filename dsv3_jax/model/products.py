@@ -1,0 +1,72 @@
+"""Products of matrices in E4M3 with float32 sums, scaled slice by slice.
+
+  exact        a product for each tile of the contracted dim, whose sum over the
+               tile is exact up to float32, scaled as it is added; the reference
+  dequantized  both operands multiplied out first, then one product
+
+Both multiply the same quantized numbers; they differ in the order of float32
+roundings. `dequantized` rounds operands to bfloat16 on accelerators.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.model import tiles
+
+Operand = tiles.Tiled | jax.Array  # an array: multiplied out already
+
+
+def product(a: tiles.Tiled, b: Operand, backend: str = "auto") -> jax.Array:
+  """a @ b, [M, K] and [K, N] to [M, N] f32.
+
+  Args:
+    a: left operand, tiles of n columns.
+    b: right operand, tiles of n rows.
+    backend: one of the module's, or `auto` for the fastest that there is.
+  """
+  if isinstance(b, jax.Array):
+    return dequantized(a, b)
+  if a.tile[1] != b.tile[0]:
+    raise ValueError(f"tiles {a.tile} and {b.tile} cut the sum differently")
+  return BACKENDS[backend](a, b)
+
+
+def multiplies_out(backend: str) -> bool:
+  """Whether operands are dequantized before the product."""
+  return backend == "dequantized" or backend == "auto"
+
+
+def dtype() -> jax.typing.DTypeLike:
+  """What operands are dequantized to; bfloat16 is slow on CPU."""
+  on_cpu = jax.default_backend() == "cpu"
+  return jnp.float32 if on_cpu else jnp.bfloat16
+
+
+def exact(a: tiles.Tiled, b: tiles.Tiled) -> jax.Array:
+  """The reference: scales are applied to sums over one tile."""
+  size, k = a.tile[1], a.values.shape[1]
+  shape = a.values.shape[0], b.values.shape[1]
+  total = jnp.zeros_like(a.scales, shape=shape)
+  for i in range(-(-k // size)):
+    here = slice(i * size, (i + 1) * size)
+    part = jnp.matmul(
+        a.values[:, here].astype(jnp.bfloat16),
+        b.values[here].astype(jnp.bfloat16),
+        preferred_element_type=jnp.float32,
+    )
+    of_rows = tiles.spread(a.scales[:, i : i + 1], (a.tile[0], 1), shape)
+    of_columns = tiles.spread(b.scales[i : i + 1], (1, b.tile[1]), shape)
+    total = total + part * of_rows * of_columns
+  return total
+
+
+def dequantized(a: tiles.Tiled, b: Operand) -> jax.Array:
+  """One product of what the operands stand for."""
+  if isinstance(b, tiles.Tiled):
+    b = tiles.dequantize(b, dtype())
+  return jnp.matmul(
+      tiles.dequantize(a, b.dtype), b, preferred_element_type=jnp.float32
+  )
+
+
+BACKENDS = {"auto": dequantized, "exact": exact, "dequantized": dequantized}

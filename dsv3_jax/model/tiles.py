@@ -1,0 +1,162 @@
+"""Fine-grained quantization: a scale for each tile (section 3.3.2).
+
+A tile is (rows, columns): (1, 128) for activations and gradients as left
+operands, (128, 1) for operands of a weight's gradient, (128, 128) for weights.
+Tiles at the far edges may be smaller. Scales are computed from the numbers at
+hand, not from earlier steps.
+
+What is not finite stays so: it makes its tile's scale and values NaN or inf.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+E4M3 = jnp.float8_e4m3fn
+LARGEST = 448.0  # of E4M3
+OVERFLOW = 464.0  # from here on a cast to E4M3 gives NaN
+FLOOR = 1e-4  # of the largest magnitude of a tile: no scale is 0
+SCALES = ("float32", "power_of_two")
+
+Tile = tuple[int, int]
+
+
+@flax.struct.dataclass
+class Tiled:
+  """A matrix, or a stack of them, in E4M3: it stands for values * scales."""
+
+  values: jax.Array  # [..., R, C] float8_e4m3fn
+  scales: jax.Array  # [..., ceil(R / rows), ceil(C / columns)] f32
+  tile: Tile = flax.struct.field(pytree_node=False)
+
+  def transpose(self) -> "Tiled":
+    """Of a matrix."""
+    return Tiled(self.values.T, self.scales.T, self.tile[::-1])
+
+  def by_row(self) -> "Tiled":
+    """The same numbers in tiles of one row."""
+    if self.tile[0] == 1:
+      return self
+    tall = self.tile[0], 1
+    scales = spread(self.scales, tall, self.values.shape)
+    return Tiled(self.values, scales, (1, self.tile[1]))
+
+
+def _magnitude(x: jax.Array, tile: Tile) -> jax.Array:
+  """The largest of each tile, [..., ceil(R / rows), ceil(C / columns)]."""
+  *stack, n, m = x.shape
+  rows, columns = tile
+  edges = [(0, 0)] * len(stack) + [(0, -n % rows), (0, -m % columns)]
+  if any(after for _, after in edges):
+    x = jnp.pad(x, edges)
+  x = x.reshape(*stack, -(-n // rows), rows, -(-m // columns), columns)
+  # As integers, whose order is the same: the maximum of floats may pass over
+  # NaN (XLA on CPU).
+  bits = jax.lax.bitcast_convert_type(
+      jnp.abs(x.astype(jnp.float32)), jnp.int32
+  )
+  return jax.lax.bitcast_convert_type(bits.max((-3, -1)), jnp.float32)
+
+
+def scale(magnitude: jax.Array, kind: str, largest: float) -> jax.Array:
+  """What a tile is divided by so that its largest magnitude becomes `largest`.
+
+  Args:
+    magnitude: f32, the largest of each tile.
+    kind: `float32`, or `power_of_two` for the next power of two above.
+    largest: of the format.
+  """
+  # Not a division, which the compiler would replace: so all agree on each bit.
+  s = jnp.maximum(magnitude, FLOOR) * jnp.float32(1 / largest)
+  if kind == "float32":
+    return s
+  bits = jax.lax.bitcast_convert_type(s, jnp.int32)
+  up = (bits + 0x7FFFFF) & 0x7F800000  # a mantissa of 0 with the next exponent
+  return jnp.where(
+      jnp.isfinite(s), jax.lax.bitcast_convert_type(up, jnp.float32), s
+  )
+
+
+def spread(scales: jax.Array, tile: Tile, shape: tuple[int, ...]) -> jax.Array:
+  """Scales of elements, from those of tiles; a dim of 1 stays to broadcast."""
+  for axis, size in zip((-2, -1), tile, strict=True):
+    if size > 1:
+      scales = jnp.repeat(scales, size, axis)
+  n, m = shape[-2:]
+  return scales[..., :n, :m]
+
+
+def encode(x: jax.Array, scales: jax.Array) -> jax.Array:
+  """x / scales in E4M3, scales those of elements."""
+  scaled = x.astype(jnp.float32) / scales
+  return jnp.clip(scaled, -LARGEST, LARGEST).astype(E4M3)
+
+
+def quantize(x: jax.Array, tile: Tile, scales: str = "float32") -> Tiled:
+  """A matrix, or a stack of them, [..., R, C], in E4M3."""
+  per_tile = scale(_magnitude(x, tile), scales, LARGEST)
+  return Tiled(encode(x, spread(per_tile, tile, x.shape)), per_tile, tile)
+
+
+def dequantize(x: Tiled, dtype: jax.typing.DTypeLike) -> jax.Array:
+  """values * scales, rounded to dtype."""
+  scales = spread(x.scales, x.tile, x.values.shape)
+  return (x.values.astype(jnp.float32) * scales).astype(dtype)
+
+
+# --- E5M6 ---
+
+_E5M6_LARGEST = (2 - 2**-6) * 2.0**15
+
+
+def e5m6(x: jax.Array, n_columns: int) -> jax.Array:
+  """x [M, K] as the format of 12 bits holds it (section 3.3.3).
+
+  Each n_columns of a row share a power of two; six bits of mantissa fit into
+  bfloat16, so x keeps its type.
+  """
+  tile = 1, n_columns
+  per_tile = scale(_magnitude(x, tile), "power_of_two", _E5M6_LARGEST)
+  scales = spread(per_tile, tile, x.shape)
+  scaled = x.astype(jnp.float32) / scales
+  # Half precision has the exponents; its mantissa is cut by four bits more.
+  normal = jax.lax.reduce_precision(scaled, 5, 6)
+  step = 2.0**-20  # below the smallest normal number, 2^-14
+  subnormal = jnp.round(scaled / step) * step
+  held = jnp.where(jnp.abs(scaled) < 2.0**-14, subnormal, normal)
+  return (held * scales).astype(x.dtype)
+
+
+# --- what quantization did ---
+
+COUNTED = ("tiles", "not_finite", "zero", "elements", "saturated", "underflow")
+
+
+def counts(x: jax.Array, made: Tiled, everything: bool) -> jax.Array:
+  """Numbers of `COUNTED`, [6] f32.
+
+  Tiles in all, not finite and of zeros only; elements in all, too large for the
+  format (the cast alone would make NaN of them), and rounded to zero.
+
+  Args:
+    x: [..., R, C], what was quantized.
+    made: the result.
+    everything: else only tiles that are not finite are counted, which needs no
+      more than the scales.
+  """
+  bad = (~jnp.isfinite(made.scales)).sum()
+  if not everything:
+    zero = jnp.zeros_like(bad)
+    found = [zero, bad, zero, zero, zero, zero]
+  else:
+    scaled = x.astype(jnp.float32) / spread(made.scales, made.tile, x.shape)
+    lost = (x != 0) & (made.values.astype(jnp.float32) == 0)
+    found = [
+        jnp.full_like(bad, made.scales.size),
+        bad,
+        (_magnitude(x, made.tile) == 0).sum(),
+        jnp.full_like(bad, x.size),
+        (jnp.abs(scaled) >= OVERFLOW).sum(),
+        lost.sum(),
+    ]
+  return jnp.stack(found).astype(jnp.float32)

@@ -1,0 +1,321 @@
+"""Tests of FP8 through experts, dispatch, layouts and pipelines."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import testing
+from absl.testing import absltest
+from absl.testing import parameterized
+from tiles_test import relative
+
+from dsv3_jax import config
+from dsv3_jax import losses
+from dsv3_jax import presets
+from dsv3_jax import schema
+from dsv3_jax import train
+from dsv3_jax.model import experts
+from dsv3_jax.model import gemm
+from dsv3_jax.model import precision
+from dsv3_jax.model import swiglu
+from dsv3_jax.model import tiles
+from dsv3_jax.model import transformer
+from dsv3_jax.parallel import dispatch
+from dsv3_jax.parallel import layouts
+from dsv3_jax.parallel import topology
+from experiments import quantization
+
+HOW = config.Precision(recipe="fp8", fp8="*", tile=32, scales="power_of_two")
+CFG = config.Router(n_experts=16, top_k=4, n_groups=8, top_groups=4)
+D, F = 96, 48
+RUN = config.override(
+    presets.PRESETS["tiny"],
+    "vocab_size=300",
+    "d_model=64",
+    "n_layers=4",
+    "n_dense_layers=2",
+    "dense_ffn_dim=64",
+    "mla.n_heads=4",
+    "mla.q_rank=32",
+    "mla.kv_rank=32",
+    "mla.nope_dim=16",
+    "mla.v_dim=16",
+    "moe.ffn_dim=64",
+    "init_std=0.1",
+    "data.seq_len=16",
+    "train.batch_size=16",
+    "train.micro_batches=4",
+    "train.tokens=65536",
+    "train.scan_layers=true",
+    "precision.recipe=fp8",
+    "precision.tile=32",
+)
+
+
+def mixture(m):
+  """Weights of experts in float32 and in FP8, tokens, choices, gates, dy."""
+  specs = schema.stack(swiglu.specs(D, F, 0.4), 16, "experts")
+  p = testing.draw(specs)
+  rng = np.random.default_rng(m)
+  chosen = np.array([rng.permutation(16)[:4] for _ in range(m)], np.int32)
+  gates = jnp.asarray(rng.uniform(0.1, 1, chosen.shape), jnp.float32)
+  x, dy = testing.normal(m, D), testing.normal(m, D, seed=1)
+  p8 = precision.compute_params(p, specs, HOW)
+  return p, p8, x, chosen, gates, dy
+
+
+def paths_of(params):
+  """The weights in FP8 by path."""
+  is_fp8 = lambda w: isinstance(w, gemm.Fp8)
+  leaves = jax.tree.leaves_with_path(params, is_leaf=is_fp8)
+  return {schema.name(path): w for path, w in leaves if is_fp8(w)}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_gradients(ffn, p, x, chosen, gates, dy):
+  trained = precision.trained(p)
+  y, vjp = jax.vjp(
+      lambda new, x, gates: ffn(precision.joined(new, p), x, chosen, gates),
+      trained,
+      x,
+      gates,
+  )
+  dp, *rest = vjp(dy)
+  dp, counted = precision.gradients(dp)
+  return (y, dp, *rest), counted
+
+
+class ExpertsTest(parameterized.TestCase):
+
+  @parameterized.parameters(1, 7, 100, 600)
+  def test_are_near_those_in_float32(self, m):
+    p, p8, *args = mixture(m)
+    found, _ = value_and_gradients(experts.block_ffn, p8, *args)
+    want, _ = value_and_gradients(experts.block_ffn, p, *args)
+    leaves = zip(*map(jax.tree.leaves, (found, want)), strict=True)
+    for a, b in leaves:
+      # Four to seven quantizations of 2.5 % each.
+      self.assertBetween(relative(a, b), 0.01, 0.12)
+
+  def test_weights_gradients_apart_are_the_same(self):
+    _, p8, *args = mixture(100)
+    apart = functools.partial(experts.block_ffn, apart=True)
+    found = value_and_gradients(experts.block_ffn, p8, *args)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        found,
+        value_and_gradients(apart, p8, *args),
+    )
+
+  def test_gradients_that_are_not_finite_are_counted(self):
+    _, p8, x, *args, dy = mixture(20)
+    x = x.at[3, 5].set(np.nan)
+    _, counted = value_and_gradients(experts.block_ffn, p8, x, *args, dy)
+    column = tiles.COUNTED.index("not_finite")
+    activation = gemm.CLASSES.index("activation")
+    self.assertEqual(counted["gate_up"][activation, column], 1)
+    # Of its four experts, what follows is not finite at all.
+    self.assertEqual(counted["down"][activation, column], 4 * -(-F // 32))
+
+
+class DispatchTest(parameterized.TestCase):
+
+  @parameterized.parameters("gather", "one_hop", "two_hop", "one_hop apart")
+  def test_sends_what_one_device_would_quantize(self, form):
+    sizes = {"node": 2, "expert": 2}
+    mesh = topology.mesh(sizes)
+    _, p8, *args = mixture(96)
+    name, *apart = form.split()
+    ffn = dispatch.experts(name, sizes, CFG, apart=bool(apart)).ffn
+    spec = jax.P(topology.EXPERTS)
+    in_specs = jax.tree.map(lambda a: spec, (p8, *args))
+    counts = jax.tree.map(lambda _: jax.P(), p8["down"].trained.counts)
+    for name in ("gate_up", "down"):
+      w = in_specs[0][name]
+      in_specs[0][name] = w.replace(trained=w.trained.replace(counts=counts))
+
+    def local(*args):
+      made, counted = value_and_gradients.__wrapped__(ffn, *args)
+      return made, jax.tree.map(
+          lambda a: jax.lax.psum(a, sorted(jax.typeof(a).mat.varying)), counted
+      )
+
+    run = jax.jit(
+        jax.shard_map(
+            local, mesh=mesh, in_specs=in_specs, out_specs=(spec, jax.P())
+        )
+    )
+    args = jax.device_put(
+        (p8, *args),
+        jax.tree.map(lambda s: jax.NamedSharding(mesh, s), in_specs),
+    )
+    (y, dp, dx, dgates), _ = jax.device_get(run(*args))
+    (y1, dp1, dx1, dgates1), _ = value_and_gradients(
+        experts.block_ffn, *mixture(96)[1:]
+    )
+    # In float32 the same numbers are multiplied, and added in another order;
+    # where that moves a number over the edge between two steps of FP8, a result
+    # differs by a little of one product.
+    for a, b in ((y, y1), (dx, dx1), (dgates, dgates1)):
+      self.assertLess(relative(a, b), 2e-3)
+    # Tiles along tokens are of the tokens that come together.
+    for name in dp:
+      self.assertLess(relative(dp[name], dp1[name]), 0.05)
+
+
+class SlicesTest(parameterized.TestCase):
+
+  @parameterized.parameters("zero1", "fsdp")
+  def test_slices_are_quantized_as_the_whole(self, layout):
+    run = config.override(
+        RUN, f"parallel.layout={layout}", "mla.q_rank=36", "mla.kv_rank=40"
+    )
+    specs = transformer.specs(run.model)
+    params = testing.draw(specs)
+    whole = precision.compute_params(params, specs, run.precision)
+    mesh = topology.mesh({"pipe": 2, "data": 2, "expert": 2})
+    layout = layouts.layout(run, mesh.shape, staged=False)
+
+    def local(params):
+      p = precision.compute_params(params, specs, run.precision, layout.slices)
+      p = layout.step(p)
+      layers = ("dense", "moe", "mtp")
+      for kind in layers:
+        one = [
+            layout.layer(kind, jax.tree.map(lambda a, i=i: a[i], p[kind]))
+            for i in range(len(jax.tree.leaves(p[kind])[0]))
+        ]
+        p[kind] = jax.tree.map(lambda *a: jnp.stack(a), *one)
+      # What experts others hold is not here.
+      keep = lambda w: (w.values.view(jnp.uint8), w.scales)
+      flat = {
+          path: keep(w)
+          for path, w in paths_of(p).items()
+          if "experts" not in path
+      }
+      return jax.tree.map(
+          lambda a: jax.lax.pmax(a, tuple(jax.typeof(a).mat.varying)), flat
+      )
+
+    made = jax.jit(
+        jax.shard_map(
+            local, mesh=mesh, in_specs=(layout.specs,), out_specs=jax.P()
+        )
+    )(jax.device_put(params, train.shardings(run, mesh).params))
+    expected = paths_of(whole)
+    self.assertGreater(len(made), 10)
+    for path, (values, scales) in made.items():
+      np.testing.assert_array_equal(scales, expected[path].scales, path)
+      np.testing.assert_array_equal(
+          values, expected[path].values.view(jnp.uint8), path
+      )
+
+
+@functools.cache
+def step_gradients(run, sizes=()):
+  """Gradients, loss, loads and what was counted of a seeded batch."""
+  mesh = topology.mesh(dict(sizes)) if sizes else None
+  state = train.init_state(run, jax.random.key(0))
+  rng = np.random.default_rng(0)
+  shape = run.train.micro_batches, run.train.micro_batch_size, 17
+  rows = rng.integers(0, 300, shape).astype(np.int32)
+  batch = losses.batch(rows, run.model.vocab_size)
+  if mesh is not None:
+    state = jax.device_put(state, train.shardings(run, mesh))
+    batch = train.place(batch, run.train.micro_batch_size, mesh)
+  of = functools.partial(train.gradients, run=run, mesh=mesh)
+  return jax.device_get(jax.jit(of)(state, batch))
+
+
+class LayoutsTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      ({"expert": 4}, ()),
+      ({"data": 2, "expert": 2}, ("parallel.layout=fsdp",)),
+      ({"node": 2, "expert": 2}, ("parallel.layout=zero1",)),
+      ({"model": 2}, ()),
+      ({"pipe": 2}, ("parallel.schedule=dualpipe",)),
+      (
+          {"pipe": 2, "data": 2},
+          ("parallel.schedule=zb1p", "parallel.layout=zero1"),
+      ),
+  )
+  def test_differ_by_less_than_the_recipe_does(self, sizes, settings):
+    # All experts of every token: no rounding moves a token elsewhere.
+    same = ("router.top_k=16", "router.n_groups=1", "router.top_groups=1")
+    run = config.override(RUN, *same)
+    one, *_ = step_gradients(run)
+    exact, *_ = step_gradients(config.override(run, "precision.recipe=fp32"))
+    found, terms, stats, counted = step_gradients(
+        config.override(run, *settings), tuple(sizes.items())
+    )
+    self.assertEqual(stats.load.sum(), 16 * 16 * 16 * 3 - 16 * 16)
+    norm = lambda a, b: np.sqrt(
+        sum(
+            np.sum((x - y) ** 2)
+            for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
+        )
+    )
+    self.assertLess(norm(found, one), 0.6 * norm(one, exact))
+    names = precision.fp8_paths(transformer.specs(run.model), run.precision)
+    self.assertEqual(counted.keys(), names)
+
+  def test_counts_do_not_depend_on_micro_batches_or_the_pipeline(self):
+    run = config.override(RUN, "precision.counters=true")
+    *_, one = step_gradients(run)
+    dense = "dense/mla/q_up"
+    for settings, sizes in (
+        (("train.micro_batches=1",), ()),
+        (("parallel.schedule=1f1b",), (("pipe", 2),)),
+    ):
+      *_, counted = step_gradients(config.override(run, *settings), sizes)
+      # Tiles and elements in all: of the 256 tokens of each layer.
+      for column in (0, 3):
+        np.testing.assert_array_equal(
+            counted[dense][..., column], one[dense][..., column]
+        )
+    self.assertEqual(one[dense].shape, (2, 2, 6))
+    np.testing.assert_array_equal(one[dense][:, 0, 3], 256 * 32)
+
+
+class ProblemsTest(absltest.TestCase):
+
+  def test_model_must_not_cut_tiles(self):
+    self.assertEqual(layouts.problems(RUN, {"model": 2}), [])
+    run = config.override(RUN, "moe.ffn_dim=32")
+    (line,) = layouts.problems(run, {"model": 2})
+    self.assertIn("model=2 leaves 16 of moe/ffn/experts/down to a device", line)
+
+  def test_a_recipe_must_name_weights_that_have_a_tile(self):
+    found = layouts.problems(config.override(RUN, "precision.tile=64"), {})
+    self.assertLen(found, 1)
+    self.assertIn("has 32 rows or columns, which is less", found[0])
+    run = config.override(RUN, "precision.fp8=moe/x,head")
+    found = layouts.problems(run, {})
+    self.assertLen(found, 2)
+    self.assertIn("'head': names no weight of a linear layer", found[1])
+
+
+class WordsTest(absltest.TestCase):
+
+  def test_shares_and_lines(self):
+    counts = np.zeros((3, 2, 6), np.float32)
+    counts[:, :, 0], counts[:, :, 3] = 4, 512
+    counts[2, 1] = [4, 1, 1, 512, 0, 64]
+    counted = {"moe/mla/out": counts}
+    shares = quantization.shares(counted)
+    self.assertEqual(shares["fp8_gradient_underflow"], 64 / 1536)
+    self.assertEqual(shares["fp8_gradient_zero"], 1 / 12)
+    self.assertEqual(shares["fp8_activation_underflow"], 0)
+    self.assertEqual(
+        list(quantization.not_finite(counted)),
+        [
+            "moe/mla/out, layer 2: 1 tiles of the gradient are not finite",
+        ],
+    )
+    self.assertEqual(quantization.shares({}), {})
+
+
+if __name__ == "__main__":
+  absltest.main()
