@@ -1,10 +1,13 @@
 """Tests of FP8 through experts, dispatch, layouts and pipelines."""
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import testing
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -212,6 +215,30 @@ class SlicesTest(parameterized.TestCase):
       )
 
 
+class CollectivesTest(parameterized.TestCase):
+
+  @parameterized.parameters("zero1", "fsdp")
+  def test_a_weight_is_gathered_in_a_byte_a_number(self, layout):
+    run = config.override(RUN, f"parallel.layout={layout}")
+    mesh = topology.mesh({"data": 2})
+    gathers = re.findall(
+        r" = (\w+)\[([\d,]*)\]\S* all-gather\(",
+        train.trace_step(run, mesh).lower().compile().as_text(),
+    )
+    specs = schema.paths(transformer.specs(run.model))
+    names = precision.fp8_paths(transformer.specs(run.model), run.precision)
+    n_bytes = sum(kind == "u8" for kind, _ in gathers)
+    self.assertEqual(n_bytes, len(names))
+    # Nor is a master: all else is small, or of experts' scales.
+    largest = max(
+        math.prod(map(int, dims.split(",")))
+        for kind, dims in gathers
+        if kind != "u8"
+    )
+    others = (s.shape for p, s in specs.items() if p not in names)
+    self.assertLessEqual(largest, max(map(math.prod, others)))
+
+
 @functools.cache
 def step_gradients(run, sizes=()):
   """Gradients, loss, loads and what was counted of a seeded batch."""
@@ -228,39 +255,38 @@ def step_gradients(run, sizes=()):
   return jax.device_get(jax.jit(of)(state, batch))
 
 
+def check(test, sizes, settings):
+  """A layout's gradients, against one device and against float32."""
+  # All experts of every token: no rounding moves a token elsewhere.
+  same = ("router.top_k=16", "router.n_groups=1", "router.top_groups=1")
+  run = config.override(RUN, *same)
+  one, *_ = step_gradients(run)
+  exact, *_ = step_gradients(config.override(run, "precision.recipe=fp32"))
+  found, terms, stats, counted = step_gradients(
+      config.override(run, *settings), tuple(sizes.items())
+  )
+  test.assertEqual(stats.load.sum(), 16 * 16 * 16 * 3 - 16 * 16)
+  norm = lambda a, b: np.sqrt(
+      sum(
+          np.sum((x - y) ** 2)
+          for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
+      )
+  )
+  test.assertLess(norm(found, one), 0.6 * norm(one, exact))
+  names = precision.fp8_paths(transformer.specs(run.model), run.precision)
+  test.assertEqual(counted.keys(), names)
+
+
 class LayoutsTest(parameterized.TestCase):
 
   @parameterized.parameters(
-      ({"expert": 4}, ()),
       ({"data": 2, "expert": 2}, ("parallel.layout=fsdp",)),
-      ({"node": 2, "expert": 2}, ("parallel.layout=zero1",)),
-      ({"model": 2}, ()),
       ({"pipe": 2}, ("parallel.schedule=dualpipe",)),
-      (
-          {"pipe": 2, "data": 2},
-          ("parallel.schedule=zb1p", "parallel.layout=zero1"),
-      ),
   )
   def test_differ_by_less_than_the_recipe_does(self, sizes, settings):
-    # All experts of every token: no rounding moves a token elsewhere.
-    same = ("router.top_k=16", "router.n_groups=1", "router.top_groups=1")
-    run = config.override(RUN, *same)
-    one, *_ = step_gradients(run)
-    exact, *_ = step_gradients(config.override(run, "precision.recipe=fp32"))
-    found, terms, stats, counted = step_gradients(
-        config.override(run, *settings), tuple(sizes.items())
-    )
-    self.assertEqual(stats.load.sum(), 16 * 16 * 16 * 3 - 16 * 16)
-    norm = lambda a, b: np.sqrt(
-        sum(
-            np.sum((x - y) ** 2)
-            for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
-        )
-    )
-    self.assertLess(norm(found, one), 0.6 * norm(one, exact))
-    names = precision.fp8_paths(transformer.specs(run.model), run.precision)
-    self.assertEqual(counted.keys(), names)
+    check(self, sizes, settings)
 
+  @pytest.mark.slow
   def test_counts_do_not_depend_on_micro_batches_or_the_pipeline(self):
     run = config.override(RUN, "precision.counters=true")
     *_, one = step_gradients(run)
@@ -277,6 +303,22 @@ class LayoutsTest(parameterized.TestCase):
         )
     self.assertEqual(one[dense].shape, (2, 2, 6))
     np.testing.assert_array_equal(one[dense][:, 0, 3], 256 * 32)
+
+
+@pytest.mark.slow
+class MoreLayoutsTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      ({"expert": 4}, ()),
+      ({"node": 2, "expert": 2}, ("parallel.layout=zero1",)),
+      ({"model": 2}, ()),
+      (
+          {"pipe": 2, "data": 2},
+          ("parallel.schedule=zb1p", "parallel.layout=zero1"),
+      ),
+  )
+  def test_differ_by_less_than_the_recipe_does(self, sizes, settings):
+    check(self, sizes, settings)
 
 
 class ProblemsTest(absltest.TestCase):

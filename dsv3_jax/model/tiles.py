@@ -8,6 +8,8 @@ hand, not from earlier steps.
 What is not finite stays so: it makes its tile's scale and values NaN or inf.
 """
 
+from collections.abc import Callable
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -102,6 +104,14 @@ def dequantize(x: Tiled, dtype: jax.typing.DTypeLike) -> jax.Array:
   """values * scales, rounded to dtype."""
   scales = spread(x.scales, x.tile, x.values.shape)
   return (x.values.astype(jnp.float32) * scales).astype(dtype)
+
+
+def as_bytes(move: Callable[[jax.Array], jax.Array], a: jax.Array) -> jax.Array:
+  """move(a), where E4M3 travels as bytes: a backend may send wider numbers."""
+  if a.dtype != E4M3:
+    return move(a)
+  moved = move(jax.lax.bitcast_convert_type(a, jnp.uint8))
+  return jax.lax.bitcast_convert_type(moved, E4M3)
 
 
 # --- E5M6 ---

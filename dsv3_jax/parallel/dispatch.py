@@ -132,14 +132,8 @@ def _spread(way: Any, tile: int, x: jax.Array, where: Any) -> jax.Array:
   if not tile:
     return way.spread(x, where)
   made = tiles.quantize(x, (1, tile), "power_of_two")
-  # Not every backend sends this type.
-  values = jax.lax.bitcast_convert_type(made.values, jnp.uint8)
-  values = way.spread(values, where)
-  made = made.replace(
-      values=jax.lax.bitcast_convert_type(values, tiles.E4M3),
-      scales=way.spread(made.scales, where),
-  )
-  return tiles.dequantize(made, x.dtype)
+  send = lambda a: tiles.as_bytes(lambda a: way.spread(a, where), a)
+  return tiles.dequantize(jax.tree.map(send, made), x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

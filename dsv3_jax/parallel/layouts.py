@@ -21,6 +21,7 @@ from dsv3_jax import schema
 from dsv3_jax.model import gemm
 from dsv3_jax.model import moe
 from dsv3_jax.model import precision
+from dsv3_jax.model import tiles
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import dispatch
 from dsv3_jax.parallel import schedules
@@ -200,12 +201,14 @@ class Layout:
     its gradients stay local, and are summed once, by `reduce`.
     """
 
-    def leaf(kind, a, place):
+    def move(kind, place, a):
       if staged := self._staged(kind):
         a = _whole(a, place.inside_stage())
-        a = stages_lib.to_ranks(a, staged, place.pipe_dim)
-      elif self._of_step(kind):
-        a = _whole(a, place)
+        return stages_lib.to_ranks(a, staged, place.pipe_dim)
+      return _whole(a, place) if self._of_step(kind) else a
+
+    def leaf(kind, a, place):
+      a = tiles.as_bytes(functools.partial(move, kind, place), a)
       return manual.vary(a, self.work_axes)
 
     return {
@@ -218,7 +221,8 @@ class Layout:
     if self._of_step(kind):
       return p
     places = jax.tree.map(lambda place: place.of_layer(), self.places[kind])
-    return _map(_whole, p, places)
+    whole = lambda a, place: tiles.as_bytes(lambda a: _whole(a, place), a)
+    return _map(whole, p, places)
 
   def _of_step(self, kind: str) -> bool:
     return not (self.rules.by_layer and kind in ("dense", "moe", "mtp"))
