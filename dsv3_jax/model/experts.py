@@ -3,9 +3,9 @@
 Each takes (p, x [M, D], chosen [M, K], gates [M, K]) and returns
 sum_k gates[m, k] * ffn_{chosen[m, k]}(x[m]), [M, D]; a token chooses an expert
 once at most, and a choice of E, one beyond the last, stands for none.
-`grouped_ffn` picks the form for the backend: `block_ffn` on CPU, `ragged_ffn`
-on accelerators. `dense_ffn` runs every expert on every token and is the
-reference.
+`grouped_ffn` picks the form for the backend: `block_ffn` on CPU, and anywhere
+for weights in FP8; else `ragged_ffn`. `dense_ffn` runs every expert on every
+token and is the reference.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ def grouped_ffn(
     apart: share no loop between the gradients of weights and the others, so
       that a pipeline can put the former off.
   """
-  if jax.default_backend() == "cpu":
+  if jax.default_backend() == "cpu" or gemm.tile(p["down"]):
     return block_ffn(p, x, chosen, gates, n_slots, apart=apart)
   return ragged_ffn(p, x, chosen, gates)
 
