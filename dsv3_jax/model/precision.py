@@ -133,14 +133,14 @@ def _of_slice(w, stack, rows, columns, inside, how):
   """Values and scales of a slice, scales as those of the whole matrix."""
   (of_row, n_rows), (of_column, n_columns) = rows, columns
   flat = w.reshape(*stack, of_row.size, of_column.size)
-  largest = jnp.zeros_like(flat, shape=(*stack, n_rows, of_column.size))
-  largest = largest.at[..., of_row, :].max(jnp.abs(flat))
-  blocks = jnp.zeros_like(flat, shape=(*stack, n_rows, n_columns))
+  here = tiles.ordered(flat)
+  largest = jnp.zeros_like(here, shape=(*stack, n_rows, of_column.size))
+  largest = largest.at[..., of_row, :].max(here)
+  blocks = jnp.zeros_like(here, shape=(*stack, n_rows, n_columns))
   blocks = blocks.at[..., of_column].max(largest)
   axes = tuple(axis for group in inside.values() for axis in group)
-  scales = tiles.scale(
-      jax.lax.pmax(blocks, axes), how.scales, tiles.LARGEST
-  )
+  magnitude = tiles.from_ordered(jax.lax.pmax(blocks, axes))
+  scales = tiles.scale(magnitude, how.scales, tiles.LARGEST)
   per_element = scales[..., of_row, :][..., of_column]
   return tiles.encode(flat, per_element), scales
 

@@ -33,7 +33,7 @@ def product(a: tiles.Tiled, b: Operand, backend: str = "auto") -> jax.Array:
 
 def multiplies_out(backend: str) -> bool:
   """Whether operands are dequantized before the product."""
-  return backend == "dequantized" or backend == "auto"
+  return BACKENDS[backend] is dequantized
 
 
 def dtype() -> jax.typing.DTypeLike:

@@ -52,12 +52,21 @@ def _magnitude(x: jax.Array, tile: Tile) -> jax.Array:
   if any(after for _, after in edges):
     x = jnp.pad(x, edges)
   x = x.reshape(*stack, -(-n // rows), rows, -(-m // columns), columns)
-  # As integers, whose order is the same: the maximum of floats may pass over
-  # NaN (XLA on CPU).
-  bits = jax.lax.bitcast_convert_type(
-      jnp.abs(x.astype(jnp.float32)), jnp.int32
-  )
-  return jax.lax.bitcast_convert_type(bits.max((-3, -1)), jnp.float32)
+  return from_ordered(ordered(x).max((-3, -1)))
+
+
+def ordered(x: jax.Array) -> jax.Array:
+  """Magnitudes as int32 in the same order, NaN the largest.
+
+  The maximum of floats may pass over NaN (XLA on CPU).
+  """
+  magnitude = jnp.abs(x.astype(jnp.float32))
+  return jax.lax.bitcast_convert_type(magnitude, jnp.int32)
+
+
+def from_ordered(bits: jax.Array) -> jax.Array:
+  """The magnitudes of `ordered`, f32."""
+  return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def scale(magnitude: jax.Array, kind: str, largest: float) -> jax.Array:
