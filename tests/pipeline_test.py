@@ -59,8 +59,23 @@ def products(jaxpr):
   return sum(name.endswith("dot_general") for name in names)
 
 
+def compiled(program):
+  return program.lower().compile().as_text()
+
+
+def dots(text):
+  """Matrix products in a compiled program; a loop's are there once."""
+  return len(re.findall(r"= \S+ dot\(", text))
+
+
+@functools.cache
+def dualpipe():
+  """The compiled text of `RUN`."""
+  return compiled(traced(RUN))
+
+
 def side_by_side(run):
-  """Products of a mixture layer forward, and of one backward for its input."""
+  """A mixture layer's pass forward, and its pass back for the input, traced."""
   specs = transformer.specs(run.model)["moe"]
   p = jax.tree.map(lambda a: a[0], testing.draw(specs))
   x = testing.normal(2, run.data.seq_len, run.model.d_model)
@@ -70,12 +85,11 @@ def side_by_side(run):
   )
   put_off = [leaf.ndim > 1 for leaf in jax.tree.leaves(p)]
   passes = splitting.split(layer, p, bias, x, put_off)
-  forward = jax.make_jaxpr(passes.forward)(p, bias, x).jaxpr
   d_outputs = x, jax.ShapeDtypeStruct((), np.float32)
-  backward = jax.make_jaxpr(passes.input_gradient)(
-      p, bias, passes.kept, d_outputs
-  ).jaxpr
-  return products(forward) + products(backward)
+  return (
+      jax.jit(passes.forward).trace(p, bias, x),
+      jax.jit(passes.input_gradient).trace(p, bias, passes.kept, d_outputs),
+  )
 
 
 class TableTest(parameterized.TestCase):
@@ -119,7 +133,17 @@ class ProgramTest(parameterized.TestCase):
     plain = config.override(RUN, "parallel.schedule=none")
     found = products(traced(run, {"pipe": 2}).jaxpr)
     expected = products(traced(plain, {"data": 1}).jaxpr)
-    self.assertEqual(found, expected + side_by_side(run))
+    pair = sum(products(one.jaxpr) for one in side_by_side(run))
+    self.assertEqual(found, expected + pair)
+
+  def test_nor_when_compiled(self):
+    plain = config.override(RUN, "parallel.schedule=none")
+    expected = dots(compiled(traced(plain, {"data": 1})))
+    expected += sum(dots(compiled(one)) for one in side_by_side(RUN))
+    self.assertEqual(dots(dualpipe()), expected)
+
+  def test_ranks_differ_without_branches(self):
+    self.assertNotIn(" conditional(", dualpipe())
 
   def test_repeating_forward_is_the_only_other_work(self):
     run = config.override(RUN, "train.remat=block")
@@ -147,7 +171,7 @@ class ProgramTest(parameterized.TestCase):
     table = turns.table(schedules.dualpipe(4, 8))
     leading = {2 * table.kept, 2 * table.deferred}
     self.assertEqual(leading, {10, 6})
-    text = traced(RUN).lower().compile().as_text()
+    text = dualpipe()
     in_loops, entry = [], False
     for line in text.splitlines():
       if line and not line[0].isspace():
