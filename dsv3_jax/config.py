@@ -235,6 +235,10 @@ class Parallel:
   dispatch: str = choice(
       "auto", "gather", "one_hop", "two_hop", "ragged_one_hop", "ragged_two_hop"
   )
+  # An exchange of tokens goes in `many` rounds of a little more rows than
+  # balanced routing needs, usually one, or in `one` of the rows there can be;
+  # `auto`: in one on CPU.
+  rounds: str = choice("auto", "one", "many")
   # How stages take turns, with the mesh axis `pipe`.
   schedule: str = choice("none", "1f1b", "zb1p", "dualpipe", "dualpipev")
   # Steps between comparisons of what several devices hold alike; 0: none.

@@ -8,6 +8,7 @@ of these functions returns its argument.
 from collections.abc import Iterable
 
 import jax
+import jax.numpy as jnp
 
 
 def varying(x: jax.Array) -> frozenset[str]:
@@ -28,6 +29,15 @@ def alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
   """
   axes = frozenset().union(*map(varying, arrays))
   return tuple(vary(x, sorted(axes)) for x in arrays)
+
+
+def after(x: jax.Array, done: jax.Array) -> jax.Array:
+  """x, not before `done` is there, a count of which XLA can't tell its sign.
+
+  XLA's runtime on CPU starts a collective while a loop that communicates, too,
+  still runs, unless one needs the other; devices then take one for the other.
+  """
+  return jnp.where(done < 0, jnp.zeros_like(x), x)
 
 
 def total(x: jax.Array, axis: str) -> jax.Array:

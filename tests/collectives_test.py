@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import re
 
+import hlo
 import jax
 import testing
 from absl.testing import absltest
@@ -61,11 +62,18 @@ def collectives(text):
 
 
 @functools.cache
+def module(mesh, *settings):
+  """The text of a compiled step."""
+  run = testing.run(*SETTINGS, *settings)
+  step = train.trace_step(run, topology.mesh(dict(mesh))).lower().compile()
+  return step.as_text()
+
+
 def compiled(mesh, *settings):
   """The collectives of a step, and the run's layout."""
-  sizes, run = dict(mesh), testing.run(*SETTINGS, *settings)
-  step = train.trace_step(run, topology.mesh(sizes)).lower().compile()
-  return collectives(step.as_text()), layouts.layout(run, sizes)
+  run = testing.run(*SETTINGS, *settings)
+  text = module(mesh, *settings)
+  return collectives(text), layouts.layout(run, dict(mesh))
 
 
 def slices(layout, kinds):
@@ -87,6 +95,7 @@ WAYS = (
     ((("data", 2), ("expert", 2)), ZERO1),
     ((("node", 2), ("expert", 2)), ZERO1),
     ((("data", 2), ("expert", 2)), FSDP),
+    ((("expert", 2),), (*ZERO1, "parallel.rounds=many")),
 )
 
 
@@ -102,7 +111,9 @@ class StepTest(parameterized.TestCase):
     inside = [c for c in found if c not in in_step]
     dispatch = [c for c in inside if "experts" in c.scopes]
     # Tokens, choices and gates, there and back; how many rounds there are.
-    self.assertEqual({c.kind for c in dispatch}, {"all-to-all", "all-reduce"})
+    kinds = {c.kind for c in dispatch}
+    many = "parallel.rounds=many" in settings
+    self.assertEqual(kinds, {"all-to-all", *["all-reduce"] * many})
     for each in dispatch:
       if each.kind == "all-reduce":
         self.assertIn("pmax", each.op)
@@ -124,6 +135,10 @@ class StepTest(parameterized.TestCase):
     counts = collections.Counter(c.kind for c in of_step(found))
     del counts["all-reduce"]
     self.assertEqual(counts, {"all-gather": n, "reduce-scatter": n})
+
+  @parameterized.parameters(*WAYS)
+  def test_none_speaks_while_a_loop_does(self, mesh, settings):
+    self.assertEmpty(hlo.meetings(module(mesh, *settings)))
 
   @parameterized.parameters(*WAYS)
   def test_what_is_summed_is_numbers_and_counts(self, mesh, settings):

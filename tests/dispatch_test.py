@@ -2,6 +2,7 @@
 
 import functools
 
+import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,14 @@ from dsv3_jax.parallel import topology
 
 CFG = config.Router(n_experts=16, top_k=4, n_groups=8, top_groups=4)
 M, D, F = 24, 8, 6  # tokens of a device, widths
-FORMS = ("gather", "one_hop", "two_hop", "one_hop apart")
+FORMS = (
+    "gather",
+    "one_hop many",
+    "two_hop many",
+    "one_hop many apart",
+    "one_hop one",
+    "two_hop one",
+)
 SIZES = {"node": 2, "expert": 2}
 
 
@@ -37,8 +45,11 @@ def _inputs(n_tokens, chosen=None):
 def _compiled(form, sizes):
   sizes = dict(sizes)
   mesh = topology.mesh(sizes)
-  form, *apart = form.split()
-  experts = dispatch.experts(form, sizes, CFG, apart=bool(apart))
+  form, *how = form.split()
+  rounds = "many" if "many" in how else "one"
+  experts = dispatch.experts(
+      form, sizes, CFG, rounds=rounds, apart="apart" in how
+  )
   axes = topology.used(sizes, topology.EXPERTS)
 
   def local(p, x, chosen, gates, dy):
@@ -48,6 +59,8 @@ def _compiled(form, sizes):
         x,
         gates,
     )
+    # As in a network, whose gradients need the loss.
+    dy = jnp.where(jnp.isnan(y), y, dy)
     return y, vjp(dy), jax.lax.psum(experts.sent(chosen), axes)
 
   spec = jax.P(axes)
@@ -64,6 +77,16 @@ def _compiled(form, sizes):
 def _run(form, sizes, *inputs):
   run, sharding = _compiled(form, tuple(sizes.items()))
   return jax.device_get(run(*jax.device_put(inputs, sharding)))
+
+
+def _traced(form):
+  run, sharding = _compiled(form, tuple(SIZES.items()))
+  return run.trace(
+      *jax.tree.map(
+          lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+          (*_inputs(4 * M), testing.normal(4 * M, D)),
+      )
+  )
 
 
 def _check(form, sizes, p, x, chosen, gates):
@@ -88,7 +111,7 @@ def _crossings(chosen, form, n_nodes=2, n_places=2):
     if form == "gather":
       devices = set(range(n_devices))
     nodes = {d // n_places for d in devices}
-    if form == "two_hop":
+    if form.startswith("two_hop"):
       across += len(nodes - {home // n_places})
       relays = {(d // n_places) * n_places + home % n_places for d in devices}
       inside += len(devices - relays)
@@ -131,9 +154,9 @@ class DispatchTest(parameterized.TestCase):
   def test_what_arrives_is_what_is_counted(self):
     # Each device adds 1 for a row that arrived: copies that were really sent.
     inside = dispatch._Hop(("expert",), ("node", "expert"),
-                           dispatch._padded_swap, 1, 4)
+                           dispatch._padded_swap, 1, 4, dispatch.SLACK)
     across = dispatch._Hop(("node",), ("node", "expert"),
-                           dispatch._padded_swap, 2, 4)
+                           dispatch._padded_swap, 2, 4, dispatch.SLACK)
 
     def one(p, x, chosen, gates, n_slots=None):
       arrived = (chosen < p["down"].shape[0]).any(1, keepdims=True)
@@ -183,19 +206,15 @@ class DispatchTest(parameterized.TestCase):
     self.assertEqual(dispatch._capacity(3, 3, 1, fanout=1), 3)
 
   def test_ragged_forms_lower_for_accelerators(self):
-    mesh = topology.mesh({"node": 2, "expert": 2})
-    run, _ = _compiled("ragged_two_hop", (("node", 2), ("expert", 2)))
-    inputs = *_inputs(4 * M), testing.normal(4 * M, D)
-    shapes = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(
-            a.shape,
-            a.dtype,
-            sharding=jax.NamedSharding(mesh, jax.P(("node", "expert"))),
-        ),
-        inputs,
-    )
-    lowered = run.trace(*shapes).lower(lowering_platforms=("tpu",))
+    traced = _traced("ragged_two_hop many")
+    lowered = traced.lower(lowering_platforms=("tpu",))
     self.assertIn("ragged_all_to_all", lowered.as_text())
+
+  @parameterized.parameters("one_hop many apart", "two_hop many")
+  def test_rounds_come_one_after_the_other(self, form):
+    text = _traced(form).lower().compile().as_text()
+    self.assertIn(" while(", text)
+    self.assertEmpty(hlo.meetings(text))
 
 
 class MemoryTest(absltest.TestCase):
@@ -204,7 +223,7 @@ class MemoryTest(absltest.TestCase):
     # Fixed tokens a device and choices a token; 2, 4, 8 devices.
     def temporary(n):
       mesh = topology.mesh({"expert": n})
-      experts = dispatch.experts("one_hop", {"expert": n}, CFG)
+      experts = dispatch.experts("one_hop", {"expert": n}, CFG, rounds="many")
       specs = schema.stack(swiglu.specs(256, 8, 0.1), 16, "experts")
       spec = jax.P("expert")
       run = jax.shard_map(

@@ -6,6 +6,7 @@ That it changes no number is in `layouts_test`.
 import functools
 import re
 
+import hlo
 import jax
 import numpy as np
 import testing
@@ -141,6 +142,22 @@ class ProgramTest(parameterized.TestCase):
     expected = dots(compiled(traced(plain, {"data": 1})))
     expected += sum(dots(compiled(one)) for one in side_by_side(RUN))
     self.assertEqual(dots(dualpipe()), expected)
+
+  def test_all_products_are_in_loops_that_may_not_run(self):
+    # XLA takes out of a loop what does not change in it, such as the head.
+    text = dualpipe()
+    (tick,) = [
+        ops
+        for ops in hlo.computations(text).values()
+        if any(" collective-permute(" in op.text for op in ops)
+    ]
+    self.assertGreater(sum(" while(" in op.text for op in tick), 4)
+    self.assertFalse([op for op in tick if re.search(r" dot\(", op.text)])
+
+  def test_exchanges_do_not_meet(self):
+    sizes = {"pipe": 2, "node": 2, "expert": 2}
+    run = config.override(RUN, "train.batch_size=32", "n_dense_layers=1")
+    self.assertEmpty(hlo.meetings(compiled(traced(run, sizes))))
 
   def test_ranks_differ_without_branches(self):
     self.assertNotIn(" conditional(", dualpipe())

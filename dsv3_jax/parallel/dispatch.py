@@ -12,7 +12,8 @@ nothing; all run inside `shard_map`.
 
 An exchange goes in rounds of a fixed number of rows for each pair of devices, a
 little more than balanced routing needs: usually one round, as many as it takes
-otherwise. Memory is that of a round.
+otherwise. Memory is that of a round. On CPU there is one, of as many rows as
+there can be: see `manual.after` for what its runtime does to loops that send.
 """
 
 import dataclasses
@@ -49,6 +50,7 @@ def experts(
     sizes: Mapping[str, int],
     cfg: config.Router,
     *,
+    rounds: str = "auto",
     apart: bool = False,
 ) -> moe.Experts:
   """The routed experts of a mesh.
@@ -59,6 +61,7 @@ def experts(
       axes are in use.
     sizes: of the mesh axes.
     cfg: routing rules: how many experts, of which a token chooses how many.
+    rounds: `one` of the rows there can be, `many` of those expected; `auto`.
     apart: keep the weights' gradients apart, see `experts.grouped_ffn`.
   """
   axes = topology.used(sizes, topology.EXPERTS)
@@ -79,15 +82,19 @@ def experts(
         functools.partial(_gathered, axes=axes, inner=local), sent
     )
   exchange = functools.partial(_exchange, apart=apart)
+  if rounds == "auto":
+    rounds = "one" if jax.default_backend() == "cpu" else "many"
+  slack = SLACK if rounds == "many" else math.inf
   if form == "one_hop":
-    hop = _Hop(axes, axes, swap, n_devices=1, fanout=cfg.top_k)
+    hop = _Hop(axes, axes, swap, n_devices=1, fanout=cfg.top_k, slack=slack)
     return moe.Experts(functools.partial(exchange, hop, inner=local), sent)
   n_nodes, n_places = (sizes[axis] for axis in axes)
   # A group of experts inside one node: tokens reach no more nodes than groups.
   aligned = cfg.n_groups % n_nodes == 0
   fanout = cfg.top_groups if aligned else cfg.top_k
-  inside = _Hop(axes[1:], axes, swap, n_devices=1, fanout=cfg.top_k)
-  across = _Hop(axes[:1], axes, swap, n_devices=n_places, fanout=fanout)
+  hop = functools.partial(_Hop, group=axes, swap=swap, slack=slack)
+  inside = hop(axes[1:], n_devices=1, fanout=cfg.top_k)
+  across = hop(axes[:1], n_devices=n_places, fanout=fanout)
   inner = functools.partial(exchange, inside, inner=local)
   return moe.Experts(functools.partial(exchange, across, inner=inner), sent)
 
@@ -235,6 +242,7 @@ class _Hop:
   swap: Callable[..., jax.Array]
   n_devices: int  # that a destination stands for: those of a node, or 1
   fanout: int  # destinations of a token at most
+  slack: float  # rows of a round, in rows that balanced routing needs
 
   def spread(self, x: jax.Array, where: "_Rows") -> jax.Array:
     rows = x.at[where.token].get(mode="fill", fill_value=0)
@@ -268,15 +276,17 @@ class _Plan:
   rounds: jax.Array  # [] int32, the same in the whole group
 
 
-def _capacity(n_rows: int, n_slots: int, size: int, fanout: int) -> int:
+def _capacity(
+    n_rows: int, n_slots: int, size: int, fanout: int, slack: float = SLACK
+) -> int:
   """Rows of a round for one destination, of n_rows with n_slots choices.
 
   Choices at random leave a destination out with (1 - 1 / size)^(choices of a
   row); limited routing sends a row to `fanout` destinations at most.
   """
   reached = 1 - (1 - 1 / size) ** (n_slots / n_rows)
-  needed = SLACK * n_rows * min(reached, fanout / size)
-  return min(n_rows, math.ceil(needed))
+  needed = slack * n_rows * min(reached, fanout / size)
+  return math.ceil(min(n_rows, needed))
 
 
 def _plan(
@@ -314,16 +324,16 @@ def _exchange(
   p, x, gates = jax.tree.unflatten(structure, manual.alike(*leaves))
   n_slots = n_slots or chosen.size
   size, n_experts = jax.lax.axis_size(hop.axes), p["down"].shape[0]
-  capacity = _capacity(len(x), n_slots, size, hop.fanout)
+  capacity = _capacity(len(x), n_slots, size, hop.fanout, hop.slack)
   plan = _plan(
       chosen, n_experts * hop.n_devices, size, capacity, hop.group
   )
   one = functools.partial(_round, hop, inner, capacity, n_slots)
   # As all else that one pass may keep for another.
   plan = plan.replace(rounds=manual.vary(plan.rounds, manual.varying(x)))
-  trained = precision.trained(p)
-  rest = _other_rounds(one, apart, trained, p, x, gates, plan)
-  return one(0, p, x, gates, plan) + rest
+  if capacity == len(x):
+    return one(0, p, x, gates, plan)
+  return _all_rounds(one, apart, precision.trained(p), p, x, gates, plan)
 
 
 def _round(hop, inner, capacity, n_slots, i, p, x, gates, plan):
@@ -343,47 +353,71 @@ def _round(hop, inner, capacity, n_slots, i, p, x, gates, plan):
   return _combine(hop, gemm.tile(p["down"]), y, where)
 
 
+def _over_rounds(rounds, add, init):
+  """fori_loop over all rounds but the first, and how many there were."""
+
+  def body(carry):
+    i, total = carry
+    return i + 1, add(i, total)
+
+  one = jnp.ones_like(rounds)
+  return jax.lax.while_loop(lambda c: c[0] < rounds, body, (one, init))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _other_rounds(one, apart, trained, p, x, gates, plan):
-  """The sum of `one` over all rounds but the first, recomputed backwards."""
-  del apart, trained
+def _all_rounds(one, apart, trained, p, x, gates, plan):
+  """The sum of `one` over all rounds; all but the first recomputed backwards.
 
-  def add(i, y):
-    return y + one(i, p, x, gates, plan)
-
-  return jax.lax.fori_loop(1, plan.rounds, add, jnp.zeros_like(x))
+  Each loop starts from what was there before, so that it comes after that.
+  """
+  return _all_rounds_fwd(one, apart, trained, p, x, gates, plan)[0]
 
 
-def _other_rounds_fwd(one, apart, *args):
-  return _other_rounds(one, apart, *args), args
+def _of_round(one, p, plan):
+  def of(i, trained, x, gates):
+    return one(i, precision.joined(trained, p), x, gates, plan)
+
+  return of
 
 
-def _other_rounds_bwd(one, apart, args, dy):
-  trained, p, *rows, plan = args
+def _all_rounds_fwd(one, apart, trained, p, x, gates, plan):
+  del apart
+  of = _of_round(one, p, plan)
+  y, vjp = jax.vjp(functools.partial(of, 0), trained, x, gates)
+  add = lambda i, y: y + of(i, trained, x, gates)
+  _, y = _over_rounds(plan.rounds, add, y)
+  return y, (vjp, trained, p, x, gates, plan)
 
-  def of_all(i, trained, *rows):
-    return one(i, precision.joined(trained, p), *rows, plan)
 
-  def gradients(of, *inputs):
-    """The sum over the rounds, of a function of a round and the inputs."""
+def _all_rounds_bwd(one, apart, residuals, dy):
+  vjp, trained, p, x, gates, plan = residuals
+  of = _of_round(one, p, plan)
+
+  def plus(total, rounds, of, *inputs):
+    """With the gradients of all rounds, of a function of a round and inputs."""
 
     def add(i, total):
       _, vjp = jax.vjp(functools.partial(of, i), *inputs)
       return jax.tree.map(jnp.add, total, vjp(dy))
 
-    zeros = jax.tree.map(jnp.zeros_like, inputs)
-    return jax.lax.fori_loop(1, plan.rounds, add, zeros)
+    return _over_rounds(rounds, add, total)
 
+  d_trained, dx, dgates = vjp(dy)
   if apart:
-    of_weights = gradients(lambda i, new: of_all(i, new, *rows), trained)
-    of_rows = gradients(lambda i, *rows: of_all(i, trained, *rows), *rows)
+    of_rows = lambda i, x, gates: of(i, trained, x, gates)
+    total = dx, dgates
+    done, (dx, dgates) = plus(total, plan.rounds, of_rows, x, gates)
+    of_weights = lambda i, new: of(i, new, x, gates)
+    rounds = manual.after(plan.rounds, done)
+    _, (d_trained,) = plus((d_trained,), rounds, of_weights, trained)
   else:
-    of_weights, *of_rows = gradients(of_all, trained, *rows)
-    of_weights = (of_weights,)
-  return *of_weights, None, *of_rows, None
+    total = d_trained, dx, dgates
+    _, total = plus(total, plan.rounds, of, trained, x, gates)
+    d_trained, dx, dgates = total
+  return d_trained, None, dx, dgates, None
 
 
-_other_rounds.defvjp(_other_rounds_fwd, _other_rounds_bwd)
+_all_rounds.defvjp(_all_rounds_fwd, _all_rounds_bwd)
 
 
 # --- how much is sent ---

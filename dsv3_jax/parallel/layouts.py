@@ -280,6 +280,7 @@ def layout(
           run.parallel.dispatch,
           sizes,
           run.model.router,
+          rounds=run.parallel.rounds,
           apart=schedule is not None,
       ),
   )

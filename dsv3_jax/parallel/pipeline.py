@@ -197,10 +197,12 @@ class _Executor:
     for name in self.passes:
       done, memory = self._weights(name, w, done, memory)
     memory = self._embed_gradient(b, dy, memory)
-    d_last, memory = self._loss(f, x, memory)
+    # The MTP module's exchange must not meet those of the layers.
+    last = f.replace(on=manual.after(f.on, done))
+    d_last, memory = self._loss(last, x, memory)
     # Sent as one and last: ranks that meet in the middle of a tick wait for
-    # each other twice. `done` is never below 0, but XLA does not know.
-    made = jnp.where(done < 0, 0, jnp.stack([x, dy]))
+    # each other twice.
+    made = manual.after(jnp.stack([x, dy]), done)
     return self._deliver(turn, made, d_last, memory)
 
   # --- the layers of a stage ---
@@ -350,11 +352,13 @@ class _Executor:
       total = terms.main + self.mtp_weight * terms.mtp
       return total + self.share * terms.balance, (terms, stats)
 
-    def add(_, carry):
+    def add(i, carry):
       _, memory = carry
+      # XLA takes out of a loop what does not change in it: all ranks would do
+      # this in every tick.
       (d_weights, dx), (terms, stats) = jax.grad(
           objective, argnums=(0, 1), has_aux=True
-      )(precision.trained(ends), x)
+      )(precision.trained(ends), manual.after(x, i))
       sums = jax.tree.map(
           lambda total, g: total + g.astype(jnp.float32),
           {name: memory.sums[name] for name in names},
