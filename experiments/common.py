@@ -136,8 +136,18 @@ def _command(variants: Mapping[str, config.Run]) -> tuple[Command, list[str]]:
   return command, problems
 
 
+def _help() -> str:
+  """What the program does, and the flags that make sense for it."""
+  known = flags.FLAGS
+  parts = sys.modules["__main__"].__doc__, known.main_module_help()
+  return "\n".join((*map(str, parts), known.module_help(__name__)))
+
+
 def run_main(main: Callable[[], int | None]) -> None:
   """Calls main and exits with the code that the error it raises stands for."""
+  if "--help" in sys.argv[1:]:
+    print(_help())
+    sys.exit(OK)
   try:
     code = main() or OK
   except ValueError as error:
@@ -157,16 +167,17 @@ def _say(code: int, error: Exception) -> int:
   return code
 
 
-def use_virtual_devices(command: Command) -> None:
-  """Makes the mesh's devices, where the processor is all there is.
+def start_jax(command: Command) -> None:
+  """Joins the other processes, and makes the mesh's devices on a processor.
 
-  Call before JAX starts.
+  Call it once, before anything else starts JAX.
   """
   n = max(math.prod(command.mesh.values()) // command.processes.count, 1)
   only_sums = command.run.parallel.layout == "replicated" and not any(
       size > 1 for axis, size in command.mesh.items() if axis != "data"
   )
   cluster.use_virtual_devices(n, spare_threads=n > 1 and not only_sums)
+  command.processes.join()
 
 
 def main(

@@ -1,4 +1,4 @@
-"""Pre-training (arXiv:2412.19437, section 4).
+r"""Pre-training (arXiv:2412.19437, section 4).
 
   python -m experiments.pretrain --variant=tiny --workdir=runs/tiny
   python -m experiments.pretrain --variant=v3_671b --dry_run
@@ -81,7 +81,7 @@ def execute(command: common.Command) -> None:
     raise ValueError("--workdir is missing: the folder that the run writes to")
   from experiments import runner  # pulls in what a dry run does not need
 
-  common.use_virtual_devices(command)
+  common.start_jax(command)
   runner.execute(command)
 
 

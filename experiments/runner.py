@@ -170,7 +170,6 @@ def execute(command: common.Command) -> None:
   """Trains up to `command.stop`, from the newest checkpoint if there is one."""
   run, folder = command.run, command.workdir
   began = time.monotonic()
-  command.processes.join()
   mesh = cluster.mesh(command.mesh)
   problems = layouts.problems(run, mesh.shape)
   form = run.parallel.dispatch

@@ -2,15 +2,18 @@
 
   python -m scripts.bench --what=train --shape=S --json
   python -m scripts.bench --what=train --shape=S --against=transformers
+  python -m scripts.bench --what=train --shape=S --precision=fp8 --against=bf16
 
-Prints one line a metric. Both sides train the shape in float32 on random token
-ids with AdamW and gradient clipping, without MTP. With `--against` the two take
-turns, round by round, each in a process of its own that sleeps while the other
-one runs; the ratio is that of neighbouring rounds, so that a machine which
-slows down for a while slows both.
+Prints one line a metric. Both sides train the shape on random token ids with
+AdamW and gradient clipping, without MTP: in float32, or each in a precision of
+its own (FP8 is emulated on CPU). With `--against` the two take turns, round by
+round, each in a process of its own that sleeps while the other one runs; the
+ratio is that of neighbouring rounds, so that a machine which slows down for a
+while slows both.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -19,6 +22,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +35,8 @@ from scripts import bench_worker
 
 WHAT = ("train",)
 SHAPES = ("S", "M", "tiny")
-RIVALS = ("transformers",)
+PRECISIONS = ("fp32", "bf16", "fp8")
+RIVALS = ("transformers", *PRECISIONS)
 ROUND_S = 4.0  # about as long is a round; it is of whole steps
 OURS = "dsv3_jax"
 OVERRIDES = ("mtp.depth=0",)  # transformers trains without MTP
@@ -45,7 +50,10 @@ RIVAL_ENV = {
 _WHAT = flags.DEFINE_list("what", list(WHAT), f"Any of: {', '.join(WHAT)}.")
 _SHAPE = flags.DEFINE_enum("shape", "S", SHAPES, "Model and batch.")
 _JSON = flags.DEFINE_bool("json", False, "One JSON object a line.")
-_AGAINST = flags.DEFINE_enum("against", None, RIVALS, "Compare with.")
+_PRECISION = flags.DEFINE_enum("precision", "fp32", PRECISIONS, "Of ours.")
+_AGAINST = flags.DEFINE_enum(
+    "against", None, RIVALS, "Another program, or ours in another precision."
+)
 _RIVAL_PYTHON = flags.DEFINE_string(
     "rival_python",
     sys.executable,
@@ -106,16 +114,23 @@ def train_flops_per_token(model: config.Model, seq_len: int) -> float:
 
 
 def take_turns(
-    workers: dict[str, subprocess.Popen], job: dict[str, Any], n_rounds: int
+    workers: dict[str, subprocess.Popen],
+    jobs: dict[str, dict[str, Any]],
+    n_rounds: int,
 ) -> dict[str, dict[str, Any]]:
   """Prepares the workers one after the other, then lets them take turns.
+
+  Args:
+    workers: by name.
+    jobs: what each is told first.
+    n_rounds: turns of each.
 
   Returns:
     Of each worker its answer to the job, with "rounds": its answers to the
     rounds, each with the "steps" that the round had.
   """
   results = {
-      name: bench_worker.ask(worker, job) | {"rounds": []}
+      name: bench_worker.ask(worker, jobs[name]) | {"rounds": []}
       for name, worker in workers.items()
   }
   for _ in range(n_rounds):
@@ -126,25 +141,48 @@ def take_turns(
   return results
 
 
+@dataclasses.dataclass(frozen=True)
+class Side:
+  """One of those that are compared."""
+
+  python: str = sys.executable
+  precision: str = "fp32"
+  module: str = "scripts.bench_jax"
+  env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
 def measure(
-    cfg: config.Run, shape: str, pythons: dict[str, str], n_rounds: int
+    shape: str, sides: dict[str, Side], n_rounds: int
 ) -> dict[str, dict[str, Any]]:
-  """Starts a worker for each of {name: interpreter}; see `take_turns`."""
+  """Starts a worker for each side; see `take_turns`."""
   root = str(pathlib.Path(__file__).resolve().parents[1])
-  job = {
-      "shape": shape,
-      "set": OVERRIDES,
-      "settings": config.leaves(cfg),
-  }
+  jobs, workers = {}, {}
   with contextlib.ExitStack() as stack:
-    workers = {}
-    for name, python in pythons.items():
-      ours = name == OURS
-      module = "scripts.bench_jax" if ours else f"scripts.bench_{name}"
-      env = {} if ours else RIVAL_ENV
-      worker = bench_worker.start([python, "-m", module], env, root)
+    for name, side in sides.items():
+      settings = *OVERRIDES, f"precision.recipe={side.precision}"
+      cfg = config.override(presets.PRESETS[shape], *settings)
+      jobs[name] = {
+          "shape": shape,
+          "set": settings,
+          "settings": config.leaves(cfg),
+      }
+      command = [side.python, "-m", side.module]
+      worker = bench_worker.start(command, side.env, root)
       workers[name] = stack.enter_context(worker)
-    return take_turns(workers, job, n_rounds)
+    return take_turns(workers, jobs, n_rounds)
+
+
+def _sides() -> dict[str, Side]:
+  """What the flags compare; ours first."""
+  sides = {OURS: Side(precision=_PRECISION.value)}
+  rival = _AGAINST.value
+  if rival == "transformers":
+    python = os.path.abspath(shutil.which(_RIVAL_PYTHON.value))
+    module = "scripts.bench_transformers"
+    sides[rival] = Side(python, module=module, env=RIVAL_ENV)
+  elif rival:
+    sides[rival] = Side(precision=rival)
+  return sides
 
 
 # --- what is printed ---
@@ -224,10 +262,14 @@ def _problems(arguments: Sequence[str]) -> Iterator[str]:
       yield f"--what={what}: must be one of {', '.join(WHAT)}; no other yet"
   if not _WHAT.value:
     yield f"--what=: must name at least one of {', '.join(WHAT)}"
-  if _AGAINST.value is None:
+  if _AGAINST.value == _PRECISION.value:
+    yield f"--against={_AGAINST.value}: that is the --precision of ours"
+  if _AGAINST.value != "transformers":
     if _RIVAL_PYTHON.present:
-      yield "--rival_python: does nothing without --against"
+      yield "--rival_python: does nothing without --against=transformers"
     return
+  if _PRECISION.value != "fp32":
+    yield "--precision: transformers trains in float32; compare to fp32"
   python = shutil.which(_RIVAL_PYTHON.value)
   imports = [python, "-c", "import torch, transformers"]
   if python is None:
@@ -257,13 +299,8 @@ def main(_: list[str]) -> None:
   """Measures and prints; the flags are good by now."""
   shape = _SHAPE.value
   cfg = config.override(presets.PRESETS[shape], *OVERRIDES)
-  pythons = {OURS: sys.executable}
-  if _AGAINST.value:
-    pythons[_AGAINST.value] = os.path.abspath(
-        shutil.which(_RIVAL_PYTHON.value)
-    )
   try:
-    results = measure(cfg, shape, pythons, _ROUNDS.value)
+    results = measure(shape, _sides(), _ROUNDS.value)
   except RuntimeError as error:
     print(error, file=sys.stderr)
     sys.exit(70)

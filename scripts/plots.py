@@ -177,6 +177,46 @@ def losses(
   figure.legend(loc="outside upper left", ncols=4)
 
 
+def gaps(
+    figure: Figure,
+    x: np.ndarray,
+    curves: Mapping[str, np.ndarray],
+    gaps: Mapping[str, np.ndarray],
+    bar: float,
+    warmup: int,
+) -> None:
+  """Losses of several runs, and below how far they are from the first.
+
+  Args:
+    figure: drawn into.
+    x: [steps] tokens.
+    curves: [seeds, steps] losses by label; the first is the baseline.
+    gaps: [seeds, steps] relative differences by label of all others.
+    bar: the largest difference that is accepted.
+    warmup: steps in which differences do not matter.
+  """
+  above, below = figure.subplots(2, sharex=True)
+  for i, (label, losses) in enumerate(curves.items()):
+    above.plot(x, losses.mean(0), label=label)
+    for gap in gaps.get(label, ()):
+      below.plot(x, gap, color=f"C{i}", alpha=0.3, linewidth=0.8)
+    if label in gaps:
+      below.plot(x, gaps[label].mean(0), color=f"C{i}")
+  # Early losses are far above all others.
+  late = np.concatenate([losses[:, warmup:] for losses in curves.values()])
+  if np.isfinite(late).all():
+    above.set_ylim(late.min() - 0.1, late.max() + 0.1)
+  below.axvspan(0, x[min(warmup, len(x) - 1)], alpha=0.1, linewidth=0)
+  for at in (-bar, bar):
+    below.axhline(at, linestyle="--", linewidth=0.8)
+  below.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+  above.set_ylabel("loss (nats per token)")
+  below.set_ylabel(f"gap to {next(iter(curves))}")
+  _scales(above, label=False)
+  _scales(below)
+  figure.legend(loc="outside upper left", ncols=len(curves))
+
+
 def bits_per_byte(
     figure: Figure, x: np.ndarray, y: np.ndarray, rivals: Mapping[str, float]
 ) -> None:

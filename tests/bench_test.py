@@ -101,7 +101,8 @@ class WorkerTest(absltest.TestCase):
     round_s, step_s = 0.5, 0.1
     self.enter_context(mock.patch.object(bench, "ROUND_S", round_s))
     workers = {name: self.start(FAKE_WORKER) for name in "ab"}
-    results = bench.take_turns(workers, {"step_s": step_s}, n_rounds=2)
+    jobs = {name: {"step_s": step_s} for name in workers}
+    results = bench.take_turns(workers, jobs, n_rounds=2)
     for result in results.values():
       self.assertLen(result["rounds"], 2)
       for answer in result["rounds"]:

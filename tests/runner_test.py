@@ -52,7 +52,7 @@ class CheckedRunTest(absltest.TestCase):
     self.folder = testing.folder(self)
     self.checks = self.patch(replicas, "check", wraps=replicas.check)
     self.patch(cluster, "mesh", lambda sizes: topology.mesh(sizes))
-    self.patch(common, "use_virtual_devices")
+    self.patch(common, "start_jax")
     make, self.managers = checkpoint.manager, []
 
     def remembered(*args):

@@ -1,0 +1,148 @@
+"""Tests of the comparison of training in FP8 with training in BF16."""
+
+import json
+
+import numpy as np
+import testing
+from absl.testing import absltest
+from absl.testing import flagsaver
+from absl.testing import parameterized
+
+from dsv3_jax import config
+from dsv3_jax import presets
+from experiments import cluster
+from experiments import common
+from experiments import fp8
+from experiments import logbook
+
+PROSE = "It was a bright cold day, and {} clocks were striking thirteen.\n"
+SMALL = config.override(
+    presets.TINY,
+    "vocab_size=300",
+    "d_model=32",
+    "n_layers=2",
+    "dense_ffn_dim=32",
+    "mla.n_heads=2",
+    "mla.q_rank=32",
+    "mla.kv_rank=32",
+    "moe.ffn_dim=16",
+    "precision.tile=16",
+    "data.seq_len=32",
+    "train.batch_size=4",
+    "train.tokens=640",
+    "schedule.warmup_steps=2",
+    "checkpoint.every=5",
+    "evaluate.every=5",
+)
+
+
+def losses(**arms):
+  return {arm: np.array(values, np.float64) for arm, values in arms.items()}
+
+
+class CompareTest(parameterized.TestCase):
+
+  def test_smoothed_is_a_mean_with_weights_that_decay(self):
+    loss = np.random.default_rng(0).normal(size=(2, 30))
+    found = fp8.smoothed(loss)
+    for t in (0, 1, 29):
+      weights = 0.9 ** np.arange(t, -1, -1)
+      expected = loss[:, : t + 1] @ weights / weights.sum()
+      np.testing.assert_allclose(found[:, t], expected, rtol=1e-12)
+
+  def test_gaps_are_relative_and_of_the_mean_over_seeds(self):
+    base = np.full((2, 10), 4.0)
+    other = base * np.array([[1.003], [0.999]])
+    row = fp8.compare(losses(bf16=base, fp8=other), warmup=3)["fp8"]
+    np.testing.assert_allclose(row["gap"], 0.001)
+    np.testing.assert_allclose(row["worst_seed"], 0.003)
+    np.testing.assert_allclose(row["last"], 0.001)
+
+  def test_the_warm_up_does_not_count(self):
+    base = np.full((1, 100), 4.0)
+    other = base.copy()
+    other[:, :10] = 5
+    found = losses(bf16=base, fp8=other)
+    self.assertGreater(fp8.compare(found, 10)["fp8"]["gap"], fp8.BAR)
+    # Forgotten with 0.9 to the power of 70.
+    self.assertLess(fp8.compare(found, 80)["fp8"]["gap"], fp8.BAR)
+
+  @parameterized.parameters(np.nan, np.inf)
+  def test_a_loss_that_is_not_finite_is_never_within(self, bad):
+    base = np.full((2, 10), 4.0)
+    other = base.copy()
+    other[1, 5] = bad
+    rows = fp8.compare(losses(bf16=base, fp8=other), warmup=3)
+    self.assertFalse(np.isfinite(rows["fp8"]["gap"]))
+    self.assertIn("NOT within", fp8.table(rows))
+
+
+class ExecuteTest(parameterized.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.folder = testing.folder(self)
+    text = self.folder / "text.txt"
+    text.write_text("".join(PROSE.format(i) for i in range(100)))
+    self.run_config = config.override(SMALL, f"data.path={text}")
+
+  def command(self, stop=5, **changes):
+    values = {
+        "variant": "tiny",
+        "run": self.run_config,
+        "workdir": self.folder / "runs",
+        "seed": 3,
+        "stop": stop,
+        "mesh": {},
+        "processes": cluster.Processes(),
+    }
+    return common.Command(**values | changes)
+
+  @parameterized.parameters(
+      ({"arms": ["bf16", "fp9"]}, "--arms=fp9: one of bf16, fp8"),
+      ({"arms": ["fp8"]}, "--arms: needs bf16"),
+      ({"seeds": 0}, "--seeds=0"),
+  )
+  def test_refuses(self, flags, message):
+    with (
+        flagsaver.flagsaver(**flags),
+        self.assertRaisesRegex(ValueError, message),
+    ):
+      fp8.execute(self.command())
+
+  def test_refuses_runs_that_end_within_the_warm_up(self):
+    with self.assertRaisesRegex(ValueError, "--steps=2: must be more than"):
+      fp8.execute(self.command(stop=2))
+
+  def test_refuses_to_write_nowhere(self):
+    with self.assertRaisesRegex(ValueError, "--workdir is missing"):
+      fp8.execute(self.command(workdir=None))
+
+  def test_trains_the_same_run_in_both_and_compares(self):
+    self.enter_context(flagsaver.flagsaver(seeds=1))
+    self.enter_context(
+        absltest.mock.patch.object(common, "start_jax")
+    )
+    fp8.execute(self.command())
+    runs = self.folder / "runs"
+    first = {}
+    for arm in ("bf16", "fp8"):
+      rows = logbook.read(runs / f"{arm}-3" / logbook.METRICS)
+      steps = [row for row in rows if "main_loss" in row]
+      self.assertLen(steps, 5)
+      first[arm] = steps[0]
+      self.assertEqual("fp8_activation_zero" in steps[0], arm == "fp8")
+    # The same weights and batch, but not the same roundings.
+    a, b = (row["main_loss"] for row in first.values())
+    self.assertNotEqual(a, b)
+    self.assertAlmostEqual(a, b, delta=0.01 * a)
+    facts = json.loads((runs / "comparison.json").read_text())
+    self.assertEqual(facts["warmup_steps"], 2)
+    self.assertLess(facts["arms"]["fp8"]["gap"], 0.01)
+    self.assertStartsWith(
+        (runs / "loss.png").read_bytes().hex(), b"\x89PNG".hex()
+    )
+
+
+if __name__ == "__main__":
+  absltest.main()
