@@ -96,11 +96,14 @@ def gradients(
     batch: losses.Batch,
     run: config.Run,
     mesh: jax.sharding.Mesh | None = None,
-) -> tuple[schema.Params, losses.Losses, moe.Stats, dict[str, jax.Array]]:
+) -> tuple[
+    schema.Params, losses.Losses, moe.Stats, dict[str, dict[str, jax.Array]]
+]:
   """Gradient, losses and router statistics of a global batch.
 
-  The last of them: by the path of each weight in FP8, what quantization did,
-  [..., 2, 6] f32 for each layer, `gemm.CLASSES` by `tiles.COUNTED`.
+  The last of them: what quantization to FP8 did, by class and by the path of
+  the weight: `activation` and `gradient` [..., 6] f32, for each layer; with
+  `precision.counters` also `weight` [6]. Empty in other precisions.
 
   Any split of the batch, over micro-batches or devices, gives the same sums: a
   token is weighted by 1 / (labels of the whole batch), a balance loss by its
@@ -119,16 +122,19 @@ def gradients(
   if mesh is None:
     params = _compute_params(state.params, run)
     sums, *told = _gradient_sums(params, *args[1:], run=run)
+    of_weights = _weight_counts(state.params, run)
   else:
     layout = layouts.layout(run, mesh.shape)
     divided = topology.batch_spec(mesh.shape, 1)
-    sums, *told = jax.shard_map(
+    sums, *told, of_weights = jax.shard_map(
         functools.partial(_local_gradients, run=run, layout=layout),
         mesh=mesh,
         in_specs=(layout.specs, jax.P(), jax.P(), divided, divided),
-        out_specs=(layout.trained_specs, jax.P(), jax.P()),
+        out_specs=(layout.trained_specs, jax.P(), jax.P(), jax.P()),
     )(*args)
   grads, counted = precision.gradients(sums)
+  if of_weights:
+    counted["weight"] = of_weights
   return grads, *told, counted
 
 
@@ -137,8 +143,16 @@ def _compute_params(params, run, slices=None):
   return precision.compute_params(params, specs, run.precision, slices)
 
 
+def _weight_counts(params, run, slices=None):
+  if not run.precision.counters:
+    return {}
+  specs = transformer.specs(run.model)
+  return precision.weight_counts(params, specs, run.precision, slices)
+
+
 def _local_gradients(params, *args, run, layout):
   """What one device does in `gradients`, and the sums over all of them."""
+  of_weights = _weight_counts(params, run, layout.slices)
   params = _compute_params(params, run, layout.slices)
   params = layout.step(params)
   if layout.stages:
@@ -154,7 +168,7 @@ def _local_gradients(params, *args, run, layout):
     )
   grads, terms, stats = sums
   terms, stats = jax.lax.psum((terms, stats), layout.work_axes)
-  return layout.reduce(grads), terms, stats
+  return layout.reduce(grads), terms, stats, of_weights
 
 
 def _gradient_sums(

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dsv3_jax.model import gemm
 from dsv3_jax.model import tiles
 
 _OF = {
@@ -15,39 +14,39 @@ _OF = {
 }
 
 
-def shares(counted: Mapping[str, np.ndarray]) -> dict[str, float]:
+Counted = Mapping[str, Mapping[str, np.ndarray]]  # as `train.gradients` has it
+
+
+def shares(counted: Counted) -> dict[str, float]:
   """Shares of tiles that are zero, of elements too large or rounded to zero.
 
   Args:
-    counted: by weight, as `train.gradients` returns them.
+    counted: by class and weight.
 
   Returns:
     By names such as `fp8_gradient_underflow`, over all weights; nothing if only
     what is not finite was counted.
   """
-  total = np.zeros((len(gemm.CLASSES), len(tiles.COUNTED)))
-  for counts in counted.values():
-    total += counts.reshape(-1, *total.shape).sum(0)
-  of = {
-      (name, what): total[i, j]
-      for i, name in enumerate(gemm.CLASSES)
-      for j, what in enumerate(tiles.COUNTED)
-  }
-  return {
-      f"fp8_{name}_{what}": of[name, what] / of[name, whole]
-      for name in gemm.CLASSES
-      for what, whole in _OF.items()
-      if of[name, whole]
-  }
+  out = {}
+  for kind, by_path in counted.items():
+    total = np.zeros(len(tiles.COUNTED))
+    for counts in by_path.values():
+      total += counts.reshape(-1, len(total)).sum(0, dtype=np.float64)
+    found = dict(zip(tiles.COUNTED, total, strict=True))
+    for what, whole in _OF.items():
+      if found[whole]:
+        out[f"fp8_{kind}_{what}"] = found[what] / found[whole]
+  return out
 
 
-def not_finite(counted: Mapping[str, np.ndarray]) -> Iterator[str]:
+def not_finite(counted: Counted) -> Iterator[str]:
   """A line for each weight, layer and class with tiles that are not finite."""
   column = tiles.COUNTED.index("not_finite")
-  for path, counts in sorted(counted.items()):
-    bad = counts.reshape(-1, *counts.shape[-2:])[:, :, column]
-    for layer, which in np.argwhere(bad):
-      yield (
-          f"{path}, layer {layer}: {bad[layer, which]:.0f} tiles of the"
-          f" {gemm.CLASSES[which]} are not finite"
-      )
+  for kind, by_path in counted.items():
+    for path, counts in sorted(by_path.items()):
+      of_layers = counts.reshape(-1, counts.shape[-1])[:, column]
+      layered = counts.ndim > 1
+      for layer in np.flatnonzero(of_layers):
+        where = f"{path}, layer {layer}" if layered else path
+        n = of_layers[layer]
+        yield f"{where}: {n:.0f} tiles of the {kind} are not finite"

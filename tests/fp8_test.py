@@ -1,6 +1,7 @@
 """Tests of FP8 through experts, dispatch, layouts and pipelines."""
 
 import functools
+import itertools
 import math
 import re
 
@@ -116,10 +117,9 @@ class ExpertsTest(parameterized.TestCase):
     x = x.at[3, 5].set(np.nan)
     _, counted = value_and_gradients(experts.block_ffn, p8, x, *args, dy)
     column = tiles.COUNTED.index("not_finite")
-    activation = gemm.CLASSES.index("activation")
-    self.assertEqual(counted["gate_up"][activation, column], 1)
+    self.assertEqual(counted["activation"]["gate_up"][column], 1)
     # Of its four experts, what follows is not finite at all.
-    self.assertEqual(counted["down"][activation, column], 4 * -(-F // 32))
+    self.assertEqual(counted["activation"]["down"][column], 4 * -(-F // 32))
 
 
 class DispatchTest(parameterized.TestCase):
@@ -176,13 +176,17 @@ class SlicesTest(parameterized.TestCase):
     )
     specs = transformer.specs(run.model)
     params = testing.draw(specs)
+    # A block of zeros, cut by slices, and some numbers that are lost.
+    w = params["dense"]["mla"]["q_up"]
+    params["dense"]["mla"]["q_up"] = w.at[0, :32].set(0).at[0, 33].mul(1e-6)
     whole = precision.compute_params(params, specs, run.precision)
     mesh = topology.mesh({"pipe": 2, "data": 2, "expert": 2})
     layout = layouts.layout(run, mesh.shape, staged=False)
 
     def local(params):
-      p = precision.compute_params(params, specs, run.precision, layout.slices)
-      p = layout.step(p)
+      args = params, specs, run.precision, layout.slices
+      counts = precision.weight_counts(*args)
+      p = layout.step(precision.compute_params(*args))
       layers = ("dense", "moe", "mtp")
       for kind in layers:
         one = [
@@ -197,15 +201,21 @@ class SlicesTest(parameterized.TestCase):
           for path, w in paths_of(p).items()
           if "experts" not in path
       }
-      return jax.tree.map(
+      flat = jax.tree.map(
           lambda a: jax.lax.pmax(a, tuple(jax.typeof(a).mat.varying)), flat
       )
+      return flat, counts
 
-    made = jax.jit(
+    made, counts = jax.jit(
         jax.shard_map(
             local, mesh=mesh, in_specs=(layout.specs,), out_specs=jax.P()
         )
     )(jax.device_put(params, train.shardings(run, mesh).params))
+    # What was counted of slices is what there is to count of the whole.
+    counts_of_whole = precision.weight_counts(params, specs, run.precision)
+    for path, n in counts_of_whole.items():
+      np.testing.assert_array_equal(counts[path], n, path)
+      self.assertEqual(n[3], schema.paths(params)[path].size, path)
     expected = paths_of(whole)
     self.assertGreater(len(made), 10)
     for path, (values, scales) in made.items():
@@ -274,7 +284,9 @@ def check(test, sizes, settings):
   )
   test.assertLess(norm(found, one), 0.6 * norm(one, exact))
   names = precision.fp8_paths(transformer.specs(run.model), run.precision)
-  test.assertEqual(counted.keys(), names)
+  test.assertEqual(counted.keys(), set(gemm.CLASSES))
+  for by_path in counted.values():
+    test.assertEqual(by_path.keys(), names)
 
 
 class LayoutsTest(parameterized.TestCase):
@@ -297,12 +309,15 @@ class LayoutsTest(parameterized.TestCase):
     ):
       *_, counted = step_gradients(config.override(run, *settings), sizes)
       # Tiles and elements in all: of the 256 tokens of each layer.
-      for column in (0, 3):
+      for column, kind in itertools.product((0, 3), gemm.CLASSES):
         np.testing.assert_array_equal(
-            counted[dense][..., column], one[dense][..., column]
+            counted[kind][dense][..., column], one[kind][dense][..., column]
         )
-    self.assertEqual(one[dense].shape, (2, 2, 6))
-    np.testing.assert_array_equal(one[dense][:, 0, 3], 256 * 32)
+      for path, counts in one["weight"].items():
+        np.testing.assert_array_equal(counted["weight"][path], counts, path)
+    activations = one["activation"][dense]
+    self.assertEqual(activations.shape, (2, 6))
+    np.testing.assert_array_equal(activations[:, 3], 256 * 32)
 
 
 @pytest.mark.slow
@@ -342,18 +357,25 @@ class ProblemsTest(absltest.TestCase):
 class WordsTest(absltest.TestCase):
 
   def test_shares_and_lines(self):
-    counts = np.zeros((3, 2, 6), np.float32)
-    counts[:, :, 0], counts[:, :, 3] = 4, 512
-    counts[2, 1] = [4, 1, 1, 512, 0, 64]
-    counted = {"moe/mla/out": counts}
+    counts = np.zeros((3, 6), np.float32)
+    counts[:, 0], counts[:, 3] = 4, 512
+    gradients = counts.copy()
+    gradients[2] = [4, 1, 1, 512, 0, 64]
+    counted = {
+        "activation": {"moe/mla/out": counts},
+        "gradient": {"moe/mla/out": gradients},
+        "weight": {"head": np.array([8.0, 2, 0, 1024, 0, 1])},
+    }
     shares = quantization.shares(counted)
     self.assertEqual(shares["fp8_gradient_underflow"], 64 / 1536)
     self.assertEqual(shares["fp8_gradient_zero"], 1 / 12)
     self.assertEqual(shares["fp8_activation_underflow"], 0)
+    self.assertEqual(shares["fp8_weight_underflow"], 1 / 1024)
     self.assertEqual(
         list(quantization.not_finite(counted)),
         [
             "moe/mla/out, layer 2: 1 tiles of the gradient are not finite",
+            "head: 2 tiles of the weight are not finite",
         ],
     )
     self.assertEqual(quantization.shares({}), {})

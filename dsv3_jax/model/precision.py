@@ -2,6 +2,7 @@
 
 import fnmatch
 import math
+from collections.abc import Callable
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax import config
+from dsv3_jax import manual
 from dsv3_jax import schema
 from dsv3_jax.model import gemm
 from dsv3_jax.model import tiles
@@ -88,25 +90,83 @@ def _fp8(
     w: jax.Array, spec: schema.ParamSpec, how: config.Precision, slices: Slices
 ) -> gemm.Fp8:
   """A weight, or the slice of one that is here, with its copy in E4M3."""
+  flat, largest, spread = _measured(w, spec, how.tile, slices)
+  scales = tiles.scale(largest, how.scales, tiles.LARGEST)
+  values = tiles.encode(flat, spread(scales)).reshape(w.shape)
+  # Of a stack of layers, those of each; of experts, of all together.
+  layers = w.shape[:1] if spec.axes[0] == "layers" else ()
+  shape = *layers, len(gemm.CLASSES), len(tiles.COUNTED)
+  counts = jnp.zeros_like(w, shape=shape)
+  return gemm.Fp8(gemm.Trained(w, counts), values, scales, how)
+
+
+def weight_counts(
+    params: schema.Params,
+    specs: schema.Specs,
+    how: config.Precision,
+    slices: Any = None,
+) -> dict[str, jax.Array]:
+  """What quantization does to each weight in FP8: by path, [6] f32.
+
+  Args:
+    params, specs, how, slices: as `compute_params`.
+
+  Returns:
+    `tiles.COUNTED` of the whole weight, all layers and experts together.
+  """
+  chosen, found = fp8_paths(specs, how), {}
+
+  def leaf(path, w, spec, slices=()):
+    name = schema.name(path)
+    if name not in chosen:
+      return
+    flat, largest, spread = _measured(w, spec, how.tile, slices)
+    scales = spread(tiles.scale(largest, how.scales, tiles.LARGEST))
+    parts = (
+        tiles.tile_counts(largest),
+        tiles.element_counts(flat, tiles.encode(flat, scales), scales),
+    )
+    # The devices that hold slices of a block agree on its magnitude.
+    whole = [_sum(part) for part in parts]
+    found[name] = jnp.concatenate(whole)
+
+  trees = (params, specs) if slices is None else (params, specs, slices)
+  jax.tree.map_with_path(leaf, *trees)
+  return found
+
+
+def _sum(x: jax.Array) -> jax.Array:
+  """Over all devices that differ in it."""
+  axes = sorted(manual.varying(x))
+  return jax.lax.psum(x, axes) if axes else x
+
+
+def _measured(
+    w: jax.Array, spec: schema.ParamSpec, tile: int, slices: Slices
+) -> tuple[jax.Array, jax.Array, Callable[[jax.Array], jax.Array]]:
+  """A weight as matrices, the largest magnitude of each block, and a function
+  from numbers of blocks to numbers of elements.
+
+  Blocks are those of the whole, of which the weight may be a slice.
+  """
   n_stack = spec.n_stack
   stack, n_in = w.shape[:n_stack], n_stack + spec.n_in
   inside = {dim: axes for dim, axes in slices if dim >= n_stack}
-  tile = how.tile, how.tile
+  flat = w.reshape(*stack, math.prod(w.shape[n_stack:n_in]), -1)
   if not inside:
-    k = math.prod(w.shape[n_stack:n_in])
-    made = tiles.quantize(w.reshape(*stack, k, -1), tile, how.scales)
-    values, scales = made.values, made.scales
-  else:
-    rows = _blocks(w.shape, range(n_stack, n_in), inside, how.tile)
-    columns = _blocks(w.shape, range(n_in, w.ndim), inside, how.tile)
-    values, scales = _of_slice(w, stack, rows, columns, inside, how)
-  # Of a stack of layers, those of each; of experts, of all together.
-  layers = stack[:1] if spec.axes[0] == "layers" else ()
-  shape = *layers, len(gemm.CLASSES), len(tiles.COUNTED)
-  counts = jnp.zeros_like(w, shape=shape)
-  return gemm.Fp8(
-      gemm.Trained(w, counts), values.reshape(w.shape), scales, how
-  )
+    square = tile, tile
+    spread = lambda a: tiles.spread(a, square, flat.shape)
+    return flat, tiles.magnitude(flat, square), spread
+  of_row, n_rows = _blocks(w.shape, range(n_stack, n_in), inside, tile)
+  of_column, n_columns = _blocks(w.shape, range(n_in, w.ndim), inside, tile)
+  here = tiles.ordered(flat)
+  largest = jnp.zeros_like(here, shape=(*stack, n_rows, of_column.size))
+  largest = largest.at[..., of_row, :].max(here)
+  blocks = jnp.zeros_like(here, shape=(*stack, n_rows, n_columns))
+  blocks = blocks.at[..., of_column].max(largest)
+  axes = tuple(axis for group in inside.values() for axis in group)
+  magnitude = tiles.from_ordered(jax.lax.pmax(blocks, axes))
+  return flat, magnitude, lambda a: a[..., of_row, :][..., of_column]
 
 
 def _blocks(
@@ -127,22 +187,6 @@ def _blocks(
     index = (index[:, None] * whole + here[None]).reshape(-1)
     total *= whole
   return index // tile, -(-total // tile)
-
-
-def _of_slice(w, stack, rows, columns, inside, how):
-  """Values and scales of a slice, scales as those of the whole matrix."""
-  (of_row, n_rows), (of_column, n_columns) = rows, columns
-  flat = w.reshape(*stack, of_row.size, of_column.size)
-  here = tiles.ordered(flat)
-  largest = jnp.zeros_like(here, shape=(*stack, n_rows, of_column.size))
-  largest = largest.at[..., of_row, :].max(here)
-  blocks = jnp.zeros_like(here, shape=(*stack, n_rows, n_columns))
-  blocks = blocks.at[..., of_column].max(largest)
-  axes = tuple(axis for group in inside.values() for axis in group)
-  magnitude = tiles.from_ordered(jax.lax.pmax(blocks, axes))
-  scales = tiles.scale(magnitude, how.scales, tiles.LARGEST)
-  per_element = scales[..., of_row, :][..., of_column]
-  return tiles.encode(flat, per_element), scales
 
 
 # --- what has a gradient ---
@@ -166,19 +210,29 @@ def joined(new: Any, params: schema.Params) -> schema.Params:
   return jax.tree.map(leaf, params, new, is_leaf=_is_weight)
 
 
-def gradients(of_trained: Any) -> tuple[schema.Params, dict[str, jax.Array]]:
-  """Gradients of the masters, and by path what was counted.
+def gradients(
+    of_trained: Any,
+) -> tuple[schema.Params, dict[str, dict[str, jax.Array]]]:
+  """Gradients of the masters, and what was counted by class and path.
 
   Args:
     of_trained: the gradient of what `trained` returned.
+
+  Returns:
+    Gradients, and for each of `gemm.CLASSES` [..., 6] f32 by path, for each
+    layer; nothing without weights in FP8.
   """
   is_leaf = lambda leaf: isinstance(leaf, gemm.Trained)
   masters = jax.tree.map(
       lambda g: g.master if is_leaf(g) else g, of_trained, is_leaf=is_leaf
   )
-  counted = {
+  counts = {
       schema.name(path): leaf.counts
       for path, leaf in jax.tree.leaves_with_path(of_trained, is_leaf=is_leaf)
       if is_leaf(leaf)
   }
-  return masters, counted
+  by_class = {
+      kind: {path: n[..., i, :] for path, n in counts.items()}
+      for i, kind in enumerate(gemm.CLASSES)
+  }
+  return masters, by_class if counts else {}

@@ -44,7 +44,7 @@ class Tiled:
     return Tiled(self.values, scales, (1, self.tile[1]))
 
 
-def _magnitude(x: jax.Array, tile: Tile) -> jax.Array:
+def magnitude(x: jax.Array, tile: Tile) -> jax.Array:
   """The largest of each tile, [..., ceil(R / rows), ceil(C / columns)]."""
   *stack, n, m = x.shape
   rows, columns = tile
@@ -105,7 +105,7 @@ def encode(x: jax.Array, scales: jax.Array) -> jax.Array:
 
 def quantize(x: jax.Array, tile: Tile, scales: str = "float32") -> Tiled:
   """A matrix, or a stack of them, [..., R, C], in E4M3."""
-  per_tile = scale(_magnitude(x, tile), scales, LARGEST)
+  per_tile = scale(magnitude(x, tile), scales, LARGEST)
   return Tiled(encode(x, spread(per_tile, tile, x.shape)), per_tile, tile)
 
 
@@ -135,7 +135,7 @@ def e5m6(x: jax.Array, n_columns: int) -> jax.Array:
   bfloat16, so x keeps its type.
   """
   tile = 1, n_columns
-  per_tile = scale(_magnitude(x, tile), "power_of_two", _E5M6_LARGEST)
+  per_tile = scale(magnitude(x, tile), "power_of_two", _E5M6_LARGEST)
   scales = spread(per_tile, tile, x.shape)
   scaled = x.astype(jnp.float32) / scales
   # Half precision has the exponents; its mantissa is cut by four bits more.
@@ -163,19 +163,27 @@ def counts(x: jax.Array, made: Tiled, everything: bool) -> jax.Array:
     everything: else only tiles that are not finite are counted, which needs no
       more than the scales.
   """
-  bad = (~jnp.isfinite(made.scales)).sum()
-  if not everything:
-    zero = jnp.zeros_like(bad)
-    found = [zero, bad, zero, zero, zero, zero]
-  else:
-    scaled = x.astype(jnp.float32) / spread(made.scales, made.tile, x.shape)
-    lost = (x != 0) & (made.values.astype(jnp.float32) == 0)
-    found = [
-        jnp.full_like(bad, made.scales.size),
-        bad,
-        (_magnitude(x, made.tile) == 0).sum(),
-        jnp.full_like(bad, x.size),
-        (jnp.abs(scaled) >= OVERFLOW).sum(),
-        lost.sum(),
-    ]
-  return jnp.stack(found).astype(jnp.float32)
+  if everything:
+    scales = spread(made.scales, made.tile, x.shape)
+    of_tiles = tile_counts(magnitude(x, made.tile))
+    return jnp.concatenate([of_tiles, element_counts(x, made.values, scales)])
+  bad = (~jnp.isfinite(made.scales)).sum().astype(jnp.float32)
+  return jnp.zeros_like(bad, shape=len(COUNTED)).at[1].set(bad)
+
+
+def tile_counts(largest: jax.Array) -> jax.Array:
+  """The first three of `COUNTED`, from the magnitude of each tile."""
+  all_of_them = jnp.full_like(largest, largest.size, shape=())
+  found = all_of_them, (~jnp.isfinite(largest)).sum(), (largest == 0).sum()
+  return jnp.stack([n.astype(jnp.float32) for n in found])
+
+
+def element_counts(
+    x: jax.Array, values: jax.Array, scales: jax.Array
+) -> jax.Array:
+  """The last three of `COUNTED`; scales are those of elements."""
+  scaled = x.astype(jnp.float32) / scales
+  lost = (x != 0) & (values.astype(jnp.float32) == 0)
+  all_of_them = jnp.full_like(scaled, x.size, shape=())
+  found = all_of_them, (jnp.abs(scaled) >= OVERFLOW).sum(), lost.sum()
+  return jnp.stack([n.astype(jnp.float32) for n in found])
