@@ -1,19 +1,23 @@
 """Tests of the comparison of training in FP8 with training in BF16."""
 
 import json
+from unittest import mock
 
 import numpy as np
 import testing
+from absl import flags
 from absl.testing import absltest
 from absl.testing import flagsaver
 from absl.testing import parameterized
 
 from dsv3_jax import config
 from dsv3_jax import presets
+from dsv3_jax.parallel import topology
 from experiments import cluster
 from experiments import common
 from experiments import fp8
 from experiments import logbook
+from experiments import runner
 
 PROSE = "It was a bright cold day, and {} clocks were striking thirteen.\n"
 SMALL = config.override(
@@ -27,6 +31,7 @@ SMALL = config.override(
     "mla.kv_rank=32",
     "moe.ffn_dim=16",
     "precision.tile=16",
+    "precision.counters=true",
     "data.seq_len=32",
     "train.batch_size=4",
     "train.tokens=640",
@@ -81,6 +86,9 @@ class ExecuteTest(parameterized.TestCase):
 
   def setUp(self):
     super().setUp()
+    self.enter_context(flagsaver.flagsaver())
+    flags.FLAGS.mark_as_parsed()
+    self.enter_context(mock.patch.object(cluster, "mesh", topology.mesh))
     self.folder = testing.folder(self)
     text = self.folder / "text.txt"
     text.write_text("".join(PROSE.format(i) for i in range(100)))
@@ -93,7 +101,7 @@ class ExecuteTest(parameterized.TestCase):
         "workdir": self.folder / "runs",
         "seed": 3,
         "stop": stop,
-        "mesh": {},
+        "mesh": {"data": 1},
         "processes": cluster.Processes(),
     }
     return common.Command(**values | changes)
@@ -120,9 +128,7 @@ class ExecuteTest(parameterized.TestCase):
 
   def test_trains_the_same_run_in_both_and_compares(self):
     self.enter_context(flagsaver.flagsaver(seeds=1))
-    self.enter_context(
-        absltest.mock.patch.object(common, "start_jax")
-    )
+    self.enter_context(mock.patch.object(common, "start_jax"))
     fp8.execute(self.command())
     runs = self.folder / "runs"
     first = {}
@@ -131,7 +137,9 @@ class ExecuteTest(parameterized.TestCase):
       steps = [row for row in rows if "main_loss" in row]
       self.assertLen(steps, 5)
       first[arm] = steps[0]
-      self.assertEqual("fp8_activation_zero" in steps[0], arm == "fp8")
+      classes = {name.split("_")[1] for name in steps[0] if "fp8_" in name}
+      asked_for = {"activation", "gradient", "weight"} if arm == "fp8" else set()
+      self.assertEqual(classes, asked_for)
     # The same weights and batch, but not the same roundings.
     a, b = (row["main_loss"] for row in first.values())
     self.assertNotEqual(a, b)
@@ -142,6 +150,22 @@ class ExecuteTest(parameterized.TestCase):
     self.assertStartsWith(
         (runs / "loss.png").read_bytes().hex(), b"\x89PNG".hex()
     )
+
+
+  def test_what_is_not_finite_is_told_with_its_path(self):
+    run = config.override(
+        self.run_config,
+        "precision.recipe=fp8",
+        "optim.peak_lr=1e30",
+        "train.max_bad_steps=0",
+    )
+    with self.assertRaisesRegex(FloatingPointError, "not finite"):
+      runner.execute(self.command(run=run))
+    log = (self.folder / "runs" / "log.txt").read_text()
+    self.assertRegex(
+        log, r"(?m)step \d: moe/\S+, layer 0: \d+ tiles of the \w+ are not"
+    )
+    self.assertRegex(log, r"step \d was skipped")
 
 
 if __name__ == "__main__":
