@@ -17,10 +17,10 @@ from dsv3_jax.data import tokenizer
 from dsv3_jax.evals import likelihood
 from dsv3_jax.infer import decoding
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import dispatch
 from dsv3_jax.parallel import layouts
 from dsv3_jax.parallel import replicas
 from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import traffic
 from experiments import cluster
 from experiments import common
 from experiments import logbook
@@ -77,7 +77,7 @@ class _Reporter:
     row = {"step": done, "tokens": done * self._run.tokens_per_step}
     apart = ("load", "finite", "sent", "fp8")
     row |= {k: v for k, v in metrics.items() if k not in apart}
-    sent = dispatch.bytes_sent(metrics["sent"], self._run)
+    sent = traffic.bytes_sent(metrics["sent"], self._run)
     for axis, n_bytes in sent.items():
       if n_bytes:
         row[f"bytes_over_{axis}"] = n_bytes

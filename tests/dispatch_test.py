@@ -17,6 +17,7 @@ from dsv3_jax import schema
 from dsv3_jax.model import swiglu
 from dsv3_jax.parallel import dispatch
 from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import traffic
 
 CFG = config.Router(n_experts=16, top_k=4, n_groups=8, top_groups=4)
 M, D, F = 24, 8, 6  # tokens of a device, widths
@@ -180,7 +181,7 @@ class DispatchTest(parameterized.TestCase):
     # 3.2.2: a token's state goes once to each target node and comes back once;
     # 7168 numbers of 2 bytes each way, 8 choices and gates of 4 bytes.
     sent = np.array([[5, 2], [1, 0]])
-    found = dispatch.bytes_sent(sent, presets.V3_671B)
+    found = traffic.bytes_sent(sent, presets.V3_671B)
     copy = 2 * 7168 * 2 + 8 * (4 + 4)
     self.assertEqual(found, {"node": 6 * copy, "expert": 2 * copy})
 

@@ -195,7 +195,7 @@ class SlicesTest(parameterized.TestCase):
         ]
         p[kind] = jax.tree.map(lambda *a: jnp.stack(a), *one)
       # What experts others hold is not here.
-      keep = lambda w: (w.values.view(jnp.uint8), w.scales)
+      keep = lambda w: (w.bits, w.scales)
       flat = {
           path: keep(w)
           for path, w in paths_of(p).items()
@@ -218,11 +218,9 @@ class SlicesTest(parameterized.TestCase):
       self.assertEqual(n[3], schema.paths(params)[path].size, path)
     expected = paths_of(whole)
     self.assertGreater(len(made), 10)
-    for path, (values, scales) in made.items():
+    for path, (bits, scales) in made.items():
       np.testing.assert_array_equal(scales, expected[path].scales, path)
-      np.testing.assert_array_equal(
-          values, expected[path].values.view(jnp.uint8), path
-      )
+      np.testing.assert_array_equal(bits, expected[path].bits, path)
 
 
 class CollectivesTest(parameterized.TestCase):

@@ -38,7 +38,9 @@ def inputs(m, k, n):
 
 
 def tiled(x, *tile):
-  return tiles.Tiled(*map(jnp.asarray, numpy_quantize(x, tile)), tile)
+  values, scales = numpy_quantize(x, tile)
+  bits = jnp.asarray(values.view(np.uint8))
+  return tiles.Tiled(bits, jnp.asarray(scales), tile)
 
 
 def numbers(x):
@@ -125,7 +127,7 @@ class LinearTest(parameterized.TestCase):
     for name, found in three(x, w, dy, how).items():
       a, b = expected(*map(np.asarray, (x, w, dy)))[name]
       size = np.abs(numbers(a)) @ np.abs(numbers(b))
-      bound = (a.values.shape[1] + 4) * testing.EPS * size
+      bound = (a.bits.shape[1] + 4) * testing.EPS * size
       difference = np.abs(found - three(x, w, dy)[name])
       self.assertTrue(np.all(difference <= bound), name)
 

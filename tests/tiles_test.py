@@ -67,7 +67,7 @@ class QuantizeTest(parameterized.TestCase):
     values, per_tile = numpy_quantize(x, tile, scales == "power_of_two")
     np.testing.assert_array_equal(made.scales, per_tile)
     np.testing.assert_array_equal(
-        np.asarray(made.values).view(np.uint8), values.view(np.uint8)
+        np.asarray(made.bits), values.view(np.uint8)
     )
 
   def test_576_rows_have_five_scale_rows(self):

@@ -41,14 +41,14 @@ class Fp8:
   """A weight, or a stack of them, whose products are in FP8."""
 
   trained: Trained | None
-  values: jax.Array  # E4M3, in the shape of the master
-  # [..., ceil(K / tile), ceil(N / tile)] f32; None: values are multiplied out
-  scales: jax.Array | None
+  bits: jax.Array | None  # of E4M3, uint8 in the shape of the master
+  scales: jax.Array | None  # [..., ceil(K / tile), ceil(N / tile)] f32
   how: config.Precision = flax.struct.field(pytree_node=False)
+  numbers: jax.Array | None = None  # multiplied out, in the place of the two
 
   @property
   def shape(self) -> tuple[int, ...]:
-    return self.values.shape
+    return (self.bits if self.numbers is None else self.numbers).shape
 
 
 Weight = jax.Array | Fp8
@@ -71,10 +71,10 @@ def tile(w: Weight) -> int:
 
 
 def _blocks(w: Fp8, n_in: int) -> products.Operand:
-  values = w.values.reshape(math.prod(w.shape[:n_in]), -1)
-  if w.scales is None:
-    return values
-  return tiles.Tiled(values, w.scales, (w.how.tile,) * 2)
+  n = math.prod(w.shape[:n_in])
+  if w.numbers is not None:
+    return w.numbers.reshape(n, -1)
+  return tiles.Tiled(w.bits.reshape(n, -1), w.scales, (w.how.tile,) * 2)
 
 
 def multiplied_out(w: Weight) -> Weight:
@@ -84,10 +84,10 @@ def multiplied_out(w: Weight) -> Weight:
   """
   if not isinstance(w, Fp8) or not products.multiplies_out(w.how.backend):
     return w
-  matrices = w.values.reshape(*w.shape[:2], -1)
+  matrices = w.bits.reshape(*w.shape[:2], -1)
   made = tiles.Tiled(matrices, w.scales, (w.how.tile,) * 2)
-  values = tiles.dequantize(made, products.dtype()).reshape(w.shape)
-  return w.replace(values=values, scales=None)
+  numbers = tiles.dequantize(made, products.dtype()).reshape(w.shape)
+  return w.replace(bits=None, scales=None, numbers=numbers)
 
 
 def rows(
@@ -173,7 +173,7 @@ def gradient(
   if not isinstance(w, Fp8):
     return dw.astype(w.dtype)
   return w.replace(
-      trained=Trained(dw, jnp.stack(counted)), values=None, scales=None
+      trained=Trained(dw, jnp.stack(counted)), bits=None, scales=None
   )
 
 

@@ -92,12 +92,12 @@ def _fp8(
   """A weight, or the slice of one that is here, with its copy in E4M3."""
   flat, largest, spread = _measured(w, spec, how.tile, slices)
   scales = tiles.scale(largest, how.scales, tiles.LARGEST)
-  values = tiles.encode(flat, spread(scales)).reshape(w.shape)
+  bits = tiles.encode(flat, spread(scales)).reshape(w.shape)
   # Of a stack of layers, those of each; of experts, of all together.
   layers = w.shape[:1] if spec.axes[0] == "layers" else ()
   shape = *layers, len(gemm.CLASSES), len(tiles.COUNTED)
   counts = jnp.zeros_like(w, shape=shape)
-  return gemm.Fp8(gemm.Trained(w, counts), values, scales, how)
+  return gemm.Fp8(gemm.Trained(w, counts), bits, scales, how)
 
 
 def weight_counts(

@@ -44,8 +44,8 @@ def dtype() -> jax.typing.DTypeLike:
 
 def exact(a: tiles.Tiled, b: tiles.Tiled) -> jax.Array:
   """The reference: scales are applied to sums over one tile."""
-  size, k = a.tile[1], a.values.shape[1]
-  shape = a.values.shape[0], b.values.shape[1]
+  size, k = a.tile[1], a.bits.shape[1]
+  shape = a.bits.shape[0], b.bits.shape[1]
   total = jnp.zeros_like(a.scales, shape=shape)
   for i in range(-(-k // size)):
     here = slice(i * size, (i + 1) * size)

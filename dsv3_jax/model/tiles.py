@@ -8,7 +8,6 @@ hand, not from earlier steps.
 What is not finite stays so: it makes its tile's scale and values NaN or inf.
 """
 
-from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -25,23 +24,31 @@ Tile = tuple[int, int]
 
 @flax.struct.dataclass
 class Tiled:
-  """A matrix, or a stack of them, in E4M3: it stands for values * scales."""
+  """A matrix, or a stack of them, in E4M3: it stands for values * scales.
 
-  values: jax.Array  # [..., R, C] float8_e4m3fn
+  Held as bytes, which backends without E4M3 keep and send as they are; numbers
+  they would widen.
+  """
+
+  bits: jax.Array  # [..., R, C] uint8
   scales: jax.Array  # [..., ceil(R / rows), ceil(C / columns)] f32
   tile: Tile = flax.struct.field(pytree_node=False)
 
+  @property
+  def values(self) -> jax.Array:
+    return jax.lax.bitcast_convert_type(self.bits, E4M3)
+
   def transpose(self) -> "Tiled":
     """Of a matrix."""
-    return Tiled(self.values.T, self.scales.T, self.tile[::-1])
+    return Tiled(self.bits.T, self.scales.T, self.tile[::-1])
 
   def by_row(self) -> "Tiled":
     """The same numbers in tiles of one row."""
     if self.tile[0] == 1:
       return self
     tall = self.tile[0], 1
-    scales = spread(self.scales, tall, self.values.shape)
-    return Tiled(self.values, scales, (1, self.tile[1]))
+    scales = spread(self.scales, tall, self.bits.shape)
+    return Tiled(self.bits, scales, (1, self.tile[1]))
 
 
 def magnitude(x: jax.Array, tile: Tile) -> jax.Array:
@@ -98,9 +105,10 @@ def spread(scales: jax.Array, tile: Tile, shape: tuple[int, ...]) -> jax.Array:
 
 
 def encode(x: jax.Array, scales: jax.Array) -> jax.Array:
-  """x / scales in E4M3, scales those of elements."""
+  """The bits of x / scales in E4M3, scales those of elements."""
   scaled = x.astype(jnp.float32) / scales
-  return jnp.clip(scaled, -LARGEST, LARGEST).astype(E4M3)
+  values = jnp.clip(scaled, -LARGEST, LARGEST).astype(E4M3)
+  return jax.lax.bitcast_convert_type(values, jnp.uint8)
 
 
 def quantize(x: jax.Array, tile: Tile, scales: str = "float32") -> Tiled:
@@ -111,16 +119,8 @@ def quantize(x: jax.Array, tile: Tile, scales: str = "float32") -> Tiled:
 
 def dequantize(x: Tiled, dtype: jax.typing.DTypeLike) -> jax.Array:
   """values * scales, rounded to dtype."""
-  scales = spread(x.scales, x.tile, x.values.shape)
+  scales = spread(x.scales, x.tile, x.bits.shape)
   return (x.values.astype(jnp.float32) * scales).astype(dtype)
-
-
-def as_bytes(move: Callable[[jax.Array], jax.Array], a: jax.Array) -> jax.Array:
-  """move(a), where E4M3 travels as bytes: a backend may send wider numbers."""
-  if a.dtype != E4M3:
-    return move(a)
-  moved = move(jax.lax.bitcast_convert_type(a, jnp.uint8))
-  return jax.lax.bitcast_convert_type(moved, E4M3)
 
 
 # --- E5M6 ---
@@ -166,7 +166,7 @@ def counts(x: jax.Array, made: Tiled, everything: bool) -> jax.Array:
   if everything:
     scales = spread(made.scales, made.tile, x.shape)
     of_tiles = tile_counts(magnitude(x, made.tile))
-    return jnp.concatenate([of_tiles, element_counts(x, made.values, scales)])
+    return jnp.concatenate([of_tiles, element_counts(x, made.bits, scales)])
   bad = (~jnp.isfinite(made.scales)).sum().astype(jnp.float32)
   return jnp.zeros_like(bad, shape=len(COUNTED)).at[1].set(bad)
 
@@ -179,11 +179,11 @@ def tile_counts(largest: jax.Array) -> jax.Array:
 
 
 def element_counts(
-    x: jax.Array, values: jax.Array, scales: jax.Array
+    x: jax.Array, bits: jax.Array, scales: jax.Array
 ) -> jax.Array:
   """The last three of `COUNTED`; scales are those of elements."""
   scaled = x.astype(jnp.float32) / scales
-  lost = (x != 0) & (values.astype(jnp.float32) == 0)
+  lost = (x != 0) & (bits & 0x7F == 0)
   all_of_them = jnp.full_like(scaled, x.size, shape=())
   found = all_of_them, (jnp.abs(scaled) >= OVERFLOW).sum(), lost.sum()
   return jnp.stack([n.astype(jnp.float32) for n in found])

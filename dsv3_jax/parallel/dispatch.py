@@ -26,7 +26,6 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dsv3_jax import config
 from dsv3_jax import manual
@@ -36,8 +35,8 @@ from dsv3_jax.model import gemm
 from dsv3_jax.model import moe
 from dsv3_jax.model import precision
 from dsv3_jax.model import tiles
-from dsv3_jax.model import transformer
 from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import traffic
 
 SLACK = 1.25  # rows of a round, in rows that balanced routing needs
 
@@ -76,7 +75,7 @@ def experts(
     form = "two_hop"
   if len(axes) == 1 and form == "two_hop":
     form = "one_hop"
-  sent = functools.partial(_sent, sizes=sizes, cfg=cfg, form=form)
+  sent = functools.partial(traffic.copies, sizes=sizes, cfg=cfg, form=form)
   if form == "gather":
     return moe.Experts(
         functools.partial(_gathered, axes=axes, inner=local), sent
@@ -99,31 +98,6 @@ def experts(
   return moe.Experts(functools.partial(exchange, across, inner=inner), sent)
 
 
-def bytes_sent(sent: np.ndarray, run: config.Run) -> dict[str, int]:
-  """Bytes that the forward passes of a step send over each axis.
-
-  A copy of a token is its state, there and back, and on the way there the
-  choices and gates of its top-k. In FP8, the state takes a byte a number and
-  four a tile on the way there.
-
-  Args:
-    sent: [n_routers, 2] copies, as `moe.Stats` counts them.
-    run: the configuration.
-  """
-  itemsize = 4 if run.precision.recipe == "fp32" else 2
-  model, tile = run.model, run.precision.tile
-  there = back = model.d_model * itemsize
-  specs = transformer.specs(model)
-  if "moe/ffn/experts/gate_up" in precision.fp8_paths(specs, run.precision):
-    there = model.d_model + 4 * -(-model.d_model // tile)
-  copy = there + back + 8 * model.router.top_k
-  copies = sent.sum(0, dtype=np.int64)
-  return {
-      axis: int(n) * copy
-      for axis, n in zip(topology.EXPERTS, copies, strict=True)
-  }
-
-
 # --- what travels, and how ---
 #
 # A way takes the rows of x [M, ...] to where they are wanted, `spread`, and
@@ -139,8 +113,8 @@ def _spread(way: Any, tile: int, x: jax.Array, where: Any) -> jax.Array:
   if not tile:
     return way.spread(x, where)
   made = tiles.quantize(x, (1, tile), "power_of_two")
-  send = lambda a: tiles.as_bytes(lambda a: way.spread(a, where), a)
-  return tiles.dequantize(jax.tree.map(send, made), x.dtype)
+  sent = jax.tree.map(lambda a: way.spread(a, where), made)
+  return tiles.dequantize(sent, x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -418,36 +392,3 @@ def _all_rounds_bwd(one, apart, residuals, dy):
 
 
 _all_rounds.defvjp(_all_rounds_fwd, _all_rounds_bwd)
-
-
-# --- how much is sent ---
-
-
-def _sent(
-    chosen: jax.Array,
-    *,
-    sizes: Mapping[str, int],
-    cfg: config.Router,
-    form: str,
-) -> jax.Array:
-  """Copies of this device's tokens that cross nodes, and that stay in one."""
-  n_nodes, n_places = (sizes.get(axis, 1) for axis in topology.EXPERTS)
-  n_here = cfg.n_experts // (n_nodes * n_places)
-  node, place = (
-      jax.lax.axis_index(axis) if sizes.get(axis, 1) > 1 else 0
-      for axis in topology.EXPERTS
-  )
-  reached = jax.nn.one_hot(
-      chosen // n_here, n_nodes * n_places, dtype=jnp.bool_
-  ).any(1)
-  reached = reached.reshape(-1, n_nodes, n_places)
-  if form == "gather":
-    reached = jnp.ones_like(reached)
-  away = (jnp.arange(n_nodes) != node)[None, :, None]
-  beside = (jnp.arange(n_places) != place)[None, None]
-  if form == "two_hop":
-    across = reached.any(2, keepdims=True) & away
-    inside = reached & beside
-  else:
-    across, inside = reached & away, reached & ~away & beside
-  return jnp.stack([across.sum(), inside.sum()]).astype(jnp.int32)

@@ -21,7 +21,6 @@ from dsv3_jax import schema
 from dsv3_jax.model import gemm
 from dsv3_jax.model import moe
 from dsv3_jax.model import precision
-from dsv3_jax.model import tiles
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import dispatch
 from dsv3_jax.parallel import schedules
@@ -132,7 +131,7 @@ def _parts(w: gemm.Weight | gemm.Trained, place: Placement) -> Any:
   slices = tuple((dim, axes) for dim, axes in place.slices if dim < n_stack)
   of_scales = Placement(place.dims[:n_stack], slices)
   of_trained = _parts(w.trained, place)
-  return w.replace(trained=of_trained, values=place, scales=of_scales)
+  return w.replace(trained=of_trained, bits=place, scales=of_scales)
 
 
 def _map(
@@ -208,8 +207,7 @@ class Layout:
       return _whole(a, place) if self._of_step(kind) else a
 
     def leaf(kind, a, place):
-      a = tiles.as_bytes(functools.partial(move, kind, place), a)
-      return manual.vary(a, self.work_axes)
+      return manual.vary(move(kind, place, a), self.work_axes)
 
     return {
         kind: _map(functools.partial(leaf, kind), p, self.places[kind])
@@ -221,8 +219,7 @@ class Layout:
     if self._of_step(kind):
       return p
     places = jax.tree.map(lambda place: place.of_layer(), self.places[kind])
-    whole = lambda a, place: tiles.as_bytes(lambda a: _whole(a, place), a)
-    return _map(whole, p, places)
+    return _map(_whole, p, places)
 
   def _of_step(self, kind: str) -> bool:
     return not (self.rules.by_layer and kind in ("dense", "moe", "mtp"))
