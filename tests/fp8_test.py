@@ -1,5 +1,6 @@
 """Tests of FP8 through experts, dispatch, layouts and pipelines."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -21,6 +22,7 @@ from dsv3_jax import schema
 from dsv3_jax import train
 from dsv3_jax.model import experts
 from dsv3_jax.model import gemm
+from dsv3_jax.model import moe
 from dsv3_jax.model import precision
 from dsv3_jax.model import swiglu
 from dsv3_jax.model import tiles
@@ -332,6 +334,63 @@ class MoreLayoutsTest(parameterized.TestCase):
   )
   def test_differ_by_less_than_the_recipe_does(self, sizes, settings):
     check(self, sizes, settings)
+
+
+def kept_bytes(kind, recipe, n_tokens):
+  """Of a layer of shape S, what its forward pass leaves for the backward."""
+  cfg = presets.S.model
+  how = dataclasses.replace(presets.S.precision, recipe=recipe, fp8="*")
+  specs = transformer.specs(cfg)[kind]
+
+  def forward(masters, x, bias):
+    p = precision.compute_params(masters, specs, how)
+    p = jax.tree.map(lambda a: a[0], p)
+
+    def layer(trained, x):
+      whole = precision.joined(trained, p)
+      if kind == "dense":
+        return transformer.dense_block(whole, x, cfg)
+      return transformer.moe_block(whole, x, bias, cfg, moe.LOCAL)[0]
+
+    return jax.vjp(layer, precision.trained(p), x)
+
+  masters = schema.abstract(specs)
+  x = jax.ShapeDtypeStruct((1, n_tokens, cfg.d_model), jnp.bfloat16)
+  bias = jax.ShapeDtypeStruct([cfg.router.n_experts], jnp.float32)
+  compiled = jax.jit(forward).lower(masters, x, bias).compile()
+  return compiled.memory_analysis().output_size_in_bytes
+
+
+class MemoryTest(parameterized.TestCase):
+
+  @parameterized.parameters("dense", "moe")
+  def test_falls_by_a_byte_for_each_number_that_a_linear_layer_reads(
+      self, kind
+  ):
+    cfg, tile = presets.S.model, presets.S.precision.tile
+    d, mla, ffn = cfg.d_model, cfg.mla, cfg.moe.ffn_dim
+    # Inputs of the projections down and up to queries and to the latent; that
+    # of the output is as it was, as attention keeps it too. Then those of the
+    # feed-forward layers, and their hidden states, of which the inputs of their
+    # second layers are made again (section 3.3.3).
+    widths = [d, d, mla.q_rank, mla.kv_rank]
+    if kind == "dense":
+      widths += [d, 2 * cfg.dense_ffn_dim]
+    else:
+      widths += [d, 2 * ffn * cfg.moe.n_shared, d]
+      widths += [2 * ffn] * cfg.router.top_k
+    # A byte less for each number, and a scale for each tile.
+    expected = sum(n - 4 * -(-n // tile) for n in widths)
+    bytes_of = {
+        (recipe, n): kept_bytes(kind, recipe, n)
+        for recipe in ("bf16", "fp8")
+        for n in (256, 512)
+    }
+    a_token = {
+        recipe: (bytes_of[recipe, 512] - bytes_of[recipe, 256]) / 256
+        for recipe in ("bf16", "fp8")
+    }
+    self.assertEqual(a_token["bf16"] - a_token["fp8"], expected)
 
 
 class ProblemsTest(absltest.TestCase):
