@@ -219,7 +219,7 @@ class Precision:
   scales: str = choice("float32", "power_of_two")  # of tiles
   # `blocks`: square tiles for gradients of activations, as one should not.
   gradient_tiles: str = choice("rows", "blocks")
-  backend: str = choice("auto", "exact", "dequantized")
+  backend: str = choice("auto", "exact", "dequantized", "kernel")
   counters: bool = False  # of saturation, underflow and tiles of zeros
 
   @property

@@ -3,8 +3,10 @@
   exact        a product for each tile of the contracted dim, whose sum over the
                tile is exact up to float32, scaled as it is added; the reference
   dequantized  both operands multiplied out first, then one product
+  kernel       `exact` on Hopper GPUs, see `kernels.py`; where that can't be,
+               `dequantized`
 
-Both multiply the same quantized numbers; they differ in the order of float32
+All multiply the same quantized numbers; they differ in the order of float32
 roundings. `dequantized` rounds operands to bfloat16 on accelerators.
 """
 
@@ -69,4 +71,20 @@ def dequantized(a: tiles.Tiled, b: Operand) -> jax.Array:
   )
 
 
-BACKENDS = {"auto": dequantized, "exact": exact, "dequantized": dequantized}
+def kernel(a: tiles.Tiled, b: tiles.Tiled) -> jax.Array:
+  """The product on tensor cores."""
+  from dsv3_jax.model import kernels  # a third of a second, for GPUs only
+
+  try:
+    return kernels.blocked(a, b)
+  except NotImplementedError:
+    return dequantized(a, b)
+
+
+# `auto` is what has been measured.
+BACKENDS = {
+    "auto": dequantized,
+    "exact": exact,
+    "dequantized": dequantized,
+    "kernel": kernel,
+}
