@@ -1,7 +1,7 @@
 r"""Does training in FP8 follow training in BF16? (arXiv:2412.19437, app. B.1)
 
   python -m experiments.fp8 --variant=tiny --workdir=runs/fp8 [--seeds=3] \
-      [--arms=bf16,fp8,fp32,blocks]
+      [--arms=bf16,fp8,again,blocks,fp32]
 
 Trains the same run from the same weights on the same batches in each precision,
 seed by seed, in folders such as bf16-0 of the workdir. Prints, draws (loss.png)
@@ -12,7 +12,9 @@ expects less than 0.25 %, of losses smoothed with an average of weight 0.9.
   fp8     fine-grained: tiles of 1 x 128, blocks of 128 x 128 for weights
   blocks  gradients of activations in blocks too, which the report found to
           diverge (appendix B.2)
-  fp32    for comparison: how far rounding alone leads two runs apart
+  again   BF16 with sums in another order, in twice as many micro-batches: the
+          same mathematics, so what two runs differ by without any reason
+  fp32    float32
 """
 
 import dataclasses
@@ -34,13 +36,14 @@ ARMS = {
     "bf16": ("precision.recipe=bf16",),
     "fp8": ("precision.recipe=fp8", "precision.gradient_tiles=rows"),
     "blocks": ("precision.recipe=fp8", "precision.gradient_tiles=blocks"),
+    "again": ("precision.recipe=bf16",),
     "fp32": ("precision.recipe=fp32",),
 }
 BASELINE = "bf16"
 SMOOTHING = 0.9  # weight of what was, in the report's curves
 BAR = 0.0025  # relative, appendix B.1
 
-_ARMS = flags.DEFINE_list("arms", ["bf16", "fp8"], "precisions to train in")
+_ARMS = flags.DEFINE_list("arms", ["bf16", "fp8", "again"], "what is trained")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "runs of each arm, from --seed on")
 
 Losses = dict[str, np.ndarray]  # [seeds, steps] by arm
@@ -149,9 +152,7 @@ def _runs(
           arm,
           dataclasses.replace(
               command,
-              run=config.override(
-                  command.run, *ARMS[arm], "evaluate.sample_tokens=0"
-              ),
+              run=_run(command.run, arm),
               seed=seed,
               workdir=command.workdir / f"{arm}-{seed}",
           ),
@@ -159,6 +160,16 @@ def _runs(
       for seed in range(command.seed, command.seed + _SEEDS.value)
       for arm in arms
   ]
+
+
+def _run(run: config.Run, arm: str) -> config.Run:
+  n = run.train.micro_batches * (2 if arm == "again" else 1)
+  return config.override(
+      run,
+      *ARMS[arm],
+      f"train.micro_batches={n}",
+      "evaluate.sample_tokens=0",
+  )
 
 
 def _losses(runs: Sequence[tuple[str, common.Command]]) -> Losses:

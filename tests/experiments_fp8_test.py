@@ -122,12 +122,19 @@ class ExecuteTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "--steps=2: must be more than"):
       fp8.execute(self.command(stop=2))
 
+  def test_the_baseline_again_is_the_same_mathematics(self):
+    run = fp8._run(self.run_config, "again")
+    base = fp8._run(self.run_config, "bf16")
+    self.assertEqual(run.precision, base.precision)
+    self.assertEqual(run.train.batch_size, base.train.batch_size)
+    self.assertEqual(run.train.micro_batches, 2 * base.train.micro_batches)
+
   def test_refuses_to_write_nowhere(self):
     with self.assertRaisesRegex(ValueError, "--workdir is missing"):
       fp8.execute(self.command(workdir=None))
 
   def test_trains_the_same_run_in_both_and_compares(self):
-    self.enter_context(flagsaver.flagsaver(seeds=1))
+    self.enter_context(flagsaver.flagsaver(seeds=1, arms=["bf16", "fp8"]))
     self.enter_context(mock.patch.object(common, "start_jax"))
     fp8.execute(self.command())
     runs = self.folder / "runs"
