@@ -32,7 +32,7 @@ def alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def after(x: jax.Array, done: jax.Array) -> jax.Array:
-  """x, not before `done` is there, a count of which XLA can't tell its sign.
+  """x, not before `done` is there, a count whose sign XLA can't tell.
 
   XLA's runtime on CPU starts a collective while a loop that communicates, too,
   still runs, unless one needs the other; devices then take one for the other.

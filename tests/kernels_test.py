@@ -8,11 +8,13 @@ import numpy as np
 import testing
 from absl.testing import absltest
 from absl.testing import parameterized
+from jax._src.pallas.mosaic_gpu.interpret import params
 
 from dsv3_jax.model import kernels
 from dsv3_jax.model import products
 from dsv3_jax.model import tiles
 
+INTERPRET = params.InterpretGPUParams()
 ROWS, COLUMNS, SQUARE = (1, 128), (128, 1), (128, 128)
 
 
@@ -34,7 +36,7 @@ class BlockedTest(parameterized.TestCase):
   )
   def test_is_the_reference(self, m, k, n, a_tile, b_tile):
     a, b = operands(m, k, n, a_tile, b_tile)
-    found = kernels.blocked(a, b, interpret=True)
+    found = kernels.blocked(a, b, interpret=INTERPRET)
     # A slice's products are exact, and its sum is of 128 terms; then come two
     # scales and as many additions as slices, each rounded.
     size = np.abs(tiles.dequantize(a, jnp.float32)) @ np.abs(
@@ -49,7 +51,7 @@ class BlockedTest(parameterized.TestCase):
     a, b = operands(130, 256, 140, b_tile=COLUMNS)
     a = a.replace(scales=a.scales.at[129, 1].set(np.nan))
     b = b.replace(bits=b.bits.at[3, 7].set(0x7F))
-    found = np.isnan(kernels.blocked(a, b, interpret=True))
+    found = np.isnan(kernels.blocked(a, b, interpret=INTERPRET))
     expected = np.zeros((130, 140), bool)
     expected[129], expected[:, 7] = True, True
     np.testing.assert_array_equal(found, expected)
@@ -68,10 +70,10 @@ class BlockedTest(parameterized.TestCase):
       kernels.blocked(*operands(8, 128, 8))
     with self.assertRaisesRegex(NotImplementedError, r"\(1, 64\).*into 128"):
       kernels.blocked(
-          *operands(8, 128, 8, (1, 64), (64, 64)), interpret=True
+          *operands(8, 128, 8, (1, 64), (64, 64)), interpret=INTERPRET
       )
     with self.assertRaisesRegex(NotImplementedError, "nothing to multiply"):
-      kernels.blocked(*operands(0, 128, 8), interpret=True)
+      kernels.blocked(*operands(0, 128, 8), interpret=INTERPRET)
 
 
 class BackendTest(absltest.TestCase):

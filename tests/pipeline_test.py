@@ -162,6 +162,14 @@ class ProgramTest(parameterized.TestCase):
   def test_ranks_differ_without_branches(self):
     self.assertNotIn(" conditional(", dualpipe())
 
+  def test_rounds_of_exchanges_are_cut_into_passes_too(self):
+    # On CPU there is one, unless it is asked for.
+    run = config.override(RUN, "train.batch_size=32")
+    many = config.override(run, "parallel.rounds=many")
+    sizes = {"pipe": 2, "expert": 4}
+    one, more = (products(traced(r, sizes).jaxpr) for r in (run, many))
+    self.assertGreater(more, one)
+
   def test_repeating_forward_is_the_only_other_work(self):
     run = config.override(RUN, "train.remat=block")
     plain = config.override(run, "parallel.schedule=none")

@@ -9,6 +9,7 @@ Run by the interpreter and lowered in tests; not yet measured on a GPU.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,14 +34,14 @@ def supported() -> bool:
 
 
 def blocked(
-    a: tiles.Tiled, b: tiles.Tiled, *, interpret: bool = False
+    a: tiles.Tiled, b: tiles.Tiled, *, interpret: Any = None
 ) -> jax.Array:
   """a @ b, [M, K] and [K, N] to [M, N] f32.
 
   Args:
     a: tiles of 128 columns.
     b: tiles of 128 rows.
-    interpret: run it on CPU, slowly.
+    interpret: parameters of Pallas' interpreter for GPUs, to run it on CPU.
 
   Raises:
     NotImplementedError: for other tiles, without elements, or other hardware.
@@ -74,13 +75,9 @@ def _padded(x: jax.Array, rows: int = TILE) -> jax.Array:
 
 def _call(a, b, of_rows, of_columns, interpret):
   (slices, m), n = of_rows.shape, of_columns.shape[1]
-  how = {}
-  if interpret:
-    from jax._src.pallas.mosaic_gpu.interpret import params
-
-    how["interpret"] = params.InterpretGPUParams()
+  how = {"interpret": interpret} if interpret else {}
   return plgpu.kernel(
-      functools.partial(_kernel, slices=slices, interpret=interpret),
+      functools.partial(_kernel, slices=slices, interpret=bool(interpret)),
       out_type=jax.ShapeDtypeStruct((m, n), jnp.float32),
       grid=(m // TILE, n // TILE),
       grid_names=("rows", "columns"),
