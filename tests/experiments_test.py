@@ -133,6 +133,14 @@ class CommandLineTest(parameterized.TestCase):
   def test_refuses(self, argument, *messages):
     self.assert_refused(refusing, [argument], *messages)
 
+  @parameterized.parameters("experiments.pretrain", "experiments.fp8")
+  def test_help(self, program):
+    done = python(program, "--help")
+    self.assertEqual((done.returncode, done.stderr), (0, ""))
+    self.assertIn(f"python -m {program} --variant=tiny", done.stdout)
+    for flag in ("--workdir", "--mesh", "--set"):
+      self.assertIn(f"  {flag}: ", done.stdout)
+
   def test_lists_all_problems_at_once(self):
     err = self.assert_refused(
         refusing,
