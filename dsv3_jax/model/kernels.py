@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dsv3_jax import manual
 from dsv3_jax.model import tiles
 
 SLICE = 128  # of the contracted dim, between promotions; bytes of a swizzle
@@ -65,12 +66,17 @@ def blocked(
     interpret: parameters of Pallas' interpreter for GPUs, to run it on CPU.
 
   Raises:
-    NotImplementedError: for other tiles, without elements, or other hardware.
+    NotImplementedError: for other tiles and types, without elements, or on
+      other hardware.
   """
   (m, k), n = a.bits.shape, b.bits.shape[1]
   if a.tile[1] != SLICE or b.tile[0] != SLICE:
     raise NotImplementedError(
         f"tiles {a.tile} and {b.tile}: the sum must be cut into {SLICE}"
+    )
+  if {a.bits.dtype, b.bits.dtype} != {jnp.dtype(jnp.uint8)}:
+    raise NotImplementedError(
+        f"{a.bits.dtype} and {b.bits.dtype}: both must be bytes of E4M3"
     )
   if not m * n * k:
     raise NotImplementedError(f"nothing to multiply: {m} x {k} x {n}")
@@ -84,15 +90,12 @@ def blocked(
   args = [jax.lax.bitcast_convert_type(bits, tiles.E4M3) for bits in args]
   if interpret:  # which knows no transposed views
     args[1] = args[1].T
+  args += _padded(of_rows, 1), _padded(of_columns, 1)
   one_scale = b.tile[1] % TILE == 0  # for all columns of a tile
-  out = _call(
-      *args,
-      _padded(of_rows, 1),
-      _padded(of_columns, 1),
-      _Plan(tuning, one_scale, interpret),
-      dtype,
-  )
-  return out[:m, :n]
+  out = _call(*args, _Plan(tuning, one_scale, interpret), dtype)
+  # What a kernel returns is said to be the same on all devices.
+  axes = frozenset().union(*map(manual.varying, args))
+  return manual.vary(out, sorted(axes))[:m, :n]
 
 
 def _padded(x: jax.Array, rows: int = TILE) -> jax.Array:
@@ -103,24 +106,39 @@ def _padded(x: jax.Array, rows: int = TILE) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
+  """What a kernel is made from besides its operands."""
+
   tuning: Tuning
-  one_scale: bool
+  one_scale: bool  # of the right operand, in a slice of a tile
   interpret: Any
+
+  def pair(self, rows: int) -> int:
+    """How many multiprocessors share operands; the interpreter knows one."""
+    together = self.tuning.paired and rows % 2 == 0
+    return 2 if together and not self.interpret else 1
+
+  def layout(self, x: jax.Array) -> jax.Array:
+    return x if self.interpret else plgpu.layout_cast(x, plgpu.Layout.WGMMA)
+
+  def scales(self, ref: Any, where: tuple, dim: int) -> jax.Array:
+    """Scales as they lie along a dim of sums; interpreted, anyhow."""
+    if self.interpret:
+      return ref[where]
+    layout = plgpu.Layout.WGMMA.reduce(1 - dim)
+    return plgpu.load(ref, where, layout=layout, optimized=False)
 
 
 def _call(a, b, of_rows, of_columns, plan, dtype):
-  (slices, m), n = of_rows.shape, of_columns.shape[1]
+  m, n = of_rows.shape[1], of_columns.shape[1]
   rows, columns = m // TILE, n // TILE
-  how, pair = {}, 1
-  if plan.interpret:  # which knows no pairs
-    how["interpret"] = plan.interpret
-  elif plan.tuning.paired and rows % 2 == 0:
-    pair = 2
+  pair = plan.pair(rows)
+  how = {"interpret": plan.interpret} if plan.interpret else {}
+  if pair > 1:
     how |= {"cluster": (pair,), "cluster_names": ("pair",)}
   processors = getattr(jax.devices()[0], "core_count", PROCESSORS)
-  workers = min(processors, rows * columns) // pair
+  workers = max(1, min(processors, rows * columns) // pair)
   return plgpu.kernel(
-      functools.partial(_kernel, plan=plan, pair=pair, slices=slices),
+      functools.partial(_kernel, plan=plan),
       out_type=jax.ShapeDtypeStruct((m, n), dtype),
       grid=(workers,),
       grid_names=("worker",),
@@ -130,10 +148,57 @@ def _call(a, b, of_rows, of_columns, plan, dtype):
   )(a, b, of_rows, of_columns)
 
 
-def _operand(dtype: jax.typing.DTypeLike) -> tuple:
-  """How a matrix lies in shared memory: rows of 128 bytes, swizzled."""
+def _in_shared_memory(dtype: jax.typing.DTypeLike) -> tuple:
+  """How a matrix lies there: rows of 128 bytes, swizzled."""
   across = 128 // jnp.dtype(dtype).itemsize
   return plgpu.TilingTransform((8, across)), plgpu.SwizzleTransform(128)
+
+
+def _pipeline(plan: _Plan, slices: int, pair: int):
+  """Brings slices of both operands and of their scales."""
+  matrix = functools.partial(
+      plgpu.BlockSpec, transforms=_in_shared_memory(tiles.E4M3)
+  )
+  of_a = matrix((TILE, SLICE), lambda k: (0, k))
+  of_scales = plgpu.BlockSpec((1, TILE), lambda k: (k, 0))
+  if plan.interpret:
+    of_b = matrix((SLICE, TILE), lambda k: (k, 0))
+  else:
+    shared = ("pair",) if pair > 1 else ()
+    of_b = matrix((TILE, SLICE), lambda k: (0, k), collective_axes=shared)
+  return functools.partial(
+      plgpu.emit_pipeline_warp_specialized,
+      grid=(slices,),
+      in_specs=[of_a, of_b, of_scales, of_scales],
+      memory_registers=40,
+      max_concurrent_steps=min(plan.tuning.stages, slices),
+      wg_axis="group",
+      num_compute_wgs=GROUPS,
+  )
+
+
+def _add(plan, own, left, right, row_scales, column_scales, total):
+  """Adds the product of a slice; each group has rows of its own."""
+
+  def along(x, dim):
+    return jax.lax.broadcast_in_dim(x, (ROWS, TILE), (dim,))
+
+  # Read before the product starts: that it is done is the only sign that all
+  # of the group have read, and may be overwritten.
+  scale = plan.scales(row_scales, (0, own), 0)
+  if plan.one_scale:
+    scale = along(scale * column_scales[0, 0], 0)
+  else:
+    of_columns = plan.scales(column_scales, (0, slice(None)), 1)
+    scale = along(scale, 0) * along(of_columns, 1)
+  right = right if plan.interpret else plgpu.transpose_ref(right, (1, 0))
+
+  def product(sums):
+    plgpu.wgmma(sums, left.at[own], right)
+    return sums[...]
+
+  sums = pl.run_scoped(product, plgpu.ACC((ROWS, TILE), jnp.float32))
+  return total + sums * scale
 
 
 def _place(step, rows, columns, panel):
@@ -144,98 +209,53 @@ def _place(step, rows, columns, panel):
   return first + within % high, within // high
 
 
-def _kernel(a, b, of_rows, of_columns, out, *, plan, pair, slices):
+def _kernel(a, b, of_rows, of_columns, out, *, plan):
   """A worker's tiles, one after the other."""
-  interpret = plan.interpret
   rows, columns = out.shape[0] // TILE, out.shape[1] // TILE
+  pair = plan.pair(rows)
+  pipeline = _pipeline(plan, of_rows.shape[0], pair)
   group = jax.lax.axis_index("group")
   own = pl.ds(group * ROWS, ROWS)
 
-  def scales(ref, where, dim):
-    """As they lie along a dim of the accumulator."""
-    if interpret:
-      return ref[where]
-    layout = plgpu.Layout.WGMMA.reduce(1 - dim)
-    return plgpu.load(ref, where, layout=layout, optimized=False)
+  def tile(i, j, held, leaving):
+    here, there = pl.ds(i * TILE, TILE), pl.ds(j * TILE, TILE)
 
-  def along(x, dim):
-    return jax.lax.broadcast_in_dim(x, (ROWS, TILE), (dim,))
+    def compute(over_slices):
+      total = jnp.zeros((ROWS, TILE), jnp.float32)
+      total = over_slices(plan.layout(total))
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile's
+      leaving[group] = total.astype(out.dtype)
+      plgpu.commit_smem()
+      mine = pl.ds(i * TILE + group * ROWS, ROWS)
+      plgpu.copy_smem_to_gmem(leaving.at[group], out.at[mine, there])
 
-  def add(_, left, right, row_scales, column_scales, total):
-    """Adds the product of a slice."""
-    right = right if interpret else plgpu.transpose_ref(right, (1, 0))
-
-    def product(sums):
-      plgpu.wgmma(sums, left.at[own], right)
-      return sums[...]
-
-    of_rows = scales(row_scales, (0, own), 0)
-    if plan.one_scale:
-      of_all = along(of_rows * column_scales[0, 0], 0)
-    else:
-      of_all = along(of_rows, 0) * along(
-          scales(column_scales, (0, slice(None)), 1), 1
-      )
-    sums = pl.run_scoped(product, plgpu.ACC((ROWS, TILE), jnp.float32))
-    return total + sums * of_all
-
-  matrix = functools.partial(
-      plgpu.BlockSpec, (TILE, SLICE), transforms=_operand(tiles.E4M3)
-  )
-  of_a, of_scales = (
-      matrix(lambda k: (0, k)),
-      plgpu.BlockSpec((1, TILE), lambda k: (k, 0)),
-  )
-  shared = ("pair",) if pair > 1 else ()
-  of_b = matrix(lambda k: (0, k), collective_axes=shared)
-  if interpret:
-    of_b = matrix(lambda k: (k, 0))
-  pipeline = functools.partial(
-      plgpu.emit_pipeline_warp_specialized,
-      grid=(slices,),
-      in_specs=[of_a, of_b, of_scales, of_scales],
-      memory_registers=40,
-      max_concurrent_steps=min(plan.tuning.stages, slices),
-      wg_axis="group",
-      num_compute_wgs=GROUPS,
-  )
-  unused = lambda *_: None
-  allocations = pipeline(unused, compute_context=unused).get_allocations(
-      a, b, of_rows, of_columns
-  )
-  leaving = plgpu.SMEM(
-      (GROUPS, ROWS, TILE), out.dtype, transforms=_operand(out.dtype)
-  )
+    add = lambda _, *refs: _add(plan, own, *refs)
+    pipeline(add, compute_context=compute)(
+        a.at[here],
+        b.at[:, there] if plan.interpret else b.at[there],
+        of_rows.at[:, here],
+        of_columns.at[:, there],
+        allocations=held,
+    )
 
   def work(held, leaving):
-    @plgpu.nd_loop((rows // pair * columns,), collective_axes="worker")
+    # Pairs take tiles below each other.
+    size = rows // pair, columns, max(1, plan.tuning.panel // pair)
+
+    @plgpu.nd_loop((size[0] * size[1],), collective_axes="worker")
     def _(loop):
-      i, j = _place(
-          loop.index[0], rows // pair, columns, plan.tuning.panel // pair
-      )
+      i, j = _place(*loop.index, *size)
       if pair > 1:
         i = i * pair + jax.lax.axis_index("pair")
-      rows_here, columns_here = pl.ds(i * TILE, TILE), pl.ds(j * TILE, TILE)
-
-      def compute(over_slices):
-        total = jnp.zeros((ROWS, TILE), jnp.float32)
-        if not interpret:
-          total = plgpu.layout_cast(total, plgpu.Layout.WGMMA)
-        total = over_slices(total)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last result
-        leaving[group] = total.astype(out.dtype)
-        plgpu.commit_smem()
-        there = pl.ds(i * TILE + group * ROWS, ROWS), columns_here
-        plgpu.copy_smem_to_gmem(leaving.at[group], out.at[there])
-
-      pipeline(add, compute_context=compute)(
-          a.at[rows_here],
-          b.at[:, columns_here] if interpret else b.at[columns_here],
-          of_rows.at[:, rows_here],
-          of_columns.at[:, columns_here],
-          allocations=held,
-      )
+      tile(i, j, held, leaving)
 
     plgpu.wait_smem_to_gmem(0)
 
-  pl.run_scoped(work, allocations, leaving, collective_axes="group")
+  # Held for all tiles: else groups would wait for each other between them.
+  unused = lambda *_: None
+  held = pipeline(unused, compute_context=unused).get_allocations(
+      a, b, of_rows, of_columns
+  )
+  layout = _in_shared_memory(out.dtype)
+  leaving = plgpu.SMEM((GROUPS, ROWS, TILE), out.dtype, transforms=layout)
+  pl.run_scoped(work, held, leaving, collective_axes="group")
