@@ -182,6 +182,19 @@ class Schedule:
       )
 
 
+# What a layer can keep for its backward pass, see `model/recompute.py`:
+ACTIVATIONS = (
+    "norm",  # what RMSNorms return
+    "latents",  # what the down-projections of the attention return
+    "up",  # its queries, keys and values
+    "attention",  # what it mixes, and the log-sum-exp of its scores
+    "residual",  # the stream between attention and feed-forward
+    "routing",  # affinities, and the experts chosen
+    "sent",  # what arrives from other devices for the experts here
+    "hidden",  # gates and ups of a feed-forward
+)
+
+
 @fields.checked
 class Train:
   """Budget and batch."""
@@ -189,16 +202,34 @@ class Train:
   tokens: int = number(low=1)  # the budget that every schedule is keyed to
   batch_size: int = number(low=1)  # sequences an optimizer step
   micro_batches: int = number(1, low=1)  # a step is accumulated over so many
-  remat: str = choice("none", "block")  # recompute each block in the backward
+  # What layers make again in the backward pass: nothing, all but what is
+  # kept, or all from their input on.
+  remat: str = choice("none", "selective", "block")
+  kept: str = "latents,attention,residual,routing,sent,hidden"
   scan_layers: bool = True  # false: unrolled, faster on CPU, compiles longer
   max_bad_steps: int = number(8, low=0)  # non-finite steps in a row: exit 3
 
   def relations(self) -> Iterator[str]:
+    for name in self._named - set(ACTIVATIONS):
+      yield (
+          f"Train.kept={self.kept!r}: {name!r} is none of"
+          f" {', '.join(ACTIVATIONS)}{fields.nearest(name, ACTIVATIONS)}"
+      )
     if self.batch_size % self.micro_batches:
       yield (
           f"Train.micro_batches={self.micro_batches}: must divide"
           f" batch_size={self.batch_size}"
       )
+
+  @property
+  def _named(self) -> set[str]:
+    return {name.strip() for name in self.kept.split(",") if name.strip()}
+
+  @property
+  def activations(self) -> tuple[str, ...] | None:
+    """Names of what layers keep; None: everything."""
+    names = tuple(sorted(self._named))
+    return {"none": None, "selective": names, "block": ()}[self.remat]
 
   @property
   def micro_batch_size(self) -> int:

@@ -185,7 +185,7 @@ def _gradient_sums(
         micro_weights,
         mtp_weight,
         run.model,
-        remat=run.train.remat == "block",
+        kept=run.train.activations,
         scan=run.train.scan_layers,
         **how,
     )

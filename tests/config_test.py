@@ -85,7 +85,7 @@ class FieldTest(parameterized.TestCase):
     ("train.tokens", 0, "at least 1"),
     ("train.batch_size", 0, "at least 1"),
     ("train.micro_batches", 3, "must divide batch_size=16"),
-    ("train.remat", "full", "one of none, block"),
+    ("train.remat", "full", "one of none, selective, block"),
     ("train.max_bad_steps", -1, "at least 0"),
     # Precision, Checkpoint, Evaluate, Run
     ("precision.recipe", "fp16", "one of fp32, bf16"),

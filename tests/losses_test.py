@@ -117,14 +117,14 @@ def _model(*assignments):
   return cfg, params, bias, testing.tokens(2, 8, vocab_size=41)
 
 
-def _gradients(params, bias, rows, cfg, remat):
+def _gradients(params, bias, rows, cfg, kept):
   """Gradients of the total loss, and the load."""
   data = losses.batch(rows, cfg.vocab_size)
   weights = losses.token_weights(data.labels)
 
   def total(params):
     out, stats = losses.loss(
-      params, bias, data, weights, cfg.mtp.weight, cfg, remat=remat
+      params, bias, data, weights, cfg.mtp.weight, cfg, kept=kept
     )
     return out.total, stats.load
 
@@ -180,7 +180,7 @@ class LossTest(parameterized.TestCase):
 
   def test_gradients_are_the_slopes_of_the_reference(self):
     cfg, params, bias, rows = _model()
-    gradients, _ = _gradients(params, bias, rows, cfg, True)
+    gradients, _ = _gradients(params, bias, rows, cfg, ())
     # Forwards and backwards through two layers, the module and the head.
     terms = 2 * (3 * 465 + 64 + 41) + 14
     params, bias = reference.f64((params, bias))

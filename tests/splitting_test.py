@@ -36,6 +36,7 @@ def mixture(ffn, p, bias, x):
   return (y, stats.balance), stats.load
 
 
+SELECTIVE = testing.run("train.remat=selective").train.activations
 APART = functools.partial(experts.grouped_ffn, apart=True)
 LAYERS = {
     "dense": ("dense", dense),
@@ -89,8 +90,13 @@ class SplitTest(parameterized.TestCase):
       *itertools.product(LAYERS, ("fp32", "bf16")),
       ("dense", "fp8"),
       ("moe", "fp8"),
+      ("dense", "fp8", SELECTIVE),
+      ("moe", "fp8", SELECTIVE),
+      ("moe_ragged", "bf16", SELECTIVE),
   )
-  def test_the_passes_are_the_layer_and_its_gradient(self, name, recipe):
+  def test_the_passes_are_the_layer_and_its_gradient(
+      self, name, recipe, activations=None
+  ):
     kind, layer = LAYERS[name]
     p, bias, x, d_outputs = inputs(kind, recipe)
 
@@ -100,7 +106,9 @@ class SplitTest(parameterized.TestCase):
 
     trained = precision.trained(p)
     args = trained, (p, bias), x, d_outputs
-    passes = splitting.split(of_trained, *args[:3], put_off(trained))
+    passes = splitting.split(
+        of_trained, *args[:3], put_off(trained), activations
+    )
     found = jax.jit(functools.partial(in_parts, passes))(*args)
     expected = jax.jit(functools.partial(whole, of_trained))(*args)
     # The same operations in the same order: nothing but fusion may differ.
@@ -152,12 +160,15 @@ class SplitTest(parameterized.TestCase):
     self.assertEqual(shapes(passes.kept), [(3, 4, 5)])
     self.assertCountEqual(shapes(passes.deferred), [(3, 4, 5), (3, 4, 7)])
 
-  def test_repeating_forward_keeps_the_input_alone(self):
+  @parameterized.parameters(((), 1), (("attention", "residual", "hidden"), 6))
+  def test_keeps_what_has_a_name_and_repeats_the_rest(self, names, n_kept):
     kind, layer = LAYERS["moe"]
     args = inputs(kind)
     plain = splitting.split(layer, *args[:3], put_off(args[0]))
-    passes = splitting.recomputed(plain, args[2])
-    self.assertEqual([a.shape for a in passes.kept], [args[2].shape])
+    passes = splitting.split(layer, *args[:3], put_off(args[0]), names)
+    self.assertLen(passes.kept, n_kept)
+    self.assertEqual(passes.kept[0].shape, args[2].shape)
+    self.assertGreater(len(plain.kept), n_kept)
     testing.assert_same(
         jax.jit(functools.partial(in_parts, passes))(*args),
         jax.jit(functools.partial(in_parts, plain))(*args),

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from dsv3_jax import manual
 from dsv3_jax import schema
 from dsv3_jax.model import gemm
+from dsv3_jax.model import recompute
 from dsv3_jax.model import swiglu
 
 MIN_BLOCK, MAX_BLOCK = 8, 256  # rows of a block
@@ -82,6 +83,7 @@ def ragged_ffn(
   token = jnp.where(real, order // k, x.shape[0])
   h = jax.lax.ragged_dot(_pick(x, token), gate_up, load)
   h = jnp.where(real[:, None], h, 0).reshape(-1, 2, f)
+  h = recompute.named(h, "hidden")
   act = jax.nn.silu(h[:, 0]) * h[:, 1]
   y = jax.lax.ragged_dot(act, down, load)
   y = y * gates.reshape(-1)[order, None].astype(y.dtype)
@@ -287,6 +289,7 @@ def _ffn_fwd(plan, gate_up, down, x, gates, layout):
 
     carry = jax.lax.fori_loop(0, blocks.used, add, carry)
   y, hidden, of_act = carry
+  hidden = recompute.named(hidden, "hidden")
   return y, (*weights, left, gates, layout, hidden, of_x, of_act)
 
 

@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax.model import recompute
+
 
 def rms_norm(gain: jax.Array, x: jax.Array, eps: float) -> jax.Array:
   """x / rms(x) * gain over the last dim, statistics in float32."""
   y = x.astype(jnp.float32)
   y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
   gain = jnp.expand_dims(gain.astype(jnp.float32), range(x.ndim - 1))
-  return (y * gain).astype(x.dtype)
+  return recompute.named((y * gain).astype(x.dtype), "norm")

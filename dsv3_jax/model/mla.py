@@ -11,6 +11,7 @@ from dsv3_jax import manual
 from dsv3_jax import schema
 from dsv3_jax.model import gemm
 from dsv3_jax.model import layers
+from dsv3_jax.model import recompute
 from dsv3_jax.model import rope
 from dsv3_jax.model import tiles
 
@@ -47,7 +48,8 @@ def queries(
 ) -> tuple[jax.Array, jax.Array]:
   """Nope [B, T, N, P] and rotated rope [B, T, N, H] parts (eq. 6-9)."""
   if cfg.q_rank:
-    latent = layers.rms_norm(p["q_norm"], gemm.linear(x, p["q_down"]), eps)
+    latent = recompute.named(gemm.linear(x, p["q_down"]), "latents")
+    latent = layers.rms_norm(p["q_norm"], latent, eps)
     q = gemm.linear(latent, p["q_up"])
   else:
     q = gemm.linear(x, p["q"])
@@ -66,7 +68,8 @@ def latents(
 
   Only the latent is normalised; the rope key is shared by all heads.
   """
-  kv, key = jnp.split(gemm.linear(x, p["kv_down"]), [cfg.kv_rank], axis=-1)
+  down = recompute.named(gemm.linear(x, p["kv_down"]), "latents")
+  kv, key = jnp.split(down, [cfg.kv_rank], axis=-1)
   return layers.rms_norm(p["kv_norm"], kv, eps), rope.rotate(key, angle)
 
 
@@ -131,6 +134,7 @@ def _attend_fwd(q, k, v, e5m6_columns):
   if e5m6_columns:
     rows = out.reshape(-1, out.shape[2] * out.shape[3])
     out = tiles.e5m6(rows, e5m6_columns).reshape(out.shape)
+  out, lse = recompute.named((out, lse), "attention")
   return out, (q, k, v, out, lse)
 
 
@@ -187,6 +191,7 @@ def mla(
   q = jnp.concatenate([q_nope, q_rope], axis=-1) / math.sqrt(cfg.qk_dim)
   k = jnp.concatenate([k_nope, k_rope], axis=-1)
   q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
+  q, k, v = recompute.named((q, k, v), "up")
   out = attend(q, k, v, gemm.tile(p["out"]))
   # Kept as it is: attention keeps it already.
   y = gemm.linear(out, p["out"], 2, keep_input=True)

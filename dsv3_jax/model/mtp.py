@@ -10,6 +10,7 @@ from dsv3_jax import config
 from dsv3_jax import schema
 from dsv3_jax.model import gemm
 from dsv3_jax.model import layers
+from dsv3_jax.model import recompute
 
 
 def specs(cfg: config.Model, block: schema.Specs) -> schema.Specs:
@@ -54,7 +55,8 @@ def module(
       ],
       axis=-1,
   )
-  x, stats = block(p["block"], gemm.linear(joined, p["proj"]), bias)
+  x = recompute.named(gemm.linear(joined, p["proj"]), "residual")
+  x, stats = block(p["block"], x, bias)
   normed = layers.rms_norm(p["norm"], x, cfg.norm_eps)
   return normed, normed if cfg.mtp.hidden == "post_norm" else x, stats
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from dsv3_jax import config
 from dsv3_jax.model import gemm
+from dsv3_jax.model import recompute
 
 # Where all scores underflow, keeps their sum from dividing 0 by 0. A gradient
 # squares its inverse: with the customary 1e-20 that overflows float32.
@@ -52,6 +53,7 @@ def select(
     groups = jnp.where(keep[..., None], groups, -jnp.inf)
     biased = groups.reshape(scores.shape)
   experts = jax.lax.top_k(biased, cfg.top_k)[1]
+  experts = recompute.named(experts, "routing")
   gates = jnp.take_along_axis(scores, experts, axis=-1)
   if cfg.renormalize:
     gates = gates / (gates.sum(-1, keepdims=True) + FLOOR)
@@ -63,6 +65,7 @@ def route(
 ) -> Routing:
   """Routes x [B, T, D] with centroids w [D, E]; all in float32."""
   affinity = gemm.linear(x.astype(jnp.float32), w.astype(jnp.float32))
+  affinity = recompute.named(affinity, "routing")
   squash = jax.nn.sigmoid if cfg.score == "sigmoid" else jax.nn.softmax
   scores = squash(affinity)
   experts, gates = select(scores, bias, cfg)
@@ -87,6 +90,7 @@ def balance_loss(
     experts = jax.lax.top_k(jax.lax.stop_gradient(scores), cfg.top_k)[1]
   chosen = _multi_hot(experts, cfg.n_experts).astype(jnp.float32)
   f = chosen.mean(1) * (cfg.n_experts / cfg.top_k)
+  f = recompute.named(f, "routing")
   share = scores / (scores.sum(-1, keepdims=True) + FLOOR)
   return cfg.balance_weight * (f * share.mean(1)).sum(-1).mean()
 

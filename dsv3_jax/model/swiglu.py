@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from dsv3_jax import manual
 from dsv3_jax import schema
 from dsv3_jax.model import gemm
+from dsv3_jax.model import recompute
 
 
 def specs(d: int, f: int, std: float) -> schema.Specs:
@@ -64,6 +65,7 @@ def _swiglu_fwd(gate_up, down, x):
   act, of_act = gemm.rows(activation(h), down)
   y = gemm.output(act, down).astype(x.dtype)
   kept, _ = gemm.rows(h, gate_up)
+  kept = recompute.named(kept, "hidden")
   weights = gemm.untrained(gate_up), gemm.untrained(down)
   return y, (*weights, left, kept, of_x, of_act)
 

@@ -13,6 +13,7 @@ from dsv3_jax.model import layers
 from dsv3_jax.model import mla
 from dsv3_jax.model import moe
 from dsv3_jax.model import mtp
+from dsv3_jax.model import recompute
 from dsv3_jax.model import swiglu
 
 
@@ -87,7 +88,8 @@ def moe_block(
 def _attention(p: schema.Params, x: jax.Array, cfg: config.Model) -> jax.Array:
   with jax.named_scope("mla"):
     h = layers.rms_norm(p["mla_norm"], x, cfg.norm_eps)
-    return x + mla.mla(p["mla"], h, cfg.mla, cfg.norm_eps)
+    x = x + mla.mla(p["mla"], h, cfg.mla, cfg.norm_eps)
+    return recompute.named(x, "residual")
 
 
 def _unrolled(step, carry, stacked):
@@ -113,7 +115,7 @@ def forward(
     tokens: jax.Array,
     cfg: config.Model,
     *,
-    remat: bool = False,
+    kept: recompute.Kept = None,
     scan: bool = True,
     experts: moe.Experts = moe.LOCAL,
     gather: Callable[[str, schema.Params], schema.Params] = as_stored,
@@ -125,7 +127,7 @@ def forward(
     bias: [n_routers, E] f32 router bias.
     tokens: [B, T] int32, T above the MTP depth.
     cfg: the model.
-    remat: recompute each block in the backward pass.
+    kept: names of what layers keep for the backward pass; None: everything.
     scan: loop over the layers of one kind; else unroll them, which compiles
       for longer and, on CPU, saves copying what the backward pass needs.
     experts: how the routed experts are computed.
@@ -133,13 +135,13 @@ def forward(
       whole, where they are stored in slices.
   """
   over_layers = jax.lax.scan if scan else _unrolled
-  maybe_remat = jax.checkpoint if remat else lambda f: f
+  keeping = functools.partial(recompute.keeping, kept, in_loop=scan)
 
-  @maybe_remat
+  @keeping
   def dense(h, p):
     return dense_block(gather("dense", p), h, cfg), None
 
-  @maybe_remat
+  @keeping
   def mixture(h, layer):
     p, layer_bias = layer
     return moe_block(gather("moe", p), h, layer_bias, cfg, experts)
@@ -158,7 +160,7 @@ def forward(
       x,
       tokens,
       cfg,
-      remat=remat,
+      kept=kept,
       experts=experts,
       gather=gather,
   )
@@ -179,7 +181,7 @@ def predict(
     tokens: jax.Array,
     cfg: config.Model,
     *,
-    remat: bool = False,
+    kept: recompute.Kept = None,
     experts: moe.Experts = moe.LOCAL,
     gather: Callable[[str, schema.Params], schema.Params] = as_stored,
 ) -> Output:
@@ -191,7 +193,7 @@ def predict(
     x: [B, T, D], from the last layer.
     tokens: [B, T] int32.
     cfg: the model.
-    remat: as in `forward`.
+    kept: as in `forward`.
     experts: as in `forward`.
     gather: as in `forward`.
 
@@ -205,7 +207,7 @@ def predict(
 
   hidden = layers.rms_norm(params["norm"], x, cfg.norm_eps)
   start = hidden if cfg.mtp.hidden == "post_norm" else x
-  one = jax.checkpoint(module) if remat else module
+  one = recompute.keeping(kept, module)
   states, told = mtp.predict(params, bias, start, tokens, cfg, one)
   return Output(hidden, states, _joined([_no_stats(bias), *told]))
 

@@ -34,6 +34,7 @@ from dsv3_jax.model import experts as experts_lib
 from dsv3_jax.model import gemm
 from dsv3_jax.model import moe
 from dsv3_jax.model import precision
+from dsv3_jax.model import recompute
 from dsv3_jax.model import tiles
 from dsv3_jax.parallel import topology
 from dsv3_jax.parallel import traffic
@@ -110,11 +111,11 @@ def experts(
 
 def _spread(way: Any, tile: int, x: jax.Array, where: Any) -> jax.Array:
   """Rows sent, in FP8 if there is a tile."""
+  spread = lambda a: recompute.named(way.spread(a, where), "sent")
   if not tile:
-    return way.spread(x, where)
+    return spread(x)
   made = tiles.quantize(x, (1, tile), "power_of_two")
-  sent = jax.tree.map(lambda a: way.spread(a, where), made)
-  return tiles.dequantize(sent, x.dtype)
+  return tiles.dequantize(jax.tree.map(spread, made), x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -175,7 +176,8 @@ def _gathered(
     inner: Ffn,
 ) -> jax.Array:
   n, way = p["down"].shape[0], _Everyone(axes)
-  here = _owned(way.spread(chosen, None), jax.lax.axis_index(axes), n)
+  chosen_all = recompute.named(way.spread(chosen, None), "sent")
+  here = _owned(chosen_all, jax.lax.axis_index(axes), n)
   send = functools.partial(_send, way, gemm.tile(p["gate_up"]))
   gates = _send(way, 0, gates, None)
   y = inner(p, send(x, None), here, gates, n_slots or chosen.size)
@@ -304,7 +306,8 @@ def _exchange(
   )
   one = functools.partial(_round, hop, inner, capacity, n_slots)
   # As all else that one pass may keep for another.
-  plan = plan.replace(rounds=manual.vary(plan.rounds, manual.varying(x)))
+  rounds = manual.vary(plan.rounds, manual.varying(x))
+  plan = plan.replace(rounds=recompute.named(rounds, "sent"))
   if capacity == len(x):
     return one(0, p, x, gates, plan)
   return _all_rounds(one, apart, precision.trained(p), p, x, gates, plan)
@@ -315,10 +318,10 @@ def _round(hop, inner, capacity, n_slots, i, p, x, gates, plan):
   n_experts = p["down"].shape[0] * hop.n_devices
   token = jax.lax.dynamic_slice_in_dim(plan.queue, i * capacity, capacity, 1)
   counts = jnp.clip(plan.counts - i * capacity, 0, capacity)
-  theirs = _padded_swap(counts, counts, hop.axes)
+  theirs = recompute.named(_padded_swap(counts, counts, hop.axes), "sent")
   where = _Rows(token, counts, theirs, len(x))
   arrived = jnp.arange(capacity)[None] < theirs[:, None]
-  here = hop.spread(plan.chosen, where)
+  here = recompute.named(hop.spread(plan.chosen, where), "sent")
   here = _owned(here, jax.lax.axis_index(hop.axes), n_experts)
   here = jnp.where(arrived.reshape(-1, 1), here, n_experts)
   states = _send(hop, gemm.tile(p["gate_up"]), x, where)

@@ -97,10 +97,9 @@ def _executor(params, bias, mtp_weight, batch, weights, run, layout):
     layer = functools.partial(
         _layer, name, cfg=run.model, experts=layout.experts
     )
-    divided = splitting.split(layer, trained, constants, x, put_off)
-    if run.train.remat == "block":
-      divided = splitting.recomputed(divided, x)
-    passes[name] = divided
+    passes[name] = splitting.split(
+        layer, trained, constants, x, put_off, run.train.activations
+    )
   share = 1.0 / (batch.tokens.shape[0] * layout.n_shards)
   return _Executor(
       params, bias, mtp_weight, batch, weights, run, layout, passes, share, vary
@@ -346,7 +345,7 @@ class _Executor:
           token_weights,
           self.mtp_weight,
           self.run.model,
-          remat=self.run.train.remat == "block",
+          kept=self.run.train.activations,
           experts=self.layout.experts,
       )
       total = terms.main + self.mtp_weight * terms.mtp

@@ -1,10 +1,11 @@
 """A layer's passes as functions of their own: forward, input, weight gradient.
 
 A pipeline runs them at different times. What must be kept in between is read
-off the program of all three, so that nothing is computed twice: forward keeps
-what depends on the input and a later pass reads, never a weight; the input
-gradient leaves what only the weights' gradients still need, of a linear layer
-its input and the gradient of its output (arXiv:2401.10241).
+off the program of all three: forward keeps what depends on the input and a
+later pass reads, never a weight, so that nothing is computed twice; or only
+what has one of some names, and the input gradient makes the rest again. The
+input gradient leaves what only the weights' gradients still need, of a linear
+layer its input and the gradient of its output (arXiv:2401.10241).
 """
 
 import dataclasses
@@ -15,11 +16,13 @@ from typing import Any
 import jax
 from jax.extend import core
 
+from dsv3_jax.model import recompute
+
 Types = list[Any]  # of arrays, with shape and dtype
 Eqns = list[core.JaxprEqn]
 
 # Made again by each pass that reads them, rather than kept beside their source.
-VIEWS = ("reshape", "squeeze", "expand_dims", "stop_gradient")
+VIEWS = ("name", "reshape", "squeeze", "expand_dims", "stop_gradient")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,7 @@ def split(
     constants: Any,
     x: jax.Array,
     put_off: list[bool],
+    activations: recompute.Kept = None,
 ) -> Passes:
   """Divides a layer and its gradient into passes.
 
@@ -56,6 +60,7 @@ def split(
     constants: arrays or types that every pass has at hand; without gradient.
     x: array or type.
     put_off: which of the weights' leaves have their gradient in a pass apart.
+    activations: names of what forward may keep besides x; None: everything.
 
   Raises:
     ValueError: a gradient to be put off is made together with others.
@@ -79,7 +84,10 @@ def split(
   early = [d for d, later in zip(d_weights, put_off, strict=True) if not later]
 
   known, moving = _known(program.jaxpr.eqns, fixed, program.jaxpr.constvars)
-  forward, for_input, for_weights = _divide(moving, outputs, [dx, *early], late)
+  named = _named(moving, d_outputs, activations)
+  forward, for_input, for_weights = _divide(
+      moving, outputs, [dx, *early], late, named
+  )
   at_hand = _made(known) | {*fixed, *program.jaxpr.constvars}
   deferred = _read(for_weights, late, but=at_hand)
   kept = _read(
@@ -128,25 +136,6 @@ def split(
   )
 
 
-def recomputed(passes: Passes, x: jax.Array) -> Passes:
-  """The same, keeping the input alone and repeating forward for the rest."""
-
-  def forward(weights, constants, x):
-    outputs, told, _ = passes.forward(weights, constants, x)
-    return outputs, told, [x]
-
-  def input_gradient(weights, constants, kept, d_outputs):
-    *_, inner = passes.forward(weights, constants, *kept)
-    return passes.input_gradient(weights, constants, inner, d_outputs)
-
-  return dataclasses.replace(
-      passes,
-      forward=forward,
-      input_gradient=input_gradient,
-      kept=[jax.typeof(x)],
-  )
-
-
 def _cut(items: list[Any], n: int) -> tuple[list[Any], list[Any]]:
   return items[:n], items[n:]
 
@@ -162,6 +151,21 @@ def _made(eqns: Iterable[core.JaxprEqn]) -> set[core.Var]:
 def _costly(eqns: Eqns) -> Eqns:
   """Those that give more than another view of the same numbers."""
   return [eqn for eqn in eqns if eqn.primitive.name not in VIEWS]
+
+
+def _named(
+    eqns: Eqns, later: list[core.Var], activations: recompute.Kept
+) -> Eqns | None:
+  """Those that name what may be kept, and need nothing that comes later."""
+  if activations is None:
+    return None
+  late, found = set(later), []
+  for eqn in eqns:
+    if not late.isdisjoint(_variables(eqn.invars)):
+      late.update(eqn.outvars)
+    elif eqn.primitive.name == "name" and eqn.params["name"] in activations:
+      found.append(eqn)
+  return found
 
 
 def _without(eqns: Eqns, others: Eqns) -> Eqns:
@@ -189,15 +193,22 @@ def _known(
 
 
 def _divide(
-    eqns: Eqns, outputs: Types, early: Types, late: Types
+    eqns: Eqns,
+    outputs: Types,
+    early: Types,
+    late: Types,
+    named: Eqns | None,
 ) -> tuple[Eqns, Eqns, Eqns]:
   """Those that make the outputs; of the rest, the early ones; the late ones.
+
+  If some are named, the first make those too, and the early ones make again all
+  but those.
 
   Raises:
     ValueError: something late is made together with something before it.
   """
-  forward = _needed(eqns, outputs)
-  backward = _without(eqns, _costly(forward))
+  forward = _needed(eqns, [*outputs, *_made(named or ())])
+  backward = _without(eqns, _costly(forward) if named is None else named)
   for_input = _needed(backward, early)
   for_weights = _needed(_without(backward, _costly(for_input)), late)
   if clash := set(late) & (_made(for_input) | _made(forward)):
