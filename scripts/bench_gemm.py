@@ -70,6 +70,10 @@ def _calls(
       "dequantized": products.dequantized,
       "exact": products.exact,
       "kernel": kernels.blocked,
+      "kernel_unpaired": functools.partial(
+          kernels.blocked, tuning=kernels.Tuning(paired=False)
+      ),
+      "kernel_to_bf16": functools.partial(kernels.blocked, dtype=jnp.bfloat16),
   }
   for name, way in ways.items():
     try:

@@ -1,5 +1,6 @@
 """Tests of the kernel by its interpreter, and that it lowers for GPUs."""
 
+import functools
 from unittest import mock
 
 import jax
@@ -10,6 +11,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 from jax._src.pallas.mosaic_gpu.interpret import params
 
+from dsv3_jax import manual
 from dsv3_jax.model import kernels
 from dsv3_jax.model import products
 from dsv3_jax.model import tiles
@@ -25,18 +27,27 @@ def operands(m, k, n, a_tile=ROWS, b_tile=SQUARE):
   return tiles.quantize(a, a_tile), tiles.quantize(b, b_tile)
 
 
+def lower(a, b, *args, **kwargs):
+  """For a Hopper GPU, to text."""
+  call = lambda a, b: kernels.blocked(a, b, *args, **kwargs)
+  with mock.patch.object(kernels, "supported", lambda: True):
+    traced = jax.jit(call).trace(a, b)
+  return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
 class BlockedTest(parameterized.TestCase):
 
   @parameterized.parameters(
       (1, 128, 128, ROWS, SQUARE),  # a token
-      (200, 576, 130, ROWS, SQUARE),  # ragged everywhere
-      (129, 130, 257, ROWS, COLUMNS),  # of a weight's gradient
-      (256, 256, 256, SQUARE, SQUARE),
+      (200, 576, 130, ROWS, SQUARE, 2),  # ragged everywhere
+      (129, 130, 130, ROWS, COLUMNS),  # of a weight's gradient
+      (256, 257, 128, SQUARE, SQUARE, 1),  # many tiles of a worker
       (128, 1, 1, ROWS, SQUARE),
   )
-  def test_is_the_reference(self, m, k, n, a_tile, b_tile):
+  def test_is_the_reference(self, m, k, n, a_tile, b_tile, n_workers=132):
     a, b = operands(m, k, n, a_tile, b_tile)
-    found = kernels.blocked(a, b, interpret=INTERPRET)
+    with mock.patch.object(kernels, "PROCESSORS", n_workers):
+      found = kernels.blocked(a.by_row(), b, interpret=INTERPRET)
     # A slice's products are exact, and its sum is of 128 terms; then come two
     # scales and as many additions as slices, each rounded.
     size = np.abs(tiles.dequantize(a, jnp.float32)) @ np.abs(
@@ -47,33 +58,86 @@ class BlockedTest(parameterized.TestCase):
     self.assertTrue(np.all(difference <= roundings * testing.EPS * size))
     self.assertEqual(found.dtype, jnp.float32)
 
+  def test_square_tiles_are_spread(self):
+    a, b = operands(128, 130, 3, SQUARE, SQUARE)
+    np.testing.assert_array_equal(
+        kernels.blocked(a, b, interpret=INTERPRET),
+        kernels.blocked(a.by_row(), b, interpret=INTERPRET),
+    )
+
+  def test_rounds_the_sum_alone_to_another_type(self):
+    a, b = operands(8, 256, 8)
+    whole = kernels.blocked(a, b, interpret=INTERPRET)
+    found = kernels.blocked(a, b, jnp.bfloat16, interpret=INTERPRET)
+    np.testing.assert_array_equal(found, whole.astype(jnp.bfloat16))
+
+  def test_zero_is_zero(self):
+    a, b = operands(3, 256, 5)
+    a = tiles.quantize(jnp.zeros((3, 256)), ROWS)
+    found = kernels.blocked(a, b, interpret=INTERPRET)
+    np.testing.assert_array_equal(found, np.zeros((3, 5)))
+
   def test_what_is_not_finite_stays_where_it_is(self):
-    a, b = operands(130, 256, 140, b_tile=COLUMNS)
+    a, b = operands(130, 130, 7, b_tile=COLUMNS)
     a = a.replace(scales=a.scales.at[129, 1].set(np.nan))
-    b = b.replace(bits=b.bits.at[3, 7].set(0x7F))
+    b = b.replace(bits=b.bits.at[3, 5].set(0x7F))
     found = np.isnan(kernels.blocked(a, b, interpret=INTERPRET))
-    expected = np.zeros((130, 140), bool)
-    expected[129], expected[:, 7] = True, True
+    expected = np.zeros((130, 7), bool)
+    expected[129], expected[:, 5] = True, True
     np.testing.assert_array_equal(found, expected)
 
   @parameterized.parameters((SQUARE,), (COLUMNS,))
   def test_lowers_for_gpus(self, b_tile):
-    a, b = operands(200, 576, 130, b_tile=b_tile)
-    with mock.patch.object(kernels, "supported", lambda: True):
-      traced = jax.jit(kernels.blocked).trace(a, b)
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    text = lower(*operands(200, 576, 130, b_tile=b_tile))
     self.assertIn("mosaic_gpu", text)
     self.assertIn("f8E4M3FN", text)
+
+  def test_lowers_otherwise(self):
+    pair = operands(256, 128, 128)  # even tiles of rows: two share
+    alone = kernels.Tuning(paired=False, stages=2, panel=1)
+    texts = lower(*pair), lower(*pair, tuning=alone)
+    self.assertNotEqual(*texts)
+    self.assertIn("tensor<256x128xbf16>", lower(*pair, jnp.bfloat16))
+
+  def test_what_differs_between_devices_is_said_to(self):
+    mesh = jax.make_mesh((2,), ("data",))
+
+    def local(x):
+      x = x[0]
+      w = tiles.quantize(x, SQUARE)
+      made = kernels.blocked(tiles.quantize(x, ROWS), w)
+      self.assertEqual(manual.varying(made), {"data"})
+      return made[None]
+
+    def everywhere(x):
+      by_device = jax.P("data")
+      x = jax.reshard(x, by_device)
+      return jax.shard_map(local, out_specs=by_device)(x)
+
+    with (
+        mock.patch.object(kernels, "supported", lambda: True),
+        jax.set_mesh(mesh),
+    ):
+      jax.eval_shape(everywhere, jnp.zeros((2, 128, 128)))
+
+  @parameterized.parameters(*range(1, 10))
+  def test_places_are_all_tiles(self, panel):
+    steps = jnp.arange(7 * 3)
+    i, j = kernels._place(steps, 7, 3, panel)
+    self.assertLen(set(zip(i.tolist(), j.tolist(), strict=True)), 21)
+    self.assertEqual((i.min(), i.max(), j.min(), j.max()), (0, 6, 0, 2))
 
   def test_says_where_it_cannot_run(self):
     with self.assertRaisesRegex(NotImplementedError, "no Hopper GPU"):
       kernels.blocked(*operands(8, 128, 8))
+    interpreted = functools.partial(kernels.blocked, interpret=INTERPRET)
     with self.assertRaisesRegex(NotImplementedError, r"\(1, 64\).*into 128"):
-      kernels.blocked(
-          *operands(8, 128, 8, (1, 64), (64, 64)), interpret=INTERPRET
-      )
+      interpreted(*operands(8, 128, 8, (1, 64), (64, 64)))
     with self.assertRaisesRegex(NotImplementedError, "nothing to multiply"):
-      kernels.blocked(*operands(0, 128, 8), interpret=INTERPRET)
+      interpreted(*operands(0, 128, 8))
+    a, b = operands(8, 128, 8)
+    with self.assertRaisesRegex(NotImplementedError, "int8.*bytes of E4M3"):
+      interpreted(a, b.replace(bits=b.bits.astype(jnp.int8)))
 
 
 class BackendTest(absltest.TestCase):
