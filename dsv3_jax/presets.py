@@ -30,7 +30,7 @@ V3_671B = config.Run(
         tokens=14_800_000_000_000,
         batch_size=15_360,
         micro_batches=120,
-        remat="block",
+        remat="selective",
     ),
     optim=config.Optim(moments="bfloat16"),
     precision=config.Precision(recipe="bf16"),
@@ -147,6 +147,8 @@ TINY = config.override(
     "mla.kv_rank=64",
     "moe.ffn_dim=96",
     "router.n_experts=16",
+    # The paper's 0.006 for a width of 7168: std * sqrt(d_model) is the same.
+    "init_std=0.037",
     "data.seq_len=256",
     "train.tokens=573440",
     "train.batch_size=8",

@@ -197,8 +197,8 @@ class StepTest(parameterized.TestCase):
     batch = losses.batch(rows, run.model.vocab_size)
     args = state.replace(router_bias=bias), batch
     lowered = jax.jit(functools.partial(train.gradients, run=run)).lower(*args)
-    # As users run it, whatever the tests are compiled with; but all roundings to
-    # bfloat16 are done, of which a program leaves out those inside of fusions.
+    # As users run it, whatever the tests are compiled with, but with all the
+    # roundings to bfloat16, of which XLA leaves out those inside of fusions.
     compiled = lowered.compile({
         "xla_backend_optimization_level": 3,
         "xla_allow_excess_precision": False,
