@@ -7,13 +7,16 @@ of them at once.
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Iterator
-from collections.abc import Sequence
-from typing import Any
 
 from dsv3_jax import fields
+from dsv3_jax import settings
 
 number, choice = fields.number, fields.choice
+leaves, override = settings.leaves, settings.override
+difference = settings.difference
 
 # --- the model (arXiv:2412.19437, sections 2.1, 2.2 and 4.2) ---
 
@@ -171,6 +174,7 @@ class Schedule:
   constant_until: float = number(10 / 14.8, low=0, high=1)
   decay_until: float = number(14.3 / 14.8, low=0, high=1)
   tail_from: float = number(14.633 / 14.8, low=0, high=1)
+  ramp_until: float = number(0.0, low=0, high=1)  # the batch grows so long
   bias_until: float = number(14.3 / 14.8, low=0, high=1)
   mtp_until: float = number(10 / 14.8, low=0, high=1)
 
@@ -202,6 +206,10 @@ class Train:
   tokens: int = number(low=1)  # the budget that every schedule is keyed to
   batch_size: int = number(low=1)  # sequences an optimizer step
   micro_batches: int = number(1, low=1)  # a step is accumulated over so many
+  # With schedule.ramp_until: sequences of the first steps, with fewer
+  # micro-batches, and how many sizes there are before batch_size.
+  first_batch_size: int = number(0, low=0)
+  ramp_sizes: int = number(4, low=1)
   # What layers make again in the backward pass: nothing, all but what is
   # kept, or all from their input on.
   remat: str = choice("none", "selective", "block")
@@ -218,6 +226,16 @@ class Train:
     if self.batch_size % self.micro_batches:
       yield (
           f"Train.micro_batches={self.micro_batches}: must divide"
+          f" batch_size={self.batch_size}"
+      )
+    elif self.first_batch_size % self.micro_batch_size:
+      yield (
+          f"Train.first_batch_size={self.first_batch_size}: must be a multiple"
+          f" of the {self.micro_batch_size} sequences of a micro-batch"
+      )
+    if self.first_batch_size > self.batch_size:
+      yield (
+          f"Train.first_batch_size={self.first_batch_size}: must be at most"
           f" batch_size={self.batch_size}"
       )
 
@@ -293,6 +311,15 @@ class Evaluate:
   sample_tokens: int = number(120, low=0)  # of sample text at an evaluation
 
 
+@dataclasses.dataclass(frozen=True)
+class Phase:
+  """Steps of one batch size, up to the next phase."""
+
+  first_step: int
+  first_row: int  # sequences trained on before
+  batch_size: int
+
+
 @fields.checked
 class Run:
   """Everything that a training run depends on, except seed and mesh."""
@@ -313,6 +340,12 @@ class Run:
           f"Data.seq_len={self.data.seq_len}: must be above MTP.depth="
           f"{self.model.mtp.depth}, or no position has a target that far ahead"
       )
+    ramp, first = self.schedule.ramp_until, self.train.first_batch_size
+    if bool(ramp) != bool(first):
+      yield (
+          f"Schedule.ramp_until={ramp:g} and Train.first_batch_size={first}: a"
+          " batch that grows needs both, one that does not neither"
+      )
     if self.train.tokens < self.tokens_per_step:
       yield (
           f"Train.tokens={self.train.tokens}: must be at least one step of"
@@ -326,109 +359,40 @@ class Run:
 
   @property
   def tokens_per_step(self) -> int:
+    """Of the steps at full batch size."""
     return self.train.batch_size * self.data.seq_len
+
+  @functools.cached_property
+  def phases(self) -> tuple[Phase, ...]:
+    """Steps by batch size: linear in tokens, a few sizes (section 4.2)."""
+    first, full, n = (
+        self.train.first_batch_size,
+        self.train.batch_size,
+        self.train.ramp_sizes if self.train.first_batch_size else 0,
+    )
+    micro = self.train.micro_batch_size
+    ramp = self.schedule.ramp_until * self.train.tokens / self.data.seq_len
+    step, row, found = 0, 0, []
+    for i in range(n):
+      size = first + (full - first) * i // n // micro * micro
+      n_steps = max(math.ceil((ramp * (i + 1) / n - row) / size), 0)
+      if n_steps:
+        found.append(Phase(step, row, size))
+      step, row = step + n_steps, row + n_steps * size
+    return *found, Phase(step, row, full)
+
+  def phase(self, step: int) -> Phase:
+    """That of a step, from 0."""
+    return [p for p in self.phases if p.first_step <= step][-1]
+
+  def rows_before(self, step: int) -> int:
+    """Sequences trained on before a step."""
+    phase = self.phase(step)
+    return phase.first_row + (step - phase.first_step) * phase.batch_size
 
   @property
   def total_steps(self) -> int:
     """Optimizer steps in the token budget."""
-    return self.train.tokens // self.tokens_per_step
-
-
-# --- overrides ---
-
-
-def leaves(cfg: Any, prefix: str = "") -> dict[str, Any]:
-  """All settings as {"model.mla.n_heads": value}, in order."""
-  out = {}
-  for field in dataclasses.fields(cfg):
-    value, path = getattr(cfg, field.name), prefix + field.name
-    if dataclasses.is_dataclass(value):
-      out |= leaves(value, path + ".")
-    else:
-      out[path] = value
-  return out
-
-
-def _parse(text: str, kind: type) -> Any:
-  if kind is str:
-    return text
-  if kind is bool:
-    return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-  if kind is float:
-    return float(text)
-  try:
-    return int(text)
-  except ValueError:
-    if (value := float(text)) != int(value):  # 1e9 is a fine way to write it
-      raise
-    return int(value)
-
-
-def _assignments(
-    known: dict[str, Any], texts: Sequence[str]
-) -> tuple[dict[str, Any], list[str]]:
-  """Parses `path=value` texts to ({path: value}, problems)."""
-  values, problems = {}, []
-  for text in texts:
-    path, equals, value = text.partition("=")
-    # `model.` may be left out: router.bias_speed is model.router.bias_speed.
-    path = path if path in known else f"model.{path}"
-    if not equals:
-      problems.append(f"{text!r}: expected path=value")
-    elif path not in known:
-      path = path.removeprefix("model.")
-      short = [k.removeprefix("model.") for k in known]
-      problems.append(f"{path}: no such setting{fields.nearest(path, short)}")
-    else:
-      kind = type(known[path])
-      try:
-        values[path] = _parse(value, kind)
-      except (ValueError, KeyError, OverflowError):
-        problems.append(f"{path}={value!r}: expected {kind.__name__}")
-  return values, problems
-
-
-def _rebuild(
-    cfg: Any, values: dict[str, Any], prefix: str, problems: list[str]
-) -> Any:
-  """The config with values replaced, or None where a part is not valid."""
-  changes = {}
-  for field in dataclasses.fields(cfg):
-    value, path = getattr(cfg, field.name), prefix + field.name
-    if dataclasses.is_dataclass(value):
-      changes[field.name] = _rebuild(value, values, path + ".", problems)
-    elif path in values:
-      changes[field.name] = values[path]
-  if any(value is None for value in changes.values()):
-    return None
-  try:
-    return dataclasses.replace(cfg, **changes)
-  except ValueError as error:
-    problems.extend(str(error).splitlines())
-    return None
-
-
-def override(cfg: Any, *assignments: str) -> Any:
-  """The config with settings such as `mla.n_heads=4` or `train.tokens=1e6`.
-
-  Paths start at `cfg`; a leading `model.` may be left out. Values take the type
-  of the setting.
-
-  Raises:
-    ValueError: one line a problem, of all assignments together.
-  """
-  values, problems = _assignments(leaves(cfg), assignments)
-  result = _rebuild(cfg, values, "", problems)
-  if problems:
-    raise ValueError("\n".join(problems))
-  return result
-
-
-def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-  """One line for each setting that differs between two `leaves` dicts."""
-  missing = "(not there)"
-  return [
-      f"{path}: {old.get(path, missing)!r} -> {new.get(path, missing)!r}"
-      for path in sorted(old.keys() | new.keys())
-      if old.get(path, missing) != new.get(path, missing)
-  ]
+    rows = self.train.tokens // self.data.seq_len
+    last = [p for p in self.phases if p.first_row <= rows][-1]
+    return last.first_step + (rows - last.first_row) // last.batch_size

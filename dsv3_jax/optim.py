@@ -46,8 +46,19 @@ def adamw(cfg: config.Optim) -> optax.GradientTransformation:
 
 def progress(step: jax.Array | int, run: config.Run) -> jax.Array:
   """Share of the token budget consumed before a step, f32."""
-  share = run.tokens_per_step / run.train.tokens
-  return jnp.asarray(step, jnp.float32) * share
+  share = run.data.seq_len / run.train.tokens  # of a sequence
+  first, before, size = (
+      jnp.array(column)
+      for column in zip(
+          *(
+              (p.first_step, p.first_row * share, p.batch_size * share)
+              for p in run.phases
+          ),
+          strict=True,
+      )
+  )
+  at = jnp.searchsorted(first, step, side="right") - 1
+  return before[at] + (step - first[at]).astype(jnp.float32) * size[at]
 
 
 def learning_rate(step: jax.Array | int, run: config.Run) -> jax.Array:

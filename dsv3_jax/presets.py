@@ -30,9 +30,11 @@ V3_671B = config.Run(
         tokens=14_800_000_000_000,
         batch_size=15_360,
         micro_batches=120,
+        first_batch_size=3072,
         remat="selective",
     ),
     optim=config.Optim(moments="bfloat16"),
+    schedule=config.Schedule(ramp_until=469 / 14_800),
     precision=config.Precision(recipe="bf16"),
     checkpoint=config.Checkpoint(every=500),
     evaluate=config.Evaluate(every=500),
@@ -60,6 +62,9 @@ V2_236B = config.override(
     "train.tokens=8.1e12",
     "train.batch_size=9216",
     "train.micro_batches=72",
+    "train.first_batch_size=2304",
+    "train.ramp_sizes=3",
+    "schedule.ramp_until=0.0277778",
     "optim.peak_lr=2.4e-4",
 )
 
@@ -79,6 +84,8 @@ V2_LITE_16B = config.override(
     "train.tokens=5.7e12",
     "train.batch_size=4608",
     "train.micro_batches=36",
+    "train.first_batch_size=0",
+    "schedule.ramp_until=0",
     "optim.peak_lr=4.2e-4",
 )
 
@@ -107,6 +114,8 @@ S = config.override(
     "train.tokens=1e8",
     "train.batch_size=8",
     "train.micro_batches=1",
+    "train.first_batch_size=0",
+    "schedule.ramp_until=0",
     "train.remat=none",
     "train.scan_layers=false",
     "optim.moments=float32",

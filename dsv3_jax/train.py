@@ -124,7 +124,8 @@ def gradients(
     sums, *told = _gradient_sums(params, *args[1:], run=run)
     of_weights = _weight_counts(state.params, run)
   else:
-    layout = layouts.layout(run, mesh.shape)
+    n_micro = batch.tokens.shape[0]
+    layout = layouts.layout(run, mesh.shape, micro_batches=n_micro)
     divided = topology.batch_spec(mesh.shape, 1)
     sums, *told, of_weights = jax.shard_map(
         functools.partial(_local_gradients, run=run, layout=layout),

@@ -201,7 +201,10 @@ def _write(command: common.Command, losses: Losses) -> None:
   picture = plots.render(
       functools.partial(
           plots.gaps,
-          x=np.arange(1, command.stop + 1) * command.run.tokens_per_step,
+          x=[
+              command.run.rows_before(done) * command.run.data.seq_len
+              for done in range(1, command.stop + 1)
+          ],
           curves={arm: smoothed(loss) for arm, loss in losses.items()},
           gaps=gaps(losses),
           bar=BAR,

@@ -1,5 +1,6 @@
 """Trains a run in a workdir: data, state, loop, evaluation, checkpoints."""
 
+import itertools
 import pathlib
 import time
 from collections.abc import Iterator
@@ -41,12 +42,16 @@ def micro_batches(
 
   A process reads the rows of its own devices.
   """
-  order = stream.order(data.rows, seed)
-  n_micro, n_rows = run.train.micro_batches, run.train.micro_batch_size
+  order, n_rows = stream.order(data.rows, seed), run.train.micro_batch_size
   columns = topology.own_rows(n_rows, mesh)
-  own = [i * n_rows + column for i in range(n_micro) for column in columns]
-  for rows in stream.batches(order, first_step, run.train.batch_size, own):
-    tokens = rows["tokens"].reshape(n_micro, len(columns), -1)
+
+  def own(step):
+    first, size = run.rows_before(step), run.phase(step).batch_size
+    starts = range(first, first + size, n_rows)
+    return [start + column for start in starts for column in columns]
+
+  for rows in stream.batches(order, map(own, itertools.count(first_step))):
+    tokens = rows["tokens"].reshape(-1, len(columns), run.data.seq_len + 1)
     batch = losses.batch(tokens, run.model.vocab_size)
     yield train.place(batch, n_rows, mesh)
 
@@ -74,7 +79,8 @@ class _Reporter:
     seconds = time.monotonic() - self._time
     self.restart_clock()
     self.train_s += seconds
-    row = {"step": done, "tokens": done * self._run.tokens_per_step}
+    length = self._run.data.seq_len
+    row = {"step": done, "tokens": self._run.rows_before(done) * length}
     apart = ("load", "finite", "sent", "fp8")
     row |= {k: v for k, v in metrics.items() if k not in apart}
     sent = traffic.bytes_sent(metrics["sent"], self._run)
@@ -83,7 +89,8 @@ class _Reporter:
         row[f"bytes_over_{axis}"] = n_bytes
     counted = metrics.get("fp8", {})
     row |= quantization.shares(counted)
-    row["tokens_per_s"] = self._run.tokens_per_step / seconds
+    size = self._run.phase(done - 1).batch_size
+    row["tokens_per_s"] = size * length / seconds
     if metrics["load"].size:
       row["max_vio"] = metrics["max_vio_per_layer"].max()
     every = max(self._run.total_steps // LOADS, 1)
@@ -184,7 +191,7 @@ def execute(command: common.Command) -> None:
   checkpoints = checkpoint.manager(folder / "checkpoints", run.checkpoint)
 
   def facts(step):
-    rows = step * run.train.batch_size
+    rows = run.rows_before(step)
     return {"data": data.digests | {"seed": command.seed}, "rows": rows}
 
   state = _start(command, checkpoints, facts(0), mesh)

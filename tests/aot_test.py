@@ -36,7 +36,11 @@ from dsv3_jax import config, presets, train
 from dsv3_jax.parallel import topology
 jax.config.update("jax_num_cpu_devices", 64)
 run = config.override(
-    presets.V3_671B, "train.batch_size=512", "train.micro_batches=8"
+    presets.V3_671B,
+    "train.batch_size=512",
+    "train.micro_batches=8",
+    "train.first_batch_size=0",
+    "schedule.ramp_until=0",
 )
 mesh = topology.mesh({"node": 8, "expert": 8})
 compiled = train.trace_step(run, mesh).lower().compile()
@@ -154,12 +158,14 @@ class FullSizeTest(parameterized.TestCase):
           "--mesh=data=32,node=8,expert=8",
           "--set=train.batch_size=16384",
           "--set=train.micro_batches=8",
+          "--set=train.first_batch_size=4096",
       ),
       # The report's own (section 3.2): 16 stages, 64 devices to an expert's
       # layer, two replicas, 120 micro-batches.
       (
           "--mesh=pipe=16,data=2,node=8,expert=8",
           "--set=parallel.schedule=dualpipe",
+          "--set=train.first_batch_size=4096",
       ),
   )
   def test_671b_lowers_for_2048_devices(self, *layout):

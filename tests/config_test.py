@@ -87,6 +87,11 @@ class FieldTest(parameterized.TestCase):
     ("train.micro_batches", 3, "must divide batch_size=16"),
     ("train.remat", "full", "one of none, selective, block"),
     ("train.max_bad_steps", -1, "at least 0"),
+    ("train.first_batch_size", 32, "at most batch_size=16"),
+    ("train.first_batch_size", 8, "multiple of the 16 sequences"),
+    ("train.first_batch_size", 16, "a batch that grows needs both"),
+    ("schedule.ramp_until", 0.1, "a batch that grows needs both"),
+    ("train.ramp_sizes", 0, "at least 1"),
     # Precision, Checkpoint, Evaluate, Run
     ("precision.recipe", "fp16", "one of fp32, bf16"),
     ("checkpoint.every", 0, "at least 1"),
@@ -344,6 +349,27 @@ class PresetTest(parameterized.TestCase):
     }
     self.assertEqual(actual, actual | published)
 
+  @parameterized.parameters(1, 3, 4, 7, 16)
+  def test_phases_grow_linearly_and_miss_no_row(self, n):
+    run = config.override(
+      RUN,
+      "train.batch_size=16",
+      "train.micro_batches=8",
+      "train.first_batch_size=4",
+      f"train.ramp_sizes={n}",
+      "schedule.ramp_until=0.25",
+    )
+    rows, row = run.train.tokens // run.data.seq_len, 0
+    for step in range(run.total_steps):
+      self.assertEqual(run.rows_before(step), row)
+      size = run.phase(step).batch_size
+      # Steps of the sizes before; a micro-batch of 2 sequences is not cut.
+      linear = min(4 + 12 * row / (0.25 * rows), 16)
+      self.assertBetween(size, linear - 12 / n - 2, min(linear + 1e-9, 16))
+      row += size
+    self.assertBetween(rows - row, 0, 15)
+    self.assertLessEqual(len(run.phases), n + 1)
+
   def test_v3_recipe(self):
     run = presets.V3_671B
     optim = run.optim
@@ -366,8 +392,15 @@ class PresetTest(parameterized.TestCase):
       (schedule.tail_from, 14.633),
       (schedule.bias_until, 14.3),
       (schedule.mtp_until, 10),
+      (schedule.ramp_until, 0.469),
     ):
       self.assertTrue(math.isclose(share * budget, trillions * 1e12))
+    # 3072 to 15360 sequences over 469B tokens, then about 227.8K steps.
+    sizes = [phase.batch_size for phase in run.phases]
+    self.assertEqual(sizes, [3072, 6144, 9216, 12_288, 15_360])
+    ramp, full = 469e9 / 4096, run.phases[-1]
+    self.assertBetween(full.first_row, ramp, ramp + 15_360)
+    self.assertEqual(round(run.total_steps - full.first_step, -2), 227_800)
 
   def test_v2_recipes(self):
     for run, lr, batch, trillions in (

@@ -19,7 +19,9 @@ V3 = presets.V3_671B
 
 def step_at(tokens: float) -> int:
   """The first step before which at least so many tokens were consumed."""
-  return int(np.ceil(tokens / V3.tokens_per_step))
+  full = V3.phases[-1]
+  rows = tokens / V3.data.seq_len - full.first_row
+  return full.first_step + int(np.ceil(rows / full.batch_size))
 
 
 class LearningRateTest(parameterized.TestCase):
@@ -70,6 +72,23 @@ class LearningRateTest(parameterized.TestCase):
       np.testing.assert_allclose(
           optim.learning_rate(step, run), run.optim.peak_lr, rtol=testing.EPS
       )
+
+
+class ProgressTest(absltest.TestCase):
+
+  def test_is_the_share_of_rows(self):
+    run = testing.run(
+        "train.micro_batches=4",
+        "train.first_batch_size=2",
+        "train.ramp_sizes=3",
+        "schedule.ramp_until=0.5",
+    )
+    self.assertLen(run.phases, 4)
+    steps = range(run.total_steps + 1)
+    found = jax.vmap(lambda s: optim.progress(s, run))(jnp.array(steps))
+    rows = np.array([run.rows_before(step) for step in steps])
+    share = rows * run.data.seq_len / run.train.tokens
+    np.testing.assert_allclose(found, share, rtol=4 * testing.EPS)
 
 
 class SwitchTest(parameterized.TestCase):

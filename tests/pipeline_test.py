@@ -228,6 +228,21 @@ class ProblemsTest(parameterized.TestCase):
     self.assertIn("11 micro-batches: must be even and at least 8", found)
     self.assertIn("use 10 or 12", found)
 
+  def test_too_few_while_the_batch_grows(self):
+    run = config.override(
+        RUN,
+        "train.batch_size=32",
+        "train.micro_batches=16",
+        "train.first_batch_size=8",
+        "train.ramp_sizes=2",
+        "schedule.ramp_until=0.5",
+    )
+    (line,) = layouts.problems(run, SIZES)
+    self.assertIn("4 micro-batches: must be even and at least 8", line)
+    self.assertIn("8 sequences, 2 a micro-batch, of steps while", line)
+    run = config.override(run, "train.first_batch_size=16")
+    self.assertEmpty(layouts.problems(run, SIZES))
+
   def test_nothing_is_wrong(self):
     self.assertEmpty(layouts.problems(RUN, SIZES))
 

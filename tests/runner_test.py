@@ -194,6 +194,33 @@ class RelayoutTest(parameterized.TestCase):
     batch = next(batches)
     return jax.device_get((batch, compiled_loss(run, mesh)(state, batch)))
 
+  def rows_of(self, first, stop, *settings):
+    """First tokens of the rows of steps, in order, and the steps' sizes."""
+    run = config.override(self.run_, *settings)
+    mesh = topology.mesh({"data": 2})
+    read = runner.micro_batches(self.data, run, 5, first, mesh)
+    tokens, sizes = [], []
+    for batch in itertools.islice(read, stop - first):
+      rows = np.asarray(batch.tokens)
+      tokens += rows.reshape(-1, rows.shape[-1]).tolist()
+      sizes.append(rows.shape[0] * rows.shape[1])
+    return tokens, sizes
+
+  def test_rows_do_not_depend_on_batch_sizes_splits_or_restarts(self):
+    plain, sizes = self.rows_of(0, 8)
+    self.assertEqual(sizes, [8] * 8)
+    ramp = "train.first_batch_size=4", "schedule.ramp_until=0.03"
+    for settings in (
+        ("train.micro_batches=4",),
+        ("train.micro_batches=2", *ramp, "train.ramp_sizes=1"),
+        ("train.micro_batches=4", *ramp, "train.ramp_sizes=2"),
+    ):
+      found, sizes = self.rows_of(0, 8, *settings)
+      self.assertEqual(found, plain[: len(found)])
+      self.assertEqual(len(set(sizes)) > 1, len(settings) > 1)
+      later, _ = self.rows_of(3, 8, *settings)
+      self.assertEqual(later, found[sum(sizes[:3]) :])
+
   @parameterized.parameters(*itertools.pairwise(WAY))
   def test_a_save_goes_on_in_another_layout(self, before, after):
     checkpoints = checkpoint.manager(

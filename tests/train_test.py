@@ -148,8 +148,9 @@ class ResumeTest(absltest.TestCase):
 
   def test_n_steps_and_n_more_are_2n_steps(self):
     n = 3
+    step = compiled_step()
     self.enter_context(
-        mock.patch.object(train, "make_step", lambda *_: compiled_step())
+        mock.patch.object(train, "make_step", lambda *_: step)
     )
     folder = testing.folder(self)
     text = folder / "text.txt"

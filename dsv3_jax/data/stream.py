@@ -1,13 +1,13 @@
 """Rows of tokens: in a fixed random order to train on, as windows to evaluate.
 
-The rows of optimizer step n are a function of (seed, n) alone: no state to
-save, and the same with any number of processes and threads.
+The n-th row of a run is a function of (seed, n) alone: no state to save, and
+the same with any batch size and number of processes and threads.
 """
 
 import concurrent.futures
 import dataclasses
-import itertools
 import pathlib
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Any
@@ -69,44 +69,34 @@ def order(rows: Rows, seed: int) -> grain.MapDataset:
 
 
 def batch(
-    ordered: grain.MapDataset,
-    step: int,
-    batch_size: int,
-    own: Sequence[int] | None = None,
+    ordered: grain.MapDataset, index: Sequence[int]
 ) -> dict[str, np.ndarray]:
-  """The rows of one optimizer step.
+  """Some rows of an order.
 
   Args:
     ordered: from `order`.
-    step: optimizer step, from 0.
-    batch_size: rows of the step, over all processes.
-    own: which of them to read, default all.
+    index: which, from 0; beyond an epoch too.
 
   Returns:
     `tokens` [B, T + 1] int32, and `row` [B] int64: which rows they are.
   """
-  own = range(batch_size) if own is None else own
-  rows = [ordered[step * batch_size + i] for i in own]
+  rows = [ordered[i] for i in index]
   return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
 def batches(
-    ordered: grain.MapDataset,
-    first_step: int,
-    batch_size: int,
-    own: Sequence[int] | None = None,
+    ordered: grain.MapDataset, indices: Iterable[Sequence[int]]
 ) -> Iterator[dict[str, np.ndarray]]:
-  """`batch` of each step from `first_step` on, one read ahead in a thread."""
+  """`batch` of each of the indices, one read ahead in a thread."""
   # Not grain's own prefetch: its thread aborts an interpreter that exits.
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
-
-    def read(step):
-      return pool.submit(batch, ordered, step, batch_size, own)
-
-    ahead = read(first_step)
-    for step in itertools.count(first_step + 1):
-      ready, ahead = ahead, read(step)
-      yield ready.result()
+    ahead = None
+    for index in indices:
+      ready, ahead = ahead, pool.submit(batch, ordered, index)
+      if ready:
+        yield ready.result()
+    if ahead:
+      yield ahead.result()
 
 
 def heldout_windows(

@@ -246,7 +246,11 @@ class Layout:
 
 
 def layout(
-    run: config.Run, sizes: Mapping[str, int], *, staged: bool = True
+    run: config.Run,
+    sizes: Mapping[str, int],
+    *,
+    staged: bool = True,
+    micro_batches: int | None = None,
 ) -> Layout:
   """The layout of a run on a mesh of these sizes by axis.
 
@@ -255,12 +259,13 @@ def layout(
     sizes: of the mesh axes.
     staged: with the layers divided over `pipe` as the run's schedule says;
       otherwise its devices divide the rows of a batch like all others.
+    micro_batches: of the step, if not the run's full number.
   """
   rules, schedule = LAYOUTS[run.parallel.layout], None
   specs = transformer.specs(run.model)
   if staged and run.parallel.schedule != "none":
     schedule = schedules.SCHEDULES[run.parallel.schedule](
-        sizes.get("pipe", 1), run.train.micro_batches
+        sizes.get("pipe", 1), micro_batches or run.train.micro_batches
     )
   return Layout(
       places=jax.tree.map(
@@ -343,9 +348,19 @@ def _pipeline_problems(
         f"--mesh: pipe={n_ranks} needs a parallel.schedule; one of"
         f" {', '.join(schedules.SCHEDULES)}"
     ]
-  found = schedules.problems(
-      name, n_ranks, run.train.micro_batches, run.model.n_layers
-  )
+  found, micro = [], run.train.micro_batch_size
+  n_layers = run.model.n_layers
+  for phase in reversed(run.phases):
+    n_micro = phase.batch_size // micro
+    for line in schedules.problems(name, n_ranks, n_micro, n_layers):
+      if phase.batch_size == run.train.batch_size:
+        found.append(line)
+      elif "micro-batches" in line:
+        found.append(
+            f"{line}; these are the {phase.batch_size} sequences, {micro} a"
+            " micro-batch, of steps while the batch grows: see"
+            " train.first_batch_size"
+        )
   if sizes.get("model", 1) > 1:
     found.append(
         f"--mesh: model={sizes['model']} with parallel.schedule={name}: layers"

@@ -1,0 +1,104 @@
+"""Settings of a configuration by path: listed, replaced, compared."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from dsv3_jax import fields
+
+
+def leaves(cfg: Any, prefix: str = "") -> dict[str, Any]:
+  """All settings as {"model.mla.n_heads": value}, in order."""
+  out = {}
+  for field in dataclasses.fields(cfg):
+    value, path = getattr(cfg, field.name), prefix + field.name
+    if dataclasses.is_dataclass(value):
+      out |= leaves(value, path + ".")
+    else:
+      out[path] = value
+  return out
+
+
+def _parse(text: str, kind: type) -> Any:
+  if kind is str:
+    return text
+  if kind is bool:
+    return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+  if kind is float:
+    return float(text)
+  try:
+    return int(text)
+  except ValueError:
+    if (value := float(text)) != int(value):  # 1e9 is a fine way to write it
+      raise
+    return int(value)
+
+
+def _assignments(
+    known: dict[str, Any], texts: Sequence[str]
+) -> tuple[dict[str, Any], list[str]]:
+  """Parses `path=value` texts to ({path: value}, problems)."""
+  values, problems = {}, []
+  for text in texts:
+    path, equals, value = text.partition("=")
+    # `model.` may be left out: router.bias_speed is model.router.bias_speed.
+    path = path if path in known else f"model.{path}"
+    if not equals:
+      problems.append(f"{text!r}: expected path=value")
+    elif path not in known:
+      path = path.removeprefix("model.")
+      short = [k.removeprefix("model.") for k in known]
+      problems.append(f"{path}: no such setting{fields.nearest(path, short)}")
+    else:
+      kind = type(known[path])
+      try:
+        values[path] = _parse(value, kind)
+      except (ValueError, KeyError, OverflowError):
+        problems.append(f"{path}={value!r}: expected {kind.__name__}")
+  return values, problems
+
+
+def _rebuild(
+    cfg: Any, values: dict[str, Any], prefix: str, problems: list[str]
+) -> Any:
+  """The config with values replaced, or None where a part is not valid."""
+  changes = {}
+  for field in dataclasses.fields(cfg):
+    value, path = getattr(cfg, field.name), prefix + field.name
+    if dataclasses.is_dataclass(value):
+      changes[field.name] = _rebuild(value, values, path + ".", problems)
+    elif path in values:
+      changes[field.name] = values[path]
+  if any(value is None for value in changes.values()):
+    return None
+  try:
+    return dataclasses.replace(cfg, **changes)
+  except ValueError as error:
+    problems.extend(str(error).splitlines())
+    return None
+
+
+def override(cfg: Any, *assignments: str) -> Any:
+  """The config with settings such as `mla.n_heads=4` or `train.tokens=1e6`.
+
+  Paths start at `cfg`; a leading `model.` may be left out. Values take the type
+  of the setting.
+
+  Raises:
+    ValueError: one line a problem, of all assignments together.
+  """
+  values, problems = _assignments(leaves(cfg), assignments)
+  result = _rebuild(cfg, values, "", problems)
+  if problems:
+    raise ValueError("\n".join(problems))
+  return result
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+  """One line for each setting that differs between two `leaves` dicts."""
+  missing = "(not there)"
+  return [
+      f"{path}: {old.get(path, missing)!r} -> {new.get(path, missing)!r}"
+      for path in sorted(old.keys() | new.keys())
+      if old.get(path, missing) != new.get(path, missing)
+  ]
