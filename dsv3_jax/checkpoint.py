@@ -11,6 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from dsv3_jax import config
+from dsv3_jax import schema
 from dsv3_jax import train
 
 
@@ -26,16 +27,17 @@ def save(
     checkpoints: ocp.CheckpointManager,
     state: train.TrainState,
     facts: dict[str, Any],
+    average: schema.Params | None = None,
 ) -> None:
-  """Starts saving the state under its own step."""
+  """Starts saving the state, and the parameters' average, under its step."""
   step = int(state.step)
-  checkpoints.save(
-      step,
-      args=ocp.args.Composite(
-          state=ocp.args.StandardSave(_raw(state)),
-          facts=ocp.args.JsonSave(facts),
-      ),
-  )
+  items = {
+      "state": ocp.args.StandardSave(_raw(state)),
+      "facts": ocp.args.JsonSave(facts),
+  }
+  if average is not None:
+    items["ema"] = ocp.args.StandardSave(average)
+  checkpoints.save(step, args=ocp.args.Composite(**items))
 
 
 def restore(
@@ -57,18 +59,43 @@ def restore(
       jax.eval_shape(_raw, like),
       like,
   )
-  args = ocp.args.Composite(
-      state=ocp.args.StandardRestore(template), facts=ocp.args.JsonRestore()
+  restored = _restore(
+      checkpoints,
+      step,
+      state=ocp.args.StandardRestore(template),
+      facts=ocp.args.JsonRestore(),
   )
+  state = restored.state
+  return state.replace(key=jax.random.wrap_key_data(state.key)), restored.facts
+
+
+def restore_average(
+    checkpoints: ocp.CheckpointManager, step: int, like: schema.Params
+) -> schema.Params:
+  """The average of the parameters of a step.
+
+  Args:
+    checkpoints: where they are.
+    step: which one.
+    like: shapes, types and places, as of `restore`.
+
+  Raises:
+    ValueError: there is none, or it is damaged.
+  """
+  like = ocp.args.StandardRestore(like)
+  return _restore(checkpoints, step, ema=like).ema
+
+
+def _restore(
+    checkpoints: ocp.CheckpointManager, step: int, **items: Any
+) -> Any:
   try:
-    restored = checkpoints.restore(step, args=args)
+    return checkpoints.restore(step, args=ocp.args.Composite(**items))
   except Exception as error:  # orbax raises many kinds for a damaged file
     raise ValueError(
         f"checkpoint {checkpoints.directory / str(step)} cannot be read:"
         f" {error}"
     ) from error
-  state = restored.state
-  return state.replace(key=jax.random.wrap_key_data(state.key)), restored.facts
 
 
 def _raw(state: train.TrainState) -> train.TrainState:

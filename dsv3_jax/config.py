@@ -161,6 +161,8 @@ class Optim:
   weight_decay: float = number(0.1, low=0)
   clip_norm: float = number(1.0, above=0)
   moments: str = choice("float32", "bfloat16")
+  # Of an average of the parameters in host memory; 0: none is kept.
+  ema_decay: float = number(0.0, low=0, high=1)
 
 
 @fields.checked
@@ -308,6 +310,7 @@ class Evaluate:
 
   every: int = number(100, low=1)  # steps
   batch_size: int = number(32, low=1)
+  ema: bool = False  # also with the averaged parameters, see optim.ema_decay
   sample_tokens: int = number(120, low=0)  # of sample text at an evaluation
 
 
@@ -340,6 +343,8 @@ class Run:
           f"Data.seq_len={self.data.seq_len}: must be above MTP.depth="
           f"{self.model.mtp.depth}, or no position has a target that far ahead"
       )
+    if self.evaluate.ema and not self.optim.ema_decay:
+      yield "Evaluate.ema=True: needs an average, optim.ema_decay above 0"
     ramp, first = self.schedule.ramp_until, self.train.first_batch_size
     if bool(ramp) != bool(first):
       yield (

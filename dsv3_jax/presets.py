@@ -33,7 +33,7 @@ V3_671B = config.Run(
         first_batch_size=3072,
         remat="selective",
     ),
-    optim=config.Optim(moments="bfloat16"),
+    optim=config.Optim(moments="bfloat16", ema_decay=0.999),
     schedule=config.Schedule(ramp_until=469 / 14_800),
     precision=config.Precision(recipe="bf16"),
     checkpoint=config.Checkpoint(every=500),
@@ -119,6 +119,7 @@ S = config.override(
     "train.remat=none",
     "train.scan_layers=false",
     "optim.moments=float32",
+    "optim.ema_decay=0",
     "precision.recipe=fp32",
     # Some dims are below the paper's 128.
     "precision.tile=64",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from dsv3_jax import config
+from dsv3_jax import ema
 from dsv3_jax import losses
 from dsv3_jax import optim
 from dsv3_jax import schema
@@ -327,6 +328,7 @@ def fit(
     check: Callable[[TrainState], None],
     evaluate: Callable[[TrainState], None],
     save: Callable[[TrainState], None],
+    average: ema.Average | None = None,
 ) -> TrainState:
   """Trains until `stop` optimizer steps are done.
 
@@ -343,11 +345,14 @@ def fit(
     check: called every `run.parallel.check_every` steps, before a save.
     evaluate: called every `run.evaluate.every` steps.
     save: called every `run.checkpoint.every` steps.
+    average: of the parameters, which every step updates.
   """
   step_fn = make_step(run, mesh)
   pending = None
   for done in range(int(state.step) + 1, stop + 1):
     state, metrics = step_fn(state, next(batches))  # starts, does not wait
+    if average:
+      average.update(done, state.params, metrics["finite"])
     if pending:
       report(*pending)
     pending = (done, metrics)

@@ -1,5 +1,6 @@
 """Trains a run in a workdir: data, state, loop, evaluation, checkpoints."""
 
+import dataclasses
 import itertools
 import pathlib
 import time
@@ -10,6 +11,7 @@ import jax
 
 from dsv3_jax import checkpoint
 from dsv3_jax import config
+from dsv3_jax import ema
 from dsv3_jax import losses
 from dsv3_jax import train
 from dsv3_jax.data import corpus
@@ -189,12 +191,9 @@ def execute(command: common.Command) -> None:
     raise ValueError("\n".join(problems))
   data = _prepare(command)
   checkpoints = checkpoint.manager(folder / "checkpoints", run.checkpoint)
-
-  def facts(step):
-    rows = run.rows_before(step)
-    return {"data": data.digests | {"seed": command.seed}, "rows": rows}
-
-  state = _start(command, checkpoints, facts(0), mesh)
+  facts = _facts(command, data, 0)
+  state = _start(command, checkpoints, facts, mesh)
+  average = _average(run, checkpoints, state)
   first = int(state.step)
   with _book(folder, command.stop, first) as book:
     book.note(
@@ -202,24 +201,7 @@ def execute(command: common.Command) -> None:
         f" {data.train.n_tokens:,} tokens of text an epoch"
     )
     reporter = _Reporter(book, run, command.stop)
-    final = {}
-
-    def check(state):
-      replicas.check(state, mesh)
-      reporter.restart_clock()
-
-    def evaluate(state):
-      final.update(_heldout(state, data, run, mesh))
-      row = {"step": int(state.step)} | final
-      if run.evaluate.sample_tokens:
-        row["sample"] = _sample(state, data.tokenizer, run, mesh)
-      book.evaluation(row)
-      reporter.restart_clock()
-
-    def save(state):
-      checkpoint.save(checkpoints, state, facts(int(state.step)))
-      reporter.restart_clock()
-
+    aside = _Aside(command, data, mesh, checkpoints, book, reporter, average)
     train.fit(
         state,
         run,
@@ -227,16 +209,86 @@ def execute(command: common.Command) -> None:
         command.stop,
         mesh=mesh,
         report=reporter.step,
-        check=check,
-        evaluate=evaluate,
-        save=save,
+        check=aside.check,
+        evaluate=aside.evaluate,
+        save=aside.save,
+        average=average,
     )
     checkpoints.wait_until_finished()
+  if average:
+    average.close()
   if first < command.stop and jax.process_index() == 0:
-    summary = _summary(run, data) | final
+    summary = _summary(run, data) | aside.heldout
     summary["train_seconds"] = reporter.train_s
     summary["total_seconds"] = time.monotonic() - began
     workdir.write_summary(folder, summary)
+
+
+def _facts(
+    command: common.Command, data: stream.Prepared, step: int
+) -> dict[str, Any]:
+  """What a checkpoint holds beside the state."""
+  rows = command.run.rows_before(step)
+  return {"data": data.digests | {"seed": command.seed}, "rows": rows}
+
+
+def _average(
+    run: config.Run, checkpoints: Any, state: train.TrainState
+) -> ema.Average | None:
+  """The average of the parameters, from where the state stands."""
+  if not run.optim.ema_decay:
+    return None
+  params, step = state.params, int(state.step)
+  if step:
+    like = jax.tree.map(ema.in_host_memory, params)
+    params = checkpoint.restore_average(checkpoints, step, like)
+  return ema.Average(params, run.optim.ema_decay)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Aside:
+  """What a run does now and then besides training; none of it is timed."""
+
+  command: common.Command
+  data: stream.Prepared
+  mesh: jax.sharding.Mesh
+  checkpoints: Any
+  book: Any
+  reporter: _Reporter
+  average: ema.Average | None
+  heldout: dict[str, float] = dataclasses.field(default_factory=dict)  # last
+
+  def check(self, state: train.TrainState) -> None:
+    """Compares what devices hold alike."""
+    replicas.check(state, self.mesh)
+    self.reporter.restart_clock()
+
+  def evaluate(self, state: train.TrainState) -> None:
+    """Writes the likelihood of held-out text, and a sample."""
+    run, mesh = self.command.run, self.mesh
+    found = _heldout(state, self.data, run, mesh)
+    if run.evaluate.ema:
+      places = jax.tree.map(lambda a: a.sharding, state.params)
+      averaged = jax.device_put(self.average.params(), places)
+      averaged = state.replace(params=averaged)
+      more = _heldout(averaged, self.data, run, mesh)
+      found |= {f"{name}_ema": value for name, value in more.items()}
+    self.heldout.update(found)
+    row = {"step": int(state.step)} | found
+    if run.evaluate.sample_tokens:
+      row["sample"] = _sample(state, self.data.tokenizer, run, mesh)
+    self.book.evaluation(row)
+    self.reporter.restart_clock()
+
+  def save(self, state: train.TrainState) -> None:
+    """Starts saving the state and the average."""
+    checkpoint.save(
+        self.checkpoints,
+        state,
+        _facts(self.command, self.data, int(state.step)),
+        self.average.params() if self.average else None,
+    )
+    self.reporter.restart_clock()
 
 
 def _heldout(

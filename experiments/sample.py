@@ -21,6 +21,7 @@ from experiments import workdir
 _PROMPT = flags.DEFINE_string("prompt", "", "what the text starts with")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 200, "tokens to write")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is greedy")
+_EMA = flags.DEFINE_bool("ema", False, "the averaged parameters")
 _TOP_P = flags.DEFINE_float("top_p", 0.95, "nucleus of the distribution")
 
 
@@ -46,6 +47,8 @@ def sample() -> None:
   folder = pathlib.Path(flags.FLAGS.workdir)
   facts = workdir.read_config(folder)
   run = workdir.run_of(facts, presets.PRESETS)
+  if _EMA.value and not run.optim.ema_decay:
+    raise ValueError(f"--ema: {folder} has no average, optim.ema_decay is 0")
   tok = tokenizer.load(folder / "data" / "tokenizer.json")
   if not (folder / "checkpoints").is_dir():
     raise common.NoCheckpointError(f"{folder}: has no checkpoints yet")
@@ -55,7 +58,10 @@ def sample() -> None:
   mesh = topology.mesh({})
   like = train.abstract_state(run, mesh)
   state, _ = checkpoint.restore(checkpoints, step, like)
-  parts = state.params, state.router_bias
+  params = state.params
+  if _EMA.value:
+    params = checkpoint.restore_average(checkpoints, step, like.params)
+  parts = params, state.router_bias
   params, bias = topology.on_first_device(parts, mesh)
   prompt = tok.encode(_PROMPT.value, add_special_tokens=False).ids
   made = decoding.generate(

@@ -316,6 +316,11 @@ class StartTest(parameterized.TestCase):
     code, _, err = command_line(sample_main, f"--workdir={command.workdir}")
     self.assertEqual(code, common.NO_CHECKPOINT)
     self.assertIn("no finished checkpoint", err)
+    code, _, err = command_line(
+        sample_main, f"--workdir={command.workdir}", "--ema"
+    )
+    self.assertEqual(code, common.BAD_INPUT)
+    self.assertIn("has no average, optim.ema_decay is 0", err)
 
 
 class DryRunTest(absltest.TestCase):
@@ -355,8 +360,15 @@ class EndToEndTest(absltest.TestCase):
       "train.micro_batches=2",
       "train.tokens=4096",
       "schedule.warmup_steps=2",
+      # Three steps of two sequences, then four.
+      "train.first_batch_size=2",
+      "train.ramp_sizes=1",
+      "schedule.ramp_until=0.04",
+      "train.remat=selective",
+      "optim.ema_decay=0.9",
       "checkpoint.every=4",
       "evaluate.every=4",
+      "evaluate.ema=true",
       "evaluate.sample_tokens=8",
   )
 
@@ -391,7 +403,8 @@ class EndToEndTest(absltest.TestCase):
       self.assertEqual(checkpoints.latest_step(), 8)
       like = train.abstract_state(run, topology.mesh({}))
       restored, facts = checkpoint.restore(checkpoints, 8, like)
-      return testing.host(restored), facts
+      average = checkpoint.restore_average(checkpoints, 8, like.params)
+      return (testing.host(restored), jax.device_get(average)), facts
 
     pretrain("parts", 4)
     pretrain("parts", 8)
@@ -399,6 +412,7 @@ class EndToEndTest(absltest.TestCase):
     (parts, facts), (whole, whole_facts) = state("parts"), state("whole")
     testing.assert_same(parts, whole)
     self.assertEqual(facts, whole_facts)
+    self.assertEqual(facts["rows"], 3 * 2 + 5 * 4)
     rows = [
         logbook.read(root / name / logbook.METRICS)
         for name in ("parts", "whole")
@@ -406,6 +420,8 @@ class EndToEndTest(absltest.TestCase):
     losses_of = lambda rows: [row["loss"] for row in rows if "loss" in row]
     self.assertLen(losses_of(rows[0]), 8)
     self.assertEqual(*map(losses_of, rows))
+    last = rows[0][-1]
+    self.assertNotEqual(last["heldout_bpb"], last["heldout_bpb_ema"])
 
     prompt = "It was a"
     folder = f"--workdir={root / 'parts'}"
@@ -414,6 +430,10 @@ class EndToEndTest(absltest.TestCase):
     )
     self.assertStartsWith(out, prompt)
     self.assertGreater(len(out.strip()), len(prompt))
+    out = self.run_program(
+        "experiments.sample", folder, f"--prompt={prompt}", "--ema"
+    )
+    self.assertStartsWith(out, prompt)
     self.run_program("scripts.report", folder)
     page = (root / "parts" / "report.html").read_text()
     self.assertIn("<html", page)

@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # A part imports only what stands left of it, and itself.
 ORDER = (
     "manual fields settings config presets schema data model losses parallel"
-    " optim train checkpoint infer evals posttrain interop plan"
+    " optim ema train checkpoint infer evals posttrain interop plan"
 ).split()
 # Where communication may be written by hand.
 MANUAL = ("parallel", "train", "evals")

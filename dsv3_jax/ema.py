@@ -1,0 +1,108 @@
+"""A moving average of the parameters in host memory (section 3.2.3).
+
+It estimates early how good the model will be after the learning rate's decay.
+Devices hold none of it and do not wait: a step's parameters are copied to the
+host while the next step begins, and averaged there by a thread, in NumPy.
+"""
+
+import concurrent.futures
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from dsv3_jax import schema
+
+
+def decay_at(step: int, decay: float) -> float:
+  """Weight of the average so far at a step, from 1: less at first.
+
+  (1 + step) / (10 + step) until that reaches `decay`, so that the first
+  parameters are soon forgotten.
+  """
+  return min(decay, (1 + step) / (10 + step))
+
+
+def in_host_memory(a: jax.Array) -> jax.ShapeDtypeStruct:
+  """The type of the array, in the host memory of its devices."""
+  to = a.sharding.with_memory_kind("pinned_host")
+  return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=to)
+
+
+class Average:
+  """The average of all parameters seen; each process holds its own slices."""
+
+  def __init__(self, params: schema.Params, decay: float):
+    """Begins with parameters, or goes on from an average in their place."""
+    self._decay = decay
+    leaves, self._structure = jax.tree.flatten(params)
+    self._types = [in_host_memory(leaf) for leaf in leaves]
+    self._slices = [_slices(leaf, np.array) for leaf in leaves]
+    self._thread = concurrent.futures.ThreadPoolExecutor(1)
+    self._job = None
+
+  def update(self, step: int, params: schema.Params, good: jax.Array) -> None:
+    """Starts to average in the parameters after a step; does not wait for it.
+
+    Waits for the one before, which bounds memory. The parameters may be donated
+    right after.
+
+    Args:
+      step: steps done.
+      params: as the first ones.
+      good: [] bool; if false, nothing changes.
+
+    Raises:
+      Exception: what went wrong in the update before.
+    """
+    self._wait()
+    places = [kind.sharding for kind in self._types]
+    copies = jax.device_put(jax.tree.leaves(params), places)
+    decay = decay_at(step, self._decay)
+    self._job = self._thread.submit(self._average, copies, good, decay)
+
+  def _average(self, copies, good, decay):
+    if not good:
+      return
+    weight = np.float32(1 - decay)
+    for slices, copy in zip(self._slices, copies, strict=True):
+      for key, new in _slices(copy, np.asarray).items():
+        slices[key] += weight * (new - slices[key])
+
+  def _wait(self) -> None:
+    if self._job:
+      self._job.result()
+
+  def params(self) -> schema.Params:
+    """The average, divided like the parameters, in host memory."""
+    self._wait()
+    arrays = []
+    for kind, slices in zip(self._types, self._slices, strict=True):
+      # Copies: what comes later must not change what is being saved.
+      own = {key: part.copy() for key, part in slices.items()}
+      of = functools.partial(_slice_of, own, kind.shape)
+      made = jax.make_array_from_callback(kind.shape, kind.sharding, of)
+      arrays.append(made)
+    return jax.tree.unflatten(self._structure, arrays)
+
+  def close(self) -> None:
+    """Ends the thread."""
+    self._thread.shutdown()
+
+
+def _key(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple:
+  return tuple(i.indices(n) for i, n in zip(index, shape, strict=True))
+
+
+def _slices(a: jax.Array, copy: Any) -> dict[tuple, np.ndarray]:
+  """What this process holds of an array, each part once."""
+  found = {}
+  for shard in a.addressable_shards:
+    if (key := _key(shard.index, a.shape)) not in found:
+      found[key] = copy(shard.data)
+  return found
+
+
+def _slice_of(slices, shape, index):
+  return slices[_key(index, shape)]
