@@ -137,6 +137,13 @@ class Model:
 # --- the run ---
 
 
+def _is_weight(part: str) -> bool:
+  try:
+    return 0 < float(part.partition("=")[2]) < math.inf
+  except ValueError:
+    return False
+
+
 @fields.checked
 class Data:
   """Text and how it becomes rows of tokens."""
@@ -146,6 +153,33 @@ class Data:
   seq_len: int = number(low=1)
   heldout: float = number(0.05, above=0, high=0.5)  # share held out, of the end
   on_bad_text: str = choice("error", "replace", "skip")  # invalid UTF-8
+  # Folders or files of `path` and their weights, as prose=2,code=1: how often
+  # a row is of each. "": all text is one.
+  domains: str = ""
+  fim_rate: float = number(0.0, low=0, high=1)  # documents to fill in
+  split_rate: float = number(0.0, low=0, high=1)  # of tokens with line breaks
+
+  def relations(self) -> Iterator[str]:
+    names = [part.partition("=")[0].strip() for part in self._parts]
+    if self._parts and not self.path:
+      yield f"Data.domains={self.domains!r}: needs Data.path, their folder"
+    for part, name in zip(self._parts, names, strict=True):
+      good = name and name[0] != "." and "/" not in name and _is_weight(part)
+      if names.count(name) > 1 or not good:
+        yield (
+            f"Data.domains={self.domains!r}: {part!r} must be name=weight, such"
+            " as prose=2; each name once and in Data.path, the weight above 0"
+        )
+
+  @property
+  def _parts(self) -> list[str]:
+    return self.domains.split(",") if self.domains else []
+
+  @property
+  def weights(self) -> dict[str, float]:
+    """Weight of each domain, in order; empty: all text is one."""
+    pairs = (part.partition("=") for part in self._parts)
+    return {name.strip(): float(weight) for name, _, weight in pairs}
 
 
 @fields.checked

@@ -34,8 +34,15 @@ class Losses:
   balance: jax.Array  # alpha included, summed over routers
 
 
-def batch(rows: np.ndarray, vocab_size: int) -> Batch:
+def batch(
+    rows: np.ndarray, vocab_size: int, padding: int | None = None
+) -> Batch:
   """The batch of rows [..., T + 1] of consecutive token ids.
+
+  Args:
+    rows: token ids.
+    vocab_size: of the model.
+    padding: an id that nothing is to predict.
 
   Raises:
     ValueError: an id outside the vocabulary, or ids that are not integers.
@@ -51,7 +58,10 @@ def batch(rows: np.ndarray, vocab_size: int) -> Batch:
         " model's vocabulary"
     )
   rows = rows.astype(np.int32)
-  return Batch(rows[..., :-1], rows[..., 1:])
+  labels = rows[..., 1:]
+  if padding is not None:
+    labels = np.where(labels == padding, IGNORE, labels)
+  return Batch(rows[..., :-1], labels)
 
 
 def token_weights(labels: jax.Array) -> jax.Array:

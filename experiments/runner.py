@@ -44,7 +44,7 @@ def micro_batches(
 
   A process reads the rows of its own devices.
   """
-  order, n_rows = stream.order(data.rows, seed), run.train.micro_batch_size
+  order, n_rows = data.order(seed), run.train.micro_batch_size
   columns = topology.own_rows(n_rows, mesh)
 
   def own(step):
@@ -54,7 +54,7 @@ def micro_batches(
 
   for rows in stream.batches(order, map(own, itertools.count(first_step))):
     tokens = rows["tokens"].reshape(-1, len(columns), run.data.seq_len + 1)
-    batch = losses.batch(tokens, run.model.vocab_size)
+    batch = losses.batch(tokens, run.model.vocab_size, tokenizer.PAD_ID)
     yield train.place(batch, n_rows, mesh)
 
 
@@ -198,7 +198,8 @@ def execute(command: common.Command) -> None:
   with _book(folder, command.stop, first) as book:
     book.note(
         f"{command.variant}: {first} of {command.stop} steps done,"
-        f" {data.train.n_tokens:,} tokens of text an epoch"
+        f" {data.n_tokens:,} tokens of text an epoch, {data.padding:.2%}"
+        " padding in rows"
     )
     reporter = _Reporter(book, run, command.stop)
     aside = _Aside(command, data, mesh, checkpoints, book, reporter, average)
@@ -297,16 +298,21 @@ def _heldout(
     run: config.Run,
     mesh: jax.sharding.Mesh,
 ) -> dict[str, float]:
-  rows, mask = stream.heldout_windows(data.heldout_tokens, run.data.seq_len)
-  return likelihood.heldout(
-      state.params,
-      state.router_bias,
-      rows,
-      mask,
-      data.heldout_bytes,
-      run,
-      mesh,
-  )
+  found = {}
+  for domain in data.domains:
+    rows, mask = stream.heldout_windows(
+        domain.heldout_tokens, run.data.seq_len
+    )
+    found[domain.name] = likelihood.heldout(
+        state.params,
+        state.router_bias,
+        rows,
+        mask,
+        domain.heldout.text_bytes,
+        run,
+        mesh,
+    )
+  return likelihood.joined(found)
 
 
 def _sample(
@@ -337,10 +343,11 @@ def _sample(
 def _summary(run: config.Run, data: stream.Prepared) -> dict[str, Any]:
   """Figures of the model and of the text, for the report."""
   counts = transformer.parameter_counts(run.model)
-  parts = corpus.split(
-      corpus.documents(run.data.path, run.data.on_bad_text), run.data.heldout
+  train, heldout = (
+      b"".join(map(corpus.text_bytes, documents))
+      for documents in zip(*stream.texts(run.data).values(), strict=True)
   )
-  rivals = corpus.compression_bits_per_byte(*map(corpus.text_bytes, parts))
+  rivals = corpus.compression_bits_per_byte(train, heldout)
   return {
       "parameters": counts["main"] + counts["mtp"],
       "active_parameters": counts["active"],

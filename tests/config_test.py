@@ -69,6 +69,10 @@ class FieldTest(parameterized.TestCase):
     ("data.heldout", 0.0, "above 0"),
     ("data.heldout", 0.6, "at most 0.5"),
     ("data.on_bad_text", "ignore", "one of error, replace, skip"),
+    ("data.fim_rate", 1.1, "at most 1"),
+    ("data.fim_rate", -0.1, "at least 0"),
+    ("data.split_rate", 2.0, "at most 1"),
+    ("data.domains", "a=1", "needs Data.path"),
     ("optim.peak_lr", -1.0, "above 0"),
     ("optim.min_lr", -1.0, "at least 0"),
     ("optim.tail_lr", -1.0, "at least 0"),
@@ -348,6 +352,18 @@ class PresetTest(parameterized.TestCase):
       for path, value in config.leaves(run.model).items()
     }
     self.assertEqual(actual, actual | published)
+
+  @parameterized.parameters(
+    *("a", "a=0", "a=-1", "a=x", "a=inf", "=1"),
+    *("a=1,a=2", "../a=1", ".a=1", "a=1,"),
+  )
+  def test_domains_are_names_with_weights(self, text):
+    with self.assertRaisesRegex(ValueError, "must be name=weight"):
+      config.override(RUN, "data.path=x", f"data.domains={text}")
+
+  def test_domains(self):
+    run = config.override(RUN, "data.path=x", "data.domains=b.txt=2, a=.5")
+    self.assertEqual(run.data.weights, {"b.txt": 2.0, "a": 0.5})
 
   @parameterized.parameters(1, 3, 4, 7, 16)
   def test_phases_grow_linearly_and_miss_no_row(self, n):

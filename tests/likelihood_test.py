@@ -46,7 +46,7 @@ class HeldoutTest(absltest.TestCase):
         N_BYTES,
         run,
         mesh,
-    )
+    ).row("")
 
   def expected_nats(self):
     params, bias = reference.f64((self.params, self.bias))
@@ -92,6 +92,19 @@ class HeldoutTest(absltest.TestCase):
     expected = self.heldout()
     rows[:, -1] = (rows[:, -1] + 1) % VOCAB
     self.assertEqual(self.heldout(rows=rows), expected)
+
+  def test_domains_are_told_together_and_apart(self):
+    found = likelihood.joined({
+        "a": likelihood.Likelihood(10.0, 4, 20),
+        "b": likelihood.Likelihood(30.0, 4, 5),
+    })
+    bits = 40 / np.log(2)
+    self.assertEqual(found["heldout_loss"], 5.0)
+    self.assertEqual(found["heldout_loss/b"], 7.5)
+    np.testing.assert_allclose(found["heldout_bpb"], bits / 25)
+    np.testing.assert_allclose(found["heldout_bpb/a"], bits / 80)
+    one = likelihood.joined({"": likelihood.Likelihood(1.0, 1, 1)})
+    self.assertLen(one, 2)
 
 
 if __name__ == "__main__":

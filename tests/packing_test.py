@@ -9,6 +9,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from dsv3_jax.data import corpus
+from dsv3_jax.data import encoding
 from dsv3_jax.data import packing
 from dsv3_jax.data import tokenizer
 
@@ -31,8 +32,9 @@ class PackTest(parameterized.TestCase):
     directory = self.enter_context(tempfile.TemporaryDirectory())
     self.path = pathlib.Path(directory, "train.bin")
 
-  def pack(self, documents=tuple(DOCUMENTS), vocab_size=300, tok=None):
-    return packing.pack(documents, self.path, tok or self.tok, vocab_size)
+  def pack(self, documents=tuple(DOCUMENTS), vocab_size=300, tok=None, **how):
+    tok = tok or self.tok
+    return packing.pack(documents, self.path, tok, vocab_size, **how)
 
   def test_documents_stand_between_bos_and_eos(self):
     tokens = np.array(self.pack().open())
@@ -75,12 +77,16 @@ class PackTest(parameterized.TestCase):
 
   def test_second_start_does_not_encode(self):
     first = self.pack()
-    with absltest.mock.patch.object(packing, "encode", side_effect=KeyError):
+    with absltest.mock.patch.object(
+        encoding, "encode", side_effect=KeyError
+    ):
       self.assertEqual(self.pack(), first)
 
   @parameterized.named_parameters(
       ("corpus", dict(documents=DOCUMENTS[:2]), "corpus_digest was"),
       ("order", dict(documents=DOCUMENTS[::-1]), "corpus_digest was"),
+      ("fim", dict(fim_rate=0.5), "fim_rate was 0.0, is 0.5"),
+      ("split", dict(split_rate=0.5), "split_rate was 0.0, is 0.5"),
       ("vocab", dict(vocab_size=301), "vocab_size was 300, is 301"),
       (
           "tokenizer",
@@ -117,45 +123,14 @@ class PackTest(parameterized.TestCase):
       self.pack()
 
   def test_id_above_the_vocabulary_leaves_no_file(self):
-    largest = max(max(ids) for _, ids in packing.encode(DOCUMENTS, self.tok))
+    encoded = encoding.encode(DOCUMENTS, self.tok)
+    largest = max(max(ids) for _, ids in encoded)
     with self.assertRaisesRegex(
         ValueError, rf"a: token id \d+ at offset \d+; allowed: 0 to {100 - 1}"
     ):
       self.pack(vocab_size=100)
     self.assertEmpty(list(self.path.parent.iterdir()))
     self.pack(vocab_size=int(largest) + 1)
-
-  def test_cutting_long_texts_changes_no_id(self):
-    rng = np.random.default_rng(0)
-    parts = [
-        "a",
-        "Z",
-        "\n",
-        "\r",
-        " ",
-        "\t",
-        ".",
-        "7",
-        "漢",
-        "é",
-        "\u0301",
-        "'",
-    ]
-    text = "".join(rng.choice(parts, size=20_000))
-    tok = tokenizer.train([text], 600)  # has merges of such strings
-    document = corpus.Document("x", text)
-    ((_, whole),) = packing.encode([document], tok)
-    with absltest.mock.patch.object(packing, "_PIECE_CHARACTERS", 1):
-      ((_, cut),) = packing.encode([document], tok)
-      self.assertGreater(len(list(packing._pieces(text))), 200)
-    np.testing.assert_array_equal(cut, whole)
-
-  def test_many_documents_keep_their_order(self):
-    documents = [corpus.Document(str(i), f"number {i}") for i in range(200)]
-    encoded = list(packing.encode(documents, self.tok))
-    self.assertEqual([name for name, _ in encoded], [d.name for d in documents])
-    texts = [self.tok.decode(ids[1:-1]) for _, ids in encoded]
-    self.assertEqual(texts, [d.text for d in documents])
 
 
 class CheckIdsTest(parameterized.TestCase):

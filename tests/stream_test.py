@@ -16,6 +16,7 @@ from absl.testing import parameterized
 from dsv3_jax import config
 from dsv3_jax.data import corpus
 from dsv3_jax.data import packing
+from dsv3_jax.data import rows as rows_lib
 from dsv3_jax.data import stream
 from dsv3_jax.data import tokenizer
 
@@ -29,6 +30,8 @@ def token_file(path, n_tokens):
       corpus_digest="",
       tokenizer_digest="",
       vocab_size=n_tokens,
+      fim_rate=0.0,
+      split_rate=0.0,
       dtype="uint16",
       n_tokens=n_tokens,
       n_documents=1,
@@ -45,7 +48,7 @@ class OrderTest(parameterized.TestCase):
     super().setUp()
     directory = self.enter_context(tempfile.TemporaryDirectory())
     self.path = pathlib.Path(directory, "train.bin")
-    self.rows = stream.Rows(token_file(self.path, 8 * 25 + 3), self.SEQ)
+    self.rows = rows_lib.Rows(token_file(self.path, 8 * 25 + 1), self.SEQ)
 
   def drawn(self, ordered, n):
     return [int(ordered[i]["row"]) for i in range(n)]
@@ -139,7 +142,8 @@ class OrderTest(parameterized.TestCase):
     read.close()
 
   def test_iterator_raises_what_reading_raised(self):
-    rows = stream.Rows(token_file(pathlib.Path("/no/such/file"), 100), 8)
+    rows = rows_lib.Rows(token_file(self.path, 100), 8)
+    self.path.unlink()
     with self.assertRaises(FileNotFoundError):
       next(stream.batches(stream.order(rows, 0), [[0]]))
 
@@ -158,34 +162,6 @@ class OrderTest(parameterized.TestCase):
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     self.assertEqual(out.stderr, b"")
-
-  def test_file_is_opened_by_the_first_read_only(self):
-    rows = stream.Rows(
-        token_file(pathlib.Path("/no/such/file"), 8 * 25 + 3), self.SEQ
-    )
-    stream.order(rows, 0)  # needs the length, not the file
-    self.assertLen(rows, self.ROWS)
-    with self.assertRaises(FileNotFoundError):
-      rows[0]
-
-  def test_pickle_holds_no_tokens(self):
-    self.rows[0]
-    raw = pickle.dumps(self.rows)
-    self.assertLess(len(raw), 1000)
-    np.testing.assert_array_equal(
-        pickle.loads(raw)[3]["tokens"], self.rows[3]["tokens"]
-    )
-
-  @parameterized.parameters((8, 8, False), (9, 8, True), (2, 1, True))
-  def test_less_than_a_row_is_refused(self, n_tokens, seq_len, enough):
-    file = token_file(self.path, n_tokens)
-    if enough:
-      self.assertLen(stream.Rows(file, seq_len), 1)
-    else:
-      with self.assertRaisesRegex(
-          ValueError, "seq_len=8: must be at most 7, as .* has 8 tokens"
-      ):
-        stream.Rows(file, seq_len)
 
 
 class HeldoutWindowsTest(parameterized.TestCase):
@@ -240,13 +216,14 @@ class PrepareTest(parameterized.TestCase):
     train, heldout = corpus.split(corpus.documents("", "error"), 0.05)
     self.assertLen(corpus.text_bytes(train), prepared.train_bytes)
     self.assertLen(corpus.text_bytes(heldout), prepared.heldout_bytes)
-    tokens = prepared.heldout_tokens
+    (domain,) = prepared.domains
+    tokens = domain.heldout_tokens
     self.assertEqual(tokens.dtype, np.int32)
     self.assertEqual((tokens[0], tokens[-1]), (0, 1))
     text = "".join(d.text for d in heldout)
     self.assertEqual(prepared.tokenizer.decode(tokens), text)
-    self.assertLess(prepared.train.open().max(), 2048)
-    self.assertEqual(len(prepared.rows), (prepared.train.n_tokens - 1) // 256)
+    self.assertLess(domain.train.open().max(), 2048)
+    self.assertLess(prepared.padding, 0.01)
 
   def test_held_out_text_does_not_shape_the_vocabulary(self):
     first = self.prepare().digests
@@ -296,7 +273,7 @@ class PrepareTest(parameterized.TestCase):
     (self.directory / "heldout.json").unlink()
     self.text.write_text("Other text altogether, on many lines.\n" * 50)
     prepared = self.prepare()
-    ids = prepared.heldout_tokens
+    ids = prepared.domains[0].heldout_tokens
     self.assertStartsWith(prepared.tokenizer.decode(ids), "Other text")
 
   def test_lost_tokenizer_is_made_again(self):
@@ -320,7 +297,7 @@ class PrepareTest(parameterized.TestCase):
     one = len("word é \n".encode())
     self.assertEqual(prepared.train_bytes, 30 * one)
     self.assertEqual(prepared.heldout_bytes, 10 * one)
-    self.assertEqual(prepared.heldout.n_documents, 10)
+    self.assertEqual(prepared.domains[0].heldout.n_documents, 10)
 
   def test_deepseek_vocabulary_needs_its_rows(self):
     try:
@@ -330,7 +307,71 @@ class PrepareTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "vocab_size=2048: .* 128815"):
       self.prepare(2048, tokenizer="deepseek")
     prepared = self.prepare(129_280, tokenizer="deepseek")
-    self.assertEqual(prepared.train.dtype, "uint32")
+    self.assertEqual(prepared.domains[0].train.dtype, "uint32")
+
+
+class DomainsTest(parameterized.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    root = self.enter_context(tempfile.TemporaryDirectory())
+    self.root = pathlib.Path(root)
+    self.corpus = self.root / "corpus"
+    (self.corpus / "code").mkdir(parents=True)
+    for i in range(30):
+      text = f"def f{i}(x):\n  return x + {i}\n" * 9
+      (self.corpus / "code" / f"{i}.py").write_text(text)
+    prose = "".join(f"Line {i} of it.\n" for i in range(900))
+    (self.corpus / "prose.txt").write_text(prose)
+
+  def prepare(self, domains="prose.txt=3,code=1", **settings):
+    settings = {"path": str(self.corpus), "seq_len": 32} | settings
+    data = config.Data(domains=domains, **settings)
+    return stream.prepare(data, 320, self.root / "data")
+
+  def test_rows_come_as_often_as_weights_say(self):
+    prepared = self.prepare()
+    ordered = prepared.order(0)
+    code = {tuple(prepared.domains[1].rows[i]["tokens"])
+            for i in range(len(prepared.domains[1].rows))}
+    n = 400
+    found = [tuple(ordered[i]["tokens"]) in code for i in range(n)]
+    self.assertEqual(sum(found), n // 4)
+    # A function of the index, in any order of reading.
+    again = prepared.order(0)
+    for i in (399, 7, 150):
+      self.assertEqual(tuple(again[i]["tokens"]) in code, found[i])
+
+  def test_each_has_held_out_text_of_its_own(self):
+    prepared = self.prepare()
+    prose, code = prepared.domains
+    decode = prepared.tokenizer.decode
+    self.assertIn("Line 8", decode(prose.heldout_tokens))
+    self.assertIn("return x", decode(code.heldout_tokens))
+    self.assertNotIn("return x", decode(prose.heldout_tokens))
+    n_bytes = prose.heldout.text_bytes + code.heldout.text_bytes
+    self.assertEqual(prepared.heldout_bytes, n_bytes)
+    self.assertIn("code/train_tokens", prepared.digests)
+    self.assertTrue((self.root / "data" / "code" / "train.bin").exists())
+
+  def test_one_may_change_only_with_all_told(self):
+    self.prepare()
+    (self.corpus / "code" / "3.py").write_text("pass\n")
+    with self.assertRaisesRegex(ValueError, "code/.*the data changed since"):
+      self.prepare()
+
+  def test_a_missing_one_is_named(self):
+    with self.assertRaisesRegex(
+        ValueError, "domains: maths not in .*there are code, prose.txt"
+    ):
+      self.prepare("code=1,maths=2")
+
+  def test_rates_reach_the_training_text_alone(self):
+    prepared = self.prepare(fim_rate=1.0)
+    begin = prepared.tokenizer.token_to_id(tokenizer.FIM_BEGIN)
+    for domain in prepared.domains:
+      self.assertIn(begin, domain.train.open())
+      self.assertNotIn(begin, domain.heldout_tokens)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,14 @@
 """Documents as one flat file of token ids, with a manifest beside it.
 
-Each document is BOS, its tokens, EOS; documents follow each other without
-padding, and attention does not stop at their borders (arXiv:2412.19437, 4.1).
+Each document is from BOS to EOS; documents follow each other.
 """
 
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import pathlib
-import re
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -22,13 +19,8 @@ import tokenizers
 from absl import logging
 
 from dsv3_jax.data import corpus
+from dsv3_jax.data import encoding
 from dsv3_jax.data import tokenizer
-
-_GROUP_DOCUMENTS = 64  # encoded together, on all cores
-_PIECE_CHARACTERS = 1 << 18
-# No pre-token spans a line break and a letter behind it, so a cut there
-# changes no id.
-_PIECE_END = re.compile(r"(?<=\n)(?=[A-Za-z])")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +31,8 @@ class TokenFile:
   corpus_digest: str  # of the documents packed
   tokenizer_digest: str
   vocab_size: int
+  fim_rate: float
+  split_rate: float
   dtype: str
   n_tokens: int
   n_documents: int
@@ -55,17 +49,22 @@ def pack(
     path: pathlib.Path,
     tok: tokenizers.Tokenizer,
     vocab_size: int,
+    *,
+    fim_rate: float = 0.0,
+    split_rate: float = 0.0,
 ) -> TokenFile:
   """Writes the documents' tokens to `path`, or reuses what is there.
 
-  Reused only if the manifest says that the same documents and tokenizer made
-  it and its bytes have their digest; written again if the bytes do not.
+  Reused only if the manifest says that the same documents, tokenizer and rates
+  (of `encoding.encode`) made it and its bytes have their digest; written again
+  if the bytes do not.
 
   Raises:
     ValueError: the file was made from something else, or an id is not below
       `vocab_size`.
   """
-  inputs = {
+  rates = {"fim_rate": fim_rate, "split_rate": split_rate}
+  inputs = rates | {
       "corpus_digest": corpus.digest(documents),
       "tokenizer_digest": tokenizer.digest(tok),
       "vocab_size": vocab_size,
@@ -79,7 +78,9 @@ def pack(
     if path.is_file() and _file_digest(path) == known.tokens_digest:
       return known
     logging.warning("%s: missing or damaged, packing the text again", path)
-  size, digest = _write(path, encode(documents, tok), inputs, vocab_size)
+  size, digest = _write(
+      path, encoding.encode(documents, tok, **rates), inputs, vocab_size
+  )
   result = TokenFile(path=path, **inputs, n_tokens=size, tokens_digest=digest)
   manifest = dataclasses.asdict(result)
   del manifest["path"]
@@ -120,34 +121,6 @@ def _refuse_changes(
         f"{path}: the data changed since this run began"
         f" ({'; '.join(changes)}); restore it, or start in another workdir"
     )
-
-
-def encode(
-    documents: Sequence[corpus.Document], tok: tokenizers.Tokenizer
-) -> Iterator[tuple[str, np.ndarray]]:
-  """Yields (name, BOS + ids + EOS) for each document."""
-  for first in range(0, len(documents), _GROUP_DOCUMENTS):
-    group = documents[first : first + _GROUP_DOCUMENTS]
-    pieces = [list(_pieces(document.text)) for document in group]
-    texts = list(itertools.chain.from_iterable(pieces))
-    encodings = iter(tok.encode_batch_fast(texts, add_special_tokens=False))
-    for document, own in zip(group, pieces, strict=True):
-      ids = [e.ids for e in itertools.islice(encodings, len(own))]
-      yield (
-          document.name,
-          np.concatenate(
-              [[tokenizer.BOS_ID], *ids, [tokenizer.EOS_ID]], dtype=np.int64
-          ),
-      )
-
-
-def _pieces(text: str) -> Iterator[str]:
-  """Cuts a long text where that changes no id: bounded memory, more cores."""
-  start = 0
-  while cut := _PIECE_END.search(text, start + _PIECE_CHARACTERS):
-    yield text[start : cut.start()]
-    start = cut.start()
-  yield text[start:]
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:

@@ -6,11 +6,12 @@ the same with any batch size and number of processes and threads.
 
 import concurrent.futures
 import dataclasses
+import os
 import pathlib
 from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
-from typing import Any
 
 import grain
 import numpy as np
@@ -19,45 +20,11 @@ import tokenizers
 from dsv3_jax import config
 from dsv3_jax.data import corpus
 from dsv3_jax.data import packing
+from dsv3_jax.data import rows as rows_lib
 from dsv3_jax.data import tokenizer
 
 
-class Rows:
-  """A token file as grain reads it: row r is tokens[r * T : r * T + T + 1].
-
-  Rows overlap by one: each token but the first is a target once an epoch.
-  The file is opened by the first read, not before, and not pickled.
-  """
-
-  def __init__(self, file: packing.TokenFile, seq_len: int):
-    if file.n_tokens <= seq_len:
-      raise ValueError(
-          f"data.seq_len={seq_len}: must be at most {file.n_tokens - 1}, as"
-          f" {file.path} has {file.n_tokens} tokens and a row is seq_len + 1;"
-          " lower it or add text"
-      )
-    self._file = file
-    self._seq_len = seq_len
-    self._tokens = None
-
-  def __len__(self) -> int:
-    return (self._file.n_tokens - 1) // self._seq_len
-
-  def __getitem__(self, row: int) -> dict[str, Any]:
-    if self._tokens is None:
-      self._tokens = self._file.open()
-    start = row * self._seq_len
-    tokens = self._tokens[start : start + self._seq_len + 1]
-    return {"tokens": tokens.astype(np.int32), "row": np.int64(row)}
-
-  def __getstate__(self) -> dict[str, Any]:
-    return self.__dict__ | {"_tokens": None}
-
-  def __repr__(self) -> str:
-    return f"Rows({str(self._file.path)!r}, seq_len={self._seq_len})"
-
-
-def order(rows: Rows, seed: int) -> grain.MapDataset:
+def order(rows: rows_lib.Rows, seed: int) -> grain.MapDataset:
   """All rows, shuffled anew each epoch, without end; read by index.
 
   Raises:
@@ -66,6 +33,16 @@ def order(rows: Rows, seed: int) -> grain.MapDataset:
   if not 0 <= seed < 1 << 32:
     raise ValueError(f"seed={seed}: must be in 0 to {(1 << 32) - 1}")
   return grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+
+
+def mixture(
+    sources: Sequence[rows_lib.Rows], weights: Sequence[float], seed: int
+) -> grain.MapDataset:
+  """Rows of several sources, each in an `order`, as often as weights say."""
+  if len(sources) == 1:
+    return order(sources[0], seed)
+  orders = [order(rows, (seed + i) % 2**32) for i, rows in enumerate(sources)]
+  return grain.MapDataset.mix(orders, list(weights))
 
 
 def batch(
@@ -134,35 +111,87 @@ def heldout_windows(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Domain:
+  """A kind of text, ready to be read."""
+
+  name: str  # "" where all text is one
+  weight: float
+  train: packing.TokenFile
+  rows: rows_lib.Rows  # of train
+  heldout: packing.TokenFile
+  heldout_tokens: np.ndarray  # [n] int32
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Prepared:
   """The data of a run, ready to be read."""
 
   tokenizer: tokenizers.Tokenizer
-  train: packing.TokenFile
-  rows: Rows  # of train
-  heldout: packing.TokenFile
-  heldout_tokens: np.ndarray  # [n] int32
+  domains: tuple[Domain, ...]
+
+  def order(self, seed: int) -> grain.MapDataset:
+    """The rows of a run, see `mixture`."""
+    rows = [domain.rows for domain in self.domains]
+    return mixture(rows, [domain.weight for domain in self.domains], seed)
+
+  @property
+  def n_tokens(self) -> int:
+    """Tokens trained on."""
+    return sum(domain.train.n_tokens for domain in self.domains)
 
   @property
   def train_bytes(self) -> int:
     """UTF-8 bytes of the text trained on."""
-    return self.train.text_bytes
+    return sum(domain.train.text_bytes for domain in self.domains)
 
   @property
   def heldout_bytes(self) -> int:
     """UTF-8 bytes of the text held out, which bits per byte divide by."""
-    return self.heldout.text_bytes
+    return sum(domain.heldout.text_bytes for domain in self.domains)
+
+  @property
+  def padding(self) -> float:
+    """Share of padding in the rows of all domains."""
+    n = [len(domain.rows) for domain in self.domains]
+    shares = [domain.rows.padding for domain in self.domains]
+    return float(np.average(shares, weights=n))
 
   @property
   def digests(self) -> dict[str, str]:
     """The sha256 of all that decides what a step reads, but the seed."""
-    return {
-        "train_text": self.train.corpus_digest,
-        "heldout_text": self.heldout.corpus_digest,
-        "tokenizer": self.train.tokenizer_digest,
-        "train_tokens": self.train.tokens_digest,
-        "heldout_tokens": self.heldout.tokens_digest,
-    }
+    found = {"tokenizer": self.domains[0].train.tokenizer_digest}
+    for domain in self.domains:
+      lead = f"{domain.name}/" if domain.name else ""
+      found |= {
+          f"{lead}train_text": domain.train.corpus_digest,
+          f"{lead}heldout_text": domain.heldout.corpus_digest,
+          f"{lead}train_tokens": domain.train.tokens_digest,
+          f"{lead}heldout_tokens": domain.heldout.tokens_digest,
+      }
+    return found
+
+
+def texts(
+    data: config.Data,
+) -> dict[str, tuple[list[corpus.Document], list[corpus.Document]]]:
+  """Documents to train on and those held out, by domain.
+
+  Raises:
+    ValueError: the text does not do, or a domain is missing.
+  """
+  paths = {name: f"{data.path}/{name}" for name in data.weights}
+  missing = [name for name, path in paths.items() if not os.path.exists(path)]
+  if missing:
+    there = sorted(os.listdir(data.path)) if os.path.isdir(data.path) else []
+    raise ValueError(
+        f"data.domains: {', '.join(missing)} not in data.path={data.path!r};"
+        f" there {'is' if len(there) == 1 else 'are'}"
+        f" {', '.join(there) or 'no folder of that name'}"
+    )
+  return {
+      name: corpus.split(corpus.documents(path, data.on_bad_text), data.heldout)
+      for name, path in (paths or {"": data.path}).items()
+  }
 
 
 def prepare(
@@ -173,38 +202,59 @@ def prepare(
   Args:
     data: what to read and how.
     vocab_size: of the model.
-    directory: keeps tokenizer.json, train.bin and heldout.bin; of one run.
+    directory: keeps tokenizer.json, and train.bin and heldout.bin of each
+      domain in a folder of its name; of one run.
 
   Raises:
     ValueError: the text or the vocabulary does not do, or the text is no
       longer that of `directory`.
   """
-  documents = corpus.documents(data.path, data.on_bad_text)
-  train, heldout = corpus.split(documents, data.heldout)
+  parts = texts(data)
   directory.mkdir(parents=True, exist_ok=True)
-  train_path = directory / "train.bin"
-  tok_path = directory / "tokenizer.json"
+  tok = _tokenizer(data, parts, vocab_size, directory)
+  rates = {"fim_rate": data.fim_rate, "split_rate": data.split_rate}
+  domains = []
+  for name, (train, heldout) in parts.items():
+    folder = directory / name
+    folder.mkdir(exist_ok=True, parents=True)
+    train_file = packing.pack(
+        train, folder / "train.bin", tok, vocab_size, **rates
+    )
+    rows = rows_lib.Rows(train_file, data.seq_len)
+    file = packing.pack(heldout, folder / "heldout.bin", tok, vocab_size)
+    domains.append(
+        Domain(
+            name,
+            data.weights.get(name, 1.0),
+            train_file,
+            rows,
+            file,
+            np.asarray(file.open(), np.int32),
+        )
+    )
+  return Prepared(tok, tuple(domains))
+
+
+def _tokenizer(
+    data: config.Data,
+    parts: Mapping[str, tuple[list[corpus.Document], list[corpus.Document]]],
+    vocab_size: int,
+    directory: pathlib.Path,
+) -> tokenizers.Tokenizer:
+  """The released one, that of the directory, or one trained on the text."""
+  path = directory / "tokenizer.json"
   # The manifest comes after the tokenizer: without it, that may be of a start
   # that was cut off, on other text.
-  begun = packing.manifest_path(train_path).exists()
+  first = directory / next(iter(parts)) / "train.bin"
+  begun = packing.manifest_path(first).exists() and path.exists()
   if data.tokenizer == "deepseek":
     tok = tokenizer.deepseek()
-  elif begun and tok_path.exists():
-    tok = tokenizer.load(tok_path)
+  elif begun:
+    tok = tokenizer.load(path)
   else:
-    tok = tokenizer.train((d.text for d in train), vocab_size)
+    train = (d.text for documents, _ in parts.values() for d in documents)
+    tok = tokenizer.train(train, vocab_size)
   tokenizer.check_fits(tok, vocab_size)
-  if not (begun and tok_path.exists()):
-    tokenizer.save(tok, tok_path)
-  train_file = packing.pack(train, train_path, tok, vocab_size)
-  rows = Rows(train_file, data.seq_len)
-  heldout_file = packing.pack(
-      heldout, directory / "heldout.bin", tok, vocab_size
-  )
-  return Prepared(
-      tokenizer=tok,
-      train=train_file,
-      rows=rows,
-      heldout=heldout_file,
-      heldout_tokens=np.asarray(heldout_file.open(), np.int32),
-  )
+  if not begun:
+    tokenizer.save(tok, path)
+  return tok

@@ -1,7 +1,9 @@
 """Likelihood of held-out text: loss and bits per byte."""
 
+import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -13,6 +15,22 @@ from dsv3_jax.model import precision
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import layouts
 from dsv3_jax.parallel import topology
+
+
+@dataclasses.dataclass(frozen=True)
+class Likelihood:
+  """Of a text under a model."""
+
+  nats: float  # sum of -log p over the targets
+  n_targets: int
+  n_bytes: int  # of the text in UTF-8
+
+  def row(self, suffix: str) -> dict[str, float]:
+    """Loss a token, and bits per byte of the text."""
+    return {
+        f"heldout_loss{suffix}": self.nats / self.n_targets,
+        f"heldout_bpb{suffix}": self.nats / math.log(2) / self.n_bytes,
+    }
 
 
 def _local_nll(params, bias, tokens, labels, mask, *, run, layout):
@@ -60,8 +78,8 @@ def heldout(
     n_bytes: int,
     run: config.Run,
     mesh: jax.sharding.Mesh,
-) -> dict[str, float]:
-  """Loss a token, and sum of -log2 p over the text's UTF-8 bytes.
+) -> Likelihood:
+  """Of windows of a text.
 
   Args:
     params: parameters of the model; MTP modules are not used.
@@ -85,8 +103,14 @@ def heldout(
     data = (part[own, :-1], part[own, 1:], here[own])
     data = topology.put_rows(data, size, mesh, axes=topology.ROWS)
     total += _nll(params, bias, *data, run=run, mesh=mesh)
-  nats = float(total)
-  return {
-      "heldout_loss": nats / int(mask.sum()),
-      "heldout_bpb": nats / math.log(2) / n_bytes,
-  }
+  return Likelihood(float(total), int(mask.sum()), n_bytes)
+
+
+def joined(found: Mapping[str, Likelihood]) -> dict[str, float]:
+  """What metrics say of the texts of domains: of all, then of each."""
+  columns = zip(*map(dataclasses.astuple, found.values()), strict=True)
+  rows = Likelihood(*map(sum, columns)).row("")
+  for name, likelihood in found.items():
+    if name:
+      rows |= likelihood.row(f"/{name}")
+  return rows
