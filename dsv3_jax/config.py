@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Iterator
 
+from dsv3_jax import architecture
 from dsv3_jax import fields
 from dsv3_jax import settings
 
@@ -18,124 +19,9 @@ number, choice = fields.number, fields.choice
 leaves, override = settings.leaves, settings.override
 difference = settings.difference
 
-# --- the model (arXiv:2412.19437, sections 2.1, 2.2 and 4.2) ---
-
-
-@fields.checked
-class MLA:
-  """Multi-head latent attention (section 2.1.1)."""
-
-  n_heads: int = number(low=1)
-  q_rank: int = number(low=0)  # 0: no query compression (V2-Lite)
-  kv_rank: int = number(low=1)
-  nope_dim: int = number(low=1)
-  rope_dim: int = number(low=2)
-  v_dim: int = number(low=1)
-  rope_theta: float = number(10_000.0, above=0)
-
-  def relations(self) -> Iterator[str]:
-    if self.rope_dim % 2:
-      yield (
-          f"MLA.rope_dim={self.rope_dim}: must be even, components rotate in"
-          f" pairs; try {self.rope_dim + 1}"
-      )
-
-  @property
-  def qk_dim(self) -> int:
-    return self.nope_dim + self.rope_dim
-
-
-@fields.checked
-class Router:
-  """Expert choice, its loss-free balancing and the balance loss (2.1.2)."""
-
-  n_experts: int = number(low=1)
-  top_k: int = number(low=1)
-  n_groups: int = number(1, low=1)
-  top_groups: int = number(1, low=1)
-  score: str = choice("sigmoid", "softmax")  # softmax: DeepSeek-V2's gate
-  renormalize: bool = True
-  scale: float = number(2.5, above=0)
-  bias_speed: float = number(0.001, low=0)  # gamma
-  balance_weight: float = number(1e-4, low=0)  # alpha
-  balance_map: str = choice("scores", "routed")  # what f_i counts, eq. 18
-
-  def relations(self) -> Iterator[str]:
-    experts, groups = self.n_experts, self.n_groups
-    if experts % groups:
-      fits = [g for g in range(1, experts + 1) if experts % g == 0]
-      yield (
-          f"Router.n_groups={groups}: must divide n_experts={experts}; "
-          f"{', '.join(map(str, fits))} do"
-      )
-    elif self.top_groups > groups:
-      yield (
-          f"Router.top_groups={self.top_groups}: must be at most"
-          f" n_groups={groups}"
-      )
-    elif self.top_k > self.top_groups * (experts // groups):
-      yield (
-          f"Router.top_k={self.top_k}: must be at most"
-          f" {self.top_groups * (experts // groups)}, the experts in"
-          f" top_groups={self.top_groups} of n_groups={groups} groups of"
-          f" n_experts={experts}"
-      )
-
-
-@fields.checked
-class MoE:
-  """Sizes of the experts of a mixture layer."""
-
-  n_shared: int = number(1, low=0)
-  ffn_dim: int = number(low=1)
-
-
-@fields.checked
-class MTP:
-  """Multi-token prediction (section 2.2)."""
-
-  depth: int = number(1, low=0)
-  weight: float = number(0.3, low=0)  # lambda
-  late_weight: float = number(0.1, low=0)  # lambda after Schedule.mtp_until
-  hidden: str = choice("post_norm", "pre_norm")  # main state that depth 1 reads
-
-
-@fields.checked
-class Model:
-  """The whole network."""
-
-  vocab_size: int = number(low=4)
-  d_model: int = number(low=1)
-  n_layers: int = number(low=1)
-  n_dense_layers: int = number(low=0)
-  dense_ffn_dim: int = number(low=1)
-  mla: MLA
-  moe: MoE
-  router: Router
-  mtp: MTP = MTP()
-  norm_eps: float = number(1e-6, above=0)
-  init_std: float = number(0.006, above=0)
-
-  def relations(self) -> Iterator[str]:
-    if self.n_dense_layers > self.n_layers:
-      yield (
-          f"Model.n_dense_layers={self.n_dense_layers}: must be at most"
-          f" n_layers={self.n_layers}"
-      )
-
-  @property
-  def n_moe_layers(self) -> int:
-    """MoE layers of the main model."""
-    return self.n_layers - self.n_dense_layers
-
-  @property
-  def n_routers(self) -> int:
-    """MoE layers of the main model and of the MTP modules together."""
-    return self.n_moe_layers + self.mtp.depth
-
-
-# --- the run ---
-
+MLA, Yarn, MoE = architecture.MLA, architecture.Yarn, architecture.MoE
+Router, MTP = architecture.Router, architecture.MTP
+Model = architecture.Model
 
 def _is_weight(part: str) -> bool:
   try:
@@ -376,6 +262,12 @@ class Run:
       yield (
           f"Data.seq_len={self.data.seq_len}: must be above MTP.depth="
           f"{self.model.mtp.depth}, or no position has a target that far ahead"
+      )
+    longest = self.model.mla.yarn.max_len
+    if self.data.seq_len > longest:
+      yield (
+          f"Data.seq_len={self.data.seq_len}: must be at most {longest:g}, what"
+          " model.mla.yarn extends to: factor * original_len"
       )
     if self.evaluate.ema and not self.optim.ema_decay:
       yield "Evaluate.ema=True: needs an average, optim.ema_decay above 0"

@@ -73,6 +73,8 @@ class FieldTest(parameterized.TestCase):
     ("data.fim_rate", -0.1, "at least 0"),
     ("data.split_rate", 2.0, "at most 1"),
     ("data.domains", "a=1", "needs Data.path"),
+    ("mla.yarn.factor", 0.5, "at least 1"),
+    ("mla.yarn.original_len", 0, "at least 1"),
     ("optim.peak_lr", -1.0, "above 0"),
     ("optim.min_lr", -1.0, "at least 0"),
     ("optim.tail_lr", -1.0, "at least 0"),
@@ -360,6 +362,12 @@ class PresetTest(parameterized.TestCase):
   def test_domains_are_names_with_weights(self, text):
     with self.assertRaisesRegex(ValueError, "must be name=weight"):
       config.override(RUN, "data.path=x", f"data.domains={text}")
+
+  def test_a_context_beyond_the_extension_is_refused(self):
+    yarn = "mla.yarn.factor=2", "mla.yarn.original_len=100"
+    config.override(RUN, *yarn, "data.seq_len=200")
+    with self.assertRaisesRegex(ValueError, "seq_len=201: must be at most 200"):
+      config.override(RUN, *yarn, "data.seq_len=201")
 
   def test_domains(self):
     run = config.override(RUN, "data.path=x", "data.domains=b.txt=2, a=.5")

@@ -9,8 +9,9 @@ from absl.testing import parameterized
 ROOT = pathlib.Path(__file__).parents[1]
 # A part imports only what stands left of it, and itself.
 ORDER = (
-    "manual fields settings config presets schema data model losses parallel"
-    " optim ema train checkpoint infer evals posttrain interop plan"
+    "manual fields settings architecture config presets schema data model"
+    " losses parallel optim ema train checkpoint infer evals posttrain interop"
+    " plan"
 ).split()
 # Where communication may be written by hand.
 MANUAL = ("parallel", "train", "evals")

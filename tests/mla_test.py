@@ -9,6 +9,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from dsv3_jax import config
+from dsv3_jax.model import attention
 from dsv3_jax.model import mla
 
 D_MODEL = 24
@@ -26,7 +27,7 @@ def _run(cfg, n_tokens, seed=0):
 class MlaTest(parameterized.TestCase):
   # Chunks of queries attend together: one token, part of a chunk, one token
   # more than a chunk.
-  @parameterized.product(n_tokens=(1, 7, mla.CHUNK + 1), q_rank=(0, 10))
+  @parameterized.product(n_tokens=(1, 7, attention.CHUNK + 1), q_rank=(0, 10))
   def test_matches_the_reference(self, n_tokens, q_rank):
     cfg = dataclasses.replace(CFG, q_rank=q_rank)
     p, x, run = _run(cfg, n_tokens)
@@ -35,8 +36,36 @@ class MlaTest(parameterized.TestCase):
     terms = D_MODEL + 14 + (6 + 4) + n_tokens + 3 * 8 + n_tokens
     testing.assert_close(run(p, x), expected, terms)
 
+  @parameterized.parameters(1, 9)
+  def test_extended_contexts(self, n_tokens):
+    yarn = config.Yarn(factor=5, original_len=400, mscale=0.7)
+    cfg = dataclasses.replace(CFG, yarn=yarn)
+    p, x, run = _run(cfg, n_tokens)
+    expected = reference.mla(*reference.f64((p, x)), cfg, 1e-6)
+    terms = D_MODEL + 14 + (6 + 4) + n_tokens + 3 * 8 + n_tokens
+    testing.assert_close(run(p, x), expected, terms)
+    cache = jnp.zeros((2, n_tokens, 14)), jnp.zeros((2, n_tokens, 4))
+    y, _ = mla.absorbed(p, x, cache, 0, cfg, 1e-6)
+    testing.assert_close(y, expected, terms + 14)
+
+  def test_temperature_of_v3_golden(self):
+    cfg = config.MLA(
+      n_heads=1,
+      kv_rank=1,
+      q_rank=0,
+      nope_dim=128,
+      rope_dim=64,
+      v_dim=1,
+      yarn=config.Yarn(factor=40),
+    )
+    self.assertAlmostEqual(1 / cfg.divisor, 0.1352338, places=7)
+    plain = dataclasses.replace(cfg, yarn=config.Yarn())
+    self.assertAlmostEqual(plain.divisor / cfg.divisor, 1.8738542, places=7)
+    v2 = dataclasses.replace(cfg, yarn=config.Yarn(factor=40, mscale=0.707))
+    self.assertAlmostEqual(plain.divisor / v2.divisor, 1.5896262, places=7)
+
   def test_gradients_are_the_slopes_of_the_reference_over_chunks(self):
-    n_tokens = mla.CHUNK + 2
+    n_tokens = attention.CHUNK + 2
     p, x, run = _run(CFG, n_tokens)
     probe = testing.normal(*x.shape, seed=5)
     gradients = jax.jit(jax.grad(lambda px: (run(*px) * probe).sum()))((p, x))

@@ -16,8 +16,8 @@ from dsv3_jax import losses
 from dsv3_jax import presets
 from dsv3_jax import schema
 from dsv3_jax import train
+from dsv3_jax.model import attention
 from dsv3_jax.model import experts
-from dsv3_jax.model import mla
 from dsv3_jax.model import moe
 from dsv3_jax.model import precision
 from dsv3_jax.model import recompute
@@ -140,9 +140,9 @@ class KeptTest(parameterized.TestCase):
   def test_attention_keeps_no_probabilities(self, name, kind):
     backward, args = layer(kind, "fp32", MODES[name])
     for leaf in jax.tree.leaves(jax.eval_shape(backward, *args)):
-      queries_and_keys = [n for n in leaf.shape if n in (mla.CHUNK, N_TOKENS)]
+      tokens = [n for n in leaf.shape if n in (attention.CHUNK, N_TOKENS)]
       if CFG.mla.n_heads in leaf.shape:
-        self.assertLess(len(queries_and_keys), 2, leaf)
+        self.assertLess(len(tokens), 2, leaf)
 
   def test_of_nothing_is_the_input_alone(self):
     self.assertEqual(more_kept("fp32", "moe", ()), 256 * 4 * CFG.d_model)

@@ -84,9 +84,19 @@ def mla(p, x, cfg, eps):
 
 def _mla_sequence(p, x, cfg, eps):
   n_tokens = len(x)
-  turn = np.outer(
-    np.arange(n_tokens), frequencies(cfg.rope_dim, cfg.rope_theta)
-  )
+  yarn, turns = cfg.yarn, frequencies(cfg.rope_dim, cfg.rope_theta)
+  temperature = 1.0
+  if yarn.factor > 1:
+    turns = yarn_frequencies(
+      cfg.rope_dim,
+      cfg.rope_theta,
+      yarn.factor,
+      yarn.original_len,
+      yarn.beta_fast,
+      yarn.beta_slow,
+    )
+    temperature = (0.1 * yarn.mscale * math.log(yarn.factor) + 1) ** 2
+  turn = np.outer(np.arange(n_tokens), turns)
   down = x @ p["kv_down"]
   latent = rms_norm(p["kv_norm"], down[:, : cfg.kv_rank], eps)
   k_rope = rotate(down[:, cfg.kv_rank :], turn)
@@ -102,7 +112,8 @@ def _mla_sequence(p, x, cfg, eps):
     for t in range(n_tokens):
       past = slice(0, t + 1)
       scores = k_nope[past] @ q_nope[t] + k_rope[past] @ q_rope[t]
-      weights = softmax(scores / math.sqrt(cfg.nope_dim + cfg.rope_dim))
+      scores = temperature * scores / math.sqrt(cfg.nope_dim + cfg.rope_dim)
+      weights = softmax(scores)
       out[t] += weights @ v[past] @ p["out"][n]
   return out
 

@@ -1,0 +1,180 @@
+"""Causal softmax attention of whole sequences, linear in memory.
+
+One sequence at a time, and in it one chunk of queries at a time, so that scores
+stay in cache. Only the log-sum-exp is kept for the backward pass, which makes
+the scores again. Softmax is in float32.
+
+Chunks are in a few blocks; those of a block see the keys up to its end. So the
+future costs a sixteenth at most, and nothing where a chunk is a block, in
+sequences up to BLOCKS * CHUNK; and a program does not grow with the length.
+
+Scores are [keys, queries], so that what belongs to a query lies along the last
+dim, and queries' sums are made as [X, queries]: no product contracts the
+leading dims of both its operands. Both are much faster on CPU.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.model import recompute
+from dsv3_jax.model import tiles
+
+CHUNK = 128  # queries that attend together
+BLOCKS = 8
+
+_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+_slice = jax.lax.dynamic_slice_in_dim
+
+
+def _spans(n: int, size: int) -> list[tuple[int, int]]:
+  return [(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def _blocks(t: int) -> list[tuple[int, int]]:
+  """Starts and ends of blocks of whole chunks; the last may be ragged."""
+  n_chunks = -(-t // CHUNK)
+  return _spans(t, CHUNK * -(-n_chunks // BLOCKS))
+
+
+def _over_chunks(
+    chunk: Callable[[Any, jax.Array | int, int], tuple[Any, Any]],
+    carry: Any,
+    start: int,
+    end: int,
+) -> tuple[Any, Any]:
+  """Runs chunk(carry, first query, how many) -> carry, parts over a block.
+
+  Parts are joined along their last dim, of queries.
+  """
+  n, rest = divmod(end - start, CHUNK)
+  found = []
+  if n == 1:
+    carry, parts = chunk(carry, start, CHUNK)
+    found.append(parts)
+  elif n:
+    first = start + CHUNK * jnp.arange(n)
+    one = lambda carry, first: chunk(carry, first, CHUNK)
+    carry, parts = jax.lax.scan(one, carry, first)
+    found.append(jax.tree.map(_joined, parts))
+  if rest:
+    carry, parts = chunk(carry, end - rest, rest)
+    found.append(parts)
+  return carry, _concatenated(found)
+
+
+def _joined(parts: jax.Array) -> jax.Array:
+  """[chunks, ..., queries] -> [..., all queries]."""
+  moved = jnp.moveaxis(parts, 0, -2)
+  return moved.reshape(*moved.shape[:-2], -1)
+
+
+def _concatenated(found: list[Any]) -> Any:
+  return jax.tree.map(lambda *parts: jnp.concatenate(parts, -1), *found)
+
+
+def _mask_future(
+    scores: jax.Array, fill: float, start: int, first: jax.Array | int
+) -> jax.Array:
+  """Scores [N, S, T] of queries from `first` on: `fill` where a key is later.
+
+  Only keys from `start` on, the block's, can be; the others are not touched.
+  """
+  s, t = scores.shape[1:]
+  query = first - start + jnp.arange(t)
+  future = jnp.arange(s - start)[:, None] > query[None]
+  near = jnp.where(future[None], fill, scores[:, start:])
+  return scores.at[:, start:].set(near)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    e5m6_columns: int = 0,
+) -> jax.Array:
+  """Attention of q and k [B, N, T, X], v [B, N, T, V]; q already scaled.
+
+  Returns [B, T, N, V], rounded to E5M6 with a scale for so many columns if any
+  are given. It is also what the backward pass reads (section 3.3.3).
+  """
+  return _attend_fwd(q, k, v, e5m6_columns)[0]
+
+
+def _attend_fwd(q, k, v, e5m6_columns):
+  def sequence(qkv):
+    q, k, v = qkv  # v is [N, V, S]
+
+    def block(start, end):
+      def chunk(carry, first, n):
+        q_here = _slice(q, first, n, 1)
+        scores = _dot("NSX,NTX->NST", k[:, :end], q_here)
+        scores = _mask_future(scores, -jnp.inf, start, first)
+        top = scores.max(1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        total = weights.sum(1, keepdims=True)
+        weights = weights.astype(v.dtype)
+        y = _dot("NVS,NST->NVT", v[:, :, :end], weights)
+        lse = (top + jnp.log(total))[:, 0]
+        return carry, ((y / total).astype(v.dtype), lse)
+
+      return _over_chunks(chunk, None, start, end)[1]
+
+    return _concatenated([block(*span) for span in _blocks(q.shape[1])])
+
+  # Turned outside of the loop: XLA would fold it into the products again.
+  out, lse = jax.lax.map(sequence, (q, k, jnp.swapaxes(v, 2, 3)))
+  out = jnp.moveaxis(out, 3, 1)
+  if e5m6_columns:
+    rows = out.reshape(-1, out.shape[2] * out.shape[3])
+    out = tiles.e5m6(rows, e5m6_columns).reshape(out.shape)
+  out, lse = recompute.named((out, lse), "attention")
+  return out, (q, k, v, out, lse)
+
+
+def _attend_bwd(e5m6_columns, residuals, dout):
+  del e5m6_columns  # rounding has the gradient of its argument
+
+  def sequence(args):
+    q, k, v, lse, dout, mean, k_turned = args
+
+    def block(carry, start, end):
+      def chunk(carry, first, n):
+        dk, dv = carry
+        q_here, dout_here = (_slice(a, first, n, 1) for a in (q, dout))
+        lse_here, mean_here = (
+            _slice(a, first, n, 1)[:, None] for a in (lse, mean)
+        )
+        scores = _dot("NSX,NTX->NST", k[:, :end], q_here)
+        weights = jnp.exp(scores - lse_here)
+        weights = _mask_future(weights, 0, start, first)
+        dweights = _dot("NSV,NTV->NST", v[:, :end], dout_here)
+        dscores = weights * (dweights - mean_here)
+        dscores, weights = dscores.astype(q.dtype), weights.astype(q.dtype)
+        dq = _dot("NXS,NST->NXT", k_turned[:, :, :end], dscores)
+        dk = dk.at[:, :end].add(_dot("NST,NTX->NSX", dscores, q_here))
+        dv = dv.at[:, :end].add(_dot("NST,NTV->NSV", weights, dout_here))
+        return (dk, dv), dq.astype(q.dtype)
+
+      return _over_chunks(chunk, carry, start, end)
+
+    carry, dq = tuple(jnp.zeros_like(a, jnp.float32) for a in (k, v)), []
+    for span in _blocks(q.shape[1]):
+      carry, part = block(carry, *span)
+      dq.append(part)
+    dk, dv = carry
+    return _concatenated(dq), dk.astype(k.dtype), dv.astype(v.dtype)
+
+  q, k, v, out, lse = residuals
+  # sum_s p dp = sum_v out dout: what the softmax takes off its gradient.
+  mean = _dot("BTNV,BTNV->BNT", out, dout)
+  dout, k_turned = jnp.swapaxes(dout, 1, 2), jnp.swapaxes(k, 2, 3)
+  dq, dk, dv = jax.lax.map(sequence, (q, k, v, lse, dout, mean, k_turned))
+  return jnp.swapaxes(dq, 2, 3), dk, dv
+
+
+attend.defvjp(_attend_fwd, _attend_bwd)
