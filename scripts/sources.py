@@ -1,0 +1,163 @@
+"""Where text of several domains comes from, and how files become documents.
+
+Each source is a package that a package client fetches. Sizes are of the text,
+as found in 2026; licences are those that the packages state.
+"""
+
+import dataclasses
+import html.parser
+import json
+import re
+from collections.abc import Callable
+from collections.abc import Iterator
+
+Extract = Callable[[str], Iterator[str]]  # text of a file to documents
+
+
+def whole(text: str) -> Iterator[str]:
+  """A file is a document."""
+  yield text
+
+
+class _Text(html.parser.HTMLParser):
+  """The text of a page from an element on."""
+
+  _SILENT = {"script", "style", "head", "nav", "header", "footer"}
+  _BLOCKS = {"p", "div", "li", "tr", "br", "pre", "h1", "h2", "h3", "h4", "dt"}
+
+  def __init__(self, start_id: str):
+    super().__init__()
+    self.parts: list[str] = []
+    self._start_id, self._on = start_id, not start_id
+    self._silent: list[str] = []
+
+  def handle_starttag(self, tag, attrs):
+    self._on = self._on or dict(attrs).get("id") == self._start_id
+    if tag in self._SILENT:
+      self._silent.append(tag)
+    elif tag in self._BLOCKS:
+      self.parts.append("\n")
+
+  def handle_endtag(self, tag):
+    if tag in self._silent:
+      while self._silent.pop() != tag:
+        pass
+    elif tag in self._BLOCKS:
+      self.parts.append("\n")
+
+  def handle_data(self, data):
+    if self._on and not self._silent:
+      self.parts.append(data)
+
+
+def page(text: str, start_id: str = "") -> Iterator[str]:
+  """A page of HTML without its markup, from the element with an id on."""
+  parser = _Text(start_id)
+  parser.feed(text)
+  lines = [" ".join(line.split()) for line in "".join(parser.parts).split("\n")]
+  yield re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
+
+
+def help_page(text: str) -> Iterator[str]:
+  """A page of an office program's help, without its menus."""
+  yield from page(text, "DisplayArea")
+
+
+def poems(text: str) -> Iterator[str]:
+  """A JSON list of poems: title, author, lines."""
+  for poem in json.loads(text):
+    title = poem.get("title") or poem.get("rhythmic") or poem.get("chapter")
+    lines = poem.get("paragraphs") or poem.get("content")
+    if isinstance(lines, list) and all(isinstance(line, str) for line in lines):
+      head = [part for part in (title, poem.get("author")) if part]
+      yield "\n".join([*head, *lines]) + "\n"
+
+
+def theorems(text: str) -> Iterator[str]:
+  """Sections of a Metamath database, proofs left out."""
+  text = re.sub(r"\$=.*?\$\.", "$.", text, flags=re.DOTALL)
+  start = r"(?m)^(?=\s*\$\(\n(?:#\*#\*|=-=-|-\.-\.|####))"
+  for section in re.split(start, text):
+    yield section.strip() + "\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Text of one package."""
+
+  domain: str
+  client: str  # apt, npm, or python: the interpreter's own library
+  package: str  # with its version where the client takes one
+  files: str  # pattern of paths inside
+  extract: Extract
+  licence: str
+  megabytes: int  # of text, about
+
+
+SOURCES = (
+    Source("prose", "apt", "anarchism", "**/html/*.html", page, "GPL-2+", 11),
+    Source("python", "python", "stdlib", "**/*.py", whole, "PSF-2.0", 31),
+    Source(
+        "go", "apt", "golang-1.19-src", "**/*.go", whole, "BSD-3-Clause", 70
+    ),
+    Source(
+        "docs",
+        "apt",
+        "linux-doc-6.1",
+        "**/Documentation/**/*.rst.gz",
+        whole,
+        "GPL-2",
+        21,
+    ),
+    Source(
+        "docs",
+        "apt",
+        "python3.11-doc",
+        "**/_sources/**/*.txt",
+        whole,
+        "PSF-2.0",
+        11,
+    ),
+    Source(
+        "maths-formal",
+        "apt",
+        "metamath-databases",
+        "**/set.mm",
+        theorems,
+        "CC0-1.0",
+        16,
+    ),
+    Source(
+        "maths-docs",
+        "apt",
+        "maxima-doc",
+        "**/html/*.html",
+        page,
+        "GPL-2+",
+        5,
+    ),
+    Source("maths-docs", "apt", "gap-doc", "**/*.html", page, "GPL-2+", 7),
+    Source("maths-docs", "apt", "pari-doc", "**/*.tex", whole, "GPL-2+", 3),
+    Source(
+        "chinese",
+        "npm",
+        "chinese-poetry@2.0.1",
+        "package/dist/*/poet.*.json",
+        poems,
+        "MIT",
+        80,
+    ),
+    *(
+        Source(
+            "languages",
+            "apt",
+            f"libreoffice-help-{language}",
+            "**/text/**/*.html",
+            help_page,
+            "MPL-2.0",
+            6,
+        )
+        for language in ("de", "fr", "ja", "ru")
+    ),
+)
+DOMAINS = tuple(dict.fromkeys(source.domain for source in SOURCES))
