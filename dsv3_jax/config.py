@@ -42,6 +42,7 @@ class Data:
   # Folders or files of `path` and their weights, as prose=2,code=1: how often
   # a row is of each. "": all text is one.
   domains: str = ""
+  segment_mask: bool = False  # attention does not leave a document
   fim_rate: float = number(0.0, low=0, high=1)  # documents to fill in
   split_rate: float = number(0.0, low=0, high=1)  # of tokens with line breaks
 
@@ -60,6 +61,11 @@ class Data:
   @property
   def _parts(self) -> list[str]:
     return self.domains.split(",") if self.domains else []
+
+  @property
+  def segment_start(self) -> int | None:
+    """The id of BOS, if attention stops there."""
+    return 0 if self.segment_mask else None
 
   @property
   def weights(self) -> dict[str, float]:

@@ -35,14 +35,14 @@ class Losses:
 
 
 def batch(
-    rows: np.ndarray, vocab_size: int, padding: int | None = None
+    rows: np.ndarray, vocab_size: int, *unpredicted: int
 ) -> Batch:
   """The batch of rows [..., T + 1] of consecutive token ids.
 
   Args:
     rows: token ids.
     vocab_size: of the model.
-    padding: an id that nothing is to predict.
+    *unpredicted: ids that nothing has to predict, such as padding.
 
   Raises:
     ValueError: an id outside the vocabulary, or ids that are not integers.
@@ -59,8 +59,8 @@ def batch(
     )
   rows = rows.astype(np.int32)
   labels = rows[..., 1:]
-  if padding is not None:
-    labels = np.where(labels == padding, IGNORE, labels)
+  for i in unpredicted:
+    labels = np.where(labels == i, IGNORE, labels)
   return Batch(rows[..., :-1], labels)
 
 
@@ -170,7 +170,9 @@ def loss(
     The losses and what the routers tell, [n_routers, ...].
   """
   out = transformer.forward(params, bias, data.tokens, cfg, **how)
-  return _of_output(params, out, data, weights, mtp_weight, cfg), out.stats
+  segments = transformer.segments_of(data.tokens, how.get("segment_start"))
+  terms = _of_output(params, out, data, weights, mtp_weight, cfg, segments)
+  return terms, out.stats
 
 
 def of_last_layer(
@@ -199,14 +201,19 @@ def _of_output(
     weights: jax.Array,
     mtp_weight: jax.Array | float,
     cfg: config.Model,
+    segments: jax.Array | None = None,
 ) -> Losses:
 
   def term(hidden, shift):
+    weight = weights[:, shift:]
+    if segments is not None:  # nothing is predicted from another segment
+      n = hidden.shape[1]
+      weight = jnp.where(segments[:, shift:] == segments[:, :n], weight, 0)
     return cross_entropy(
         hidden.reshape(-1, cfg.d_model),
         params["head"],
         data.labels[:, shift:].reshape(-1),
-        weights[:, shift:].reshape(-1),
+        weight.reshape(-1),
     )
 
   with jax.named_scope("loss"):

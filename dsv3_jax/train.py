@@ -188,6 +188,7 @@ def _gradient_sums(
         mtp_weight,
         run.model,
         kept=run.train.activations,
+        segment_start=run.data.segment_start,
         scan=run.train.scan_layers,
         **how,
     )

@@ -46,6 +46,9 @@ def micro_batches(
   """
   order, n_rows = data.order(seed), run.train.micro_batch_size
   columns = topology.own_rows(n_rows, mesh)
+  unpredicted = [tokenizer.PAD_ID]
+  if run.data.segment_mask:
+    unpredicted.append(run.data.segment_start)
 
   def own(step):
     first, size = run.rows_before(step), run.phase(step).batch_size
@@ -54,7 +57,7 @@ def micro_batches(
 
   for rows in stream.batches(order, map(own, itertools.count(first_step))):
     tokens = rows["tokens"].reshape(-1, len(columns), run.data.seq_len + 1)
-    batch = losses.batch(tokens, run.model.vocab_size, tokenizer.PAD_ID)
+    batch = losses.batch(tokens, run.model.vocab_size, *unpredicted)
     yield train.place(batch, n_rows, mesh)
 
 
@@ -303,6 +306,8 @@ def _heldout(
     rows, mask = stream.heldout_windows(
         domain.heldout_tokens, run.data.seq_len
     )
+    if run.data.segment_mask:
+      mask &= rows[:, 1:] != run.data.segment_start
     found[domain.name] = likelihood.heldout(
         state.params,
         state.router_bias,

@@ -21,12 +21,15 @@ def inputs(t):
   return q, k, v, dout
 
 
-def whole(q, k, v, dout):
+def whole(q, k, v, dout, segments=None):
   """Attention and its gradients with all probabilities, in float64."""
   q, k, v, dout = (np.asarray(a, np.float64) for a in (q, k, v, dout))
   scores = np.einsum("BNTX,BNSX->BNTS", q, k)
   t = q.shape[2]
-  scores = np.where(np.tri(t, dtype=bool), scores, -np.inf)
+  seen = np.tri(t, dtype=bool)
+  if segments is not None:
+    seen = seen & (segments[:, None, :, None] == segments[:, None, None])
+  scores = np.where(seen, scores, -np.inf)
   p = np.exp(scores - scores.max(-1, keepdims=True))
   p /= p.sum(-1, keepdims=True)
   out = np.einsum("BNTS,BNSV->BTNV", p, v)
@@ -57,6 +60,25 @@ class AttendTest(parameterized.TestCase):
       found = jax.jit(lambda *args: with_gradients(*args))(*args)
     # Scores, a softmax, a sum over keys; and back, over queries.
     testing.assert_close(found, whole(*args), 2 * (X + t + V + t))
+
+  @parameterized.parameters(1, 7, 16, 31)
+  def test_segments_do_not_see_each_other(self, t):
+    args = inputs(t)
+    rng = np.random.default_rng(t)
+    segments = np.cumsum(rng.random((2, t)) < 0.2, axis=1, dtype=np.int32)
+
+    def masked(q, k, v, dout, segments):
+      of = lambda q, k, v: attention.attend(q, k, v, segments)
+      out, vjp = jax.vjp(of, q, k, v)
+      return out, vjp(dout)
+
+    with (
+        mock.patch.object(attention, "CHUNK", 4),
+        mock.patch.object(attention, "BLOCKS", 2),
+    ):
+      found = jax.jit(lambda *args: masked(*args))(*args, segments)
+    expected = whole(*args, segments)
+    testing.assert_close(found, expected, 2 * (X + t + V + t))
 
   def test_blocks_are_of_whole_chunks_and_few(self):
     for t in (1, 127, 128, 129, 1024, 1025, 5000, 8192, 131_072):

@@ -146,7 +146,9 @@ class LossTest(parameterized.TestCase):
 
     cfg = testing.tiny("d_model=6", "vocab_size=5")
     data = losses.batch(row, 5)
-    fake = types.SimpleNamespace(forward=forward)
+    fake = types.SimpleNamespace(
+      forward=forward, segments_of=transformer.segments_of
+    )
     with absltest.mock.patch.object(losses, "transformer", fake):
       out, _ = losses.loss(
         {"head": head}, None, data, losses.token_weights(data.labels), 0.3, cfg
@@ -156,6 +158,37 @@ class LossTest(parameterized.TestCase):
     want = reference.cross_entropy(state[0], head, [2, 3, 4], np.ones(3)) / 4
     testing.assert_close(out.mtp, want, terms=6 + 5 + 3)
     testing.assert_close(out.total, out.main + 0.3 * out.mtp, terms=3)
+
+  def test_segments_are_as_if_alone(self):
+    cfg, params, bias, _ = _model("mtp.depth=2", "router.balance_weight=0")
+    start, lengths = 0, (5, 1, 7, 4)
+    rng = np.random.default_rng(0)
+    documents = [
+      np.r_[start, rng.integers(1, 41, n - 1)].astype(np.int32) for n in lengths
+    ]
+    joined = np.concatenate(documents)[None]
+
+    def loss(params, row, how):
+      data = losses.batch(row, 41, start)
+      weights = (data.labels != losses.IGNORE).astype(np.float32)
+      out, _ = losses.loss(
+        params, bias, data, weights, 0.3, cfg, segment_start=how
+      )
+      return jnp.stack([out.main, out.mtp])
+
+    def alone(params):
+      # Padded with what is not predicted: no module without a position.
+      rows = [np.pad(d, (0, 3))[None] for d in documents]
+      return sum(loss(params, row, None) for row in rows)
+
+    together = lambda params: loss(params, joined, start)
+    # Sums of the same terms in another order.
+    terms = 17 + 2 * 3 * 465
+    testing.assert_close(together(params), alone(params), terms)
+    gradients = lambda f: jax.grad(lambda p: f(p).sum())(params)
+    testing.assert_close(gradients(together), gradients(alone), terms)
+    unmasked = loss(params, joined, None)
+    self.assertGreater(np.abs(unmasked - alone(params)).min(), 1e-2)
 
   def test_matches_the_reference(self):
     depth = 2

@@ -228,6 +228,13 @@ class ProblemsTest(parameterized.TestCase):
     self.assertIn("11 micro-batches: must be even and at least 8", found)
     self.assertIn("use 10 or 12", found)
 
+  def test_segments_are_not_known_to_stages(self):
+    run = config.override(RUN, "data.segment_mask=true")
+    (line,) = layouts.problems(run, SIZES)
+    self.assertIn("data.segment_mask=true with parallel.schedule", line)
+    plain = config.override(run, "parallel.schedule=none")
+    self.assertEmpty(layouts.problems(plain, {"data": 2}))
+
   def test_too_few_while_the_batch_grows(self):
     run = config.override(
         RUN,

@@ -310,6 +310,14 @@ class PrepareTest(parameterized.TestCase):
     self.assertEqual(prepared.domains[0].train.dtype, "uint32")
 
 
+class SegmentTest(absltest.TestCase):
+
+  def test_begin_with_bos(self):
+    data = config.Data(seq_len=4, segment_mask=True)
+    self.assertEqual(data.segment_start, tokenizer.BOS_ID)
+    self.assertIsNone(config.Data(seq_len=4).segment_start)
+
+
 class DomainsTest(parameterized.TestCase):
 
   def setUp(self):

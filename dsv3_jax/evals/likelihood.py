@@ -45,6 +45,7 @@ def _local_nll(params, bias, tokens, labels, mask, *, run, layout):
       bias[: main.n_routers],
       tokens,
       main,
+      segment_start=run.data.segment_start,
       experts=layout.experts,
       gather=layout.layer,
   )

@@ -76,44 +76,59 @@ def _concatenated(found: list[Any]) -> Any:
   return jax.tree.map(lambda *parts: jnp.concatenate(parts, -1), *found)
 
 
-def _mask_future(
-    scores: jax.Array, fill: float, start: int, first: jax.Array | int
+def _mask(
+    scores: jax.Array,
+    fill: float,
+    start: int,
+    first: jax.Array | int,
+    segments: jax.Array | None,
 ) -> jax.Array:
   """Scores [N, S, T] of queries from `first` on: `fill` where a key is later.
 
-  Only keys from `start` on, the block's, can be; the others are not touched.
+  Only keys from `start` on, the block's, can be; the others are not touched,
+  but those of another segment, if there are any.
   """
   s, t = scores.shape[1:]
   query = first - start + jnp.arange(t)
   future = jnp.arange(s - start)[:, None] > query[None]
   near = jnp.where(future[None], fill, scores[:, start:])
-  return scores.at[:, start:].set(near)
+  scores = scores.at[:, start:].set(near)
+  if segments is None:
+    return scores
+  apart = segments[:s, None] != _slice(segments, first, t, 0)[None]
+  return jnp.where(apart[None], fill, scores)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    segments: jax.Array | None = None,
     e5m6_columns: int = 0,
 ) -> jax.Array:
   """Attention of q and k [B, N, T, X], v [B, N, T, V]; q already scaled.
 
-  Returns [B, T, N, V], rounded to E5M6 with a scale for so many columns if any
-  are given. It is also what the backward pass reads (section 3.3.3).
+  Args:
+    q, k, v: queries, keys and values.
+    segments: [B, T] int32; a query sees keys of its own alone.
+    e5m6_columns: round to E5M6 with a scale for so many columns.
+
+  Returns:
+    [B, T, N, V], which is also what the backward pass reads (section 3.3.3).
   """
-  return _attend_fwd(q, k, v, e5m6_columns)[0]
+  return _attend_fwd(q, k, v, segments, e5m6_columns)[0]
 
 
-def _attend_fwd(q, k, v, e5m6_columns):
-  def sequence(qkv):
-    q, k, v = qkv  # v is [N, V, S]
+def _attend_fwd(q, k, v, segments, e5m6_columns):
+  def sequence(args):
+    q, k, v, segments = args  # v is [N, V, S]
 
     def block(start, end):
       def chunk(carry, first, n):
         q_here = _slice(q, first, n, 1)
         scores = _dot("NSX,NTX->NST", k[:, :end], q_here)
-        scores = _mask_future(scores, -jnp.inf, start, first)
+        scores = _mask(scores, -jnp.inf, start, first, segments)
         top = scores.max(1, keepdims=True)
         weights = jnp.exp(scores - top)
         total = weights.sum(1, keepdims=True)
@@ -127,20 +142,21 @@ def _attend_fwd(q, k, v, e5m6_columns):
     return _concatenated([block(*span) for span in _blocks(q.shape[1])])
 
   # Turned outside of the loop: XLA would fold it into the products again.
-  out, lse = jax.lax.map(sequence, (q, k, jnp.swapaxes(v, 2, 3)))
+  args = q, k, jnp.swapaxes(v, 2, 3), segments
+  out, lse = jax.lax.map(sequence, args)
   out = jnp.moveaxis(out, 3, 1)
   if e5m6_columns:
     rows = out.reshape(-1, out.shape[2] * out.shape[3])
     out = tiles.e5m6(rows, e5m6_columns).reshape(out.shape)
   out, lse = recompute.named((out, lse), "attention")
-  return out, (q, k, v, out, lse)
+  return out, (q, k, v, segments, out, lse)
 
 
 def _attend_bwd(e5m6_columns, residuals, dout):
   del e5m6_columns  # rounding has the gradient of its argument
 
   def sequence(args):
-    q, k, v, lse, dout, mean, k_turned = args
+    q, k, v, segments, lse, dout, mean, k_turned = args
 
     def block(carry, start, end):
       def chunk(carry, first, n):
@@ -151,7 +167,7 @@ def _attend_bwd(e5m6_columns, residuals, dout):
         )
         scores = _dot("NSX,NTX->NST", k[:, :end], q_here)
         weights = jnp.exp(scores - lse_here)
-        weights = _mask_future(weights, 0, start, first)
+        weights = _mask(weights, 0, start, first, segments)
         dweights = _dot("NSV,NTV->NST", v[:, :end], dout_here)
         dscores = weights * (dweights - mean_here)
         dscores, weights = dscores.astype(q.dtype), weights.astype(q.dtype)
@@ -169,12 +185,13 @@ def _attend_bwd(e5m6_columns, residuals, dout):
     dk, dv = carry
     return _concatenated(dq), dk.astype(k.dtype), dv.astype(v.dtype)
 
-  q, k, v, out, lse = residuals
+  q, k, v, segments, out, lse = residuals
   # sum_s p dp = sum_v out dout: what the softmax takes off its gradient.
   mean = _dot("BTNV,BTNV->BNT", out, dout)
   dout, k_turned = jnp.swapaxes(dout, 1, 2), jnp.swapaxes(k, 2, 3)
-  dq, dk, dv = jax.lax.map(sequence, (q, k, v, lse, dout, mean, k_turned))
-  return jnp.swapaxes(dq, 2, 3), dk, dv
+  args = q, k, v, segments, lse, dout, mean, k_turned
+  dq, dk, dv = jax.lax.map(sequence, args)
+  return jnp.swapaxes(dq, 2, 3), dk, dv, None
 
 
 attend.defvjp(_attend_fwd, _attend_bwd)

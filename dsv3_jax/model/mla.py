@@ -86,12 +86,16 @@ def _frequencies(cfg: config.MLA) -> np.ndarray:
 
 
 def mla(
-    p: schema.Params, x: jax.Array, cfg: config.MLA, eps: float
+    p: schema.Params,
+    x: jax.Array,
+    cfg: config.MLA,
+    eps: float,
+    segments: jax.Array | None = None,
 ) -> jax.Array:
   """Attention of a whole sequence from position 0, [B, T, D] -> [B, T, D].
 
   The training and prefill form: keys and values are expanded from the latent
-  (eq. 1-11).
+  (eq. 1-11). With segments [B, T] a token sees those of its own alone.
   """
   angle = rope.angles(jnp.arange(x.shape[1]), _frequencies(cfg))
   q_nope, q_rope = queries(p, x, angle, cfg, eps)
@@ -104,7 +108,7 @@ def mla(
   k = jnp.concatenate([k_nope, k_rope], axis=-1)
   q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
   q, k, v = recompute.named((q, k, v), "up")
-  out = attention.attend(q, k, v, gemm.tile(p["out"]))
+  out = attention.attend(q, k, v, segments, gemm.tile(p["out"]))
   # Kept as it is: attention keeps it already.
   y = gemm.linear(out, p["out"], 2, keep_input=True)
   return manual.total(y, "model")

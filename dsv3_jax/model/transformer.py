@@ -63,10 +63,13 @@ def router_bias(cfg: config.Model) -> jax.Array:
 
 
 def dense_block(
-    p: schema.Params, x: jax.Array, cfg: config.Model
+    p: schema.Params,
+    x: jax.Array,
+    cfg: config.Model,
+    segments: jax.Array | None = None,
 ) -> jax.Array:
   """h += MLA(norm(h)); h += SwiGLU(norm(h))."""
-  x = _attention(p, x, cfg)
+  x = _attention(p, x, cfg, segments)
   h = layers.rms_norm(p["ffn_norm"], x, cfg.norm_eps)
   return x + swiglu.swiglu(p["ffn"], h)
 
@@ -77,18 +80,24 @@ def moe_block(
     bias: jax.Array,
     cfg: config.Model,
     experts: moe.Experts,
+    segments: jax.Array | None = None,
 ) -> tuple[jax.Array, moe.Stats]:
   """h += MLA(norm(h)); h += MoE(norm(h)); and what the mixture tells."""
-  x = _attention(p, x, cfg)
+  x = _attention(p, x, cfg, segments)
   h = layers.rms_norm(p["ffn_norm"], x, cfg.norm_eps)
   y, stats = moe.moe(p["ffn"], h, bias, cfg, experts)
   return x + y, stats
 
 
-def _attention(p: schema.Params, x: jax.Array, cfg: config.Model) -> jax.Array:
+def _attention(
+    p: schema.Params,
+    x: jax.Array,
+    cfg: config.Model,
+    segments: jax.Array | None,
+) -> jax.Array:
   with jax.named_scope("mla"):
     h = layers.rms_norm(p["mla_norm"], x, cfg.norm_eps)
-    x = x + mla.mla(p["mla"], h, cfg.mla, cfg.norm_eps)
+    x = x + mla.mla(p["mla"], h, cfg.mla, cfg.norm_eps, segments)
     return recompute.named(x, "residual")
 
 
@@ -117,6 +126,7 @@ def forward(
     *,
     kept: recompute.Kept = None,
     scan: bool = True,
+    segment_start: int | None = None,
     experts: moe.Experts = moe.LOCAL,
     gather: Callable[[str, schema.Params], schema.Params] = as_stored,
 ) -> Output:
@@ -130,21 +140,25 @@ def forward(
     kept: names of what layers keep for the backward pass; None: everything.
     scan: loop over the layers of one kind; else unroll them, which compiles
       for longer and, on CPU, saves copying what the backward pass needs.
+    segment_start: a token that begins a segment, which attention does not
+      leave; None: it sees all that was before.
     experts: how the routed experts are computed.
     gather: makes the parameters of a layer of a kind (`dense`, `moe`, `mtp`)
       whole, where they are stored in slices.
   """
+  segments = segments_of(tokens, segment_start)
   over_layers = jax.lax.scan if scan else _unrolled
   keeping = functools.partial(recompute.keeping, kept, in_loop=scan)
 
   @keeping
   def dense(h, p):
-    return dense_block(gather("dense", p), h, cfg), None
+    return dense_block(gather("dense", p), h, cfg, segments), None
 
   @keeping
   def mixture(h, layer):
     p, layer_bias = layer
-    return moe_block(gather("moe", p), h, layer_bias, cfg, experts)
+    whole = gather("moe", p)
+    return moe_block(whole, h, layer_bias, cfg, experts, segments)
 
   x = embed(params, tokens)
   stats = [_no_stats(bias)]
@@ -161,11 +175,19 @@ def forward(
       tokens,
       cfg,
       kept=kept,
+      segment_start=segment_start,
       experts=experts,
       gather=gather,
   )
   stats.append(out.stats)
   return out.replace(stats=_joined(stats))
+
+
+def segments_of(tokens: jax.Array, start: int | None) -> jax.Array | None:
+  """The segment of each token [B, T], which begins with `start`, if given."""
+  if start is None:
+    return None
+  return jnp.cumsum(tokens == start, axis=1, dtype=jnp.int32)
 
 
 def embed(params: schema.Params, tokens: jax.Array) -> jax.Array:
@@ -182,6 +204,7 @@ def predict(
     cfg: config.Model,
     *,
     kept: recompute.Kept = None,
+    segment_start: int | None = None,
     experts: moe.Experts = moe.LOCAL,
     gather: Callable[[str, schema.Params], schema.Params] = as_stored,
 ) -> Output:
@@ -194,6 +217,7 @@ def predict(
     tokens: [B, T] int32.
     cfg: the model.
     kept: as in `forward`.
+    segment_start: as in `forward`.
     experts: as in `forward`.
     gather: as in `forward`.
 
@@ -201,8 +225,12 @@ def predict(
     The hidden states, with the stats of the MTP modules.
   """
 
+  segments = segments_of(tokens, segment_start)
+
   def module(p, layer_bias, hidden, ahead):
-    block = functools.partial(moe_block, cfg=cfg, experts=experts)
+    own = None if segments is None else segments[:, : hidden.shape[1]]
+    how = {"cfg": cfg, "experts": experts, "segments": own}
+    block = functools.partial(moe_block, **how)
     return mtp.module(gather("mtp", p), layer_bias, hidden, ahead, cfg, block)
 
   hidden = layers.rms_norm(params["norm"], x, cfg.norm_eps)

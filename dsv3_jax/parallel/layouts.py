@@ -366,6 +366,11 @@ def _pipeline_problems(
         f"--mesh: model={sizes['model']} with parallel.schedule={name}: layers"
         " of a stage are not divided; leave model at 1"
     )
+  if run.data.segment_mask:
+    found.append(
+        f"data.segment_mask=true with parallel.schedule={name}: stages do not"
+        " know segments; leave one of them out"
+    )
   if LAYOUTS[run.parallel.layout].by_layer:
     found.append(
         f"parallel.layout={run.parallel.layout} with parallel.schedule={name}:"
