@@ -48,7 +48,8 @@ def _run(command: list[str], folder: pathlib.Path) -> None:
   done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
   if done.returncode:
     said = (done.stderr or done.stdout).strip().splitlines()[-3:]
-    raise ValueError(f"{' '.join(command)}: {' '.join(said)}")
+    hint = "; try apt-get update" if command[0] == "apt-get" else ""
+    raise ValueError(f"{' '.join(command)}: {' '.join(said)}{hint}")
 
 
 def _fetch(source: sources.Source, folder: pathlib.Path) -> pathlib.Path:

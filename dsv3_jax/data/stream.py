@@ -179,10 +179,11 @@ def texts(
   Raises:
     ValueError: the text does not do, or a domain is missing.
   """
-  paths = {name: f"{data.path}/{name}" for name in data.weights}
+  root = os.path.expanduser(data.path)
+  paths = {name: os.path.join(root, name) for name in data.weights}
   missing = [name for name, path in paths.items() if not os.path.exists(path)]
   if missing:
-    there = sorted(os.listdir(data.path)) if os.path.isdir(data.path) else []
+    there = sorted(os.listdir(root)) if os.path.isdir(root) else []
     raise ValueError(
         f"data.domains: {', '.join(missing)} not in data.path={data.path!r};"
         f" there {'is' if len(there) == 1 else 'are'}"
