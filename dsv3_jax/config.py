@@ -17,7 +17,7 @@ from dsv3_jax import settings
 
 number, choice = fields.number, fields.choice
 leaves, override = settings.leaves, settings.override
-difference = settings.difference
+difference, defaults = settings.difference, settings.defaults
 
 MLA, Yarn, MoE = architecture.MLA, architecture.Yarn, architecture.MoE
 Router, MTP = architecture.Router, architecture.MTP

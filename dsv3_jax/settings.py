@@ -1,6 +1,7 @@
 """Settings of a configuration by path: listed, replaced, compared."""
 
 import dataclasses
+import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,18 @@ def leaves(cfg: Any, prefix: str = "") -> dict[str, Any]:
       out |= leaves(value, path + ".")
     else:
       out[path] = value
+  return out
+
+
+def defaults(cls: type, prefix: str = "") -> dict[str, Any]:
+  """Settings of a class that need not be given, with their values."""
+  out, hints = {}, typing.get_type_hints(cls)
+  for field in dataclasses.fields(cls):
+    path = prefix + field.name
+    if dataclasses.is_dataclass(hints[field.name]):
+      out |= defaults(hints[field.name], path + ".")
+    elif field.default is not dataclasses.MISSING:
+      out[path] = field.default
   return out
 
 

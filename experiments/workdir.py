@@ -83,9 +83,13 @@ def claim(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
     raise ValueError(
         f"--workdir={workdir}: cannot be written: {error}"
     ) from error
+  there, here = _flat(read_config(workdir)), _flat(facts)
+  # A setting newer than the run: its default is what was done without it.
+  for name, value in config.defaults(config.Run).items():
+    there.setdefault(f"settings.{name}", value)
   changes = [
       line
-      for line in config.difference(_flat(read_config(workdir)), _flat(facts))
+      for line in config.difference(there, here)
       if not line.startswith(_HARMLESS)
   ]
   if changes:

@@ -369,6 +369,13 @@ class PresetTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "seq_len=201: must be at most 200"):
       config.override(RUN, *yarn, "data.seq_len=201")
 
+  def test_defaults_are_those_of_the_classes(self):
+    found = config.defaults(config.Run)
+    self.assertEqual(found["optim.beta2"], 0.95)
+    self.assertEqual(found["model.mla.yarn.factor"], 1.0)
+    self.assertNotIn("train.tokens", found)
+    self.assertLessEqual(set(found), set(config.leaves(RUN)))
+
   def test_domains(self):
     run = config.override(RUN, "data.path=x", "data.domains=b.txt=2, a=.5")
     self.assertEqual(run.data.weights, {"b.txt": 2.0, "a": 0.5})

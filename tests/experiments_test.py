@@ -226,6 +226,14 @@ class WorkdirTest(parameterized.TestCase):
     workdir.claim(self.folder, workdir.describe("tiny", 0, run))
     self.assertEqual(self.contents(), before)
 
+  def test_a_run_from_before_a_setting_may_go_on_with_its_default(self):
+    del self.facts["settings"]["data.fim_rate"]
+    (self.folder / workdir.CONFIG).write_text(json.dumps(self.facts))
+    workdir.claim(self.folder, workdir.describe("tiny", 0, presets.TINY))
+    run = config.override(presets.TINY, "data.fim_rate=0.1")
+    with self.assertRaisesRegex(ValueError, "data.fim_rate: 0.0 -> 0.1"):
+      workdir.claim(self.folder, workdir.describe("tiny", 0, run))
+
   def test_another_configuration_is_told_field_by_field(self):
     before = self.contents()
     run = config.override(presets.TINY, "optim.eps=1e-9", "mla.n_heads=3")
