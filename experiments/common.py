@@ -1,7 +1,7 @@
 """The command line that all experiments share.
 
   python -m experiments.NAME --variant=V --workdir=DIR [--steps=N] [--seed=S]
-      [--mesh=data=2,expert=4] [--set=a.b=1 ...]
+      [--mesh=data=2,expert=4] [--init_from=DIR] [--set=a.b=1 ...]
 
 The same command again goes on where the last one stopped. All problems of a
 command line are listed at once, before JAX starts.
@@ -35,6 +35,9 @@ flags.DEFINE_integer("steps", None, "where to stop; default: token budget")
 flags.DEFINE_string(
     "mesh", "", "devices by axis, such as data=2,expert=4; default: all, data"
 )
+flags.DEFINE_string(
+    "init_from", None, "folder of a run whose parameters a new run begins with"
+)
 flags.DEFINE_multi_string("set", [], "a setting such as train.tokens=1e6")
 flags.DEFINE_string(
     "coordinator", "", "HOST:PORT of process 0 of several, or auto"
@@ -59,6 +62,7 @@ class Command:
   stop: int  # steps
   mesh: dict[str, int]  # sizes of the axes named
   processes: cluster.Processes
+  init_from: pathlib.Path | None = None
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -132,7 +136,12 @@ def _command(variants: Mapping[str, config.Run]) -> tuple[Command, list[str]]:
         f" --processes={processes.count}"
     )
   workdir = pathlib.Path(args.workdir) if args.workdir else None
-  command = Command(name, run, workdir, args.seed, stop, mesh, processes)
+  init_from = pathlib.Path(args.init_from) if args.init_from else None
+  if init_from and not (init_from / "checkpoints").is_dir():
+    problems.append(f"--init_from={init_from}: no run with checkpoints there")
+  command = Command(
+      name, run, workdir, args.seed, stop, mesh, processes, init_from
+  )
   return command, problems
 
 

@@ -13,6 +13,8 @@ from dsv3_jax import checkpoint
 from dsv3_jax import config
 from dsv3_jax import ema
 from dsv3_jax import losses
+from dsv3_jax import presets
+from dsv3_jax import schema
 from dsv3_jax import train
 from dsv3_jax.data import corpus
 from dsv3_jax.data import stream
@@ -135,6 +137,8 @@ def _start(
           f" {checkpoints.directory}; restore it, or start in a new --workdir"
       )
     state = train.make_state(run, mesh, command.seed)
+    if command.init_from:
+      state = _with_parameters(state, command, mesh)
     checkpoint.save(checkpoints, state, facts)
     checkpoints.wait_until_finished()
     return state
@@ -152,6 +156,38 @@ def _start(
   return state
 
 
+def _with_parameters(
+    state: train.TrainState, command: common.Command, mesh: jax.sharding.Mesh
+) -> train.TrainState:
+  """The state with parameters and router bias of another run's newest step.
+
+  Raises:
+    ValueError: that run has another architecture, or no checkpoint.
+  """
+  folder = command.init_from
+  facts = workdir.read_config(folder)
+  source = config.override(
+      workdir.run_of(facts, presets.PRESETS),
+      f"parallel.layout={command.run.parallel.layout}",
+  )
+  of = lambda run: {
+      path: str(spec.shape)
+      for path, spec in schema.paths(transformer.specs(run.model)).items()
+  }
+  if changes := config.difference(of(source), of(command.run)):
+    raise ValueError(
+        f"--init_from={folder} has another architecture (there -> here):\n"
+        + "\n".join(f"  {line}" for line in changes)
+    )
+  checkpoints = checkpoint.manager(folder / "checkpoints", source.checkpoint)
+  if (step := checkpoints.latest_step()) is None:
+    raise ValueError(f"--init_from={folder}: has no finished checkpoint")
+  like = train.abstract_state(source, mesh)
+  start, _ = checkpoint.restore(checkpoints, step, like)
+  checkpoints.close()
+  return state.replace(params=start.params, router_bias=start.router_bias)
+
+
 def _book(
     folder: pathlib.Path, stop: int, first: int
 ) -> logbook.Logbook | logbook.Silent:
@@ -163,9 +199,13 @@ def _book(
 def _prepare(command: common.Command) -> stream.Prepared:
   """The workdir and the data in it, written by process 0."""
   run, folder = command.run, command.workdir
+  learned = None
+  if command.init_from:
+    learned = command.init_from / "data" / "tokenizer.json"
 
   def prepare():
-    return stream.prepare(run.data, run.model.vocab_size, folder / "data")
+    vocab_size = run.model.vocab_size
+    return stream.prepare(run.data, vocab_size, folder / "data", learned)
 
   def write():
     description = workdir.describe(command.variant, command.seed, run)

@@ -391,7 +391,7 @@ class EndToEndTest(absltest.TestCase):
     text.write_text("".join(PROSE.format(i) for i in range(500)))
     settings = [f"--set={s}" for s in (*self.SETTINGS, f"data.path={text}")]
 
-    def pretrain(name, steps):
+    def pretrain(name, steps, *more):
       folder = f"--workdir={root / name}"
       self.run_program(
           "experiments.pretrain",
@@ -399,6 +399,7 @@ class EndToEndTest(absltest.TestCase):
           folder,
           f"--steps={steps}",
           *settings,
+          *more,
       )
 
     def state(name):
@@ -442,6 +443,22 @@ class EndToEndTest(absltest.TestCase):
         "experiments.sample", folder, f"--prompt={prompt}", "--ema"
     )
     self.assertStartsWith(out, prompt)
+    yarn = "mla.yarn.factor=4", "mla.yarn.original_len=32", "data.seq_len=64"
+    yarn = [f"--set={setting}" for setting in yarn]
+    pretrain("longer", 1, f"--init_from={root / 'parts'}", *yarn)
+    (first, *_) = logbook.read(root / "longer" / logbook.METRICS)
+    self.assertLess(first["main_loss"], rows[0][0]["main_loss"] - 0.1)
+    done = python(
+        "experiments.pretrain",
+        "--variant=tiny",
+        f"--workdir={root / 'other'}",
+        f"--init_from={root / 'parts'}",
+        *settings,
+        "--set=d_model=64",
+    )
+    self.assertEqual(done.returncode, common.BAD_INPUT)
+    self.assertIn("has another architecture", done.stderr)
+    self.assertIn("embed: '(300, 32)' -> '(300, 64)'", done.stderr)
     self.run_program("scripts.report", folder)
     page = (root / "parts" / "report.html").read_text()
     self.assertIn("<html", page)

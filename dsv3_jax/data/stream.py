@@ -196,7 +196,10 @@ def texts(
 
 
 def prepare(
-    data: config.Data, vocab_size: int, directory: pathlib.Path
+    data: config.Data,
+    vocab_size: int,
+    directory: pathlib.Path,
+    learned: pathlib.Path | None = None,
 ) -> Prepared:
   """Reads the corpus, and makes or reuses its tokenizer and token files.
 
@@ -205,6 +208,7 @@ def prepare(
     vocab_size: of the model.
     directory: keeps tokenizer.json, and train.bin and heldout.bin of each
       domain in a folder of its name; of one run.
+    learned: a tokenizer.json to use instead of one trained on the text.
 
   Raises:
     ValueError: the text or the vocabulary does not do, or the text is no
@@ -212,7 +216,7 @@ def prepare(
   """
   parts = texts(data)
   directory.mkdir(parents=True, exist_ok=True)
-  tok = _tokenizer(data, parts, vocab_size, directory)
+  tok = _tokenizer(data, parts, vocab_size, directory, learned)
   rates = {"fim_rate": data.fim_rate, "split_rate": data.split_rate}
   domains = []
   for name, (train, heldout) in parts.items():
@@ -241,8 +245,9 @@ def _tokenizer(
     parts: Mapping[str, tuple[list[corpus.Document], list[corpus.Document]]],
     vocab_size: int,
     directory: pathlib.Path,
+    learned: pathlib.Path | None,
 ) -> tokenizers.Tokenizer:
-  """The released one, that of the directory, or one trained on the text."""
+  """The released one, that of the directory, or one learned on text."""
   path = directory / "tokenizer.json"
   # The manifest comes after the tokenizer: without it, that may be of a start
   # that was cut off, on other text.
@@ -252,6 +257,8 @@ def _tokenizer(
     tok = tokenizer.deepseek()
   elif begun:
     tok = tokenizer.load(path)
+  elif learned:
+    tok = tokenizer.load(learned)
   else:
     train = (d.text for documents, _ in parts.values() for d in documents)
     tok = tokenizer.train(train, vocab_size)
