@@ -167,28 +167,27 @@ class LossTest(parameterized.TestCase):
       np.r_[start, rng.integers(1, 41, n - 1)].astype(np.int32) for n in lengths
     ]
     joined = np.concatenate(documents)[None]
+    # Padded at the end, where nothing is predicted.
+    apart = np.stack([np.pad(d, (0, 10 - len(d))) for d in documents])
 
-    def loss(params, row, how):
+    def losses_of(row, how):
       data = losses.batch(row, 41, start)
       weights = (data.labels != losses.IGNORE).astype(np.float32)
-      out, _ = losses.loss(
-        params, bias, data, weights, 0.3, cfg, segment_start=how
-      )
-      return jnp.stack([out.main, out.mtp])
 
-    def alone(params):
-      # Padded with what is not predicted: no module without a position.
-      rows = [np.pad(d, (0, 3))[None] for d in documents]
-      return sum(loss(params, row, None) for row in rows)
+      def total(params):
+        out, _ = losses.loss(
+          params, bias, data, weights, 0.3, cfg, segment_start=how
+        )
+        return out.main + out.mtp, (out.main, out.mtp)
 
-    together = lambda params: loss(params, joined, start)
+      return jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+
     # Sums of the same terms in another order.
-    terms = 17 + 2 * 3 * 465
-    testing.assert_close(together(params), alone(params), terms)
-    gradients = lambda f: jax.grad(lambda p: f(p).sum())(params)
-    testing.assert_close(gradients(together), gradients(alone), terms)
-    unmasked = loss(params, joined, None)
-    self.assertGreater(np.abs(unmasked - alone(params)).min(), 1e-2)
+    expected, terms = losses_of(apart, None), 17 + 2 * 3 * 465
+    testing.assert_close(losses_of(joined, start), expected, terms)
+    (_, unmasked), _ = losses_of(joined, None)
+    (_, alone), _ = expected
+    self.assertGreater(np.abs(np.subtract(unmasked, alone)).min(), 1e-2)
 
   def test_matches_the_reference(self):
     depth = 2
