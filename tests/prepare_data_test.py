@@ -96,7 +96,7 @@ class DocumentsTest(absltest.TestCase):
     self.assertEqual(kept, [d for d in found if d in kept])
     self.assertEqual(prepare_data.part(found, 1e9), found)
     # More of it holds the same and more.
-    self.assertTrue(set(kept) >= set(prepare_data.part(found, 200)[:3]))
+    self.assertLess(set(prepare_data.part(found, 200)), set(kept))
 
   def test_the_same_documents_give_the_same_bytes(self):
     root = testing.folder(self)

@@ -5,8 +5,9 @@ stay in cache. Only the log-sum-exp is kept for the backward pass, which makes
 the scores again. Softmax is in float32.
 
 Chunks are in a few blocks; those of a block see the keys up to its end. So the
-future costs a sixteenth at most, and nothing where a chunk is a block, in
-sequences up to BLOCKS * CHUNK; and a program does not grow with the length.
+future costs half a block of keys a query, and no more than half a chunk where a
+chunk is a block, in sequences up to BLOCKS * CHUNK; and a program does not grow
+with the length.
 
 Scores are [keys, queries], so that what belongs to a query lies along the last
 dim, and queries' sums are made as [X, queries]: no product contracts the

@@ -348,14 +348,15 @@ def _pipeline_problems(
         f"--mesh: pipe={n_ranks} needs a parallel.schedule; one of"
         f" {', '.join(schedules.SCHEDULES)}"
     ]
-  found, micro = [], run.train.micro_batch_size
-  n_layers = run.model.n_layers
-  for phase in reversed(run.phases):
+  micro, n_layers = run.train.micro_batch_size, run.model.n_layers
+  known = schedules.problems(
+      name, n_ranks, run.train.micro_batches, n_layers
+  )
+  found = list(known)
+  for phase in run.phases[:-1]:
     n_micro = phase.batch_size // micro
     for line in schedules.problems(name, n_ranks, n_micro, n_layers):
-      if phase.batch_size == run.train.batch_size:
-        found.append(line)
-      elif "micro-batches" in line:
+      if line not in known:
         found.append(
             f"{line}; these are the {phase.batch_size} sequences, {micro} a"
             " micro-batch, of steps while the batch grows: see"
