@@ -177,16 +177,35 @@ TINY = config.override(
     "evaluate.every=70",
 )
 
-# An overnight run on a laptop, or minutes on an accelerator.
+# Overnight on a laptop, or minutes on an accelerator; reads what
+# `scripts/prepare_data.py` writes.
 SMALL = config.override(
-    M,
-    "train.tokens=1e9",
+    S,
+    "vocab_size=32768",
+    # As of `tiny`, for its width.
+    "init_std=0.032",
+    "data.path=corpus",
+    "data.domains=prose=1,python=2,go=2,docs=2,maths-docs=1,maths-formal=1,"
+    "chinese=2,languages=1",
+    "data.heldout=0.003",
+    "data.fim_rate=0.1",
+    "data.split_rate=0.1",
+    "train.tokens=19660800",
     "train.batch_size=32",
-    "optim.peak_lr=1e-3",
+    "train.micro_batches=4",
+    "optim.peak_lr=1.5e-3",
     "optim.min_lr=1e-4",
-    "optim.tail_lr=3e-5",
-    "schedule.warmup_steps=500",
+    "optim.tail_lr=1e-4",
+    "optim.ema_decay=0.99",
+    "router.bias_speed=0.003",
+    "schedule.bias_until=1",
+    "schedule.warmup_steps=60",
     "schedule.constant_until=0.3",
+    "schedule.decay_until=1",
+    "schedule.tail_from=1",
+    "schedule.mtp_until=0.7",
+    "evaluate.ema=true",
+    "evaluate.every=300",
 )
 
 PRESETS = {

@@ -32,6 +32,7 @@ from experiments import logbook
 from experiments import quantization
 from experiments import workdir
 
+RIVALS_BYTES = 1 << 25  # of text that other compressors read, in a minute
 LOADS = 60  # times in a run that the loads of all experts are written
 
 
@@ -388,16 +389,17 @@ def _sample(
 def _summary(run: config.Run, data: stream.Prepared) -> dict[str, Any]:
   """Figures of the model and of the text, for the report."""
   counts = transformer.parameter_counts(run.model)
+  facts = {
+      "parameters": counts["main"] + counts["mtp"],
+      "active_parameters": counts["active"],
+      "train_bytes": data.train_bytes,
+      "heldout_bytes": data.heldout_bytes,
+  }
+  if data.train_bytes > RIVALS_BYTES:
+    return facts
   train, heldout = (
       b"".join(map(corpus.text_bytes, documents))
       for documents in zip(*stream.texts(run.data).values(), strict=True)
   )
   rivals = corpus.compression_bits_per_byte(train, heldout)
-  return {
-      "parameters": counts["main"] + counts["mtp"],
-      "active_parameters": counts["active"],
-      "train_bytes": data.train_bytes,
-      "heldout_bytes": data.heldout_bytes,
-      "bzip2_bpb": rivals["bzip2 -9"],
-      "xz_bpb": rivals["xz -9e"],
-  }
+  return facts | {"bzip2_bpb": rivals["bzip2 -9"], "xz_bpb": rivals["xz -9e"]}

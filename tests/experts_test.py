@@ -12,8 +12,8 @@ from dsv3_jax import schema
 from dsv3_jax.model import experts
 from dsv3_jax.model import swiglu
 
-APART = functools.partial(experts.block_ffn, apart=True)
-FORMS = (experts.block_ffn, APART, experts.ragged_ffn, experts.dense_ffn)
+APART = functools.partial(experts.grouped_ffn, apart=True)
+FORMS = (experts.grouped_ffn, APART, experts.dense_ffn)
 # M tokens, E experts, K of them chosen, widths D and F.
 SIZES = (
   (1, 1, 1, 3, 5),
@@ -59,7 +59,7 @@ def _check(form, p, x, chosen, gates):
 class GroupedFfnTest(parameterized.TestCase):
   @parameterized.parameters(*SIZES)
   def test_values_and_gradients_match_the_reference(self, *size):
-    _check(experts.block_ffn, *_inputs(*size))
+    _check(experts.grouped_ffn, *_inputs(*size))
 
   @parameterized.parameters(*FORMS)
   def test_every_form_matches_it(self, form):
@@ -68,7 +68,7 @@ class GroupedFfnTest(parameterized.TestCase):
   def test_even_loads(self):
     p, x, chosen, gates = _inputs(*EDGE)
     even = np.arange(chosen.size, dtype=np.int32) % 5
-    _check(experts.block_ffn, p, x, even.reshape(chosen.shape), gates)
+    _check(experts.grouped_ffn, p, x, even.reshape(chosen.shape), gates)
 
   @parameterized.parameters(*FORMS)
   def test_all_tokens_to_one_expert_and_none_to_the_others(self, form):
@@ -90,7 +90,7 @@ class GroupedFfnTest(parameterized.TestCase):
     large, small = experts._layout(jnp.asarray(chosen), 16, plan).blocks
     self.assertGreater(int(large.used), 16)
     self.assertGreater(int(small.used), 4)
-    _check(experts.block_ffn, p, x, chosen, gates)
+    _check(experts.grouped_ffn, p, x, chosen, gates)
 
   @parameterized.parameters(*FORMS)
   def test_an_expert_without_tokens(self, form):
@@ -129,13 +129,13 @@ class GroupedFfnTest(parameterized.TestCase):
   @parameterized.product(n_slots=(1, 17, 40, 130), apart=(False, True))
   def test_the_number_of_choices_expected_changes_nothing(self, n_slots, apart):
     p, x, chosen, gates = _inputs(*EDGE)
-    form = functools.partial(experts.block_ffn, n_slots=n_slots, apart=apart)
+    form = functools.partial(experts.grouped_ffn, n_slots=n_slots, apart=apart)
     _check(form, p, x, chosen, gates)
 
   def test_no_tokens(self):
     p, x, chosen, gates = _inputs(0, 3, 2, 3, 5)
     y, (dp, dx, dgates) = _value_and_gradients(
-        experts.block_ffn, p, x, chosen, gates, x
+        experts.grouped_ffn, p, x, chosen, gates, x
     )
     shapes = (y.shape, dx.shape, dgates.shape)
     self.assertEqual(shapes, ((0, 3), (0, 3), (0, 2)))
@@ -144,8 +144,8 @@ class GroupedFfnTest(parameterized.TestCase):
 
   def test_eager_is_compiled(self):
     p, x, chosen, gates = jax.tree.map(jnp.asarray, _inputs(7, 3, 2, 5, 3))
-    eager = experts.block_ffn(p, x, chosen, gates)
-    compiled = jax.jit(experts.block_ffn)(p, x, chosen, gates)
+    eager = experts.grouped_ffn(p, x, chosen, gates)
+    compiled = jax.jit(experts.grouped_ffn)(p, x, chosen, gates)
     testing.assert_close(eager, compiled, terms=5 + 3 + 2)
 
 

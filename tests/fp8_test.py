@@ -97,8 +97,8 @@ class ExpertsTest(parameterized.TestCase):
   @parameterized.parameters(1, 7, 100, 600)
   def test_are_near_those_in_float32(self, m):
     p, p8, *args = mixture(m)
-    found, _ = value_and_gradients(experts.block_ffn, p8, *args)
-    want, _ = value_and_gradients(experts.block_ffn, p, *args)
+    found, _ = value_and_gradients(experts.grouped_ffn, p8, *args)
+    want, _ = value_and_gradients(experts.grouped_ffn, p, *args)
     leaves = zip(*map(jax.tree.leaves, (found, want)), strict=True)
     for a, b in leaves:
       # Four to seven quantizations of 2.5 % each.
@@ -106,8 +106,8 @@ class ExpertsTest(parameterized.TestCase):
 
   def test_weights_gradients_apart_are_the_same(self):
     _, p8, *args = mixture(100)
-    apart = functools.partial(experts.block_ffn, apart=True)
-    found = value_and_gradients(experts.block_ffn, p8, *args)
+    apart = functools.partial(experts.grouped_ffn, apart=True)
+    found = value_and_gradients(experts.grouped_ffn, p8, *args)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
         found,
@@ -117,7 +117,7 @@ class ExpertsTest(parameterized.TestCase):
   def test_gradients_that_are_not_finite_are_counted(self):
     _, p8, x, *args, dy = mixture(20)
     x = x.at[3, 5].set(np.nan)
-    _, counted = value_and_gradients(experts.block_ffn, p8, x, *args, dy)
+    _, counted = value_and_gradients(experts.grouped_ffn, p8, x, *args, dy)
     column = tiles.COUNTED.index("not_finite")
     self.assertEqual(counted["activation"]["gate_up"][column], 1)
     # Of its four experts, what follows is not finite at all.
@@ -157,7 +157,7 @@ class DispatchTest(parameterized.TestCase):
     )
     (y, dp, dx, dgates), _ = jax.device_get(run(*args))
     (y1, dp1, dx1, dgates1), _ = value_and_gradients(
-        experts.block_ffn, *mixture(96)[1:]
+        experts.grouped_ffn, *mixture(96)[1:]
     )
     # In float32 the same numbers are multiplied, and added in another order;
     # where that moves a number over the edge between two steps of FP8, a result

@@ -41,7 +41,6 @@ APART = functools.partial(experts.grouped_ffn, apart=True)
 LAYERS = {
     "dense": ("dense", dense),
     "moe": ("moe", functools.partial(mixture, APART)),
-    "moe_ragged": ("moe", functools.partial(mixture, experts.ragged_ffn)),
 }
 
 
@@ -92,7 +91,6 @@ class SplitTest(parameterized.TestCase):
       ("moe", "fp8"),
       ("dense", "fp8", SELECTIVE),
       ("moe", "fp8", SELECTIVE),
-      ("moe_ragged", "bf16", SELECTIVE),
   )
   def test_the_passes_are_the_layer_and_its_gradient(
       self, name, recipe, activations=None

@@ -370,7 +370,7 @@ class DomainsTest(parameterized.TestCase):
 
   def test_a_missing_one_is_named(self):
     with self.assertRaisesRegex(
-        ValueError, "domains: maths not in .*there are code, prose.txt"
+        ValueError, "domains: maths not in .*which has code, prose.txt"
     ):
       self.prepare("code=1,maths=2")
 

@@ -185,9 +185,9 @@ def texts(
   if missing:
     there = sorted(os.listdir(root)) if os.path.isdir(root) else []
     raise ValueError(
-        f"data.domains: {', '.join(missing)} not in data.path={data.path!r};"
-        f" there {'is' if len(there) == 1 else 'are'}"
-        f" {', '.join(there) or 'no folder of that name'}"
+        f"data.domains: {', '.join(missing)} not in data.path={data.path!r},"
+        f" which {'has ' + ', '.join(there) if there else 'is no such folder'};"
+        " scripts/prepare_data.py makes such a corpus"
     )
   return {
       name: corpus.split(corpus.documents(path, data.on_bad_text), data.heldout)

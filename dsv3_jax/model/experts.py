@@ -1,11 +1,15 @@
-"""Routed experts: a dropless grouped feed-forward, one interface, three forms.
+"""Routed experts: a dropless grouped feed-forward.
 
-Each takes (p, x [M, D], chosen [M, K], gates [M, K]) and returns
+`grouped_ffn` takes (p, x [M, D], chosen [M, K], gates [M, K]) and returns
 sum_k gates[m, k] * ffn_{chosen[m, k]}(x[m]), [M, D]; a token chooses an expert
 once at most, and a choice of E, one beyond the last, stands for none.
-`grouped_ffn` picks the form for the backend: `block_ffn` on CPU, and anywhere
-for weights in FP8; else `ragged_ffn`. `dense_ffn` runs every expert on every
-token and is the reference.
+`dense_ffn` runs every expert on every token and is the reference. So does
+`lax.ragged_dot` outside of TPUs, which is why it is not used.
+
+Slots (token, k) are sorted by expert. The places of an expert are cut into
+blocks of rows, large ones first, so that padding is less than a small block for
+an expert; a loop runs over the blocks in use. No slot is lost, however uneven
+the loads.
 """
 
 import dataclasses
@@ -22,33 +26,11 @@ from dsv3_jax.model import gemm
 from dsv3_jax.model import recompute
 from dsv3_jax.model import swiglu
 
-MIN_BLOCK, MAX_BLOCK = 8, 256  # rows of a block
+MIN_BLOCK = 8  # rows
+# On CPU what a block computes stays in cache; elsewhere a block must keep a
+# whole device at work.
+MAX_BLOCK, MAX_BLOCK_ON_CPU = 4096, 256
 KEPT = 1.25  # rows whose hidden state is kept, in rows expected
-
-
-def grouped_ffn(
-    p: schema.Params,
-    x: jax.Array,
-    chosen: jax.Array,
-    gates: jax.Array,
-    n_slots: int | None = None,
-    *,
-    apart: bool = False,
-) -> jax.Array:
-  """The form that is fast on the default backend; see the module.
-
-  Args:
-    p: parameters of the experts.
-    x: [M, D].
-    chosen: [M, K] int32.
-    gates: [M, K].
-    n_slots: about how many choices are of an expert; M * K if not given.
-    apart: share no loop between the gradients of weights and the others, so
-      that a pipeline can put the former off.
-  """
-  if jax.default_backend() == "cpu" or gemm.tile(p["down"]):
-    return block_ffn(p, x, chosen, gates, n_slots, apart=apart)
-  return ragged_ffn(p, x, chosen, gates)
 
 
 def dense_ffn(
@@ -62,41 +44,6 @@ def dense_ffn(
   act = jax.nn.silu(h[:, :, 0]) * h[:, :, 1]
   y = jnp.einsum("MEF,EFD->MED", act, p["down"])
   return jnp.einsum("MED,ME->MD", y, weight.astype(y.dtype))
-
-
-def ragged_ffn(
-    p: schema.Params, x: jax.Array, chosen: jax.Array, gates: jax.Array
-) -> jax.Array:
-  """Sorted slots through `lax.ragged_dot`, native on GPU and TPU.
-
-  On CPU it multiplies every slot with every expert: never use it there.
-  """
-  k, (n_experts, d, _, f) = chosen.shape[1], p["gate_up"].shape
-  flat = chosen.reshape(-1)
-  gate_up, down, x, gates = manual.alike(
-      p["gate_up"].reshape(n_experts, d, 2 * f), p["down"], x, gates
-  )
-  order = jnp.argsort(flat, stable=True)
-  load = jax.nn.one_hot(flat, n_experts, dtype=jnp.int32).sum(0)
-  # Choices of none come last: a group has no say over their rows.
-  real = flat[order] < n_experts
-  token = jnp.where(real, order // k, x.shape[0])
-  h = jax.lax.ragged_dot(_pick(x, token), gate_up, load)
-  h = jnp.where(real[:, None], h, 0).reshape(-1, 2, f)
-  h = recompute.named(h, "hidden")
-  act = jax.nn.silu(h[:, 0]) * h[:, 1]
-  y = jax.lax.ragged_dot(act, down, load)
-  y = y * gates.reshape(-1)[order, None].astype(y.dtype)
-  y = jnp.where(real[:, None], y, 0)
-  return jnp.zeros_like(x).at[token].add(y, mode="drop")
-
-
-# --- the blocked form ---
-#
-# Slots (token, k) are sorted by expert. The places of an expert are cut into
-# blocks of few rows, large ones first, so that padding is less than a small
-# block for an expert; a loop runs over the blocks in use. What a block computes
-# stays in cache. No slot is lost, however uneven the loads.
 
 
 @flax.struct.dataclass
@@ -130,7 +77,9 @@ def _plan(
     n_tokens: int, k: int, n_experts: int, n_slots: int, apart: bool = False
 ) -> _Plan:
   half = max(int(n_slots / n_experts / 2), 1)  # of the mean load
-  large = min(max(1 << half.bit_length() - 1, MIN_BLOCK), MAX_BLOCK)
+  on_cpu = jax.default_backend() == "cpu"
+  limit = MAX_BLOCK_ON_CPU if on_cpu else MAX_BLOCK
+  large = min(max(1 << half.bit_length() - 1, MIN_BLOCK), limit)
   small = max(large // 4, MIN_BLOCK)
   most = n_tokens * min(k, n_experts)
   padding = min(n_experts, most) * small
@@ -165,7 +114,7 @@ def _layout(chosen: jax.Array, n_experts: int, plan: _Plan) -> _Layout:
   return _Layout(slots, tuple(blocks))
 
 
-def block_ffn(
+def grouped_ffn(
     p: schema.Params,
     x: jax.Array,
     chosen: jax.Array,
@@ -174,7 +123,17 @@ def block_ffn(
     *,
     apart: bool = False,
 ) -> jax.Array:
-  """A loop over blocks of rows of one expert."""
+  """What each token's experts make of it; see the module.
+
+  Args:
+    p: parameters of the experts.
+    x: [M, D].
+    chosen: [M, K] int32.
+    gates: [M, K].
+    n_slots: about how many choices are of an expert; M * K if not given.
+    apart: share no loop between the gradients of weights and the others, so
+      that a pipeline can put the former off.
+  """
   n_experts = p["down"].shape[0]
   leaves, structure = jax.tree.flatten(
       (p["gate_up"], p["down"], x, gates.astype(x.dtype))

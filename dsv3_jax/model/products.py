@@ -10,6 +10,8 @@ All multiply the same quantized numbers; they differ in the order of float32
 roundings. `dequantized` rounds operands to bfloat16 on accelerators.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -30,12 +32,12 @@ def product(a: tiles.Tiled, b: Operand, backend: str = "auto") -> jax.Array:
     return dequantized(a, b)
   if a.tile[1] != b.tile[0]:
     raise ValueError(f"tiles {a.tile} and {b.tile} cut the sum differently")
-  return BACKENDS[backend](a, b)
+  return _function(backend)(a, b)
 
 
 def multiplies_out(backend: str) -> bool:
   """Whether operands are dequantized before the product."""
-  return BACKENDS[backend] is dequantized
+  return _function(backend) is dequantized
 
 
 def dtype() -> jax.typing.DTypeLike:
@@ -81,10 +83,16 @@ def kernel(a: tiles.Tiled, b: tiles.Tiled) -> jax.Array:
     return dequantized(a, b)
 
 
-# `auto` is what has been measured.
-BACKENDS = {
-    "auto": dequantized,
-    "exact": exact,
-    "dequantized": dequantized,
-    "kernel": kernel,
-}
+BACKENDS = {"exact": exact, "dequantized": dequantized, "kernel": kernel}
+
+
+def _function(backend: str) -> Callable[[tiles.Tiled, Operand], jax.Array]:
+  """The product of a backend; `auto` is what was measured to be fastest."""
+  if backend != "auto":
+    return BACKENDS[backend]
+  on_hopper = False
+  if jax.default_backend() == "gpu":
+    from dsv3_jax.model import kernels
+
+    on_hopper = kernels.supported()
+  return kernel if on_hopper else dequantized
