@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from tiles_test import relative
 from dsv3_jax import config
 from dsv3_jax import schema
 from dsv3_jax.model import gemm
+from dsv3_jax.model import kernels
 from dsv3_jax.model import precision
 from dsv3_jax.model import products
 from dsv3_jax.model import swiglu
@@ -130,6 +132,14 @@ class LinearTest(parameterized.TestCase):
       bound = (a.bits.shape[1] + 4) * testing.EPS * size
       difference = np.abs(found - three(x, w, dy)[name])
       self.assertTrue(np.all(difference <= bound), name)
+
+  def test_auto_is_the_fastest_that_there_is(self):
+    found = lambda: products.multiplies_out("auto")
+    self.assertTrue(found())
+    gpu = mock.patch.object(jax, "default_backend", lambda: "gpu")
+    for hopper in (False, True):
+      with gpu, mock.patch.object(kernels, "supported", return_value=hopper):
+        self.assertEqual(found(), not hopper)
 
   def test_square_tiles_of_gradients_lose_small_rows(self):
     x, w, dy = (np.array(a) for a in inputs(128, 128, 128))
