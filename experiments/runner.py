@@ -19,6 +19,7 @@ from dsv3_jax import train
 from dsv3_jax.data import corpus
 from dsv3_jax.data import stream
 from dsv3_jax.data import tokenizer
+from dsv3_jax.evals import hidden
 from dsv3_jax.evals import likelihood
 from dsv3_jax.infer import decoding
 from dsv3_jax.model import transformer
@@ -157,6 +158,23 @@ def _start(
   return state
 
 
+def newest(
+    folder: pathlib.Path, run: config.Run, mesh: jax.sharding.Mesh
+) -> train.TrainState:
+  """The state of a run's newest checkpoint.
+
+  Raises:
+    ValueError: there is none, or it is damaged.
+  """
+  checkpoints = checkpoint.manager(folder / "checkpoints", run.checkpoint)
+  if (step := checkpoints.latest_step()) is None:
+    raise ValueError(f"{folder}: has no finished checkpoint")
+  like = train.abstract_state(run, mesh)
+  state, _ = checkpoint.restore(checkpoints, step, like)
+  checkpoints.close()
+  return state
+
+
 def _with_parameters(
     state: train.TrainState, command: common.Command, mesh: jax.sharding.Mesh
 ) -> train.TrainState:
@@ -180,12 +198,7 @@ def _with_parameters(
         f"--init_from={folder} has another architecture (there -> here):\n"
         + "\n".join(f"  {line}" for line in changes)
     )
-  checkpoints = checkpoint.manager(folder / "checkpoints", source.checkpoint)
-  if (step := checkpoints.latest_step()) is None:
-    raise ValueError(f"--init_from={folder}: has no finished checkpoint")
-  like = train.abstract_state(source, mesh)
-  start, _ = checkpoint.restore(checkpoints, step, like)
-  checkpoints.close()
+  start = newest(folder, source, mesh)
   return state.replace(params=start.params, router_bias=start.router_bias)
 
 
@@ -342,6 +355,7 @@ def _heldout(
     run: config.Run,
     mesh: jax.sharding.Mesh,
 ) -> dict[str, float]:
+  model = hidden.Model(state.params, state.router_bias, run, mesh)
   found = {}
   for domain in data.domains:
     rows, mask = stream.heldout_windows(
@@ -350,13 +364,7 @@ def _heldout(
     if run.data.segment_mask:
       mask &= rows[:, 1:] != run.data.segment_start
     found[domain.name] = likelihood.heldout(
-        state.params,
-        state.router_bias,
-        rows,
-        mask,
-        domain.heldout.text_bytes,
-        run,
-        mesh,
+        model, rows, mask, domain.heldout.text_bytes
     )
   return likelihood.joined(found)
 

@@ -336,6 +336,55 @@ def _share_bar(figure: Figure, image: object, grid: np.ndarray) -> None:
   bar.set_label("load of an expert (1: its even share)")
 
 
+def needles_height_in(n: int) -> float:
+  """Height of the picture of n models' needles."""
+  return 0.7 + 1.7 * -(-n // 2)
+
+
+def needles(
+    figure: Figure,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    right: Mapping[str, Sequence[Sequence[float]]],
+) -> None:
+  """A heat map a model: context to the right, depth of the needle downwards.
+
+  Args:
+    figure: drawn into.
+    lengths: of contexts, in tokens.
+    depths: of needles, 0 to 1.
+    right: shares of right answers [lengths, depths], by model.
+  """
+  colours = [
+      matplotlib.rcParams["axes.facecolor"],
+      matplotlib.rcParams["axes.prop_cycle"].by_key()["color"][0],
+  ]
+  ramp = LinearSegmentedColormap.from_list("found", colours)
+  columns = min(len(right), 2)
+  rows = -(-len(right) // columns)
+  grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+  for axes, (label, shares) in zip(grid.flat, right.items(), strict=False):
+    image = axes.imshow(
+        np.transpose(shares), cmap=ramp, vmin=0, vmax=1, aspect="auto"
+    )
+    axes.set_title(label, loc="left")
+    axes.tick_params(length=0)
+    axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
+    shown = spread(len(depths), 3)
+    axes.set_yticks(shown, [f"{depths[i]:.0%}" for i in shown])
+    axes.spines[:].set_visible(True)
+  for axes in grid.flat[len(right) :]:
+    axes.set_axis_off()
+  for axes in grid.flat[: len(right)][-columns:]:  # lowest of each column
+    axes.tick_params(labelbottom=True)
+    axes.set_xlabel("tokens of context")
+  for axes in grid[:, 0]:
+    axes.set_ylabel("depth")
+  bar = figure.colorbar(image, ax=grid, aspect=30, shrink=0.8)
+  bar.ax.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+  bar.set_label("right answers")
+
+
 def spread(n: int, most: int) -> list[int]:
   """At most `most` indices below n, first and last among them, evenly apart."""
   return sorted({round(i) for i in np.linspace(0, n - 1, min(n, most))})

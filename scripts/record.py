@@ -24,6 +24,7 @@ class Record:
   config: dict[str, Any]  # flat: {"model.n_layers": 5}
   env: dict[str, Any]
   summary: dict[str, Any]
+  needles: dict[str, Any]  # see experiments/context.py; empty without it
   missing: tuple[str, ...]  # sentences
 
 
@@ -48,6 +49,11 @@ def _read_object(path: pathlib.Path, missing: list[str]) -> dict[str, Any]:
     missing.append(f"{path.name}: not valid JSON.")
     return {}
   return flat(tree)
+
+
+def _needles(path: pathlib.Path) -> dict[str, Any]:
+  """What few runs have, so that none lacks it."""
+  return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def read(workdir: str | os.PathLike) -> Record:
@@ -76,6 +82,7 @@ def read(workdir: str | os.PathLike) -> Record:
       config={k.removeprefix("settings."): v for k, v in settings.items()},
       env=_read_object(workdir / "env.json", missing),
       summary=_read_object(workdir / "summary.json", missing),
+      needles=_needles(workdir / "needles.json"),
       missing=tuple(missing),
   )
 

@@ -200,6 +200,27 @@ def _throughput(run: record.Record) -> Picture | str:
   )
 
 
+def _needles(run: record.Record) -> list[Picture]:
+  """None where the run has not been asked."""
+  if not run.needles:
+    return []
+  keys = ("lengths", "depths", "right")
+  facts = {key: run.needles[key] for key in keys}
+  n_models = len(facts["right"])
+  return [
+      Picture(
+          name="needles",
+          title="Needles in a haystack",
+          caption=(
+              "Facts hidden at some depth of a context and asked for at its"
+              " end: the share of right answers, by length of the context."
+          ),
+          draw=functools.partial(plots.needles, **facts),
+          height_in=plots.needles_height_in(n_models),
+      )
+  ]
+
+
 def pictures(run: record.Record) -> list[Picture | str]:
   """The pictures of a run, in order; a sentence stands for one it lacks."""
   return [
@@ -210,6 +231,7 @@ def pictures(run: record.Record) -> list[Picture | str]:
       _load_over_time(run),
       _schedules(run),
       _throughput(run),
+      *_needles(run),
   ]
 
 

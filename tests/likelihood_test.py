@@ -7,6 +7,7 @@ import testing
 from absl.testing import absltest
 
 from dsv3_jax import config
+from dsv3_jax.evals import hidden
 from dsv3_jax.evals import likelihood
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import layouts
@@ -38,21 +39,16 @@ class HeldoutTest(absltest.TestCase):
         params,
         places,
     )
-    return likelihood.heldout(
-        params,
-        jax.device_put(self.bias, jax.NamedSharding(mesh, jax.P())),
-        self.rows if rows is None else rows,
-        self.mask,
-        N_BYTES,
-        run,
-        mesh,
-    ).row("")
+    bias = jax.device_put(self.bias, jax.NamedSharding(mesh, jax.P()))
+    model = hidden.Model(params, bias, run, mesh)
+    rows = self.rows if rows is None else rows
+    return likelihood.heldout(model, rows, self.mask, N_BYTES).row("")
 
   def expected_nats(self):
     params, bias = reference.f64((self.params, self.bias))
     tokens, labels = self.rows[:, :-1], self.rows[:, 1:]
-    hidden, *_ = reference.forward(params, bias, tokens, RUN.model)
-    logits = hidden @ params["head"]
+    states, *_ = reference.forward(params, bias, tokens, RUN.model)
+    logits = states @ params["head"]
     logits -= logits.max(-1, keepdims=True)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     chosen = np.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]

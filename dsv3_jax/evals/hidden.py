@@ -1,0 +1,111 @@
+"""Last hidden states of rows that are divided over a mesh, to evaluate."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from dsv3_jax import config
+from dsv3_jax import schema
+from dsv3_jax.model import precision
+from dsv3_jax.model import transformer
+from dsv3_jax.parallel import layouts
+from dsv3_jax.parallel import topology
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """Parameters of a run, where its layout put them."""
+
+  params: schema.Params  # MTP modules are not used
+  bias: jax.Array  # [n_routers, E] f32
+  run: config.Run
+  mesh: jax.sharding.Mesh
+
+
+# Takes hidden states [b, T, D] of some of the rows, the weights of the head
+# and what belongs to these rows; returns a sum or a value a row.
+Score = Callable[..., jax.Array]
+
+
+def _local(params, bias, tokens, data, *, score, run, layout):
+  main = config.override(run.model, "mtp.depth=0")
+  params = precision.compute_params(
+      params, transformer.specs(run.model), run.precision, layout.slices
+  )
+  params = layout.step(params)
+  out = transformer.forward(
+      params,
+      bias[: main.n_routers],
+      tokens,
+      main,
+      segment_start=run.data.segment_start,
+      experts=layout.experts,
+      gather=layout.layer,
+  )
+  found = score(out.hidden, params["head"], *data)
+  return found if found.ndim else jax.lax.psum(found, layout.batch_axes)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("score", "per_row", "run", "mesh")
+)
+def _scored(params, bias, tokens, data, *, score, per_row, run, mesh):
+  layout = layouts.layout(run, mesh.shape, staged=False)
+  divided = topology.batch_spec(mesh.shape, 0, topology.ROWS)
+  return jax.shard_map(
+      functools.partial(_local, score=score, run=run, layout=layout),
+      mesh=mesh,
+      in_specs=(layout.specs, jax.P(), divided, (divided,) * len(data)),
+      out_specs=divided if per_row else jax.P(),
+  )(params, bias, tokens, data)
+
+
+def scores(
+    model: Model,
+    score: Score,
+    per_row: bool,
+    tokens: np.ndarray,
+    *data: np.ndarray,
+    batch_size: int,
+) -> list[Any]:
+  """What a function makes of hidden states, batch by batch.
+
+  Args:
+    model: whose.
+    score: see `Score`; a function of a module, to be compiled once.
+    per_row: whether it returns a number for each row [b], not one sum [].
+    tokens: [R, T] int32.
+    *data: [R, ...] each, which `score` gets the same rows of; zeros belong to
+      the rows that a last batch lacks.
+    batch_size: rows at a time.
+  """
+  mesh = model.mesh
+  n_shards = topology.extent(mesh.shape, topology.ROWS)
+  size = min(batch_size, len(tokens))
+  size = -(-size // n_shards) * n_shards
+  padding = -len(tokens) % size
+  whole = [
+      np.pad(a, ((0, padding), *((0, 0),) * (a.ndim - 1)))
+      for a in (tokens, *data)
+  ]
+  found = []
+  for i in range(0, len(whole[0]), size):
+    own = topology.own_rows(size, mesh, topology.ROWS)
+    here = tuple(a[i : i + size][own] for a in whole)
+    here = topology.put_rows(here, size, mesh, axes=topology.ROWS)
+    made = _scored(
+        model.params,
+        model.bias,
+        here[0],
+        here[1:],
+        score=score,
+        per_row=per_row,
+        run=model.run,
+        mesh=mesh,
+    )
+    found.append(made)
+  return found

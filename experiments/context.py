@@ -1,0 +1,260 @@
+r"""Extends the context of a small model, and looks for needles in haystacks.
+
+  python -m experiments.context --variant=tiny --workdir=runs/context \
+      [--lengths=2048,8192] [--prompts=4]
+
+Pre-trains on short texts, then extends the context with YaRN in phases, each
+from the parameters of the one before (arXiv:2412.19437, section 4.3), in
+folders of the workdir. Then facts are hidden in prompts of all lengths, at all
+depths, and asked for. Prints and draws (needles.png, and in the last run's
+report) the share of right answers:
+
+  short         the pre-trained model, without any extension
+  YaRN          the same parameters with YaRN's frequencies and temperature,
+                trained no further
+  to 2048, ...  after each phase
+  without YaRN  trained on the same long texts, on the frequencies of the short
+                ones (--without_yarn)
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Iterator
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from absl import flags
+
+from dsv3_jax import config
+from dsv3_jax import presets
+from dsv3_jax.data import tokenizer
+from dsv3_jax.evals import hidden
+from dsv3_jax.evals import needles
+from dsv3_jax.parallel import layouts
+from experiments import common
+from experiments import logbook
+
+DEPTHS = tuple(np.linspace(0, 1, 11).tolist())
+TOKENS_AT_ONCE = 1 << 15  # of prompts
+
+VARIANTS = {
+    "tiny": config.override(
+        presets.TINY,
+        "vocab_size=2048",
+        "d_model=128",
+        "n_layers=3",
+        "dense_ffn_dim=256",
+        "mla.n_heads=4",
+        "mla.q_rank=64",
+        "moe.ffn_dim=64",
+        "init_std=0.045",
+        "data.heldout=0.01",
+        "train.tokens=2457600",
+        "train.batch_size=16",
+        "optim.peak_lr=3e-3",
+        "router.bias_speed=0.003",
+        "schedule.warmup_steps=50",
+        "schedule.constant_until=0.8",
+        "checkpoint.every=1000",
+        "evaluate.every=1000",
+        "evaluate.sample_tokens=0",
+    ),
+}
+# Of an extension.
+PHASE_TOKENS, PHASE_LR, WARMUP_STEPS = 491_520, 1e-3, 5
+
+_LENGTHS = flags.DEFINE_list("lengths", ["2048", "8192"], "tokens, by phase")
+_PROMPTS = flags.DEFINE_integer("prompts", 4, "for each length and depth")
+_WITHOUT = flags.DEFINE_bool("without_yarn", False, "also extend without YaRN")
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+  """A run of training."""
+
+  name: str  # of its folder
+  label: str
+  run: config.Run
+  start: str  # the phase whose parameters it begins with; "": none
+
+
+def with_yarn(run: config.Run, longest: int) -> config.Run:
+  """The run with frequencies for contexts up to a length."""
+  short = run.data.seq_len
+  return config.override(
+      run,
+      f"model.mla.yarn.factor={longest / short:g}",
+      f"model.mla.yarn.original_len={short}",
+  )
+
+
+def phases(
+    run: config.Run, lengths: Sequence[int], without_yarn: bool
+) -> list[Phase]:
+  """Pre-training, and one for each length; YaRN is the same in all."""
+  found = [Phase("short", "short", run, "")]
+  kinds = [("yarn", "", with_yarn(run, lengths[-1]))]
+  if without_yarn:
+    kinds.append(("plain", ", without YaRN", run))
+  for kind, suffix, base in kinds:
+    start = "short"
+    for length in lengths:
+      rows = max(PHASE_TOKENS // length, 1)
+      size = max(run.train.batch_size * run.data.seq_len // length, 2)
+      longer = config.override(
+          base,
+          f"data.seq_len={length}",
+          f"train.batch_size={size}",
+          f"train.tokens={rows // size * size * length}",
+          f"optim.peak_lr={PHASE_LR}",
+          f"schedule.warmup_steps={WARMUP_STEPS}",
+          "schedule.constant_until=0.5",
+      )
+      name = f"{kind}-{length}"
+      found.append(Phase(name, f"to {length}{suffix}", longer, start))
+      start = name
+  return found
+
+
+def _problems(command: common.Command) -> tuple[list[int], list[str]]:
+  """The lengths asked for, and what is wrong with the command."""
+  problems = []
+  if command.workdir is None:
+    problems.append("--workdir is missing: the folder of all runs")
+  if command.processes.count > 1:
+    problems.append("--processes: one alone can do this experiment")
+  if command.init_from:
+    problems.append("--init_from: this experiment trains from the start")
+  if _PROMPTS.value < 1:
+    problems.append(f"--prompts={_PROMPTS.value}: must be at least 1")
+  short, lengths = command.run.data.seq_len, []
+  for text in _LENGTHS.value:
+    if not text.isdecimal() or int(text) <= (lengths or [short])[-1]:
+      problems.append(
+          f"--lengths={','.join(_LENGTHS.value)}: expected rising numbers of"
+          f" tokens above the {short} of pre-training"
+      )
+      break
+    lengths.append(int(text))
+  if not _LENGTHS.value:
+    problems.append("--lengths: needs at least one")
+  return lengths, problems
+
+
+def execute(command: common.Command) -> None:
+  """Trains all phases, then evaluates."""
+  lengths, problems = _problems(command)
+  planned = [] if problems else phases(command.run, lengths, _WITHOUT.value)
+  for phase in planned:
+    problems += layouts.problems(phase.run, command.mesh)
+  if problems:
+    raise ValueError("\n".join(dict.fromkeys(problems)))
+  from experiments import runner  # only now, when nothing is wrong
+
+  common.start_jax(command)
+  done = []
+  for phase in planned:
+    folder = command.workdir / phase.name
+    text = write_texts(phase.run, command.workdir, command.seed)
+    run = config.override(phase.run, f"data.path={text}")
+    one = dataclasses.replace(
+        command,
+        run=run,
+        workdir=folder,
+        stop=run.total_steps,
+        init_from=command.workdir / phase.start if phase.start else None,
+    )
+    runner.execute(one)
+    jax.clear_caches()
+    done.append(dataclasses.replace(phase, run=run))
+  _evaluate(command, done, lengths)
+
+
+def write_texts(
+    run: config.Run, folder: pathlib.Path, seed: int
+) -> pathlib.Path:
+  """Texts of the length of the run's rows, enough to see each once.
+
+  What is there already is used.
+  """
+  length = run.data.seq_len
+  path = folder / f"texts-{length}.jsonl"
+  if path.exists():
+    return path
+  n = round(run.train.tokens / length * (1 + 2 * run.data.heldout)) + 20
+  rng = np.random.default_rng([seed, length])
+  longest = length - needles.SPARE
+  texts = (needles.training_text(rng, longest) for _ in range(n))
+  folder.mkdir(parents=True, exist_ok=True)
+  partial = path.with_suffix(".partial")
+  lines = (json.dumps({"text": text}) + "\n" for text in texts)
+  partial.write_text("".join(lines), encoding="utf-8")
+  partial.rename(path)
+  return path
+
+
+def _models(
+    command: common.Command, done: Sequence[Phase], longest: int
+) -> Iterator[tuple[str, hidden.Model]]:
+  """All models to look at, by label."""
+  from experiments import cluster
+  from experiments import runner
+
+  mesh = cluster.mesh(command.mesh)
+  for phase in done:
+    state = runner.newest(command.workdir / phase.name, phase.run, mesh)
+    parts = state.params, state.router_bias
+    yield phase.label, hidden.Model(*parts, phase.run, mesh)
+    if not phase.start:
+      yarn = with_yarn(phase.run, longest)
+      yield "YaRN, not trained", hidden.Model(*parts, yarn, mesh)
+
+
+def _evaluate(
+    command: common.Command, done: Sequence[Phase], lengths: Sequence[int]
+) -> None:
+  """Grids of all models: on screen, as numbers, as a picture and a report."""
+  from scripts import plots
+  from scripts import report
+
+  short = command.run.data.seq_len
+  tested = [short]
+  while tested[-1] * 2 < lengths[-1]:
+    tested.append(tested[-1] * 2)
+  tested = sorted({*tested, *lengths})
+  folder = command.workdir / done[0].name / "data"
+  tok = tokenizer.load(folder / "tokenizer.json")
+  grids = {}
+  print(f"{'right answers, %':28}" + "".join(f"{n:>8,}" for n in tested))
+  for label, model in _models(command, done, lengths[-1]):
+    grid = needles.grid(
+        model, tok, tested, DEPTHS, _PROMPTS.value, TOKENS_AT_ONCE
+    )
+    grids[label] = grid.tolist()
+    shares = "".join(f"{share:>8.1%}" for share in grid.mean(1))
+    print(f"{label:28}{shares}", flush=True)
+  facts = {
+      "lengths": tested,
+      "depths": DEPTHS,
+      "prompts": _PROMPTS.value,
+      "right": grids,
+  }
+  text = json.dumps(logbook.plain(facts), indent=2) + "\n"
+  last = [phase for phase in done if phase.name.startswith("yarn")][-1]
+  for path in (command.workdir, command.workdir / last.name):
+    (path / "needles.json").write_text(text)
+  draw = functools.partial(
+      plots.needles, lengths=tested, depths=DEPTHS, right=grids
+  )
+  height = plots.needles_height_in(len(grids))
+  (command.workdir / "needles.png").write_bytes(
+      plots.render(draw, plots.LIGHT, height)
+  )
+  print(report.write(command.workdir / last.name))
+
+
+if __name__ == "__main__":
+  common.main(VARIANTS, execute)
