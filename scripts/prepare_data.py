@@ -9,7 +9,8 @@ licences, sizes and digests. What a domain has twice is left out; of a domain of
 more than --most megabytes a part is taken, by hash. The same command again goes
 on where it stopped.
 
-  python -m experiments.pretrain --variant=small --workdir=runs/small \
+  python -m experiments.pretrain --variant=small --workdir=runs/small
+  python -m experiments.pretrain --variant=tiny --workdir=runs/mine \
       --set=data.path=corpus --set=data.domains=prose=1,go=1
 """
 

@@ -11,7 +11,7 @@
 #SBATCH --time=24:00:00
 #SBATCH --output=%x-%j.txt
 #SBATCH --no-requeue
-variant=small
+variant=small           # reads the folder corpus: scripts/prepare_data.py
 workdir=runs/slurm      # on a file system that all nodes share
 mesh=node=2,expert=8    # multiplies to all accelerators of the job
 # ------------------------------------------------------------------------------
