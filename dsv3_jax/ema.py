@@ -7,7 +7,6 @@ host while the next step begins, and averaged there by a thread, in NumPy.
 
 import concurrent.futures
 import functools
-from typing import Any
 
 import jax
 import numpy as np
@@ -40,7 +39,10 @@ class Average:
     self._decay = decay
     leaves, self._structure = jax.tree.flatten(params)
     self._types = [in_host_memory(leaf) for leaf in leaves]
-    self._slices = [_slices(leaf, np.array) for leaf in leaves]
+    self._slices = [
+        {key: np.array(part) for key, part in _slices(leaf).items()}
+        for leaf in leaves
+    ]
     self._thread = concurrent.futures.ThreadPoolExecutor(1)
     self._job = None
 
@@ -59,8 +61,9 @@ class Average:
       Exception: what went wrong in the update before.
     """
     self._wait()
-    places = [kind.sharding for kind in self._types]
-    copies = jax.device_put(jax.tree.leaves(params), places)
+    # Of what several devices hold alike, one copy.
+    slices = [_slices(leaf) for leaf in jax.tree.leaves(params)]
+    copies = jax.device_put(slices, jax.tree.map(_host_of, slices))
     decay = decay_at(step, self._decay)
     self._job = self._thread.submit(self._average, copies, good, decay)
 
@@ -69,8 +72,8 @@ class Average:
       return
     weight = np.float32(1 - decay)
     for slices, copy in zip(self._slices, copies, strict=True):
-      for key, new in _slices(copy, np.asarray).items():
-        _mix(slices[key], new, weight)
+      for key, new in copy.items():
+        _mix(slices[key], np.asarray(new), weight)
 
   def _wait(self) -> None:
     if self._job:
@@ -108,13 +111,17 @@ def _key(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple:
   return tuple(i.indices(n) for i, n in zip(index, shape, strict=True))
 
 
-def _slices(a: jax.Array, copy: Any) -> dict[tuple, np.ndarray]:
+def _slices(a: jax.Array) -> dict[tuple, jax.Array]:
   """What this process holds of an array, each part once."""
   found = {}
   for shard in a.addressable_shards:
-    if (key := _key(shard.index, a.shape)) not in found:
-      found[key] = copy(shard.data)
+    found.setdefault(_key(shard.index, a.shape), shard.data)
   return found
+
+
+def _host_of(part: jax.Array) -> jax.sharding.Sharding:
+  """The host memory of the device that holds it."""
+  return part.sharding.with_memory_kind("pinned_host")
 
 
 def _slice_of(slices, shape, index):
