@@ -53,7 +53,12 @@ def _read_object(path: pathlib.Path, missing: list[str]) -> dict[str, Any]:
 
 def _needles(path: pathlib.Path) -> dict[str, Any]:
   """What few runs have, so that none lacks it."""
-  return json.loads(path.read_text()) if path.is_file() else {}
+  if not path.is_file():
+    return {}
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path}: not valid JSON: {error}") from error
 
 
 def read(workdir: str | os.PathLike) -> Record:

@@ -100,9 +100,14 @@ class ExecuteTest(parameterized.TestCase):
       context.execute(self.command(mesh={"data": 4}))
     self.assertFalse((self.folder / "runs").exists())
 
-  def test_refuses_to_write_nowhere(self):
-    with self.assertRaisesRegex(ValueError, "--workdir is missing"):
-      context.execute(self.command(workdir=None))
+  @parameterized.parameters(
+      ({"workdir": None}, "--workdir is missing"),
+      ({"stop": 3}, "--steps: phases end"),
+      ({"init_from": "runs"}, "--init_from: this experiment"),
+  )
+  def test_refuses_commands(self, changes, message):
+    with self.assertRaisesRegex(ValueError, message):
+      context.execute(self.command(**changes))
 
   def test_texts_are_seen_once_and_fill_their_rows(self):
     path = context.write_texts(TINY, self.folder, 0)
