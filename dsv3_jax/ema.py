@@ -40,7 +40,10 @@ class Average:
     leaves, self._structure = jax.tree.flatten(params)
     self._types = [in_host_memory(leaf) for leaf in leaves]
     self._slices = [
-        {key: np.array(part) for key, part in _slices(leaf).items()}
+        {
+            key: np.array(part, order="C")
+            for key, part in _slices(leaf).items()
+        }
         for leaf in leaves
     ]
     self._thread = concurrent.futures.ThreadPoolExecutor(1)
@@ -98,7 +101,7 @@ class Average:
 
 def _mix(average: np.ndarray, new: np.ndarray, weight: np.float32) -> None:
   """average += weight * (new - average), in place."""
-  # The average is a copy of our own, so its numbers lie in a row.
+  # The average was made in rows, so that this is a view of it.
   average, new = average.reshape(-1), new.reshape(-1)
   for start in range(0, average.size, BLOCK):
     here = slice(start, start + BLOCK)

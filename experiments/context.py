@@ -128,6 +128,8 @@ def _problems(command: common.Command) -> tuple[list[int], list[str]]:
     problems.append("--processes: one alone can do this experiment")
   if command.init_from:
     problems.append("--init_from: this experiment trains from the start")
+  if command.run.data.path:
+    problems.append("--set: data.path: this experiment writes its own texts")
   if command.stop != command.run.total_steps:
     problems.append("--steps: phases end where their token budgets do")
   if _PROMPTS.value < 1:

@@ -33,7 +33,7 @@ from experiments import logbook
 from experiments import quantization
 from experiments import workdir
 
-RIVALS_BYTES = 1 << 25  # of text that other compressors read, in a minute
+RIVALS_BYTES = 1 << 25  # most text that other compressors are given
 LOADS = 60  # times in a run that the loads of all experts are written
 
 

@@ -59,6 +59,15 @@ class AverageTest(parameterized.TestCase):
     # An update rounds three times, and forgets a tenth of what was before.
     testing.assert_close(found, reference(range(30)), 3 * 10)
 
+  def test_is_the_same_in_any_blocks(self):
+    new = np.arange(20, dtype=np.float32).reshape(4, 5)
+    whole, parts = np.ones_like(new), np.ones_like(new)
+    ema._mix(whole, new, np.float32(0.3))
+    with mock.patch.object(ema, "BLOCK", 7):
+      ema._mix(parts, new, np.float32(0.3))
+    np.testing.assert_array_equal(parts, whole)
+    np.testing.assert_allclose(whole, 1 + 0.3 * (new - 1), rtol=1e-6)
+
   def test_lies_in_host_memory_divided_like_the_parameters(self):
     params = placed()
     found = self.average(params).params()

@@ -104,6 +104,7 @@ class ExecuteTest(parameterized.TestCase):
       ({"workdir": None}, "--workdir is missing"),
       ({"stop": 3}, "--steps: phases end"),
       ({"init_from": "runs"}, "--init_from: this experiment"),
+      ({"run": config.override(TINY, "data.path=x")}, "data.path: this"),
   )
   def test_refuses_commands(self, changes, message):
     with self.assertRaisesRegex(ValueError, message):
