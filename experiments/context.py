@@ -205,12 +205,12 @@ def _models(
 ) -> Iterator[tuple[str, hidden.Model]]:
   """All models to look at, by label."""
   from experiments import cluster
-  from experiments import runner
+  from experiments import parameters
 
   mesh = cluster.mesh(command.mesh)
   for phase in done:
-    state = runner.newest(command.workdir / phase.name, phase.run, mesh)
-    parts = state.params, state.router_bias
+    folder = command.workdir / phase.name
+    parts = parameters.newest(folder, phase.run, mesh)
     yield phase.label, hidden.Model(*parts, phase.run, mesh)
     if not phase.start:
       yarn = with_yarn(phase.run, longest)

@@ -30,6 +30,7 @@ from dsv3_jax.parallel import traffic
 from experiments import cluster
 from experiments import common
 from experiments import logbook
+from experiments import parameters
 from experiments import quantization
 from experiments import workdir
 
@@ -158,23 +159,6 @@ def _start(
   return state
 
 
-def newest(
-    folder: pathlib.Path, run: config.Run, mesh: jax.sharding.Mesh
-) -> train.TrainState:
-  """The state of a run's newest checkpoint.
-
-  Raises:
-    ValueError: there is none, or it is damaged.
-  """
-  checkpoints = checkpoint.manager(folder / "checkpoints", run.checkpoint)
-  if (step := checkpoints.latest_step()) is None:
-    raise ValueError(f"{folder}: has no finished checkpoint")
-  like = train.abstract_state(run, mesh)
-  state, _ = checkpoint.restore(checkpoints, step, like)
-  checkpoints.close()
-  return state
-
-
 def _with_parameters(
     state: train.TrainState, command: common.Command, mesh: jax.sharding.Mesh
 ) -> train.TrainState:
@@ -198,8 +182,8 @@ def _with_parameters(
         f"--init_from={folder} has another architecture (there -> here):\n"
         + "\n".join(f"  {line}" for line in changes)
     )
-  start = newest(folder, source, mesh)
-  return state.replace(params=start.params, router_bias=start.router_bias)
+  params, bias = parameters.newest(folder, source, mesh)
+  return state.replace(params=params, router_bias=bias)
 
 
 def _book(

@@ -9,13 +9,12 @@ import sys
 import jax
 from absl import flags
 
-from dsv3_jax import checkpoint
 from dsv3_jax import presets
-from dsv3_jax import train
 from dsv3_jax.data import tokenizer
 from dsv3_jax.infer import decoding
 from dsv3_jax.parallel import topology
 from experiments import common
+from experiments import parameters
 from experiments import workdir
 
 _PROMPT = flags.DEFINE_string("prompt", "", "what the text starts with")
@@ -47,21 +46,9 @@ def sample() -> None:
   folder = pathlib.Path(flags.FLAGS.workdir)
   facts = workdir.read_config(folder)
   run = workdir.run_of(facts, presets.PRESETS)
-  if _EMA.value and not run.optim.ema_decay:
-    raise ValueError(f"--ema: {folder} has no average, optim.ema_decay is 0")
   tok = tokenizer.load(folder / "data" / "tokenizer.json")
-  if not (folder / "checkpoints").is_dir():
-    raise common.NoCheckpointError(f"{folder}: has no checkpoints yet")
-  checkpoints = checkpoint.manager(folder / "checkpoints", run.checkpoint)
-  if (step := checkpoints.latest_step()) is None:
-    raise common.NoCheckpointError(f"{folder}: has no finished checkpoint")
   mesh = topology.mesh({})
-  like = train.abstract_state(run, mesh)
-  state, _ = checkpoint.restore(checkpoints, step, like)
-  params = state.params
-  if _EMA.value:
-    params = checkpoint.restore_average(checkpoints, step, like.params)
-  parts = params, state.router_bias
+  parts = parameters.newest(folder, run, mesh, average=_EMA.value)
   params, bias = topology.on_first_device(parts, mesh)
   prompt = tok.encode(_PROMPT.value, add_special_tokens=False).ids
   made = decoding.generate(

@@ -1,0 +1,86 @@
+"""Logits of whole rows, of the main model and of every MTP depth."""
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from dsv3_jax.evals import hidden
+from dsv3_jax.model import precision
+from dsv3_jax.model import transformer
+from dsv3_jax.parallel import layouts
+from dsv3_jax.parallel import topology
+
+
+def _local(params, bias, tokens, *, run, layout):
+  params = precision.compute_params(
+      params, transformer.specs(run.model), run.precision, layout.slices
+  )
+  params = layout.step(params)
+  out = transformer.forward(
+      params,
+      bias,
+      tokens,
+      run.model,
+      segment_start=run.data.segment_start,
+      experts=layout.experts,
+      gather=layout.layer,
+  )
+  states = out.hidden, *out.mtp_hidden
+  return tuple(transformer.logits(params, state) for state in states)
+
+
+@functools.partial(jax.jit, static_argnames=("run", "mesh"))
+def _logits(params, bias, tokens, *, run, mesh):
+  layout = layouts.layout(run, mesh.shape, staged=False)
+  divided = topology.batch_spec(mesh.shape, 0, topology.ROWS)
+  return jax.shard_map(
+      functools.partial(_local, run=run, layout=layout),
+      mesh=mesh,
+      in_specs=(layout.specs, jax.P(), divided),
+      out_specs=(divided,) * (1 + run.model.mtp.depth),
+  )(params, bias, tokens)
+
+
+def of_rows(
+    model: hidden.Model, tokens: np.ndarray
+) -> Iterator[tuple[slice, tuple[np.ndarray, ...]]]:
+  """Logits of a few rows at a time, as many as the mesh divides.
+
+  Args:
+    model: whose; of one process.
+    tokens: [B, T] int32, T above the MTP depth.
+
+  Yields:
+    Which rows, and their logits in float32: [b, T, C] of the main model, whose
+    position t is of token t + 1, and [b, T - k, C] of MTP depth k, of token
+    t + k + 1.
+
+  Raises:
+    ValueError: tokens that the model does not have, or too few.
+  """
+  cfg, size = model.run.model, topology.extent(model.mesh.shape, topology.ROWS)
+  if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+    raise ValueError(
+        f"tokens: {tokens.dtype} {tokens.shape}, must be integers [B, T]"
+    )
+  if tokens.shape[1] <= cfg.mtp.depth:
+    raise ValueError(
+        f"tokens: {tokens.shape[1]} in a row, must be above the MTP depth of"
+        f" {cfg.mtp.depth}"
+    )
+  if tokens.size and not 0 <= tokens.min() <= tokens.max() < cfg.vocab_size:
+    raise ValueError(
+        f"tokens: {tokens.min()} to {tokens.max()}, must be in"
+        f" [0, {cfg.vocab_size})"
+    )
+  for first in range(0, len(tokens), size):
+    rows = tokens[first : first + size].astype(np.int32)
+    n = len(rows)
+    rows = np.pad(rows, ((0, size - n), (0, 0)))
+    rows = topology.put_rows(rows, size, model.mesh, axes=topology.ROWS)
+    found = _logits(
+        model.params, model.bias, rows, run=model.run, mesh=model.mesh
+    )
+    yield slice(first, first + n), tuple(np.asarray(a)[:n] for a in found)

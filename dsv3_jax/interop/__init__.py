@@ -1,0 +1,1 @@
+"""Other software's formats, in and out."""

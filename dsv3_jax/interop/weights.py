@@ -1,0 +1,242 @@
+"""Parameters of a released checkpoint in a workdir: as the model reads them.
+
+`weights/` holds a file for each parameter, with `values` in the type that they
+came in and, of FP8, their `scales`; and `index.json`, written last, with where
+they came from and a digest of each block. Nothing else of a run is here: no
+optimizer, and no masters in float32.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import pathlib
+from collections.abc import Callable
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from dsv3_jax import config
+from dsv3_jax.interop import blocks
+from dsv3_jax.interop import hf
+from dsv3_jax.interop import hf_config
+from dsv3_jax.interop import pieces
+from dsv3_jax.interop import safetensors
+
+FOLDER, INDEX, JOURNAL = "weights", "index.json", "journal.jsonl"
+_VALUES, _SCALES = "values", "scales"
+
+
+def _file(folder: pathlib.Path, path: str) -> pathlib.Path:
+  return folder / f"{path.replace('/', '.')}.safetensors"
+
+
+def _shapes(source: Any) -> dict[str, safetensors.Shapes]:
+  """What the file of each parameter holds."""
+  found = {}
+  for block in blocks.of_model(source.model):
+    # The last of a parameter's blocks has the largest index.
+    stack = tuple(i + 1 for i in block.index)
+    shape = *stack, *block.inputs, *block.outputs
+    shapes = {_VALUES: (source.dtype(block), shape)}
+    if (dtype := source.scales_dtype(block)) is not None:
+      n_out, n_in = block.scales_shape(source.tile)
+      shapes[_SCALES] = dtype, (*stack, n_in, n_out * len(block.names))
+    found[block.path] = shapes
+  return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+  """The parameters in a workdir; a source as `hf.Released` is one."""
+
+  folder: pathlib.Path
+  facts: dict[str, Any]  # config.json of what was imported
+  model: config.Model
+  tile: tuple[int, int] | None
+  tensors: dict[str, dict[str, safetensors.Tensor]]  # by path
+  digests: dict[str, str]  # by the name of a block's first tensor
+
+  def dtype(self, block: blocks.Block) -> np.dtype:
+    return self.tensors[block.path][_VALUES].dtype
+
+  def scales_dtype(self, block: blocks.Block) -> np.dtype | None:
+    scales = self.tensors[block.path].get(_SCALES)
+    return scales and scales.dtype
+
+  def n_bytes(self, block: blocks.Block) -> int:
+    return math.prod(block.matrix) * self.dtype(block).itemsize
+
+  def fingerprint(self) -> str:
+    """Of every number."""
+    text = json.dumps([self.facts, self.digests], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+  def stored(
+      self, block: blocks.Block
+  ) -> tuple[np.ndarray, np.ndarray | None]:
+    """As of `hf.Released.stored`."""
+    files = self.tensors[block.path]
+    values = safetensors.read(_own(files[_VALUES], block, block.matrix))
+    if _SCALES not in files:
+      return values, None
+    shape = files[_SCALES].shape[-2:]
+    return values, safetensors.read(_own(files[_SCALES], block, shape))
+
+  def part(self, block: blocks.Block, inner: blocks.Slices) -> np.ndarray:
+    """As of `hf.Released.part`, but inputs are read with all their outputs."""
+    n = len(block.inputs)
+    whole = *inner[:n], *(slice(None),) * len(block.outputs)
+    ins, _ = blocks.spans(block, whole)
+    files = self.tensors[block.path]
+    values = safetensors.read(_own(files[_VALUES], block, block.matrix), ins)
+    if _SCALES in files:
+      tall, wide = self.tile
+      shape = files[_SCALES].shape[-2:]
+      scales = safetensors.read(_own(files[_SCALES], block, shape))
+      rows = np.arange(block.shape[1])[ins] // wide
+      columns = blocks.tiles_of(block, slice(None), tall)
+      values = blocks.dequantized(values, scales, rows, columns)
+    values = blocks.part(block, whole, values)
+    return values[(*(slice(None),) * n, *inner[n:])]
+
+
+def _own(
+    tensor: safetensors.Tensor, block: blocks.Block, shape: tuple[int, ...]
+) -> safetensors.Tensor:
+  """A block's share of a parameter's file."""
+  stack = tensor.shape[: len(block.index)]
+  i = int(np.ravel_multi_index(block.index, stack)) if stack else 0
+  own = dataclasses.replace(tensor, shape=shape)
+  return dataclasses.replace(own, offset=tensor.offset + i * own.n_bytes)
+
+
+def _digest(values: np.ndarray, scales: np.ndarray | None) -> str:
+  digest = hashlib.sha256(safetensors.as_bytes(values))
+  if scales is not None:
+    digest.update(safetensors.as_bytes(scales))
+  return digest.hexdigest()
+
+
+# --- import ---
+
+_COMMIT = 1 << 30  # bytes between entries of the journal
+
+
+def import_released(
+    source: hf.Released,
+    folder: pathlib.Path,
+    advance: Callable[[int], None],
+) -> None:
+  """Copies a released checkpoint, block by block, in the order of its files.
+
+  What an earlier, interrupted call has copied of the same source stays.
+
+  Args:
+    source: what to copy.
+    folder: where to, see `FOLDER`.
+    advance: is told the bytes of every block that is done.
+
+  Raises:
+    ValueError: there is something else already, or no room.
+  """
+  if (folder / INDEX).exists():
+    raise ValueError(f"{folder}: holds an imported checkpoint already")
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    _copy(source, folder, advance)
+  except OSError as error:
+    raise pieces.disk_error(folder, error) from error
+
+
+def _copy(source, folder, advance):
+  journal = pieces.Journal(folder / JOURNAL, source.fingerprint())
+  todo = blocks.of_model(source.model)
+  if not journal.begun:
+    pieces.check_room(folder, sum(map(source.n_bytes, todo)))
+    for path, kinds in _shapes(source).items():
+      safetensors.create(_file(folder, path), kinds)
+    journal.begin()
+  tensors = {
+      path: safetensors.header(_file(folder, path)) for path in _shapes(source)
+  }
+
+  def copy(block):
+    values, scales = source.stored(block)
+    files = tensors[block.path]
+    safetensors.write(_own(files[_VALUES], block, block.matrix), values)
+    if scales is not None:
+      safetensors.write(_own(files[_SCALES], block, scales.shape), scales)
+    return _digest(values, scales)
+
+  left = [b for b in todo if b.names[0] not in journal.done]
+  advance(sum(source.n_bytes(b) for b in todo) - sum(map(source.n_bytes, left)))
+  left.sort(key=source.place)
+  digests, files, since = {}, set(), 0
+  for block, digest in pieces.in_order(copy, left, source.n_bytes):
+    digests[block.names[0]] = digest
+    files.add(_file(folder, block.path))
+    since += source.n_bytes(block)
+    if since >= _COMMIT:
+      journal.add(digests, files)
+      digests, files, since = {}, set(), 0
+    advance(source.n_bytes(block))
+  journal.add(digests, files)
+  facts = {
+      "config": source.facts,
+      "mtp_depth": source.model.mtp.depth,
+      "digests": journal.done,
+  }
+  pieces.write_text(folder / INDEX, json.dumps(facts))
+  journal.path.unlink()
+
+
+def open_weights(folder: pathlib.Path) -> Weights:
+  """The parameters of a workdir.
+
+  Raises:
+    ValueError: they are not all there, or not what the index says.
+  """
+  try:
+    facts = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    source, digests = facts["config"], facts["digests"]
+    model, tile = hf_config.read(source), hf_config.tile(source)
+    model = config.override(model, f"mtp.depth={facts['mtp_depth']}")
+  except FileNotFoundError as error:
+    raise ValueError(
+        f"{folder}: holds no complete checkpoint; run the import again"
+    ) from error
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise ValueError(f"{folder / INDEX}: cannot be read: {error}") from error
+  found = {
+      path: safetensors.header(_file(folder, path))
+      for path in sorted({b.path for b in blocks.of_model(model)})
+  }
+  weights = Weights(folder, source, model, tile, found, digests)
+  problems = []
+  for path, kinds in _shapes(weights).items():
+    there = {name: (t.dtype, t.shape) for name, t in found[path].items()}
+    if there != dict(kinds):
+      problems.append(f"{_file(folder, path)}: holds {there}, must be {kinds}")
+  missing = {b.names[0] for b in blocks.of_model(model)} ^ digests.keys()
+  problems += [
+      f"{folder / INDEX}: {name}: a digest without block, or the reverse"
+      for name in sorted(missing)
+  ]
+  if problems:
+    raise ValueError("\n".join(problems))
+  return weights
+
+
+def damaged(
+    weights: Weights, advance: Callable[[int], None]
+) -> Iterator[str]:
+  """Blocks whose bytes are not those that were imported."""
+  read = lambda block: _digest(*weights.stored(block))
+  todo = blocks.of_model(weights.model)
+  for block, digest in pieces.in_order(read, todo, weights.n_bytes):
+    if digest != weights.digests[block.names[0]]:
+      at = "".join(f"[{i}]" for i in block.index)
+      yield f"{_file(weights.folder, block.path)}: {block.path}{at}: damaged"
+    advance(weights.n_bytes(block))

@@ -1,0 +1,72 @@
+"""The parameters of a workdir: of its newest checkpoint, or imported ones."""
+
+import pathlib
+
+import jax
+import numpy as np
+
+from dsv3_jax import checkpoint
+from dsv3_jax import config
+from dsv3_jax import schema
+from dsv3_jax import train
+from dsv3_jax.interop import placing
+from dsv3_jax.interop import weights
+from dsv3_jax.parallel import layouts
+from experiments import common
+
+CHECKPOINTS = "checkpoints"
+
+
+def newest(
+    folder: pathlib.Path,
+    run: config.Run,
+    mesh: jax.sharding.Mesh,
+    *,
+    average: bool = False,
+) -> tuple[schema.Params, jax.Array]:
+  """Parameters and router bias, where the run's layout has them.
+
+  Args:
+    folder: the workdir.
+    run: of it.
+    mesh: where to.
+    average: the parameters' average instead.
+
+  Raises:
+    ValueError: it is damaged, or there is no average.
+    NoCheckpointError: there is none.
+  """
+  if average and not run.optim.ema_decay:
+    raise ValueError(f"{folder}: has no average, optim.ema_decay is 0")
+  imported = folder / weights.FOLDER
+  if imported.is_dir():
+    return _imported(weights.open_weights(imported), run, mesh)
+  saved = folder / CHECKPOINTS
+  if not saved.is_dir():
+    raise common.NoCheckpointError(f"{folder}: has no checkpoints yet")
+  checkpoints = checkpoint.manager(saved, run.checkpoint)
+  try:
+    if (step := checkpoints.latest_step()) is None:
+      raise common.NoCheckpointError(f"{folder}: has no finished checkpoint")
+    like = train.abstract_state(run, mesh)
+    state, _ = checkpoint.restore(checkpoints, step, like)
+    params = state.params
+    if average:
+      params = checkpoint.restore_average(checkpoints, step, like.params)
+    return params, state.router_bias
+  finally:
+    checkpoints.close()
+
+
+def _imported(
+    source: weights.Weights, run: config.Run, mesh: jax.sharding.Mesh
+) -> tuple[schema.Params, jax.Array]:
+  if source.model != run.model:
+    changes = config.difference(
+        config.leaves(source.model), config.leaves(run.model)
+    )
+    raise ValueError(
+        f"{source.folder}: is of another model (there -> here):\n"
+        + "\n".join(changes)
+    )
+  return placing.load(source, layouts.layout(run, mesh.shape), mesh, np.float32)

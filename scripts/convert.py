@@ -1,0 +1,400 @@
+r"""Released checkpoints, in and out.
+
+  python -m scripts.convert --mode=import --hf=DIR --workdir=DIR
+  python -m scripts.convert --mode=export --workdir=DIR --hf=DIR \
+      [--fp8 | --dtype=bfloat16] [--ema]
+  python -m scripts.convert --mode=export --workdir=DIR --gguf=FILE
+  python -m scripts.convert --mode=verify --hf=DIR
+  python -m scripts.convert --mode=logits --hf=DIR --tokens=IN.npy \
+      --out=OUT.npy [--mtp_out=FILE.npy] [--mesh=expert=4]
+
+Import, export and verify take a few tensors at a time, however large the whole.
+An interrupted import or export goes on with the same command.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from absl import flags
+from rich import console
+from rich import progress
+
+from dsv3_jax import config
+from dsv3_jax import presets
+from dsv3_jax import schema
+from dsv3_jax.data import tokenizer
+from dsv3_jax.interop import blocks
+from dsv3_jax.interop import export as export_lib
+from dsv3_jax.interop import hf
+from dsv3_jax.interop import hf_config
+from dsv3_jax.interop import placing
+from dsv3_jax.interop import tokens as tokens_lib
+from dsv3_jax.interop import weights
+from experiments import cluster
+from experiments import common
+from experiments import workdir
+
+_MODE = flags.DEFINE_string("mode", None, "import, export, verify or logits")
+_HF = flags.DEFINE_string("hf", None, "folder of a released checkpoint")
+_GGUF = flags.DEFINE_string("gguf", None, "file to export to")
+_FP8 = flags.DEFINE_bool("fp8", False, "export linear layers in FP8")
+_DTYPE = flags.DEFINE_string(
+    "dtype",
+    "stored",
+    "of an export: stored (of a run: float32), float32 or bfloat16",
+)
+_EMA = flags.DEFINE_bool("ema", False, "export the averaged parameters")
+_TOKENS = flags.DEFINE_string("tokens", None, "integers [B, T], .npy")
+_OUT = flags.DEFINE_string("out", None, "file for logits, .npy")
+_MTP_OUT = flags.DEFINE_string("mtp_out", None, "file for the MTP layer's")
+_AUTO_MAP = flags.DEFINE_bool(
+    "ignore_auto_map",
+    False,
+    "accept a config.json that names code, which is not run",
+)
+_LINKS = flags.DEFINE_bool("follow_links", False, "shards may be links")
+
+_NEEDED = {
+    "import": ("hf", "workdir"),
+    "export": ("workdir",),
+    "verify": ("hf",),
+    "logits": ("hf", "tokens", "out"),
+}
+# Flags that mean something in one mode only.
+_OF_MODE = {
+    "gguf": "export",
+    "fp8": "export",
+    "dtype": "export",
+    "ema": "export",
+    "tokens": "logits",
+    "out": "logits",
+    "mtp_out": "logits",
+    "mesh": "logits",
+}
+PROMPTS = 4, 64  # random ones that `verify` compares logits of: rows, tokens
+CLOSE = 2e-5  # of float32 logits of the size that networks have at first
+
+
+def _problems() -> list[str]:
+  mode, args = _MODE.value, flags.FLAGS
+  if mode not in _NEEDED:
+    return [f"--mode={mode}: must be one of {', '.join(_NEEDED)}"]
+  problems = [
+      f"--{name} is missing: --mode={mode} needs it"
+      for name in _NEEDED[mode]
+      if not args[name].value
+  ]
+  problems += [
+      f"--{name}: means nothing with --mode={mode}"
+      for name, only in _OF_MODE.items()
+      if only != mode and args[name].present
+  ]
+  if mode == "export":
+    if bool(_HF.value) == bool(_GGUF.value):
+      problems.append("--mode=export needs one of --hf=DIR and --gguf=FILE")
+    if _DTYPE.value not in ("stored", "float32", "bfloat16"):
+      problems.append(
+          f"--dtype={_DTYPE.value}: must be stored, float32 or bfloat16"
+      )
+    if _FP8.value and (_DTYPE.present or _GGUF.value):
+      problems.append("--fp8: goes without --dtype and --gguf")
+  return problems + common.parse_mesh(args.mesh)[1]
+
+
+# --- how far it is ---
+
+
+@contextlib.contextmanager
+def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+  """Yields what is to be called with the bytes of each part that is done."""
+  columns = (
+      progress.TextColumn(what),
+      progress.BarColumn(),
+      progress.DownloadColumn(),
+      progress.TransferSpeedColumn(),
+      progress.TimeRemainingColumn(),
+  )
+  with progress.Progress(*columns, console=console.Console(stderr=True)) as bar:
+    task = bar.add_task(what, total=total)
+    yield lambda n_bytes: bar.update(task, advance=n_bytes)
+
+
+def _say(text: str) -> None:
+  print(text, flush=True)
+
+
+# --- import ---
+
+
+def _opened() -> hf.Released:
+  released = hf.open_folder(
+      pathlib.Path(_HF.value),
+      ignore_auto_map=_AUTO_MAP.value,
+      follow_links=_LINKS.value,
+  )
+  for note in released.notes:
+    _say(f"note: {note}")
+  if problems := list(hf.bad_values(released)):
+    raise ValueError("\n".join(f"{released.folder}: {p}" for p in problems))
+  return released
+
+
+def run_of(facts: dict[str, Any], model: config.Model) -> config.Run:
+  """A run with a released model; what is not of the network, of preset S."""
+  length = facts.get("max_position_embeddings", 4096)
+  if model.mla.yarn.factor > 1:
+    length = min(length, model.mla.yarn.original_len)
+  data = dataclasses.replace(presets.S.data, seq_len=min(length, 4096))
+  return dataclasses.replace(presets.S, model=model, data=data)
+
+
+def _import() -> None:
+  released, folder = _opened(), pathlib.Path(flags.FLAGS.workdir)
+  description = workdir.describe(
+      "imported", 0, run_of(released.facts, released.model)
+  )
+  if (folder / workdir.CONFIG).exists():
+    raise ValueError(f"--workdir={folder}: belongs to a run; take another")
+  target = folder / weights.FOLDER
+  total = sum(map(released.n_bytes, blocks.of_model(released.model)))
+  if not (target / weights.INDEX).exists():
+    with _bar("import", total) as advance:
+      weights.import_released(released, target, advance)
+  found = tokens_lib.copy(released.folder, target)
+  if tokens_lib.TOKENIZER in found:
+    _take_tokenizer(target / tokens_lib.TOKENIZER, folder)
+  else:
+    _say(f"note: {released.folder} has no {tokens_lib.TOKENIZER}: no text yet")
+  workdir.write_config(folder, description)
+  _say(f"{folder}: {total:,} bytes of parameters")
+
+
+def _take_tokenizer(path: pathlib.Path, folder: pathlib.Path) -> None:
+  try:
+    tok = tokenizer.load(path)
+  except ValueError as error:
+    _say(f"note: not a tokenizer that text is made with here: {error}")
+    return
+  (folder / "data").mkdir(exist_ok=True)
+  tokenizer.save(tok, folder / "data" / tokens_lib.TOKENIZER)
+
+
+# --- export ---
+
+
+def _source() -> tuple[Any, dict[str, Any], config.Run]:
+  """Parameters of the workdir, their config.json, and the run."""
+  folder = pathlib.Path(flags.FLAGS.workdir)
+  run = workdir.run_of(workdir.read_config(folder), presets.PRESETS)
+  if (folder / weights.FOLDER).is_dir():
+    if _EMA.value:
+      raise ValueError(f"--ema: {folder} is imported, it has no average")
+    source = weights.open_weights(folder / weights.FOLDER)
+    return source, source.facts, run
+  # These start JAX.
+  from dsv3_jax.parallel import topology
+  from experiments import parameters
+
+  mesh = topology.mesh({})
+  params, bias = parameters.newest(folder, run, mesh, average=_EMA.value)
+  arrays = {path: np.asarray(a) for path, a in schema.paths(params).items()}
+  arrays[blocks.BIAS] = np.asarray(bias)
+  source = export_lib.Arrays(run.model, arrays)
+  facts = hf_config.write(run) | {
+      "torch_dtype": "float32",
+      "bos_token_id": tokenizer.BOS_ID,
+      "eos_token_id": tokenizer.EOS_ID,
+      "pad_token_id": tokenizer.PAD_ID,
+  }
+  return source, facts, run
+
+
+def _export() -> None:
+  source, facts, run = _source()
+  folder = pathlib.Path(flags.FLAGS.workdir)
+  form = export_lib.Form(source, "fp8" if _FP8.value else _DTYPE.value)
+  if _GGUF.value:
+    _export_gguf(form, facts, folder)
+    return
+  target = pathlib.Path(_HF.value)
+  facts = export_lib.described(facts, form)
+  with _bar("export", export_lib.total_bytes(form)) as advance:
+    export_lib.export(
+        form,
+        target,
+        facts,
+        advance,
+        beside=lambda: _tokenizer_files(source, folder, facts, target),
+    )
+  _say(f"{target}: {export_lib.total_bytes(form):,} bytes, sums in {hf.SUMS}")
+
+
+def _export_gguf(form, facts, folder) -> None:
+  from dsv3_jax.interop import gguf
+
+  path = pathlib.Path(_GGUF.value)
+  tok = tokenizer.load(folder / "data" / tokens_lib.TOKENIZER)
+  max_len = facts["max_position_embeddings"]
+  with _bar("export", gguf.total_bytes(form)) as advance:
+    gguf.write(form, tok, path, max_len, advance)
+  _say(f"{path}: {path.stat().st_size:,} bytes")
+
+
+def _tokenizer_files(source, folder, facts, target) -> None:
+  if isinstance(source, weights.Weights):
+    tokens_lib.copy(source.folder, target)
+    return
+  tok = tokenizer.load(folder / "data" / tokens_lib.TOKENIZER)
+  tokens_lib.write(tok, target, facts["max_position_embeddings"])
+
+
+# --- logits ---
+
+
+def _rows(path: str) -> np.ndarray:
+  try:
+    return np.load(path, allow_pickle=False)
+  except (OSError, ValueError, EOFError) as error:
+    raise ValueError(f"--tokens={path}: cannot be read: {error}") from error
+
+
+def compute_logits(
+    source: placing.Source, run: config.Run, tokens: np.ndarray, mesh: Any
+) -> list[np.ndarray]:
+  """Logits in float32, of the main model and of each MTP depth."""
+  from dsv3_jax.evals import hidden
+  from dsv3_jax.evals import logits
+  from dsv3_jax.parallel import layouts
+
+  if problems := layouts.problems(run, mesh.shape):
+    raise ValueError("\n".join(problems))
+  layout = layouts.layout(run, mesh.shape, staged=False)
+  parts = placing.load(source, layout, mesh, np.float32)
+  model = hidden.Model(*parts, run, mesh)
+  b, t = tokens.shape if tokens.ndim == 2 else (0, 0)
+  found = [
+      np.empty((b, max(t - k, 0), run.model.vocab_size), np.float32)
+      for k in range(1 + run.model.mtp.depth)
+  ]
+  for rows, made in logits.of_rows(model, tokens):
+    for whole, some in zip(found, made, strict=True):
+      whole[rows] = some
+  return found
+
+
+def _logits() -> None:
+  from dsv3_jax.parallel import topology
+
+  tokens, released = _rows(_TOKENS.value), _opened()
+  sizes, _ = common.parse_mesh(flags.FLAGS.mesh)
+  n = max(math.prod(sizes.values()), 1)
+  cluster.use_virtual_devices(n, spare_threads=n > 1)
+  mtp_out = _MTP_OUT.value
+  if mtp_out and not released.model.mtp.depth:
+    raise ValueError(f"--mtp_out={mtp_out}: the checkpoint has no MTP layer")
+  model = released.model
+  if not mtp_out and model.mtp.depth:
+    model = config.override(model, "mtp.depth=0")
+    released = released.main_only()
+  run = run_of(released.facts, model)
+  if sizes:
+    run = config.override(run, "parallel.layout=fsdp")
+  found = compute_logits(released, run, tokens, topology.mesh(sizes))
+  for path, made in zip((_OUT.value, mtp_out), found, strict=False):
+    partial = pathlib.Path(f"{path}.partial")
+    with partial.open("wb") as file:
+      np.save(file, made)
+    partial.replace(path)
+
+
+# --- verify ---
+
+
+def _damaged_shards(released: hf.Released) -> Iterator[str]:
+  """Files whose sums are not those beside them."""
+  sums = released.folder / hf.SUMS
+  if not sums.exists():
+    _say(f"note: no {hf.SUMS} in {released.folder}: digests not compared")
+    return
+  wanted = dict(
+      reversed(line.split("  ", 1))
+      for line in sums.read_text(encoding="utf-8").splitlines()
+  )
+  files = sorted({t.file for t in released.tensors.values()})
+  for path in files:
+    if path.name not in wanted:
+      yield f"{path}: not in {hf.SUMS}"
+  with _bar("verify", sum(path.stat().st_size for path in files)) as advance:
+    for path in files:
+      digest = hashlib.sha256()
+      with path.open("rb") as file:
+        while data := file.read(1 << 24):
+          digest.update(data)
+          advance(len(data))
+      if digest.hexdigest() != wanted.get(path.name):
+        yield f"{path}: damaged, its sha256 is {digest.hexdigest()}"
+
+
+def _verify() -> None:
+  released = _opened()
+  n = len(released.tensors)
+  _say(f"{released.folder}: {n:,} tensors, all accounted for")
+  if problems := list(_damaged_shards(released)):
+    raise ValueError("\n".join(problems))
+  _compare(released)
+
+
+def _compare(released: hf.Released) -> None:
+  """Logits with those of `transformers`, where that is installed."""
+  from dsv3_jax.parallel import topology
+
+  have = "import torch, transformers"
+  command = [sys.executable, "-c", have]
+  if subprocess.run(command, capture_output=True, check=False).returncode:
+    _say("note: transformers is not installed: logits not compared")
+    return
+  if released.tile:
+    _say("note: weights in FP8: logits not compared with transformers")
+    return
+  rng = np.random.default_rng(0)
+  rows = rng.integers(0, released.model.vocab_size, PROMPTS).astype(np.int32)
+  released = released.main_only()
+  run = run_of(released.facts, released.model)
+  ours, *_ = compute_logits(released, run, rows, topology.mesh({}))
+  with tempfile.TemporaryDirectory() as scratch:
+    tokens, out = (str(pathlib.Path(scratch, f)) for f in ("in.npy", "out.npy"))
+    np.save(tokens, rows)
+    worker = [sys.executable, "-m", "scripts.transformers_logits"]
+    subprocess.run([*worker, str(released.folder), tokens, out], check=True)
+    theirs = np.load(out)
+  apart = np.abs(ours - theirs).max()
+  _say(f"logits of {rows.size} random tokens: {apart:.1e} from transformers'")
+  if not apart <= CLOSE * max(1, np.abs(theirs).max()):
+    raise ValueError(f"logits are {apart:.1e} apart, should be below {CLOSE}")
+
+
+def main() -> None:
+  """Does what the flags ask for."""
+  if problems := common.parse_flags(sys.argv) or _problems():
+    raise ValueError("\n".join(problems))
+  modes = {
+      "import": _import,
+      "export": _export,
+      "verify": _verify,
+      "logits": _logits,
+  }
+  modes[_MODE.value]()
+
+
+if __name__ == "__main__":
+  common.run_main(main)
