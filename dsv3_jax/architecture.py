@@ -39,6 +39,8 @@ class MLA:
   v_dim: int = number(low=1)
   rope_theta: float = number(10_000.0, above=0)
   yarn: Yarn = Yarn()
+  # Of the latents' norms: DeepSeek's code has this number whatever the others.
+  norm_eps: float = number(1e-6, above=0)
 
   def relations(self) -> Iterator[str]:
     if self.rope_dim % 2:

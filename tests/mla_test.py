@@ -21,7 +21,7 @@ CFG = config.MLA(
 def _run(cfg, n_tokens, seed=0):
   p = testing.draw(mla.specs(cfg, D_MODEL, 0.1), seed)
   x = testing.normal(2, n_tokens, D_MODEL, seed=seed)
-  return p, x, jax.jit(lambda p, x: mla.mla(p, x, cfg, 1e-6))
+  return p, x, jax.jit(lambda p, x: mla.mla(p, x, cfg))
 
 
 class MlaTest(parameterized.TestCase):
@@ -31,7 +31,7 @@ class MlaTest(parameterized.TestCase):
   def test_matches_the_reference(self, n_tokens, q_rank):
     cfg = dataclasses.replace(CFG, q_rank=q_rank)
     p, x, run = _run(cfg, n_tokens)
-    expected = reference.mla(*reference.f64((p, x)), cfg, 1e-6)
+    expected = reference.mla(*reference.f64((p, x)), cfg)
     # Down, up, scores, values and out; a score is off by its angles too.
     terms = D_MODEL + 14 + (6 + 4) + n_tokens + 3 * 8 + n_tokens
     testing.assert_close(run(p, x), expected, terms)
@@ -41,11 +41,11 @@ class MlaTest(parameterized.TestCase):
     yarn = config.Yarn(factor=5, original_len=400, mscale=0.7)
     cfg = dataclasses.replace(CFG, yarn=yarn)
     p, x, run = _run(cfg, n_tokens)
-    expected = reference.mla(*reference.f64((p, x)), cfg, 1e-6)
+    expected = reference.mla(*reference.f64((p, x)), cfg)
     terms = D_MODEL + 14 + (6 + 4) + n_tokens + 3 * 8 + n_tokens
     testing.assert_close(run(p, x), expected, terms)
     cache = jnp.zeros((2, n_tokens, 14)), jnp.zeros((2, n_tokens, 4))
-    y, _ = mla.absorbed(p, x, cache, 0, cfg, 1e-6)
+    y, _ = mla.absorbed(p, x, cache, 0, cfg)
     testing.assert_close(y, expected, terms + 14)
 
   def test_temperature_of_v3_golden(self):
@@ -71,7 +71,7 @@ class MlaTest(parameterized.TestCase):
     gradients = jax.jit(jax.grad(lambda px: (run(*px) * probe).sum()))((p, x))
 
     def f(px):
-      return (reference.mla(*px, CFG, 1e-6) * reference.f64(probe)).sum()
+      return (reference.mla(*px, CFG) * reference.f64(probe)).sum()
 
     # Forwards and backwards as above; weights sum over all tokens.
     terms = 2 * (D_MODEL + 24 + 10 + 2 * n_tokens + 24) + 2 * n_tokens
@@ -83,13 +83,13 @@ class MlaTest(parameterized.TestCase):
     p, x, _ = _run(cfg, 9)
     # Room for more positions than are used: those must not be seen.
     cache = jnp.full((2, 12, 14), 7.0), jnp.full((2, 12, 4), 7.0)
-    step = jax.jit(lambda x, cache, t: mla.absorbed(p, x, cache, t, cfg, 1e-6))
+    step = jax.jit(lambda x, cache, t: mla.absorbed(p, x, cache, t, cfg))
     parts, t = [], 0
     for size in (4, 1, 3, 1):
       y, cache = step(x[:, t : t + size], cache, t)
       parts.append(y)
       t += size
-    expected = reference.mla(*reference.f64((p, x)), cfg, 1e-6)
+    expected = reference.mla(*reference.f64((p, x)), cfg)
     terms = D_MODEL + 14 + (6 + 14 + 4) + 9 + 14 + 24
     testing.assert_close(jnp.concatenate(parts, axis=1), expected, terms)
 

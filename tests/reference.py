@@ -78,11 +78,11 @@ def rotate(x, angle):
 # --- attention (2.1.1) ---
 
 
-def mla(p, x, cfg, eps):
-  return np.stack([_mla_sequence(p, sequence, cfg, eps) for sequence in x])
+def mla(p, x, cfg):
+  return np.stack([_mla_sequence(p, sequence, cfg) for sequence in x])
 
 
-def _mla_sequence(p, x, cfg, eps):
+def _mla_sequence(p, x, cfg):
   n_tokens = len(x)
   yarn, turns = cfg.yarn, frequencies(cfg.rope_dim, cfg.rope_theta)
   temperature = 1.0
@@ -98,12 +98,12 @@ def _mla_sequence(p, x, cfg, eps):
     temperature = (0.1 * yarn.mscale * math.log(yarn.factor) + 1) ** 2
   turn = np.outer(np.arange(n_tokens), turns)
   down = x @ p["kv_down"]
-  latent = rms_norm(p["kv_norm"], down[:, : cfg.kv_rank], eps)
+  latent = rms_norm(p["kv_norm"], down[:, : cfg.kv_rank], cfg.norm_eps)
   k_rope = rotate(down[:, cfg.kv_rank :], turn)
   out = np.zeros_like(x)
   for n in range(cfg.n_heads):
     if cfg.q_rank:
-      q = rms_norm(p["q_norm"], x @ p["q_down"], eps) @ p["q_up"][:, n]
+      q = rms_norm(p["q_norm"], x @ p["q_down"], cfg.norm_eps) @ p["q_up"][:, n]
     else:
       q = x @ p["q"][:, n]
     q_nope, q_rope = q[:, : cfg.nope_dim], rotate(q[:, cfg.nope_dim :], turn)
@@ -222,7 +222,7 @@ def moe(p, x, bias, cfg):
 def block(p, x, bias, cfg):
   """Pre-norm block: y, and load and balance loss of a mixture, else None."""
   x = x + mla(
-    p["mla"], rms_norm(p["mla_norm"], x, cfg.norm_eps), cfg.mla, cfg.norm_eps
+    p["mla"], rms_norm(p["mla_norm"], x, cfg.norm_eps), cfg.mla
   )
   h = rms_norm(p["ffn_norm"], x, cfg.norm_eps)
   if "router" not in p["ffn"]:

@@ -62,7 +62,7 @@ def step(
   def block(x, layer, ffn):
     p, kept = layer
     h = layers.rms_norm(p["mla_norm"], x, eps)
-    y, kept = mla.absorbed(p["mla"], h, kept, start, cfg.mla, eps)
+    y, kept = mla.absorbed(p["mla"], h, kept, start, cfg.mla)
     x = x + y
     return x + ffn(p["ffn"], layers.rms_norm(p["ffn_norm"], x, eps)), kept
 

@@ -77,6 +77,11 @@ def problems(model: config.Model) -> list[str]:
         " compressed queries of all but V2-Lite (27 layers) and Moonlight's"
         " like; export to --hf instead"
     )
+  if model.norm_eps != model.mla.norm_eps:
+    found.append(
+        f"norm_eps={model.norm_eps:g}, mla.norm_eps={model.mla.norm_eps:g}:"
+        " llama.cpp takes one number for both"
+    )
   if not model.moe.n_shared:
     found.append("moe.n_shared=0: llama.cpp expects shared experts")
   if not model.n_moe_layers:

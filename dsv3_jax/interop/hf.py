@@ -90,14 +90,14 @@ class Released:
         than what they are within along the first of each.
     """
     ins, outs = blocks.spans(block, inner)
-    if block.table:
-      ins, outs = outs, ins if block.inputs else slice(None)
-    values = self._joined(block, outs, ins)
+    across = block.table and block.inputs
+    rows, columns = (ins, outs) if across else (outs, ins)
+    values = self._joined(block, rows, columns)
     scales = self._scales(block)
     if scales is not None:
       tall, wide = self.tile
-      rows = blocks.tiles_of(block, outs, tall)
-      columns = np.arange(block.shape[1])[ins] // wide
+      rows = blocks.tiles_of(block, rows, tall)
+      columns = np.arange(block.shape[1])[columns] // wide
       values = blocks.dequantized(values, scales.T, rows, columns)
     values = values if block.table else blocks.turned(values)
     return blocks.part(block, inner, values)

@@ -239,6 +239,11 @@ def write(run: config.Run) -> dict[str, Any]:
         f"mtp.hidden={model.mtp.hidden!r}: released checkpoints, and what reads"
         " them, have 'post_norm'"
     )
+  if model.mla.norm_eps != 1e-6:
+    raise ValueError(
+        f"mla.norm_eps={model.mla.norm_eps:g}: what reads released checkpoints"
+        " takes 1e-06"
+    )
   if not model.n_moe_layers:
     raise ValueError("a model without mixture layers has no released form")
   settings = config.leaves(model)

@@ -34,13 +34,13 @@ def in_order(
     running, size = collections.deque(), 0
     for piece in pieces:
       while running and size + n_bytes(piece) > IN_FLIGHT:
-        first, future = running.popleft()
-        yield first, future.result()
-        size -= n_bytes(first)
+        size -= n_bytes(running[0][0])
+        # No name holds on to a result while the next pieces are worked on.
+        yield running[0][0], running.popleft()[1].result()
       running.append((piece, pool.submit(work, piece)))
       size += n_bytes(piece)
-    for first, future in running:
-      yield first, future.result()
+    while running:
+      yield running[0][0], running.popleft()[1].result()
 
 
 class Journal:

@@ -41,12 +41,11 @@ def queries(
     x: jax.Array,
     angle: jax.Array,
     cfg: config.MLA,
-    eps: float,
 ) -> tuple[jax.Array, jax.Array]:
   """Nope [B, T, N, P] and rotated rope [B, T, N, H] parts (eq. 6-9)."""
   if cfg.q_rank:
     latent = recompute.named(gemm.linear(x, p["q_down"]), "latents")
-    latent = layers.rms_norm(p["q_norm"], latent, eps)
+    latent = layers.rms_norm(p["q_norm"], latent, cfg.norm_eps)
     q = gemm.linear(latent, p["q_up"])
   else:
     q = gemm.linear(x, p["q"])
@@ -59,7 +58,6 @@ def latents(
     x: jax.Array,
     angle: jax.Array,
     cfg: config.MLA,
-    eps: float,
 ) -> tuple[jax.Array, jax.Array]:
   """What a cache holds: latent [B, T, R] and rotated key [B, T, H] (eq. 1, 3).
 
@@ -67,7 +65,8 @@ def latents(
   """
   down = recompute.named(gemm.linear(x, p["kv_down"]), "latents")
   kv, key = jnp.split(down, [cfg.kv_rank], axis=-1)
-  return layers.rms_norm(p["kv_norm"], kv, eps), rope.rotate(key, angle)
+  latent = layers.rms_norm(p["kv_norm"], kv, cfg.norm_eps)
+  return latent, rope.rotate(key, angle)
 
 
 def _frequencies(cfg: config.MLA) -> np.ndarray:
@@ -89,7 +88,6 @@ def mla(
     p: schema.Params,
     x: jax.Array,
     cfg: config.MLA,
-    eps: float,
     segments: jax.Array | None = None,
 ) -> jax.Array:
   """Attention of a whole sequence from position 0, [B, T, D] -> [B, T, D].
@@ -98,8 +96,8 @@ def mla(
   (eq. 1-11). With segments [B, T] a token sees those of its own alone.
   """
   angle = rope.angles(jnp.arange(x.shape[1]), _frequencies(cfg))
-  q_nope, q_rope = queries(p, x, angle, cfg, eps)
-  latent, k_rope = latents(p, x, angle, cfg, eps)
+  q_nope, q_rope = queries(p, x, angle, cfg)
+  latent, k_rope = latents(p, x, angle, cfg)
   k_nope, v = jnp.split(
       gemm.linear(latent, p["kv_up"]), [cfg.nope_dim], axis=-1
   )
@@ -120,7 +118,6 @@ def absorbed(
     cache: tuple[jax.Array, jax.Array],
     start: jax.Array,
     cfg: config.MLA,
-    eps: float,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   """Attention of new tokens against a latent cache, without expanding it.
 
@@ -134,17 +131,16 @@ def absorbed(
       are filled.
     start: [] int32.
     cfg: the attention.
-    eps: of the norms.
 
   Returns:
     [B, T, D] and the cache with the new positions written.
   """
   positions = start + jnp.arange(x.shape[1])
   angle = rope.angles(positions, _frequencies(cfg))
-  q_nope, q_rope = queries(p, x, angle, cfg, eps)
+  q_nope, q_rope = queries(p, x, angle, cfg)
   latent, k_rope = (
       jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, 1)
-      for old, new in zip(cache, latents(p, x, angle, cfg, eps), strict=True)
+      for old, new in zip(cache, latents(p, x, angle, cfg), strict=True)
   )
   up_k, up_v = jnp.split(p["kv_up"], [cfg.nope_dim], axis=-1)
   q_latent = jnp.einsum("BTNP,RNP->BTNR", q_nope, up_k)

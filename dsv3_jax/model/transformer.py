@@ -97,7 +97,7 @@ def _attention(
 ) -> jax.Array:
   with jax.named_scope("mla"):
     h = layers.rms_norm(p["mla_norm"], x, cfg.norm_eps)
-    x = x + mla.mla(p["mla"], h, cfg.mla, cfg.norm_eps, segments)
+    x = x + mla.mla(p["mla"], h, cfg.mla, segments)
     return recompute.named(x, "residual")
 
 
