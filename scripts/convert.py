@@ -144,6 +144,10 @@ def _opened() -> hf.Released:
   )
   for note in released.notes:
     _say(f"note: {note}")
+  return released
+
+
+def _checked(released: hf.Released) -> hf.Released:
   if problems := list(hf.bad_values(released)):
     raise ValueError("\n".join(f"{released.folder}: {p}" for p in problems))
   return released
@@ -159,7 +163,7 @@ def run_of(facts: dict[str, Any], model: config.Model) -> config.Run:
 
 
 def _import() -> None:
-  released, folder = _opened(), pathlib.Path(flags.FLAGS.workdir)
+  released, folder = _checked(_opened()), pathlib.Path(flags.FLAGS.workdir)
   description = workdir.describe(
       "imported", 0, run_of(released.facts, released.model)
   )
@@ -295,10 +299,11 @@ def compute_logits(
 def _logits() -> None:
   from dsv3_jax.parallel import topology
 
-  tokens, released = _rows(_TOKENS.value), _opened()
+  tokens, released = _rows(_TOKENS.value), _checked(_opened())
   sizes, _ = common.parse_mesh(flags.FLAGS.mesh)
-  n = max(math.prod(sizes.values()), 1)
-  cluster.use_virtual_devices(n, spare_threads=n > 1)
+  if sizes:
+    n_devices = math.prod(sizes.values())
+    cluster.use_virtual_devices(n_devices, spare_threads=n_devices > 1)
   mtp_out = _MTP_OUT.value
   if mtp_out and not released.model.mtp.depth:
     raise ValueError(f"--mtp_out={mtp_out}: the checkpoint has no MTP layer")
@@ -326,10 +331,10 @@ def _damaged_shards(released: hf.Released) -> Iterator[str]:
   if not sums.exists():
     _say(f"note: no {hf.SUMS} in {released.folder}: digests not compared")
     return
-  wanted = dict(
-      reversed(line.split("  ", 1))
-      for line in sums.read_text(encoding="utf-8").splitlines()
-  )
+  wanted = {}
+  for line in sums.read_text(encoding="utf-8").splitlines():
+    digest, _, name = line.partition("  ")
+    wanted[name] = digest
   files = sorted({t.file for t in released.tensors.values()})
   for path in files:
     if path.name not in wanted:
@@ -351,6 +356,7 @@ def _verify() -> None:
   _say(f"{released.folder}: {n:,} tensors, all accounted for")
   if problems := list(_damaged_shards(released)):
     raise ValueError("\n".join(problems))
+  _checked(released)
   _compare(released)
 
 

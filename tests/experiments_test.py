@@ -1,8 +1,6 @@
 """Tests of the command lines, and of a run from start to report."""
 
-import contextlib
 import functools
-import io
 import json
 import os
 import pathlib
@@ -15,9 +13,7 @@ import jax
 import numpy as np
 import pytest
 import testing
-from absl import flags
 from absl.testing import absltest
-from absl.testing import flagsaver
 from absl.testing import parameterized
 
 from dsv3_jax import checkpoint
@@ -36,23 +32,6 @@ from experiments import workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROSE = "It was a bright cold day, and {} clocks were striking thirteen.\n"
-
-
-def command_line(program, *arguments):
-  """Exit code and what was printed to stdout and stderr, in this process."""
-  out, err = io.StringIO(), io.StringIO()
-  with (
-      flagsaver.flagsaver(),
-      mock.patch.object(sys, "argv", ["program", *arguments]),
-      contextlib.redirect_stdout(out),
-      contextlib.redirect_stderr(err),
-  ):
-    flags.FLAGS.unparse_flags()
-    try:
-      program()
-    except SystemExit as end:
-      return end.code, out.getvalue(), err.getvalue()
-  raise AssertionError("a program ends by an exit code")
 
 
 def refuse(command):
@@ -103,7 +82,7 @@ class TraceTest(parameterized.TestCase):
 class CommandLineTest(parameterized.TestCase):
 
   def assert_refused(self, program, arguments, *messages):
-    code, out, err = command_line(program, *arguments)
+    code, out, err = testing.command_line(program, *arguments)
     self.assertEqual((code, out), (common.BAD_INPUT, ""), err)
     for line in err.splitlines():
       self.assertStartsWith(line, "error: ")
@@ -164,7 +143,7 @@ class CommandLineTest(parameterized.TestCase):
         mock.patch.object(common.allocator, "use_mimalloc"),
         mock.patch.object(cluster.jax, "config"),
     ):
-      code, _, err = command_line(
+      code, _, err = testing.command_line(
           lambda: pretrain_main(seen.append), *arguments
       )
     self.assertEqual((code, err), (common.OK, ""))
@@ -184,7 +163,7 @@ class CommandLineTest(parameterized.TestCase):
   )
   def test_errors_have_exit_codes(self, error, expected):
     main = functools.partial(common.run_main, mock.Mock(side_effect=error))
-    code, _, err = command_line(main)
+    code, _, err = testing.command_line(main)
     self.assertEqual(code, expected)
     self.assertEqual(err, "error: x\nerror: y\n")
 
@@ -321,10 +300,12 @@ class StartTest(parameterized.TestCase):
     runner.stream.prepare(
         command.run.data, command.run.model.vocab_size, command.workdir / "data"
     )
-    code, _, err = command_line(sample_main, f"--workdir={command.workdir}")
+    code, _, err = testing.command_line(
+        sample_main, f"--workdir={command.workdir}"
+    )
     self.assertEqual(code, common.NO_CHECKPOINT)
     self.assertIn("no finished checkpoint", err)
-    code, _, err = command_line(
+    code, _, err = testing.command_line(
         sample_main, f"--workdir={command.workdir}", "--ema"
     )
     self.assertEqual(code, common.BAD_INPUT)

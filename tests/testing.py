@@ -1,13 +1,19 @@
 """Seeded inputs, small configs and the one tolerance rule of the tests."""
 
+import contextlib
+import io
 import pathlib
 import socket
+import sys
 import tempfile
 from collections.abc import Callable
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
+from absl.testing import flagsaver
 
 from dsv3_jax import config
 from dsv3_jax import optim
@@ -101,6 +107,23 @@ def free_port() -> int:
   """A port of this machine that nothing listened on just now."""
   with socket.create_server(("127.0.0.1", 0)) as server:
     return server.getsockname()[1]
+
+
+def command_line(program, *arguments) -> tuple[int, str, str]:
+  """Exit code and what was printed to stdout and stderr, in this process."""
+  out, err = io.StringIO(), io.StringIO()
+  with (
+    flagsaver.flagsaver(),
+    mock.patch.object(sys, "argv", ["program", *arguments]),
+    contextlib.redirect_stdout(out),
+    contextlib.redirect_stderr(err),
+  ):
+    flags.FLAGS.unparse_flags()
+    try:
+      program()
+    except SystemExit as end:
+      return end.code, out.getvalue(), err.getvalue()
+  raise AssertionError("a program ends by an exit code")
 
 
 def with_other_copy(

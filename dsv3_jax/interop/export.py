@@ -151,12 +151,12 @@ def _n_bytes(shapes: safetensors.Shapes) -> int:
   return sum(t.n_bytes for t in places.values())
 
 
-def _shards(items: list, most: int) -> list[list]:
+def _shards(items: list) -> list[list]:
   """Blocks by file."""
   found, size = [[]], 0
   for item in items:
     n = _n_bytes(item[1])
-    if found[-1] and size + n > most:
+    if found[-1] and size + n > SHARD_BYTES:
       found.append([])
       size = 0
     found[-1].append(item)
@@ -191,7 +191,6 @@ def export(
     advance: Callable[[int], None],
     *,
     beside: Callable[[], None] = lambda: None,
-    shard_bytes: int = SHARD_BYTES,
 ) -> None:
   """Writes a checkpoint; an interrupted call's finished shards are kept.
 
@@ -201,7 +200,6 @@ def export(
     facts: config.json.
     advance: is told the bytes of every tensor that is written.
     beside: writes what else belongs into the folder.
-    shard_bytes: most in a file, unless a tensor has more.
 
   Raises:
     ValueError: there is something else already, no room, or a file does not
@@ -213,7 +211,7 @@ def export(
     )
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    _write(form, folder, facts, advance, beside, shard_bytes)
+    _write(form, folder, facts, advance, beside)
   except OSError as error:
     raise pieces.disk_error(folder, error) from error
 
@@ -223,11 +221,11 @@ def total_bytes(form: Form) -> int:
   return sum(_n_bytes(shapes) for _, shapes in _items(form))
 
 
-def _write(form, folder, facts, advance, beside, shard_bytes):
-  how = json.dumps([form.kind, facts, shard_bytes], sort_keys=True)
+def _write(form, folder, facts, advance, beside):
+  how = json.dumps([form.kind, facts, SHARD_BYTES], sort_keys=True)
   journal = pieces.Journal(folder / JOURNAL, form.source.fingerprint() + how)
   items = _items(form)
-  shards = _shards(items, shard_bytes)
+  shards = _shards(items)
   names = [
       f"model-{i:05}-of-{len(shards):05}.safetensors"
       for i in range(1, len(shards) + 1)

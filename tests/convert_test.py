@@ -1,0 +1,626 @@
+"""Released checkpoints in and out by the command line, and what goes wrong."""
+
+import errno
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from unittest import mock
+
+import jax
+import ml_dtypes
+import numpy as np
+import released
+import testing
+import torch
+import transformers
+from absl.testing import absltest
+from absl.testing import parameterized
+
+from dsv3_jax import checkpoint
+from dsv3_jax import config
+from dsv3_jax import presets
+from dsv3_jax import train
+from dsv3_jax.data import chat
+from dsv3_jax.data import tokenizer
+from dsv3_jax.infer import decoding
+from dsv3_jax.interop import blocks
+from dsv3_jax.interop import export
+from dsv3_jax.interop import hf
+from dsv3_jax.interop import pieces
+from dsv3_jax.interop import weights
+from dsv3_jax.parallel import topology
+from experiments import common
+from experiments import parameters
+from experiments import workdir
+from scripts import convert
+
+convert_main = functools.partial(common.run_main, convert.main)
+
+
+def converted(mode, **arguments):
+  """Exit code, output and errors; an argument that is True is a switch."""
+  line = [
+    f"--{name}" if value is True else f"--{name}={value}"
+    for name, value in arguments.items()
+  ]
+  return testing.command_line(convert_main, f"--mode={mode}", *line)
+
+
+def trained(folder, *assignments):
+  """A workdir with a checkpoint of random parameters and a tokenizer."""
+  run = testing.run("precision.recipe=fp32", *assignments)
+  state = testing.state(run)
+  rng = np.random.default_rng(0)
+  bias = rng.normal(size=state.router_bias.shape).astype(np.float32)
+  state = state.replace(router_bias=jax.numpy.asarray(bias))
+  checkpoints = checkpoint.manager(folder / "checkpoints", run.checkpoint)
+  average = jax.tree.map(lambda a: a + 1, state.params)
+  average = average if run.optim.ema_decay else None
+  checkpoint.save(checkpoints, state, {}, average)
+  checkpoints.wait_until_finished()
+  checkpoints.close()
+  workdir.write_config(folder, workdir.describe("test", 0, run))
+  (folder / "data").mkdir()
+  texts = ["It was a bright cold day in April.", "你好，世界。 1984 + 1\n"]
+  tok = tokenizer.train(texts * 20, 300)
+  tokenizer.save(tok, folder / "data" / "tokenizer.json")
+  return run, state, tok
+
+
+def _greedy(run, state, ids, n):
+  return list(
+    decoding.generate(
+      state.params,
+      state.router_bias,
+      ids,
+      n,
+      jax.random.key(0),
+      run.model,
+      temperature=0,
+    )
+  )
+
+
+class ConvertTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = testing.folder(self)
+    self.hf, self.out = self.folder / "hf", self.folder / "out"
+    self.workdir = self.folder / "workdir"
+
+  def convert(self, mode, code=0, **arguments):
+    got, out, err = converted(mode, **arguments)
+    self.assertEqual(got, code, err)
+    return out if not code else err
+
+
+class RoundTripTest(ConvertTest):
+  @parameterized.named_parameters(
+    ("f32", lambda folder: None, {}),
+    (
+      "bf16",
+      lambda folder: released.rewrite(
+        folder,
+        lambda found: {
+          name: t if "e_score" in name else t.to(torch.bfloat16)
+          for name, t in found.items()
+        },
+      ),
+      {},
+    ),
+    ("fp8", lambda folder: released.in_fp8(folder), {}),
+    ("fp8_ragged", lambda folder: released.in_fp8(folder, (28, 20)), {}),
+  )
+  def test_every_byte_comes_back(self, change, _):
+    released.with_mtp(self.hf)
+    change(self.hf)
+    self.convert("import", hf=self.hf, workdir=self.workdir)
+    self.convert("export", workdir=self.workdir, hf=self.out)
+    self.assertEqual(released.raw(self.out), released.raw(self.hf))
+    configs = (folder / "config.json" for folder in (self.hf, self.out))
+    self.assertEqual(*(json.loads(path.read_text()) for path in configs))
+    again = self.folder / "again"
+    self.convert("import", hf=self.out, workdir=again)
+    for path in sorted((self.workdir / "weights").glob("*.safetensors")):
+      other = again / "weights" / path.name
+      self.assertEqual(path.read_bytes(), other.read_bytes(), path.name)
+    self.assertIn("all accounted for", self.convert("verify", hf=self.out))
+
+  def test_queries_that_are_not_compressed_and_v2(self):
+    released.save(released.model({"q_lora_rank": None}, kind="V2"), self.hf)
+    self.convert("import", hf=self.hf, workdir=self.workdir)
+    self.convert("export", workdir=self.workdir, hf=self.out)
+    self.assertEqual(released.raw(self.out), released.raw(self.hf))
+    out = self.convert("verify", hf=self.out)
+    self.assertRegex(out, "logits of 256 random tokens: .*e-0[678] from")
+
+  def test_fp8_as_bfloat16_and_float32(self):
+    released.save(released.model(), self.hf)
+    released.in_fp8(self.hf, (28, 20))
+    self.convert("import", hf=self.hf, workdir=self.workdir)
+    source = hf.open_folder(self.hf)
+    kinds = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+    for dtype, kind in kinds.items():
+      out = self.folder / dtype
+      self.convert("export", workdir=self.workdir, hf=out, dtype=dtype)
+      found = hf.open_folder(out)
+      self.assertNotIn("quantization_config", found.facts)
+      self.assertEqual(found.facts["torch_dtype"], dtype)
+      for b in blocks.of_model(found.model):
+        inner = (slice(None),) * len((*b.inputs, *b.outputs))
+        want = source.part(b, inner)
+        if b.path != blocks.BIAS:
+          want = want.astype(kind)
+        np.testing.assert_array_equal(found.part(b, inner), want, b.names[0])
+
+  def test_several_shards_and_their_sums(self):
+    released.with_mtp(self.hf)
+    self.convert("import", hf=self.hf, workdir=self.workdir)
+    with mock.patch.object(export, "SHARD_BYTES", 200_000):
+      self.convert("export", workdir=self.workdir, hf=self.out)
+    shards = sorted(self.out.glob("*.safetensors"))
+    self.assertGreater(len(shards), 4)
+    lines = (self.out / "SHA256SUMS").read_text().splitlines()
+    sums = [hashlib.sha256(p.read_bytes()).hexdigest() for p in shards]
+    self.assertEqual(
+      lines, [f"{s}  {p.name}" for s, p in zip(sums, shards, strict=True)]
+    )
+    for path in shards:
+      self.assertLess(path.stat().st_size, 220_000)
+    self.assertEqual(released.raw(self.out), released.raw(self.hf))
+
+  def test_samples_from_what_was_imported(self):
+    run, state, tok = trained(self.workdir)
+    self.convert("export", workdir=self.workdir, hf=self.hf)
+    imported = self.folder / "imported"
+    self.convert("import", hf=self.hf, workdir=imported)
+    mesh = topology.mesh({})
+    testing.assert_same(
+      *(
+        jax.device_get(parameters.newest(folder, run, mesh))
+        for folder in (self.workdir, imported)
+      )
+    )
+    # In a process of its own, with its own flags.
+    program = [sys.executable, "-m", "experiments.sample"]
+    flags = f"--workdir={imported} --prompt=cold --max_tokens=9 --temperature=0"
+    out = subprocess.run(
+      [*program, *flags.split()],
+      cwd=pathlib.Path(convert.__file__).parents[1],
+      check=True,
+      capture_output=True,
+      text=True,
+    ).stdout
+    ids = tok.encode("cold", add_special_tokens=False).ids
+    made = _greedy(run, state, [tokenizer.BOS_ID, *ids], 9)
+    # The last bytes may be of a character that is not complete.
+    text = tok.decode(made).rstrip("\N{REPLACEMENT CHARACTER}")
+    self.assertEqual(out, f"cold{text}\n")
+
+
+class ExportTest(ConvertTest):
+  def test_transformers_has_the_same_logits_and_text(self):
+    run, state, tok = trained(self.workdir)
+    self.convert("export", workdir=self.workdir, hf=self.out)
+    self.assertIn("logits of 256", self.convert("verify", hf=self.out))
+    model = transformers.AutoModelForCausalLM.from_pretrained(self.out)
+    theirs = transformers.AutoTokenizer.from_pretrained(self.out)
+    text = "It was 你好 1984"
+    ids = theirs(text).input_ids
+    own = tok.encode(text, add_special_tokens=False).ids
+    self.assertEqual(ids, [tokenizer.BOS_ID, *own])
+    made = _greedy(run, state, ids, 20)
+    prompt = torch.tensor([ids])
+    out = model.generate(
+      prompt,
+      attention_mask=torch.ones_like(prompt),
+      max_new_tokens=20,
+      do_sample=False,
+      eos_token_id=None,
+    )
+    self.assertEqual(out[0, len(ids) :].tolist(), made)
+
+  def test_the_average(self):
+    run, state, _ = trained(self.workdir, "optim.ema_decay=0.9")
+    self.convert("export", workdir=self.workdir, hf=self.out, ema=True)
+    norm = released.tensors(self.out)["model.norm.weight"].numpy()
+    np.testing.assert_array_equal(norm, np.asarray(state.params["norm"]) + 1)
+
+  def test_fp8_of_a_run(self):
+    run, state, _ = trained(self.workdir)
+    self.convert("export", workdir=self.workdir, hf=self.out, fp8=True)
+    found = hf.open_folder(self.out)
+    self.assertEmpty(list(hf.bad_values(found)))
+    self.assertEqual(found.tile, (128, 128))
+    wrong = 0
+    for b in blocks.of_model(found.model):
+      values = found.tensors[b.names[0]]
+      quantized = "FP8" if values.dtype == hf.E4M3 else str(values.dtype)
+      want = "FP8" if b.quantized else "bfloat16"
+      self.assertEqual(quantized, "float32" if b.path == blocks.BIAS else want)
+      if b.quantized:
+        inner = (slice(None),) * len((*b.inputs, *b.outputs))
+        got = found.part(b, inner)
+        own = state.params
+        for key in b.path.split("/"):
+          own = own[key]
+        want = np.asarray(own)[b.index]
+        # Three bits of mantissa, and 448 steps below the largest at least.
+        error = np.abs(got - want)
+        bound = np.maximum(np.abs(want) / 16, np.abs(want).max() / 448 / 2**7)
+        wrong += (error > bound * 1.001).sum()
+    self.assertEqual(wrong, 0)
+
+  def test_fp8_again_is_the_same(self):
+    trained(self.workdir)
+    self.convert("export", workdir=self.workdir, hf=self.hf, fp8=True)
+    imported = self.folder / "imported"
+    self.convert("import", hf=self.hf, workdir=imported)
+    self.convert("export", workdir=imported, hf=self.out)
+    self.assertEqual(released.raw(self.out), released.raw(self.hf))
+
+  def test_a_bfloat16_run_rounds_to_nearest(self):
+    _, state, _ = trained(self.workdir)
+    self.convert("export", workdir=self.workdir, hf=self.out, dtype="bfloat16")
+    got = released.tensors(self.out)["lm_head.weight"]
+    want = torch.from_numpy(np.array(state.params["head"]).T)
+    self.assertTrue(torch.equal(got, want.to(torch.bfloat16)))
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    bias = released.tensors(self.out)[name]
+    self.assertEqual(bias.dtype, torch.float32)
+    np.testing.assert_array_equal(bias.numpy(), state.router_bias[0])
+
+  def test_chat_template(self):
+    _, _, tok = trained(self.workdir)
+    self.convert("export", workdir=self.workdir, hf=self.out)
+    theirs = transformers.AutoTokenizer.from_pretrained(self.out)
+    system = {"role": "system", "content": "Be brief."}
+    turns = [
+      {"role": "user", "content": "你好 (1984)?"},
+      {"role": "assistant", "content": " It was.\n"},
+      {"role": "user", "content": "cold"},
+    ]
+    both = [system, *turns]
+    for messages in (turns[:1], turns, both, [system, *both]):
+      for answer_next in (False, True):
+        want = theirs.apply_chat_template(
+          messages, add_generation_prompt=answer_next, return_dict=False
+        )
+        self.assertEqual(chat.encode(tok, messages, answer_next), want)
+    with self.assertRaisesRegex(Exception, "role must be"):
+      theirs.apply_chat_template([{"role": "tool", "content": ""}])
+    with self.assertRaisesRegex(ValueError, "role='tool'"):
+      chat.encode(tok, [{"role": "tool", "content": ""}])
+
+
+class LogitsTest(ConvertTest):
+  def setUp(self):
+    super().setUp()
+    self.oracle = released.with_mtp(self.hf)[1]
+    self.tokens = self.folder / "in.npy"
+    np.save(self.tokens, released.random_tokens(3, 11))
+
+  def test_are_those_of_the_oracle(self):
+    main, ahead = self.folder / "main.npy", self.folder / "ahead.npy"
+    self.convert(
+      "logits", hf=self.hf, tokens=self.tokens, out=main, mtp_out=ahead
+    )
+    want = self.oracle.logits(np.load(self.tokens))
+    for path, theirs in zip((main, ahead), want, strict=True):
+      ours = np.load(path)
+      self.assertEqual(ours.dtype, np.float32)
+      np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)
+    alone = self.folder / "alone.npy"
+    self.convert("logits", hf=self.hf, tokens=self.tokens, out=alone)
+    np.testing.assert_array_equal(np.load(alone), np.load(main))
+
+  def test_one_token_and_none(self):
+    out = self.folder / "out.npy"
+    for shape in ((1, 1), (0, 5)):
+      np.save(self.tokens, released.random_tokens(*shape))
+      self.convert("logits", hf=self.hf, tokens=self.tokens, out=out)
+      self.assertEqual(np.load(out).shape, (*shape, 259))
+
+  @parameterized.named_parameters(
+    ("range", [[259]], r"259 to 259, must be in \[0, 259\)"),
+    ("negative", [[-1, 2]], "-1 to 2"),
+    ("floats", [[1.0]], "must be integers"),
+    ("vector", [1, 2], "must be integers"),
+    ("no_tokens", np.zeros((2, 0), int), "0 in a row"),
+  )
+  def test_bad_tokens(self, tokens, message):
+    np.save(self.tokens, tokens)
+    out = self.folder / "out.npy"
+    err = self.convert(
+      "logits", code=2, hf=self.hf, tokens=self.tokens, out=out
+    )
+    self.assertRegex(err, message)
+    self.assertFalse(out.exists())
+
+  def test_pickled_tokens_are_not_loaded(self):
+    np.save(self.tokens, np.array([{}]), allow_pickle=True)
+    err = self.convert(
+      "logits", code=2, hf=self.hf, tokens=self.tokens, out="x.npy"
+    )
+    self.assertIn("cannot be read", err)
+
+  def test_mtp_of_a_model_without(self):
+    folder = released.save(released.model(), self.folder / "plain")
+    err = self.convert(
+      "logits", code=2, hf=folder, tokens=self.tokens, out="x", mtp_out="y"
+    )
+    self.assertIn("has no MTP layer", err)
+
+
+class CommandTest(ConvertTest):
+  @parameterized.parameters(
+    ({}, "--mode=None"),
+    ({"mode": "imprt"}, "--mode=imprt: must be one of"),
+    ({"mode": "import"}, "--hf is missing"),
+    ({"mode": "verify", "hf": "x", "fp8": True}, "--fp8: means nothing"),
+    ({"mode": "export", "workdir": "x"}, "one of --hf=DIR and --gguf=FILE"),
+    (
+      {"mode": "export", "workdir": "x", "hf": "y", "dtype": "int8"},
+      "--dtype=int8",
+    ),
+    (
+      {"mode": "export", "workdir": "x", "hf": "y", "fp8": True,
+       "dtype": "float32"},
+      "--fp8: goes without",
+    ),
+    ({"mode": "logits", "hf": "x", "mesh": "a=2"}, "--mesh=a=2"),
+    ({"mode": "verify", "hf": "/no/folder"}, "no such folder"),
+    ({"mode": "export", "workdir": "/no/folder", "hf": "x"}, "holds no run"),
+  )  # fmt: skip
+  def test_is_refused(self, arguments, message):
+    line = [
+      f"--{k}" if v is True else f"--{k}={v}" for k, v in arguments.items()
+    ]
+    code, _, err = testing.command_line(convert_main, *line)
+    self.assertEqual(code, common.BAD_INPUT)
+    self.assertIn(message, err)
+
+  def test_import_into_a_run(self):
+    released.save(released.model(), self.hf)
+    trained(self.workdir)
+    err = self.convert("import", code=2, hf=self.hf, workdir=self.workdir)
+    self.assertIn("belongs to a run", err)
+
+  def test_export_onto_a_checkpoint_or_other_files(self):
+    trained(self.workdir)
+    self.convert("export", workdir=self.workdir, hf=self.out)
+    err = self.convert("export", code=2, workdir=self.workdir, hf=self.out)
+    self.assertIn("holds a checkpoint already", err)
+    other = self.folder / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("")
+    err = self.convert("export", code=2, workdir=self.workdir, hf=other)
+    self.assertIn("must be empty, holds thesis.tex", err)
+
+  def test_damaged_shard(self):
+    trained(self.workdir)
+    self.convert("export", workdir=self.workdir, hf=self.out)
+    (path,) = self.out.glob("*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1
+    path.write_bytes(content)
+    err = self.convert("verify", code=2, hf=self.out)
+    self.assertIn("safetensors: damaged", err)
+
+  def test_sums_that_do_not_name_a_shard(self):
+    trained(self.workdir)
+    self.convert("export", workdir=self.workdir, hf=self.out)
+    (self.out / "SHA256SUMS").write_text("nonsense\n")
+    err = self.convert("verify", code=2, hf=self.out)
+    self.assertIn("SHA256SUMS", err)
+
+
+class Stop(Exception):
+  """In the middle of the work."""
+
+
+def stopping_after(n):
+  """What a bar is, and raises when n parts are done."""
+  import contextlib
+
+  @contextlib.contextmanager
+  def bar(what, total):
+    left = [n]
+
+    def advance(n_bytes):
+      left[0] -= 1
+      if left[0] < 0:
+        raise Stop
+
+    yield advance
+
+  return bar
+
+
+class InterruptedTest(ConvertTest):
+  def setUp(self):
+    super().setUp()
+    released.with_mtp(self.hf)
+    self.enter_context(mock.patch.object(pieces, "IN_FLIGHT", 1))
+
+  def stopped(self, n, mode, **arguments):
+    with mock.patch.object(convert, "_bar", stopping_after(n)):
+      with self.assertRaises(Stop):
+        converted(mode, **arguments)
+
+  @parameterized.parameters(0, 1, 40, 99)
+  def test_import_goes_on(self, n):
+    how = {"hf": self.hf, "workdir": self.workdir}
+    with mock.patch.object(weights, "_COMMIT", 3000):
+      self.stopped(n, "import", **how)
+    self.assertFalse((self.workdir / "config.json").exists())
+    self.assertFalse((self.workdir / "weights" / "index.json").exists())
+    err = self.convert("export", code=2, workdir=self.workdir, hf=self.out)
+    self.assertIn("holds no run", err)
+    read = []
+    stored = hf.Released.stored
+    watched = lambda s, b: read.append(b) or stored(s, b)
+    with mock.patch.object(hf.Released, "stored", watched):
+      self.convert("import", **how)
+    n_blocks = len(blocks.of_model(hf.open_folder(self.hf).model))
+    self.assertEqual(len(read) < n_blocks, n > 0, len(read))
+    self.assertFalse((self.workdir / "weights" / "journal.jsonl").exists())
+    self.convert("export", workdir=self.workdir, hf=self.out)
+    self.assertEqual(released.raw(self.out), released.raw(self.hf))
+
+  def test_import_of_something_else_meanwhile(self):
+    with mock.patch.object(weights, "_COMMIT", 3000):
+      self.stopped(40, "import", hf=self.hf, workdir=self.workdir)
+    other = released.with_mtp(self.folder / "other", seed=5)[0]
+    err = self.convert("import", code=2, hf=other, workdir=self.workdir)
+    self.assertIn("holds part of something else", err)
+
+  def test_a_half_written_entry_of_the_journal(self):
+    how = {"hf": self.hf, "workdir": self.workdir}
+    with mock.patch.object(weights, "_COMMIT", 3000):
+      self.stopped(40, "import", **how)
+    with (self.workdir / "weights" / "journal.jsonl").open("a") as file:
+      file.write('{"done": {"model.la')
+    self.convert("import", **how)
+    self.convert("export", workdir=self.workdir, hf=self.out)
+    self.assertEqual(released.raw(self.out), released.raw(self.hf))
+
+  def test_import_a_second_time(self):
+    how = {"hf": self.hf, "workdir": self.workdir}
+    self.convert("import", **how)
+    err = self.convert("import", code=2, **how)
+    self.assertIn("belongs to a run", err)
+
+  @parameterized.parameters(0, 30, 100)
+  def test_export_goes_on(self, n):
+    self.convert("import", hf=self.hf, workdir=self.workdir)
+    how = {"workdir": self.workdir, "hf": self.out}
+    self.enter_context(mock.patch.object(export, "SHARD_BYTES", 100_000))
+    self.stopped(n, "export", **how)
+    self.assertFalse((self.out / "model.safetensors.index.json").exists())
+    err = self.convert("verify", code=2, hf=self.out)
+    self.assertIn("config.json", err)
+    kept = {p: p.stat().st_mtime_ns for p in self.out.glob("*.safetensors")}
+    self.assertEqual(bool(kept), n > 0)
+    self.convert("export", **how)
+    for path, at in kept.items():
+      self.assertEqual(path.stat().st_mtime_ns, at)
+    self.assertEqual(released.raw(self.out), released.raw(self.hf))
+    self.assertEmpty(list(self.out.glob(".*")))
+
+  def test_export_of_something_else_meanwhile(self):
+    self.convert("import", hf=self.hf, workdir=self.workdir)
+    self.stopped(30, "export", workdir=self.workdir, hf=self.out)
+    err = self.convert(
+      "export", code=2, workdir=self.workdir, hf=self.out, dtype="bfloat16"
+    )
+    self.assertIn("holds part of something else", err)
+
+  def test_no_room(self):
+    usage = mock.Mock(free=1000)
+    with mock.patch.object(shutil, "disk_usage", return_value=usage):
+      err = self.convert("import", code=2, hf=self.hf, workdir=self.workdir)
+      self.assertIn("disk full", err)
+    shutil.rmtree(self.workdir)
+    self.convert("import", hf=self.hf, workdir=self.workdir)
+    with mock.patch.object(shutil, "disk_usage", return_value=usage):
+      err = self.convert("export", code=2, workdir=self.workdir, hf=self.out)
+      self.assertIn("disk full", err)
+
+  def test_disk_full_on_the_way(self):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with mock.patch.object(os, "pwrite", side_effect=full):
+      err = self.convert("import", code=2, hf=self.hf, workdir=self.workdir)
+    self.assertIn("disk full", err)
+    self.assertFalse((self.workdir / "config.json").exists())
+    self.convert("import", hf=self.hf, workdir=self.workdir)
+    with mock.patch.object(os, "fsync", side_effect=full):
+      err = self.convert("export", code=2, workdir=self.workdir, hf=self.out)
+    self.assertIn("disk full", err)
+    self.assertEmpty(list(self.out.glob("*.safetensors")))
+    self.convert("export", workdir=self.workdir, hf=self.out)
+    self.assertEqual(released.raw(self.out), released.raw(self.hf))
+
+  def test_a_shard_that_does_not_read_as_written(self):
+    self.convert("import", hf=self.hf, workdir=self.workdir)
+    with mock.patch.object(export, "_sum", return_value="other"):
+      err = self.convert("export", code=2, workdir=self.workdir, hf=self.out)
+    self.assertIn("does not read as it was written", err)
+    self.assertEmpty(list(self.out.glob("*.safetensors")))
+
+
+class StoredTest(ConvertTest):
+  """What lies in a workdir is believed only if it is all right."""
+
+  def setUp(self):
+    super().setUp()
+    released.with_mtp(self.hf)
+    released.in_fp8(self.hf, (28, 20))
+    self.convert("import", hf=self.hf, workdir=self.workdir)
+    self.store = self.workdir / "weights"
+
+  def test_parts_are_those_of_the_source(self):
+    source, found = hf.open_folder(self.hf), weights.open_weights(self.store)
+    self.assertEqual(found.model, source.model)
+    rng = np.random.default_rng(0)
+    for b in blocks.of_model(found.model):
+      inner = tuple(
+        slice(*sorted(map(int, rng.choice(n + 1, 2, replace=False))))
+        for n in (*b.inputs, *b.outputs)
+      )
+      np.testing.assert_array_equal(
+        found.part(b, inner), source.part(b, inner), b.names[0]
+      )
+
+  def test_on_a_mesh(self):
+    facts = workdir.read_config(self.workdir)
+    run = workdir.run_of(facts, presets.PRESETS)
+    one = parameters.newest(self.workdir, run, topology.mesh({}))
+    run = config.override(run, "parallel.layout=zero1")
+    mesh = topology.mesh({"expert": 2, "data": 2, "model": 2})
+    many = parameters.newest(self.workdir, run, mesh)
+    like = train.abstract_state(run, mesh)
+    places = jax.tree.map(lambda a: a.sharding, many[0])
+    self.assertEqual(places, jax.tree.map(lambda a: a.sharding, like.params))
+    testing.assert_same(*map(jax.device_get, (one, many)))
+
+  def test_bytes_that_changed(self):
+    path = self.store / "moe.ffn.experts.down.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 4
+    path.write_bytes(content)
+    found = weights.open_weights(self.store)
+    (damage,) = weights.damaged(found, lambda n: None)
+    self.assertRegex(damage, r"moe/ffn/experts/down\[1\]\[7\]: damaged")
+
+  @parameterized.parameters(
+    ("index.json", b"{", "cannot be read"),
+    ("index.json", b"[]", "cannot be read"),
+    ("index.json", None, "holds no complete checkpoint"),
+    ("embed.safetensors", None, "cannot be read"),
+    ("embed.safetensors", b"12345678", "truncated"),
+  )
+  def test_is_refused(self, name, content, message):
+    if content is None:
+      (self.store / name).unlink()
+    else:
+      (self.store / name).write_bytes(content)
+    err = self.convert("export", code=2, workdir=self.workdir, hf=self.out)
+    self.assertIn(message, err)
+
+  def test_a_file_of_another_parameter(self):
+    shutil.copy(
+      self.store / "moe.mla.q_up.safetensors",
+      self.store / "moe.mla.kv_up.safetensors",
+    )
+    err = self.convert("export", code=2, workdir=self.workdir, hf=self.out)
+    self.assertIn("moe.mla.kv_up.safetensors: holds", err)
+
+
+if __name__ == "__main__":
+  absltest.main()
