@@ -82,6 +82,11 @@ def problems(model: config.Model) -> list[str]:
         f"norm_eps={model.norm_eps:g}, mla.norm_eps={model.mla.norm_eps:g}:"
         " llama.cpp takes one number for both"
     )
+  if model.router.score == "softmax" and model.router.n_groups > 1:
+    found.append(
+        f"router.n_groups={model.router.n_groups} with router.score=softmax:"
+        " llama.cpp ranks groups by their two best experts, V2 by the best"
+    )
   if not model.moe.n_shared:
     found.append("moe.n_shared=0: llama.cpp expects shared experts")
   if not model.n_moe_layers:
@@ -266,6 +271,7 @@ def write(
   model = form.source.model
   if found := problems(model):
     raise ValueError("\n".join(found))
+  tokenizer.check_fits(tok, model.vocab_size)
   if path.exists():
     raise ValueError(f"{path}: is there already; take another name")
   tensors = list(_tensors(form))
@@ -289,7 +295,8 @@ def write(
       writer.write_tensor_data(array.view(np.uint8))
       advance(t.n_bytes)
     writer.flush()
-    writer.close()
-    os.replace(partial, path)
   except OSError as error:
     raise pieces.disk_error(path, error) from error
+  finally:
+    writer.close()
+  os.replace(partial, path)

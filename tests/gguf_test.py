@@ -1,0 +1,189 @@
+"""llama.cpp writes the same text, with the same probabilities, as we do."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import testing
+from absl.testing import absltest
+from absl.testing import parameterized
+
+from dsv3_jax import config
+from dsv3_jax import schema
+from dsv3_jax.data import tokenizer
+from dsv3_jax.interop import blocks
+from dsv3_jax.interop import export
+from dsv3_jax.interop import gguf
+from dsv3_jax.model import transformer
+
+_LLAMA = pathlib.Path(__file__).with_name("llama.py")
+_TEXTS = ["It was a bright cold day in April.", "你好，世界。 1984 + 1\n"]
+_N = 12
+_ONE_GROUP = "router.n_groups=1", "router.top_groups=1"
+_YARN = (
+  "mla.yarn.factor=8",
+  "mla.yarn.original_len=16",
+  "mla.yarn.mscale=0.707",
+)
+
+
+def _arrays(model, tok=None):
+  """Random parameters; with a tokenizer they prefer its ASCII tokens.
+
+  llama.cpp tells nothing of a token that is part of a character.
+  """
+  params = testing.draw(transformer.specs(model))
+  if tok:
+    texts = [tok.decode([i]) for i in range(model.vocab_size)]
+    plain = np.array([bool(text) and text.isascii() for text in texts])
+    params["head"] = params["head"] * plain[None].astype(np.float32)
+  arrays = {path: np.asarray(a) for path, a in schema.paths(params).items()}
+  rng = np.random.default_rng(1)
+  shape = model.n_routers, model.router.n_experts
+  bias = rng.normal(size=shape).astype(np.float32)
+  if model.router.score == "softmax":
+    bias[:] = 0
+  else:
+    arrays[blocks.BIAS] = bias
+  return params, bias, export.Arrays(model, arrays)
+
+
+def _llama(path, prompt, n=_N):
+  done = subprocess.run(
+    [sys.executable, str(_LLAMA), str(path), prompt, str(n)],
+    capture_output=True,
+    text=True,
+    check=True,
+    env=os.environ | {"XLA_FLAGS": ""},
+  )
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+class GgufTest(parameterized.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.tok = tokenizer.train(_TEXTS * 20, 300)
+
+  def setUp(self):
+    super().setUp()
+    self.path = testing.folder(self) / "model.gguf"
+
+  def write(self, form, max_len=128):
+    gguf.write(form, self.tok, self.path, max_len, lambda n: None)
+
+  @parameterized.named_parameters(
+    ("v3", (), "float32", 1e-4),
+    ("v3_bfloat16", (), "bfloat16", None),
+    ("yarn", _YARN, "float32", 1e-4),
+    ("one_group", _ONE_GROUP, "float32", 1e-4),
+    (
+      "softmax",
+      (*_ONE_GROUP, "router.score=softmax", "router.renormalize=false",
+       "router.scale=1", "mtp.depth=0"),
+      "float32",
+      1e-4,
+    ),
+    (
+      "queries_as_they_are",
+      ("mla.q_rank=0", "n_layers=27", "vocab_size=300"),
+      "float32",
+      1e-4,
+    ),
+  )  # fmt: skip
+  def test_writes_the_same_text(self, assignments, dtype, close):
+    model = testing.tiny("vocab_size=304", *assignments)
+    params, bias, source = _arrays(model, self.tok)
+    self.write(export.Form(source, dtype))
+    if dtype == "bfloat16":
+      halved = lambda a: a.astype(jax.numpy.bfloat16).astype(np.float32)
+      norms = lambda path: schema.name(path).endswith(("norm", "router"))
+      params = jax.tree.map_with_path(
+        lambda path, a: a if norms(path) else halved(a), params
+      )
+    prompt = [0, 5, 270, 19, 33]
+    found = _llama(self.path, json.dumps(prompt))
+    ids = [token for token, _ in found["tokens"]]
+    self.assertLen(ids, _N)
+    main = config.override(model, "mtp.depth=0")
+    forward = jax.jit(
+      lambda p, b, t: transformer.logits(
+        p, transformer.forward(p, b, t, main).hidden
+      )
+    )
+    whole = np.array([[*prompt, *ids]], np.int32)
+    logits = forward(params, bias[: main.n_routers], whole)[0]
+    logits = np.asarray(jax.nn.log_softmax(logits[len(prompt) - 1 : -1]))
+    np.testing.assert_array_equal(logits.argmax(-1), ids)
+    got = [probability for _, probability in found["tokens"]]
+    # Rounding of activations in llama.cpp's BF16 products is not ours.
+    np.testing.assert_allclose(
+      got, logits.max(-1), rtol=0, atol=close or 0.05
+    )
+    self.assertEqual(found["text"], self.tok.decode(ids))
+
+  def test_reads_text_as_we_do(self):
+    _, _, source = _arrays(testing.tiny("vocab_size=304"), self.tok)
+    self.write(export.Form(source, "float32"))
+    for text in (*_TEXTS, "  a\n\nb 12345 x", f"a{tokenizer.USER}b"):
+      parts = text.split(tokenizer.USER)
+      # Of a special token's name llama.cpp makes the token.
+      first, *rest = (
+        self.tok.encode(part, add_special_tokens=False).ids for part in parts
+      )
+      user = self.tok.token_to_id(tokenizer.USER)
+      ids = [tokenizer.BOS_ID, *first, *(i for r in rest for i in (user, *r))]
+      want = _llama(self.path, json.dumps(ids), 3)
+      self.assertEqual(_llama(self.path, text, 3), want, text)
+
+  @parameterized.parameters(
+    ("mla.q_rank=0", "compressed queries"),
+    ("moe.n_shared=0", "shared experts"),
+    ("n_dense_layers=4", "mixture layers"),
+    ("norm_eps=1e-5", "one number for both"),
+  )
+  def test_what_llama_cpp_would_misread(self, assignment, message):
+    _, _, source = _arrays(testing.tiny("vocab_size=304", assignment))
+    with self.assertRaisesRegex(ValueError, message):
+      self.write(export.Form(source, "float32"))
+    self.assertFalse(self.path.exists())
+
+  def test_grouped_softmax(self):
+    how = ("router.score=softmax", "router.n_groups=4", "mtp.depth=0")
+    _, _, source = _arrays(testing.tiny("vocab_size=304", *how))
+    with self.assertRaisesRegex(ValueError, "groups"):
+      self.write(export.Form(source, "float32"))
+
+  def test_fp8(self):
+    _, _, source = _arrays(testing.tiny("vocab_size=304"))
+    with self.assertRaisesRegex(ValueError, "no FP8"):
+      self.write(export.Form(source, "fp8"))
+
+  def test_a_file_that_is_there(self):
+    self.path.write_text("")
+    _, _, source = _arrays(testing.tiny("vocab_size=304"))
+    with self.assertRaisesRegex(ValueError, "is there already"):
+      self.write(export.Form(source, "float32"))
+
+  def test_a_tokenizer_that_is_too_large(self):
+    _, _, source = _arrays(testing.tiny("vocab_size=256"))
+    with self.assertRaisesRegex(ValueError, "vocab_size=256"):
+      self.write(export.Form(source, "float32"))
+
+  def test_stopped_half_way_leaves_no_file(self):
+    _, _, source = _arrays(testing.tiny("vocab_size=304"))
+
+    def stop(n_bytes):
+      raise KeyboardInterrupt
+
+    with self.assertRaises(KeyboardInterrupt):
+      gguf.write(export.Form(source, "float32"), self.tok, self.path, 9, stop)
+    self.assertFalse(self.path.exists())
+
+
+if __name__ == "__main__":
+  absltest.main()
