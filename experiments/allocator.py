@@ -24,6 +24,20 @@ def use_mimalloc() -> None:
   except importlib.metadata.PackageNotFoundError:
     return
   library = str(package.locate_file("cmeel.prefix/lib/libmimalloc.so"))
-  keep_freed_memory = {"MIMALLOC_PURGE_DELAY": "-1"}
-  env = os.environ | {"LD_PRELOAD": library} | keep_freed_memory
-  os.execve(sys.executable, sys.orig_argv, env)
+  _start_again({"LD_PRELOAD": library, "MIMALLOC_PURGE_DELAY": "-1"})
+
+
+def keep_large_blocks() -> None:
+  """Starts this program again with glibc keeping the memory that is freed.
+
+  What streams through buffers of tens of MiB spends as long on having the
+  system clear their pages, each time anew, as on its work. Does nothing outside
+  Linux, and where MALLOC_MMAP_THRESHOLD_ is set already.
+  """
+  name = "MALLOC_MMAP_THRESHOLD_"
+  if sys.platform.startswith("linux") and name not in os.environ:
+    _start_again({name: str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)})
+
+
+def _start_again(env: dict[str, str]) -> None:
+  os.execve(sys.executable, sys.orig_argv, os.environ | env)

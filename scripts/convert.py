@@ -4,7 +4,7 @@ r"""Released checkpoints, in and out.
   python -m scripts.convert --mode=export --workdir=DIR --hf=DIR \
       [--fp8 | --dtype=bfloat16] [--ema]
   python -m scripts.convert --mode=export --workdir=DIR --gguf=FILE
-  python -m scripts.convert --mode=verify --hf=DIR
+  python -m scripts.convert --mode=verify --hf=DIR | --workdir=DIR
   python -m scripts.convert --mode=logits --hf=DIR --tokens=IN.npy \
       --out=OUT.npy [--mtp_out=FILE.npy] [--mesh=expert=4]
 
@@ -13,7 +13,6 @@ An interrupted import or export goes on with the same command.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import math
 import pathlib
@@ -40,6 +39,7 @@ from dsv3_jax.interop import hf_config
 from dsv3_jax.interop import placing
 from dsv3_jax.interop import tokens as tokens_lib
 from dsv3_jax.interop import weights
+from experiments import allocator
 from experiments import cluster
 from experiments import common
 from experiments import workdir
@@ -67,7 +67,7 @@ _LINKS = flags.DEFINE_bool("follow_links", False, "shards may be links")
 _NEEDED = {
     "import": ("hf", "workdir"),
     "export": ("workdir",),
-    "verify": ("hf",),
+    "verify": (),
     "logits": ("hf", "tokens", "out"),
 }
 # Flags that mean something in one mode only.
@@ -99,6 +99,8 @@ def _problems() -> list[str]:
       for name, only in _OF_MODE.items()
       if only != mode and args[name].present
   ]
+  if mode == "verify" and bool(_HF.value) == bool(args.workdir):
+    problems.append("--mode=verify needs one of --hf=DIR and --workdir=DIR")
   if mode == "export":
     if bool(_HF.value) == bool(_GGUF.value):
       problems.append("--mode=export needs one of --hf=DIR and --gguf=FILE")
@@ -153,19 +155,10 @@ def _checked(released: hf.Released) -> hf.Released:
   return released
 
 
-def run_of(facts: dict[str, Any], model: config.Model) -> config.Run:
-  """A run with a released model; what is not of the network, of preset S."""
-  length = facts.get("max_position_embeddings", 4096)
-  if model.mla.yarn.factor > 1:
-    length = min(length, model.mla.yarn.original_len)
-  data = dataclasses.replace(presets.S.data, seq_len=min(length, 4096))
-  return dataclasses.replace(presets.S, model=model, data=data)
-
-
 def _import() -> None:
   released, folder = _checked(_opened()), pathlib.Path(flags.FLAGS.workdir)
   description = workdir.describe(
-      "imported", 0, run_of(released.facts, released.model)
+      "imported", 0, hf_config.run(released.facts, released.model)
   )
   if (folder / workdir.CONFIG).exists():
     raise ValueError(f"--workdir={folder}: belongs to a run; take another")
@@ -311,7 +304,7 @@ def _logits() -> None:
   if not mtp_out and model.mtp.depth:
     model = config.override(model, "mtp.depth=0")
     released = released.main_only()
-  run = run_of(released.facts, model)
+  run = hf_config.run(released.facts, model)
   if sizes:
     run = config.override(run, "parallel.layout=fsdp")
   found = compute_logits(released, run, tokens, topology.mesh(sizes))
@@ -350,7 +343,22 @@ def _damaged_shards(released: hf.Released) -> Iterator[str]:
         yield f"{path}: damaged, its sha256 is {digest.hexdigest()}"
 
 
+def _verify_workdir(folder: pathlib.Path) -> None:
+  if not (folder / weights.FOLDER).is_dir():
+    raise ValueError(f"--workdir={folder}: holds nothing imported")
+  source = weights.open_weights(folder / weights.FOLDER)
+  todo = blocks.of_model(source.model)
+  with _bar("verify", sum(map(source.n_bytes, todo))) as advance:
+    problems = list(weights.damaged(source, advance))
+  if problems:
+    raise ValueError("\n".join(problems))
+  _say(f"{folder}: {len(todo):,} blocks, all as they were imported")
+
+
 def _verify() -> None:
+  if flags.FLAGS.workdir:
+    _verify_workdir(pathlib.Path(flags.FLAGS.workdir))
+    return
   released = _opened()
   n = len(released.tensors)
   _say(f"{released.folder}: {n:,} tensors, all accounted for")
@@ -375,7 +383,7 @@ def _compare(released: hf.Released) -> None:
   rng = np.random.default_rng(0)
   rows = rng.integers(0, released.model.vocab_size, PROMPTS).astype(np.int32)
   released = released.main_only()
-  run = run_of(released.facts, released.model)
+  run = hf_config.run(released.facts, released.model)
   ours, *_ = compute_logits(released, run, rows, topology.mesh({}))
   with tempfile.TemporaryDirectory() as scratch:
     tokens, out = (str(pathlib.Path(scratch, f)) for f in ("in.npy", "out.npy"))
@@ -403,4 +411,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+  allocator.keep_large_blocks()
   common.run_main(main)

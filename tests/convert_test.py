@@ -11,6 +11,7 @@ import subprocess
 import sys
 from unittest import mock
 
+import gguf
 import jax
 import ml_dtypes
 import numpy as np
@@ -225,6 +226,21 @@ class ExportTest(ConvertTest):
     )
     self.assertEqual(out[0, len(ids) :].tolist(), made)
 
+  def test_gguf(self):
+    _, _, tok = trained(self.workdir)
+    path = self.folder / "model.gguf"
+    self.convert("export", workdir=self.workdir, gguf=path)
+    found = gguf.GGUFReader(path)
+    names = [t.name for t in found.tensors]
+    self.assertLen(names, len(set(names)))
+    self.assertIn("blk.1.exp_probs_b.bias", names)
+    self.assertFalse([name for name in names if name.startswith("blk.2")])
+    tokens = found.get_field("tokenizer.ggml.tokens").contents()
+    self.assertLen(tokens, 300)
+    self.assertEqual(tokens[0], tokenizer.BOS)
+    err = self.convert("export", code=2, workdir=self.workdir, gguf=path)
+    self.assertIn("is there already", err)
+
   def test_the_average(self):
     run, state, _ = trained(self.workdir, "optim.ema_decay=0.9")
     self.convert("export", workdir=self.workdir, hf=self.out, ema=True)
@@ -363,6 +379,7 @@ class CommandTest(ConvertTest):
     ({"mode": "imprt"}, "--mode=imprt: must be one of"),
     ({"mode": "import"}, "--hf is missing"),
     ({"mode": "verify", "hf": "x", "fp8": True}, "--fp8: means nothing"),
+    ({"mode": "verify"}, "one of --hf=DIR and --workdir=DIR"),
     ({"mode": "export", "workdir": "x"}, "one of --hf=DIR and --gguf=FILE"),
     (
       {"mode": "export", "workdir": "x", "hf": "y", "dtype": "int8"},
@@ -577,6 +594,12 @@ class StoredTest(ConvertTest):
         found.part(b, inner), source.part(b, inner), b.names[0]
       )
 
+  def test_verify(self):
+    out = self.convert("verify", workdir=self.workdir)
+    self.assertIn("all as they were imported", out)
+    err = self.convert("verify", code=2, workdir=self.hf)
+    self.assertIn("holds nothing imported", err)
+
   def test_on_a_mesh(self):
     facts = workdir.read_config(self.workdir)
     run = workdir.run_of(facts, presets.PRESETS)
@@ -594,9 +617,9 @@ class StoredTest(ConvertTest):
     content = bytearray(path.read_bytes())
     content[-1] ^= 4
     path.write_bytes(content)
-    found = weights.open_weights(self.store)
-    (damage,) = weights.damaged(found, lambda n: None)
-    self.assertRegex(damage, r"moe/ffn/experts/down\[1\]\[7\]: damaged")
+    err = self.convert("verify", code=2, workdir=self.workdir)
+    self.assertRegex(err, r"moe/ffn/experts/down\[1\]\[7\]: damaged")
+    self.assertLen(err.splitlines(), 1 + err.count("verify"))
 
   @parameterized.parameters(
     ("index.json", b"{", "cannot be read"),

@@ -1,10 +1,12 @@
 """config.json of released checkpoints, both ways."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 from dsv3_jax import architecture
 from dsv3_jax import config
+from dsv3_jax import presets
 
 # The key of config.json and the setting of `config.Model` that are one number.
 _NUMBERS = {
@@ -192,6 +194,15 @@ def _model(values: dict[str, Any], yarn: architecture.Yarn) -> config.Model:
     raise ValueError("\n".join(problems))
   whole = {path: value for path, value in values.items() if "." not in path}
   return _checked(config.Model, whole | made)
+
+
+def run(facts: dict[str, Any], model: config.Model) -> config.Run:
+  """A run of the model; what is not of the network is that of preset S."""
+  length = facts.get("max_position_embeddings", 4096)
+  if model.mla.yarn.factor > 1:
+    length = model.mla.yarn.original_len
+  data = dataclasses.replace(presets.S.data, seq_len=min(length, 4096))
+  return dataclasses.replace(presets.S, model=model, data=data)
 
 
 def tile(facts: dict[str, Any]) -> tuple[int, int] | None:

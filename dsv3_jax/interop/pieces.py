@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from typing import Any
 from typing import TypeVar
 
+from dsv3_jax.interop import safetensors
+
 T, R = TypeVar("T"), TypeVar("R")
 
 WORKERS = 4
@@ -79,6 +81,7 @@ class Journal:
     for path in files:
       with path.open("rb") as file:
         os.fsync(file.fileno())
+        safetensors.forget(file.fileno())
     self._append({"done": done})
     self.done |= done
 

@@ -1,6 +1,7 @@
 """Parameters from files straight to the devices that hold them."""
 
 import concurrent.futures
+import math
 from typing import Any
 from typing import Protocol
 
@@ -48,8 +49,15 @@ def load(
   with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
 
     def placed(path, spec, dtype):
+      made = {}  # devices that hold the same share what is read
+
       def of_device(index):
-        return _assembled(source, found[path], shapes[path], index, dtype, pool)
+        key = str(index)
+        if key not in made:
+          made[key] = _assembled(
+              source, found[path], shapes[path], index, dtype, pool
+          )
+        return made[key]
 
       place = jax.NamedSharding(mesh, spec)
       return jax.make_array_from_callback(shapes[path], place, of_device)
@@ -73,11 +81,24 @@ def _assembled(source, found, shape, index, dtype, pool):
   leading = [range(size)[s] for size, s in zip(shape[:n], index, strict=False)]
   inner = index[n:]
   sizes = [len(range(size)[s]) for size, s in zip(shape, index, strict=True)]
-  out = np.empty(sizes, dtype)
+  out = _aligned(sizes, np.dtype(dtype))
 
   def one(place):
     at = tuple(int(r[i]) for r, i in zip(leading, place, strict=True))
-    out[place] = source.part(found[at], inner)
+    values, to = source.part(found[at], inner), out[place]
+    if values.dtype == to.dtype:
+      # NumPy copies one number at a time of types that it does not know.
+      bits = f"u{to.dtype.itemsize}"
+      values, to = values.view(bits), to.view(bits)
+    to[...] = values
 
   list(pool.map(one, np.ndindex(*sizes[:n])))
   return out
+
+
+def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+  """Memory that a device on this machine's processor can take as it is."""
+  n_bytes = math.prod(shape) * dtype.itemsize
+  memory = np.empty(n_bytes + 64, np.uint8)
+  start = -memory.ctypes.data % 64
+  return memory[start : start + n_bytes].view(dtype).reshape(shape)

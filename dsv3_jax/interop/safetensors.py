@@ -162,11 +162,23 @@ def read(
     with tensor.file.open("rb", buffering=0) as file:
       for i, part in enumerate(parts):
         _fill(file.fileno(), part, start + i * width * size)
+      if parts is not out:
+        forget(file.fileno(), start, out.nbytes)
   except (OSError, EOFError) as error:
     raise ValueError(f"{tensor.file}: cannot be read: {error}") from error
   if len(columns) == width:
     out = out.reshape(len(rows), *tensor.shape[1:])
   return out
+
+
+def forget(file: int, offset: int = 0, n_bytes: int = 0) -> None:
+  """Takes a part of a file, or all of it, out of the system's cache.
+
+  What is read or written once would push out what others use, and a machine
+  whose memory is lent to it page by page waits for each new one.
+  """
+  if hasattr(os, "posix_fadvise"):
+    os.posix_fadvise(file, offset, n_bytes, os.POSIX_FADV_DONTNEED)
 
 
 def as_bytes(array: np.ndarray) -> memoryview:
