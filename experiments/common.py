@@ -20,6 +20,7 @@ from absl import flags
 
 from dsv3_jax import config
 from dsv3_jax import fields
+from dsv3_jax.interop import weights
 from dsv3_jax.parallel import layouts
 from dsv3_jax.parallel import replicas
 from dsv3_jax.parallel import topology
@@ -137,8 +138,13 @@ def _command(variants: Mapping[str, config.Run]) -> tuple[Command, list[str]]:
     )
   workdir = pathlib.Path(args.workdir) if args.workdir else None
   init_from = pathlib.Path(args.init_from) if args.init_from else None
-  if init_from and not (init_from / "checkpoints").is_dir():
-    problems.append(f"--init_from={init_from}: no run with checkpoints there")
+  if init_from and not any(
+      (init_from / part).is_dir() for part in ("checkpoints", weights.FOLDER)
+  ):
+    problems.append(
+        f"--init_from={init_from}: neither checkpoints nor imported weights"
+        " there"
+    )
   command = Command(
       name, run, workdir, args.seed, stop, mesh, processes, init_from
   )

@@ -152,6 +152,12 @@ def of_model(cfg: config.Model) -> tuple[Block, ...]:
   return tuple(sorted(found, key=lambda b: (b.layer, b.index[1:])))
 
 
+def count(cfg: config.Model) -> int:
+  """How many there are, of parameters; quickly, whatever the model says."""
+  specs = jax.tree.leaves(transformer.specs(cfg))
+  return sum(math.prod(spec.shape[: spec.n_stack]) for spec in specs)
+
+
 def copies(cfg: config.Model) -> dict[str, str]:
   """Tensors of MTP layers that repeat one of the main model, and which."""
   return {

@@ -8,6 +8,8 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import re
+from collections.abc import Iterable
 from collections.abc import Iterator
 from typing import Any
 
@@ -151,14 +153,19 @@ def open_folder(
       f"{CONFIG}: {key}={facts[key]!r} is not known here and not used"
       for key in sorted(facts.keys() - hf_config.KNOWN)
   ]
-  depths = range(model.n_layers, model.n_layers + model.mtp.depth)
-  ahead = [f"model.layers.{i}." for i in depths]
-  if ahead and not any(name.startswith(tuple(ahead)) for name in tensors):
+  if model.mtp.depth and _last_layer(tensors) < model.n_layers:
     notes.append(
         f"{CONFIG}: num_nextn_predict_layers={model.mtp.depth}, but no tensor"
-        f" begins with {ahead[0]}: read as a model without MTP layers"
+        f" begins with model.layers.{model.n_layers}.: read as a model without"
+        " MTP layers"
     )
     model = config.override(model, "mtp.depth=0")
+  # Before they are all listed.
+  if (n := blocks.count(model)) > 2 * len(tensors) + 1000:
+    raise ValueError(
+        f"{folder}: {CONFIG} describes a model of {n:,} tensors or more, there"
+        f" are {len(tensors):,}"
+    )
   if problems := list(_account(tensors, model, tile)):
     raise ValueError("\n".join(f"{folder}: {line}" for line in problems))
   biases = [b.names[0] for b in blocks.of_model(model) if b.path == blocks.BIAS]
@@ -263,6 +270,12 @@ def _tensors(
       if name and home == file and name not in found:
         problems.append(f"{path}: {name}: missing, the index has it there")
   return tensors, problems
+
+
+def _last_layer(names: Iterable[str]) -> int:
+  """The largest number of a layer; -1: there is none."""
+  layers = (re.match(r"model\.layers\.(\d{1,9})\.", name) for name in names)
+  return max((int(found[1]) for found in layers if found), default=-1)
 
 
 def _account(
