@@ -272,14 +272,18 @@ def _write_shard(form, path, items, shapes, advance) -> str:
     )
 
   with path.open("wb") as file:
+    # A function's names do not keep an array while the next is made.
+    def write(array):
+      data = safetensors.as_bytes(array)
+      digest.update(data)
+      file.write(data)
+      advance(len(data))
+
     file.write(head)
     size = lambda item: _n_bytes(item[1])
     for (_, wanted), found in pieces.in_order(made, items, size):
       for name in wanted:
-        data = safetensors.as_bytes(found.pop(name))
-        digest.update(data)
-        file.write(data)
-        advance(len(data))
+        write(found.pop(name))
     file.flush()
     os.fsync(file.fileno())
   return digest.hexdigest()

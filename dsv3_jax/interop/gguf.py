@@ -296,6 +296,7 @@ def write(
       advance(t.n_bytes)
     writer.flush()
   except OSError as error:
+    partial.unlink(missing_ok=True)
     raise pieces.disk_error(path, error) from error
   finally:
     writer.close()

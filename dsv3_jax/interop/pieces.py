@@ -115,7 +115,5 @@ def check_room(folder: pathlib.Path, n_bytes: int) -> None:
 def disk_error(folder: pathlib.Path, error: OSError) -> ValueError:
   """What to tell where writing failed."""
   full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-  return ValueError(
-      f"{folder}: {'disk full' if full else 'cannot be written'}: {error};"
-      " what is there is not complete, the same command goes on with it"
-  )
+  what = "disk full" if full else "cannot be written"
+  return ValueError(f"{folder}: {what}, it is not complete: {error}")
