@@ -15,6 +15,7 @@ An interrupted import or export goes on with the same command.
 import contextlib
 import hashlib
 import math
+import os
 import pathlib
 import subprocess
 import sys
@@ -39,6 +40,7 @@ from dsv3_jax.interop import hf_config
 from dsv3_jax.interop import placing
 from dsv3_jax.interop import tokens as tokens_lib
 from dsv3_jax.interop import weights
+from dsv3_jax.model import transformer
 from experiments import allocator
 from experiments import cluster
 from experiments import common
@@ -376,6 +378,14 @@ def _compare(released: hf.Released) -> None:
   command = [sys.executable, "-c", have]
   if subprocess.run(command, capture_output=True, check=False).returncode:
     _say("note: transformers is not installed: logits not compared")
+    return
+  main = transformer.parameter_counts(released.model)["main"]
+  memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  if 3 * 4 * main > memory:  # in float32, by both, and some to work with
+    _say(
+        f"note: {main:,} parameters are too many for this machine's memory:"
+        " logits not compared"
+    )
     return
   if released.tile:
     _say("note: weights in FP8: logits not compared with transformers")

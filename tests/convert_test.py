@@ -35,8 +35,10 @@ from dsv3_jax.interop import hf
 from dsv3_jax.interop import pieces
 from dsv3_jax.interop import weights
 from dsv3_jax.parallel import topology
+from experiments import cluster
 from experiments import common
 from experiments import parameters
+from experiments import runner
 from experiments import workdir
 from scripts import convert
 
@@ -314,6 +316,34 @@ class ExportTest(ConvertTest):
       chat.encode(tok, [{"role": "tool", "content": ""}])
 
 
+class FineTuneTest(ConvertTest):
+  def test_begins_with_what_was_imported(self):
+    run, state, _ = trained(self.workdir)
+    self.convert("export", workdir=self.workdir, hf=self.hf)
+    imported = self.folder / "imported"
+    self.convert("import", hf=self.hf, workdir=imported)
+    text = self.folder / "text.txt"
+    text.write_text("It was a bright cold day in April.\n" * 100)
+    run = config.override(run, f"data.path={text}")
+    command = common.Command(
+      variant="test",
+      run=run,
+      workdir=self.folder / "tuned",
+      seed=0,
+      stop=1,
+      mesh={"data": 1},
+      processes=cluster.Processes("", 1, 0, 1),
+      init_from=imported,
+    )
+    # Before the first step.
+    self.enter_context(mock.patch.object(train, "fit"))
+    runner.execute(command)
+    got = parameters.newest(command.workdir, run, topology.mesh({}))
+    testing.assert_same(
+      *map(jax.device_get, (got, (state.params, state.router_bias)))
+    )
+
+
 class LogitsTest(ConvertTest):
   def setUp(self):
     super().setUp()
@@ -571,6 +601,26 @@ class InterruptedTest(ConvertTest):
     self.assertEmpty(list(self.out.glob("*.safetensors")))
 
 
+class BenchTest(ConvertTest):
+  def test_compares_with_a_plain_read(self):
+    released.save(released.model(), self.hf)
+    arguments = f"--hf={self.hf} --rounds=1 --scratch={self.out}".split()
+    done = subprocess.run(
+      [sys.executable, "-m", "scripts.bench_convert", *arguments],
+      cwd=pathlib.Path(convert.__file__).parents[1],
+      check=True,
+      capture_output=True,
+      text=True,
+    )
+    found, median = map(json.loads, done.stdout.splitlines())
+    self.assertEqual(median["median"], found)
+    for task in ("load", "import"):
+      ratio = found[f"{task}_gb_per_s"] / found["read_gb_per_s"]
+      self.assertAlmostEqual(found[f"{task}_ratio"], ratio)
+      self.assertGreater(found[f"{task}_peak_rss_mib"], 50)
+    self.assertFalse(self.out.exists())
+
+
 class StoredTest(ConvertTest):
   """What lies in a workdir is believed only if it is all right."""
 
@@ -593,6 +643,20 @@ class StoredTest(ConvertTest):
       np.testing.assert_array_equal(
         found.part(b, inner), source.part(b, inner), b.names[0]
       )
+
+  def test_damage_is_not_exported_or_loaded(self):
+    path = self.store / "dense.mla.out.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1  # of the last scale
+    path.write_bytes(content)
+    err = self.convert("export", code=2, workdir=self.workdir, hf=self.out)
+    self.assertIn("dense/mla/out[0]: damaged", err)
+    self.assertEmpty(list(self.out.glob("*.safetensors")))
+    run = workdir.run_of(
+      workdir.read_config(self.workdir), presets.PRESETS
+    )
+    with self.assertRaisesRegex(ValueError, r"dense/mla/out\[0\]: damaged"):
+      parameters.newest(self.workdir, run, topology.mesh({}))
 
   def test_verify(self):
     out = self.convert("verify", workdir=self.workdir)

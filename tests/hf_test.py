@@ -442,6 +442,51 @@ class RefusedTest(parameterized.TestCase):
     self.refused("model.safetensors: truncated")
 
 
+class MutatedTest(parameterized.TestCase):
+  """Whatever a file holds: it is read, or refused by a ValueError."""
+
+  @parameterized.parameters("config.json", "model.safetensors", "index")
+  def test_bytes(self, name):
+    folder, _ = released.with_mtp(testing.folder(self))
+    index = folder / "model.safetensors.index.json"
+    if name == "index":
+      name = index.name
+      names = dict.fromkeys(released.tensors(folder), "model.safetensors")
+      index.write_text(json.dumps({"weight_map": names}))
+    path, rng = folder / name, np.random.default_rng(0)
+    good = path.read_bytes()
+    refused = 0
+    for _ in range(100):
+      content = bytearray(good)
+      # Of a shard, the header.
+      at = int(rng.integers(min(len(content), 9000)))
+      kind = rng.integers(3)
+      if kind == 0:
+        content[at] = rng.integers(256)
+      elif kind == 1:
+        del content[at : at + int(rng.integers(1, 9))]
+      else:
+        content[at:at] = rng.bytes(int(rng.integers(1, 9)))
+      path.write_bytes(content)
+      try:
+        list(hf.bad_values(hf.open_folder(folder)))
+      except ValueError:
+        refused += 1
+    self.assertGreater(refused, 50)
+
+  @parameterized.parameters(
+    ("num_hidden_layers", 10**30),
+    ("n_routed_experts", 10**12),
+    ("num_nextn_predict_layers", 10**12),
+  )
+  def test_sizes_that_no_file_has(self, key, value):
+    folder, _ = released.with_mtp(testing.folder(self))
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with self.assertRaisesRegex(ValueError, "describes a model of|must divide"):
+      hf.open_folder(folder)
+
+
 class RoundedBiasTest(absltest.TestCase):
   def test_is_told_of(self):
     folder = released.save(released.model(), testing.folder(self))

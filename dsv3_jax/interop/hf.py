@@ -243,6 +243,7 @@ def _tensors(
   """All tensors of all shards by name, and what is wrong with the shards."""
   weight_map = _shards(folder)
   files, tensors, problems = sorted(set(weight_map.values())), {}, []
+  headers = {}
   for path in sorted(folder.glob("*.safetensors")):
     if path.name not in files:
       problems.append(f"{path}: no tensor of the index is in it")
@@ -255,20 +256,22 @@ def _tensors(
       )
       continue
     try:
-      found = safetensors.header(path)
+      headers[file] = safetensors.header(path)
     except ValueError as error:
       problems.append(str(error))
       continue
-    for name, tensor in found.items():
+    for name, tensor in headers[file].items():
       home = weight_map.get(name, weight_map.get(""))
       if home != file:
         where = f"the index has it in {home}" if home else "not in the index"
         problems.append(f"{path}: {name}: {where}")
       else:
         tensors[name] = tensor
-    for name, home in weight_map.items():
-      if name and home == file and name not in found:
-        problems.append(f"{path}: {name}: missing, the index has it there")
+  for name, home in weight_map.items():
+    if name and home in headers and name not in headers[home]:
+      problems.append(
+          f"{folder / home}: {name}: missing, the index has it there"
+      )
   return tensors, problems
 
 

@@ -11,10 +11,9 @@ import numpy as np
 from dsv3_jax import config
 from dsv3_jax import schema
 from dsv3_jax.interop import blocks
+from dsv3_jax.interop import pieces
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import layouts
-
-WORKERS = 4  # blocks that are read and turned at once
 
 
 class Source(Protocol):
@@ -46,7 +45,7 @@ def load(
     found.setdefault(block.path, {})[block.index] = block
   specs = schema.paths(transformer.specs(model))
   shapes = {path: spec.shape for path, spec in specs.items()}
-  with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
+  with concurrent.futures.ThreadPoolExecutor(pieces.WORKERS) as pool:
 
     def placed(path, spec, dtype):
       made = {}  # devices that hold the same share what is read

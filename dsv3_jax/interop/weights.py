@@ -77,25 +77,48 @@ class Weights:
   def stored(
       self, block: blocks.Block
   ) -> tuple[np.ndarray, np.ndarray | None]:
-    """As of `hf.Released.stored`."""
+    """As of `hf.Released.stored`; ValueError where it has changed since."""
+    values, scales = self._read(block, slice(None))
+    if not self.intact(block, values, scales):
+      raise ValueError(self.damage(block))
+    return values, scales
+
+  def _read(
+      self, block: blocks.Block, ins: slice
+  ) -> tuple[np.ndarray, np.ndarray | None]:
+    """Inputs of a block with all their outputs, and all scales."""
     files = self.tensors[block.path]
-    values = safetensors.read(_own(files[_VALUES], block, block.matrix))
+    values = safetensors.read(_own(files[_VALUES], block, block.matrix), ins)
     if _SCALES not in files:
       return values, None
     shape = files[_SCALES].shape[-2:]
     return values, safetensors.read(_own(files[_SCALES], block, shape))
 
+  def intact(
+      self, block: blocks.Block, values: np.ndarray, scales: np.ndarray | None
+  ) -> bool:
+    """Whether the numbers of a whole block are those that were imported."""
+    return _digest(values, scales) == self.digests[block.names[0]]
+
+  def damage(self, block: blocks.Block) -> str:
+    """What to say of a block that is not intact."""
+    at = "".join(f"[{i}]" for i in block.index)
+    return f"{_file(self.folder, block.path)}: {block.path}{at}: damaged"
+
   def part(self, block: blocks.Block, inner: blocks.Slices) -> np.ndarray:
-    """As of `hf.Released.part`, but inputs are read with all their outputs."""
+    """As of `hf.Released.part`, but inputs are read with all their outputs.
+
+    Raises:
+      ValueError: it is all of a block, and has changed since the import.
+    """
     n = len(block.inputs)
     whole = *inner[:n], *(slice(None),) * len(block.outputs)
     ins, _ = blocks.spans(block, whole)
-    files = self.tensors[block.path]
-    values = safetensors.read(_own(files[_VALUES], block, block.matrix), ins)
-    if _SCALES in files:
+    values, scales = self._read(block, ins)
+    if values.shape == block.matrix and not self.intact(block, values, scales):
+      raise ValueError(self.damage(block))
+    if scales is not None:
       tall, wide = self.tile
-      shape = files[_SCALES].shape[-2:]
-      scales = safetensors.read(_own(files[_SCALES], block, shape))
       rows = np.arange(block.shape[1])[ins] // wide
       columns = blocks.tiles_of(block, slice(None), tall)
       values = blocks.dequantized(values, scales, rows, columns)
@@ -235,10 +258,15 @@ def damaged(
     weights: Weights, advance: Callable[[int], None]
 ) -> Iterator[str]:
   """Blocks whose bytes are not those that were imported."""
-  read = lambda block: _digest(*weights.stored(block))
+
+  def look(block):
+    try:
+      weights.stored(block)
+    except ValueError as error:
+      return str(error)
+
   todo = blocks.of_model(weights.model)
-  for block, digest in pieces.in_order(read, todo, weights.n_bytes):
-    if digest != weights.digests[block.names[0]]:
-      at = "".join(f"[{i}]" for i in block.index)
-      yield f"{_file(weights.folder, block.path)}: {block.path}{at}: damaged"
+  for block, problem in pieces.in_order(look, todo, weights.n_bytes):
+    if problem:
+      yield problem
     advance(weights.n_bytes(block))
