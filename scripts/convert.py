@@ -166,9 +166,8 @@ def _import() -> None:
     raise ValueError(f"--workdir={folder}: belongs to a run; take another")
   target = folder / weights.FOLDER
   total = sum(map(released.n_bytes, blocks.of_model(released.model)))
-  if not (target / weights.INDEX).exists():
-    with _bar("import", total) as advance:
-      weights.import_released(released, target, advance)
+  with _bar("import", total) as advance:
+    weights.import_released(released, target, advance)
   found = tokens_lib.copy(released.folder, target)
   if tokens_lib.TOKENIZER in found:
     _take_tokenizer(target / tokens_lib.TOKENIZER, folder)
@@ -191,15 +190,15 @@ def _take_tokenizer(path: pathlib.Path, folder: pathlib.Path) -> None:
 # --- export ---
 
 
-def _source() -> tuple[Any, dict[str, Any], config.Run]:
-  """Parameters of the workdir, their config.json, and the run."""
+def _source() -> tuple[export_lib.Source, dict[str, Any]]:
+  """Parameters of the workdir, and their config.json."""
   folder = pathlib.Path(flags.FLAGS.workdir)
   run = workdir.run_of(workdir.read_config(folder), presets.PRESETS)
   if (folder / weights.FOLDER).is_dir():
     if _EMA.value:
       raise ValueError(f"--ema: {folder} is imported, it has no average")
     source = weights.open_weights(folder / weights.FOLDER)
-    return source, source.facts, run
+    return source, source.facts
   # These start JAX.
   from dsv3_jax.parallel import topology
   from experiments import parameters
@@ -208,6 +207,11 @@ def _source() -> tuple[Any, dict[str, Any], config.Run]:
   params, bias = parameters.newest(folder, run, mesh, average=_EMA.value)
   arrays = {path: np.asarray(a) for path, a in schema.paths(params).items()}
   arrays[blocks.BIAS] = np.asarray(bias)
+  if run.model.router.score == "softmax" and arrays[blocks.BIAS].any():
+    raise ValueError(
+        "router.score=softmax with a bias that is not 0: the format of V2 has"
+        " none; train with router.bias_speed=0"
+    )
   source = export_lib.Arrays(run.model, arrays)
   facts = hf_config.write(run) | {
       "torch_dtype": "float32",
@@ -215,11 +219,11 @@ def _source() -> tuple[Any, dict[str, Any], config.Run]:
       "eos_token_id": tokenizer.EOS_ID,
       "pad_token_id": tokenizer.PAD_ID,
   }
-  return source, facts, run
+  return source, facts
 
 
 def _export() -> None:
-  source, facts, run = _source()
+  source, facts = _source()
   folder = pathlib.Path(flags.FLAGS.workdir)
   form = export_lib.Form(source, "fp8" if _FP8.value else _DTYPE.value)
   if _GGUF.value:

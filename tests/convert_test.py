@@ -89,6 +89,19 @@ def _greedy(run, state, ids, n):
   )
 
 
+def _exponents(folder):
+  """Makes scales powers of two, in a byte."""
+
+  def change(found):
+    for name in [n for n in found if n.endswith("_scale_inv")]:
+      found[name] = found[name].to(torch.float8_e8m0fnu)
+
+  path = folder / "config.json"
+  how = json.loads(path.read_text())["quantization_config"]
+  facts = {"quantization_config": how | {"scale_fmt": "ue8m0"}}
+  return released.rewrite(folder, change, facts)
+
+
 class ConvertTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
@@ -104,7 +117,7 @@ class ConvertTest(parameterized.TestCase):
 
 class RoundTripTest(ConvertTest):
   @parameterized.named_parameters(
-    ("f32", lambda folder: None, {}),
+    ("f32", lambda folder: None),
     (
       "bf16",
       lambda folder: released.rewrite(
@@ -114,12 +127,12 @@ class RoundTripTest(ConvertTest):
           for name, t in found.items()
         },
       ),
-      {},
     ),
-    ("fp8", lambda folder: released.in_fp8(folder), {}),
-    ("fp8_ragged", lambda folder: released.in_fp8(folder, (28, 20)), {}),
+    ("fp8", lambda folder: released.in_fp8(folder)),
+    ("fp8_ragged", lambda folder: released.in_fp8(folder, (28, 20))),
+    ("fp8_exponents", lambda folder: _exponents(released.in_fp8(folder))),
   )
-  def test_every_byte_comes_back(self, change, _):
+  def test_every_byte_comes_back(self, change):
     released.with_mtp(self.hf)
     change(self.hf)
     self.convert("import", hf=self.hf, workdir=self.workdir)
@@ -243,6 +256,14 @@ class ExportTest(ConvertTest):
     err = self.convert("export", code=2, workdir=self.workdir, gguf=path)
     self.assertIn("is there already", err)
 
+  def test_a_bias_that_the_format_cannot_hold(self):
+    trained(
+      self.workdir, "router.score=softmax", "router.renormalize=false",
+      "mtp.depth=0",
+    )  # fmt: skip
+    err = self.convert("export", code=2, workdir=self.workdir, hf=self.out)
+    self.assertIn("a bias that is not 0", err)
+
   def test_the_average(self):
     run, state, _ = trained(self.workdir, "optim.ema_decay=0.9")
     self.convert("export", workdir=self.workdir, hf=self.out, ema=True)
@@ -331,7 +352,7 @@ class FineTuneTest(ConvertTest):
       workdir=self.folder / "tuned",
       seed=0,
       stop=1,
-      mesh={"data": 1},
+      mesh={"data": 8, "model": 2},
       processes=cluster.Processes("", 1, 0, 1),
       init_from=imported,
     )
@@ -542,6 +563,13 @@ class InterruptedTest(ConvertTest):
     self.convert("import", **how)
     err = self.convert("import", code=2, **how)
     self.assertIn("belongs to a run", err)
+    # As if stopped between the parameters and the configuration.
+    (self.workdir / "config.json").unlink()
+    other = released.with_mtp(self.folder / "other", seed=5)[0]
+    err = self.convert("import", code=2, hf=other, workdir=self.workdir)
+    self.assertIn("holds another checkpoint already", err)
+    self.convert("import", **how)
+    self.convert("verify", workdir=self.workdir)
 
   @parameterized.parameters(0, 30, 100)
   def test_export_goes_on(self, n):
@@ -686,8 +714,10 @@ class StoredTest(ConvertTest):
     self.assertLen(err.splitlines(), 1 + err.count("verify"))
 
   @parameterized.parameters(
-    ("index.json", b"{", "cannot be read"),
-    ("index.json", b"[]", "cannot be read"),
+    ("index.json", b"{", "is not JSON"),
+    ("index.json", b"[]", "must hold an object"),
+    ("index.json", b"{}", "cannot be read: 'config'"),
+    ("index.json", b'{"config": 1, "digests": 2}', "cannot be read"),
     ("index.json", None, "holds no complete checkpoint"),
     ("embed.safetensors", None, "cannot be read"),
     ("embed.safetensors", b"12345678", "truncated"),

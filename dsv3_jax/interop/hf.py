@@ -18,6 +18,7 @@ import numpy as np
 from dsv3_jax import config
 from dsv3_jax.interop import blocks
 from dsv3_jax.interop import hf_config
+from dsv3_jax.interop import pieces
 from dsv3_jax.interop import safetensors
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
@@ -177,22 +178,10 @@ def open_folder(
   return Released(folder, facts, model, tensors, tile, tuple(notes))
 
 
-def _json(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    facts = json.loads(path.read_text(encoding="utf-8"))
-  except OSError as error:
-    raise ValueError(f"{path}: cannot be read: {error}") from error
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f"{path}: is not JSON: {error}") from error
-  if not isinstance(facts, dict):
-    raise ValueError(f"{path}: must hold an object")
-  return facts
-
-
 def _facts(folder: pathlib.Path, ignore_auto_map: bool) -> dict[str, Any]:
   if not folder.is_dir():
     raise ValueError(f"{folder}: no such folder")
-  facts = _json(folder / CONFIG)
+  facts = pieces.read_object(folder / CONFIG)
   if "auto_map" in facts and not ignore_auto_map:
     raise ValueError(
         f"{folder / CONFIG}: auto_map names code that comes with the"
@@ -205,7 +194,7 @@ def _facts(folder: pathlib.Path, ignore_auto_map: bool) -> dict[str, Any]:
 def _shards(folder: pathlib.Path) -> dict[str, str]:
   """The file of each tensor, as the index says; "": of a single file."""
   if (folder / INDEX).exists():
-    names = _json(folder / INDEX).get("weight_map")
+    names = pieces.read_object(folder / INDEX).get("weight_map")
     if not isinstance(names, dict) or not names:
       raise ValueError(f"{folder / INDEX}: has no weight_map")
     bad = [

@@ -92,6 +92,19 @@ class Journal:
       os.fsync(file.fileno())
 
 
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+  """The JSON object that a file holds; ValueError where there is none."""
+  try:
+    facts = json.loads(path.read_text(encoding="utf-8"))
+  except OSError as error:
+    raise ValueError(f"{path}: cannot be read: {error}") from error
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{path}: is not JSON: {error}") from error
+  if not isinstance(facts, dict):
+    raise ValueError(f"{path}: must hold an object")
+  return facts
+
+
 def write_text(path: pathlib.Path, text: str) -> None:
   """Writes a file, complete or not at all."""
   partial = path.with_name(f".{path.name}.partial")

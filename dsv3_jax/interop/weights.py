@@ -156,7 +156,7 @@ def import_released(
 ) -> None:
   """Copies a released checkpoint, block by block, in the order of its files.
 
-  What an earlier, interrupted call has copied of the same source stays.
+  What an earlier call has copied of the same source stays.
 
   Args:
     source: what to copy.
@@ -167,7 +167,9 @@ def import_released(
     ValueError: there is something else already, or no room.
   """
   if (folder / INDEX).exists():
-    raise ValueError(f"{folder}: holds an imported checkpoint already")
+    if _facts(folder).get("source") == source.fingerprint():
+      return
+    raise ValueError(f"{folder}: holds another checkpoint already")
   try:
     folder.mkdir(parents=True, exist_ok=True)
     _copy(source, folder, advance)
@@ -209,6 +211,7 @@ def _copy(source, folder, advance):
     advance(source.n_bytes(block))
   journal.add(digests, files)
   facts = {
+      "source": source.fingerprint(),
       "config": source.facts,
       "mtp_depth": source.model.mtp.depth,
       "digests": journal.done,
@@ -217,22 +220,27 @@ def _copy(source, folder, advance):
   journal.path.unlink()
 
 
+def _facts(folder: pathlib.Path) -> dict[str, Any]:
+  """What the index says."""
+  if not (folder / INDEX).exists():
+    raise ValueError(
+        f"{folder}: holds no complete checkpoint; run the import again"
+    )
+  return pieces.read_object(folder / INDEX)
+
+
 def open_weights(folder: pathlib.Path) -> Weights:
   """The parameters of a workdir.
 
   Raises:
     ValueError: they are not all there, or not what the index says.
   """
+  facts = _facts(folder)
   try:
-    facts = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     source, digests = facts["config"], facts["digests"]
     model, tile = hf_config.read(source), hf_config.tile(source)
     model = config.override(model, f"mtp.depth={facts['mtp_depth']}")
-  except FileNotFoundError as error:
-    raise ValueError(
-        f"{folder}: holds no complete checkpoint; run the import again"
-    ) from error
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(f"{folder / INDEX}: cannot be read: {error}") from error
   found = {
       path: safetensors.header(_file(folder, path))
