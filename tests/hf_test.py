@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
 import released
 import testing
@@ -217,6 +218,19 @@ class Fp8Test(parameterized.TestCase):
 
 
 class LoadTest(absltest.TestCase):
+  def test_in_pieces(self):
+    folder, _ = released.with_mtp(testing.folder(self))
+    found = hf.open_folder(released.in_fp8(folder, (28, 20)))
+    mesh = {"expert": 2, "data": 2, "model": 2}
+    want = loaded(found, mesh, "zero1")
+    # One row at a time, and some.
+    for piece in (1, 700):
+      self.enter_context(absltest.mock.patch.object(placing, "PIECE", piece))
+      got = loaded(found, mesh, "zero1")
+      testing.assert_same(
+        *(jax.device_get((m.params, m.bias)) for m in (got, want))
+      )
+
   def test_a_device_reads_its_own_experts_only(self):
     folder = released.save(released.model(), testing.folder(self))
     found, read = hf.open_folder(folder), []

@@ -105,6 +105,12 @@ class Released:
     values = values if block.table else blocks.turned(values)
     return blocks.part(block, inner, values)
 
+  def cheap_dim(self, block: blocks.Block) -> int:
+    """The dim along which the rows of files are cut."""
+    if block.table:
+      return 0
+    return len(block.inputs) + (len(block.names) > 1)
+
   def _joined(
       self, block: blocks.Block, rows: slice, columns: slice
   ) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import math
+from collections.abc import Iterator
 from typing import Any
 from typing import Protocol
 
@@ -15,6 +16,8 @@ from dsv3_jax.interop import pieces
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import layouts
 
+PIECE = 1 << 24  # numbers that are read and turned at a time
+
 
 class Source(Protocol):
   """Where parameters are: a released folder, or a workdir's."""
@@ -23,6 +26,9 @@ class Source(Protocol):
 
   def part(self, block: blocks.Block, inner: blocks.Slices) -> np.ndarray:
     """Some of a block's numbers, see `hf.Released.part`."""
+
+  def cheap_dim(self, block: blocks.Block) -> int | None:
+    """The dim of a block that parts are best cut along; None: none is."""
 
 
 def load(
@@ -61,10 +67,15 @@ def load(
       place = jax.NamedSharding(mesh, spec)
       return jax.make_array_from_callback(shapes[path], place, of_device)
 
-    params = jax.tree.map_with_path(
-        lambda path, spec: placed(schema.name(path), spec, dtype),
-        layout.specs,
-    )
+    # Some of them beside each other, or the disk waits for the last piece.
+    with concurrent.futures.ThreadPoolExecutor(2) as some:
+      params = jax.tree.map_with_path(
+          lambda path, spec: some.submit(
+              placed, schema.name(path), spec, dtype
+          ),
+          layout.specs,
+      )
+    params = jax.tree.map(lambda future: future.result(), params)
     bias = transformer.router_bias(model)
     if blocks.BIAS in found:
       shapes[blocks.BIAS] = bias.shape
@@ -72,6 +83,28 @@ def load(
     else:
       bias = jax.device_put(bias, jax.NamedSharding(mesh, jax.P()))
   return params, bias
+
+
+def _pieces(
+    source: Source, block: blocks.Block, inner: blocks.Slices
+) -> Iterator[tuple[blocks.Slices, blocks.Slices]]:
+  """Pieces of a part of a block: where they are in the block, and in the part.
+
+  Several are worked on at once, each in little memory of its own.
+  """
+  dim, dims = source.cheap_dim(block), (*block.inputs, *block.outputs)
+  whole = (slice(None),) * len(dims)
+  if dim is None:
+    yield inner, whole
+    return
+  rows = range(dims[dim])[inner[dim]]
+  step = max(PIECE * dims[dim] // math.prod(dims), 1)
+  for start in range(0, len(rows), step):
+    own = rows[start : start + step]
+    yield (
+        (*inner[:dim], slice(own.start, own.stop), *inner[dim + 1 :]),
+        (*whole[:dim], slice(start, start + step), *whole[dim + 1 :]),
+    )
 
 
 def _assembled(source, found, shape, index, dtype, pool):
@@ -82,16 +115,22 @@ def _assembled(source, found, shape, index, dtype, pool):
   sizes = [len(range(size)[s]) for size, s in zip(shape, index, strict=True)]
   out = _aligned(sizes, np.dtype(dtype))
 
-  def one(place):
-    at = tuple(int(r[i]) for r, i in zip(leading, place, strict=True))
-    values, to = source.part(found[at], inner), out[place]
+  def todo():
+    for place in np.ndindex(*sizes[:n]):
+      at = tuple(int(r[i]) for r, i in zip(leading, place, strict=True))
+      for piece, here in _pieces(source, found[at], inner):
+        yield found[at], piece, (*place, *here)
+
+  def one(task):
+    block, piece, place = task
+    values, to = source.part(block, piece), out[place]
     if values.dtype == to.dtype:
       # NumPy copies one number at a time of types that it does not know.
       bits = f"u{to.dtype.itemsize}"
       values, to = values.view(bits), to.view(bits)
     to[...] = values
 
-  list(pool.map(one, np.ndindex(*sizes[:n])))
+  list(pool.map(one, todo()))
   return out
 
 
