@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import tokenizers
 from absl import flags
 from rich import console
 from rich import progress
@@ -37,6 +38,7 @@ from dsv3_jax.interop import blocks
 from dsv3_jax.interop import export as export_lib
 from dsv3_jax.interop import hf
 from dsv3_jax.interop import hf_config
+from dsv3_jax.interop import pieces
 from dsv3_jax.interop import placing
 from dsv3_jax.interop import tokens as tokens_lib
 from dsv3_jax.interop import weights
@@ -55,7 +57,12 @@ _DTYPE = flags.DEFINE_string(
     "stored",
     "of an export: stored (of a run: float32), float32 or bfloat16",
 )
-_EMA = flags.DEFINE_bool("ema", False, "export the averaged parameters")
+_EMA = flags.DEFINE_bool(
+    "ema",
+    False,
+    "export the averaged parameters",
+    allow_override=True,  # `experiments.sample` has it too
+)
 _TOKENS = flags.DEFINE_string("tokens", None, "integers [B, T], .npy")
 _OUT = flags.DEFINE_string("out", None, "file for logits, .npy")
 _MTP_OUT = flags.DEFINE_string("mtp_out", None, "file for the MTP layer's")
@@ -101,6 +108,10 @@ def _problems() -> list[str]:
       for name, only in _OF_MODE.items()
       if only != mode and args[name].present
   ]
+  for name in ("out", "mtp_out"):
+    path = args[name].value
+    if path and not pathlib.Path(path).parent.is_dir():
+      problems.append(f"--{name}={path}: there is no such folder")
   if mode == "verify" and bool(_HF.value) == bool(args.workdir):
     problems.append("--mode=verify needs one of --hf=DIR and --workdir=DIR")
   if mode == "export":
@@ -168,12 +179,15 @@ def _import() -> None:
   total = sum(map(released.n_bytes, blocks.of_model(released.model)))
   with _bar("import", total) as advance:
     weights.import_released(released, target, advance)
-  found = tokens_lib.copy(released.folder, target)
-  if tokens_lib.TOKENIZER in found:
-    _take_tokenizer(target / tokens_lib.TOKENIZER, folder)
-  else:
-    _say(f"note: {released.folder} has no {tokens_lib.TOKENIZER}: no text yet")
-  workdir.write_config(folder, description)
+  try:
+    found = tokens_lib.copy(released.folder, target)
+    if tokens_lib.TOKENIZER in found:
+      _take_tokenizer(target / tokens_lib.TOKENIZER, folder)
+    else:
+      _say(f"note: no {tokens_lib.TOKENIZER} in {released.folder}: no text yet")
+    workdir.write_config(folder, description)
+  except OSError as error:
+    raise pieces.disk_error(folder, error) from error
   _say(f"{folder}: {total:,} bytes of parameters")
 
 
@@ -225,20 +239,22 @@ def _source() -> tuple[export_lib.Source, dict[str, Any]]:
 def _export() -> None:
   source, facts = _source()
   folder = pathlib.Path(flags.FLAGS.workdir)
-  form = export_lib.Form(source, "fp8" if _FP8.value else _DTYPE.value)
+  kind = "fp8" if _FP8.value else _DTYPE.value
+  if _FP8.value and source.tile:  # so it is already: not a bit is changed
+    kind = "stored"
+  form = export_lib.Form(source, kind)
   if _GGUF.value:
     _export_gguf(form, facts, folder)
     return
   target = pathlib.Path(_HF.value)
+  if isinstance(source, weights.Weights):
+    beside = lambda: tokens_lib.copy(source.folder, target)
+  else:
+    tok, max_len = _tokenizer(folder), hf_config.max_len(facts)
+    beside = lambda: tokens_lib.write(tok, target, max_len)
   facts = export_lib.described(facts, form)
   with _bar("export", export_lib.total_bytes(form)) as advance:
-    export_lib.export(
-        form,
-        target,
-        facts,
-        advance,
-        beside=lambda: _tokenizer_files(source, folder, facts, target),
-    )
+    export_lib.export(form, target, facts, advance, beside)
   _say(f"{target}: {export_lib.total_bytes(form):,} bytes, sums in {hf.SUMS}")
 
 
@@ -246,19 +262,14 @@ def _export_gguf(form, facts, folder) -> None:
   from dsv3_jax.interop import gguf
 
   path = pathlib.Path(_GGUF.value)
-  tok = tokenizer.load(folder / "data" / tokens_lib.TOKENIZER)
-  max_len = facts["max_position_embeddings"]
+  tok, max_len = _tokenizer(folder), hf_config.max_len(facts)
   with _bar("export", gguf.total_bytes(form)) as advance:
     gguf.write(form, tok, path, max_len, advance)
   _say(f"{path}: {path.stat().st_size:,} bytes")
 
 
-def _tokenizer_files(source, folder, facts, target) -> None:
-  if isinstance(source, weights.Weights):
-    tokens_lib.copy(source.folder, target)
-    return
-  tok = tokenizer.load(folder / "data" / tokens_lib.TOKENIZER)
-  tokens_lib.write(tok, target, facts["max_position_embeddings"])
+def _tokenizer(folder: pathlib.Path) -> tokenizers.Tokenizer:
+  return tokenizer.load(folder / "data" / tokens_lib.TOKENIZER)
 
 
 # --- logits ---

@@ -140,6 +140,10 @@ class RoundTripTest(ConvertTest):
     self.assertEqual(released.raw(self.out), released.raw(self.hf))
     configs = (folder / "config.json" for folder in (self.hf, self.out))
     self.assertEqual(*(json.loads(path.read_text()) for path in configs))
+    if "quantization_config" in hf.open_folder(self.hf).facts:
+      asked = self.folder / "asked"
+      self.convert("export", workdir=self.workdir, hf=asked, fp8=True)
+      self.assertEqual(released.raw(asked), released.raw(self.hf))
     again = self.folder / "again"
     self.convert("import", hf=self.out, workdir=again)
     for path in sorted((self.workdir / "weights").glob("*.safetensors")):
@@ -295,6 +299,20 @@ class ExportTest(ConvertTest):
         wrong += (error > bound * 1.001).sum()
     self.assertEqual(wrong, 0)
 
+  def test_fp8_of_what_is_not_finite(self):
+    _, state, _ = trained(self.workdir)
+    source = export.Arrays(
+      testing.run().model,
+      {
+        path: np.full(a.shape, np.nan, np.float32)
+        for path, a in testing.schema.paths(state.params).items()
+      }
+      | {blocks.BIAS: np.asarray(state.router_bias)},
+    )
+    form = export.Form(source, "fp8")
+    with self.assertRaisesRegex(ValueError, "not finite"):
+      export.export(form, self.out, {}, lambda n: None, lambda: None)
+
   def test_fp8_again_is_the_same(self):
     trained(self.workdir)
     self.convert("export", workdir=self.workdir, hf=self.hf, fp8=True)
@@ -442,6 +460,7 @@ class CommandTest(ConvertTest):
       "--fp8: goes without",
     ),
     ({"mode": "logits", "hf": "x", "mesh": "a=2"}, "--mesh=a=2"),
+    ({"mode": "logits", "out": "/no/folder/x"}, "--out=/no/folder/x"),
     ({"mode": "verify", "hf": "/no/folder"}, "no such folder"),
     ({"mode": "export", "workdir": "/no/folder", "hf": "x"}, "holds no run"),
   )  # fmt: skip
@@ -469,6 +488,19 @@ class CommandTest(ConvertTest):
     (other / "thesis.tex").write_text("")
     err = self.convert("export", code=2, workdir=self.workdir, hf=other)
     self.assertIn("must be empty, holds thesis.tex", err)
+
+  def test_export_without_a_tokenizer_writes_nothing(self):
+    trained(self.workdir)
+    (self.workdir / "data" / "tokenizer.json").unlink()
+    err = self.convert("export", code=2, workdir=self.workdir, hf=self.out)
+    self.assertIn("tokenizer.json", err)
+    self.assertFalse(self.out.exists())
+
+  def test_gguf_into_no_folder(self):
+    trained(self.workdir)
+    path = self.folder / "none" / "x.gguf"
+    err = self.convert("export", code=2, workdir=self.workdir, gguf=path)
+    self.assertIn("there is no folder", err)
 
   def test_damaged_shard(self):
     trained(self.workdir)

@@ -253,6 +253,8 @@ class RefusedTest(parameterized.TestCase):
     ({"hidden_size": "7168"}, "expected int"),
     ({"hidden_size": -1}, "at least 1"),
     ({"n_group": 7}, "must divide"),
+    ({"max_position_embeddings": "x"}, "must be a number"),
+    ({"max_position_embeddings": 0}, "must be a number"),
     ({"rms_norm_eps": float("nan")}, "finite"),
     ({"norm_topk_prob": "yes"}, "expected bool"),
     ({"rope_scaling": {"type": "linear"}}, "only yarn"),

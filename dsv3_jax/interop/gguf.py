@@ -272,6 +272,8 @@ def write(
   if found := problems(model):
     raise ValueError("\n".join(found))
   tokenizer.check_fits(tok, model.vocab_size)
+  if not path.parent.is_dir():
+    raise ValueError(f"{path}: there is no folder {path.parent}")
   if path.exists():
     raise ValueError(f"{path}: is there already; take another name")
   tensors = list(_tensors(form))

@@ -92,6 +92,7 @@ def read(facts: dict[str, Any]) -> config.Model:
   if facts.get("topk_method") == "greedy":
     values |= {"router.n_groups": 1, "router.top_groups": 1}
   try:
+    max_len(facts)
     values["mla.rope_theta"], yarn = _rope(facts)
   except ValueError as error:
     problems += str(error).splitlines()
@@ -196,9 +197,20 @@ def _model(values: dict[str, Any], yarn: architecture.Yarn) -> config.Model:
   return _checked(config.Model, whole | made)
 
 
+def max_len(facts: dict[str, Any]) -> int:
+  """Tokens that the model reads."""
+  length = facts.get("max_position_embeddings", 4096)
+  if type(length) is not int or length < 1:
+    raise ValueError(
+        f"config.json: max_position_embeddings={length!r}: must be a number"
+        " above 0"
+    )
+  return length
+
+
 def run(facts: dict[str, Any], model: config.Model) -> config.Run:
   """A run of the model; what is not of the network is that of preset S."""
-  length = facts.get("max_position_embeddings", 4096)
+  length = max_len(facts)
   if model.mla.yarn.factor > 1:
     length = model.mla.yarn.original_len
   data = dataclasses.replace(presets.S.data, seq_len=min(length, 4096))
