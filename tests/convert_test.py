@@ -293,9 +293,10 @@ class ExportTest(ConvertTest):
         for key in b.path.split("/"):
           own = own[key]
         want = np.asarray(own)[b.index]
-        # Three bits of mantissa, and 448 steps below the largest at least.
+        # Half of a step: three bits of mantissa, or of the smallest numbers,
+        # 2^-9 times a scale.
         error = np.abs(got - want)
-        bound = np.maximum(np.abs(want) / 16, np.abs(want).max() / 448 / 2**7)
+        bound = np.maximum(np.abs(want) / 16, np.abs(want).max() / 448 / 2**10)
         wrong += (error > bound * 1.001).sum()
     self.assertEqual(wrong, 0)
 

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import gguf as library
 import jax
 import numpy as np
 import testing
@@ -141,22 +142,28 @@ class GgufTest(parameterized.TestCase):
       self.assertEqual(_llama(self.path, text, 3), want, text)
 
   @parameterized.parameters(
-    ("mla.q_rank=0", "compressed queries"),
-    ("moe.n_shared=0", "shared experts"),
-    ("n_dense_layers=4", "mixture layers"),
-    ("norm_eps=1e-5", "one number for both"),
+    ("compressed queries", "mla.q_rank=0"),
+    ("shared experts", "moe.n_shared=0"),
+    ("mixture layers", "n_dense_layers=4"),
+    ("one number for both", "norm_eps=1e-5"),
+    ("groups", "router.score=softmax", "mtp.depth=0"),
   )
-  def test_what_llama_cpp_would_misread(self, assignment, message):
-    _, _, source = _arrays(testing.tiny("vocab_size=304", assignment))
+  def test_what_llama_cpp_would_misread(self, message, *assignments):
+    _, _, source = _arrays(testing.tiny("vocab_size=304", *assignments))
     with self.assertRaisesRegex(ValueError, message):
       self.write(export.Form(source, "float32"))
     self.assertFalse(self.path.exists())
 
-  def test_grouped_softmax(self):
-    how = ("router.score=softmax", "router.n_groups=4", "mtp.depth=0")
-    _, _, source = _arrays(testing.tiny("vocab_size=304", *how))
-    with self.assertRaisesRegex(ValueError, "groups"):
-      self.write(export.Form(source, "float32"))
+  def test_a_bias_in_bfloat16_is_written_in_float32(self):
+    _, _, source = _arrays(testing.tiny("vocab_size=304"))
+    bias = source.params[blocks.BIAS].astype(jax.numpy.bfloat16)
+    source.params[blocks.BIAS] = bias
+    self.write(export.Form(source, "stored"))
+    found = {t.name: t.data for t in library.GGUFReader(self.path).tensors}
+    for i in range(3):
+      got = found[f"blk.{i + 1}.exp_probs_b.bias"]
+      self.assertEqual(got.dtype, np.float32)
+      np.testing.assert_array_equal(got, bias[i].astype(np.float32))
 
   def test_fp8(self):
     _, _, source = _arrays(testing.tiny("vocab_size=304"))

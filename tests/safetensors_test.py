@@ -81,13 +81,6 @@ class FileTest(parameterized.TestCase):
     safetensors.read(tensor, rows, columns, out)
     np.testing.assert_array_equal(out, want)
 
-  def test_writes_rows(self):
-    kind = np.dtype(np.float32), (4, 3)
-    place = safetensors.create(self.path, {"x": kind})["x"]
-    safetensors.write(place, np.ones((2, 3), np.float32), row=1)
-    found = library.load_file(self.path)["x"].numpy()
-    np.testing.assert_array_equal(found.sum(1), [0, 3, 3, 0])
-
   def test_a_file_cut_after_its_header_was_read(self):
     library.save_file({"f": _ALL["f"]}, self.path)
     tensor = safetensors.header(self.path)["f"]

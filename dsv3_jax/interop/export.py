@@ -7,6 +7,7 @@ meant, then renamed; the index comes last: without it there is no checkpoint.
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable
@@ -28,7 +29,6 @@ from dsv3_jax.model import tiles
 JOURNAL = ".export.jsonl"
 SHARD_BYTES = 4_300_000_000  # most in a file, unless a tensor has more
 TILE = 128, 128  # of weights in FP8
-KINDS = ("stored", "float32", "bfloat16", "fp8")
 
 
 class Source(Protocol):
@@ -76,7 +76,7 @@ class Form:
   """What numbers are written in."""
 
   source: Source
-  kind: str  # of KINDS
+  kind: str  # stored, float32, bfloat16 or fp8
 
   @property
   def tile(self) -> tuple[int, int] | None:
@@ -149,8 +149,9 @@ def _items(form: Form) -> list[tuple[blocks.Block, safetensors.Shapes]]:
 
 
 def _n_bytes(shapes: safetensors.Shapes) -> int:
-  _, places = safetensors.plan(pathlib.Path(), shapes)
-  return sum(t.n_bytes for t in places.values())
+  return sum(
+      math.prod(shape) * dtype.itemsize for dtype, shape in shapes.values()
+  )
 
 
 def _shards(items: list) -> list[list]:

@@ -45,6 +45,7 @@ _TENSORS = {
     "ffn/down": _T.FFN_DOWN,
     "ffn/shared/down": _T.FFN_DOWN_SHEXP,
     "ffn/experts/down": _T.FFN_DOWN_EXP,
+    blocks.BIAS: _T.FFN_EXP_PROBS_B,
 }
 _PAIRS = {
     "ffn/gate_up": (_T.FFN_GATE, _T.FFN_UP),
@@ -118,14 +119,11 @@ def _tensors(form: export.Form) -> Iterator[_Tensor]:
     if within in _FLOAT32 or len(first.shape) < 2:
       dtype = hf.F32
 
-    def named(kind, layer=first.layer, end="weight"):
-      return f"{names[kind].format(bid=layer)}.{end}"
+    def named(kind, first=first):
+      end = "bias" if first.path == blocks.BIAS else "weight"
+      return f"{names[kind].format(bid=first.layer)}.{end}"
 
-    if first.path == blocks.BIAS:
-      make = lambda b=first: _parts(form, b)[0]
-      name = named(_T.FFN_EXP_PROBS_B, end="bias")
-      yield _Tensor(name, first.shape, dtype, make)
-    elif within in _SPLIT:
+    if within in _SPLIT:
       for i, kind in enumerate(_SPLIT[within]):
         make = lambda b=first, i=i: _by_head(form, b, model.mla)[i]
         yield _Tensor(named(kind), _head_shapes(model.mla)[i], dtype, make)

@@ -232,10 +232,9 @@ def create(path: pathlib.Path, tensors: Shapes) -> dict[str, Tensor]:
   return places
 
 
-def write(tensor: Tensor, array: np.ndarray, row: int = 0) -> None:
-  """Writes rows of a tensor from one on, into a file that `create` made."""
-  width = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
-  left, offset = as_bytes(array), tensor.offset + row * width
+def write(tensor: Tensor, array: np.ndarray) -> None:
+  """Writes a tensor into a file that `create` made."""
+  left, offset = as_bytes(array), tensor.offset
   with tensor.file.open("r+b", buffering=0) as file:
     while left:
       n = os.pwrite(file.fileno(), left, offset)
