@@ -103,3 +103,9 @@ def abstract(specs: Specs) -> Params:
 def count(specs: Specs) -> int:
   """Number of parameters."""
   return sum(math.prod(spec.shape) for spec in jax.tree.leaves(specs))
+
+
+def nbytes(specs: Specs) -> int:
+  """Bytes of all arrays."""
+  leaves = jax.tree.leaves(specs)
+  return sum(math.prod(s.shape) * jnp.dtype(s.dtype).itemsize for s in leaves)

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from dsv3_jax import checkpoint
 from dsv3_jax import config
 from dsv3_jax import fields
 from dsv3_jax.interop import weights
@@ -46,10 +47,6 @@ flags.DEFINE_string(
 flags.DEFINE_integer("processes", 1, "how many run this command together")
 flags.DEFINE_integer("process", 0, "which of them this is")
 flags.DEFINE_integer("join_timeout", 300, "seconds for all of them to start")
-
-
-class NoCheckpointError(Exception):
-  """A checkpoint was expected and there is none that can be used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,12 +162,12 @@ def run_main(main: Callable[[], int | None]) -> None:
     sys.exit(OK)
   try:
     code = main() or OK
+  except checkpoint.MissingError as error:
+    code = _say(NO_CHECKPOINT, error)
   except ValueError as error:
     code = _say(BAD_INPUT, error)
   except FloatingPointError as error:
     code = _say(NOT_FINITE, error)
-  except NoCheckpointError as error:
-    code = _say(NO_CHECKPOINT, error)
   except replicas.DivergedError as error:
     code = _say(INTERNAL, error)
   sys.exit(code)

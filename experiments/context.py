@@ -1,7 +1,7 @@
 r"""Extends the context of a small model, and looks for needles in haystacks.
 
   python -m experiments.context --variant=tiny --workdir=runs/context \
-      [--lengths=2048,8192] [--prompts=4]
+      [--lengths=2048,8192] [--questions=4]
 
 Pre-trains on short texts, then extends the context with YaRN in phases, each
 from the parameters of the one before (arXiv:2412.19437, section 4.3), in
@@ -33,6 +33,7 @@ from dsv3_jax import presets
 from dsv3_jax.data import tokenizer
 from dsv3_jax.evals import hidden
 from dsv3_jax.evals import needles
+from dsv3_jax.interop import runs
 from dsv3_jax.parallel import layouts
 from experiments import common
 from experiments import logbook
@@ -67,7 +68,9 @@ VARIANTS = {
 PHASE_TOKENS, PHASE_LR, WARMUP_STEPS = 491_520, 1e-3, 5
 
 _LENGTHS = flags.DEFINE_list("lengths", ["2048", "8192"], "tokens, by phase")
-_PROMPTS = flags.DEFINE_integer("prompts", 4, "for each length and depth")
+_QUESTIONS = flags.DEFINE_integer(
+    "questions", 4, "for each length and depth"
+)
 _WITHOUT = flags.DEFINE_bool("without_yarn", False, "also extend without YaRN")
 
 
@@ -132,8 +135,8 @@ def _problems(command: common.Command) -> tuple[list[int], list[str]]:
     problems.append("--set: data.path: this experiment writes its own texts")
   if command.stop != command.run.total_steps:
     problems.append("--steps: phases end where their token budgets do")
-  if _PROMPTS.value < 1:
-    problems.append(f"--prompts={_PROMPTS.value}: must be at least 1")
+  if _QUESTIONS.value < 1:
+    problems.append(f"--questions={_QUESTIONS.value}: must be at least 1")
   short, lengths = command.run.data.seq_len, []
   for text in _LENGTHS.value:
     if not text.isdecimal() or int(text) <= (lengths or [short])[-1]:
@@ -205,12 +208,11 @@ def _models(
 ) -> Iterator[tuple[str, hidden.Model]]:
   """All models to look at, by label."""
   from experiments import cluster
-  from experiments import parameters
 
   mesh = cluster.mesh(command.mesh)
   for phase in done:
     folder = command.workdir / phase.name
-    parts = parameters.newest(folder, phase.run, mesh)
+    parts = runs.newest(folder, phase.run, mesh)
     yield phase.label, hidden.Model(*parts, phase.run, mesh)
     if not phase.start:
       yarn = with_yarn(phase.run, longest)
@@ -235,7 +237,7 @@ def _evaluate(
   print(f"{'right answers, %':28}" + "".join(f"{n:>8,}" for n in tested))
   for label, model in _models(command, done, lengths[-1]):
     grid = needles.grid(
-        model, tok, tested, DEPTHS, _PROMPTS.value, TOKENS_AT_ONCE
+        model, tok, tested, DEPTHS, _QUESTIONS.value, TOKENS_AT_ONCE
     )
     grids[label] = grid.tolist()
     shares = "".join(f"{share:>8.1%}" for share in grid.mean(1))
@@ -243,7 +245,7 @@ def _evaluate(
   facts = {
       "lengths": tested,
       "depths": DEPTHS,
-      "prompts": _PROMPTS.value,
+      "prompts": _QUESTIONS.value,
       "right": grids,
   }
   text = json.dumps(logbook.plain(facts), indent=2) + "\n"

@@ -13,7 +13,6 @@ from dsv3_jax import checkpoint
 from dsv3_jax import config
 from dsv3_jax import ema
 from dsv3_jax import losses
-from dsv3_jax import presets
 from dsv3_jax import schema
 from dsv3_jax import train
 from dsv3_jax.data import corpus
@@ -21,7 +20,9 @@ from dsv3_jax.data import stream
 from dsv3_jax.data import tokenizer
 from dsv3_jax.evals import hidden
 from dsv3_jax.evals import likelihood
-from dsv3_jax.infer import decoding
+from dsv3_jax.infer import engine
+from dsv3_jax.infer import served
+from dsv3_jax.interop import runs
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import layouts
 from dsv3_jax.parallel import replicas
@@ -30,7 +31,6 @@ from dsv3_jax.parallel import traffic
 from experiments import cluster
 from experiments import common
 from experiments import logbook
-from experiments import parameters
 from experiments import quantization
 from experiments import workdir
 
@@ -135,7 +135,7 @@ def _start(
   if step is None:
     metrics = command.workdir / logbook.METRICS
     if metrics.exists() and logbook.read(metrics):
-      raise common.NoCheckpointError(
+      raise checkpoint.MissingError(
           f"{command.workdir} holds metrics of a run but no checkpoint under"
           f" {checkpoints.directory}; restore it, or start in a new --workdir"
       )
@@ -149,7 +149,7 @@ def _start(
     like = train.abstract_state(run, mesh)
     state, saved = checkpoint.restore(checkpoints, step, like)
   except ValueError as error:
-    raise common.NoCheckpointError(str(error)) from error
+    raise checkpoint.MissingError(str(error)) from error
   changes = config.difference(saved["data"], facts["data"])
   if changes:
     raise ValueError(
@@ -168,9 +168,9 @@ def _with_parameters(
     ValueError: that run has another architecture, or no checkpoint.
   """
   folder = command.init_from
-  facts = workdir.read_config(folder)
+  facts = runs.read_config(folder)
   source = config.override(
-      workdir.run_of(facts, presets.PRESETS),
+      runs.run_of(facts),
       f"parallel.layout={command.run.parallel.layout}",
   )
   of = lambda run: {
@@ -182,7 +182,7 @@ def _with_parameters(
         f"--init_from={folder} has another architecture (there -> here):\n"
         + "\n".join(f"  {line}" for line in changes)
     )
-  params, bias = parameters.newest(folder, source, mesh)
+  params, bias = runs.newest(folder, source, mesh)
   return state.replace(params=params, router_bias=bias)
 
 
@@ -360,22 +360,25 @@ def _sample(
     mesh: jax.sharding.Mesh,
 ) -> str:
   """Text that process 0 lets the model write from nothing, on one device."""
-  parts = state.params, state.router_bias, state.key, state.step
-  params, bias, key, step = topology.on_first_device(parts, mesh)
-  if jax.process_index():
+  parts = state.params, state.router_bias, state.step
+  params, bias, step = topology.on_first_device(parts, mesh)
+  n = run.evaluate.sample_tokens
+  if jax.process_index() or not n:
     return ""
-  made = decoding.generate(
-      params,
-      bias,
+  model = config.override(run.model, "mtp.depth=0")
+  writer = engine.Engine(
+      served.params(params, bias, model), model, n_slots=1, max_len=n + 1
+  )
+  request = engine.Request(
       [tokenizer.BOS_ID],
-      run.evaluate.sample_tokens,
-      jax.random.fold_in(key, step),
-      run.model,
+      max_tokens=n,
       temperature=0.8,
       top_p=0.95,
-      stop=tokenizer.EOS_ID,
+      seed=int(step),
+      stop=(tokenizer.EOS_ID,),
   )
-  return tok.decode(list(made))
+  events = writer.run([request])
+  return tok.decode([e.token for e in events if e.ended != engine.STOP])
 
 
 def _summary(run: config.Run, data: stream.Prepared) -> dict[str, Any]:

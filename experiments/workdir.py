@@ -11,8 +11,9 @@ import jax
 import jaxlib
 
 from dsv3_jax import config
+from dsv3_jax.interop import runs
 
-CONFIG, ENV, SUMMARY = "config.json", "env.json", "summary.json"
+ENV, SUMMARY = "env.json", "summary.json"
 
 # Settings that change when things are looked at and where they are computed,
 # not what is trained.
@@ -35,34 +36,6 @@ def _flat(facts: dict[str, Any]) -> dict[str, Any]:
   return {"seed": facts["seed"], "variant": facts["variant"]} | settings
 
 
-def read_config(workdir: pathlib.Path) -> dict[str, Any]:
-  """The config.json of a run.
-
-  Raises:
-    ValueError: there is none, or it is not one.
-  """
-  path = workdir / CONFIG
-  try:
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    _flat(facts)
-  except OSError as error:
-    raise ValueError(
-        f"--workdir={workdir}: holds no run, {path.name} is missing"
-    ) from error
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise ValueError(f"{path}: is not the configuration of a run") from error
-  return facts
-
-
-def run_of(
-    facts: dict[str, Any], presets: dict[str, config.Run]
-) -> config.Run:
-  """The run that a config.json describes."""
-  base = next(iter(presets.values()))
-  settings = facts["settings"].items()
-  return config.override(base, *(f"{path}={value}" for path, value in settings))
-
-
 def claim(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
   """Makes the workdir of a run, or checks that it is this run's.
 
@@ -77,13 +50,13 @@ def claim(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
     probe = workdir / ".probe"
     probe.write_text("")
     probe.unlink()
-    if not (workdir / CONFIG).exists():
+    if not (workdir / runs.CONFIG).exists():
       return
   except OSError as error:
     raise ValueError(
         f"--workdir={workdir}: cannot be written: {error}"
     ) from error
-  there, here = _flat(read_config(workdir)), _flat(facts)
+  there, here = _flat(runs.read_config(workdir)), _flat(facts)
   # A setting newer than the run: its default is what was done without it.
   for name, value in config.defaults(config.Run).items():
     there.setdefault(f"settings.{name}", value)
@@ -104,8 +77,8 @@ def claim(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
 
 def write_config(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
   """Makes the workdir that of the run described, if it is of none."""
-  if not (workdir / CONFIG).exists():
-    _write(workdir / CONFIG, facts)
+  if not (workdir / runs.CONFIG).exists():
+    _write(workdir / runs.CONFIG, facts)
 
 
 def _revision() -> str:

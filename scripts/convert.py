@@ -31,7 +31,6 @@ from rich import console
 from rich import progress
 
 from dsv3_jax import config
-from dsv3_jax import presets
 from dsv3_jax import schema
 from dsv3_jax.data import tokenizer
 from dsv3_jax.interop import blocks
@@ -40,6 +39,7 @@ from dsv3_jax.interop import hf
 from dsv3_jax.interop import hf_config
 from dsv3_jax.interop import pieces
 from dsv3_jax.interop import placing
+from dsv3_jax.interop import runs
 from dsv3_jax.interop import tokens as tokens_lib
 from dsv3_jax.interop import weights
 from dsv3_jax.model import transformer
@@ -173,7 +173,7 @@ def _import() -> None:
   description = workdir.describe(
       "imported", 0, hf_config.run(released.facts, released.model)
   )
-  if (folder / workdir.CONFIG).exists():
+  if (folder / runs.CONFIG).exists():
     raise ValueError(f"--workdir={folder}: belongs to a run; take another")
   target = folder / weights.FOLDER
   total = sum(map(released.n_bytes, blocks.of_model(released.model)))
@@ -207,7 +207,7 @@ def _take_tokenizer(path: pathlib.Path, folder: pathlib.Path) -> None:
 def _source() -> tuple[export_lib.Source, dict[str, Any]]:
   """Parameters of the workdir, and their config.json."""
   folder = pathlib.Path(flags.FLAGS.workdir)
-  run = workdir.run_of(workdir.read_config(folder), presets.PRESETS)
+  run = runs.run_of(runs.read_config(folder))
   if (folder / weights.FOLDER).is_dir():
     if _EMA.value:
       raise ValueError(f"--ema: {folder} is imported, it has no average")
@@ -215,10 +215,9 @@ def _source() -> tuple[export_lib.Source, dict[str, Any]]:
     return source, source.facts
   # These start JAX.
   from dsv3_jax.parallel import topology
-  from experiments import parameters
 
   mesh = topology.mesh({})
-  params, bias = parameters.newest(folder, run, mesh, average=_EMA.value)
+  params, bias = runs.newest(folder, run, mesh, average=_EMA.value)
   arrays = {path: np.asarray(a) for path, a in schema.paths(params).items()}
   arrays[blocks.BIAS] = np.asarray(bias)
   if run.model.router.score == "softmax" and arrays[blocks.BIAS].any():

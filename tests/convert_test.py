@@ -24,7 +24,6 @@ from absl.testing import parameterized
 
 from dsv3_jax import checkpoint
 from dsv3_jax import config
-from dsv3_jax import presets
 from dsv3_jax import train
 from dsv3_jax.data import chat
 from dsv3_jax.data import tokenizer
@@ -33,11 +32,11 @@ from dsv3_jax.interop import blocks
 from dsv3_jax.interop import export
 from dsv3_jax.interop import hf
 from dsv3_jax.interop import pieces
+from dsv3_jax.interop import runs
 from dsv3_jax.interop import weights
 from dsv3_jax.parallel import topology
 from experiments import cluster
 from experiments import common
-from experiments import parameters
 from experiments import runner
 from experiments import workdir
 from scripts import convert
@@ -202,7 +201,7 @@ class RoundTripTest(ConvertTest):
     mesh = topology.mesh({})
     testing.assert_same(
       *(
-        jax.device_get(parameters.newest(folder, run, mesh))
+        jax.device_get(runs.newest(folder, run, mesh))
         for folder in (self.workdir, imported)
       )
     )
@@ -378,7 +377,7 @@ class FineTuneTest(ConvertTest):
     # Before the first step.
     self.enter_context(mock.patch.object(train, "fit"))
     runner.execute(command)
-    got = parameters.newest(command.workdir, run, topology.mesh({}))
+    got = runs.newest(command.workdir, run, topology.mesh({}))
     testing.assert_same(
       *map(jax.device_get, (got, (state.params, state.router_bias)))
     )
@@ -713,11 +712,9 @@ class StoredTest(ConvertTest):
     err = self.convert("export", code=2, workdir=self.workdir, hf=self.out)
     self.assertIn("dense/mla/out[0]: damaged", err)
     self.assertEmpty(list(self.out.glob("*.safetensors")))
-    run = workdir.run_of(
-      workdir.read_config(self.workdir), presets.PRESETS
-    )
+    run = runs.run_of(runs.read_config(self.workdir))
     with self.assertRaisesRegex(ValueError, r"dense/mla/out\[0\]: damaged"):
-      parameters.newest(self.workdir, run, topology.mesh({}))
+      runs.newest(self.workdir, run, topology.mesh({}))
 
   def test_verify(self):
     out = self.convert("verify", workdir=self.workdir)
@@ -726,12 +723,12 @@ class StoredTest(ConvertTest):
     self.assertIn("holds nothing imported", err)
 
   def test_on_a_mesh(self):
-    facts = workdir.read_config(self.workdir)
-    run = workdir.run_of(facts, presets.PRESETS)
-    one = parameters.newest(self.workdir, run, topology.mesh({}))
+    facts = runs.read_config(self.workdir)
+    run = runs.run_of(facts)
+    one = runs.newest(self.workdir, run, topology.mesh({}))
     run = config.override(run, "parallel.layout=zero1")
     mesh = topology.mesh({"expert": 2, "data": 2, "model": 2})
-    many = parameters.newest(self.workdir, run, mesh)
+    many = runs.newest(self.workdir, run, mesh)
     like = train.abstract_state(run, mesh)
     places = jax.tree.map(lambda a: a.sharding, many[0])
     self.assertEqual(places, jax.tree.map(lambda a: a.sharding, like.params))

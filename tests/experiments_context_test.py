@@ -86,7 +86,7 @@ class ExecuteTest(parameterized.TestCase):
       ({"lengths": ["512", "256"]}, "--lengths=512,256: expected rising"),
       ({"lengths": ["1k"]}, "--lengths=1k: expected rising"),
       ({"lengths": []}, "--lengths: needs at least one"),
-      ({"prompts": 0}, "--prompts=0"),
+      ({"questions": 0}, "--questions=0"),
   )
   def test_refuses(self, flags, message):
     with (
@@ -126,7 +126,7 @@ class ExecuteTest(parameterized.TestCase):
     self.enter_context(mock.patch.object(context, "PHASE_TOKENS", 2560))
     self.enter_context(mock.patch.object(context, "DEPTHS", (0.0, 1.0)))
     self.enter_context(
-        flagsaver.flagsaver(lengths=["256"], prompts=1, without_yarn=True)
+        flagsaver.flagsaver(lengths=["256"], questions=1, without_yarn=True)
     )
     with mock.patch.object(context, "WARMUP_STEPS", 1):
       context.execute(self.command())

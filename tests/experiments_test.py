@@ -21,6 +21,7 @@ from dsv3_jax import config
 from dsv3_jax import losses
 from dsv3_jax import presets
 from dsv3_jax import train
+from dsv3_jax.interop import runs
 from dsv3_jax.parallel import topology
 from experiments import cluster
 from experiments import common
@@ -158,7 +159,7 @@ class CommandLineTest(parameterized.TestCase):
 
   @parameterized.parameters(
       (FloatingPointError("x\ny"), common.NOT_FINITE),
-      (common.NoCheckpointError("x\ny"), common.NO_CHECKPOINT),
+      (checkpoint.MissingError("x\ny"), common.NO_CHECKPOINT),
       (ValueError("x\ny"), common.BAD_INPUT),
   )
   def test_errors_have_exit_codes(self, error, expected):
@@ -207,7 +208,7 @@ class WorkdirTest(parameterized.TestCase):
 
   def test_a_run_from_before_a_setting_may_go_on_with_its_default(self):
     del self.facts["settings"]["data.fim_rate"]
-    (self.folder / workdir.CONFIG).write_text(json.dumps(self.facts))
+    (self.folder / runs.CONFIG).write_text(json.dumps(self.facts))
     workdir.claim(self.folder, workdir.describe("tiny", 0, presets.TINY))
     run = config.override(presets.TINY, "data.fim_rate=0.1")
     with self.assertRaisesRegex(ValueError, "data.fim_rate: 0.0 -> 0.1"):
@@ -231,23 +232,23 @@ class WorkdirTest(parameterized.TestCase):
     self.assertEqual(self.contents(), before)
 
   def test_config_gives_the_run_back(self):
-    facts = workdir.read_config(self.folder)
-    self.assertEqual(workdir.run_of(facts, presets.PRESETS), presets.TINY)
+    facts = runs.read_config(self.folder)
+    self.assertEqual(runs.run_of(facts), presets.TINY)
     run = config.override(
         presets.V2_LITE_16B, "data.path=a b=c", "optim.moments=float32"
     )
     facts = json.loads(json.dumps(workdir.describe("x", 0, run)))
-    self.assertEqual(workdir.run_of(facts, presets.PRESETS), run)
+    self.assertEqual(runs.run_of(facts), run)
 
   @parameterized.parameters("", "{}", "[1]", '{"settings": 3}', "\x00")
   def test_refuses_what_is_no_configuration(self, text):
-    (self.folder / workdir.CONFIG).write_text(text)
+    (self.folder / runs.CONFIG).write_text(text)
     with self.assertRaisesRegex(ValueError, "is not the configuration"):
-      workdir.read_config(self.folder)
+      runs.read_config(self.folder)
 
   def test_refuses_a_folder_that_cannot_be(self):
     with self.assertRaisesRegex(ValueError, "cannot be written"):
-      workdir.claim(self.folder / workdir.CONFIG / "below", self.facts)
+      workdir.claim(self.folder / runs.CONFIG / "below", self.facts)
 
 
 class StartTest(parameterized.TestCase):
@@ -278,7 +279,7 @@ class StartTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, message):
       runner.execute(self.command(path=path))
     # The right path can be given next.
-    self.assertFalse((self.root / "run" / workdir.CONFIG).exists())
+    self.assertFalse((self.root / "run" / runs.CONFIG).exists())
 
   def test_lost_checkpoints_are_never_replaced_by_a_fresh_start(self):
     command = self.command()
@@ -287,7 +288,7 @@ class StartTest(parameterized.TestCase):
     workdir.write_config(command.workdir, facts)
     metrics = command.workdir / logbook.METRICS
     metrics.write_text('{"step": 3, "loss": 1.0}\n')
-    with self.assertRaisesRegex(common.NoCheckpointError, "no checkpoint"):
+    with self.assertRaisesRegex(checkpoint.MissingError, "no checkpoint"):
       runner.execute(command)
     self.assertEqual(metrics.read_text(), '{"step": 3, "loss": 1.0}\n')
 

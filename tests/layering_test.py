@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # A part imports only what stands left of it, and itself.
 ORDER = (
     "manual fields settings architecture config presets schema data model"
-    " losses parallel optim ema train checkpoint infer evals posttrain interop"
+    " losses parallel optim ema train checkpoint interop infer evals posttrain"
     " plan"
 ).split()
 # Where communication may be written by hand.

@@ -1,165 +1,134 @@
-"""Autoregressive generation over the latent cache (section 2.1.1)."""
+"""Reading tokens into the latent cache: many of a prompt, or the next few.
 
-import functools
-from collections.abc import Iterator
-from collections.abc import Sequence
+`prefill` and `decode` are pure; what jits them gives them static shapes and
+donates the cache.
+"""
 
-import flax.struct
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dsv3_jax import config
 from dsv3_jax import schema
-from dsv3_jax.infer import sampling
+from dsv3_jax.infer import kvcache
+from dsv3_jax.infer import served
+from dsv3_jax.model import experts as experts_lib
 from dsv3_jax.model import layers
 from dsv3_jax.model import mla
 from dsv3_jax.model import moe
+from dsv3_jax.model import mtp
 from dsv3_jax.model import swiglu
-from dsv3_jax.model import transformer
 
-Layer = tuple[jax.Array, jax.Array]
+FEW = 8  # choices of experts for which sorting does not pay
 
-
-@flax.struct.dataclass
-class Cache:
-  """Latents and rotated keys of layers of one kind, S positions each."""
-
-  dense: Layer  # [layers, B, S, R], [layers, B, S, H]
-  moe: Layer
+Attention = Callable[..., tuple[jax.Array, jax.Array]]
 
 
-def empty_cache(
-    cfg: config.Model, batch_size: int, length: int, dtype: jnp.dtype
-) -> Cache:
-  """A cache for `length` positions."""
-
-  def layer(n):
-    shape = (n, batch_size, length)
-    return (
-        jnp.zeros((*shape, cfg.mla.kv_rank), dtype),
-        jnp.zeros((*shape, cfg.mla.rope_dim), dtype),
-    )
-
-  return Cache(layer(cfg.n_dense_layers), layer(cfg.n_moe_layers))
+def local_experts(n_slots: int) -> moe.Experts:
+  """The routed experts of one device, for so many (token, expert) choices."""
+  few = n_slots <= FEW
+  return moe.Experts(experts_lib.few_ffn if few else experts_lib.grouped_ffn)
 
 
-def step(
-    params: schema.Params,
-    bias: jax.Array,
-    cache: Cache,
+def _block(
+    p: schema.Params,
+    x: jax.Array,
+    kept: jax.Array,
+    start: jax.Array,
+    cfg: config.Model,
+    attend: Attention,
+    experts: moe.Experts | None,
+) -> tuple[jax.Array, jax.Array]:
+  h = layers.rms_norm(p["mla_norm"], x, cfg.norm_eps)
+  y, kept = attend(p["mla"], h, kept, start, cfg.mla)
+  x = x + y
+  h = layers.rms_norm(p["ffn_norm"], x, cfg.norm_eps)
+  if "bias" not in p:
+    return x + swiglu.swiglu(p["ffn"], h), kept
+  n_slots = x.shape[0] * x.shape[1] * cfg.router.top_k
+  experts = experts or local_experts(n_slots)
+  return x + moe.moe(p["ffn"], h, p["bias"], cfg, experts)[0], kept
+
+
+def read(
+    params: served.Served,
+    cache: kvcache.Cache,
     tokens: jax.Array,
     start: jax.Array,
     cfg: config.Model,
-) -> tuple[jax.Array, Cache]:
-  """Reads tokens [B, T] at positions start ..., whether prompt or new.
-
-  Returns:
-    Logits [B, T, C] in float32 and the cache with those positions filled.
-  """
-  eps = cfg.norm_eps
-
-  def block(x, layer, ffn):
-    p, kept = layer
-    h = layers.rms_norm(p["mla_norm"], x, eps)
-    y, kept = mla.absorbed(p["mla"], h, kept, start, cfg.mla)
-    x = x + y
-    return x + ffn(p["ffn"], layers.rms_norm(p["ffn_norm"], x, eps)), kept
-
-  def dense(x, layer):
-    return block(x, layer, swiglu.swiglu)
-
-  def mixture(x, layer):
-    p, kept, layer_bias = layer
-    ffn = lambda p, h: moe.moe(p, h, layer_bias, cfg)[0]
-    return block(x, (p, kept), ffn)
-
-  x, dense_cache, moe_cache = params["embed"][tokens], cache.dense, cache.moe
-  if cfg.n_dense_layers:
-    x, dense_cache = jax.lax.scan(dense, x, (params["dense"], cache.dense))
-  if cfg.n_moe_layers:
-    main_bias = bias[: cfg.n_moe_layers]
-    x, moe_cache = jax.lax.scan(
-        mixture, x, (params["moe"], cache.moe, main_bias)
-    )
-  hidden = layers.rms_norm(params["norm"], x, eps)
-  return transformer.logits(params, hidden), Cache(dense_cache, moe_cache)
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("cfg", "temperature", "top_p"),
-    donate_argnames="cache",
-)
-def _next(
-    params, bias, cache, tokens, start, last, key, cfg, temperature, top_p
-):
-  """Samples what follows tokens[:, last]; later tokens are padding."""
-  logits, cache = step(params, bias, cache, tokens, start, cfg)
-  return sampling.sample(logits[:, last], key, temperature, top_p), cache
-
-
-def generate(
-    params: schema.Params,
-    bias: jax.Array,
-    prompt: Sequence[int],
-    max_tokens: int,
-    key: jax.Array,
-    cfg: config.Model,
     *,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    stop: int | None = None,
-) -> Iterator[int]:
-  """Yields up to max_tokens ids that follow the prompt, one as it is made.
-
-  Lengths are rounded up to powers of two, so that few programs are compiled.
-  Padding behind the prompt writes cache positions that are overwritten before
-  anything can see them.
+    attend: Attention = mla.absorbed,
+    experts: moe.Experts | None = None,
+) -> tuple[jax.Array, kvcache.Cache]:
+  """Reads the next tokens of every slot with the main model.
 
   Args:
-    params: parameters of the model.
-    bias: [n_routers, E] f32.
-    prompt: token ids, at least one.
-    max_tokens: how many to make.
-    key: PRNG key.
+    params: of `served.params`.
+    cache: of as many slots.
+    tokens: [B, T] int32; row b is at positions start[b] ...
+    start: [B] int32.
     cfg: the model.
-    temperature: 0 is greedy.
-    top_p: nucleus, in (0, 1].
-    stop: id that ends the text; not yielded.
+    attend: `mla.absorbed` for a few tokens, `mla.chunk` for many.
+    experts: how the routed experts are computed, if not on this device.
 
-  Raises:
-    ValueError: an empty prompt, an id outside the vocabulary, or a temperature
-      or top_p outside its range.
+  Returns:
+    States after the last layer, [B, T, D], before the final norm, and the
+    cache with those positions filled.
   """
-  ids = np.asarray(prompt, np.int32)
-  if not ids.size:
-    raise ValueError("empty prompt: at least one token is needed")
-  if ids.min() < 0 or ids.max() >= cfg.vocab_size:
-    raise ValueError(f"prompt ids must be in [0, {cfg.vocab_size})")
-  if not temperature >= 0:
-    raise ValueError(f"temperature={temperature}: must be at least 0")
-  if not 0 < top_p <= 1:
-    raise ValueError(f"top_p={top_p}: must be above 0 and at most 1")
-  padded = max(8, 1 << (ids.size - 1).bit_length())
-  length = 1 << (padded + max_tokens - 1).bit_length()
-  cache = empty_cache(cfg, 1, length, params["embed"].dtype)
-  tokens = np.pad(ids, (0, padded - ids.size))[None]
-  start, last = 0, ids.size - 1
-  for i in range(max_tokens):
-    token, cache = _next(
-        params,
-        bias,
-        cache,
-        tokens,
-        start,
-        last,
-        jax.random.fold_in(key, i),
-        cfg,
-        temperature,
-        top_p,
-    )
-    if int(token[0]) == stop:
-      return
-    yield int(token[0])
-    start, last, tokens = ids.size + i, 0, token[:, None]
+  x, filled = params["embed"][tokens], []
+  for p, kept in zip(params["layers"], cache["main"], strict=True):
+    x, kept = _block(p, x, kept, start, cfg, attend, experts)
+    filled.append(kept)
+  return x, cache | {"main": tuple(filled)}
+
+
+def read_mtp(
+    params: served.Served,
+    cache: kvcache.Cache,
+    hidden: jax.Array,
+    ahead: jax.Array,
+    start: jax.Array,
+    cfg: config.Model,
+    *,
+    attend: Attention = mla.absorbed,
+    experts: moe.Experts | None = None,
+) -> tuple[jax.Array, jax.Array, kvcache.Cache]:
+  """The same with the first MTP module (section 2.2).
+
+  Args:
+    params, cache, start, cfg, attend, experts: as in `read`.
+    hidden: [B, T, D], the state that the module reads at its positions.
+    ahead: [B, T] int32, the token after each of them.
+
+  Returns:
+    States after its own norm, which the head reads, [B, T, D]; the states that
+    a further module would read; the cache.
+  """
+  kept, = cache["mtp"]
+
+  def block(p, x, bias):
+    del bias  # with the others
+    return _block(p, x, kept, start, cfg, attend, experts)
+
+  embedded = params["embed"][ahead]
+  out, onward, kept = mtp.module(
+      params["mtp"][0], None, hidden, embedded, cfg, block
+  )
+  return out, onward, cache | {"mtp": (kept,)}
+
+
+def final(params: served.Served, x: jax.Array, cfg: config.Model) -> jax.Array:
+  """The final norm of states [..., D]."""
+  return layers.rms_norm(params["norm"], x, cfg.norm_eps)
+
+
+def logits(params: served.Served, hidden: jax.Array) -> jax.Array:
+  """Next-token logits [..., C] in float32 of normed states [..., D]."""
+  rows = hidden.reshape(-1, hidden.shape[-1])
+  # As columns, really turned: the product is much faster so on CPU.
+  columns = jax.lax.optimization_barrier(rows.T)
+  found = jnp.matmul(
+      params["head"], columns, preferred_element_type=jnp.float32
+  )
+  return found.T.reshape(*hidden.shape[:-1], -1)

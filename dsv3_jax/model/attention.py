@@ -26,6 +26,7 @@ from dsv3_jax.model import tiles
 
 CHUNK = 128  # queries that attend together
 BLOCKS = 8
+KEYS = 512  # that are expanded together from a cache
 
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 _slice = jax.lax.dynamic_slice_in_dim
@@ -196,3 +197,79 @@ def _attend_bwd(e5m6_columns, residuals, dout):
 
 
 attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+# --- against a cache ---
+
+
+def extend(
+    q: jax.Array,
+    kept: jax.Array,
+    start: jax.Array,
+    expand: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+) -> jax.Array:
+  """Attention of new queries to all that a cache holds up to each of them.
+
+  One block of the cache at a time is expanded; its softmax is joined with that
+  of the blocks before (arXiv:2205.14135, section 3.1). Blocks behind the last
+  query cost nothing, nor do chunks of queries before a block.
+
+  Args:
+    q: [B, N, T, X], already scaled; T is at most `CHUNK` or a multiple of it.
+    kept: [B, S, C]; where start + t < S they are filled up to there.
+    start: [B] int32, position of the first query.
+    expand: makes keys [N, s, X] and values [N, V, s] of s positions [s, C].
+
+  Returns:
+    [B, T, N, V].
+  """
+  n_queries, length = q.shape[2], kept.shape[1]
+  n, size = min(CHUNK, n_queries), min(KEYS, length)
+  if n_queries % n:
+    raise ValueError(
+        f"{n_queries} queries: must be at most {CHUNK} or a multiple of it"
+    )
+
+  def sequence(args):
+    q, kept, start = args
+    _, values = jax.eval_shape(expand, kept[:size])
+
+    def block(j, state):
+      # The last block may be ragged: it then begins earlier, in part again.
+      first = jnp.minimum(j * size, length - size)
+      k, v = expand(_slice(kept, first, size, 0))
+      key = first + jnp.arange(size)
+
+      def chunk(i, state):
+        top, total, out = (_slice(a, i * n, n, -1) for a in state)
+        scores = _dot("NSX,NTX->NST", k, _slice(q, i * n, n, 1))
+        query = start + i * n + jnp.arange(n)
+        seen = (key[:, None] <= query[None]) & (key >= j * size)[:, None]
+        scores = jnp.where(seen[None], scores, -jnp.inf)
+        new_top = jnp.maximum(top, scores.max(1))
+        weights = jnp.exp(scores - new_top[:, None])
+        fade = jnp.exp(top - new_top)
+        total = fade * total + weights.sum(1)
+        more = _dot("NVS,NST->NVT", v, weights.astype(v.dtype))
+        out = fade[:, None] * out + more
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(a, b, i * n, a.ndim - 1)
+            for a, b in zip(state, (new_top, total, out), strict=True)
+        )
+
+      before = jnp.maximum(j * size - start, 0) // n
+      return jax.lax.fori_loop(before, n_queries // n, chunk, state)
+
+    heads = q.shape[0]
+    state = (
+        jnp.full_like(q, -jnp.inf, jnp.float32, (heads, n_queries)),
+        jnp.zeros_like(q, jnp.float32, (heads, n_queries)),
+        jnp.zeros_like(q, jnp.float32, (heads, values.shape[1], n_queries)),
+    )
+    end = jnp.minimum(start + n_queries, length)
+    state = jax.lax.fori_loop(0, -(-end // size), block, state)
+    _, total, out = state
+    return (out / total[:, None]).astype(q.dtype)
+
+  out = jax.lax.map(sequence, (q, kept, start))
+  return jnp.moveaxis(out, 3, 1)

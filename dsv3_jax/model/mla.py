@@ -112,46 +112,107 @@ def mla(
   return manual.total(y, "model")
 
 
+# --- against a cache ---
+#
+# A cache keeps of every position its latent and its rotated key, joined: what
+# all heads read alike, [B, S, R + H].
+
+
+def served(p: schema.Params, cfg: config.MLA) -> schema.Params:
+  """The parameters as `absorbed` and `chunk` read them.
+
+  Up-projections of keys [N, P, R] and of values [N, R, V] are apart, a matrix a
+  head: their product with queries and mixtures then needs no copy.
+  """
+  up_k, up_v = jnp.split(p["kv_up"], [cfg.nope_dim], axis=-1)
+  rest = {name: w for name, w in p.items() if name != "kv_up"}
+  return rest | {
+      "up_k": jnp.einsum("RNP->NPR", up_k),
+      "up_v": jnp.einsum("RNV->NRV", up_v),
+  }
+
+
+def _new(
+    p: schema.Params,
+    x: jax.Array,
+    kept: jax.Array,
+    start: jax.Array,
+    cfg: config.MLA,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """Queries of new tokens, their positions, and the cache with them written.
+
+  What would be behind the end of the cache is not written.
+  """
+  positions = start[:, None] + jnp.arange(x.shape[1])[None]
+  angle = rope.angles(positions, _frequencies(cfg))
+  q_nope, q_rope = queries(p, x, angle, cfg)
+  new = jnp.concatenate(latents(p, x, angle, cfg), axis=-1)
+  row = jnp.arange(len(kept))[:, None]
+  kept = kept.at[row, positions].set(new.astype(kept.dtype), mode="drop")
+  return q_nope, q_rope, positions, kept
+
+
 def absorbed(
     p: schema.Params,
     x: jax.Array,
-    cache: tuple[jax.Array, jax.Array],
+    kept: jax.Array,
     start: jax.Array,
     cfg: config.MLA,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  """Attention of new tokens against a latent cache, without expanding it.
+) -> tuple[jax.Array, jax.Array]:
+  """Attention of a few new tokens, without expanding the cache.
 
   The key up-projection moves into the query and the value up-projection behind
-  the weighted sum, so that all heads read the same latent.
+  the weighted sum, so that all heads read the same latent: the form for decode.
 
   Args:
-    p: parameters of `specs`.
-    x: [B, T, D] at positions start .. start + T - 1.
-    cache: latents [B, S, R] and rotated keys [B, S, H]; positions before start
-      are filled.
-    start: [] int32.
+    p: parameters of `served`.
+    x: [B, T, D], row b at positions start[b] .. start[b] + T - 1.
+    kept: [B, S, R + H] cache; positions before start are filled.
+    start: [B] int32.
     cfg: the attention.
 
   Returns:
     [B, T, D] and the cache with the new positions written.
   """
-  positions = start + jnp.arange(x.shape[1])
-  angle = rope.angles(positions, _frequencies(cfg))
-  q_nope, q_rope = queries(p, x, angle, cfg)
-  latent, k_rope = (
-      jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, 1)
-      for old, new in zip(cache, latents(p, x, angle, cfg), strict=True)
+  q_nope, q_rope, positions, kept = _new(p, x, kept, start, cfg)
+  q = jnp.einsum("BTNP,NPR->BTNR", q_nope, p["up_k"])
+  q = jnp.concatenate([q, q_rope], axis=-1) / cfg.divisor
+  scores = jnp.einsum(
+      "BTNC,BSC->BTNS",
+      q.astype(kept.dtype),
+      kept,
+      preferred_element_type=jnp.float32,
   )
-  up_k, up_v = jnp.split(p["kv_up"], [cfg.nope_dim], axis=-1)
-  q_latent = jnp.einsum("BTNP,RNP->BTNR", q_nope, up_k)
-  scores = jnp.einsum("BTNR,BSR->BNTS", q_latent, latent)
-  scores = scores + jnp.einsum("BTNH,BSH->BNTS", q_rope, k_rope)
-  scores = scores.astype(jnp.float32) / cfg.divisor
-  visible = positions[:, None] >= jnp.arange(latent.shape[1])[None]
-  weights = jax.nn.softmax(
-      jnp.where(visible[None, None], scores, -jnp.inf), axis=-1
-  )
-  mixed = jnp.einsum("BNTS,BSR->BTNR", weights.astype(latent.dtype), latent)
-  out = jnp.einsum("BTNR,RNV->BTNV", mixed, up_v)
-  y = jnp.einsum("BTNV,NVD->BTD", out, p["out"])
-  return manual.total(y, "model"), (latent, k_rope)
+  visible = jnp.arange(kept.shape[1])[None, None] <= positions[..., None]
+  scores = jnp.where(visible[:, :, None], scores, -jnp.inf)
+  weights = jax.nn.softmax(scores, axis=-1).astype(kept.dtype)
+  mixed = jnp.einsum("BTNS,BSC->BTNC", weights, kept)[..., : cfg.kv_rank]
+  out = jnp.einsum("BTNR,NRV->BTNV", mixed.astype(x.dtype), p["up_v"])
+  return manual.total(gemm.linear(out, p["out"], 2), "model"), kept
+
+
+def chunk(
+    p: schema.Params,
+    x: jax.Array,
+    kept: jax.Array,
+    start: jax.Array,
+    cfg: config.MLA,
+) -> tuple[jax.Array, jax.Array]:
+  """Attention of many new tokens: the form for prefill.
+
+  Keys and values are expanded from the latents, a block of the cache at a time,
+  so that memory depends on the chunk and not on what was before it.
+  Arguments and results are those of `absorbed`.
+  """
+  q_nope, q_rope, _, kept = _new(p, x, kept, start, cfg)
+  q = jnp.concatenate([q_nope, q_rope], axis=-1) / cfg.divisor
+
+  def expand(block):
+    latent, k_rope = jnp.split(block.astype(x.dtype), [cfg.kv_rank], axis=-1)
+    k_nope = jnp.einsum("SR,NPR->NSP", latent, p["up_k"])
+    k_rope = jnp.broadcast_to(k_rope, (*k_nope.shape[:2], cfg.rope_dim))
+    v = jnp.einsum("SR,NRV->NVS", latent, p["up_v"])
+    return jnp.concatenate([k_nope, k_rope], axis=-1), v
+
+  out = attention.extend(jnp.swapaxes(q, 1, 2), kept, start, expand)
+  return manual.total(gemm.linear(out, p["out"], 2), "model"), kept

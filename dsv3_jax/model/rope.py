@@ -42,8 +42,8 @@ def yarn_frequencies(
 
 
 def angles(positions: jax.Array, freqs: np.ndarray) -> jax.Array:
-  """Rotation angles [T, dim/2] of integer positions [T]."""
-  return jnp.outer(positions.astype(jnp.float32), freqs)
+  """Rotation angles [..., dim/2] of integer positions [...]."""
+  return jnp.multiply.outer(positions.astype(jnp.float32), freqs)
 
 
 @jax.custom_vjp

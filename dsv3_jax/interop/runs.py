@@ -1,20 +1,50 @@
-"""The parameters of a workdir: of its newest checkpoint, or imported ones."""
+"""What the folder of a run holds: its configuration and its parameters."""
 
+import json
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
 
 from dsv3_jax import checkpoint
 from dsv3_jax import config
+from dsv3_jax import presets
 from dsv3_jax import schema
 from dsv3_jax import train
 from dsv3_jax.interop import placing
 from dsv3_jax.interop import weights
 from dsv3_jax.parallel import layouts
-from experiments import common
 
-CHECKPOINTS = "checkpoints"
+CONFIG, CHECKPOINTS = "config.json", "checkpoints"
+_FACTS = {"variant", "seed", "settings"}
+
+
+def read_config(workdir: pathlib.Path) -> dict[str, Any]:
+  """The config.json of a run: its variant, its seed and all its settings.
+
+  Raises:
+    ValueError: there is none, or it is not one.
+  """
+  path = workdir / CONFIG
+  try:
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    if not (isinstance(facts["settings"], dict) and facts.keys() >= _FACTS):
+      raise ValueError
+  except OSError as error:
+    raise ValueError(
+        f"--workdir={workdir}: holds no run, {path.name} is missing"
+    ) from error
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f"{path}: is not the configuration of a run") from error
+  return facts
+
+
+def run_of(facts: dict[str, Any]) -> config.Run:
+  """The run that a config.json describes."""
+  base = next(iter(presets.PRESETS.values()))
+  settings = facts["settings"].items()
+  return config.override(base, *(f"{path}={value}" for path, value in settings))
 
 
 def newest(
@@ -34,7 +64,7 @@ def newest(
 
   Raises:
     ValueError: it is damaged, or there is no average.
-    NoCheckpointError: there is none.
+    checkpoint.MissingError: there is none.
   """
   if average and not run.optim.ema_decay:
     raise ValueError(f"{folder}: has no average, optim.ema_decay is 0")
@@ -43,11 +73,11 @@ def newest(
     return _imported(weights.open_weights(imported), run, mesh)
   saved = folder / CHECKPOINTS
   if not saved.is_dir():
-    raise common.NoCheckpointError(f"{folder}: has no checkpoints yet")
+    raise checkpoint.MissingError(f"{folder}: has no checkpoints yet")
   checkpoints = checkpoint.manager(saved, run.checkpoint)
   try:
     if (step := checkpoints.latest_step()) is None:
-      raise common.NoCheckpointError(f"{folder}: has no finished checkpoint")
+      raise checkpoint.MissingError(f"{folder}: has no finished checkpoint")
     like = train.abstract_state(run, mesh)
     state, _ = checkpoint.restore(checkpoints, step, like)
     params = state.params
