@@ -14,7 +14,7 @@ ORDER = (
     " plan"
 ).split()
 # Where communication may be written by hand.
-MANUAL = ("parallel", "train", "evals")
+MANUAL = ("parallel", "train", "evals", "infer")
 # Flags and the environment are read at the edge only; files are data, never
 # code; other frameworks stay outside.
 FORBIDDEN_IMPORTS = (

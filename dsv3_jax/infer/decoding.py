@@ -4,6 +4,7 @@
 donates the cache.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -37,18 +38,31 @@ def _block(
     kept: jax.Array,
     start: jax.Array,
     cfg: config.Model,
-    attend: Attention,
-    experts: moe.Experts | None,
-) -> tuple[jax.Array, jax.Array]:
+    how: "How",
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+  """A layer's output, its cache, and the load [E] of its experts."""
   h = layers.rms_norm(p["mla_norm"], x, cfg.norm_eps)
-  y, kept = attend(p["mla"], h, kept, start, cfg.mla)
+  y, kept = how.attend(p["mla"], h, kept, start, cfg.mla)
   x = x + y
   h = layers.rms_norm(p["ffn_norm"], x, cfg.norm_eps)
   if "bias" not in p:
-    return x + swiglu.swiglu(p["ffn"], h), kept
+    return x + swiglu.swiglu(p["ffn"], h), kept, None
   n_slots = x.shape[0] * x.shape[1] * cfg.router.top_k
-  experts = experts or local_experts(n_slots)
-  return x + moe.moe(p["ffn"], h, p["bias"], cfg, experts)[0], kept
+  experts = how.experts or local_experts(n_slots)
+  y, stats = moe.moe(p["ffn"], h, p["bias"], cfg, experts, how.valid)
+  return x + y, kept, stats.load
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+  """How tokens are read."""
+
+  attend: Attention = mla.absorbed  # or `mla.chunk`, for many of each row
+  valid: jax.Array | None = None  # [B, T] bool: the others go to no expert
+  experts: moe.Experts | None = None  # None: all on this device
+
+
+ABSORBED = How()
 
 
 def read(
@@ -57,10 +71,8 @@ def read(
     tokens: jax.Array,
     start: jax.Array,
     cfg: config.Model,
-    *,
-    attend: Attention = mla.absorbed,
-    experts: moe.Experts | None = None,
-) -> tuple[jax.Array, kvcache.Cache]:
+    how: How = ABSORBED,
+) -> tuple[jax.Array, kvcache.Cache, jax.Array]:
   """Reads the next tokens of every slot with the main model.
 
   Args:
@@ -69,18 +81,21 @@ def read(
     tokens: [B, T] int32; row b is at positions start[b] ...
     start: [B] int32.
     cfg: the model.
-    attend: `mla.absorbed` for a few tokens, `mla.chunk` for many.
-    experts: how the routed experts are computed, if not on this device.
+    how: in which way.
 
   Returns:
-    States after the last layer, [B, T, D], before the final norm, and the
-    cache with those positions filled.
+    States after the last layer, [B, T, D], before the final norm; the cache
+    with those positions filled; load of the experts, [n_moe_layers, E] int32.
   """
-  x, filled = params["embed"][tokens], []
+  x, filled, loads = params["embed"][tokens], [], []
   for p, kept in zip(params["layers"], cache["main"], strict=True):
-    x, kept = _block(p, x, kept, start, cfg, attend, experts)
+    x, kept, load = _block(p, x, kept, start, cfg, how)
     filled.append(kept)
-  return x, cache | {"main": tuple(filled)}
+    if load is not None:
+      loads.append(load)
+  none = jnp.zeros((0, cfg.router.n_experts), jnp.int32)
+  load = jnp.stack(loads) if loads else none
+  return x, cache | {"main": tuple(filled)}, load
 
 
 def read_mtp(
@@ -90,32 +105,30 @@ def read_mtp(
     ahead: jax.Array,
     start: jax.Array,
     cfg: config.Model,
-    *,
-    attend: Attention = mla.absorbed,
-    experts: moe.Experts | None = None,
-) -> tuple[jax.Array, jax.Array, kvcache.Cache]:
+    how: How = ABSORBED,
+) -> tuple[jax.Array, jax.Array, kvcache.Cache, jax.Array]:
   """The same with the first MTP module (section 2.2).
 
   Args:
-    params, cache, start, cfg, attend, experts: as in `read`.
+    params, cache, start, cfg, how: as in `read`.
     hidden: [B, T, D], the state that the module reads at its positions.
     ahead: [B, T] int32, the token after each of them.
 
   Returns:
     States after its own norm, which the head reads, [B, T, D]; the states that
-    a further module would read; the cache.
+    a further module would read; the cache; load of its experts, [E] int32.
   """
   kept, = cache["mtp"]
 
   def block(p, x, bias):
     del bias  # with the others
-    return _block(p, x, kept, start, cfg, attend, experts)
+    x, *told = _block(p, x, kept, start, cfg, how)
+    return x, told
 
-  embedded = params["embed"][ahead]
-  out, onward, kept = mtp.module(
-      params["mtp"][0], None, hidden, embedded, cfg, block
+  out, onward, (kept, load) = mtp.module(
+      params["mtp"][0], None, hidden, params["embed"][ahead], cfg, block
   )
-  return out, onward, cache | {"mtp": (kept,)}
+  return out, onward, cache | {"mtp": (kept,)}, load
 
 
 def final(params: served.Served, x: jax.Array, cfg: config.Model) -> jax.Array:

@@ -7,26 +7,26 @@ a request gets depends on its prompt, settings and seed alone.
 
 import collections
 import dataclasses
-import functools
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
+from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax import config
-from dsv3_jax.infer import decoding
 from dsv3_jax.infer import kvcache
+from dsv3_jax.infer import placement
+from dsv3_jax.infer import programs
 from dsv3_jax.infer import sampling
 from dsv3_jax.infer import served
 from dsv3_jax.infer import speculation
-from dsv3_jax.model import mla
-from dsv3_jax.model import moe
+from dsv3_jax.infer import units
 
 STOP, LENGTH = "stop", "length"  # why a text ended
+MANY = 100  # loads on devices that are added up on the host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,24 +74,13 @@ class Stats:
     return self.rows / self.tokens if self.tokens else 0.0
 
 
-@flax.struct.dataclass
-class _Chunk:
-  """A part of a prompt; what is behind the first n tokens is padding."""
-
-  tokens: jax.Array  # [1, T] int32
-  ahead: jax.Array  # [1, T] int32, the token after each
-  start: jax.Array  # [1] int32, position of the first
-  n: jax.Array  # [] int32
-  slot: jax.Array  # [] int32
-  how: sampling.Settings
-
-
 @dataclasses.dataclass
 class _Active:
   """A request in a slot."""
 
   number: int
   request: Request
+  slot: int
   written: int = 0
 
 
@@ -107,33 +96,40 @@ class Engine:
       max_len: int = 4096,
       chunk: int = 512,
       n_drafts: int = 0,
-      experts: moe.Experts | None = None,
+      unit: units.Unit | None = None,
+      placed: placement.Placement | None = None,
   ):
     """An engine with an empty cache.
 
     Args:
-      params: of `served.params`; their type is that of the cache.
+      params: of `served.params`; their type is that of the cache. With a unit,
+        of `units.place`.
       cfg: the model.
       n_slots: texts at the same time.
       max_len: positions of a text, prompt included.
       chunk: tokens of a prompt that are read together, a power of two.
       n_drafts: tokens that the MTP module drafts in a cycle.
-      experts: how the routed experts are computed, if not on one device.
+      unit: of devices that serve together; None: one device.
+      placed: with a unit, where the experts are in the parameters.
 
     Raises:
       ValueError: a number is out of range, or there is no MTP module to draft.
     """
     problems = _problems(cfg, n_slots, max_len, chunk, n_drafts)
+    if unit:
+      problems += units.problems(unit, cfg, n_slots)
     if problems:
       raise ValueError("\n".join(problems))
     self.cfg, self.n_slots, self.max_len = cfg, n_slots, max_len
     self.chunk, self.n_drafts = chunk, n_drafts
     self.stats, self.submitted = Stats(), 0
-    self._params, self._experts = params, experts
+    self._params, self._unit, self._placed = params, unit, placed
+    self._n_shards = unit.n_shards if unit else 1
     self._free = list(range(n_slots))[::-1]
     self._active: dict[int, _Active] = {}
     self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
     self._state: speculation.State | None = None
+    self._load, self._pending = None, []
 
   # --- requests ---
 
@@ -189,7 +185,7 @@ class Engine:
     """Reads the prompts that there are free slots for; then one cycle."""
     events = []
     while self._free and self._waiting:
-      events += self._admit(*self._waiting.popleft())
+      events += self._admit()
     return events + self._cycle() if self._active else events
 
   def run(self, requests: Iterable[Request]) -> Iterator[Event]:
@@ -208,6 +204,39 @@ class Engine:
           self.submit(request)
       yield from self.step()
 
+  # --- experts ---
+
+  @property
+  def load(self) -> np.ndarray:
+    """Tokens that each routed expert got, [n, E] int64, since `rebalance`.
+
+    Of the main model's layers, then of the MTP modules: the first one's if it
+    drafts, else 0.
+    """
+    shape = self.cfg.n_routers, self.cfg.router.n_experts
+    if self._load is None:
+      self._load = np.zeros(shape, np.int64)
+    for load in jax.device_get(self._pending):
+      self._load[: len(load)] += load
+    self._pending = []
+    return self._load.copy()
+
+  def imbalance(self) -> np.ndarray:
+    """Largest over mean load of the unit's devices, [n] of each router."""
+    load = self._unit.load(self.load, self.cfg)
+    devices = self._placed.loads(load, self._unit.n_devices)
+    return placement.imbalance(devices)
+
+  def rebalance(self) -> None:
+    """Places experts anew for the load since the last time; counts from 0.
+
+    What is being written goes on as if nothing had been done.
+    """
+    args = self._unit, self.cfg
+    new = units.best_placement(self.load, *args)
+    self._params = units.move(self._params, self._placed, new, *args)
+    self._placed, self._load = new, None
+
   # --- the slots ---
 
   def _need(self, request: Request) -> int:
@@ -224,13 +253,12 @@ class Engine:
     if self._state is None:
       self._state = self._empty(n)
     elif n > kvcache.length(self._state.cache):
-      self._state = _grow(self._state, n)
+      self._state = programs.grow(self._state, n)
 
   def _empty(self, n: int) -> speculation.State:
     b, k, dtype = self.n_slots, self.n_drafts, self._params["embed"].dtype
     zeros = jnp.zeros((b, k + 1), jnp.int32)
-    how = sampling.settings(0, 1, 0, 0)
-    return speculation.State(
+    state = speculation.State(
         cache=kvcache.empty(
             kvcache.specs(self.cfg, b, n, dtype, drafting=k > 0)
         ),
@@ -238,51 +266,99 @@ class Engine:
         n=jnp.ones(b, jnp.int32),
         start=jnp.zeros(b, jnp.int32),
         hidden=jnp.zeros((b, k + 1, self.cfg.d_model), dtype) if k else None,
-        how=jax.tree.map(lambda a: jnp.repeat(jnp.asarray(a), b), how),
+        how=jax.tree.map(jnp.asarray, sampling.joined([(0, 1, 0, 0)] * b)),
     )
+    return self._put(state)
 
-  def _admit(self, number: int, request: Request) -> list[Event]:
-    """Reads a prompt into a free slot and draws the first token."""
-    slot, n = self._free.pop(), len(request.prompt)
-    self._active[slot] = _Active(number, request)
-    self._room(self._need(request))
-    how = request.temperature, request.top_p, request.top_k, request.seed
-    ids = np.asarray(request.prompt, np.int32)
-    for start in range(0, n, self.chunk):
-      here = ids[start : start + self.chunk]
-      size = kvcache.bucket(here.size, self.chunk)
-      ahead = ids[start + 1 : start + 1 + here.size]
-      piece = _Chunk(
-          tokens=_padded(here, size),
-          ahead=_padded(ahead, size),
-          start=np.int32([start]),
-          n=np.int32(here.size),
-          slot=np.int32(slot),
-          how=sampling.settings(*how),
-      )
-      self._state, first = _prefill(
+  def _put(self, rows: Any) -> Any:
+    """Arrays with a row for each text, or for each shard, where they belong."""
+    if not self._unit:
+      return rows
+    sharding = jax.NamedSharding(self._unit.mesh, self._unit.batch)
+    return jax.device_put(rows, sharding)
+
+  def _next(self) -> dict[int, _Active]:
+    """Gives slots to waiting requests, one a shard at most; by shard."""
+    found, size = {}, self.n_slots // self._n_shards
+    for slot in self._free[::-1]:
+      if self._waiting and slot // size not in found:
+        self._free.remove(slot)
+        active = _Active(*self._waiting.popleft(), slot=slot)
+        self._active[slot] = found[slot // size] = active
+    return found
+
+  def _admit(self) -> list[Event]:
+    """Reads prompts into free slots, and draws their first tokens."""
+    admitted, events = self._next(), []
+    requests = {shard: a.request for shard, a in admitted.items()}
+    self._room(max(map(self._need, requests.values())))
+    longest = max(len(r.prompt) for r in requests.values())
+    mode = _mode(requests.values())
+    for start in range(0, longest, self.chunk):
+      chunk = self._chunk(admitted, start)
+      self._state, first, load = programs.prefill(
           self._params,
           self._state,
-          piece,
+          self._put(chunk),
           cfg=self.cfg,
-          mode=sampling.mode([how[:3]]),
-          experts=self._experts,
+          mode=mode,
+          unit=self._unit,
       )
-    self.stats.prompt_tokens += n
-    token, logprob = jax.device_get(first)
-    return self._written(slot, token[0, :1], logprob[0, :1])
+      self._pending.append(load)
+      done = [
+          shard
+          for shard, request in requests.items()
+          if start < len(request.prompt) <= start + self.chunk
+      ]
+      if done:
+        tokens, logprobs = jax.device_get(first)
+      for shard in done:
+        self.stats.prompt_tokens += len(requests[shard].prompt)
+        events += self._written(
+            admitted[shard].slot, tokens[shard], logprobs[shard]
+        )
+    return events
+
+  def _chunk(self, admitted: dict[int, _Active], start: int) -> programs.Chunk:
+    """Tokens of prompts from a position on."""
+    n_rows, size = self._n_shards, self.n_slots // self._n_shards
+    here = {
+        shard: a.request.prompt[start : start + self.chunk + 1]
+        for shard, a in admitted.items()
+    }
+    n = np.zeros(n_rows, np.int32)
+    for shard, ids in here.items():
+      n[shard] = min(len(ids), self.chunk)
+    width = kvcache.bucket(int(n.max()), self.chunk)
+    ids = np.zeros((n_rows, width + 1), np.int32)
+    slot, how = np.zeros(n_rows, np.int32), [(0.0, 1.0, 0, 0)] * n_rows
+    for shard, active in admitted.items():
+      ids[shard, : len(here[shard])] = here[shard]
+      slot[shard] = active.slot % size
+      how[shard] = _how(active.request)
+    return programs.Chunk(
+        tokens=ids[:, :-1],
+        ahead=ids[:, 1:],
+        start=np.full(n_rows, start, np.int32),
+        n=n,
+        slot=slot,
+        how=sampling.joined(how),
+    )
 
   def _cycle(self) -> list[Event]:
-    rows = [active.request for active in self._active.values()]
-    mode = sampling.mode([(r.temperature, r.top_p, r.top_k) for r in rows])
-    self._state, written = _cycle(
+    in_use = np.isin(np.arange(self.n_slots), list(self._active))
+    self._state, written, load = programs.cycle(
         self._params,
         self._state,
+        self._put(in_use),
         cfg=self.cfg,
-        mode=mode,
-        experts=self._experts,
+        mode=_mode(a.request for a in self._active.values()),
+        unit=self._unit,
     )
+    self._pending.append(load)
     written = jax.device_get(written)
+    if len(self._pending) > MANY:
+      self._load = self.load
     self.stats.cycles += 1
     events = []
     for slot in sorted(self._active):
@@ -347,64 +423,9 @@ def _problems(
   return found
 
 
-def _padded(ids: np.ndarray, n: int) -> np.ndarray:
-  """[1, n]; what is behind the ids is never read."""
-  return np.pad(ids, (0, n - ids.size))[None]
+def _how(request: Request) -> tuple[float, float, int, int]:
+  return request.temperature, request.top_p, request.top_k, request.seed
 
 
-# --- programs ---
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("cfg", "mode", "experts"),
-    donate_argnames="state",
-)
-def _cycle(params, state, *, cfg, mode, experts):
-  return speculation.cycle(params, state, cfg, mode, experts)
-
-
-@functools.partial(jax.jit, static_argnames="n", donate_argnames="state")
-def _grow(state, n):
-  return state.replace(cache=kvcache.grow(state.cache, n))
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("cfg", "mode", "experts"),
-    donate_argnames="state",
-)
-def _prefill(params, state, chunk, *, cfg, mode, experts):
-  """Reads a chunk into a slot, and draws what follows it."""
-  slot, start, how = chunk.slot, chunk.start, chunk.how
-  row = jax.tree.map(
-      lambda a: jax.lax.dynamic_slice_in_dim(a, slot, 1), state.cache
-  )
-  read = {"cfg": cfg, "attend": mla.chunk, "experts": experts}
-  x, row = decoding.read(params, row, chunk.tokens, start, **read)
-  last = jax.lax.dynamic_slice_in_dim(x, chunk.n - 1, 1, axis=1)
-  normed = decoding.final(params, last, cfg)
-  logits = decoding.logits(params, normed)
-  p = sampling.probabilities(logits, how, mode)
-  position = start[:, None] + chunk.n
-  token = sampling.draw(p, how.seed, position, sampling.FINAL, mode)
-  put = lambda a, new: jax.lax.dynamic_update_slice_in_dim(a, new, slot, 0)
-  places, hidden = ((0, 0), (0, state.tokens.shape[1] - 1)), state.hidden
-  if hidden is not None:
-    # The MTP module reads the last position here without its next token, and
-    # again with it in the first cycle.
-    states = speculation.mtp_input(x, decoding.final(params, x, cfg), cfg)
-    *_, row = decoding.read_mtp(
-        params, row, states, chunk.ahead, start, **read
-    )
-    of_last = speculation.mtp_input(last, normed, cfg)
-    hidden = put(hidden, jnp.pad(of_last, (*places, (0, 0))))
-  state = state.replace(
-      cache=jax.tree.map(put, state.cache, row),
-      tokens=put(state.tokens, jnp.pad(token, places)),
-      n=put(state.n, jnp.ones_like(start)),
-      start=put(state.start, start + chunk.n - 1),
-      hidden=hidden,
-      how=jax.tree.map(put, state.how, how),
-  )
-  return state, (token, speculation.logprobs(logits, token))
+def _mode(requests: Iterable[Request]) -> str:
+  return sampling.mode([_how(request)[:3] for request in requests])

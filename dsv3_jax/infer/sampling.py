@@ -29,16 +29,11 @@ class Settings:
   seed: jax.Array  # [B] uint32
 
 
-def settings(
-    temperature: float, top_p: float, top_k: int, seed: int
-) -> Settings:
-  """Those of one row, on the host."""
-  return Settings(
-      np.float32([temperature]),
-      np.float32([top_p]),
-      np.int32([top_k]),
-      np.uint32([seed]),
-  )
+def joined(rows: Sequence[tuple[float, float, int, int]]) -> Settings:
+  """Those of rows of (temperature, top_p, top_k, seed), on the host."""
+  types = np.float32, np.float32, np.int32, np.uint32
+  columns = zip(*rows, strict=True)
+  return Settings(*map(np.array, columns, types))
 
 
 def problems(

@@ -4,6 +4,8 @@ A program that loops over a stack of layers copies each of them out of it, all
 its experts included, for every token.
 """
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 from dsv3_jax import config
 from dsv3_jax import schema
 from dsv3_jax.model import mla
+from dsv3_jax.model import transformer
 
 Served = dict[str, Any]
 
@@ -56,3 +59,58 @@ def _layer(
 ) -> schema.Params:
   p = p | {"mla": mla.served(p["mla"], cfg.mla)}
   return p if bias is None else p | {"bias": bias[i]}
+
+
+def specs(cfg: config.Model) -> schema.Specs:
+  """Shapes and logical axes of what `params` returns."""
+  tree, router = transformer.specs(cfg), cfg.router.n_experts
+
+  def bare(spec):
+    return dataclasses.replace(spec, dims=spec.dims[1:])
+
+  def layer(stacked, routed):
+    p = jax.tree.map(bare, stacked)
+    p = p | {"mla": mla.served_specs(p["mla"], cfg.mla)}
+    bias = schema.ParamSpec((("scores", router),), jax.nn.initializers.zeros)
+    return p | {"bias": bias} if routed else p
+
+  layers = [
+      layer(tree[kind], kind == "moe")
+      for kind, n in (("dense", cfg.n_dense_layers), ("moe", cfg.n_moe_layers))
+      for _ in range(n)
+  ]
+  modules = [
+      jax.tree.map(bare, tree["mtp"])
+      | {"block": layer(tree["mtp"]["block"], True)}
+      for _ in range(cfg.mtp.depth)
+  ]
+  head = tree["head"]
+  return {
+      "embed": tree["embed"],
+      "norm": tree["norm"],
+      "head": dataclasses.replace(head, dims=head.dims[::-1]),
+      "layers": tuple(layers),
+      "mtp": tuple(modules),
+  }
+
+
+def _blocks(tree: Any) -> list[Any]:
+  return [*tree["layers"], *(module["block"] for module in tree["mtp"])]
+
+
+def mixtures(tree: Any) -> list[Any]:
+  """The "ffn" of all blocks with a router, of the MTP modules last."""
+  return [block["ffn"] for block in _blocks(tree) if "bias" in block]
+
+
+def with_mixtures(tree: Any, new: Sequence[Any]) -> Any:
+  """The same tree with others in their place."""
+  rest = iter(new)
+  blocks = iter([
+      block | {"ffn": next(rest)} if "bias" in block else block
+      for block in _blocks(tree)
+  ])
+  return tree | {
+      "layers": tuple(next(blocks) for _ in tree["layers"]),
+      "mtp": tuple(m | {"block": next(blocks)} for m in tree["mtp"]),
+  }

@@ -66,28 +66,36 @@ def _at(a: jax.Array, index: jax.Array) -> jax.Array:
 def _draft(
     params: served.Served,
     state: State,
-    n_drafts: int,
+    active: jax.Array,
     cfg: config.Model,
     mode: str,
     experts: moe.Experts | None,
-) -> tuple[jax.Array, jax.Array, kvcache.Cache]:
-  """Drafts [B, k], what each was drawn from [B, k, C], and the cache."""
-  read = functools.partial(decoding.read_mtp, params, cfg=cfg, experts=experts)
-  out, onward, cache = read(
-      state.cache, state.hidden, state.tokens, state.start
+) -> tuple[jax.Array, jax.Array, kvcache.Cache, jax.Array]:
+  """Drafts [B, k], what each was drawn from [B, k, C], cache, load [1, E]."""
+  n_drafts = state.tokens.shape[1] - 1
+  read = functools.partial(decoding.read_mtp, params, cfg=cfg)
+  valid = jnp.arange(n_drafts + 1)[None] < state.n[:, None]
+  how = decoding.How(valid=valid & active[:, None], experts=experts)
+  out, onward, cache, load = read(
+      state.cache, state.hidden, state.tokens, state.start, how=how
   )
   out, onward = _at(out, state.n - 1), _at(onward, state.n - 1)
   position = state.start + state.n  # of the last known token
+  how = decoding.How(valid=active[:, None], experts=experts)
   tokens, given = [], []
   for i in range(n_drafts):
     if i:
-      out, onward, cache = read(cache, onward, tokens[-1], position + i - 1)
+      out, onward, cache, more = read(
+          cache, onward, tokens[-1], position + i - 1, how=how
+      )
+      load = load + more
     q = sampling.probabilities(decoding.logits(params, out), state.how, mode)
     ahead = position[:, None] + i + 1
     purpose = sampling.DRAFT
     tokens.append(sampling.draw(q, state.how.seed, ahead, purpose, mode))
     given.append(q)
-  return jnp.concatenate(tokens, 1), jnp.concatenate(given, 1), cache
+  drafts, q = jnp.concatenate(tokens, 1), jnp.concatenate(given, 1)
+  return drafts, q, cache, load[None]
 
 
 def judge(
@@ -138,32 +146,42 @@ def judge(
 def cycle(
     params: served.Served,
     state: State,
+    active: jax.Array,
     cfg: config.Model,
     mode: str,
     experts: moe.Experts | None = None,
-) -> tuple[State, Written]:
+) -> tuple[State, Written, jax.Array]:
   """One cycle of all slots.
 
   Args:
     params: of `served.params`.
     state: of the slots; k is one less than its places for tokens.
+    active: [B] bool, slots in use; the others' tokens go to no expert.
     cfg: the model.
     mode: of all rows, see `sampling.mode`.
     experts: how the routed experts are computed, if not on this device.
+
+  Returns:
+    The state; what was written; tokens that each routed expert got, [n, E]
+    int32, of the MTP module last if it drafts.
   """
   n_drafts, how = state.tokens.shape[1] - 1, state.how
   last, position = _at(state.tokens, state.n - 1), state.start + state.n
-  cache, drafts = state.cache, last[:, :0]
+  cache, drafts, loads = state.cache, last[:, :0], []
   if n_drafts:
-    drafts, q, cache = _draft(params, state, n_drafts, cfg, mode, experts)
-  x, cache = decoding.read(
+    drafts, q, cache, load = _draft(params, state, active, cfg, mode, experts)
+    loads.append(load)
+  tokens = jnp.concatenate([last, drafts], axis=1)
+  valid = jnp.broadcast_to(active[:, None], tokens.shape)
+  x, cache, load = decoding.read(
       params,
       cache,
-      jnp.concatenate([last, drafts], axis=1),
+      tokens,
       position,
       cfg,
-      experts=experts,
+      decoding.How(valid=valid, experts=experts),
   )
+  load = jnp.concatenate([load, *loads])
   hidden = decoding.final(params, x, cfg)
   logits = decoding.logits(params, hidden)
   p = sampling.probabilities(logits, how, mode)
@@ -182,7 +200,7 @@ def cycle(
       hidden=mtp_input(x, hidden, cfg) if n_drafts else None,
       how=how,
   )
-  return state, Written(tokens, n, logprobs(logits, tokens))
+  return state, Written(tokens, n, logprobs(logits, tokens)), load
 
 
 def mtp_input(

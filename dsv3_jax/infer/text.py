@@ -6,7 +6,9 @@
 """
 
 import dataclasses
+import functools
 import pathlib
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
@@ -37,6 +39,7 @@ MAX_LEN = 4096
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}  # and recipes
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
+Parameters = tuple[schema.Params, jax.Array]  # and router bias, in float32
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 
@@ -85,7 +88,10 @@ class Writer:
 
     Raises:
       ValueError: one cannot be served.
+      RuntimeError: the engine has other requests, whose events would be lost.
     """
+    if self.engine.busy:
+      raise RuntimeError("the engine has other requests; end them first")
     first, texts = self.engine.submitted, {}
 
     def requests():
@@ -131,13 +137,22 @@ class Writer:
 
 
 def encode(tok: tokenizers.Tokenizer, prompt: Prompt) -> list[int]:
-  """Token ids of a prompt; a text begins with BOS."""
+  """Token ids of a prompt; a text begins with BOS.
+
+  Raises:
+    ValueError: it holds what is no character, or a role that there is not.
+  """
   if isinstance(prompt, str):
+    try:
+      prompt.encode()
+    except UnicodeEncodeError as error:
+      raise ValueError(f"prompt: is not Unicode text: {error}") from error
     ids = tok.encode(prompt, add_special_tokens=False).ids
     return [tokenizer.BOS_ID, *ids]
-  if prompt and isinstance(prompt[0], Mapping):
-    return chat.encode(tok, prompt)
-  return list(prompt)
+  parts = list(prompt)
+  if parts and isinstance(parts[0], Mapping):
+    return chat.encode(tok, parts)
+  return parts
 
 
 class _Text:
@@ -145,17 +160,15 @@ class _Text:
 
   def __init__(self, tok: tokenizers.Tokenizer, stops: Sequence[str]):
     self._tok, self._stops = tok, stops
-    self._ids: list[int] = []  # of characters that are not complete
-    self._held = ""  # may begin a stop string
+    # Tokens since characters were complete, and how many characters of them
+    # have been read.
+    self._ids: list[int] = []
+    self._n = 0
+    self._held = ""  # read, but may begin a stop string
 
   def add(self, event: engine_lib.Event) -> tuple[str, str]:
     """What can be shown more, and why the text ends here, if it does."""
-    if event.ended != engine_lib.STOP:
-      self._ids.append(event.token)
-    new = self._tok.decode(self._ids)
-    if new.endswith(_UNFINISHED) and not event.ended:
-      return "", ""
-    self._ids, text = [], self._held + new
+    text = self._held + self._read(event)
     found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
     if found:
       return text[: min(found)], engine_lib.STOP
@@ -164,6 +177,20 @@ class _Text:
     shown = len(text) - max((_overlap(text, s) for s in self._stops), default=0)
     self._held = text[shown:]
     return text[:shown], ""
+
+  def _read(self, event: engine_lib.Event) -> str:
+    """The characters that a token completes."""
+    if event.ended != engine_lib.STOP:
+      self._ids.append(event.token)
+    new = self._tok.decode(self._ids)[self._n :]
+    # Only the last can be unfinished: those before it stand for bytes that are
+    # no character whatever follows.
+    if new.endswith(_UNFINISHED) and not event.ended:
+      new = new[:-1]
+      self._n += len(new)
+    else:
+      self._ids, self._n = [], 0
+    return new
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -175,72 +202,142 @@ def _overlap(text: str, stop: str) -> int:
 # --- from a folder ---
 
 
-def load(
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How texts are to be written."""
+
+  dtype: str = "float32"  # of parameters and cache, one of DTYPES
+  n_slots: int = 8  # texts at the same time
+  max_len: int | None = None  # None: MAX_LEN, or what YaRN extends to if less
+  chunk: int = 512  # tokens of a prompt that are read together
+  n_drafts: int = 0  # tokens that the MTP module drafts at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """The model of a folder and its tokenizer; no parameter has been read."""
+
+  model: config.Model
+  tok: tokenizers.Tokenizer
+  read: Callable[[jax.sharding.Mesh, bool], Parameters]  # with those of MTP?
+
+  def problems(self, options: Options, *asks: Ask) -> list[str]:
+    """What is wrong with options, or with asks of their writer, a line each."""
+    found = []
+    if options.dtype not in DTYPES:
+      known = ", ".join(DTYPES)
+      found.append(f"dtype={options.dtype}: must be one of {known}")
+    try:
+      # Only what writes needs parameters.
+      writer = Writer(self._engine({}, options), self.tok)
+      for ask in asks:
+        writer.request(ask)
+    except ValueError as error:
+      found += str(error).splitlines()
+    return found
+
+  def writer(self, options: Options) -> Writer:
+    """Reads the parameters.
+
+    Raises:
+      ValueError: an option is out of range, or parameters cannot be read.
+      checkpoint.MissingError: the run has no checkpoint.
+    """
+    if problems := self.problems(options):
+      raise ValueError("\n".join(problems))
+    cfg, mesh = self._cfg(options), topology.mesh({})
+    params, bias = self.read(mesh, cfg.mtp.depth > 0)
+    if not cfg.mtp.depth:
+      params.pop("mtp", None)
+    parts = params, bias[: cfg.n_routers]
+    params, bias = topology.on_first_device(parts, mesh)
+    made = _served(params, bias, cfg=cfg, recipe=DTYPES[options.dtype])
+    return Writer(self._engine(made, options), self.tok)
+
+  def _cfg(self, options: Options) -> config.Model:
+    """The model as it is served: with MTP modules only if they draft."""
+    if options.n_drafts:
+      return self.model
+    return config.override(self.model, "mtp.depth=0")
+
+  def _engine(
+      self, params: served.Served, options: Options
+  ) -> engine_lib.Engine:
+    max_len = options.max_len
+    if max_len is None:
+      max_len = int(min(MAX_LEN, self.model.mla.yarn.max_len))
+    return engine_lib.Engine(
+        params,
+        self._cfg(options),
+        n_slots=options.n_slots,
+        max_len=max_len,
+        chunk=options.chunk,
+        n_drafts=options.n_drafts,
+    )
+
+
+def find(
     folder: str | pathlib.Path,
     *,
-    dtype: str = "float32",
     average: bool = False,
-    max_len: int | None = None,
-    n_drafts: int = 0,
-    **options: Any,
-) -> Writer:
-  """A writer with the model of a folder.
+    ignore_auto_map: bool = False,
+    follow_links: bool = False,
+) -> Found:
+  """Looks at a folder.
 
   Args:
     folder: of a run with a checkpoint or imported parameters, or of a released
       checkpoint in safetensors.
-    dtype: of parameters and cache, one of DTYPES.
     average: the average of a run's parameters instead.
-    max_len: of prompt and text in tokens; None: MAX_LEN, or what YaRN extends
-      to if that is less.
-    n_drafts: tokens that the MTP module drafts at a time.
-    **options: the others of `engine.Engine`.
+    ignore_auto_map, follow_links: of a released checkpoint, as in
+      `hf.open_folder`.
+
+  Raises:
+    ValueError: it does not hold a model and its tokenizer.
+  """
+  folder = pathlib.Path(folder)
+  if is_released(folder):
+    if average:
+      raise ValueError(f"{folder}: a released checkpoint has no average")
+    source = hf.open_folder(
+        folder, ignore_auto_map=ignore_auto_map, follow_links=follow_links
+    )
+    path, model = folder / tokens.TOKENIZER, source.model
+    read = functools.partial(_read_released, source)
+  else:
+    run = runs.run_of(runs.read_config(folder))
+    path, model = folder / "data" / tokens.TOKENIZER, run.model
+    read = lambda mesh, _: runs.newest(folder, run, mesh, average=average)
+  tok = tokenizer.load(path)
+  tokenizer.check_fits(tok, model.vocab_size)
+  return Found(model, tok, read)
+
+
+def load(
+    folder: str | pathlib.Path, *, average: bool = False, **options: Any
+) -> Writer:
+  """A writer with the model of a folder; options are those of `Options`.
 
   Raises:
     ValueError: the folder does not hold such a model and its tokenizer, or an
       option is out of range.
     checkpoint.MissingError: the run has no checkpoint.
   """
-  if dtype not in DTYPES:
-    raise ValueError(f"dtype={dtype}: must be one of {', '.join(DTYPES)}")
-  params, bias, cfg, tok = read(pathlib.Path(folder), average)
-  if not n_drafts:
-    params.pop("mtp", None)
-    bias, cfg = bias[: cfg.n_moe_layers], config.override(cfg, "mtp.depth=0")
-  made = _served(params, bias, cfg=cfg, recipe=DTYPES[dtype])
-  del params
-  if max_len is None:
-    max_len = int(min(MAX_LEN, cfg.mla.yarn.max_len))
-  engine = engine_lib.Engine(
-      made, cfg, max_len=max_len, n_drafts=n_drafts, **options
-  )
-  return Writer(engine, tok)
-
-
-def read(
-    folder: pathlib.Path, average: bool
-) -> tuple[schema.Params, jax.Array, config.Model, tokenizers.Tokenizer]:
-  """Parameters and router bias in float32, the model, its tokenizer."""
-  mesh = topology.mesh({})
-  if is_released(folder):
-    if average:
-      raise ValueError(f"{folder}: a released checkpoint has no average")
-    source = hf.open_folder(folder)
-    tok = tokenizer.load(folder / tokens.TOKENIZER)
-    run = hf_config.run(source.facts, source.model)
-    layout = layouts.layout(run, mesh.shape)
-    parts = placing.load(source, layout, mesh, np.float32)
-  else:
-    run = runs.run_of(runs.read_config(folder))
-    tok = tokenizer.load(folder / "data" / tokens.TOKENIZER)
-    parts = runs.newest(folder, run, mesh, average=average)
-  tokenizer.check_fits(tok, run.model.vocab_size)
-  return *topology.on_first_device(parts, mesh), run.model, tok
+  return find(folder, average=average).writer(Options(**options))
 
 
 def is_released(folder: pathlib.Path) -> bool:
   """Whether a folder holds a released checkpoint, not a run."""
   return (folder / hf.INDEX).exists() or (folder / hf.SINGLE).exists()
+
+
+def _read_released(
+    source: hf.Released, mesh: jax.sharding.Mesh, drafting: bool
+) -> Parameters:
+  source = source if drafting else source.main_only()
+  run = hf_config.run(source.facts, source.model)
+  layout = layouts.layout(run, mesh.shape)
+  return placing.load(source, layout, mesh, np.float32)
 
 
 @jax.jit(static_argnames=("cfg", "recipe"))

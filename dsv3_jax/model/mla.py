@@ -1,5 +1,6 @@
 """Multi-head latent attention (arXiv:2412.19437, section 2.1.1)."""
 
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +130,19 @@ def served(p: schema.Params, cfg: config.MLA) -> schema.Params:
   return rest | {
       "up_k": jnp.einsum("RNP->NPR", up_k),
       "up_v": jnp.einsum("RNV->NRV", up_v),
+  }
+
+
+def served_specs(tree: schema.Specs, cfg: config.MLA) -> schema.Specs:
+  """Those of `served`, from those of a layer."""
+  up = tree["kv_up"]
+  rank, heads, _ = up.dims
+  rest = {name: spec for name, spec in tree.items() if name != "kv_up"}
+  to_k = heads, ("qk", cfg.nope_dim), rank
+  to_v = heads, rank, ("v", cfg.v_dim)
+  return rest | {
+      name: dataclasses.replace(up, dims=dims)
+      for name, dims in (("up_k", to_k), ("up_v", to_v))
   }
 
 

@@ -62,6 +62,7 @@ def moe(
     bias: jax.Array,
     cfg: config.Model,
     experts: Experts = LOCAL,
+    valid: jax.Array | None = None,
 ) -> tuple[jax.Array, Stats]:
   """One mixture layer; no token is ever dropped.
 
@@ -71,6 +72,7 @@ def moe(
     bias: [E] f32 router bias.
     cfg: the model.
     experts: computes the routed experts' weighted sum.
+    valid: [B, T] bool, tokens that are no padding; the others go to no expert.
 
   Returns:
     y [B, T, D] and what is to be told of it.
@@ -78,6 +80,8 @@ def moe(
   with jax.named_scope("router"):
     routing = router.route(p["router"], x, bias, cfg.router)
     balance = router.balance_loss(routing.scores, routing.experts, cfg.router)
+  if valid is not None:
+    routing = router.masked(routing, valid)
   with jax.named_scope("experts"):
     k = cfg.router.top_k
     chosen = routing.experts.reshape(-1, k)

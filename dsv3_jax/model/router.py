@@ -73,6 +73,14 @@ def route(
   return Routing(experts, gates, scores, load)
 
 
+def masked(routing: Routing, valid: jax.Array) -> Routing:
+  """The same, where tokens that are not valid [B, T] choose none: expert E."""
+  n_experts = routing.load.size
+  experts = jnp.where(valid[..., None], routing.experts, n_experts)
+  load = _multi_hot(experts, n_experts).sum((0, 1), dtype=jnp.int32)
+  return routing.replace(experts=experts, load=load)
+
+
 def _multi_hot(experts: jax.Array, n_experts: int) -> jax.Array:
   """[..., K] indices -> [..., E] bool."""
   return jax.nn.one_hot(experts, n_experts, dtype=jnp.bool_).any(-2)

@@ -52,6 +52,7 @@ def experts(
     *,
     rounds: str = "auto",
     apart: bool = False,
+    group: Axes = topology.EXPERTS,
 ) -> moe.Experts:
   """The routed experts of a mesh.
 
@@ -63,8 +64,9 @@ def experts(
     cfg: routing rules: how many experts, of which a token chooses how many.
     rounds: `one` of the rows there can be, `many` of those expected; `auto`.
     apart: keep the weights' gradients apart, see `experts.grouped_ffn`.
+    group: mesh axes that the experts are divided over, nodes first.
   """
-  axes = topology.used(sizes, topology.EXPERTS)
+  axes = topology.used(sizes, group)
   local = experts_lib.grouped_ffn
   if apart:
     local = functools.partial(local, apart=True)
@@ -77,6 +79,8 @@ def experts(
   if len(axes) == 1 and form == "two_hop":
     form = "one_hop"
   sent = functools.partial(traffic.copies, sizes=sizes, cfg=cfg, form=form)
+  if group != topology.EXPERTS:
+    sent = moe.LOCAL.sent
   if form == "gather":
     return moe.Experts(
         functools.partial(_gathered, axes=axes, inner=local), sent
@@ -88,7 +92,7 @@ def experts(
   if form == "one_hop":
     hop = _Hop(axes, axes, swap, n_devices=1, fanout=cfg.top_k, slack=slack)
     return moe.Experts(functools.partial(exchange, hop, inner=local), sent)
-  n_nodes, n_places = (sizes[axis] for axis in axes)
+  n_nodes, n_places = sizes[axes[0]], topology.extent(sizes, axes[1:])
   # A group of experts inside one node: tokens reach no more nodes than groups.
   aligned = cfg.n_groups % n_nodes == 0
   fanout = cfg.top_groups if aligned else cfg.top_k

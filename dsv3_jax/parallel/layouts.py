@@ -93,9 +93,12 @@ def placement(
   the other dims that it divides evenly; where there is none, the parameter is
   whole along that axis.
   """
-  divided = dict(rules.divided)
-  dims = [topology.used(sizes, divided.get(axis, ())) for axis in param.axes]
-  taken = {axis for dim in dims for axis in dim}
+  divided, dims, taken = dict(rules.divided), [], set()
+  for axis in param.axes:
+    axes = topology.used(sizes, divided.get(axis, ()))
+    # Of two dims over the same mesh axis the first is divided.
+    dims.append(tuple(a for a in axes if a not in taken))
+    taken.update(axes)
   slices = {
       i: ()
       for i, (axis, _) in enumerate(param.dims)

@@ -1,0 +1,128 @@
+"""What an engine compiles: a cycle, a chunk of prompts, a longer cache."""
+
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax import config
+from dsv3_jax.infer import decoding
+from dsv3_jax.infer import kvcache
+from dsv3_jax.infer import sampling
+from dsv3_jax.infer import served
+from dsv3_jax.infer import speculation
+from dsv3_jax.infer import units
+from dsv3_jax.model import mla
+
+
+@flax.struct.dataclass
+class Chunk:
+  """Parts of prompts, one for each shard of the slots.
+
+  What is behind the first n tokens is padding; of a shard that has no prompt to
+  read n is 0.
+  """
+
+  tokens: jax.Array  # [R, T] int32
+  ahead: jax.Array  # [R, T] int32, the token after each
+  start: jax.Array  # [R] int32, position of the first
+  n: jax.Array  # [R] int32
+  slot: jax.Array  # [R] int32, counted in the shard
+  how: sampling.Settings
+
+
+@functools.partial(
+    jax.jit, static_argnames=("cfg", "mode", "unit"), donate_argnames="state"
+)
+def cycle(
+    params: served.Served,
+    state: speculation.State,
+    in_use: jax.Array,
+    *,
+    cfg: config.Model,
+    mode: str,
+    unit: units.Unit | None,
+) -> tuple[speculation.State, speculation.Written, jax.Array]:
+  """`speculation.cycle` of all slots, on one device or on a unit's."""
+  experts = units.experts(unit, cfg) if unit else None
+
+  def local(params, state, in_use):
+    return speculation.cycle(params, state, in_use, cfg, mode, experts)
+
+  return units.mapped(local, unit)(params, state, in_use)
+
+
+@functools.partial(jax.jit, static_argnames="n")
+def grow(state: speculation.State, n: int) -> speculation.State:
+  """The same with a cache of n positions."""
+  return state.replace(cache=kvcache.grow(state.cache, n))
+
+
+@functools.partial(
+    jax.jit, static_argnames=("cfg", "mode", "unit"), donate_argnames="state"
+)
+def prefill(
+    params: served.Served,
+    state: speculation.State,
+    chunk: Chunk,
+    *,
+    cfg: config.Model,
+    mode: str,
+    unit: units.Unit | None,
+) -> tuple[speculation.State, tuple[jax.Array, jax.Array], jax.Array]:
+  """Reads a chunk of prompts.
+
+  Returns:
+    The state; what follows the last token, drawn with the settings of the
+    text, [R, 1] int32, and its log-probability; load of the experts.
+  """
+  experts = units.experts(unit, cfg) if unit else None
+
+  def local(params, state, chunk):
+    return _read_chunk(params, state, chunk, cfg, mode, experts)
+
+  return units.mapped(local, unit)(params, state, chunk)
+
+
+def _read_chunk(params, state, chunk, cfg, mode, experts):
+  """Reads a chunk of one prompt into a slot, and draws what follows it."""
+  start, how, (n,), (slot,) = chunk.start, chunk.how, chunk.n, chunk.slot
+  row = jax.tree.map(
+      lambda a: jax.lax.dynamic_slice_in_dim(a, slot, 1), state.cache
+  )
+  valid = jnp.arange(chunk.tokens.shape[1])[None] < n
+  read = decoding.How(mla.chunk, valid, experts)
+  x, row, load = decoding.read(params, row, chunk.tokens, start, cfg, read)
+  last = jax.lax.dynamic_slice_in_dim(x, jnp.maximum(n - 1, 0), 1, axis=1)
+  normed = decoding.final(params, last, cfg)
+  logits = decoding.logits(params, normed)
+  p = sampling.probabilities(logits, how, mode)
+  position = start[:, None] + n
+  token = sampling.draw(p, how.seed, position, sampling.FINAL, mode)
+
+  def put(a, new):
+    old = jax.lax.dynamic_slice_in_dim(a, slot, 1)
+    new = jnp.where(n > 0, new.astype(a.dtype), old)
+    return jax.lax.dynamic_update_slice_in_dim(a, new, slot, 0)
+
+  places, hidden = ((0, 0), (0, state.tokens.shape[1] - 1)), state.hidden
+  if hidden is not None:
+    # The MTP module reads the last position here without its next token, and
+    # again with it in the first cycle.
+    states = speculation.mtp_input(x, decoding.final(params, x, cfg), cfg)
+    *_, row, more = decoding.read_mtp(
+        params, row, states, chunk.ahead, start, cfg, read
+    )
+    load = jnp.concatenate([load, more[None]])
+    of_last = speculation.mtp_input(last, normed, cfg)
+    hidden = put(hidden, jnp.pad(of_last, (*places, (0, 0))))
+  state = state.replace(
+      cache=jax.tree.map(put, state.cache, row),
+      tokens=put(state.tokens, jnp.pad(token, places)),
+      n=put(state.n, jnp.ones_like(start)),
+      start=put(state.start, start + n - 1),
+      hidden=hidden,
+      how=jax.tree.map(put, state.how, how),
+  )
+  return state, (token, speculation.logprobs(logits, token)), load
