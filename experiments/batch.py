@@ -1,22 +1,27 @@
 """Many prompts from a file, and their texts into another one.
 
 A line of the prompts is a JSON object: "prompt", "ids" or "messages", that is a
-text, token ids or a conversation, and whatever a text has of its own of
-"max_tokens", "temperature", "top_p", "top_k", "seed" and "stop". Lines without
-a seed have the command's plus their number.
+text, token ids with BOS if there is to be one, or a conversation; and whatever
+a text has of its own of "max_tokens", "temperature", "top_p", "top_k", "seed"
+and "stop". Lines without a seed have the command's plus their number.
 
 A line of the texts has "index", the line of the prompt counted from 0, what the
 line asked for, and "text", "ended", "tokens" and "logprobs"; or "error". They
 are in order when all are there. The same command again goes on where the last
-one stopped; lines that had an error are tried again.
+one stopped; lines that had an error are tried again. It is for the user to see
+that the model is the same.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
+import reprlib
 import sys
 import time
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from typing import IO
@@ -26,18 +31,57 @@ from rich import console
 from rich import progress
 
 from dsv3_jax import fields
+from dsv3_jax.infer import engine
 from dsv3_jax.infer import sampling
 from dsv3_jax.infer import text
 
-FORMS = ("prompt", "ids", "messages")
-_TYPES = {
-    "max_tokens": (int,),
-    "temperature": (int, float),
-    "top_p": (int, float),
-    "top_k": (int,),
-    "seed": (int,),
-    "stop": (list,),
+Row = dict[str, Any]
+
+_BEGIN = b'{"index": '  # of every row
+
+
+def _is_text(value: Any) -> bool:
+  return isinstance(value, str)
+
+
+def _is_integer(value: Any) -> bool:
+  return type(value) is int  # a bool is none
+
+
+def _is_number(value: Any) -> bool:
+  return type(value) in (int, float)
+
+
+def _is_message(value: Any) -> bool:
+  return (
+      isinstance(value, dict)
+      and value.keys() == {"role", "content"}
+      and all(map(_is_text, value.values()))
+  )
+
+
+def _list_of(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
+  return lambda value: isinstance(value, list) and all(map(good, value))
+
+
+# What a line may have: a check of it, and what that wants.
+_FORMS = {
+    "prompt": (_is_text, "a string"),
+    "ids": (_list_of(_is_integer), "a list of integers"),
+    "messages": (
+        _list_of(_is_message),
+        'a list of {"role": ..., "content": ...}',
+    ),
 }
+_SETTINGS = {
+    "max_tokens": (_is_integer, "an integer"),
+    "temperature": (_is_number, "a number"),
+    "top_p": (_is_number, "a number"),
+    "top_k": (_is_integer, "an integer"),
+    "seed": (_is_integer, "an integer"),
+    "stop": (_list_of(_is_text), "a list of strings"),
+}
+_KNOWN = _FORMS | _SETTINGS
 
 
 def problems(settings: Mapping[str, Any]) -> list[str]:
@@ -52,120 +96,127 @@ def problems(settings: Mapping[str, Any]) -> list[str]:
   return found
 
 
+def file_problems(prompts: pathlib.Path, out: pathlib.Path) -> list[str]:
+  """What can be seen to be wrong with the files before a model is there."""
+  found = []
+  if not os.path.isfile(prompts):
+    found.append(f"--prompts={prompts}: there is no such file")
+  if not os.path.isdir(out.parent):
+    found.append(f"--out={out}: there is no such folder")
+  elif os.path.exists(out) and not os.path.isfile(out):
+    found.append(f"--out={out}: is not a file")
+  elif os.path.exists(out) and not found and os.path.samefile(out, prompts):
+    found.append(f"--out={out}: is the file of prompts")
+  return found
+
+
+@contextlib.contextmanager
+def _told(flag: str) -> Iterator[None]:
+  """Makes errors of a file what a user is told."""
+  try:
+    yield
+  except OSError as error:
+    raise ValueError(f"{flag}: {error}") from error
+
+
+# --- prompts ---
+
+
 @dataclasses.dataclass(frozen=True)
 class _Line:
   """A line of the prompts."""
 
   index: int
-  asked: dict[str, Any]  # what is repeated beside the text
-  ask: text.Ask | None
+  asked: Row | None = None  # what is repeated beside the text
+  ask: text.Ask | None = None
   error: str = ""
 
 
-def _ask(row: Any, settings: Mapping[str, Any]) -> tuple[dict, text.Ask]:
-  """What a line asks for, as in its row of texts, and for the writer.
+def _asked(line: bytes, settings: Mapping[str, Any]) -> Row:
+  """What a line asks for, as in its row of texts.
 
   Raises:
-    ValueError: it is none.
+    ValueError: it is none that can be served; not all reasons are seen.
   """
+  row = json.loads(line)
   if not isinstance(row, dict):
-    raise ValueError(f"must be a JSON object, is {type(row).__name__}")
-  forms = [form for form in FORMS if form in row]
+    raise ValueError(f"must be a JSON object, is {reprlib.repr(row)}")
+  found = [
+      f"{name!r} is none of {', '.join(_KNOWN)}{fields.nearest(name, _KNOWN)}"
+      for name in row
+      if name not in _KNOWN
+  ]
+  found += [
+      f"{name}={reprlib.repr(row[name])}: must be {kind}"
+      for name, (good, kind) in _KNOWN.items()
+      if name in row and not good(row[name])
+  ]
+  forms = _FORMS.keys() & row.keys()
   if len(forms) != 1:
-    raise ValueError(f"must have one of {', '.join(FORMS)}; has {forms}")
-  known = (*FORMS, *_TYPES)
-  for name in row.keys() - set(known):
-    raise ValueError(
-        f"{name!r} is none of {', '.join(known)}{fields.nearest(name, known)}"
-    )
-  form = forms[0]
-  asked = {form: row[form]} | dict(settings)
-  for name, types in _TYPES.items():
-    if name in row:
-      if type(row[name]) not in types:
-        raise ValueError(f"{name}={row[name]!r}: must be {_name(types)}")
-      asked[name] = row[name]
-  asked["stop"] = list(asked["stop"])
-  if not all(isinstance(stop, str) for stop in asked["stop"]):
-    raise ValueError(f"stop={asked['stop']!r}: must be a list of strings")
-  _check_form(form, row[form])
-  given = {k: v for k, v in asked.items() if k != form}
-  given["stop"] = tuple(given["stop"])
-  return asked, text.Ask(row[form], **given)
+    found.append(f"must have one of {', '.join(_FORMS)}, has {len(forms)}")
+  if found:
+    raise ValueError("\n".join(found))
+  asked = {form: row[form] for form in forms} | dict(settings) | row
+  # JSON may hold halves of characters, which no file and no tokenizer takes.
+  json.dumps(asked, ensure_ascii=False).encode()
+  return asked
 
 
-def _name(types: tuple[type, ...]) -> str:
-  return {list: "a list of strings", int: "an integer"}.get(
-      types[0] if len(types) == 1 else None, "a number"
-  )
+def _ask(asked: Row) -> text.Ask:
+  settings = {name: asked[name] for name in _SETTINGS}
+  prompt, = (asked[form] for form in _FORMS if form in asked)
+  for name in ("temperature", "top_p"):
+    settings[name] = float(settings[name])
+  return text.Ask(prompt, **settings | {"stop": tuple(settings["stop"])})
 
 
-def _check_form(form: str, value: Any) -> None:
-  if form == "prompt":
-    good = isinstance(value, str)
-    wanted = "a string"
-  elif form == "ids":
-    good = isinstance(value, list) and all(type(i) is int for i in value)
-    wanted = "a list of integers"
-  else:
-    good = isinstance(value, list) and value and all(map(_is_message, value))
-    wanted = 'a list of {"role": ..., "content": ...}, at least one'
-  if not good:
-    raise ValueError(f"{form}={value!r}: must be {wanted}")
-
-
-def _is_message(value: Any) -> bool:
-  return (
-      isinstance(value, dict)
-      and value.keys() == {"role", "content"}
-      and all(isinstance(part, str) for part in value.values())
-  )
-
-
-def _lines(path: pathlib.Path, writer: text.Writer, settings) -> list[_Line]:
+def _lines(
+    path: pathlib.Path, writer: text.Writer, settings: Mapping[str, Any]
+) -> list[_Line]:
   """All lines that are not empty."""
-  try:
+  with _told(f"--prompts={path}"):
     content = path.read_bytes()
-  except OSError as error:
-    raise ValueError(f"--prompts={path}: cannot be read: {error}") from error
   found = []
-  for index, line in enumerate(content.splitlines()):
+  # Other line breaks than this one may stand in a line of JSON.
+  for index, line in enumerate(content.split(b"\n")):
     if not line.strip():
       continue
-    own = settings | {"seed": (settings["seed"] + index) % 2**32}
+    seed = (settings["seed"] + index) % 2**32
+    own = {**settings, "seed": seed, "stop": list(settings["stop"])}
     try:
-      asked, ask = _ask(json.loads(line), own)
+      asked = _asked(line, own)
+      ask = _ask(asked)
       writer.request(ask)
       found.append(_Line(index, asked, ask))
-    except (ValueError, RecursionError) as error:
-      found.append(_Line(index, {}, None, f"line {index + 1}: {error}"))
+    except (ValueError, OverflowError, RecursionError) as error:
+      found.append(_Line(index, error=f"line {index + 1}: {error}"))
   return found
 
 
-# --- what is there ---
+# --- texts ---
 
 
-def _rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+def _rows(path: pathlib.Path) -> Iterator[Row]:
   """Complete rows of texts; one that was being written is left out."""
-  if not path.exists():
-    return
-  try:
-    content = path.read_bytes()
-  except OSError as error:
-    raise ValueError(f"--out={path}: cannot be read: {error}") from error
-  *lines, _ = content.split(b"\n")
+  with _told(f"--out={path}"):
+    content = path.read_bytes() if path.exists() else b""
+  *lines, last = content.split(b"\n")
   for number, line in enumerate(lines, 1):
     try:
       row = json.loads(line)
-      row["index"], row.get("text")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+      good = type(row["index"]) is int and row.keys() & {"error", "text"}
+    except (ValueError, TypeError, KeyError, RecursionError):
+      good = False
+    if not good:
       raise ValueError(
           f"--out={path}: line {number} is no row of texts; take another file"
-      ) from error
+      )
     yield row
+  if last[: len(_BEGIN)] != _BEGIN[: len(last)]:
+    raise ValueError(f"--out={path}: is no file of texts; take another one")
 
 
-def _done(path: pathlib.Path, lines: list[_Line]) -> dict[int, dict[str, Any]]:
+def _done(path: pathlib.Path, lines: list[_Line]) -> dict[int, Row]:
   """Rows of an earlier try, by line.
 
   Raises:
@@ -177,8 +228,7 @@ def _done(path: pathlib.Path, lines: list[_Line]) -> dict[int, dict[str, Any]]:
     if "error" in row:
       continue
     index = row["index"]
-    there = {k: v for k, v in row.items() if k in (*FORMS, *_TYPES)}
-    if there != asked.get(index):
+    if {k: v for k, v in row.items() if k in _KNOWN} != asked.get(index):
       raise ValueError(
           f"--out={path}: holds a text of line {index + 1} that was asked for"
           " otherwise; take another file, or the old prompts and settings"
@@ -187,25 +237,38 @@ def _done(path: pathlib.Path, lines: list[_Line]) -> dict[int, dict[str, Any]]:
   return done
 
 
-def _append(file: IO[str], row: dict[str, Any]) -> None:
+def _append(file: IO[str], row: Row) -> None:
   file.write(json.dumps(row, ensure_ascii=False) + "\n")
   file.flush()
 
 
-def _save(path: pathlib.Path, rows: Mapping[int, dict[str, Any]]) -> None:
+def _save(path: pathlib.Path, rows: Mapping[int, Row]) -> None:
   """The file with these rows, in order; the old one until all are written."""
   partial = path.with_name(f".{path.name}.partial")
-  try:
-    with open(partial, "w", encoding="utf-8") as file:
-      for index in sorted(rows):
-        _append(file, rows[index])
-      os.fsync(file.fileno())
-    os.replace(partial, path)
-  except OSError as error:
-    raise ValueError(f"--out={path}: cannot be written: {error}") from error
+  with open(partial, "w", encoding="utf-8") as file:
+    for index in sorted(rows):
+      _append(file, rows[index])
+    os.fsync(file.fileno())
+  os.replace(partial, path)
 
 
-# --- writing ---
+def _written(writer: text.Writer, todo: list[_Line]) -> Iterator[Row]:
+  """Rows as their texts end."""
+  parts = {}
+  for piece in writer.stream(line.ask for line in todo):
+    texts, tokens, logprobs = parts.setdefault(piece.ask, ([], [], []))
+    texts.append(piece.text)
+    tokens.append(piece.token)
+    logprobs.append(round(piece.logprob, 6))
+    if piece.ended:
+      line = todo[piece.ask]
+      yield {"index": line.index} | line.asked | {
+          "text": "".join(texts),
+          "ended": piece.ended,
+          "tokens": tokens,
+          "logprobs": logprobs,
+      }
+      del parts[piece.ask]
 
 
 def write(
@@ -225,51 +288,33 @@ def write(
   Raises:
     ValueError: a file cannot be read or written, or `out` is of other prompts.
   """
-  lines = _lines(prompts, writer, dict(settings))
+  lines = _lines(prompts, writer, settings)
   if not lines:
     raise ValueError(f"--prompts={prompts}: holds no line")
+  out = pathlib.Path(os.path.realpath(out))  # what a link leads to
   rows = _done(out, lines)
-  # An unfinished last row, and those with errors, go.
-  _save(out, rows)
-  bad = [line for line in lines if line.error]
-  rows |= {b.index: {"index": b.index, "error": b.error} for b in bad}
-  todo = [x for x in lines if x.index not in rows]
-  start = time.perf_counter()
-  try:
+  todo = [x for x in lines if x.index not in rows and not x.error]
+  bad = [{"index": x.index, "error": x.error} for x in lines if x.error]
+  start, n_tokens = time.perf_counter(), 0
+  with _told(f"--out={out}"):
+    # An unfinished last row, and those with errors, go.
+    _save(out, rows)
     with open(out, "a", encoding="utf-8") as file, _bar() as bar:
-      for line in bad:
-        _append(file, rows[line.index])
       task = bar.add_task("texts", total=len(lines), speed="")
       bar.update(task, completed=len(rows))
-      for row in _texts(writer, todo):
+      for row in itertools.chain(bad, _written(writer, todo)):
         rows[row["index"]] = row
         _append(file, row)
-        bar.update(task, advance=1, speed=_speed(writer, start))
-  except OSError as error:
-    raise ValueError(f"--out={out}: cannot be written: {error}") from error
-  _save(out, rows)
-  _summary(writer, len(todo), len(bad), time.perf_counter() - start)
-
-
-def _texts(
-    writer: text.Writer, todo: list[_Line]
-) -> Iterator[dict[str, Any]]:
-  """Rows as their texts end."""
-  parts = [([], [], []) for _ in todo]
-  for piece in writer.stream(line.ask for line in todo):
-    texts, tokens, logprobs = parts[piece.ask]
-    texts.append(piece.text)
-    tokens.append(piece.token)
-    logprobs.append(round(piece.logprob, 6))
-    if piece.ended:
-      line = todo[piece.ask]
-      yield {"index": line.index} | line.asked | {
-          "text": "".join(texts),
-          "ended": piece.ended,
-          "tokens": tokens,
-          "logprobs": logprobs,
-      }
-      parts[piece.ask] = ([], [], [])
+        n_tokens += len(row.get("tokens", ()))
+        speed = n_tokens / (time.perf_counter() - start)
+        bar.update(task, advance=1, speed=f"{speed:.0f} tokens/s")
+    _save(out, rows)
+  seconds = time.perf_counter() - start
+  _tell(f"{len(todo)} texts, {n_tokens} tokens in {seconds:.1f} s")
+  if writer.engine.stats.drafts:
+    _tell(drafted(writer.engine.stats))
+  if bad:
+    _tell(f"{len(bad)} lines had an error, see their rows")
 
 
 def _bar() -> progress.Progress:
@@ -283,21 +328,13 @@ def _bar() -> progress.Progress:
   return progress.Progress(*columns, console=console.Console(stderr=True))
 
 
-def _speed(writer: text.Writer, start: float) -> str:
-  rate = writer.engine.stats.tokens / (time.perf_counter() - start)
-  return f"{rate:.0f} tokens/s"
+def _tell(line: str) -> None:
+  print(line, file=sys.stderr)
 
 
-def _summary(
-    writer: text.Writer, n_texts: int, n_bad: int, seconds: float
-) -> None:
-  stats = writer.engine.stats
-  say = lambda line: print(line, file=sys.stderr)
-  say(f"{n_texts} texts, {stats.tokens} tokens in {seconds:.1f} s")
-  if stats.drafts:
-    say(
-        f"of {stats.drafts} drafts {stats.acceptance:.0%} accepted:"
-        f" {stats.calls_per_token:.2f} passes of the main model a token"
-    )
-  if n_bad:
-    say(f"{n_bad} lines had an error, see their rows")
+def drafted(stats: engine.Stats) -> str:
+  """What drafts were good for."""
+  return (
+      f"of {stats.drafts} drafts {stats.acceptance:.0%} accepted:"
+      f" {stats.calls_per_token:.2f} passes of the main model a token"
+  )

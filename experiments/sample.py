@@ -7,6 +7,7 @@
 With --prompts, many texts at the same time: see `experiments/batch.py`.
 """
 
+import math
 import pathlib
 import sys
 import time
@@ -14,8 +15,12 @@ from typing import Any
 
 from absl import flags
 
+from dsv3_jax.infer import engine
 from dsv3_jax.infer import text
+from dsv3_jax.infer import units
+from dsv3_jax.parallel import topology
 from experiments import batch
+from experiments import cluster
 from experiments import common
 
 _PROMPT = flags.DEFINE_string("prompt", "", "what the text starts with")
@@ -42,14 +47,36 @@ _MAX_LEN = flags.DEFINE_integer(
 _CHUNK = flags.DEFINE_integer("chunk", 512, "tokens of a prompt read at once")
 _COMPUTE = flags.DEFINE_string("compute", "float32", "or bfloat16")
 _EMA = flags.DEFINE_bool("ema", False, "the averaged parameters")
+_UNIT = flags.DEFINE_string(
+    "unit", "decode", "with --mesh, how it divides the model, or prefill"
+)
+_REDUNDANT = flags.DEFINE_integer(
+    "redundant", None, "more slots than experts; default: as many as must be"
+)
+_REBALANCE = flags.DEFINE_integer(
+    "rebalance", 0, "cycles after which experts are placed anew; 0: never"
+)
+# Of a released checkpoint, as for `scripts.convert`.
+_AUTO_MAP = flags.DEFINE_bool(
+    "ignore_auto_map",
+    False,
+    "accept a config.json that names code, which is not run",
+    allow_override=True,
+)
+_LINKS = flags.DEFINE_bool(
+    "follow_links", False, "shards may be links", allow_override=True
+)
 
-# Options of the engine, and their flags.
+# Those of all experiments that mean something here.
+_SHARED = ("workdir", "seed", "mesh")
+# Options of `text.Options` that are flags by another name.
 _FLAGS = {
     "n_slots": "slots",
     "n_drafts": "drafts",
-    "max_len": "max_len",
-    "chunk": "chunk",
     "dtype": "compute",
+    "kind": "unit",
+    "n_redundant": "redundant",
+    "rebalance_every": "rebalance",
 }
 
 
@@ -65,76 +92,132 @@ def _settings() -> dict[str, Any]:
   }
 
 
+def _ask() -> text.Ask:
+  return text.Ask(_PROMPT.value, **_settings())
+
+
+def _mesh() -> dict[str, int]:
+  return common.parse_mesh(flags.FLAGS.mesh)[0]
+
+
+def _options() -> text.Options:
+  deployment, n_slots = None, _SLOTS.value
+  if mesh := _mesh():
+    deployment = units.Deployment(mesh, _UNIT.value, _REDUNDANT.value)
+  if not _PROMPTS.value and n_slots > 0:
+    n_slots = topology.extent(mesh, topology.BATCH)
+  return text.Options(
+      dtype=_COMPUTE.value,
+      n_slots=n_slots,
+      max_len=_MAX_LEN.value,
+      chunk=_CHUNK.value,
+      n_drafts=max(_DRAFTS.value, 0) if _SPECULATIVE.value else 0,
+      deployment=deployment,
+      rebalance_every=_REBALANCE.value,
+  )
+
+
 def _problems() -> list[str]:
-  args, problems = flags.FLAGS, []
-  if not args.workdir:
+  """What is wrong with the flags, whatever the model."""
+  problems = [
+      f"--{flag.name}: means nothing here"
+      for flag in flags.FLAGS.get_flags_for_module(common.__name__)
+      if flag.present and flag.name not in _SHARED
+  ]
+  problems += common.parse_mesh(flags.FLAGS.mesh)[1]
+  problems += [
+      f"--{flag.name}: means nothing without --mesh"
+      for flag in (flags.FLAGS[h.name] for h in (_UNIT, _REDUNDANT, _REBALANCE))
+      if flag.present and not flags.FLAGS.mesh
+  ]
+  if not flags.FLAGS.workdir:
     problems.append("--workdir is missing: the folder of a training run")
   if bool(_PROMPTS.value) != bool(_OUT.value):
     problems.append("--prompts and --out: one needs the other")
+  elif _OUT.value:
+    problems += batch.file_problems(*_files())
   if _PROMPTS.value and _PROMPT.value:
     problems.append("--prompt and --prompts: give one of them")
-  if _SPECULATIVE.value and _DRAFTS.value < 1:
+  if _DRAFTS.value < 1:
     problems.append(f"--drafts={_DRAFTS.value}: must be at least 1")
-  found = batch.problems(_settings())
-  return problems + [f"--{line}" for line in found]
+  return problems + list(map(_of_flag, batch.problems(_settings())))
 
 
-def _load() -> text.Writer:
-  try:
-    return text.load(
-        pathlib.Path(flags.FLAGS.workdir),
-        dtype=_COMPUTE.value,
-        average=_EMA.value,
-        n_drafts=_DRAFTS.value if _SPECULATIVE.value else 0,
-        n_slots=_SLOTS.value if _PROMPTS.value else 1,
-        max_len=_MAX_LEN.value,
-        chunk=_CHUNK.value,
-    )
-  except ValueError as error:
-    raise type(error)(_as_flags(str(error))) from error
+def _of_flag(problem: str) -> str:
+  """A problem of `name=value`, with the name that the flag has."""
+  name, equals, rest = problem.partition("=")
+  return f"--{_FLAGS.get(name, name)}{equals}{rest}"
 
 
-def _as_flags(message: str) -> str:
-  """What the engine calls its options, as the flags are called."""
-  for name, flag in _FLAGS.items():
-    message = message.replace(f"{name}=", f"--{flag}=")
-  return message
+def _found(problems: list[str]) -> text.Found:
+  """The model that the flags ask for.
+
+  Args:
+    problems: that there are already; all are told together.
+  """
+  found, problems = None, [*problems]
+  if folder := flags.FLAGS.workdir:
+    try:
+      found = text.find(
+          folder,
+          average=_EMA.value,
+          ignore_auto_map=_AUTO_MAP.value,
+          follow_links=_LINKS.value,
+      )
+      # Bad settings have been told already.
+      asks = [] if problems or _PROMPTS.value else [_ask()]
+      problems += map(_of_flag, found.problems(_options(), *asks))
+    except ValueError as error:
+      problems += str(error).splitlines()
+  if problems:
+    raise ValueError("\n".join(problems))
+  return found
+
+
+def _files() -> tuple[pathlib.Path, pathlib.Path]:
+  return pathlib.Path(_PROMPTS.value), pathlib.Path(_OUT.value)
 
 
 def _show(writer: text.Writer) -> None:
   """Prints the prompt and what follows it, piece by piece."""
-  start = time.perf_counter()
+  start, n = time.perf_counter(), 0
   print(_PROMPT.value, end="", flush=True)
-  for piece in writer.write(_PROMPT.value, **_settings()):
-    print(piece, end="", flush=True)
+  for piece in writer.stream([_ask()]):
+    print(piece.text, end="", flush=True)
+    n += 1
   print()
   if _SPECULATIVE.value:
-    _tell(writer, time.perf_counter() - start)
-
-
-def _tell(writer: text.Writer, seconds: float) -> None:
-  stats = writer.engine.stats
-  print(
-      f"{stats.tokens} tokens in {seconds:.1f} s, compiling included; of"
-      f" {stats.drafts} drafts {stats.acceptance:.0%} accepted:"
-      f" {stats.calls_per_token:.2f} passes of the main model a token",
-      file=sys.stderr,
-  )
+    print(
+        f"{n} tokens in {time.perf_counter() - start:.1f} s, compiling"
+        f" included; {batch.drafted(writer.engine.stats)}",
+        file=sys.stderr,
+    )
 
 
 def sample() -> None:
   """Writes the texts that the flags ask for."""
-  if problems := common.parse_flags(sys.argv) or _problems():
+  problems = common.parse_flags(sys.argv)
+  if not flags.FLAGS.is_parsed():  # a value of the wrong type
     raise ValueError("\n".join(problems))
-  writer = _load()
-  if not _PROMPTS.value:
+  problems += _problems()
+  if (n := math.prod(_mesh().values())) > 1:
+    cluster.use_virtual_devices(n, spare_threads=True)
+  writer = _found(problems).writer(_options())
+  if _PROMPTS.value:
+    batch.write(writer, *_files(), _settings())
+  else:
     _show(writer)
-    return
-  batch.write(
-      writer,
-      pathlib.Path(_PROMPTS.value),
-      pathlib.Path(_OUT.value),
-      _settings(),
+  if _mesh():
+    _tell_balance(writer.engine)
+
+
+def _tell_balance(made: engine.Engine) -> None:
+  """How even the load of the devices was, each time that experts moved."""
+  found = [*made.stats.imbalance, made.imbalance().mean()]
+  print(
+      "largest over mean load of the devices, mean over layers: "
+      + ", ".join(f"{value:.2f}" for value in found),
+      file=sys.stderr,
   )
 
 

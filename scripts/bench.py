@@ -1,15 +1,22 @@
-"""How fast is training on this machine, and how fast is `transformers`?
+"""How fast is this package on this machine, and how fast is `transformers`?
 
-  python -m scripts.bench --what=train --shape=S --json
-  python -m scripts.bench --what=train --shape=S --against=transformers
+  python -m scripts.bench --what=train,prefill,decode --shape=S --json
+  python -m scripts.bench --what=decode --shape=S --against=transformers
   python -m scripts.bench --what=train --shape=S --precision=fp8 --against=bf16
 
-Prints one line a metric. Both sides train the shape on random token ids with
-AdamW and gradient clipping, without MTP: in float32, or each in a precision of
-its own (FP8 is emulated on CPU). With `--against` the two take turns, round by
-round, each in a process of its own that sleeps while the other one runs; the
-ratio is that of neighbouring rounds, so that a machine which slows down for a
-while slows both.
+Prints one line a metric. All is without MTP and on random token ids.
+
+`train`: steps of AdamW with gradient clipping; in float32, or each side in a
+precision of its own (FP8 is emulated on CPU). `prefill`: reads a prompt of 2048
+tokens for the logits of its last one. `decode`: reads prompts of 128 tokens and
+writes 128 more behind each, always the most likely one: a prompt alone, and 16
+at the same time; only what is written counts as tokens, all of the time does.
+These two are in float32.
+
+With `--against` the two sides take turns, round by round, each in a process of
+its own that sleeps while the other one runs; the ratio is that of neighbouring
+rounds, so that a machine which slows down for a while slows both. Every batch
+of every `--what` has processes of its own.
 """
 
 import contextlib
@@ -26,6 +33,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from absl import app
 from absl import flags
 
@@ -33,13 +41,16 @@ from dsv3_jax import config
 from dsv3_jax import presets
 from scripts import bench_worker
 
-WHAT = ("train",)
+WHAT = ("train", "prefill", "decode")
 SHAPES = ("S", "M", "tiny")
 PRECISIONS = ("fp32", "bf16", "fp8")
 RIVALS = ("transformers", *PRECISIONS)
 ROUND_S = 4.0  # about as long is a round; it is of whole steps
+PREFILL = 2048  # tokens of the prompt that is only read
+PROMPT, NEW = 128, 128  # tokens of `decode`
+BATCHES = (1, 16)  # of `decode`
 OURS = "dsv3_jax"
-OVERRIDES = ("mtp.depth=0",)  # transformers trains without MTP
+OVERRIDES = ("mtp.depth=0",)  # transformers is without MTP
 # Keeps freed memory: getting it back from the system costs torch page faults.
 RIVAL_ENV = {
     "MALLOC_MMAP_MAX_": "0",
@@ -47,7 +58,7 @@ RIVAL_ENV = {
     "MALLOC_TOP_PAD_": "67108864",
 }
 
-_WHAT = flags.DEFINE_list("what", list(WHAT), f"Any of: {', '.join(WHAT)}.")
+_WHAT = flags.DEFINE_list("what", ["train"], f"Any of: {', '.join(WHAT)}.")
 _SHAPE = flags.DEFINE_enum("shape", "S", SHAPES, "Model and batch.")
 _JSON = flags.DEFINE_bool("json", False, "One JSON object a line.")
 _PRECISION = flags.DEFINE_enum("precision", "fp32", PRECISIONS, "Of ours.")
@@ -90,24 +101,74 @@ def active_weights(model: config.Model) -> int:
   )
 
 
-def train_flops_per_token(model: config.Model, seq_len: int) -> float:
-  """Matmul FLOPs of forward and backward for one token, without MTP.
+def forward_flops(model: config.Model, n_tokens: int, n_logits: int) -> int:
+  """Matmul FLOPs of one text's forward pass, without MTP.
 
-  Forward: 2 a weight of `active_weights`, and for each layer and head
-  2 * (qk_dim + v_dim) for each of the (seq_len + 1) / 2 positions that a token
-  attends to on average. The backward pass computes two products for each one
-  of the forward pass: 3 times as much in all. Recomputation is not counted.
+  For each token 2 a weight of `active_weights`, the head's only where its
+  logits are wanted; and for each layer, head and pair of a token with one that
+  it attends to 2 * (qk_dim + v_dim). Keys and values count once for each token,
+  as if a cache held them: a cache of latents makes others of it, with more
+  FLOPs.
+
+  Args:
+    model: its sizes.
+    n_tokens: that are read, at once or one after the other.
+    n_logits: tokens that the head is applied to.
   """
   mla = model.mla
-  attention = (
-      model.n_layers
-      * mla.n_heads
-      * 2
-      * (mla.qk_dim + mla.v_dim)
-      * (seq_len + 1)
-      / 2
-  )
-  return 3 * (2 * active_weights(model) + attention)
+  head = model.d_model * model.vocab_size
+  pairs = n_tokens * (n_tokens + 1) // 2
+  attention = model.n_layers * mla.n_heads * (mla.qk_dim + mla.v_dim) * pairs
+  layers = n_tokens * (active_weights(model) - head)
+  return 2 * (layers + attention + n_logits * head)
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+  """What is measured: one step of a worker.
+
+  Attributes:
+    what: of `WHAT`.
+    batch: texts of a step.
+    prompt: tokens of each that are there.
+    new: tokens that are written behind them, one after the other.
+  """
+
+  what: str
+  batch: int
+  prompt: int
+  new: int = 0
+
+  @property
+  def seq(self) -> int:
+    """Tokens of a text at the end."""
+    return self.prompt + self.new
+
+  @property
+  def tokens(self) -> int:
+    """What a step counts as: tokens written, or else read."""
+    return self.batch * (self.new or self.prompt)
+
+  def flops(self, model: config.Model) -> int:
+    """Matmul FLOPs of a step; recomputation is not counted.
+
+    The backward pass computes two products for each one of the forward pass.
+    The last token that is written is not read any more.
+    """
+    if self.what == "train":
+      return self.batch * 3 * forward_flops(model, self.seq, self.seq)
+    n_logits = max(1, self.new)
+    n_tokens = self.prompt + n_logits - 1
+    return self.batch * forward_flops(model, n_tokens, n_logits)
+
+
+def loads(what: str, cfg: config.Run) -> list[Load]:
+  """What `--what` measures of a run, one after the other."""
+  if what == "train":
+    return [Load(what, cfg.train.batch_size, cfg.data.seq_len)]
+  if what == "prefill":
+    return [Load(what, 1, PREFILL)]
+  return [Load(what, batch, PROMPT, NEW) for batch in BATCHES]
 
 
 # --- rounds ---
@@ -147,26 +208,37 @@ class Side:
 
   python: str = sys.executable
   precision: str = "fp32"
-  module: str = "scripts.bench_jax"
+  module: str = ""  # its worker; "": ours
   env: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
+def job(shape: str, load: Load, settings: Sequence[str]) -> dict[str, Any]:
+  """What a worker is told first; prompts depend on nothing but their number."""
+  cfg = config.override(presets.PRESETS[shape], *settings)
+  rng = np.random.default_rng(0)
+  prompts = rng.integers(cfg.model.vocab_size, size=(load.batch, load.prompt))
+  return {
+      "shape": shape,
+      "set": settings,
+      "settings": config.leaves(cfg),
+      "what": load.what,
+      "prompts": [] if load.what == "train" else prompts.tolist(),
+      "new": load.new,
+  }
+
+
 def measure(
-    shape: str, sides: dict[str, Side], n_rounds: int
+    shape: str, load: Load, sides: dict[str, Side], n_rounds: int
 ) -> dict[str, dict[str, Any]]:
   """Starts a worker for each side; see `take_turns`."""
   root = str(pathlib.Path(__file__).resolve().parents[1])
+  ours = "scripts.bench_jax" if load.what == "train" else "scripts.bench_decode"
   jobs, workers = {}, {}
   with contextlib.ExitStack() as stack:
     for name, side in sides.items():
       settings = *OVERRIDES, f"precision.recipe={side.precision}"
-      cfg = config.override(presets.PRESETS[shape], *settings)
-      jobs[name] = {
-          "shape": shape,
-          "set": settings,
-          "settings": config.leaves(cfg),
-      }
-      command = [side.python, "-m", side.module]
+      jobs[name] = job(shape, load, settings)
+      command = [side.python, "-m", side.module or ours]
       worker = bench_worker.start(command, side.env, root)
       workers[name] = stack.enter_context(worker)
     return take_turns(workers, jobs, n_rounds)
@@ -188,9 +260,9 @@ def _sides() -> dict[str, Side]:
 # --- what is printed ---
 
 
-def _tokens_per_s(cfg: config.Run, result: dict[str, Any]) -> list[float]:
+def _tokens_per_s(load: Load, result: dict[str, Any]) -> list[float]:
   return [
-      round(cfg.tokens_per_step * r["steps"] / r["seconds"], 1)
+      round(load.tokens * r["steps"] / r["seconds"], 1)
       for r in result["rounds"]
   ]
 
@@ -205,7 +277,10 @@ def _idle_cpu(result: dict[str, Any]) -> float:
 
 
 def report(
-    cfg: config.Run, shape: str, results: dict[str, dict[str, Any]]
+    model: config.Model,
+    shape: str,
+    load: Load,
+    results: dict[str, dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:
   """Yields a metric each: ours, then the rival and the ratio if there is one.
 
@@ -213,15 +288,15 @@ def report(
   `mfu` is the share of it that the model's own FLOPs took.
   """
   peak = max(r["peak_gflops"] for x in results.values() for r in x["rounds"])
-  flops = train_flops_per_token(cfg.model, cfg.data.seq_len)
-  speeds = {name: _tokens_per_s(cfg, x) for name, x in results.items()}
+  flops = load.flops(model) / load.tokens
+  speeds = {name: _tokens_per_s(load, x) for name, x in results.items()}
   for name, result in results.items():
     tokens_per_s = statistics.median(speeds[name])
     yield {
-        "what": "train" if name == OURS else f"train_{name}",
+        "what": load.what if name == OURS else f"{load.what}_{name}",
         "shape": shape,
-        "batch": cfg.train.batch_size,
-        "seq": cfg.data.seq_len,
+        "batch": load.batch,
+        "seq": load.seq,
         "tokens_per_s": tokens_per_s,
         "mfu": round(tokens_per_s * flops / (peak * 1e9), 4),
         "peak_gflops": round(peak, 1),
@@ -235,8 +310,9 @@ def report(
         a / b for a, b in zip(speeds[OURS], speeds[name], strict=True)
     ]
     yield {
-        "what": f"train_ratio_to_{name}",
+        "what": f"{load.what}_ratio_to_{name}",
         "shape": shape,
+        "batch": load.batch,
         "min": round(min(ratios), 3),
         "median": round(statistics.median(ratios), 3),
         "max": round(max(ratios), 3),
@@ -254,14 +330,24 @@ def _show(metric: dict[str, Any]) -> str:
 # --- the command ---
 
 
+def _precision_problems() -> Iterator[str]:
+  """Precisions other than float32 that are asked of what has no other."""
+  fixed = [what for what in WHAT[1:] if what in _WHAT.value]
+  names = " and ".join(fixed)
+  for flag in (_PRECISION, _AGAINST):
+    if fixed and flag.value in set(PRECISIONS) - {"fp32"}:
+      yield f"--{flag.name}={flag.value}: {names}: in float32 only"
+
+
 def _problems(arguments: Sequence[str]) -> Iterator[str]:
   for argument in arguments:
     yield f"{argument!r}: stray argument; every setting is a --flag"
   for what in _WHAT.value:
     if what not in WHAT:
-      yield f"--what={what}: must be one of {', '.join(WHAT)}; no other yet"
+      yield f"--what={what}: must be one of {', '.join(WHAT)}"
   if not _WHAT.value:
     yield f"--what=: must name at least one of {', '.join(WHAT)}"
+  yield from _precision_problems()
   if _AGAINST.value == _PRECISION.value:
     yield f"--against={_AGAINST.value}: that is the --precision of ours"
   if _AGAINST.value != "transformers":
@@ -269,7 +355,7 @@ def _problems(arguments: Sequence[str]) -> Iterator[str]:
       yield "--rival_python: does nothing without --against=transformers"
     return
   if _PRECISION.value != "fp32":
-    yield "--precision: transformers trains in float32; compare to fp32"
+    yield "--precision: transformers is in float32; compare to fp32"
   python = shutil.which(_RIVAL_PYTHON.value)
   imports = [python, "-c", "import torch, transformers"]
   if python is None:
@@ -299,13 +385,14 @@ def main(_: list[str]) -> None:
   """Measures and prints; the flags are good by now."""
   shape = _SHAPE.value
   cfg = config.override(presets.PRESETS[shape], *OVERRIDES)
-  try:
-    results = measure(shape, _sides(), _ROUNDS.value)
-  except RuntimeError as error:
-    print(error, file=sys.stderr)
-    sys.exit(70)
-  for metric in report(cfg, shape, results):
-    print(_show(metric))
+  for load in [load for what in _WHAT.value for load in loads(what, cfg)]:
+    try:
+      results = measure(shape, load, _sides(), _ROUNDS.value)
+    except RuntimeError as error:
+      print(error, file=sys.stderr)
+      sys.exit(70)
+    for metric in report(cfg.model, shape, load, results):
+      print(_show(metric), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ AdamW. The environment that it likes is in `scripts.bench`. Runs in any
 interpreter that has torch and transformers; JAX is not needed.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +14,12 @@ import transformers
 
 from scripts import bench_worker
 
+Step = Callable[[], float]
 
-def model_config(settings: dict[str, Any]) -> transformers.DeepseekV3Config:
+
+def model_config(
+    settings: dict[str, Any], n_positions: int, **options: Any
+) -> transformers.DeepseekV3Config:
   """Their configuration of a run given as `config.leaves`, without MTP."""
   model = {
       path.removeprefix("model."): value
@@ -44,19 +49,25 @@ def model_config(settings: dict[str, Any]) -> transformers.DeepseekV3Config:
       norm_topk_prob=model["router.renormalize"],
       rms_norm_eps=model["norm_eps"],
       initializer_range=model["init_std"],
-      max_position_embeddings=settings["data.seq_len"],
+      max_position_embeddings=n_positions,
       num_mtp_layers=0,
-      use_cache=False,
-      attn_implementation="eager",
-      experts_implementation="grouped_mm",
+      **options,
   )
 
 
-def prepare(job: dict[str, Any]) -> bench_worker.Task:
+def _train(job: dict[str, Any]) -> Step:
   """The same run as ours: model, batch, AdamW, clipping, random tokens."""
   settings = job["settings"]
   torch.manual_seed(0)
-  model = transformers.DeepseekV3ForCausalLM(model_config(settings)).train()
+  model = transformers.DeepseekV3ForCausalLM(
+      model_config(
+          settings,
+          settings["data.seq_len"],
+          use_cache=False,
+          attn_implementation="eager",
+          experts_implementation="grouped_mm",
+      )
+  ).train()
   optimizer = torch.optim.AdamW(
       model.parameters(),
       lr=settings["optim.peak_lr"],
@@ -80,6 +91,89 @@ def prepare(job: dict[str, Any]) -> bench_worker.Task:
     optimizer.zero_grad(set_to_none=True)
     return loss.item()
 
+  return step
+
+
+def _reader(
+    settings: dict[str, Any], n_positions: int, use_cache: bool
+) -> transformers.DeepseekV3ForCausalLM:
+  torch.manual_seed(0)
+  model = transformers.DeepseekV3ForCausalLM(
+      model_config(
+          settings,
+          n_positions,
+          use_cache=use_cache,
+          attn_implementation="sdpa",
+          experts_implementation="grouped_mm",
+      )
+  )
+  return model.eval().requires_grad_(False)
+
+
+def _compiled(function: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+  """A program for each shape of the arguments."""
+  return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def _prefill(job: dict[str, Any]) -> Step:
+  """The logits of the last token of the prompts."""
+  prompts = torch.tensor(job["prompts"])
+  model = _reader(job["settings"], prompts.shape[1], use_cache=False)
+
+  @_compiled
+  def logits(ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids, logits_to_keep=1).logits
+
+  @torch.inference_mode()
+  def step() -> float:
+    return logits(prompts).max().item()
+
+  return step
+
+
+def _decode(job: dict[str, Any]) -> Step:
+  """Writes the most likely token, again and again, behind the prompts."""
+  prompts = torch.tensor(job["prompts"])
+  n_texts, n = prompts.shape
+  length = n + job["new"]
+  model = _reader(job["settings"], length, use_cache=True)
+  cache = transformers.StaticCache(config=model.config, max_cache_len=length)
+  # The last new token is not read any more.
+  starts = [0, *range(n, length - 1)]
+  places = [
+      torch.arange(i, i + 1 if i else n).repeat(n_texts, 1) for i in starts
+  ]
+
+  @_compiled
+  def following(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    logits = model(
+        input_ids=ids, position_ids=positions, cache=cache, logits_to_keep=1
+    ).logits
+    return logits[:, -1].argmax(-1, keepdim=True)
+
+  @torch.inference_mode()
+  def step() -> float:
+    cache.reset()
+    model.set_experts_implementation("grouped_mm")
+    ids = following(prompts, places[0])
+    written = [ids]
+    model.set_experts_implementation("batched_mm")
+    for positions in places[1:]:
+      ids = following(ids, positions)
+      written.append(ids)
+    # What is compiled is only for these shapes and settings, which stay.
+    torch.compiler.set_stance(skip_guard_eval_unsafe=True)
+    return float(torch.cat(written).sum())
+
+  with torch.inference_mode():
+    model(input_ids=prompts[:, :1], cache=cache)  # makes its tensors
+  return step
+
+
+def prepare(job: dict[str, Any]) -> bench_worker.Task:
+  """The worker's step of `job["what"]`, on random parameters."""
+  makers = {"train": _train, "prefill": _prefill, "decode": _decode}
+  step = makers[job["what"]](job)
   x = torch.randn(bench_worker.PEAK_SIZE, bench_worker.PEAK_SIZE)
   return bench_worker.Task(
       step=step,

@@ -27,7 +27,8 @@ class Task(NamedTuple):
   """What a worker times.
 
   Attributes:
-    step: does one optimizer step and returns its loss when it is done.
+    step: does one optimizer step, prefill or generation, and returns a number
+      of it when it is done: the loss, a logit, the sum of new tokens.
     matmul: multiplies two float32 matrices of `PEAK_SIZE` and waits for it.
     version: the libraries at work, for the record.
   """
@@ -55,11 +56,11 @@ def _peak_gflops(matmul: Callable[[], object]) -> float:
 
 def _round(task: Task, steps: int) -> dict[str, float]:
   start = time.perf_counter()
-  losses = [task.step() for _ in range(steps)]
+  values = [task.step() for _ in range(steps)]
   seconds = time.perf_counter() - start
   return {
       "seconds": seconds,
-      "loss": losses[-1],
+      "value": values[-1],
       "peak_gflops": _peak_gflops(task.matmul),
       "peak_rss_mib": _peak_rss_mib(),
   }

@@ -336,6 +336,39 @@ def _share_bar(figure: Figure, image: object, grid: np.ndarray) -> None:
   bar.set_label("load of an expert (1: its even share)")
 
 
+def placement(
+    figure: Figure,
+    in_order: np.ndarray,
+    placed: np.ndarray,
+    names: Sequence[str],
+) -> None:
+  """Load of the busiest device, before and after, a line a router.
+
+  Args:
+    figure: drawn into.
+    in_order: [routers], at least 1.
+    placed: [routers], the same with experts placed by their load.
+    names: of the routers.
+  """
+  axes = figure.subplots()
+  rows = np.arange(len(names))
+  axes.hlines(rows, placed, in_order, color="C0", alpha=0.35, linewidth=1.2)
+  size = 6 if len(rows) <= 16 else 3
+  how = {"linestyle": "none", "markersize": size}
+  axes.plot(in_order, rows, "o", label="experts in order", **how)
+  axes.plot(placed, rows, "D", label="placed by load, with replicas", **how)
+  shown = np.arange(0, len(rows), -(-len(rows) // 16))
+  axes.set_yticks(shown, [names[i] for i in shown])
+  axes.tick_params(axis="y", length=0)
+  axes.set_ylim(len(rows) - 0.5, -0.5)  # first layer on top
+  axes.grid(True, axis="x", linewidth=0.8)
+  axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6))
+  axes.axvline(1, color=axes.yaxis.label.get_color(), ls="--", lw=1)
+  axes.margins(x=0.04)
+  axes.set_xlabel("load of the busiest device (1: the mean of all)")
+  figure.legend(loc="outside upper left", ncols=2)
+
+
 def needles_height_in(n: int) -> float:
   """Height of the picture of n models' needles."""
   return 0.7 + 1.7 * -(-n // 2)

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from dsv3_jax.infer import placement
 from experiments import logbook
 
 LAST = 0.1  # "at the end" is this share of the steps
+LAST_LOADS = 0.25  # experts are placed for the loads of this share of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +28,17 @@ class Record:
   summary: dict[str, Any]
   needles: dict[str, Any]  # see experiments/context.py; empty without it
   missing: tuple[str, ...]  # sentences
+
+
+@dataclasses.dataclass(frozen=True)
+class Balance:
+  """What placing the experts by their load does for devices that serve."""
+
+  n_devices: int
+  n_experts: int
+  # [routers] largest over mean load of the devices.
+  in_order: np.ndarray  # all experts once
+  placed: np.ndarray  # with as many replicas more as there are devices
 
 
 def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
@@ -143,6 +156,31 @@ def shares(run: Record) -> tuple[list[int], np.ndarray]:
     return at, load
   mean = load.mean(-1, keepdims=True)
   return at, np.divide(load, mean, np.full_like(load, np.nan), where=mean > 0)
+
+
+def balance(run: Record) -> Balance | None:
+  """Of the mean load at the end; None where there is nothing to divide."""
+  at, load = nested(run.steps, "load")
+  if not load.size:
+    return None
+  mean = load[-max(1, round(LAST_LOADS * len(at))) :].mean(0)
+  n_layers, n_experts = mean.shape
+  if (n := _devices(n_experts)) < 2:
+    return None
+  in_order, placed = (
+      placement.imbalance(where.loads(mean, n))
+      for where in (
+          placement.identity(n_layers, n_experts),
+          placement.place(mean, n_replicas=n_experts + n, n_devices=n),
+      )
+  )
+  return Balance(n, n_experts, in_order, placed)
+
+
+def _devices(n_experts: int) -> int:
+  """The largest power of two that divides experts, with two each or more."""
+  most = n_experts & -n_experts
+  return most if most < n_experts else n_experts // 2
 
 
 def rivals(run: Record) -> dict[str, float]:

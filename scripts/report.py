@@ -165,6 +165,41 @@ def _load_over_time(run: record.Record) -> Picture | str:
   )
 
 
+def _placement(run: record.Record) -> Picture | str:
+  if (found := record.balance(run)) is None:
+    return "Expert placement: no row has loads of experts that devices share."
+  names = record.router_names(run, len(found.placed))
+  n, each = found.n_devices, found.n_experts // found.n_devices
+  means, worst = zip(
+      *(
+          (f"{y.mean():.3f}", f"{y.max():.3f} ({names[y.argmax()]})")
+          for y in (found.in_order, found.placed)
+      ),
+      strict=True,
+  )
+  return Picture(
+      name="expert_placement",
+      title="Placement of the experts",
+      caption=(
+          f"Load of the busiest of {n} devices that share a layer's"
+          f" {found.n_experts} experts when the model serves, relative to the"
+          " mean of the devices; at 1, none waits for another. Loads are means"
+          f" over the last quarter of the run. In order there are {each}"
+          f" experts on each device. Placed by load there are {each + 1}:"
+          f" busy experts have replicas, {n} in all. The mean over layers goes"
+          f" from {means[0]} to {means[1]}, the highest from {worst[0]} to"
+          f" {worst[1]}."
+      ),
+      draw=functools.partial(
+          plots.placement,
+          in_order=found.in_order,
+          placed=found.placed,
+          names=names,
+      ),
+      height_in=1.2 + 0.22 * min(16, len(names)),
+  )
+
+
 def _schedules(run: record.Record) -> Picture | str:
   keys = {
       "learning rate": "lr",
@@ -229,6 +264,7 @@ def pictures(run: record.Record) -> list[Picture | str]:
       _max_violation(run),
       _load_maps(run),
       _load_over_time(run),
+      _placement(run),
       _schedules(run),
       _throughput(run),
       *_needles(run),

@@ -5,12 +5,14 @@ import subprocess
 import sys
 from unittest import mock
 
+import numpy as np
 from absl.testing import absltest
 from absl.testing import parameterized
 
 from dsv3_jax import config
 from dsv3_jax import presets
 from scripts import bench
+from scripts import bench_decode
 from scripts import bench_jax
 from scripts import bench_worker
 
@@ -54,15 +56,53 @@ class CostTest(parameterized.TestCase):
     per_pair = 2 * model.n_layers * mla.n_heads * (mla.qk_dim + mla.v_dim)
     linear = 6 * bench.active_weights(model) * seq_len
     self.assertEqual(
-        bench.train_flops_per_token(model, seq_len) * seq_len,
-        linear + 3 * per_pair * pairs,
+        bench.Load("train", 2, seq_len).flops(model),
+        2 * (linear + 3 * per_pair * pairs),
+    )
+
+  @parameterized.parameters(
+      # Tokens that pass through the layers, and pairs of them; logits.
+      (bench.Load("prefill", 1, prompt=5), 5, 15, 1),
+      (bench.Load("decode", 1, prompt=5, new=1), 5, 15, 1),
+      (bench.Load("decode", 1, prompt=5, new=3), 5 + 1 + 1, 15 + 6 + 7, 3),
+      (bench.Load("decode", 4, prompt=1, new=2), 4 * 2, 4 * 3, 4 * 2),
+  )
+  def test_inference_costs_what_is_counted_by_hand(
+      self, load, n_tokens, pairs, n_logits
+  ):
+    # Of S, its attention: the products of q, of kv with its rotated key, of
+    # keys and values, and of the output.
+    attention = 128 * (256 + 384) + 256 * 80 + 64 * 512 + 256 * 256
+    dense = 3 * 256 * 1024
+    moe = 256 * 32 + (4 + 1) * 3 * 256 * 128
+    layers = 8 * attention + dense + 7 * moe
+    pair = 8 * 8 * (48 + 32)  # layers, heads
+    head = 256 * 8192
+    self.assertEqual(
+        load.flops(presets.S.model),
+        2 * (n_tokens * layers + pairs * pair + n_logits * head),
+    )
+
+  def test_what_is_measured_and_what_counts_of_it(self):
+    self.assertEqual(
+        [
+            (load.what, load.batch, load.seq, load.tokens)
+            for what in bench.WHAT
+            for load in bench.loads(what, presets.S)
+        ],
+        [
+            ("train", 8, 512, presets.S.tokens_per_step),
+            ("prefill", 1, 2048, 2048),
+            ("decode", 1, 256, 128),
+            ("decode", 16, 256, 16 * 128),
+        ],
     )
 
 
 class FlagsTest(parameterized.TestCase):
 
   @parameterized.parameters(
-      ("--what=train,decode", "decode"),
+      ("--what=train,finetune", "finetune"),
       ("--what=", "--what"),
       ("--shape=XL", "XL"),
       ("--rounds=0", "rounds"),
@@ -78,6 +118,12 @@ class FlagsTest(parameterized.TestCase):
     arguments = ["now", "--against=transformers", "--rival_python=/no/python"]
     self.assert_refused(arguments, "'now'", "/no/python")
 
+  def test_only_training_is_in_other_precisions(self):
+    arguments = ["--what=train,decode,prefill", "--precision=bf16"]
+    self.assert_refused(arguments, "--precision=bf16: prefill and decode")
+    arguments = ["--what=decode", "--against=fp8"]
+    self.assert_refused(arguments, "--against=fp8: decode: in float32")
+
   def test_rival_without_its_libraries_is_refused(self):
     arguments = ["--against=transformers", "--rival_python=false"]
     self.assert_refused(arguments, "cannot import torch and transformers")
@@ -91,7 +137,7 @@ class FlagsTest(parameterized.TestCase):
       self.assertIn(text, done.stderr)
 
 
-class WorkerTest(absltest.TestCase):
+class WorkerTest(parameterized.TestCase):
 
   def start(self, code):
     worker = bench_worker.start([sys.executable, "-c", code], {}, ".")
@@ -108,7 +154,7 @@ class WorkerTest(absltest.TestCase):
       for answer in result["rounds"]:
         self.assertBetween(answer["steps"], 1, round(round_s / step_s))
         self.assertGreaterEqual(answer["seconds"], answer["steps"] * step_s)
-        self.assertEqual(answer["loss"], 1.5)
+        self.assertEqual(answer["value"], 1.5)
     (a_0, a_1), (b_0, b_1) = (results[name]["rounds"] for name in "ab")
     for waited, other in ((b_0, a_0), (a_1, b_0), (b_1, a_1)):
       self.assertGreater(waited["idle_s"], other["seconds"])
@@ -128,13 +174,63 @@ class WorkerTest(absltest.TestCase):
     self.assertAlmostEqual(task.step(), math.log(64), delta=0.2)
     self.assertEqual(task.matmul().shape, 2 * (bench_worker.PEAK_SIZE,))
 
+  @parameterized.parameters(0, 5)
+  def test_our_worker_reads_and_writes_behind_prompts(self, new):
+    small = ("n_layers=2", "d_model=32", "vocab_size=64")
+    task = bench_decode.prepare({
+        "shape": "S",
+        "set": [*bench.OVERRIDES, *small],
+        "prompts": [[1, 2, 3], [4, 5, 6]],
+        "new": new,
+    })
+    found = task.step()
+    self.assertBetween(found, 1, 2 * max(1, new) * 63)
+    self.assertEqual(task.step(), found)
+    self.assertEqual(task.matmul().shape, 2 * (bench_worker.PEAK_SIZE,))
+
+  def test_prompts_are_the_same_for_all_sides(self):
+    load = bench.Load("decode", 2, prompt=3, new=4)
+    job, other = (
+        bench.job("tiny", load, [f"precision.recipe={precision}"])
+        for precision in ("fp32", "bf16")
+    )
+    self.assertEqual(np.shape(job["prompts"]), (2, 3))
+    self.assertEqual(job["prompts"], other["prompts"])
+    self.assertEqual((job["what"], job["new"]), ("decode", 4))
+    self.assertNotEqual(job["settings"], other["settings"])
+
 
 class ReportTest(absltest.TestCase):
 
   def test_speed_mfu_and_pairwise_ratios(self):
     cfg = presets.S
-    flops = bench.train_flops_per_token(cfg.model, cfg.data.seq_len)
-    results = {
+    (load,) = bench.loads("train", cfg)
+    flops = load.flops(cfg.model)
+    ours, theirs, ratio = bench.report(cfg.model, "S", load, self.results())
+    self.assertEqual(ours["what"], "train")
+    self.assertEqual(ours["tokens_per_s"], cfg.tokens_per_step)
+    self.assertEqual(ours["peak_gflops"], theirs["peak_gflops"])
+    # Printed to four places.
+    self.assertAlmostEqual(ours["mfu"], flops / 200e9, delta=1e-4)
+    self.assertEqual(ratio["rounds"], [2.0, 1.5, 0.5])
+    self.assertEqual(
+        (ratio["min"], ratio["median"], ratio["max"]), (0.5, 1.5, 2.0)
+    )
+
+  def test_rows_of_decode_say_its_batch_and_count_what_is_written(self):
+    load = bench.Load("decode", 16, prompt=3, new=5)
+    rows = list(bench.report(presets.S.model, "S", load, self.results()))
+    self.assertEqual(
+        [row["what"] for row in rows],
+        ["decode", "decode_transformers", "decode_ratio_to_transformers"],
+    )
+    self.assertEqual([row["batch"] for row in rows], [16, 16, 16])
+    self.assertEqual([row.get("seq") for row in rows], [8, 8, None])
+    self.assertEqual(rows[0]["tokens_per_s"], 16 * 5)
+
+  def results(self):
+    """Of two sides: three rounds of two steps each."""
+    return {
         name: {
             "version": name,
             "compile_s": 1.0,
@@ -155,18 +251,6 @@ class ReportTest(absltest.TestCase):
             ("transformers", (2.0, 3.0, 2.0), 200.0),
         )
     }
-    ours, theirs, ratio = bench.report(cfg, "S", results)
-    self.assertEqual(ours["what"], "train")
-    self.assertEqual(ours["tokens_per_s"], cfg.tokens_per_step)
-    self.assertEqual(ours["peak_gflops"], theirs["peak_gflops"])
-    # Printed to four places.
-    self.assertAlmostEqual(
-        ours["mfu"], cfg.tokens_per_step * flops / 200e9, delta=1e-4
-    )
-    self.assertEqual(ratio["rounds"], [2.0, 1.5, 0.5])
-    self.assertEqual(
-        (ratio["min"], ratio["median"], ratio["max"]), (0.5, 1.5, 2.0)
-    )
 
 
 if __name__ == "__main__":

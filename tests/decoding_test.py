@@ -1,6 +1,4 @@
-"""Tests of generation and of choosing a token."""
-
-import functools
+"""Tests of reading tokens into the latent cache, in pieces of any kind."""
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +8,28 @@ import testing
 from absl.testing import absltest
 from absl.testing import parameterized
 
+from dsv3_jax import schema
 from dsv3_jax.infer import decoding
-from dsv3_jax.infer import sampling
+from dsv3_jax.infer import kvcache
+from dsv3_jax.infer import served
+from dsv3_jax.infer import speculation
+from dsv3_jax.model import experts
+from dsv3_jax.model import mla
 from dsv3_jax.model import transformer
 
-VOCAB = 61
+VOCAB, LENGTH = 61, 9
+FORMS = {"absorbed": mla.absorbed, "chunk": mla.chunk}
 # Of a layer of the tiny model, see transformer_test; the absorbed products are
 # over the latent, of 16, twice more. Then the head.
 LAYER_TERMS = 465 + 2 * 16
+# Row 1 falls behind row 0, and reads some positions again.
+PIECES = (
+    ("chunk", (0, 0), 4),
+    ("absorbed", (4, 1), 1),
+    ("absorbed", (5, 2), 1),
+    ("chunk", (5, 3), 4),
+    ("chunk", (5, 5), 4),
+)
 
 
 def model(*assignments):
@@ -27,129 +39,195 @@ def model(*assignments):
   return cfg, params, bias
 
 
-def full_logits(cfg, params, bias, tokens):
-  """Logits of every position in float64, without any cache."""
-  params, bias = reference.f64((params, bias))
-  hidden, *_ = reference.forward(params, bias, tokens, cfg)
-  return hidden @ params["head"]
+def full(cfg, params, bias, tokens):
+  """What the whole network makes of texts in float64, without any cache."""
+  return reference.forward(*reference.f64((params, bias)), tokens, cfg)
 
 
-class CacheTest(parameterized.TestCase):
+def at(a, start, size):
+  """[B, T, ...] of each row from its own position on."""
+  rows = zip(np.asarray(a), start, strict=True)
+  return np.stack([row[i : i + size] for row, i in rows])
+
+
+def unread(cfg, drafting=False):
+  """A cache with room to spare, filled with what nothing may read."""
+  specs = kvcache.specs(cfg, 2, LENGTH + 3, "float32", drafting=drafting)
+  return jax.tree.map(lambda s: jnp.full(s.shape, 7, s.dtype), specs)
+
+
+class ReadTest(parameterized.TestCase):
 
   @parameterized.parameters(
-      (("n_dense_layers=1",), (4, 1, 1, 1, 1, 4)),
-      (("n_dense_layers=0", "mla.q_rank=0", "mtp.depth=0"), (1, 1, 6)),
-      (("n_dense_layers=2", "mtp.depth=0"), (5, 1, 1)),
+      ("n_dense_layers=1",),
+      (
+          "n_layers=1",
+          "n_dense_layers=0",
+          "mla.q_rank=0",
+          "mla.yarn.factor=5",
+          "mla.yarn.original_len=400",
+          "mtp.depth=0",
+      ),
+      ("n_layers=1", "n_dense_layers=1", "mtp.depth=0"),
   )
-  def test_any_pieces_give_the_logits_of_a_full_pass(self, settings, pieces):
+  def test_any_pieces_give_the_logits_of_a_full_pass(self, *settings):
     cfg, params, bias = model(*settings)
-    n = sum(pieces)
-    tokens = testing.tokens(2, n, vocab_size=VOCAB)
-    # Room to spare, which nothing may read.
-    cache = decoding.empty_cache(cfg, 2, n + 3, jnp.float32)
-    read = jax.jit(functools.partial(decoding.step, cfg=cfg))
-    logits, start = [], 0
-    for size in pieces:
-      piece = tokens[:, start : start + size]
-      out, cache = read(params, bias, cache, piece, jnp.int32(start))
-      logits.append(out)
-      start += size
-    testing.assert_close(
-        jnp.concatenate(logits, axis=1),
-        full_logits(cfg, params, bias, tokens),
-        cfg.n_layers * LAYER_TERMS + 64,
+    tokens = testing.tokens(2, LENGTH, vocab_size=VOCAB)
+    hidden, *_ = full(cfg, params, bias, tokens)
+    expected = hidden @ reference.f64(params["head"])
+    params, cache = served.params(params, bias, cfg), unread(cfg)
+
+    def read(params, cache, piece, start, form):
+      how = decoding.How(FORMS[form])
+      x, cache, _ = decoding.read(params, cache, piece, start, cfg, how)
+      normed = decoding.final(params, x, cfg)
+      return decoding.logits(params, normed), cache
+
+    read = jax.jit(read, static_argnames="form")
+    terms = cfg.n_layers * LAYER_TERMS + 64
+    for form, start, size in PIECES:
+      logits, cache = read(
+          params, cache, at(tokens, start, size), np.int32(start), form
+      )
+      self.assertEqual(logits.dtype, np.float32)
+      testing.assert_close(logits, at(expected, start, size), terms)
+
+  def test_padding_goes_to_no_expert_and_changes_nothing(self):
+    cfg, params, bias = model("n_layers=1", "n_dense_layers=0")
+    tokens = testing.tokens(2, LENGTH, vocab_size=VOCAB)
+    lengths = LENGTH, 5
+    valid = np.arange(LENGTH) < np.array(lengths)[:, None]
+    texts = [row[None, :n] for row, n in zip(tokens, lengths, strict=True)]
+    alone = [full(cfg, params, bias, text) for text in texts]
+
+    @jax.jit
+    def read(params, cache, valid):
+      how = decoding.How(mla.chunk, valid)
+      start = jnp.zeros(2, jnp.int32)
+      x, cache, load = decoding.read(params, cache, tokens, start, cfg, how)
+      hidden = decoding.final(params, x, cfg)
+      ahead = jnp.roll(tokens, -1, 1)
+      *_, more = decoding.read_mtp(
+          params, cache, hidden, ahead, start, cfg, how
+      )
+      return hidden, load, more
+
+    served_params = served.params(params, bias, cfg)
+    hidden, load, more = read(served_params, unread(cfg, True), valid)
+    main = [of_text[2][: cfg.n_moe_layers] for of_text in alone]
+    np.testing.assert_array_equal(load, sum(main))
+    self.assertEqual(int(more.sum()), sum(lengths) * cfg.router.top_k)
+    for got, n, (expected, *_) in zip(hidden, lengths, alone, strict=True):
+      testing.assert_close(got[:n], expected[0], LAYER_TERMS)
+
+  def test_experts_of_another_place_may_be_given(self):
+    cfg, params, bias = model("n_dense_layers=1", "mtp.depth=0")
+    seen = []
+
+    def none(p, x, chosen, gates):
+      seen.append((x.shape, chosen.shape))
+      return jnp.zeros_like(x)
+
+    how = decoding.How(experts=decoding.moe.Experts(none))
+    params = served.params(params, bias, cfg)
+    piece = testing.tokens(2, 3, vocab_size=VOCAB)
+    jax.eval_shape(
+        lambda cache: decoding.read(
+            params, cache, piece, jnp.zeros(2, jnp.int32), cfg, how
+        ),
+        unread(cfg),
     )
+    self.assertEqual(seen, [((6, 64), (6, 4))])
+
+  @parameterized.parameters(1, decoding.FEW)
+  def test_few_choices_of_experts_are_not_sorted(self, n):
+    self.assertIs(decoding.local_experts(n).ffn, experts.few_ffn)
+    sorting = decoding.local_experts(decoding.FEW + n).ffn
+    self.assertIs(sorting, experts.grouped_ffn)
 
 
-class GenerateTest(parameterized.TestCase):
-  PROMPT = (5, 9, 2, 33, 17)
+class MtpTest(absltest.TestCase):
 
-  @classmethod
-  def setUpClass(cls):
-    super().setUpClass()
-    cls.model = model()
-
-  def generate(self, prompt=PROMPT, max_tokens=6, seed=0, **options):
-    cfg, params, bias = self.model
-    key = jax.random.key(seed)
-    return list(
-        decoding.generate(params, bias, prompt, max_tokens, key, cfg, **options)
+  def test_any_pieces_give_the_states_of_a_full_pass(self):
+    cfg, params, bias = model(
+        "n_layers=1", "n_dense_layers=1", "mtp.depth=2", "mtp.hidden=pre_norm"
     )
+    tokens = testing.tokens(2, LENGTH + 2, vocab_size=VOCAB)
+    state = testing.normal(2, LENGTH + 2, cfg.d_model, seed=4)
+    states, *_ = reference.mtp(
+        *reference.f64((params, bias, state)), tokens, cfg
+    )
+    expected, of_next = states[0], reference.f64(params["mtp"]["norm"][0])
+    params, cache = served.params(params, bias, cfg), unread(cfg, True)
+    main = cache["main"]
 
-  def test_greedy_takes_the_most_likely_token_each_time(self):
-    made = self.generate(temperature=0, seed=1)
-    self.assertLen(made, 6)
-    self.assertEqual(self.generate(temperature=0, seed=2), made)
-    text = [*self.PROMPT, *made]
-    logits = full_logits(*self.model, np.array([text[:-1]]))[0]
-    expected = logits[len(self.PROMPT) - 1 :].argmax(-1)
-    np.testing.assert_array_equal(made, expected)
+    def read(params, cache, state, ahead, start, form):
+      how = decoding.How(FORMS[form])
+      return decoding.read_mtp(
+          params, cache, state, ahead, start, cfg, how
+      )[:3]
 
-  def test_a_shorter_text_is_a_prefix(self):
-    made = self.generate(temperature=0)
-    self.assertEqual(self.generate(temperature=0, max_tokens=3), made[:3])
+    read = jax.jit(read, static_argnames="form")
+    terms = 2 * 64 + LAYER_TERMS
+    for form, start, size in PIECES:
+      out, onward, cache = read(
+          params,
+          cache,
+          at(state, start, size),
+          at(tokens[:, 1:], start, size),
+          np.int32(start),
+          form,
+      )
+      due = at(expected, start, size)
+      testing.assert_close(out, due, terms)
+      # What a further module would read has not had its norm.
+      self.assertGreater(np.abs(onward - out).max(), 0.1)
+      normed = reference.rms_norm(
+          of_next, np.asarray(onward, np.float64), cfg.norm_eps
+      )
+      testing.assert_close(normed, due, terms)
+    for before, after in zip(main, cache["main"], strict=True):
+      np.testing.assert_array_equal(before, after)
 
-  def test_stops_before_the_stop_token(self):
-    made = self.generate(temperature=0)
-    stop = made[2]
+
+  def test_reads_the_state_that_it_was_trained_with(self):
+    x, normed = np.zeros(3), np.ones(3)
+    for hidden, expected in (("post_norm", normed), ("pre_norm", x)):
+      cfg = testing.tiny(f"mtp.hidden={hidden}")
+      self.assertIs(speculation.mtp_input(x, normed, cfg), expected)
+
+
+class ServedTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      ("n_dense_layers=1", "mtp.depth=2"),
+      ("n_dense_layers=0", "mla.q_rank=0", "mtp.depth=0"),
+      ("n_dense_layers=2", "moe.n_shared=0"),
+  )
+  def test_specs_are_of_the_parameters(self, *settings):
+    cfg, params, bias = model(*settings)
+    made = jax.eval_shape(lambda p, b: served.params(p, b, cfg), params, bias)
+    expected = schema.abstract(served.specs(cfg))
     self.assertEqual(
-        self.generate(temperature=0, stop=stop), made[: made.index(stop)]
+        schema.paths(jax.tree.map(lambda a: (a.shape, str(a.dtype)), made)),
+        schema.paths(
+            jax.tree.map(lambda a: (a.shape, str(a.dtype)), expected)
+        ),
     )
 
-  def test_the_key_alone_decides_what_is_sampled(self):
-    texts = [self.generate(seed=seed) for seed in (1, 1, 2)]
-    self.assertEqual(texts[0], texts[1])
-    self.assertNotEqual(texts[0], texts[2])
-    for text in texts:
-      self.assertTrue(all(0 <= token < VOCAB for token in text))
-
-  @parameterized.parameters(
-      (dict(prompt=()), "empty prompt"),
-      (dict(prompt=(3, VOCAB)), r"must be in \[0, 61\)"),
-      (dict(prompt=(-1,)), r"must be in \[0, 61\)"),
-      (dict(temperature=-0.1), "temperature=-0.1: must be at least 0"),
-      (dict(temperature=float("nan")), "temperature=nan"),
-      (dict(top_p=0.0), "top_p=0.0: must be above 0 and at most 1"),
-      (dict(top_p=1.1), "top_p=1.1"),
-      (dict(top_p=float("nan")), "top_p=nan"),
-  )
-  def test_refuses(self, arguments, message):
-    with self.assertRaisesRegex(ValueError, message):
-      self.generate(**arguments)
-
-
-class SampleTest(parameterized.TestCase):
-  # Two rows whose tokens stand in another order.
-  P = np.array([[0.1, 0.5, 0.15, 0.25], [0.25, 0.15, 0.1, 0.5]])
-  DRAWS = 4000
-
-  def frequencies(self, temperature, top_p):
-    logits = jnp.tile(jnp.log(jnp.float32(self.P)), (self.DRAWS, 1))
-    drawn = sampling.sample(logits, jax.random.key(0), temperature, top_p)
-    drawn = np.asarray(drawn).reshape(self.DRAWS, 2)
-    return np.stack([np.bincount(row, minlength=4) for row in drawn.T])
-
-  @parameterized.parameters(
-      # Temperature, nucleus, which probabilities are left.
-      (1.0, 1.0, 0.0),
-      (1.0, 0.8, 0.15),  # 0.5 + 0.25 is not enough
-      (1.0, 0.7, 0.25),
-      (1.0, 0.4, 0.5),
-      (1.0, 1e-6, 0.5),
-      (0.5, 1.0, 0.0),
-      (2.0, 0.6, 0.25),  # p is taken of the distribution at temperature 2
-  )
-  def test_draws_as_often_as_it_should(self, temperature, top_p, least):
-    p = np.where(self.P >= least, self.P, 0) ** (1 / temperature)
-    p /= p.sum(-1, keepdims=True)
-    drawn = self.frequencies(temperature, top_p)
-    # Five standard errors of a binomial count; what has p = 0 never comes.
-    error = 5 * np.sqrt(self.DRAWS * p * (1 - p))
-    self.assertTrue((abs(drawn - self.DRAWS * p) <= error).all(), drawn)
-
-  def test_zero_temperature_is_greedy(self):
-    drawn = self.frequencies(0, 0.5)
-    np.testing.assert_array_equal(drawn, self.DRAWS * (self.P == 0.5))
+  def test_layers_and_modules_are_in_order(self):
+    cfg, params, bias = model("n_dense_layers=1", "n_layers=3", "mtp.depth=2")
+    made = served.params(params, bias, cfg)
+    dense, *routed = made["layers"]
+    self.assertNotIn("bias", dense)
+    for i, p in enumerate(routed):
+      gain = params["moe"]["ffn_norm"][i]
+      np.testing.assert_array_equal(p["ffn_norm"], gain)
+      np.testing.assert_array_equal(p["bias"], bias[i])
+    for i, p in enumerate(made["mtp"]):
+      np.testing.assert_array_equal(p["proj"], params["mtp"]["proj"][i])
+      np.testing.assert_array_equal(p["block"]["bias"], bias[2 + i])
+    np.testing.assert_array_equal(made["head"], params["head"].T)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ import json
 import os
 import pathlib
 import resource
+import shutil
 import subprocess
 import sys
 from unittest import mock
 
 import jax
+import micro
 import numpy as np
 import pytest
 import testing
@@ -168,19 +170,184 @@ class CommandLineTest(parameterized.TestCase):
     self.assertEqual(code, expected)
     self.assertEqual(err, "error: x\nerror: y\n")
 
+
+class SampleTest(parameterized.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.root = testing.folder(cls)
+    cls.folder = cls.root / "run"
+    _, _, cls.tok = micro.make(cls.folder, "n_layers=1", "n_dense_layers=0")
+
+  def sample(self, *flags, workdir=None):
+    return testing.command_line(
+        sample_main, f"--workdir={workdir or self.folder}", *flags
+    )
+
+  def text(self, *flags):
+    code, out, err = self.sample(*flags)
+    self.assertEqual(code, common.OK, err)
+    return out, err
+
+  def assert_refused(self, flags, *messages, **where):
+    code, out, err = self.sample(*flags, **where)
+    self.assertEqual((code, out), (common.BAD_INPUT, ""), err)
+    lines = err.splitlines()
+    self.assertLen(lines, len(messages), err)
+    for line, message in zip(lines, messages, strict=True):
+      self.assertStartsWith(line, "error: ")
+      self.assertIn(message, line)
+
+  def test_drafts_change_no_text(self):
+    # As many positions of the cache with drafts and without.
+    flags = "--prompt=It was", "--temperature=0", "--max_tokens=20"
+    plain, err = self.text(*flags)
+    self.assertEqual(err, "")
+    self.assertStartsWith(plain, "It was")
+    self.assertGreater(len(plain), len("It was\n") + 5)
+    drafted, err = self.text(*flags, "--speculative", "--drafts=2")
+    self.assertEqual(drafted, plain)
+    self.assertRegex(err, r"^20 tokens in .* of \d+ drafts \d+% accepted: ")
+    with self.subTest("a string ends it"):
+      end = plain[9:11]
+      out, _ = self.text(*flags, f"--stop={end}", "--stop=no such")
+      self.assertEqual(out, plain[: plain.index(end, 6)] + "\n")
+    with self.subTest("a text from nothing"):
+      first, _ = self.text("--temperature=0", "--max_tokens=20")
+      self.assertNotEqual(first, "\n")
+      self.assertNotEqual(first, plain[6:])
+
+  def test_prompts_of_a_file(self):
+    prompts, out = self.root / "prompts.jsonl", self.root / "texts.jsonl"
+    lines = [{"prompt": "It was a cold"[:n]} for n in range(0, 12, 2)]
+    lines[2] = {"prompt": 2}
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    flags = [f"--prompts={prompts}", f"--out={out}", "--max_tokens=20"]
+    flags.append("--temperature=0")  # it compiles less
+    found = []
+    for n_slots in (1, 4):
+      _, err = self.text(*flags, f"--slots={n_slots}", "--stop=e")
+      self.assertRegex(err, r"5 texts, \d+ tokens in .* s\n1 lines had an er")
+      found.append(out.read_text())
+      out.unlink()
+    rows, others = (
+        [json.loads(line) for line in content.splitlines()]
+        for content in found
+    )
+    for row, other in zip(rows, others, strict=True):
+      # Sums over more rows round in another order.
+      np.testing.assert_allclose(
+          row.pop("logprobs", 0), other.pop("logprobs", 0), atol=2e-6
+      )
+    self.assertEqual(rows, others)
+    self.assertEqual([row["index"] for row in rows], list(range(6)))
+    self.assertLen({row.get("text") for row in rows}, 6)
+    self.assertEqual(rows[2].keys(), {"index", "error"})
+    self.assertEqual(rows[0]["stop"], ["e"])
+    with self.subTest("of another run of the command"):
+      out.write_text(found[0])
+      self.assert_refused(flags, f"--out={out}: holds a text of line 1 that")
+      self.assertEqual(out.read_text(), found[0])
+
   @parameterized.parameters(
       (("--max_tokens=0",), "--max_tokens=0: must be at least 1"),
       (("--temperature=-1",), "--temperature=-1.0: must be at least 0"),
-      (("--temperature=nan",), "--temperature=nan"),
+      (("--temperature=nan",), "--temperature=nan: must be at least 0"),
+      (("--temperature=inf",), "--temperature=inf: must be at least 0"),
+      (("--temperature=hot",), "--temperature=hot"),
       (("--top_p=0",), "--top_p=0.0: must be above 0"),
-      (("--prompt_=x",), "--prompt?"),
-      (("--workdir=/nowhere",), "/nowhere: holds no run"),
+      (("--top_p=1.5",), "--top_p=1.5: must be above 0 and at most 1"),
+      (("--top_p=nan",), "--top_p=nan: must be above 0"),
+      (("--top_k=-1",), "--top_k=-1: must be in"),
+      (("--seed=-1",), "--seed=-1: must be in [0, 2^32)"),
+      (("--stop=",), "--stop=: a stop string must not be empty"),
+      (("--drafts=0",), "--drafts=0: must be at least 1"),
+      (("--drafts=-1", "--speculative"), "--drafts=-1: must be at least 1"),
+      (("--slots=0",), "--slots=0: must be at least 1"),
+      (("--max_len=0",), "--max_len=0: must be at least 1"),
+      (("--chunk=100",), "--chunk=100: must be a power of two, at least 16"),
+      (("--chunk=8",), "--chunk=8: must be a power of two, at least 16"),
+      (("--compute=float16",), "--compute=float16: must be one of float32, b"),
+      (("--prompts=x",), "--prompts and --out: one needs the other"),
+      (("--out=x",), "--prompts and --out: one needs the other"),
+      (("--prompt_=x",), "unknown flag '--prompt_=x'; did you mean --prompt?"),
+      (("cold",), "stray argument 'cold'"),
+      (("--set=d_model=3",), "--set: means nothing here"),
+      (
+          ("--prompt=It was", "--max_tokens=5000"),
+          "prompt of 3 tokens with max_tokens=5000: needs 5003 positions of the"
+          " cache, which has at most max_len=4096",
+      ),
+      (("--prompt=cold", "--max_len=20"), "needs 203 positions of the cache"),
+      (("--prompt=\udcff",), "--prompt: is not Unicode text"),
   )
-  def test_sample_refuses(self, arguments, message):
-    self.assert_refused(sample_main, arguments, message)
+  def test_refuses(self, flags, message):
+    self.assert_refused(flags, message)
 
-  def test_sample_needs_a_workdir(self):
-    self.assert_refused(sample_main, [], "--workdir is missing")
+  def test_lists_all_problems_at_once(self):
+    self.assert_refused(
+        "--temperature=-1 --top_p=2 --top_k=-2 --seed=-3 --max_tokens=-4"
+        " --stop= --drafts=0 --slots=0 --max_len=-5 --chunk=3 --compute=int8"
+        " --prompts=/nowhere/p --out=/nowhere/o --prompt=x --nothing=1"
+        " --steps=3".split(),
+        "unknown flag '--nothing=1'",
+        "--steps: means nothing here",
+        "--prompts=/nowhere/p: there is no such file",
+        "--out=/nowhere/o: there is no such folder",
+        "--prompt and --prompts: give one of them",
+        "--drafts=0",
+        "--temperature=-1.0",
+        "--top_p=2.0",
+        "--top_k=-2",
+        "--seed=-3",
+        "--max_tokens=-4",
+        "--stop=",
+        "--compute=int8",
+        "--slots=0",
+        "--max_len=-5",
+        "--chunk=3",
+    )
+
+  def test_needs_a_workdir(self):
+    code, out, err = testing.command_line(sample_main, "--top_k=-1")
+    self.assertEqual((code, out), (common.BAD_INPUT, ""))
+    self.assertIn("--workdir is missing", err)
+    self.assertIn("--top_k=-1", err)
+
+  def test_a_folder_that_is_no_run(self):
+    self.assert_refused(
+        ["--top_k=-1"],
+        "--top_k=-1: must be in",
+        "/nowhere: holds no run",
+        workdir="/nowhere",
+    )
+
+  def test_what_the_model_has_not(self):
+    folder = self.root / "copy"
+    shutil.copytree(self.folder, folder)
+    path = folder / runs.CONFIG
+    facts = json.loads(path.read_text())
+    facts["settings"] |= {
+        "model.mtp.depth": 0,
+        "model.mla.yarn.factor": 2,
+        "model.mla.yarn.original_len": 50,
+    }
+    path.write_text(json.dumps(facts))
+    self.assert_refused(
+        ["--speculative", "--max_len=101"],
+        "--max_len=101: must be at most 100",
+        "--drafts=1: the model has no MTP module",
+        workdir=folder,
+    )
+    # Now what the configuration is of has to be read.
+    code, out, err = self.sample("--max_tokens=9", workdir=folder)
+    self.assertEqual((code, out), (common.BAD_INPUT, ""))
+    self.assertIn("mtp", err)
+    shutil.rmtree(folder / "checkpoints")
+    code, out, err = self.sample("--max_tokens=9", workdir=folder)
+    self.assertEqual((code, out), (common.NO_CHECKPOINT, ""))
+    self.assertIn("has no checkpoints yet", err)
 
 
 class WorkdirTest(parameterized.TestCase):

@@ -149,5 +149,48 @@ class GroupedFfnTest(parameterized.TestCase):
     testing.assert_close(eager, compiled, terms=5 + 3 + 2)
 
 
+class FewFfnTest(parameterized.TestCase):
+
+  def check(self, p, x, chosen, gates):
+    y = jax.jit(experts.few_ffn)(p, x, chosen, gates)
+    dense = jax.jit(experts.dense_ffn)(p, x, chosen, gates)
+    # In the reference a gate of 0 stands for a choice of none.
+    n = len(p["down"])
+    none = chosen >= n
+    expected = reference.expert_ffn(
+        *reference.f64((p, x)),
+        np.where(none, 0, chosen),
+        np.where(none, 0, np.float64(gates)),
+    )
+    terms = x.shape[1] + p["down"].shape[1] + chosen.shape[1]
+    testing.assert_close(y, expected, terms)
+    testing.assert_close(y, np.asarray(dense), 2 * terms)
+    return y
+
+  @parameterized.parameters(
+      (1, 1, 1, 3, 5), (1, 16, 8, 5, 3), (2, 16, 4, 7, 9), (8, 3, 1, 3, 5)
+  )
+  def test_is_the_reference(self, *size):
+    self.check(*_inputs(*size))
+
+  def test_choices_of_none_count_for_nothing(self):
+    p, x, chosen, gates = _inputs(4, 5, 2, 3, 7)
+    # All of a token, the first or the last, and no choice of the fourth.
+    chosen[0], chosen[1, 0], chosen[2, 1] = 5, 5, 5
+    y = self.check(p, x, chosen, gates)
+    np.testing.assert_array_equal(y[0], np.zeros(3))
+
+  def test_choices_of_the_same_expert_add_up(self):
+    p, x, chosen, gates = _inputs(4, 5, 2, 3, 7)
+    chosen[:3] = 3  # by several tokens, and twice by each
+    self.check(p, x, chosen, gates)
+
+  def test_keeps_the_type_of_its_input(self):
+    p, x, chosen, gates = _inputs(4, 5, 2, 3, 7)
+    p, x = jax.tree.map(jnp.bfloat16, (p, x))
+    y = experts.few_ffn(p, x, chosen, gates)
+    self.assertEqual(y.dtype, jnp.bfloat16)
+
+
 if __name__ == "__main__":
   absltest.main()

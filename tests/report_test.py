@@ -11,6 +11,7 @@ import numpy as np
 from absl.testing import absltest
 from absl.testing import parameterized
 
+from dsv3_jax.infer import placement
 from experiments import logbook
 from scripts import plots
 from scripts import record
@@ -147,8 +148,8 @@ class ReportTest(parameterized.TestCase):
     write_run(workdir, steps=60)
     elements = self.page_of(workdir)
     images = [a for tag, a in elements.found if tag == "img"]
-    self.assertLen(images, 7)
-    self.assertLen([1 for tag, _ in elements.found if tag == "source"], 7)
+    self.assertLen(images, 8)
+    self.assertLen([1 for tag, _ in elements.found if tag == "source"], 8)
     for image in images:
       self.assertNotEmpty(image["alt"])
     for _, attributes in elements.found:
@@ -172,7 +173,7 @@ class ReportTest(parameterized.TestCase):
       self.assertIn(said, elements.text)
     self.assertNotIn("Not in this report", elements.text)
     pictures = sorted(p.name for p in (workdir / "report").iterdir())
-    self.assertLen(pictures, 14)
+    self.assertLen(pictures, 16)
     for picture in (workdir / "report").iterdir():
       self.assertStartsWith(picture.read_bytes(), b"\x89PNG")
 
@@ -204,6 +205,7 @@ class ReportTest(parameterized.TestCase):
         "Bits per byte: no held-out evaluation",
         "MaxVio: no row has it",
         "Expert load: no row has it",
+        "Expert placement: no row has loads",
         "Throughput: no row",
         "Samples: no evaluation",
         "has not been evaluated",
@@ -251,6 +253,73 @@ class ReportTest(parameterized.TestCase):
     means = record.final_violation(run)
     np.testing.assert_allclose(means["router 0"], (0.3, 0.4), rtol=1e-15)
     np.testing.assert_allclose(means["router 1"], (0.3, 0.5), rtol=1e-15)
+
+  def skewed(self, n_experts, n_routers=3):
+    """A run whose loads differ much, and in another way at the end."""
+    rng, n_rows = np.random.default_rng(0), 12
+    rows = [{"step": 1, "tokens": 1, "loss": 1.0}]
+    for i in range(n_rows):
+      if i in (0, n_rows - n_rows // 4):
+        falling = 1000 / np.arange(1, n_experts + 1)
+        skew = rng.permuted(np.tile(falling, (n_routers, 1)), axis=1)
+      load = rng.poisson(skew).tolist()
+      step = i + 2
+      rows.append({"step": step, "tokens": step, "loss": 1.0, "load": load})
+    return rows
+
+  @parameterized.parameters(
+      # Experts; devices, the largest power of two that divides them with two
+      # experts or more on each.
+      (16, 8),
+      (12, 4),
+      (10, 2),
+      (4, 2),
+      (256, 128),
+  )
+  def test_experts_are_placed_for_the_loads_at_the_end(self, n_experts, n):
+    rows = self.skewed(n_experts)
+    run = record.read(self.workdir(rows))
+    found = record.balance(run)
+    self.assertEqual((found.n_devices, found.n_experts), (n, n_experts))
+    load = np.mean([row["load"] for row in rows[-3:]], axis=0)
+    before = load.reshape(3, n, -1).sum(-1)
+    where = placement.place(load, n_replicas=n_experts + n, n_devices=n)
+    after = where.loads(load, n)
+    in_order, placed = (y.max(-1) / y.mean(-1) for y in (before, after))
+    np.testing.assert_allclose(found.in_order, in_order, rtol=1e-12)
+    np.testing.assert_allclose(found.placed, placed, rtol=1e-12)
+    self.assertLess(placed.mean(), in_order.mean())
+    (picture,) = (
+        p
+        for p in report.pictures(run)
+        if isinstance(p, report.Picture) and p.name == "expert_placement"
+    )
+    for said in (
+        f"busiest of {n} devices that share a layer's {n_experts} experts",
+        f"In order there are {n_experts // n} experts on each device.",
+        f"Placed by load there are {n_experts // n + 1}:",
+        f"replicas, {n} in all.",
+        f"goes from {in_order.mean():.3f} to {placed.mean():.3f},",
+        f"from {in_order.max():.3f} (router {in_order.argmax()})"
+        f" to {placed.max():.3f} (router {placed.argmax()}).",
+    ):
+      self.assertIn(said, picture.caption)
+
+  @parameterized.parameters(1, 2, 7)
+  def test_experts_that_devices_cannot_share_are_not_placed(self, n_experts):
+    run = record.read(self.workdir(self.skewed(n_experts)))
+    self.assertIsNone(record.balance(run))
+    said = "Expert placement: no row has loads of experts that devices share."
+    self.assertIn(said, report.pictures(run))
+
+  def test_a_layer_without_load_is_balanced(self):
+    load = [[0, 0, 0, 0], [9, 1, 1, 1]]
+    rows = [{"step": 1, "tokens": 1, "loss": 1.0, "load": load}]
+    found = record.balance(record.read(self.workdir(rows)))
+    # Of two devices one has 9 + 1 of 12; then two of three replicas of the
+    # first expert, and another one: 3 + 3 + 1.
+    np.testing.assert_allclose(found.in_order, [1, 10 / 6], rtol=1e-12)
+    np.testing.assert_allclose(found.placed, [1, 7 / 6], rtol=1e-12)
 
   def test_a_run_that_is_writing_can_be_read(self):
     workdir = self.workdir([{"step": 1, "tokens": 8, "loss": 1.0}])

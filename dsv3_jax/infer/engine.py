@@ -62,6 +62,9 @@ class Stats:
   rows: int = 0  # slots in use in them, summed
   drafts: int = 0
   accepted: int = 0  # of the drafts
+  # Of a unit's devices before each time that experts were placed anew, mean
+  # over routers.
+  imbalance: list[float] = dataclasses.field(default_factory=list)
 
   @property
   def acceptance(self) -> float:
@@ -98,6 +101,7 @@ class Engine:
       n_drafts: int = 0,
       unit: units.Unit | None = None,
       placed: placement.Placement | None = None,
+      rebalance_every: int = 0,
   ):
     """An engine with an empty cache.
 
@@ -111,6 +115,7 @@ class Engine:
       n_drafts: tokens that the MTP module drafts in a cycle.
       unit: of devices that serve together; None: one device.
       placed: with a unit, where the experts are in the parameters.
+      rebalance_every: cycles after which they are placed anew; 0: never.
 
     Raises:
       ValueError: a number is out of range, or there is no MTP module to draft.
@@ -118,10 +123,18 @@ class Engine:
     problems = _problems(cfg, n_slots, max_len, chunk, n_drafts)
     if unit:
       problems += units.problems(unit, cfg, n_slots)
+    if bool(unit) != bool(placed):
+      problems.append("unit and placed: one needs the other")
+    if rebalance_every < 0 or (rebalance_every and not unit):
+      problems.append(
+          f"rebalance_every={rebalance_every}: must be at least 0, and 0 where"
+          " no unit has experts to place"
+      )
     if problems:
       raise ValueError("\n".join(problems))
     self.cfg, self.n_slots, self.max_len = cfg, n_slots, max_len
     self.chunk, self.n_drafts = chunk, n_drafts
+    self.rebalance_every = rebalance_every
     self.stats, self.submitted = Stats(), 0
     self._params, self._unit, self._placed = params, unit, placed
     self._n_shards = unit.n_shards if unit else 1
@@ -136,9 +149,11 @@ class Engine:
   def problems(self, request: Request) -> list[str]:
     """What is wrong with a request, a line each."""
     vocab, found = self.cfg.vocab_size, []
-    ids = np.asarray(request.prompt, np.int64)
+    ids = np.asarray(request.prompt)
     if not ids.size:
       found.append("prompt: is empty; at least one token is needed")
+    elif ids.dtype.kind not in "iu":
+      found.append("prompt: token ids must be integers of 64 bits at most")
     elif ids.min() < 0 or ids.max() >= vocab:
       wrong = ids[(ids < 0) | (ids >= vocab)][0]
       found.append(f"prompt: token id {wrong} must be in [0, {vocab})")
@@ -232,6 +247,7 @@ class Engine:
 
     What is being written goes on as if nothing had been done.
     """
+    self.stats.imbalance.append(float(self.imbalance().mean()))
     args = self._unit, self.cfg
     new = units.best_placement(self.load, *args)
     self._params = units.move(self._params, self._placed, new, *args)
@@ -360,6 +376,8 @@ class Engine:
     if len(self._pending) > MANY:
       self._load = self.load
     self.stats.cycles += 1
+    if self.rebalance_every and not self.stats.cycles % self.rebalance_every:
+      self.rebalance()
     events = []
     for slot in sorted(self._active):
       n = written.n[slot]
@@ -418,7 +436,7 @@ def _problems(
   elif n_drafts and not cfg.mtp.depth:
     found.append(
         f"n_drafts={n_drafts}: the model has no MTP module to draft with"
-        " (mtp.depth=0); only 0 is possible"
+        " (mtp.depth=0)"
     )
   return found
 

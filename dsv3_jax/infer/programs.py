@@ -75,7 +75,8 @@ def prefill(
 
   Returns:
     The state; what follows the last token, drawn with the settings of the
-    text, [R, 1] int32, and its log-probability; load of the experts.
+    text, [R, 1] int32, and its log-probability; tokens of each expert of the
+    main model.
   """
   experts = units.experts(unit, cfg) if unit else None
 
@@ -108,13 +109,12 @@ def _read_chunk(params, state, chunk, cfg, mode, experts):
 
   places, hidden = ((0, 0), (0, state.tokens.shape[1] - 1)), state.hidden
   if hidden is not None:
-    # The MTP module reads the last position here without its next token, and
-    # again with it in the first cycle.
+    # Only its cache is wanted. The last position, whose next token is not known
+    # here, is read again with it in the first cycle.
     states = speculation.mtp_input(x, decoding.final(params, x, cfg), cfg)
-    *_, row, more = decoding.read_mtp(
+    _, _, row, _ = decoding.read_mtp(
         params, row, states, chunk.ahead, start, cfg, read
     )
-    load = jnp.concatenate([load, more[None]])
     of_last = speculation.mtp_input(last, normed, cfg)
     hidden = put(hidden, jnp.pad(of_last, (*places, (0, 0))))
   state = state.replace(

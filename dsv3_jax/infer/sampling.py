@@ -4,7 +4,6 @@ Every row has settings and a seed of its own, and its draws depend on nothing
 else: neither on other rows nor on how many there are.
 """
 
-import math
 from collections.abc import Sequence
 
 import flax.struct
@@ -17,6 +16,7 @@ import numpy as np
 GREEDY, PLAIN, CUT = "greedy", "plain", "cut"
 # What a draw at a position is for.
 DRAFT, ACCEPT, FINAL = range(3)
+LARGEST = 1e30  # temperature; in float32
 
 
 @flax.struct.dataclass
@@ -41,12 +41,17 @@ def problems(
 ) -> list[str]:
   """What is wrong with settings, a line each."""
   found = []
-  if not 0 <= temperature < math.inf:
-    found.append(f"temperature={temperature}: must be at least 0, and finite")
+  if not 0 <= temperature <= LARGEST:
+    found.append(
+        f"temperature={temperature}: must be at least 0, and at most"
+        f" {LARGEST:.0e}"
+    )
   if not 0 < top_p <= 1:
     found.append(f"top_p={top_p}: must be above 0 and at most 1")
-  if top_k < 0:
-    found.append(f"top_k={top_k}: must be at least 0, where 0 is no limit")
+  if not 0 <= top_k < 2**31:
+    found.append(
+        f"top_k={top_k}: must be in [0, 2^31), where 0 is no limit"
+    )
   if not 0 <= seed < 2**32:
     found.append(f"seed={seed}: must be in [0, 2^32)")
   return found

@@ -25,6 +25,7 @@ from dsv3_jax.data import chat
 from dsv3_jax.data import tokenizer
 from dsv3_jax.infer import engine as engine_lib
 from dsv3_jax.infer import served
+from dsv3_jax.infer import units
 from dsv3_jax.interop import hf
 from dsv3_jax.interop import hf_config
 from dsv3_jax.interop import placing
@@ -179,9 +180,8 @@ class _Text:
     return text[:shown], ""
 
   def _read(self, event: engine_lib.Event) -> str:
-    """The characters that a token completes."""
-    if event.ended != engine_lib.STOP:
-      self._ids.append(event.token)
+    """The characters that a token completes; EOS has none of its own."""
+    self._ids.append(event.token)
     new = self._tok.decode(self._ids)[self._n :]
     # Only the last can be unfinished: those before it stand for bytes that are
     # no character whatever follows.
@@ -211,6 +211,8 @@ class Options:
   max_len: int | None = None  # None: MAX_LEN, or what YaRN extends to if less
   chunk: int = 512  # tokens of a prompt that are read together
   n_drafts: int = 0  # tokens that the MTP module drafts at a time
+  deployment: units.Deployment | None = None  # None: one device
+  rebalance_every: int = 0  # cycles after which experts are placed anew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,6 +254,9 @@ class Found:
     parts = params, bias[: cfg.n_routers]
     params, bias = topology.on_first_device(parts, mesh)
     made = _served(params, bias, cfg=cfg, recipe=DTYPES[options.dtype])
+    if options.deployment:
+      unit = units.unit(options.deployment, cfg)
+      made = units.place(made, units.first_placement(unit, cfg), unit, cfg)
     return Writer(self._engine(made, options), self.tok)
 
   def _cfg(self, options: Options) -> config.Model:
@@ -263,16 +268,21 @@ class Found:
   def _engine(
       self, params: served.Served, options: Options
   ) -> engine_lib.Engine:
-    max_len = options.max_len
+    cfg, max_len, unit = self._cfg(options), options.max_len, None
     if max_len is None:
-      max_len = int(min(MAX_LEN, self.model.mla.yarn.max_len))
+      max_len = int(min(MAX_LEN, cfg.mla.yarn.max_len))
+    if options.deployment:
+      unit = units.unit(options.deployment, cfg)
     return engine_lib.Engine(
         params,
-        self._cfg(options),
+        cfg,
         n_slots=options.n_slots,
         max_len=max_len,
         chunk=options.chunk,
         n_drafts=options.n_drafts,
+        unit=unit,
+        placed=unit and units.first_placement(unit, cfg),
+        rebalance_every=options.rebalance_every,
     )
 
 

@@ -12,6 +12,7 @@ are among the routed ones, chosen by every token.
 import dataclasses
 import functools
 from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from dsv3_jax.parallel import layouts
 from dsv3_jax.parallel import topology
 
 GROUP = (*topology.EXPERTS, "model")  # one copy of all experts is over these
+DISPATCH = ("gather", "one_hop", "two_hop")
 
 _COMMON = (
     ("slots", topology.BATCH),
@@ -39,6 +41,19 @@ PREFILL = layouts.Rules(divided=_COMMON)
 DECODE = layouts.Rules(divided=(*_COMMON, ("ffn", ("model",))))
 
 
+RULES = {"prefill": PREFILL, "decode": DECODE}
+
+
+@dataclasses.dataclass(frozen=True)
+class Deployment:
+  """What a user says of a unit."""
+
+  mesh: Mapping[str, int]  # sizes of axes
+  kind: str = "decode"  # one of RULES
+  n_redundant: int | None = None  # None: the fewest that divide evenly
+  dispatch: str = "gather"
+
+
 @dataclasses.dataclass(frozen=True)
 class Unit:
   """Devices that serve together."""
@@ -46,7 +61,7 @@ class Unit:
   mesh: jax.sharding.Mesh
   rules: layouts.Rules
   n_replicas: int  # slots for experts, in all
-  dispatch: str = "gather"  # or `one_hop`
+  dispatch: str = "gather"  # one of DISPATCH
   shared_routed: bool = False  # shared experts are placed like routed ones
 
   @property
@@ -76,6 +91,37 @@ class Unit:
     """Load [n, E] of routed experts, with that of the others to be placed."""
     tokens = load.sum(-1, keepdims=True) / cfg.router.top_k
     return np.concatenate([load, *[tokens] * self.n_shared(cfg)], axis=-1)
+
+
+def unit(wanted: Deployment, cfg: config.Model) -> Unit:
+  """The unit of a deployment.
+
+  Raises:
+    ValueError: there is no such kind, or what is wanted does not divide.
+  """
+  if wanted.kind not in RULES:
+    raise ValueError(f"kind={wanted.kind}: must be one of {', '.join(RULES)}")
+  if wanted.dispatch not in DISPATCH:
+    raise ValueError(
+        f"dispatch={wanted.dispatch}: must be one of {', '.join(DISPATCH)}"
+    )
+  made = Unit(
+      mesh=topology.mesh(wanted.mesh),
+      rules=RULES[wanted.kind],
+      n_replicas=0,
+      dispatch=wanted.dispatch,
+      shared_routed=wanted.kind == "decode",
+  )
+  n, more = made.n_experts(cfg), wanted.n_redundant
+  fewest = -n % made.n_devices
+  if more is None:
+    more = fewest
+  elif more < 0 or (n + more) % made.n_devices:
+    raise ValueError(
+        f"n_redundant={more}: with {n} experts on {made.n_devices} devices it"
+        f" must be {fewest} or so many {made.n_devices}s more"
+    )
+  return dataclasses.replace(made, n_replicas=n + more)
 
 
 def problems(

@@ -240,12 +240,13 @@ def extend(
       k, v = expand(_slice(kept, first, size, 0))
       key = first + jnp.arange(size)
 
-      def chunk(i, state):
+      def chunk(i, state, masked):
         top, total, out = (_slice(a, i * n, n, -1) for a in state)
         scores = _dot("NSX,NTX->NST", k, _slice(q, i * n, n, 1))
-        query = start + i * n + jnp.arange(n)
-        seen = (key[:, None] <= query[None]) & (key >= j * size)[:, None]
-        scores = jnp.where(seen[None], scores, -jnp.inf)
+        if masked:
+          query = start + i * n + jnp.arange(n)
+          seen = (key[:, None] <= query[None]) & (key >= j * size)[:, None]
+          scores = jnp.where(seen[None], scores, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(1))
         weights = jnp.exp(scores - new_top[:, None])
         fade = jnp.exp(top - new_top)
@@ -257,8 +258,18 @@ def extend(
             for a, b in zip(state, (new_top, total, out), strict=True)
         )
 
+      n_chunks = n_queries // n
       before = jnp.maximum(j * size - start, 0) // n
-      return jax.lax.fori_loop(before, n_queries // n, chunk, state)
+      # From here on queries see the whole block.
+      end = jnp.maximum((j + 1) * size - 1 - start, 0)
+      ragged = first < j * size
+      whole = jnp.where(ragged, n_chunks, jnp.minimum(-(-end // n), n_chunks))
+      whole = jnp.maximum(whole, before)
+      masked, free = (
+          functools.partial(chunk, masked=mask) for mask in (True, False)
+      )
+      state = jax.lax.fori_loop(before, whole, masked, state)
+      return jax.lax.fori_loop(whole, n_chunks, free, state)
 
     heads = q.shape[0]
     state = (

@@ -191,16 +191,20 @@ def absorbed(
   q_nope, q_rope, positions, kept = _new(p, x, kept, start, cfg)
   q = jnp.einsum("BTNP,NPR->BTNR", q_nope, p["up_k"])
   q = jnp.concatenate([q, q_rope], axis=-1) / cfg.divisor
+  # Queries as columns, so that the cache is a left operand as it lies: twice as
+  # fast on CPU when it is long.
+  columns = jnp.einsum("BTNC->BCTN", q.astype(kept.dtype))
   scores = jnp.einsum(
-      "BTNC,BSC->BTNS",
-      q.astype(kept.dtype),
+      "BSC,BCTN->BSTN",
       kept,
+      jax.lax.optimization_barrier(columns),
       preferred_element_type=jnp.float32,
   )
-  visible = jnp.arange(kept.shape[1])[None, None] <= positions[..., None]
-  scores = jnp.where(visible[:, :, None], scores, -jnp.inf)
-  weights = jax.nn.softmax(scores, axis=-1).astype(kept.dtype)
-  mixed = jnp.einsum("BTNS,BSC->BTNC", weights, kept)[..., : cfg.kv_rank]
+  key = jnp.arange(kept.shape[1])
+  visible = key[None, :, None] <= positions[:, None]
+  scores = jnp.where(visible[..., None], scores, -jnp.inf)
+  weights = jax.nn.softmax(scores, axis=1).astype(kept.dtype)
+  mixed = jnp.einsum("BSTN,BSC->BTNC", weights, kept)[..., : cfg.kv_rank]
   out = jnp.einsum("BTNR,NRV->BTNV", mixed.astype(x.dtype), p["up_v"])
   return manual.total(gemm.linear(out, p["out"], 2), "model"), kept
 

@@ -1,0 +1,35 @@
+"""A workdir with the smallest model that has every mechanism."""
+
+import jax
+import numpy as np
+import testing
+
+from dsv3_jax import checkpoint
+from dsv3_jax.data import tokenizer
+from experiments import workdir
+
+TEXTS = ("It was a bright cold day in April.", "你好，世界。 1984 + 1\n")
+
+
+def make(folder, *assignments):
+  """A workdir with a checkpoint of random parameters and a tokenizer.
+
+  Returns:
+    The run, its state and the tokenizer.
+  """
+  run = testing.run("precision.recipe=fp32", *assignments)
+  state = testing.state(run)
+  rng = np.random.default_rng(0)
+  bias = rng.normal(size=state.router_bias.shape).astype(np.float32)
+  state = state.replace(router_bias=jax.numpy.asarray(bias))
+  checkpoints = checkpoint.manager(folder / "checkpoints", run.checkpoint)
+  average = jax.tree.map(lambda a: a + 1, state.params)
+  average = average if run.optim.ema_decay else None
+  checkpoint.save(checkpoints, state, {}, average)
+  checkpoints.wait_until_finished()
+  checkpoints.close()
+  workdir.write_config(folder, workdir.describe("test", 0, run))
+  (folder / "data").mkdir()
+  tok = tokenizer.train(TEXTS * 20, 300)
+  tokenizer.save(tok, folder / "data" / "tokenizer.json")
+  return run, state, tok

@@ -1,0 +1,367 @@
+"""Tests of what tokens are drawn from, and of drawing them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import reference
+import testing
+from absl.testing import absltest
+from absl.testing import parameterized
+
+from dsv3_jax.infer import sampling
+
+
+@functools.partial(jax.jit, static_argnames="mode")
+def probabilities(logits, how, mode):
+  return sampling.probabilities(logits, how, mode)
+
+
+@functools.partial(jax.jit, static_argnames=("purpose", "mode"))
+def draw(p, seed, position, purpose=sampling.FINAL, mode=sampling.PLAIN):
+  return sampling.draw(p, seed, position, purpose, mode)
+
+
+@functools.partial(jax.jit, static_argnames="purpose")
+def uniform(seed, position, purpose):
+  return sampling.uniform(seed, position, purpose)
+
+
+def rows_of(settings):
+  """Rows of (temperature, top_p, top_k)."""
+  return sampling.joined([(*row, 0) for row in settings])
+
+
+def distribution(logits, temperature, top_p, top_k):
+  """What one row of float64 logits [C] is drawn from, and what was close.
+
+  Returns:
+    Probabilities [C], and the least distance of top_p from a share at which
+    another token would be kept.
+  """
+  if not temperature:
+    return np.eye(len(logits))[np.argmax(logits)], 1.0
+  order = reference.top(logits, top_k or len(logits))
+  share = reference.softmax(logits[order] / temperature)
+  before = np.concatenate([[0], np.cumsum(share)[:-1]])
+  kept = order if top_p == 1 else np.array(order)[before < top_p]
+  p = np.zeros_like(logits)
+  p[kept] = reference.softmax(logits[kept] / temperature)
+  close = 1.0 if top_p == 1 else np.abs(before - top_p).min()
+  return p, close
+
+
+def p_value(counts, p, least=5):
+  """Of counts that are drawn from p; rare ones are taken together.
+
+  The sum of (count - expected)^2 / expected has a chi-square distribution with
+  one degree of freedom less than there are terms, if each expects a few.
+  """
+  counts, p = np.ravel(counts), np.ravel(np.float64(p))
+  assert not counts[p == 0].any(), "what has no probability was drawn"
+  expected = counts.sum() * p / p.sum()
+  order = np.argsort(expected)
+  enough = np.searchsorted(np.cumsum(expected[order]), least) + 1
+  n = max(enough, (expected < least).sum())
+  groups = [order[:n], *order[n:, None]]
+  found, due = (
+      np.array([a[g].sum() for g in groups]) for a in (counts, expected)
+  )
+  assert len(groups) > 1, "nothing to compare"
+  statistic = ((found - due) ** 2 / due).sum()
+  return float(jax.scipy.stats.chi2.sf(statistic, len(groups) - 1))
+
+
+def joint(*columns, size):
+  """Counts of tuples of numbers below size."""
+  index = np.ravel_multi_index(columns, (size,) * len(columns))
+  return np.bincount(index.ravel(), minlength=size ** len(columns))
+
+
+class MostLikelyTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      ([3, 1, 2], 0),
+      ([1, 2, 3], 2),
+      ([1, 3, 3], 1),  # of equals the first
+      ([2, 2, 2], 0),
+      ([-np.inf, -np.inf, -5], 2),
+      ([-np.inf, -np.inf, -np.inf], 0),
+      ([1, np.inf, 2], 1),
+  )
+  def test_is_the_first_of_the_largest(self, scores, expected):
+    scores = np.float32([[scores]])
+    found = sampling.most_likely(scores)
+    self.assertEqual(found.dtype, np.int32)
+    np.testing.assert_array_equal(found, [[expected]])
+
+  def test_is_argmax(self):
+    scores = testing.normal(5, 3, 40).round(1)  # with ties
+    np.testing.assert_array_equal(
+        sampling.most_likely(scores), np.argmax(scores, -1)
+    )
+
+  def test_is_a_token_even_where_scores_are_none(self):
+    scores = np.full((1, 2, 7), np.nan, np.float32)
+    scores[0, 1, 3] = 1
+    for found in sampling.most_likely(scores)[0]:
+      self.assertBetween(int(found), 0, 6)
+
+
+class ModeTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      ([(0, 1, 0)], sampling.GREEDY),
+      ([(0, 0.5, 3), (0, 1, 0)], sampling.GREEDY),
+      ([(1, 1, 0)], sampling.PLAIN),
+      ([(0, 0.5, 3), (0.1, 1, 0)], sampling.PLAIN),
+      ([(1, 1, 0), (1, 0.99, 0)], sampling.CUT),
+      ([(1, 1, 1)], sampling.CUT),
+      ([], sampling.GREEDY),
+  )
+  def test_is_what_the_rows_need(self, rows, expected):
+    self.assertEqual(sampling.mode(rows), expected)
+
+
+class ProbabilitiesTest(parameterized.TestCase):
+  # Each alone, both cuts together in both orders of severity, and none.
+  SETTINGS = (
+      (0, 1, 0),
+      (0, 0.5, 2),
+      (1, 1, 0),
+      (0.3, 1, 0),
+      (2.5, 1, 0),
+      (1, 0.6, 0),
+      (0.5, 0.9, 0),
+      (2, 0.05, 0),
+      (1, 1, 1),
+      (0.7, 1, 4),
+      (1, 1, 50),
+      (1, 0.9, 6),
+      (3, 0.4, 9),
+      (1.3, 0.99, 3),
+  )
+  T, C = 5, 11
+
+  def test_are_those_of_the_definition(self):
+    logits = testing.normal(len(self.SETTINGS), self.T, self.C, scale=2)
+    how = rows_of(self.SETTINGS)
+    found = probabilities(logits, how, sampling.CUT)
+    self.assertEqual(found.dtype, np.float32)
+    for row, settings, p in zip(
+        np.float64(logits), self.SETTINGS, found, strict=True
+    ):
+      for z, got in zip(row, p, strict=True):
+        expected, close = distribution(z, *settings)
+        self.assertGreater(close, 1e-4)
+        np.testing.assert_array_equal(got > 0, expected > 0)
+        # Division, then sums; an error of a logit is one of its weight.
+        terms = self.C + 4 * np.abs(z).max() / (settings[0] or 1)
+        testing.assert_close(got, expected, terms)
+
+  @parameterized.parameters(sampling.GREEDY, sampling.PLAIN)
+  def test_what_needs_no_cut_is_the_same_without_sorting(self, mode):
+    rows = [row for row in self.SETTINGS if sampling.mode([row]) == mode]
+    rows += [row for row in self.SETTINGS if row[0] == 0]
+    self.assertGreater(len(rows), 2)
+    logits = testing.normal(len(rows), self.T, self.C, scale=2)
+    how = rows_of(rows)
+    plain, cut = (probabilities(logits, how, m) for m in (mode, sampling.CUT))
+    np.testing.assert_array_equal(plain > 0, cut > 0)
+    # As above, twice; the lowest temperature is 0.3.
+    terms = 2 * (self.C + 4 * np.abs(logits).max() / 0.3)
+    testing.assert_close(plain, np.asarray(cut), terms)
+
+  def test_of_equally_likely_tokens_the_first_are_kept(self):
+    logits = np.float32([[[1, 0, 1, 1, 0]]])
+    for settings, expected in (
+        ((0, 1, 0), [1, 0, 0, 0, 0]),
+        ((1, 1, 2), [1, 0, 1, 0, 0]),
+        ((1, 0.5, 0), [1, 0, 1, 0, 0]),
+        ((1, 1, 4), [1, 1 / np.e, 1, 1, 0]),
+    ):
+      p = probabilities(logits, rows_of([settings]), sampling.CUT)[0, 0]
+      np.testing.assert_allclose(p, np.array(expected) / sum(expected), 1e-6)
+
+  def test_a_share_reached_exactly_is_enough(self):
+    # Sums of powers of two are exact: 1/2, 3/4, 7/8, 1.
+    logits = np.log(np.float32([[[1 / 8, 1 / 2, 1 / 8, 1 / 4]]]))
+    how = rows_of([(1, 0.75, 0)])
+    p = probabilities(np.float32(logits), how, sampling.CUT)
+    np.testing.assert_allclose(p, [[[0, 2 / 3, 0, 1 / 3]]], 1e-6)
+
+  def test_a_share_of_one_cuts_nothing(self):
+    # The sum of the first few is 1 in float32; the others are still there.
+    logits = np.float32([[np.linspace(0, -30, 11)]])
+    p = probabilities(logits, rows_of([(1, 1, 0)]), sampling.CUT)
+    self.assertTrue((np.asarray(p) > 0).all())
+    p = probabilities(logits, rows_of([(1, 1, 9)]), sampling.CUT)
+    np.testing.assert_array_equal(p[0, 0] > 0, np.arange(11) < 9)
+
+  def test_the_smallest_share_keeps_the_most_likely_token(self):
+    logits = testing.normal(1, 4, 9)
+    p = probabilities(logits, rows_of([(1, 1e-30, 0)]), sampling.CUT)
+    np.testing.assert_array_equal(p, np.eye(9)[np.argmax(logits, -1)])
+
+  def test_rows_have_settings_of_their_own(self):
+    logits = testing.normal(1, self.T, self.C, scale=2)
+    together = probabilities(
+        np.repeat(logits, len(self.SETTINGS), 0),
+        rows_of(self.SETTINGS),
+        sampling.CUT,
+    )
+    for settings, p in zip(self.SETTINGS, together, strict=True):
+      alone = probabilities(logits, rows_of([settings]), sampling.CUT)
+      np.testing.assert_array_equal(p, alone[0])
+
+  def test_a_very_low_temperature_is_nearly_none(self):
+    logits = testing.normal(1, 4, 9)
+    p = probabilities(logits, rows_of([(1e-6, 1, 0)]), sampling.PLAIN)
+    np.testing.assert_array_equal(p, np.eye(9)[np.argmax(logits, -1)])
+
+
+class DrawTest(parameterized.TestCase):
+  SEEDS, POSITIONS = 500, 240  # 120,000 draws
+
+  def drawn(self, p, purpose=sampling.FINAL, mode=sampling.PLAIN):
+    """Tokens [SEEDS, POSITIONS], of p [C]."""
+    shape = self.SEEDS, self.POSITIONS
+    return np.asarray(
+        draw(
+            jnp.broadcast_to(jnp.float32(p), (*shape, len(p))),
+            jnp.arange(self.SEEDS, dtype=jnp.uint32),
+            jnp.broadcast_to(jnp.arange(self.POSITIONS), shape),
+            purpose,
+            mode,
+        )
+    )
+
+  # The second is not of sum 1, the third has what never comes.
+  @parameterized.parameters(
+      ((0.3, 0.1, 0.05, 0.35, 0.2),),
+      ((3e-5, 1e-5, 5e-6, 4e-5),),
+      ((0, 0.7, 0, 0.299, 0.001, 0),),
+  )
+  def test_draws_as_often_as_it_should(self, *p):
+    tokens = self.drawn(*p)
+    self.assertEqual(tokens.dtype, np.int32)
+    counts = np.bincount(tokens.ravel(), minlength=len(*p))
+    self.assertGreater(p_value(counts, *p), 1e-4)
+
+  def test_draws_are_independent(self):
+    p = np.array([0.3, 0.1, 0.25, 0.35])
+    tokens, draft = self.drawn(p), self.drawn(p, sampling.DRAFT)
+    both = np.outer(p, p)
+    for name, a, b in (
+        ("positions", tokens[:, ::2], tokens[:, 1::2]),
+        ("seeds", tokens[::2], tokens[1::2]),
+        # Another purpose, also at the next position.
+        ("purposes", tokens, draft),
+        ("places", tokens[:, 1:], draft[:, :-1]),
+        # seed + position is not what counts.
+        ("diagonals", tokens[1:, :-1], tokens[:-1, 1:]),
+    ):
+      with self.subTest(name):
+        self.assertGreater(p_value(joint(a, b, size=4), both), 1e-4)
+
+  def test_numbers_are_uniform_and_independent_of_draws(self):
+    p = np.array([0.3, 0.1, 0.25, 0.35])
+    shape = self.SEEDS, self.POSITIONS
+    u = uniform(
+        jnp.arange(self.SEEDS, dtype=jnp.uint32),
+        jnp.broadcast_to(jnp.arange(self.POSITIONS), shape),
+        sampling.ACCEPT,
+    )
+    self.assertEqual((u.shape, u.dtype), (shape, np.float32))
+    self.assertBetween(float(u.min()), 0, float(u.max()))
+    self.assertLess(float(u.max()), 1)
+    tenth = np.int32(10 * u)
+    counts = np.bincount(tenth.ravel(), minlength=10)
+    self.assertGreater(p_value(counts, np.full(10, 0.1)), 1e-4)
+    for purpose in (sampling.DRAFT, sampling.FINAL):
+      counts = joint(tenth, self.drawn(p, purpose), size=10)
+      both = np.outer(np.full(10, 0.1), np.pad(p, (0, 6)))
+      self.assertGreater(p_value(counts, both), 1e-4)
+
+  def test_a_row_does_not_depend_on_the_others(self):
+    p = testing.normal(5, 6, 40) ** 2
+    seed = np.uint32([3, 0, 2**32 - 1, 17, 3])
+    position = testing.tokens(5, 6, vocab_size=1000)
+    tokens = draw(p, seed, position)
+    for b in range(5):
+      row = slice(b, b + 1)
+      np.testing.assert_array_equal(
+          draw(p[row], seed[row], position[row]), tokens[row]
+      )
+      for t in range(6):
+        place = row, slice(t, t + 1)
+        np.testing.assert_array_equal(
+            draw(p[place], seed[row], position[place]), tokens[place]
+        )
+
+  def test_without_temperature_nothing_is_random(self):
+    p = np.float32([[[0.4, 0.6, 0]]])
+    tokens = {
+        int(
+            draw(
+                p,
+                np.uint32([seed]),
+                np.int32([[7]]),
+                mode=sampling.GREEDY,
+            )[0, 0]
+        )
+        for seed in range(20)
+    }
+    self.assertEqual(tokens, {1})
+    # Among rows that are random it is a one.
+    self.assertEqual(set(self.drawn([0, 0, 1, 0]).ravel()), {2})
+
+
+class SettingsTest(parameterized.TestCase):
+
+  def test_are_joined_in_order(self):
+    rows = [(0.5, 0.9, 3, 2**32 - 1), (0, 1, 0, 7)]
+    how = sampling.joined(rows)
+    fields = how.temperature, how.top_p, how.top_k, how.seed
+    self.assertEqual(
+        [str(a.dtype) for a in fields],
+        ["float32", "float32", "int32", "uint32"],
+    )
+    for column, values in zip(fields, zip(*rows, strict=True), strict=True):
+      np.testing.assert_allclose(column, values, 1e-7)
+
+  @parameterized.parameters(
+      (0, 1, 0, 0), (1e9, 1e-9, 10**6, 2**32 - 1), (0.7, 0.9, 50, 1)
+  )
+  def test_these_are_good(self, *settings):
+    self.assertEqual(sampling.problems(*settings), [])
+
+  @parameterized.parameters(
+      (-0.1, "temperature=-0.1: must be at least 0, and at most 1e+30"),
+      (float("inf"), "temperature=inf: must be at least 0, and at most 1e+30"),
+      (float("nan"), "temperature=nan: must be at least 0, and at most 1e+30"),
+  )
+  def test_refuses_a_temperature(self, value, message):
+    self.assertEqual(sampling.problems(value, 1, 0, 0), [message])
+
+  @parameterized.parameters(0, -1, 1.01, float("nan"))
+  def test_refuses_a_share(self, value):
+    self.assertEqual(
+        sampling.problems(1, value, 0, 0),
+        [f"top_p={value}: must be above 0 and at most 1"],
+    )
+
+  def test_refuses_the_others_and_names_all(self):
+    self.assertEqual(
+        sampling.problems(1, 1, -1, 2**32),
+        [
+            "top_k=-1: must be in [0, 2^31), where 0 is no limit",
+            "seed=4294967296: must be in [0, 2^32)",
+        ],
+    )
+    self.assertLen(sampling.problems(-1, 0, -1, -1), 4)
+
+
+if __name__ == "__main__":
+  absltest.main()

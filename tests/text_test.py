@@ -1,0 +1,571 @@
+"""Tests of writing texts: what is shown and when, and models of folders."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import random
+import shutil
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import micro
+import numpy as np
+import testing
+from absl.testing import absltest
+from absl.testing import parameterized
+
+from dsv3_jax import checkpoint
+from dsv3_jax import config
+from dsv3_jax.data import chat
+from dsv3_jax.data import tokenizer
+from dsv3_jax.infer import engine
+from dsv3_jax.infer import text
+from dsv3_jax.interop import placing
+from dsv3_jax.interop import runs
+from experiments import common
+from scripts import convert
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+CHINESE = "人工智能的未来。你好，世界！"
+EMOJI = "👩‍👩‍👧‍👦 🏳️‍🌈 😀"
+BYTES = tokenizer.train(["x"], 264)  # nothing but single bytes
+
+
+def learned():
+  """A tokenizer that knows some characters whole and others in bytes."""
+  texts = [(CHINESE + "It was a bright cold day. abab baba ") * 20]
+  return tokenizer.train(texts, 330)
+
+
+def ids_of(tok, written):
+  return tok.encode(written, add_special_tokens=False).ids
+
+
+class Scripted:
+  """An engine of which every token is known before."""
+
+  busy = False
+
+  def __init__(self, *scripts):
+    """Serves scripts of (tokens, ended) in order, a token of each in turn."""
+    self.scripts, self.submitted, self.cancelled = scripts, 0, []
+
+  def problems(self, request):
+    return []
+
+  def cancel(self, number):
+    self.cancelled.append(number)
+
+  def run(self, requests):
+    events = []
+    for _ in requests:
+      tokens, ended = self.scripts[self.submitted]
+      ends = [""] * (len(tokens) - 1) + [ended]
+      number = self.submitted
+      self.submitted += 1
+      events.append([
+          engine.Event(number, token, -token / 8, end)
+          for token, end in zip(tokens, ends, strict=True)
+      ])
+    for turn in itertools.zip_longest(*events):
+      yield from filter(None, turn)
+
+
+def pieces(tok, ids, *stops, ended=engine.LENGTH):
+  """The pieces of one text with these tokens."""
+  writer = text.Writer(Scripted((ids, ended)), tok)
+  return list(writer.stream([text.Ask("", stop=stops)]))
+
+
+def shown(tok, ids, *stops, ended=engine.LENGTH):
+  return [piece.text for piece in pieces(tok, ids, *stops, ended=ended)]
+
+
+class CharactersTest(parameterized.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.tok = learned()
+
+  def ids(self, written):
+    return ids_of(self.tok, written)
+
+  @parameterized.parameters(
+      CHINESE,
+      EMOJI,
+      "naïve — “quotes”… 한국어",
+      "a\ufffdb\ufffd\ufffd",
+      "\n \u2028\u0000",
+      CHINESE + EMOJI,
+  )
+  def test_a_text_comes_in_whole_characters(self, written):
+    ids = self.ids(written)
+    found = shown(self.tok, ids)
+    self.assertLen(found, len(ids))
+    self.assertEqual("".join(found), written)
+    for so_far in itertools.accumulate(found):
+      self.assertStartsWith(written, so_far)
+
+  def test_a_character_is_held_until_its_last_byte(self):
+    ids = self.ids("😀")
+    self.assertLen(ids, 4)
+    found = shown(self.tok, [*self.ids("a"), *ids, *self.ids("b")])
+    self.assertEqual(found, ["a", "", "", "", "😀", "b"])
+
+  def test_a_token_may_end_one_character_and_begin_another(self):
+    # Two characters of three bytes each, in tokens of two.
+    facts = json.loads(tokenizer.train(["x"], 264).to_str())
+    letters = [letter for c in "人工" for letter in BYTES.encode(c).tokens]
+    vocabulary, merges = (facts["model"][key] for key in ("vocab", "merges"))
+    for pair in zip(letters[::2], letters[1::2], strict=True):
+      vocabulary["".join(pair)] = len(vocabulary)
+      merges.append(pair)
+    path = testing.folder(self) / "tokenizer.json"
+    path.write_text(json.dumps(facts))
+    tok = tokenizer.load(path)
+    self.assertEqual(shown(tok, [264, 265, 266]), ["", "人", "工"])
+
+  def test_bytes_that_are_no_text_hold_nothing_up(self):
+    rng = random.Random(0)
+    alphabet = range(8, 264)  # a byte each
+    for _ in range(50):
+      ids = rng.choices(alphabet, k=rng.randrange(1, 20))
+      found = shown(self.tok, ids)
+      self.assertEqual("".join(found), self.tok.decode(ids))
+      for i, so_far in enumerate(itertools.accumulate(found[:-1]), 1):
+        whole = self.tok.decode(ids[:i])
+        self.assertEqual(so_far, whole.removesuffix(UNFINISHED))
+
+  def test_what_stays_incomplete_is_shown_at_the_end(self):
+    ids = self.ids("a😀")[:-1]
+    self.assertEqual(shown(self.tok, ids), ["a", "", "", UNFINISHED])
+    found = shown(self.tok, [*ids, tokenizer.EOS_ID], ended=engine.STOP)
+    self.assertEqual(found, ["a", "", "", "", UNFINISHED])
+
+  def test_eos_is_not_shown(self):
+    ids = [*self.ids("cold"), tokenizer.EOS_ID]
+    found = pieces(self.tok, ids, ended=engine.STOP)
+    self.assertEqual("".join(piece.text for piece in found), "cold")
+    self.assertEqual([piece.token for piece in found], ids)
+    self.assertEqual([p.logprob for p in found], [-i / 8 for i in ids])
+    ends = [""] * (len(ids) - 1) + [engine.STOP]
+    self.assertEqual([piece.ended for piece in found], ends)
+
+  def test_ids_that_the_tokenizer_has_not_add_nothing(self):
+    ids = [*self.ids("cold"), 1_000_000, tokenizer.PAD_ID, *self.ids(" day")]
+    self.assertEqual("".join(shown(self.tok, ids)), "cold day")
+
+
+class StopTest(parameterized.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.tok = learned()
+
+  @parameterized.parameters(
+      # In the middle, and across tokens.
+      ("one END two", ["END"], "one ", engine.STOP),
+      ("one END", ["END"], "one ", engine.STOP),
+      ("END", ["END"], "", engine.STOP),
+      # Begins again within itself.
+      ("aab", ["ab"], "a", engine.STOP),
+      ("xababac", ["abac"], "xab", engine.STOP),
+      ("aaaab", ["aab"], "aa", engine.STOP),
+      # What is complete first.
+      ("abcd", ["bc", "abcd"], "a", engine.STOP),
+      ("abcd", ["bcd", "abcd"], "", engine.STOP),
+      ("abce", ["abcd", "ce"], "ab", engine.STOP),
+      # Never complete: all is shown.
+      ("one EN", ["END"], "one EN", engine.LENGTH),
+      ("one ENd two", ["END"], "one ENd two", engine.LENGTH),
+      ("abab", ["ababa", "bb"], "abab", engine.LENGTH),
+      ("abc", [], "abc", engine.LENGTH),
+  )
+  def test_ends_before_a_stop_string(self, written, stops, expected, ended):
+    found = pieces(BYTES, ids_of(BYTES, written), *stops)
+    self.assertEqual("".join(piece.text for piece in found), expected)
+    self.assertEqual(found[-1].ended, ended)
+
+  def test_inside_one_token(self):
+    (token,) = ids_of(self.tok, " bright")
+    for stop, expected in (("rig", " b"), (" ", ""), ("t", " brigh")):
+      (piece,) = pieces(self.tok, [token], stop)
+      self.assertEqual((piece.text, piece.ended), (expected, engine.STOP))
+
+  def test_of_the_character_that_ends_the_text(self):
+    ids = [*ids_of(BYTES, "ab"), tokenizer.EOS_ID]
+    (*_, last) = pieces(BYTES, ids, "bc", ended=engine.STOP)
+    self.assertEqual((last.text, last.ended), ("b", engine.STOP))
+    (*_, last) = pieces(BYTES, ids[:2], "b", ended=engine.LENGTH)
+    self.assertEqual((last.text, last.ended), ("", engine.STOP))
+
+  def test_of_characters_in_several_tokens(self):
+    ids = ids_of(self.tok, "好😀😀!")
+    found = pieces(self.tok, ids, "😀!")
+    self.assertEqual("".join(piece.text for piece in found), "好😀")
+
+  def test_holds_no_more_than_it_must(self):
+    rng = random.Random(0)
+    for _ in range(200):
+      written = "".join(rng.choices("ab", k=12))
+      stops = [
+          "".join(rng.choices("ab", k=rng.randrange(1, 6)))
+          for _ in range(rng.randrange(1, 4))
+      ]
+      found = shown(BYTES, ids_of(BYTES, written), *stops)
+      begins = {stop[:n] for stop in stops for n in range(len(stop))}
+      for i, so_far in enumerate(itertools.accumulate(found), 1):
+        read = written[:i]
+        ends = [read.find(stop) for stop in stops if stop in read]
+        if ends:
+          self.assertEqual(so_far, read[: min(ends)])
+          self.assertLen(found, i)
+          break
+        held = max(len(s) for s in begins if read.endswith(s))
+        held *= i < len(written)
+        self.assertEqual(so_far, read[: i - held])
+      else:
+        self.assertLen(found, len(written))
+
+
+class StreamTest(parameterized.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.tok = learned()
+
+  def test_several_texts_are_told_apart_and_counted_from_0(self):
+    written = ["cold day", CHINESE, EMOJI] * 2
+    scripts = [(ids_of(self.tok, s), engine.LENGTH) for s in written]
+    writer = text.Writer(Scripted(*scripts), self.tok)
+    for start in (0, 3):  # a second stream with the same engine
+      found = {}
+      for piece in writer.stream([text.Ask("")] * 3):
+        found[piece.ask] = found.get(piece.ask, "") + piece.text
+      self.assertEqual(found, dict(enumerate(written[start : start + 3])))
+
+  def test_nothing_comes_behind_a_stop_string(self):
+    texts = (ids_of(BYTES, written) for written in ("a.b.c.d", "cold day"))
+    scripted = Scripted(*((ids, engine.LENGTH) for ids in texts))
+    asks = [text.Ask("", stop=(".",)), text.Ask("")]
+    found = list(text.Writer(scripted, BYTES).stream(asks))
+    first = [piece for piece in found if not piece.ask]
+    self.assertEqual("".join(piece.text for piece in first), "a")
+    self.assertEqual(first[-1].ended, engine.STOP)
+    self.assertNotEmpty([p for p in found[found.index(first[-1]) :] if p.ask])
+    self.assertEqual(scripted.cancelled[0], 0)
+
+  def test_an_engine_that_serves_others_is_refused(self):
+    scripted = Scripted()
+    scripted.busy = True
+    with self.assertRaisesRegex(RuntimeError, "other requests"):
+      next(text.Writer(scripted, self.tok).write("a"))
+
+  def test_an_empty_stop_string_is_refused(self):
+    writer = text.Writer(Scripted(), self.tok)
+    with self.assertRaisesRegex(ValueError, "must not be empty"):
+      writer.request(text.Ask("a", stop=("b", "")))
+
+  def test_a_request_is_what_was_asked(self):
+    made = text.Writer(Scripted(), self.tok).request(
+        text.Ask("cold", 3, 0.5, 0.25, 7, 9, ("a",))
+    )
+    ids = text.encode(self.tok, "cold")
+    ends = (tokenizer.EOS_ID,)
+    self.assertEqual(made, engine.Request(ids, 3, 0.5, 0.25, 7, 9, ends))
+
+
+class EncodeTest(parameterized.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.tok = learned()
+
+  def test_a_text_begins_with_bos(self):
+    self.assertEqual(text.encode(self.tok, ""), [tokenizer.BOS_ID])
+    first, *rest = text.encode(self.tok, CHINESE)
+    self.assertEqual(first, tokenizer.BOS_ID)
+    self.assertEqual(self.tok.decode(rest), CHINESE)
+
+  def test_ids_are_taken_as_they_are(self):
+    self.assertEqual(text.encode(self.tok, [5, 6]), [5, 6])
+    self.assertEqual(text.encode(self.tok, np.array([5, 6])), [5, 6])
+    self.assertEqual(text.encode(self.tok, ()), [])
+
+  def test_a_conversation_is_encoded_as_one(self):
+    messages = [{"role": "user", "content": "cold?"}]
+    expected = chat.encode(self.tok, messages)
+    self.assertEqual(text.encode(self.tok, messages), expected)
+    with self.assertRaisesRegex(ValueError, "role='tool'"):
+      text.encode(self.tok, [{"role": "tool", "content": ""}])
+
+  def test_half_of_a_character_is_refused(self):
+    with self.assertRaisesRegex(ValueError, "prompt: is not Unicode text"):
+      text.encode(self.tok, "cold \ud800")
+
+
+ASKS = tuple(
+    text.Ask(
+        prompt,
+        max_tokens=n,
+        temperature=1 + n / 20,
+        top_p=0.9,
+        seed=n,
+        stop=stop,
+    )
+    for prompt, n, stop in (
+        ("It was", 20, ()),
+        ([0, 70, 71], 7, ()),
+        ([{"role": "user", "content": "cold"}], 12, ()),
+        ("", 1, ()),
+        ("a", 19, ("e", "a")),
+        ("a", 18, ()),
+    )
+)
+
+
+def written(stream):
+  """Texts, tokens, log-probabilities and ends of the asks of a stream."""
+  found = {}
+  for piece in stream:
+    found.setdefault(piece.ask, []).append(piece)
+  return [
+      (
+          "".join(p.text for p in found[ask]),
+          [p.token for p in found[ask]],
+          [p.logprob for p in found[ask]],
+          found[ask][-1].ended,
+      )
+      for ask in sorted(found)
+  ]
+
+
+class FolderTest(parameterized.TestCase):
+  """A run with an average, and the same model released."""
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    folder = testing.folder(cls)
+    cls.run_dir, cls.released = folder / "run", folder / "released"
+    _, cls.state, cls.tok = micro.make(cls.run_dir, "optim.ema_decay=0.9")
+    arguments = f"--mode=export --workdir={cls.run_dir} --hf={cls.released}"
+    program = functools.partial(common.run_main, convert.main)
+    code, _, err = testing.command_line(program, *arguments.split())
+    assert not code, err
+
+
+class WriterTest(FolderTest):
+
+  def load(self, folder):
+    return text.load(folder, n_slots=2, max_len=32, chunk=16)
+
+  def test_many_at_once_are_what_each_is_alone(self):
+    writer = self.load(self.run_dir)
+    together = written(writer.stream(ASKS))
+    alone = [written(writer.stream([ask]))[0] for ask in ASKS]
+    self.assertEqual(together, alone)
+    self.assertLen({tuple(tokens) for _, tokens, *_ in together}, len(ASKS))
+    self.assertEqual([ended for *_, ended in together].count(engine.STOP), 1)
+    settings = dataclasses.asdict(ASKS[0])
+    whole = "".join(writer.write(settings.pop("prompt"), **settings))
+    self.assertEqual(whole, together[0][0])
+    with self.subTest("abandoned half-way"):
+      stream = writer.stream(ASKS)
+      next(piece for piece in stream if piece.ask == 1)
+      with self.assertRaisesRegex(RuntimeError, "other requests"):
+        next(writer.stream(ASKS))
+      stream.close()
+      self.assertFalse(writer.engine.busy)
+    with self.subTest("one that cannot be served"):
+      bad = text.Ask("a", max_tokens=31)
+      with self.assertRaisesRegex(ValueError, "max_tokens=31: needs 33 pos"):
+        list(writer.stream([*ASKS[:3], bad]))
+      self.assertFalse(writer.engine.busy)
+    self.assertEqual(written(writer.stream(ASKS)), together)
+    with self.subTest("released"):
+      writer = self.load(self.released)
+      self.assertEqual(written(writer.stream(ASKS)), together)
+
+
+class LoadTest(FolderTest):
+
+  def served(self, folder, **options):
+    """What the engine of a folder is made with."""
+    with mock.patch.object(text.engine_lib, "Engine") as made:
+      text.load(folder, **options)
+    (params, cfg), options = made.call_args
+    return jax.device_get(params), cfg, options
+
+  @parameterized.product(folder=("run_dir", "released"), n_drafts=(0, 2))
+  def test_serves_mtp_modules_only_to_draft(self, folder, n_drafts):
+    seen = mock.patch.object(placing, "load", wraps=placing.load)
+    with seen as load:
+      params, cfg, options = self.served(
+          getattr(self, folder), n_drafts=n_drafts
+      )
+    self.assertEqual(options["n_drafts"], n_drafts)
+    self.assertEqual(cfg.mtp.depth, bool(n_drafts))
+    self.assertLen(params["mtp"], cfg.mtp.depth)
+    # Nor is it read for nothing.
+    for call in load.call_args_list:
+      self.assertEqual(call.args[0].model.mtp.depth, bool(n_drafts))
+    blocks = [*params["layers"], *(m["block"] for m in params["mtp"])]
+    biases = [block["bias"] for block in blocks if "bias" in block]
+    wanted = self.state.router_bias[: 1 + bool(n_drafts)]
+    np.testing.assert_array_equal(np.stack(biases), wanted)
+    np.testing.assert_array_equal(params["norm"], self.state.params["norm"])
+
+  def test_the_average(self):
+    params, *_ = self.served(self.run_dir, average=True)
+    wanted = self.state.params["norm"] + 1
+    np.testing.assert_array_equal(params["norm"], wanted)
+
+  def test_bfloat16(self):
+    params, *_ = self.served(self.run_dir, dtype="bfloat16")
+    wanted = self.state.params["embed"].astype(jnp.bfloat16)
+    np.testing.assert_array_equal(params["embed"], wanted)
+    self.assertEqual(params["embed"].dtype, jnp.bfloat16)
+    self.assertEqual(params["norm"].dtype, jnp.float32)
+    self.assertEqual(params["layers"][-1]["bias"].dtype, jnp.float32)
+
+  def test_a_text_is_as_long_as_the_model_reads(self):
+    found = text.find(self.run_dir)
+    for factor, expected in ((1, 4096), (8, 128), (1000, 4096)):
+      yarn = f"mla.yarn.factor={factor}", "mla.yarn.original_len=16"
+      model = config.override(found.model, *yarn)
+      other = dataclasses.replace(found, model=model)
+      with mock.patch.object(text.engine_lib, "Engine") as made:
+        other.problems(text.Options())
+      self.assertEqual(made.call_args.kwargs["max_len"], expected)
+      longer = text.Options(max_len=129)
+      self.assertLen(other.problems(longer), int(factor == 8))
+
+  def test_options_reach_the_engine(self):
+    sizes = {"n_slots": 3, "max_len": 40, "chunk": 32}
+    *_, options = self.served(self.run_dir, **sizes)
+    self.assertEqual(options | sizes | {"n_drafts": 0}, options)
+
+  def test_lists_all_problems_without_reading_parameters(self):
+    wrong = {"dtype": "float16", "n_slots": 0, "max_len": 0, "chunk": 3}
+    unread = mock.patch.object(runs, "newest", side_effect=AssertionError)
+    with unread, self.assertRaises(ValueError) as caught:
+      text.load(self.run_dir, n_drafts=-1, **wrong)
+    lines = str(caught.exception).splitlines()
+    self.assertLen(lines, 5)
+    for name, value in (wrong | {"n_drafts": -1}).items():
+      self.assertIn(f"{name}={value}: must be ", str(caught.exception))
+    self.assertIn("float32, bfloat16", lines[0])
+
+  def test_lists_what_is_wrong_with_asks(self):
+    found, options = text.find(self.run_dir), text.Options(max_len=32)
+    good, bad = text.Ask("", max_tokens=31), text.Ask("", max_tokens=32)
+    self.assertEmpty(found.problems(options, good, good))
+    (problem,) = found.problems(options, good, bad)
+    self.assertIn("max_tokens=32: needs 33 positions", problem)
+
+  def test_a_released_checkpoint_has_no_average(self):
+    with self.assertRaisesRegex(ValueError, "released .* has no average"):
+      text.load(self.released, average=True)
+
+  def test_released_folders_are_trusted_as_far_as_is_said(self):
+    folder = testing.folder(self) / "copy"
+    shutil.copytree(self.released, folder)
+    path = folder / "config.json"
+    facts = json.loads(path.read_text()) | {"auto_map": {"AutoModel": "x.Y"}}
+    path.write_text(json.dumps(facts))
+    shards = list(folder.glob("*.safetensors"))
+    for shard in shards:
+      shard.unlink()
+      shard.symlink_to(self.released / shard.name)
+    with self.assertRaisesRegex(ValueError, "auto_map names code"):
+      text.find(folder, follow_links=True)
+    with self.assertRaisesRegex(ValueError, "is a link to"):
+      text.find(folder, ignore_auto_map=True)
+    text.find(folder, ignore_auto_map=True, follow_links=True)
+
+  def test_a_released_checkpoint_without_a_tokenizer(self):
+    folder = testing.folder(self) / "copy"
+    shutil.copytree(self.released, folder)
+    (folder / "tokenizer.json").unlink()
+    with self.assertRaisesRegex(ValueError, "not a readable tokenizer"):
+      text.load(folder)
+
+
+class BadRunTest(parameterized.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.good = testing.folder(cls) / "run"
+    micro.make(cls.good, "mtp.depth=0")
+
+  def setUp(self):
+    super().setUp()
+    self.folder = testing.folder(self) / "run"
+    shutil.copytree(self.good, self.folder)
+
+  def assert_refused(self, message, **options):
+    with self.assertRaisesRegex(ValueError, message) as caught:
+      text.load(self.folder, **options)
+    self.assertNotIsInstance(caught.exception, checkpoint.MissingError)
+
+  def configure(self, **settings):
+    path = self.folder / "config.json"
+    facts = json.loads(path.read_text())
+    facts["settings"] |= {
+        name.replace("__", "."): value for name, value in settings.items()
+    }
+    path.write_text(json.dumps(facts))
+
+  def test_drafts_of_a_model_without_mtp(self):
+    self.assert_refused("n_drafts=1: the model has no MTP", n_drafts=1)
+
+  def test_the_average_of_a_run_without_one(self):
+    self.assert_refused("has no average", average=True)
+
+  def test_no_folder(self):
+    shutil.rmtree(self.folder)
+    self.assert_refused("holds no run")
+
+  def test_no_run(self):
+    (self.folder / "config.json").unlink()
+    self.assert_refused("holds no run")
+
+  def test_no_tokenizer(self):
+    (self.folder / "data" / "tokenizer.json").unlink()
+    self.assert_refused("tokenizer.json: not a readable tokenizer")
+
+  def test_a_tokenizer_of_more_ids_than_the_model(self):
+    self.configure(model__vocab_size=290)
+    self.assert_refused("vocab_size=290: must be at least")
+
+  @parameterized.parameters("checkpoints", "checkpoints/0")
+  def test_no_checkpoint(self, lost):
+    shutil.rmtree(self.folder / lost)
+    with self.assertRaises(checkpoint.MissingError):
+      text.load(self.folder)
+
+  def test_a_damaged_checkpoint(self):
+    shutil.rmtree(self.folder / "checkpoints" / "0" / "state")
+    self.assert_refused("checkpoint .*/0 cannot be read")
+
+  @parameterized.parameters(
+      ({"model__mla__q_rank": 0}, "cannot be read.*moe.mla.q_down"),
+      ({"model__mtp__depth": 1}, "cannot be read.*mtp"),
+      ({"model__mla__n_hands": 2}, "mla.n_hands: .*did you mean.*n_heads"),
+      ({"model__d_model": "wide"}, "model.d_model='wide': expected int"),
+  )
+  def test_another_configuration_than_the_checkpoint(self, changes, message):
+    self.configure(**changes)
+    self.assert_refused("(?s)" + message)
+
+
+if __name__ == "__main__":
+  absltest.main()
