@@ -15,11 +15,6 @@ from dsv3_jax import schema
 from dsv3_jax import train
 
 
-class MissingError(ValueError):
-  """A checkpoint was expected and there is none that can be used."""
-
-
-
 def manager(
     directory: pathlib.Path, cfg: config.Checkpoint
 ) -> ocp.CheckpointManager:

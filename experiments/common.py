@@ -18,9 +18,9 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from dsv3_jax import checkpoint
 from dsv3_jax import config
 from dsv3_jax import fields
+from dsv3_jax.interop import runs
 from dsv3_jax.interop import weights
 from dsv3_jax.parallel import layouts
 from dsv3_jax.parallel import replicas
@@ -162,7 +162,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     sys.exit(OK)
   try:
     code = main() or OK
-  except checkpoint.MissingError as error:
+  except runs.MissingError as error:
     code = _say(NO_CHECKPOINT, error)
   except ValueError as error:
     code = _say(BAD_INPUT, error)

@@ -557,7 +557,7 @@ class RefusalTest(parameterized.TestCase):
 
   def test_refuses_drafts_without_a_module(self):
     with self.assertRaisesRegex(
-        ValueError, r"^n_drafts=1: .* no MTP module .*mtp.depth=0.* only 0 is"
+        ValueError, r"^n_drafts=1: .* no MTP module .*mtp.depth=0"
     ):
       self.engine("mtp.depth=0", n_drafts=1)
     self.engine("mtp.depth=0", n_drafts=0)

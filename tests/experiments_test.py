@@ -161,7 +161,7 @@ class CommandLineTest(parameterized.TestCase):
 
   @parameterized.parameters(
       (FloatingPointError("x\ny"), common.NOT_FINITE),
-      (checkpoint.MissingError("x\ny"), common.NO_CHECKPOINT),
+      (runs.MissingError("x\ny"), common.NO_CHECKPOINT),
       (ValueError("x\ny"), common.BAD_INPUT),
   )
   def test_errors_have_exit_codes(self, error, expected):
@@ -455,7 +455,7 @@ class StartTest(parameterized.TestCase):
     workdir.write_config(command.workdir, facts)
     metrics = command.workdir / logbook.METRICS
     metrics.write_text('{"step": 3, "loss": 1.0}\n')
-    with self.assertRaisesRegex(checkpoint.MissingError, "no checkpoint"):
+    with self.assertRaisesRegex(runs.MissingError, "no checkpoint"):
       runner.execute(command)
     self.assertEqual(metrics.read_text(), '{"step": 3, "loss": 1.0}\n')
 

@@ -16,7 +16,6 @@ import testing
 from absl.testing import absltest
 from absl.testing import parameterized
 
-from dsv3_jax import checkpoint
 from dsv3_jax import config
 from dsv3_jax.data import chat
 from dsv3_jax.data import tokenizer
@@ -514,7 +513,7 @@ class BadRunTest(parameterized.TestCase):
   def assert_refused(self, message, **options):
     with self.assertRaisesRegex(ValueError, message) as caught:
       text.load(self.folder, **options)
-    self.assertNotIsInstance(caught.exception, checkpoint.MissingError)
+    self.assertNotIsInstance(caught.exception, runs.MissingError)
 
   def configure(self, **settings):
     path = self.folder / "config.json"
@@ -549,7 +548,7 @@ class BadRunTest(parameterized.TestCase):
   @parameterized.parameters("checkpoints", "checkpoints/0")
   def test_no_checkpoint(self, lost):
     shutil.rmtree(self.folder / lost)
-    with self.assertRaises(checkpoint.MissingError):
+    with self.assertRaises(runs.MissingError):
       text.load(self.folder)
 
   def test_a_damaged_checkpoint(self):

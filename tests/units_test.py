@@ -145,9 +145,9 @@ def of_one_device(n_drafts=0, skew=0.1):
 
 
 @functools.cache
-def load(used, n_drafts=0, skew=0.1):
+def load(used):
   """That of the texts of a unit."""
-  made = make(used, n_drafts, skew=skew)
+  made = make(used)
   run(made)
   return made.load
 
@@ -160,12 +160,12 @@ def assert_same_texts(found, expected):
 
 
 @functools.cache
-def full(skew=0.1):
+def full():
   """Logits and load of the texts of one device in float64, without a cache."""
-  cfg, params, bias = model(skew)
+  cfg, params, bias = model()
   params, bias = reference.f64((params, bias))
   logits, total = [], 0
-  for r, text in zip(requests(), of_one_device(skew=skew)[0], strict=True):
+  for r, text in zip(requests(), of_one_device()[0], strict=True):
     # The last token of a text is not read.
     tokens = np.array([[*r.prompt, *text[:-1]]])
     hidden, _, load, _ = reference.forward(params, bias, tokens, cfg)

@@ -7,17 +7,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from dsv3_jax import checkpoint
 from dsv3_jax import config
 from dsv3_jax import presets
 from dsv3_jax import schema
-from dsv3_jax import train
-from dsv3_jax.interop import placing
 from dsv3_jax.interop import weights
-from dsv3_jax.parallel import layouts
 
 CONFIG, CHECKPOINTS = "config.json", "checkpoints"
 _FACTS = {"variant", "seed", "settings"}
+
+
+class MissingError(ValueError):
+  """A checkpoint was expected and there is none that can be used."""
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any]:
@@ -64,20 +64,24 @@ def newest(
 
   Raises:
     ValueError: it is damaged, or there is no average.
-    checkpoint.MissingError: there is none.
+    MissingError: there is none.
   """
   if average and not run.optim.ema_decay:
     raise ValueError(f"{folder}: has no average, optim.ema_decay is 0")
   imported = folder / weights.FOLDER
   if imported.is_dir():
     return _imported(weights.open_weights(imported), run, mesh)
+  # Slow to import, and not needed to look at a configuration.
+  from dsv3_jax import checkpoint
+  from dsv3_jax import train
+
   saved = folder / CHECKPOINTS
   if not saved.is_dir():
-    raise checkpoint.MissingError(f"{folder}: has no checkpoints yet")
+    raise MissingError(f"{folder}: has no checkpoints yet")
   checkpoints = checkpoint.manager(saved, run.checkpoint)
   try:
     if (step := checkpoints.latest_step()) is None:
-      raise checkpoint.MissingError(f"{folder}: has no finished checkpoint")
+      raise MissingError(f"{folder}: has no finished checkpoint")
     like = train.abstract_state(run, mesh)
     state, _ = checkpoint.restore(checkpoints, step, like)
     params = state.params
@@ -99,4 +103,7 @@ def _imported(
         f"{source.folder}: is of another model (there -> here):\n"
         + "\n".join(changes)
     )
+  from dsv3_jax.interop import placing
+  from dsv3_jax.parallel import layouts
+
   return placing.load(source, layouts.layout(run, mesh.shape), mesh, np.float32)
