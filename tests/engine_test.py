@@ -32,12 +32,13 @@ LENGTHS = (
     (40, 20),
     (1, 5),
     (16, 12),
-    (17, 1),
+    (2, 1),
     (31, 9),
-    (2, 14),
+    (17, 14),
     (32, 7),
-    (33, 3),
+    (33, 9),
     (15, 16),
+    (2, 14),
 )
 
 
@@ -235,8 +236,9 @@ class GreedyTest(parameterized.TestCase):
 
   def test_a_cache_that_grows_keeps_what_was_read(self):
     asked, made = requests(), make()
-    # The first two need 16 positions, later ones 64: while those are written.
-    order = [1, 5, 0, 7, 2]
+    # The first three need 16 positions. One is over at once; the one that comes
+    # in its place needs 64, while two are being written.
+    order = [1, 9, 3, 0, 7, 2]
     found = run(made, [asked[i] for i in order])
     self.assertEqual(found, [due()[i] for i in order])
 
