@@ -208,11 +208,14 @@ class StepTest(parameterized.TestCase):
   @parameterized.parameters(
       ("selective", "true"), ("selective", "false"), ("block", "true")
   )
-  def test_its_gradients_are_the_same_bits(self, remat, scan):
+  def test_its_gradients_differ_by_sums_in_another_order(self, remat, scan):
     how = f"train.scan_layers={scan}"
-    testing.assert_same(
-        self.gradients(how, f"train.remat={remat}"), self.gradients(how)
-    )
+    made = self.gradients(how, f"train.remat={remat}")
+    whole = self.gradients(how)
+    np.testing.assert_array_equal(made[2].load, whole[2].load)
+    # The same bits with AVX-512. With AVX2 XLA computes some products of one
+    # program otherwise than the same ones of the other: sums over 32 tokens.
+    testing.assert_close(made, whole, 32)
 
   @parameterized.parameters(
       ("precision.recipe=bf16",),
