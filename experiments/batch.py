@@ -31,8 +31,8 @@ from rich import console
 from rich import progress
 
 from dsv3_jax import fields
-from dsv3_jax.infer import engine
 from dsv3_jax.infer import sampling
+from dsv3_jax.infer import stats as stats_lib
 from dsv3_jax.infer import text
 
 Row = dict[str, Any]
@@ -332,7 +332,7 @@ def _tell(line: str) -> None:
   print(line, file=sys.stderr)
 
 
-def drafted(stats: engine.Stats) -> str:
+def drafted(stats: stats_lib.Stats) -> str:
   """What drafts were good for."""
   return (
       f"of {stats.drafts} drafts {stats.acceptance:.0%} accepted:"

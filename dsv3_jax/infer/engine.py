@@ -7,6 +7,7 @@ a request gets depends on its prompt, settings and seed alone.
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from dsv3_jax.infer import programs
 from dsv3_jax.infer import sampling
 from dsv3_jax.infer import served
 from dsv3_jax.infer import speculation
+from dsv3_jax.infer import stats
 from dsv3_jax.infer import units
 
 STOP, LENGTH = "stop", "length"  # why a text ended
@@ -53,38 +55,13 @@ class Event:
 
 
 @dataclasses.dataclass
-class Stats:
-  """Counts since an engine was made."""
-
-  prompt_tokens: int = 0
-  tokens: int = 0  # written by cycles, those behind the end of a text too
-  cycles: int = 0  # passes of the main model over the slots
-  rows: int = 0  # slots in use in them, summed
-  drafts: int = 0
-  accepted: int = 0  # of the drafts
-  # Of a unit's devices before each time that experts were placed anew, mean
-  # over routers.
-  imbalance: list[float] = dataclasses.field(default_factory=list)
-
-  @property
-  def acceptance(self) -> float:
-    """The share of drafts that were kept."""
-    return self.accepted / self.drafts if self.drafts else 0.0
-
-  @property
-  def calls_per_token(self) -> float:
-    """Passes of the main model for a token of one text."""
-    return self.rows / self.tokens if self.tokens else 0.0
-
-
-@dataclasses.dataclass
 class _Active:
   """A request in a slot."""
 
   number: int
   request: Request
   slot: int
-  written: int = 0
+  written: int = 0  # tokens, without those of a cycle that is running
 
 
 class Engine:
@@ -135,14 +112,20 @@ class Engine:
     self.cfg, self.n_slots, self.max_len = cfg, n_slots, max_len
     self.chunk, self.n_drafts = chunk, n_drafts
     self.rebalance_every = rebalance_every
-    self.stats, self.submitted = Stats(), 0
+    self.stats, self.submitted = stats.Stats(), 0
     self._params, self._unit, self._placed = params, unit, placed
     self._n_shards = unit.n_shards if unit else 1
+    # By mode. A look at the configuration for each call would take its time.
+    self._cycle, self._prefill = (
+        functools.cache(functools.partial(program, cfg, unit))
+        for program in (programs.cycle, programs.prefill)
+    )
     self._free = list(range(n_slots))[::-1]
     self._active: dict[int, _Active] = {}
     self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
     self._state: speculation.State | None = None
     self._load, self._pending = None, []
+    self._running: tuple[dict[int, _Active], speculation.Written] | None = None
 
   # --- requests ---
 
@@ -197,11 +180,16 @@ class Engine:
     return bool(self._waiting or self._active)
 
   def step(self) -> list[Event]:
-    """Reads the prompts that there are free slots for; then one cycle."""
+    """Reads prompts into free slots, starts a cycle, and tells of the last one.
+
+    So the devices are at work while the host looks at what they wrote. A text
+    that a stop token ends has a cycle too many then, which is not told of.
+    """
     events = []
     while self._free and self._waiting:
       events += self._admit()
-    return events + self._cycle() if self._active else events
+    last, self._running = self._running, self._start()
+    return events + self._told(*last) if last else events
 
   def run(self, requests: Iterable[Request]) -> Iterator[Event]:
     """Serves requests in order, each taken when there is room for it.
@@ -309,16 +297,11 @@ class Engine:
     requests = {shard: a.request for shard, a in admitted.items()}
     self._room(max(map(self._need, requests.values())))
     longest = max(len(r.prompt) for r in requests.values())
-    mode = _mode(requests.values())
+    program = self._prefill(_mode(requests.values()))
     for start in range(0, longest, self.chunk):
       chunk = self._chunk(admitted, start)
-      self._state, first, load = programs.prefill(
-          self._params,
-          self._state,
-          self._put(chunk),
-          cfg=self.cfg,
-          mode=mode,
-          unit=self._unit,
+      self._state, first, load = program(
+          self._params, self._state, self._put(chunk)
       )
       self._pending.append(load)
       done = [
@@ -361,25 +344,42 @@ class Engine:
         how=sampling.joined(how),
     )
 
-  def _cycle(self) -> list[Event]:
-    in_use = np.isin(np.arange(self.n_slots), list(self._active))
-    self._state, written, load = programs.cycle(
-        self._params,
-        self._state,
-        self._put(in_use),
-        cfg=self.cfg,
-        mode=_mode(a.request for a in self._active.values()),
-        unit=self._unit,
+  def _start(self) -> tuple[dict[int, _Active], speculation.Written] | None:
+    """Starts a cycle of the texts that the running one does not end for sure.
+
+    It writes at least a token of each that it is of.
+    """
+    running = self._running[0] if self._running else {}
+    active = {
+        slot: a
+        for slot, a in self._active.items()
+        if a.written + (running.get(slot) is a) < a.request.max_tokens
+    }
+    if not active:
+      return None
+    program = self._cycle(_mode(a.request for a in active.values()))
+    in_use = np.isin(np.arange(self.n_slots), list(active))
+    self._state, written, load = program(
+        self._params, self._state, self._put(in_use)
     )
     self._pending.append(load)
-    written = jax.device_get(written)
-    if len(self._pending) > MANY:
-      self._load = self.load
     self.stats.cycles += 1
     if self.rebalance_every and not self.stats.cycles % self.rebalance_every:
       self.rebalance()
+    return active, written
+
+  def _told(
+      self, active: dict[int, _Active], written: speculation.Written
+  ) -> list[Event]:
+    """What a cycle wrote of the texts that are still wanted."""
+    written = jax.device_get(written)
+    if len(self._pending) > MANY:
+      self._load = self.load
     events = []
-    for slot in sorted(self._active):
+    for slot, a in sorted(active.items()):
+      if self._active.get(slot) is not a:
+        self.stats.spare += 1
+        continue
       n = written.n[slot]
       self.stats.rows += 1
       self.stats.tokens += int(n)

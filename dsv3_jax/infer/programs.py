@@ -1,6 +1,8 @@
 """What an engine compiles: a cycle, a chunk of prompts, a longer cache."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -10,7 +12,6 @@ from dsv3_jax import config
 from dsv3_jax.infer import decoding
 from dsv3_jax.infer import kvcache
 from dsv3_jax.infer import sampling
-from dsv3_jax.infer import served
 from dsv3_jax.infer import speculation
 from dsv3_jax.infer import units
 from dsv3_jax.model import mla
@@ -32,25 +33,22 @@ class Chunk:
   how: sampling.Settings
 
 
-@functools.partial(
-    jax.jit, static_argnames=("cfg", "mode", "unit"), donate_argnames="state"
-)
-def cycle(
-    params: served.Served,
-    state: speculation.State,
-    in_use: jax.Array,
-    *,
-    cfg: config.Model,
-    mode: str,
-    unit: units.Unit | None,
-) -> tuple[speculation.State, speculation.Written, jax.Array]:
-  """`speculation.cycle` of all slots, on one device or on a unit's."""
+Program = Callable[..., tuple[speculation.State, Any, jax.Array]]
+
+
+@functools.cache
+def cycle(cfg: config.Model, unit: units.Unit | None, mode: str) -> Program:
+  """`speculation.cycle` of all slots, on one device or on a unit's.
+
+  Returns:
+    A jitted function of parameters, state (donated) and the slots in use.
+  """
   experts = units.experts(unit, cfg) if unit else None
 
   def local(params, state, in_use):
     return speculation.cycle(params, state, in_use, cfg, mode, experts)
 
-  return units.mapped(local, unit)(params, state, in_use)
+  return jax.jit(units.mapped(local, unit), donate_argnums=1)
 
 
 @functools.partial(jax.jit, static_argnames="n")
@@ -59,31 +57,22 @@ def grow(state: speculation.State, n: int) -> speculation.State:
   return state.replace(cache=kvcache.grow(state.cache, n))
 
 
-@functools.partial(
-    jax.jit, static_argnames=("cfg", "mode", "unit"), donate_argnames="state"
-)
-def prefill(
-    params: served.Served,
-    state: speculation.State,
-    chunk: Chunk,
-    *,
-    cfg: config.Model,
-    mode: str,
-    unit: units.Unit | None,
-) -> tuple[speculation.State, tuple[jax.Array, jax.Array], jax.Array]:
+@functools.cache
+def prefill(cfg: config.Model, unit: units.Unit | None, mode: str) -> Program:
   """Reads a chunk of prompts.
 
   Returns:
-    The state; what follows the last token, drawn with the settings of the
-    text, [R, 1] int32, and its log-probability; tokens of each expert of the
-    main model.
+    A jitted function of parameters, state (donated) and a `Chunk`. It returns
+    the state; what follows the last token, drawn with the settings of the text,
+    [R, 1] int32, and its log-probability; tokens of each expert of the main
+    model.
   """
   experts = units.experts(unit, cfg) if unit else None
 
   def local(params, state, chunk):
     return _read_chunk(params, state, chunk, cfg, mode, experts)
 
-  return units.mapped(local, unit)(params, state, chunk)
+  return jax.jit(units.mapped(local, unit), donate_argnums=1)
 
 
 def _read_chunk(params, state, chunk, cfg, mode, experts):

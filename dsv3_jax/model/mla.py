@@ -146,6 +146,20 @@ def served_specs(tree: schema.Specs, cfg: config.MLA) -> schema.Specs:
   }
 
 
+def _written(
+    kept: jax.Array, new: jax.Array, positions: jax.Array
+) -> jax.Array:
+  """kept [B, S, C] with new [B, T, C] at positions [B, T] that are in it."""
+  if positions.size == 1:
+    # A lone row XLA takes for a slice that is updated, which it does anew for
+    # all that reads the cache, in a copy each time. So one more row, nowhere.
+    nowhere = jnp.full_like(positions, kept.shape[1])
+    positions = jnp.concatenate([positions, nowhere], axis=1)
+    new = jnp.concatenate([new, new], axis=1)
+  row = jnp.arange(len(kept))[:, None]
+  return kept.at[row, positions].set(new, mode="drop")
+
+
 def _new(
     p: schema.Params,
     x: jax.Array,
@@ -161,8 +175,7 @@ def _new(
   angle = rope.angles(positions, _frequencies(cfg))
   q_nope, q_rope = queries(p, x, angle, cfg)
   new = jnp.concatenate(latents(p, x, angle, cfg), axis=-1)
-  row = jnp.arange(len(kept))[:, None]
-  kept = kept.at[row, positions].set(new.astype(kept.dtype), mode="drop")
+  kept = _written(kept, new.astype(kept.dtype), positions)
   return q_nope, q_rope, positions, kept
 
 
