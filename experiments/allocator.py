@@ -5,7 +5,7 @@ import os
 import sys
 
 
-def use_mimalloc() -> None:
+def use_mimalloc(*, keep_freed: bool = True) -> None:
   """Starts this program again with mimalloc as its memory allocator.
 
   On CPU, a training step makes tens of thousands of short-lived allocations
@@ -16,6 +16,11 @@ def use_mimalloc() -> None:
 
   Does nothing outside Linux, where mimalloc is not installed, and where
   LD_PRELOAD is set already; setting it to nothing keeps glibc's allocator.
+
+  Args:
+    keep_freed: freed memory is never given back to the system. Without, it is
+      after a millisecond: a program that allocates little once it is compiled
+      then does not go on holding what compiling took.
   """
   if not sys.platform.startswith("linux") or "LD_PRELOAD" in os.environ:
     return
@@ -24,7 +29,8 @@ def use_mimalloc() -> None:
   except importlib.metadata.PackageNotFoundError:
     return
   library = str(package.locate_file("cmeel.prefix/lib/libmimalloc.so"))
-  _start_again({"LD_PRELOAD": library, "MIMALLOC_PURGE_DELAY": "-1"})
+  delay = "-1" if keep_freed else "1"  # in ms
+  _start_again({"LD_PRELOAD": library, "MIMALLOC_PURGE_DELAY": delay})
 
 
 def keep_large_blocks() -> None:

@@ -5,17 +5,16 @@ compiles is for this job's lengths. Cores are devices where that is faster, as
 with `--mesh` of `experiments.sample`.
 """
 
-import functools
 import math
 import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dsv3_jax import config
 from dsv3_jax import presets
-from dsv3_jax import schema
 from dsv3_jax.infer import engine
 from dsv3_jax.infer import kvcache
 from dsv3_jax.infer import served
@@ -27,28 +26,50 @@ from scripts import bench_worker
 LONGEST_CHUNK = 2048
 
 
-def _deployment(job: dict[str, Any], n: int) -> units.Deployment | None:
-  """Over n devices, how it is fastest on the cores of one processor.
+def _deployment(
+    job: dict[str, Any], cfg: config.Model
+) -> units.Deployment | None:
+  """How it is fastest on the cores of one processor; None: on one device.
 
-  A single row leaves too little to divide.
+  To write divides texts, to read divides heads. A single text leaves too
+  little to divide where it is written.
   """
-  if n < 2 or (job["new"] and len(job["prompts"]) % n):
+  writes = job["new"] > 0
+  divided = len(job["prompts"]) if writes else cfg.mla.n_heads
+  cores = 1 << (os.cpu_count() or 1).bit_length() - 1
+  n = math.gcd(cores, divided, cfg.router.n_experts)
+  if n == 1:
     return None
-  if job["new"]:
+  if writes:
     return units.Deployment(mesh={"expert": n}, kind="decode")
   return units.Deployment(mesh={"model": n}, kind="prefill")
+
+
+def _params(cfg: config.Model) -> served.Served:
+  """Random ones, matrices drawn by NumPy.
+
+  The programs that `schema.init` compiles would count among the memory that
+  reading and writing take; who serves has parameters in files.
+  """
+  rng, key = np.random.default_rng(0), jax.random.key(0)
+
+  def draw(spec):
+    if len(spec.shape) < 2:
+      return spec.init(key, spec.shape, spec.dtype)
+    p = rng.standard_normal(spec.shape, np.float32)
+    return jnp.asarray(np.multiply(p, cfg.init_std, out=p), spec.dtype)
+
+  return jax.tree.map(draw, served.specs(cfg))
 
 
 def _engine(job: dict[str, Any], cfg: config.Model) -> engine.Engine:
   """With random parameters and a slot for each prompt."""
   n, longest = len(job["prompts"]), len(job["prompts"][0])
-  cores = os.cpu_count() or 1
-  wanted = _deployment(job, 1 << cores.bit_length() - 1)
+  wanted = _deployment(job, cfg)
   if wanted:
     n_devices = math.prod(wanted.mesh.values())
     cluster.use_virtual_devices(n_devices, spare_threads=False)
-  key, specs = jax.random.key(0), served.specs(cfg)
-  params = jax.jit(functools.partial(schema.init, specs))(key)
+  params = _params(cfg)
   unit = placed = None
   if wanted:
     unit = units.unit(wanted, cfg)
@@ -90,5 +111,5 @@ def prepare(job: dict[str, Any]) -> bench_worker.Task:
 
 
 if __name__ == "__main__":
-  allocator.use_mimalloc()
+  allocator.use_mimalloc(keep_freed=False)
   bench_worker.serve(prepare)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from unittest import mock
 
+import jax
 import numpy as np
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -12,7 +13,6 @@ from absl.testing import parameterized
 from dsv3_jax import config
 from dsv3_jax import presets
 from scripts import bench
-from scripts import bench_decode
 from scripts import bench_jax
 from scripts import bench_worker
 
@@ -139,14 +139,14 @@ class FlagsTest(parameterized.TestCase):
 
 class WorkerTest(parameterized.TestCase):
 
-  def start(self, code):
-    worker = bench_worker.start([sys.executable, "-c", code], {}, ".")
+  def start(self, *code):
+    worker = bench_worker.start([sys.executable, *code], {}, ".")
     return self.enter_context(worker)
 
   def test_workers_take_turns_and_sleep_in_between(self):
     round_s, step_s = 0.5, 0.1
     self.enter_context(mock.patch.object(bench, "ROUND_S", round_s))
-    workers = {name: self.start(FAKE_WORKER) for name in "ab"}
+    workers = {name: self.start("-c", FAKE_WORKER) for name in "ab"}
     jobs = {name: {"step_s": step_s} for name in workers}
     results = bench.take_turns(workers, jobs, n_rounds=2)
     for result in results.values():
@@ -161,7 +161,7 @@ class WorkerTest(parameterized.TestCase):
       self.assertLess(waited["idle_cpu_s"], 0.05 * waited["idle_s"])
 
   def test_a_worker_that_ends_is_an_error(self):
-    worker = self.start("raise SystemExit(3)")
+    worker = self.start("-c", "raise SystemExit(3)")
     with self.assertRaisesRegex(RuntimeError, "exit code 3"):
       bench_worker.ask(worker, {})
 
@@ -177,16 +177,18 @@ class WorkerTest(parameterized.TestCase):
   @parameterized.parameters(0, 5)
   def test_our_worker_reads_and_writes_behind_prompts(self, new):
     small = ("n_layers=2", "d_model=32", "vocab_size=64")
-    task = bench_decode.prepare({
+    # It chooses how many devices there are, as only a new process can.
+    worker = self.start("-m", "scripts.bench_decode")
+    ready = bench_worker.ask(worker, {
         "shape": "S",
         "set": [*bench.OVERRIDES, *small],
         "prompts": [[1, 2, 3], [4, 5, 6]],
         "new": new,
     })
-    found = task.step()
-    self.assertBetween(found, 1, 2 * max(1, new) * 63)
-    self.assertEqual(task.step(), found)
-    self.assertEqual(task.matmul().shape, 2 * (bench_worker.PEAK_SIZE,))
+    self.assertEqual(ready["version"], f"jax {jax.__version__}")
+    values = [bench_worker.ask(worker, {"steps": 1})["value"] for _ in "ab"]
+    self.assertBetween(values[0], 1, 2 * max(1, new) * 63)
+    self.assertEqual(*values)
 
   def test_prompts_are_the_same_for_all_sides(self):
     load = bench.Load("decode", 2, prompt=3, new=4)

@@ -3,6 +3,7 @@
 import json
 from unittest import mock
 
+import pytest
 import testing
 from absl import flags
 from absl.testing import absltest
@@ -120,6 +121,7 @@ class ExecuteTest(parameterized.TestCase):
     self.assertBetween(min(sizes), 128 - needles.SPARE - 12, 128)
     self.assertLessEqual(max(sizes), 128 - needles.SPARE)
 
+  @pytest.mark.slow
   def test_extends_and_asks(self):
     self.enter_context(mock.patch.object(cluster, "mesh", topology.mesh))
     self.enter_context(mock.patch.object(common, "start_jax"))

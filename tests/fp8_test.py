@@ -227,8 +227,14 @@ class SlicesTest(parameterized.TestCase):
 
 class CollectivesTest(parameterized.TestCase):
 
-  @parameterized.parameters("zero1", "fsdp")
-  def test_a_weight_is_gathered_in_a_byte_a_number(self, layout):
+  def test_a_weight_is_gathered_in_a_byte_a_number(self):
+    self.check("fsdp")
+
+  @pytest.mark.slow
+  def test_and_so_is_what_zero1_holds_in_slices(self):
+    self.check("zero1")
+
+  def check(self, layout):
     run = config.override(RUN, f"parallel.layout={layout}")
     mesh = topology.mesh({"data": 2})
     gathers = re.findall(
@@ -293,7 +299,6 @@ class LayoutsTest(parameterized.TestCase):
 
   @parameterized.parameters(
       ({"data": 2, "expert": 2}, ("parallel.layout=fsdp",)),
-      ({"pipe": 2}, ("parallel.schedule=dualpipe",)),
   )
   def test_differ_by_less_than_the_recipe_does(self, sizes, settings):
     check(self, sizes, settings)
@@ -324,6 +329,7 @@ class LayoutsTest(parameterized.TestCase):
 class MoreLayoutsTest(parameterized.TestCase):
 
   @parameterized.parameters(
+      ({"pipe": 2}, ("parallel.schedule=dualpipe",)),
       ({"expert": 4}, ()),
       ({"node": 2, "expert": 2}, ("parallel.layout=zero1",)),
       ({"model": 2}, ()),
