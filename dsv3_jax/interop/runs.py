@@ -33,7 +33,7 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
       raise ValueError
   except OSError as error:
     raise ValueError(
-        f"--workdir={workdir}: holds no run, {path.name} is missing"
+        f"{workdir}: holds no run, {path.name} is missing"
     ) from error
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(f"{path}: is not the configuration of a run") from error
