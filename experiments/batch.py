@@ -310,7 +310,10 @@ def write(
         bar.update(task, advance=1, speed=f"{speed:.0f} tokens/s")
     _save(out, rows)
   seconds = time.perf_counter() - start
-  _tell(f"{len(todo)} texts, {n_tokens} tokens in {seconds:.1f} s")
+  _tell(
+      f"{len(todo)} texts, {n_tokens} tokens in {seconds:.1f} s, compiling"
+      " included"
+  )
   if writer.engine.stats.drafts:
     _tell(drafted(writer.engine.stats))
   if bad:

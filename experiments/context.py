@@ -225,6 +225,7 @@ def _evaluate(
   """Grids of all models: on screen, as numbers, as a picture and a report."""
   from scripts import plots
   from scripts import report
+  from scripts import themes
 
   short = command.run.data.seq_len
   tested = [short]
@@ -257,7 +258,7 @@ def _evaluate(
   )
   height = plots.needles_height_in(len(grids))
   (command.workdir / "needles.png").write_bytes(
-      plots.render(draw, plots.LIGHT, height)
+      themes.render(draw, themes.LIGHT, height)
   )
   print(report.write(command.workdir / last.name))
 

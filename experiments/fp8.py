@@ -186,6 +186,7 @@ def _losses(runs: Sequence[tuple[str, common.Command]]) -> Losses:
 def _write(command: common.Command, losses: Losses) -> None:
   """The comparison: on screen, as numbers and as a picture."""
   from scripts import plots
+  from scripts import themes
 
   warmup = command.run.schedule.warmup_steps
   rows = compare(losses, warmup)
@@ -198,7 +199,7 @@ def _write(command: common.Command, losses: Losses) -> None:
   }
   text = json.dumps(logbook.plain(facts), indent=2) + "\n"
   (command.workdir / "comparison.json").write_text(text)
-  picture = plots.render(
+  picture = themes.render(
       functools.partial(
           plots.gaps,
           x=[
@@ -210,7 +211,7 @@ def _write(command: common.Command, losses: Losses) -> None:
           bar=BAR,
           warmup=warmup,
       ),
-      plots.LIGHT,
+      themes.LIGHT,
       5.2,
   )
   (command.workdir / "loss.png").write_bytes(picture)

@@ -2,7 +2,8 @@
 
 Both go through the engine that serves, with a slot for each prompt; what it
 compiles is for this job's lengths. Cores are devices where that is faster, as
-with `--mesh` of `experiments.sample`.
+with `--mesh` of `experiments.sample`. Each side has its own allocator settings:
+this one holds little beyond what it uses.
 """
 
 import math
@@ -46,18 +47,17 @@ def _deployment(
 
 
 def _params(cfg: config.Model) -> served.Served:
-  """Random ones, matrices drawn by NumPy.
+  """Random ones, in host memory, as who serves has them from files.
 
-  The programs that `schema.init` compiles would count among the memory that
-  reading and writing take; who serves has parameters in files.
+  The programs that `schema.init` compiles would count in the peak of memory.
   """
   rng, key = np.random.default_rng(0), jax.random.key(0)
 
   def draw(spec):
     if len(spec.shape) < 2:
       return spec.init(key, spec.shape, spec.dtype)
-    p = rng.standard_normal(spec.shape, np.float32)
-    return jnp.asarray(np.multiply(p, cfg.init_std, out=p), spec.dtype)
+    p = rng.standard_normal(spec.shape, spec.dtype)
+    return np.multiply(p, cfg.init_std, out=p)
 
   return jax.tree.map(draw, served.specs(cfg))
 
@@ -65,16 +65,15 @@ def _params(cfg: config.Model) -> served.Served:
 def _engine(job: dict[str, Any], cfg: config.Model) -> engine.Engine:
   """With random parameters and a slot for each prompt."""
   n, longest = len(job["prompts"]), len(job["prompts"][0])
-  wanted = _deployment(job, cfg)
-  if wanted:
+  unit = placed = None
+  if wanted := _deployment(job, cfg):
     n_devices = math.prod(wanted.mesh.values())
     cluster.use_virtual_devices(n_devices, spare_threads=False)
-  params = _params(cfg)
-  unit = placed = None
-  if wanted:
     unit = units.unit(wanted, cfg)
     placed = units.first_placement(unit, cfg)
-    params = units.place(params, placed, unit, cfg)
+    params = units.place(_params(cfg), placed, unit, cfg)
+  else:
+    params = jax.device_put(_params(cfg))
   return engine.Engine(
       params,
       cfg,

@@ -114,8 +114,8 @@ def _pipeline(
   return Case(mesh, layout, dispatch, settings, DEEP)
 
 
-# One case or more for each axis, layout and exchange; these run in the fast
-# tests.
+# Each axis, layout and way of tokens from device to device but for `gather`;
+# these run in the fast tests.
 QUICK = (
     Case("data=2"),
     Case("model=2", "fsdp"),

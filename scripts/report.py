@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from scripts import page
 from scripts import plots
 from scripts import record
+from scripts import themes
 
 SNAPSHOTS = 4  # heat maps of expert load
 
@@ -292,8 +293,8 @@ def write(workdir: str | os.PathLike) -> pathlib.Path:
       missing.append(picture)
       continue
     images = []
-    for suffix, theme in (("", plots.LIGHT), ("_dark", plots.DARK)):
-      png = plots.render(picture.draw, theme, picture.height_in)
+    for suffix, theme in (("", themes.LIGHT), ("_dark", themes.DARK)):
+      png = themes.render(picture.draw, theme, picture.height_in)
       (folder / f"{picture.name}{suffix}.png").write_bytes(png)
       images.append(png)
     figures.append(page.Figure(picture.title, picture.caption, *images))

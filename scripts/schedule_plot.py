@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 
 from dsv3_jax.parallel import schedules
 from dsv3_jax.parallel import simulator
-from scripts import plots
+from scripts import themes
 
 KINDS = {
     "F": "forward",
@@ -36,14 +36,14 @@ Colour = tuple[float, float, float]
 def png(
     schedule: schedules.Schedule,
     timeline: simulator.Timeline,
-    theme: plots.Theme = plots.LIGHT,
+    theme: themes.Theme = themes.LIGHT,
 ) -> bytes:
   """The picture as PNG bytes."""
   shortest = min(end - start for _, start, end, _ in timeline.cells(schedule))
   width_in = LABELS_IN + CELL_IN * timeline.makespan / shortest
-  width_in = min(max(width_in, plots.WIDTH_IN), WIDEST_IN)
+  width_in = min(max(width_in, themes.WIDTH_IN), WIDEST_IN)
   unit_in = (width_in - LABELS_IN) / timeline.makespan
-  return plots.render(
+  return themes.render(
       lambda figure: _draw(figure, schedule, timeline, unit_in),
       theme,
       1.5 + ROW_IN * schedule.n_ranks,

@@ -228,7 +228,7 @@ class SampleTest(parameterized.TestCase):
     found = []
     for n_slots in (1, 4):
       _, err = self.text(*flags, f"--slots={n_slots}", "--stop=e")
-      self.assertRegex(err, r"5 texts, \d+ tokens in .* s\n1 lines had an er")
+      self.assertRegex(err, r"5 texts, \d+ tokens in .*\n1 lines had an er")
       found.append(out.read_text())
       out.unlink()
     rows, others = (

@@ -16,6 +16,7 @@ from experiments import logbook
 from scripts import plots
 from scripts import record
 from scripts import report
+from scripts import themes
 
 E, ROUTERS, STEPS, TOKENS = 16, 5, 488, 4096
 
@@ -367,7 +368,7 @@ class PlotsTest(parameterized.TestCase):
       plots.losses(figure, x, {"training": y}, {})
       drawn.extend(figure.axes)
 
-    plots.render(draw, plots.LIGHT, 3.4)
+    themes.render(draw, themes.LIGHT, 3.4)
     self.assertGreaterEqual(drawn[0].yaxis.label.get_window_extent().x0, 0)
 
   @parameterized.parameters((1, [0]), (3, [0, 1, 2]), (10, [0, 3, 6, 9]))

@@ -16,6 +16,7 @@ leading dims of both its operands. Both are much faster on CPU.
 
 import functools
 from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -241,21 +242,15 @@ def extend(
       key = first + jnp.arange(size)
 
       def chunk(i, state, masked):
-        top, total, out = (_slice(a, i * n, n, -1) for a in state)
         scores = _dot("NSX,NTX->NST", k, _slice(q, i * n, n, 1))
         if masked:
           query = start + i * n + jnp.arange(n)
           seen = (key[:, None] <= query[None]) & (key >= j * size)[:, None]
           scores = jnp.where(seen[None], scores, -jnp.inf)
-        new_top = jnp.maximum(top, scores.max(1))
-        weights = jnp.exp(scores - new_top[:, None])
-        fade = jnp.exp(top - new_top)
-        total = fade * total + weights.sum(1)
-        more = _dot("NVS,NST->NVT", v, weights.astype(v.dtype))
-        out = fade[:, None] * out + more
+        joined = _with_keys([_slice(a, i * n, n, -1) for a in state], scores, v)
         return tuple(
             jax.lax.dynamic_update_slice_in_dim(a, b, i * n, a.ndim - 1)
-            for a, b in zip(state, (new_top, total, out), strict=True)
+            for a, b in zip(state, joined, strict=True)
         )
 
       n_chunks = n_queries // n
@@ -284,3 +279,22 @@ def extend(
 
   out = jax.lax.map(sequence, (q, kept, start))
   return jnp.moveaxis(out, 3, 1)
+
+
+def _with_keys(
+    state: Sequence[jax.Array], scores: jax.Array, v: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """A softmax over some keys and its mixture, with more keys.
+
+  Args:
+    state: the highest score [N, T], the sum of exp(score - highest) [N, T], and
+      the mixture of values weighted by these [N, V, T].
+    scores: [N, s, T] of the new keys.
+    v: [N, V, s], their values.
+  """
+  top, total, out = state
+  new_top = jnp.maximum(top, scores.max(1))
+  weights = jnp.exp(scores - new_top[:, None])
+  fade = jnp.exp(top - new_top)
+  more = _dot("NVS,NST->NVT", v, weights.astype(v.dtype))
+  return new_top, fade * total + weights.sum(1), fade[:, None] * out + more
