@@ -1,101 +1,429 @@
-"""Saving and restoring the training state with orbax.
+"""Checkpoints that can be believed: orbax, digests, and what to fall back on.
 
-A checkpoint holds the `TrainState` and a JSON object of facts beside it: the
-data position and whatever the caller wants compared on the way back.
+A folder a step. Orbax writes the arrays under a temporary name; then come the
+digest of every array and the caller's facts, in a manifest; then the folder gets
+its name, so that one with a name and a whole manifest is finished. Digests are
+of arrays in the devices' memory, compared after they were read back into it:
+what happens in between is noticed, wherever it happens.
 """
 
+import functools
+import logging as std_logging
+import os
 import pathlib
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
+from typing import TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
 
 from dsv3_jax import config
+from dsv3_jax import digest
+from dsv3_jax import manifest
 from dsv3_jax import schema
 from dsv3_jax import train
 
+DamagedError, MissingError = manifest.DamagedError, manifest.MissingError
+T = TypeVar("T")
 
-def manager(
-    directory: pathlib.Path, cfg: config.Checkpoint
-) -> ocp.CheckpointManager:
-  """Keeps the newest checkpoints under directory; saves in the background."""
-  options = ocp.CheckpointManagerOptions(max_to_keep=cfg.keep, create=True)
-  return ocp.CheckpointManager(directory.absolute(), options=options)
-
-
-def save(
-    checkpoints: ocp.CheckpointManager,
-    state: train.TrainState,
-    facts: dict[str, Any],
-    average: schema.Params | None = None,
-) -> None:
-  """Starts saving the state, and the parameters' average, under its step."""
-  step = int(state.step)
-  items = {
-      "state": ocp.args.StandardSave(_raw(state)),
-      "facts": ocp.args.JsonSave(facts),
-  }
-  if average is not None:
-    items["ema"] = ocp.args.StandardSave(average)
-  checkpoints.save(step, args=ocp.args.Composite(**items))
+# What is not a checkpoint, by the end of its name: being written, being
+# removed, found damaged, set aside since runs from it failed.
+_TEMPORARY, _REMOVED = ".orbax-checkpoint-tmp", ".removed"
+CORRUPT, SUSPECT = ".corrupt", ".suspect"
 
 
-def restore(
-    checkpoints: ocp.CheckpointManager, step: int, like: train.TrainState
-) -> tuple[train.TrainState, dict[str, Any]]:
-  """The state of a step and the facts beside it.
-
-  Args:
-    checkpoints: where they are.
-    step: which one.
-    like: shapes, types and places, see `train.abstract_state`; the places need
-      not be those it was saved from.
-
-  Raises:
-    ValueError: the checkpoint is damaged or of another architecture.
-  """
-  template = jax.tree.map(
-      lambda s, to: s.update(sharding=to.sharding),
-      jax.eval_shape(_raw, like),
-      like,
-  )
-  restored = _restore(
-      checkpoints,
-      step,
-      state=ocp.args.StandardRestore(template),
-      facts=ocp.args.JsonRestore(),
-  )
-  state = restored.state
-  return state.replace(key=jax.random.wrap_key_data(state.key)), restored.facts
+class SaveError(RuntimeError):
+  """A checkpoint could not be written."""
 
 
-def restore_average(
-    checkpoints: ocp.CheckpointManager, step: int, like: schema.Params
-) -> schema.Params:
-  """The average of the parameters of a step.
+class Checkpoints:
+  """The checkpoints of a run."""
 
-  Args:
-    checkpoints: where they are.
-    step: which one.
-    like: shapes, types and places, as of `restore`.
+  def __init__(self, directory: pathlib.Path, cfg: config.Checkpoint):
+    """Opens a folder, which is made if it is not there.
 
-  Raises:
-    ValueError: there is none, or it is damaged.
-  """
-  like = ocp.args.StandardRestore(like)
-  return _restore(checkpoints, step, ema=like).ema
+    Args:
+      directory: the folder.
+      cfg: which steps to keep.
+    """
+    self.directory = directory.absolute()
+    self.directory.mkdir(parents=True, exist_ok=True)
+    self._cfg = cfg
+    self._saving: int | None = None  # step
+    self._finish: Callable[[pathlib.Path], None] = lambda folder: None
+    self._saver = ocp.AsyncCheckpointer(
+        ocp.PyTreeCheckpointHandler(),
+        async_options=ocp.options.AsyncOptions(
+            post_finalization_callback=self._finalize
+        ),
+    )
+
+  def folder(self, step: int) -> pathlib.Path:
+    """Where a step is."""
+    return self.directory / str(step)
+
+  def steps(self) -> list[int]:
+    """Finished steps that hold the files they should, oldest first."""
+    return [step for step in self._named() if not self._problem(step)]
+
+  def problems(self) -> dict[int, str]:
+    """Steps that do not, and why."""
+    found = {step: self._problem(step) for step in self._named()}
+    return {step: problem for step, problem in found.items() if problem}
+
+  def _named(self) -> list[int]:
+    names = os.listdir(self.directory)
+    return sorted(int(name) for name in names if _is_step(name))
+
+  def _problem(self, step: int) -> str:
+    try:
+      manifest.read(self.folder(step))
+    except DamagedError as error:
+      return str(error)
+    return ""
+
+  def facts(self, step: int) -> dict[str, Any]:
+    """What was saved beside the arrays of a step.
+
+    Raises:
+      DamagedError: it is damaged.
+    """
+    return manifest.read(self.folder(step)).facts
+
+  def save(
+      self,
+      state: train.TrainState,
+      facts: dict[str, Any],
+      average: schema.Params | None = None,
+  ) -> None:
+    """Starts saving the state, and the parameters' average, under its step.
+
+    Waits for the save before. All processes call it.
+
+    Raises:
+      SaveError: that one failed, or this one cannot begin.
+    """
+    self.wait()
+    step = int(state.step)
+    tree = {"state": _raw(state)}
+    if average is not None:
+      tree["average"] = {"params": average}
+    digests = _start_digests(tree)  # before the state is donated
+    types = {name: _type(leaf) for name, leaf in schema.paths(tree).items()}
+
+    def finish(folder):
+      arrays = {
+          name: {"type": of, "digest": digest.text(digests[name])}
+          for name, of in types.items()
+      }
+      manifest.write(folder, step, arrays, facts)
+
+    self._saving, self._finish = step, finish
+    self._raising(
+        lambda: self._saver.save(
+            self.folder(step), args=ocp.args.PyTreeSave(tree)
+        )
+    )
+
+  def _finalize(self) -> None:
+    """In process 0, when all files are there and the name is still temporary.
+
+    Called by a thread of orbax.
+    """
+    (folder,) = self.directory.glob(f"{self._saving}{_TEMPORARY}*")
+    self._finish(folder)
+
+  def check(self) -> int | None:
+    """The step that was being saved, once it is; does not wait.
+
+    Raises:
+      SaveError: saving it failed.
+    """
+    if self._saving is None:
+      return None
+    self._raising(self._saver.check_for_errors)
+    if not self.folder(self._saving).exists():
+      return None
+    return self.wait()
+
+  def wait(self) -> int | None:
+    """Waits for the save that was started; its step, if there was one.
+
+    Raises:
+      SaveError: it failed.
+    """
+    if self._saving is None:
+      return None
+    self._raising(self._saver.wait_until_finished)
+    step, self._saving = self._saving, None
+    self._remove_old()
+    return step
+
+  def _raising(self, work: Callable[[], None]) -> None:
+    """Does a part of saving; what was written goes where it fails."""
+    if not (problem := _problem_of(work)):
+      return
+    step, self._saving = self._saving, None
+    if jax.process_index() == 0:
+      for left in self.directory.glob(f"{step}{_TEMPORARY}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    good = self.steps()
+    raise SaveError(
+        f"checkpoint {self.folder(step)} could not be saved: {problem}; the"
+        f" newest good one is {good[-1] if good else 'none'}"
+    )
+
+  def _remove_old(self) -> None:
+    if jax.process_index():
+      return
+    steps, every = self.steps(), self._cfg.keep_every
+    for step in steps[: -self._cfg.keep]:
+      if not (every and step % every == 0):
+        _remove(self.folder(step))
+
+  def close(self) -> None:
+    """Waits for what is being saved, and ends the threads; never raises."""
+    if problem := _problem_of(self._saver.close):
+      logging.warning("%s: %s", self.directory, problem)
+
+  def clean(self) -> list[str]:
+    """Removes what a killed run left; sets aside what is no checkpoint.
+
+    For the one process that writes here.
+
+    Returns:
+      What was set aside, a line each.
+    """
+    for name in os.listdir(self.directory):
+      if _TEMPORARY in name or name.endswith(_REMOVED):
+        shutil.rmtree(self.directory / name, ignore_errors=True)
+    lines = []
+    for step, problem in self.problems().items():
+      lines.append(f"{self.set_aside(step, CORRUPT)}: {problem}")
+    return lines
+
+  def set_aside(self, step: int, kind: str) -> pathlib.Path:
+    """Takes a step out of those to be read; keeps its files, once.
+
+    Args:
+      step: which.
+      kind: CORRUPT or SUSPECT.
+
+    Returns:
+      The folder it is now.
+    """
+    aside = self.folder(step).with_suffix(kind)
+    if aside.exists():
+      _remove(aside)
+    self.folder(step).rename(aside)
+    return aside
+
+  def restore(self, step: int, like: train.TrainState) -> train.TrainState:
+    """The state of a step.
+
+    Args:
+      step: which one.
+      like: shapes, types and places, see `train.abstract_state`; the places
+        need not be those it was saved from.
+
+    Raises:
+      DamagedError: it is damaged.
+      ValueError: it is of another architecture; names what differs.
+    """
+    template = jax.tree.map(
+        lambda s, to: s.update(sharding=to.sharding),
+        jax.eval_shape(_raw, like),
+        like,
+    )
+    state = self._restore(step, {"state": template})["state"]
+    return state.replace(key=jax.random.wrap_key_data(state.key))
+
+  def restore_parameters(
+      self, step: int, like: train.TrainState, *, average: bool = False
+  ) -> tuple[schema.Params, jax.Array]:
+    """Parameters and router bias of a step; nothing else is read.
+
+    Args:
+      step: which one.
+      like: as of `restore`.
+      average: the parameters' average instead.
+
+    Raises:
+      DamagedError: it is damaged.
+      ValueError: it is of another architecture, or has no average.
+    """
+    params = {"params": like.params}
+    parts = {"state": {"router_bias": like.router_bias}}
+    if average:
+      parts["average"] = params
+    else:
+      parts["state"] |= params
+    found = self._restore(step, parts)
+    params = found["average" if average else "state"]["params"]
+    return params, found["state"]["router_bias"]
+
+  def _restore(self, step: int, like: Any) -> Any:
+    folder = self.folder(step)
+    saved = manifest.read(folder).arrays
+    names = schema.paths(like)
+    asked = {_group(name) for name in names}
+    there = {k: v["type"] for k, v in saved.items() if _group(k) in asked}
+    here = {name: _type(leaf) for name, leaf in names.items()}
+    if changes := config.difference(there, here):
+      raise ValueError(
+          f"{folder} is of another architecture (there -> here):\n"
+          + "\n".join(f"  {line}" for line in changes)
+      )
+    tree = None
+
+    def read():
+      nonlocal tree
+      # Not `Checkpointer`: it would wait for a process in which this fails.
+      tree = ocp.PyTreeCheckpointHandler().restore(
+          folder,
+          args=ocp.args.PyTreeRestore(
+              item=like,
+              restore_args=ocp.checkpoint_utils.construct_restore_args(like),
+              partial_restore=True,
+          ),
+      )
+      for name, leaf in schema.paths(tree).items():
+        if not isinstance(leaf, jax.Array) or _type(leaf) != here[name]:
+          raise ValueError(f"{name} is not there as {here[name]}")
+
+    problem = _problem_of(read)
+    if not _everywhere(not problem):
+      raise DamagedError(f"{folder} cannot be read: {problem or 'elsewhere'}")
+    wrong = [
+        name
+        for name, found in _start_digests(tree).items()
+        if digest.text(found) != saved[name]["digest"]
+    ]
+    if wrong:
+      raise DamagedError(
+          f"{folder} is damaged: not what was saved: {', '.join(wrong)}"
+      )
+    return tree
+
+  def newest(
+      self, load: Callable[[int], T], *, set_aside: bool
+  ) -> tuple[int, T] | None:
+    """What `load` returns of the newest step for which it is not damaged.
+
+    All processes call it.
+
+    Args:
+      load: reads a step, as `restore` does.
+      set_aside: also renames damaged steps, which only the run itself may do.
+
+    Returns:
+      The step and what was loaded; None: there are no checkpoints at all.
+
+    Raises:
+      MissingError: there are, and all are damaged.
+    """
+    steps, problems = self.steps(), list(self.problems().values())
+    aside = sorted(self.directory.glob(f"*{CORRUPT}"))
+    problems += [f"{folder}: was damaged and set aside" for folder in aside]
+    for step in reversed(_of_first(steps)):
+      try:
+        return step, load(step)
+      except DamagedError as error:
+        problems.append(str(error))
+        logging.error("%s; trying the one before", error)
+        if set_aside and jax.process_index() == 0:
+          self.set_aside(step, CORRUPT)
+    if problems:
+      raise MissingError(
+          f"{self.directory}: no checkpoint can be used:\n"
+          + "\n".join(problems)
+      )
+    return None
 
 
-def _restore(
-    checkpoints: ocp.CheckpointManager, step: int, **items: Any
-) -> Any:
+def _is_step(name: str) -> bool:
+  return name.isascii() and name.isdecimal() and name == str(int(name))
+
+
+def _group(name: str) -> str:
+  """What is read or left as a whole: `state/params` and the like."""
+  return "/".join(name.split("/")[:2])
+
+
+def _type(a: Any) -> str:
+  return f"{a.dtype}[{','.join(map(str, a.shape))}]"
+
+
+def _problem_of(work: Callable[[], None]) -> str:
+  """The first line of the error of any kind that orbax raises; "": none."""
   try:
-    return checkpoints.restore(step, args=ocp.args.Composite(**items))
-  except Exception as error:  # orbax raises many kinds for a damaged file
-    raise ValueError(
-        f"checkpoint {checkpoints.directory / str(step)} cannot be read:"
-        f" {error}"
-    ) from error
+    work()
+    return ""
+  except Exception as error:
+    _silence_rest()
+    return next(iter(str(error).splitlines()), repr(error))
+
+
+@functools.cache
+def _silence_rest() -> None:
+  """Hides that orbax leaves tasks behind where one of them fails."""
+  before = sys.unraisablehook
+  late = "Event loop is closed", "Encountered error while reading array"
+
+  def hook(unraisable):
+    if not str(unraisable.exc_value).startswith(late):
+      before(unraisable)
+
+  sys.unraisablehook = hook
+  std_logging.getLogger("asyncio").disabled = True
+  warnings.filterwarnings("ignore", "coroutine .* never awaited")
+
+
+def _remove(folder: pathlib.Path) -> None:
+  """A folder loses its name first: a kill leaves nothing half there."""
+  going = folder.with_name(folder.name + _REMOVED)
+  shutil.rmtree(going, ignore_errors=True)
+  folder.rename(going)
+  shutil.rmtree(going, ignore_errors=True)
+
+
+def _everywhere(good: bool) -> bool:
+  """Whether all processes say so."""
+  if jax.process_count() == 1:
+    return good
+  return bool(multihost_utils.process_allgather(np.int32(good)).all())
+
+
+def _of_first(steps: Sequence[int]) -> list[int]:
+  """The list of process 0: others may see a folder later."""
+  if jax.process_count() == 1:
+    return list(steps)
+  n = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
+  own = np.resize(np.asarray(steps or [0], np.int32), n)
+  return multihost_utils.broadcast_one_to_all(own).tolist()
+
+
+def _start_digests(tree: Any) -> dict[str, jax.Array]:
+  """Digests [2] of all leaves, computed where they are."""
+  leaves = schema.paths(tree)
+  on_devices = {
+      name: jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
+      for name, leaf in leaves.items()
+  }
+  return _digests(on_devices)
+
+
+@jax.jit
+def _digests(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  return {name: digest.of(leaf) for name, leaf in leaves.items()}
 
 
 def _raw(state: train.TrainState) -> train.TrainState:

@@ -227,7 +227,11 @@ class Checkpoint:
   """How often the state is saved and how many saves are kept."""
 
   every: int = number(100, low=1)  # steps
-  keep: int = number(2, low=1)
+  keep: int = number(2, low=1)  # the newest
+  keep_every: int = number(0, low=0)  # and all multiples of so many; 0: none
+  # When a save fails: end the run, or train on; without the last one it ends
+  # in an error all the same.
+  on_error: str = choice("stop", "continue")
 
 
 @fields.checked

@@ -20,6 +20,7 @@ from absl import flags
 
 from dsv3_jax import config
 from dsv3_jax import fields
+from dsv3_jax import manifest
 from dsv3_jax.interop import runs
 from dsv3_jax.interop import weights
 from dsv3_jax.parallel import layouts
@@ -162,7 +163,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     sys.exit(OK)
   try:
     code = main() or OK
-  except runs.MissingError as error:
+  except manifest.MissingError as error:
     code = _say(NO_CHECKPOINT, error)
   except ValueError as error:
     code = _say(BAD_INPUT, error)

@@ -135,7 +135,7 @@ def _start(
   if step is None:
     metrics = command.workdir / logbook.METRICS
     if metrics.exists() and logbook.read(metrics):
-      raise runs.MissingError(
+      raise manifest.MissingError(
           f"{command.workdir} holds metrics of a run but no checkpoint under"
           f" {checkpoints.directory}; restore it, or start in a new --workdir"
       )
@@ -149,7 +149,7 @@ def _start(
     like = train.abstract_state(run, mesh)
     state, saved = checkpoint.restore(checkpoints, step, like)
   except ValueError as error:
-    raise runs.MissingError(str(error)) from error
+    raise manifest.MissingError(str(error)) from error
   changes = config.difference(saved["data"], facts["data"])
   if changes:
     raise ValueError(

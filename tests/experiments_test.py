@@ -21,6 +21,7 @@ from absl.testing import parameterized
 from dsv3_jax import checkpoint
 from dsv3_jax import config
 from dsv3_jax import losses
+from dsv3_jax import manifest
 from dsv3_jax import presets
 from dsv3_jax import train
 from dsv3_jax.interop import runs
@@ -161,7 +162,7 @@ class CommandLineTest(parameterized.TestCase):
 
   @parameterized.parameters(
       (FloatingPointError("x\ny"), common.NOT_FINITE),
-      (runs.MissingError("x\ny"), common.NO_CHECKPOINT),
+      (manifest.MissingError("x\ny"), common.NO_CHECKPOINT),
       (ValueError("x\ny"), common.BAD_INPUT),
   )
   def test_errors_have_exit_codes(self, error, expected):
@@ -455,7 +456,7 @@ class StartTest(parameterized.TestCase):
     workdir.write_config(command.workdir, facts)
     metrics = command.workdir / logbook.METRICS
     metrics.write_text('{"step": 3, "loss": 1.0}\n')
-    with self.assertRaisesRegex(runs.MissingError, "no checkpoint"):
+    with self.assertRaisesRegex(manifest.MissingError, "no checkpoint"):
       runner.execute(command)
     self.assertEqual(metrics.read_text(), '{"step": 3, "loss": 1.0}\n')
 

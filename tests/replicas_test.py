@@ -8,6 +8,7 @@ import testing
 from absl.testing import absltest
 from absl.testing import parameterized
 
+from dsv3_jax import digest
 from dsv3_jax import train
 from dsv3_jax.parallel import replicas
 from dsv3_jax.parallel import topology
@@ -41,11 +42,11 @@ class CheckTest(parameterized.TestCase):
   def test_is_compiled_once(self):
     tree = [placed(jnp.zeros(37)), placed(jnp.zeros((5, 7)))]
     with mock.patch.object(
-        replicas, "_digest", side_effect=replicas._digest
-    ) as digest:
+        digest, "of", side_effect=digest.of
+    ) as of:
       for _ in range(3):
         replicas.check(tree, MESH)
-    self.assertEqual(digest.call_count, len(tree))
+    self.assertEqual(of.call_count, len(tree))
 
   @parameterized.parameters("float32", "bfloat16", "int32", "uint8")
   def test_one_bit_on_one_device(self, dtype):

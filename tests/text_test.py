@@ -17,6 +17,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from dsv3_jax import config
+from dsv3_jax import manifest
 from dsv3_jax.data import chat
 from dsv3_jax.data import tokenizer
 from dsv3_jax.infer import engine
@@ -513,7 +514,7 @@ class BadRunTest(parameterized.TestCase):
   def assert_refused(self, message, **options):
     with self.assertRaisesRegex(ValueError, message) as caught:
       text.load(self.folder, **options)
-    self.assertNotIsInstance(caught.exception, runs.MissingError)
+    self.assertNotIsInstance(caught.exception, manifest.MissingError)
 
   def configure(self, **settings):
     path = self.folder / "config.json"
@@ -548,7 +549,7 @@ class BadRunTest(parameterized.TestCase):
   @parameterized.parameters("checkpoints", "checkpoints/0")
   def test_no_checkpoint(self, lost):
     shutil.rmtree(self.folder / lost)
-    with self.assertRaises(runs.MissingError):
+    with self.assertRaises(manifest.MissingError):
       text.load(self.folder)
 
   def test_a_damaged_checkpoint(self):

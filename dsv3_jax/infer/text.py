@@ -243,7 +243,7 @@ class Found:
 
     Raises:
       ValueError: an option is out of range, or parameters cannot be read.
-      runs.MissingError: the run has no checkpoint.
+      manifest.MissingError: the run has no checkpoint.
     """
     if problems := self.problems(options):
       raise ValueError("\n".join(problems))
@@ -331,7 +331,7 @@ def load(
   Raises:
     ValueError: the folder does not hold such a model and its tokenizer, or an
       option is out of range.
-    runs.MissingError: the run has no checkpoint.
+    manifest.MissingError: the run has no checkpoint.
   """
   return find(folder, average=average).writer(Options(**options))
 

@@ -8,16 +8,13 @@ import jax
 import numpy as np
 
 from dsv3_jax import config
+from dsv3_jax import manifest
 from dsv3_jax import presets
 from dsv3_jax import schema
 from dsv3_jax.interop import weights
 
 CONFIG, CHECKPOINTS = "config.json", "checkpoints"
 _FACTS = {"variant", "seed", "settings"}
-
-
-class MissingError(ValueError):
-  """A checkpoint was expected and there is none that can be used."""
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any]:
@@ -63,8 +60,8 @@ def newest(
     average: the parameters' average instead.
 
   Raises:
-    ValueError: it is damaged, or there is no average.
-    MissingError: there is none.
+    ValueError: there is no average, or it is of another architecture.
+    MissingError: there is none, or all are damaged.
   """
   if average and not run.optim.ema_decay:
     raise ValueError(f"{folder}: has no average, optim.ema_decay is 0")
@@ -77,19 +74,20 @@ def newest(
 
   saved = folder / CHECKPOINTS
   if not saved.is_dir():
-    raise MissingError(f"{folder}: has no checkpoints yet")
-  checkpoints = checkpoint.manager(saved, run.checkpoint)
+    raise manifest.MissingError(f"{folder}: has no checkpoints yet")
+  checkpoints = checkpoint.Checkpoints(saved, run.checkpoint)
+  like = train.abstract_state(run, mesh)
+
+  def load(step):
+    return checkpoints.restore_parameters(step, like, average=average)
+
   try:
-    if (step := checkpoints.latest_step()) is None:
-      raise MissingError(f"{folder}: has no finished checkpoint")
-    like = train.abstract_state(run, mesh)
-    state, _ = checkpoint.restore(checkpoints, step, like)
-    params = state.params
-    if average:
-      params = checkpoint.restore_average(checkpoints, step, like.params)
-    return params, state.router_bias
+    found = checkpoints.newest(load, set_aside=False)
   finally:
     checkpoints.close()
+  if found is None:
+    raise manifest.MissingError(f"{folder}: has no finished checkpoint")
+  return found[1]
 
 
 def _imported(

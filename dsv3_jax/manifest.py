@@ -1,0 +1,120 @@
+"""What a checkpoint's folder must hold to be one, in its `manifest.json`.
+
+It is the last file that is written before the folder gets its name: a folder
+without a whole one was never finished, or only half copied.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+NAME = "manifest.json"
+VERSION = 1
+# Orbax writes these later, and nothing reads them here.
+_IGNORED = NAME, "_CHECKPOINT_METADATA", "commit_success.txt"
+
+
+class DamagedError(ValueError):
+  """A checkpoint is not what was saved."""
+
+
+class MissingError(ValueError):
+  """A checkpoint was expected and there is none that can be used."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+  """What was saved."""
+
+  step: int
+  arrays: dict[str, dict[str, Any]]  # name: `type`, such as float32[2,3], digest
+  facts: dict[str, Any]  # what the caller wanted beside them
+  files: dict[str, int]  # path in the folder: bytes
+
+
+def write(
+    folder: pathlib.Path,
+    step: int,
+    arrays: dict[str, dict[str, Any]],
+    facts: dict[str, Any],
+) -> None:
+  """Adds the manifest to a folder in which all else has been written."""
+  found = Manifest(step, arrays, facts, _files(folder))
+  body = {"version": VERSION} | dataclasses.asdict(found)
+  body["sha256"] = _seal(body)
+  with open(folder / NAME, "x", encoding="utf-8") as file:
+    json.dump(body, file, indent=1)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def read(folder: pathlib.Path) -> Manifest:
+  """The manifest of a folder that holds what it lists, by name and size.
+
+  Raises:
+    DamagedError: something is missing, of another size, too much, a link, or
+      the manifest is not as it was written.
+  """
+  path = folder / NAME
+  try:
+    if path.is_symlink():
+      raise DamagedError(f"{path}: is a link")
+    body = json.loads(path.read_bytes())
+    seal, version = body.pop("sha256"), body.pop("version")
+    if seal != _seal({"version": version} | body):
+      raise DamagedError(f"{path}: is not as it was written")
+    if version != VERSION:
+      raise DamagedError(
+          f"{path}: of version {version}; this program reads {VERSION}"
+      )
+    listed = Manifest(**body)
+    there = _files(folder)
+  except FileNotFoundError as error:
+    raise DamagedError(
+        f"{folder}: has no {NAME}: half written or half copied, or made by"
+        " another program"
+    ) from error
+  except (OSError, KeyError, TypeError, AttributeError) as error:
+    raise DamagedError(f"{path}: cannot be read: {error!r}") from error
+  except DamagedError:
+    raise
+  except ValueError as error:
+    raise DamagedError(f"{path}: is not as it was written: {error}") from error
+  if folder.name != str(listed.step):
+    raise DamagedError(f"{folder}: holds step {listed.step}")
+  lines = [
+      f"{folder / name}: {there.get(name, 'no')} bytes,"
+      f" {listed.files.get(name, 'none')} were written"
+      for name in sorted(there.keys() | listed.files.keys())
+      if there.get(name) != listed.files.get(name)
+  ]
+  if lines:
+    raise DamagedError("\n".join(lines))
+  return listed
+
+
+def _seal(body: dict[str, Any]) -> str:
+  text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _files(folder: pathlib.Path) -> dict[str, int]:
+  """Sizes of all files in a folder that a manifest lists.
+
+  Raises:
+    DamagedError: something is neither a file nor a folder, as a link is not.
+  """
+  sizes = {}
+  with os.scandir(folder) as entries:
+    for entry in entries:
+      if entry.is_dir(follow_symlinks=False):
+        inner = _files(pathlib.Path(entry.path))
+        sizes |= {f"{entry.name}/{name}": size for name, size in inner.items()}
+      elif not entry.is_file(follow_symlinks=False):
+        raise DamagedError(f"{entry.path}: is neither a file nor a folder")
+      elif entry.name not in _IGNORED:
+        sizes[entry.name] = entry.stat(follow_symlinks=False).st_size
+  return sizes
