@@ -1,10 +1,10 @@
 """Checkpoints that can be believed: orbax, digests, and what to fall back on.
 
 A folder a step. Orbax writes the arrays under a temporary name; then come the
-digest of every array and the caller's facts, in a manifest; then the folder gets
-its name, so that one with a name and a whole manifest is finished. Digests are
-of arrays in the devices' memory, compared after they were read back into it:
-what happens in between is noticed, wherever it happens.
+digest of every array and the caller's facts, in a manifest; then the folder
+gets its name, so that one with a name and a whole manifest is finished. Digests
+are of arrays in the devices' memory, compared after they were read back into
+it: what happens in between is noticed, wherever it happens.
 """
 
 import functools
@@ -32,16 +32,13 @@ from dsv3_jax import schema
 from dsv3_jax import train
 
 DamagedError, MissingError = manifest.DamagedError, manifest.MissingError
+SaveError = manifest.SaveError
 T = TypeVar("T")
 
 # What is not a checkpoint, by the end of its name: being written, being
 # removed, found damaged, set aside since runs from it failed.
 _TEMPORARY, _REMOVED = ".orbax-checkpoint-tmp", ".removed"
 CORRUPT, SUSPECT = ".corrupt", ".suspect"
-
-
-class SaveError(RuntimeError):
-  """A checkpoint could not be written."""
 
 
 class Checkpoints:

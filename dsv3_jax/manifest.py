@@ -25,12 +25,17 @@ class MissingError(ValueError):
   """A checkpoint was expected and there is none that can be used."""
 
 
+class SaveError(RuntimeError):
+  """A checkpoint could not be written."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Manifest:
   """What was saved."""
 
   step: int
-  arrays: dict[str, dict[str, Any]]  # name: `type`, such as float32[2,3], digest
+  # Of each by name: `type`, such as float32[2,3], and `digest`.
+  arrays: dict[str, dict[str, Any]]
   facts: dict[str, Any]  # what the caller wanted beside them
   files: dict[str, int]  # path in the folder: bytes
 

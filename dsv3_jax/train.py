@@ -1,5 +1,6 @@
 """The training state, one optimizer step, and the loop."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -318,54 +319,71 @@ def place(
   return topology.put_rows(batch, n_rows, mesh, dim=1)
 
 
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+  """What a loop does besides training."""
+
+  # Takes the number of steps done and the metrics of the last.
+  report: Callable[[int, Metrics], None]
+  # Called every `run.parallel.check_every` steps, before a save.
+  check: Callable[[TrainState], None]
+  # Called every `run.evaluate.every` steps.
+  evaluate: Callable[[TrainState], None]
+  # Called every `run.checkpoint.every` steps.
+  save: Callable[[TrainState], None]
+  # Asked with the number of steps started, before each.
+  may_go_on: Callable[[int], bool] = lambda done: True
+
+
 def fit(
     state: TrainState,
     run: config.Run,
     batches: Iterator[losses.Batch],
     stop: int,
     *,
+    hooks: Hooks,
     mesh: jax.sharding.Mesh | None = None,
-    report: Callable[[int, Metrics], None],
-    check: Callable[[TrainState], None],
-    evaluate: Callable[[TrainState], None],
-    save: Callable[[TrainState], None],
     average: ema.Average | None = None,
 ) -> TrainState:
-  """Trains until `stop` optimizer steps are done.
+  """Trains until `stop` optimizer steps are done, or it may not go on.
 
   The host's work on a step overlaps the next one. The last step is always
-  evaluated and saved.
+  saved, and evaluated if it is `stop`.
 
   Args:
     state: where to go on from; donated.
     run: the configuration.
     batches: micro-batched batches from the state's step on.
     stop: steps done at the end.
+    hooks: what is done besides.
     mesh: of the devices that share the work; None for one device.
-    report: takes the number of steps done and the metrics of the last.
-    check: called every `run.parallel.check_every` steps, before a save.
-    evaluate: called every `run.evaluate.every` steps.
-    save: called every `run.checkpoint.every` steps.
     average: of the parameters, which every step updates.
   """
   step_fn = make_step(run, mesh)
   pending = None
-  for done in range(int(state.step) + 1, stop + 1):
+  done = saved = int(state.step)
+  while done < stop and hooks.may_go_on(done):
+    done += 1
     state, metrics = step_fn(state, next(batches))  # starts, does not wait
     if average:
       average.update(done, state.params, metrics["finite"])
     if pending:
-      report(*pending)
+      hooks.report(*pending)
     pending = (done, metrics)
     evaluating = done % run.evaluate.every == 0 or done == stop
     saving = done % run.checkpoint.every == 0 or done == stop
     if evaluating or saving:  # what is saved has been reported
-      report(*pending)
+      hooks.report(*pending)
       pending = None
     if run.parallel.check_every and done % run.parallel.check_every == 0:
-      check(state)
+      hooks.check(state)
     if evaluating:
-      evaluate(state)
+      hooks.evaluate(state)
     if saving:
-      save(state)
+      hooks.save(state)
+      saved = done
+  if pending:
+    hooks.report(*pending)
+  if saved < done:
+    hooks.save(state)
   return state

@@ -32,6 +32,11 @@ class Processes:
   index: int = 0
   timeout_s: int = 300  # for all to join
 
+  @property
+  def host(self) -> str:
+    """Of process 0; "": its environment knows."""
+    return self.coordinator.rpartition(":")[0]
+
   def problems(self) -> list[str]:
     """What is wrong with it, a line each."""
     found = []
@@ -63,6 +68,8 @@ class Processes:
     """
     if not self.coordinator:
       return
+    # It would take SIGTERM for itself: `preemption` hears it.
+    jax.config.update("jax_enable_preemption_service", False)
     if self.coordinator == "auto":
       jax.distributed.initialize(initialization_timeout=self.timeout_s)
       return

@@ -10,26 +10,29 @@ command line are listed at once, before JAX starts.
 import dataclasses
 import difflib
 import math
+import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 
+import jax
 from absl import flags
 
 from dsv3_jax import config
 from dsv3_jax import fields
-from dsv3_jax import manifest
-from dsv3_jax.interop import runs
 from dsv3_jax.interop import weights
 from dsv3_jax.parallel import layouts
-from dsv3_jax.parallel import replicas
 from dsv3_jax.parallel import topology
 from experiments import allocator
 from experiments import cluster
+from experiments import exits
+from experiments import lifeline
 
-OK, BAD_INPUT, NOT_FINITE, NO_CHECKPOINT, INTERNAL = 0, 2, 3, 4, 70
+OK, BAD_INPUT, NOT_FINITE = exits.OK, exits.BAD_INPUT, exits.NOT_FINITE
+NO_CHECKPOINT, INTERNAL = exits.NO_CHECKPOINT, exits.INTERNAL
 
 flags.DEFINE_string("workdir", None, "folder of the run")
 flags.DEFINE_string("variant", None, "which of the experiment's variants")
@@ -48,6 +51,16 @@ flags.DEFINE_string(
 flags.DEFINE_integer("processes", 1, "how many run this command together")
 flags.DEFINE_integer("process", 0, "which of them this is")
 flags.DEFINE_integer("join_timeout", 300, "seconds for all of them to start")
+flags.DEFINE_float(
+    "heartbeat", 10, "seconds without a sign of life of one until all end"
+)
+flags.DEFINE_float(
+    "stuck_after", 1800, "seconds without a step until all end; 0: never"
+)
+flags.DEFINE_float("grace", 25, "seconds to save after SIGTERM or SIGINT")
+flags.DEFINE_bool(
+    "retry", False, "start although the starts before failed, one after another"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +75,8 @@ class Command:
   mesh: dict[str, int]  # sizes of the axes named
   processes: cluster.Processes
   init_from: pathlib.Path | None = None
+  patience: lifeline.Patience = lifeline.Patience()
+  retry: bool = False  # although starts failed
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -127,7 +142,8 @@ def _command(variants: Mapping[str, config.Run]) -> tuple[Command, list[str]]:
   processes = cluster.Processes(
       args.coordinator, args.processes, args.process, args.join_timeout
   )
-  problems += processes.problems()
+  patience = lifeline.Patience(args.heartbeat, args.stuck_after, args.grace)
+  problems += processes.problems() + patience.problems()
   n_devices = math.prod(mesh.values())
   if processes.count > 1 and n_devices % processes.count:
     problems.append(
@@ -144,7 +160,16 @@ def _command(variants: Mapping[str, config.Run]) -> tuple[Command, list[str]]:
         " there"
     )
   command = Command(
-      name, run, workdir, args.seed, stop, mesh, processes, init_from
+      variant=name,
+      run=run,
+      workdir=workdir,
+      seed=args.seed,
+      stop=stop,
+      mesh=mesh,
+      processes=processes,
+      init_from=init_from,
+      patience=patience,
+      retry=args.retry,
   )
   return command, problems
 
@@ -163,21 +188,19 @@ def run_main(main: Callable[[], int | None]) -> None:
     sys.exit(OK)
   try:
     code = main() or OK
-  except manifest.MissingError as error:
-    code = _say(NO_CHECKPOINT, error)
-  except ValueError as error:
-    code = _say(BAD_INPUT, error)
-  except FloatingPointError as error:
-    code = _say(NOT_FINITE, error)
-  except replicas.DivergedError as error:
-    code = _say(INTERNAL, error)
+  except Exception as error:
+    code = exits.code_of(error)
+    if code is None:
+      traceback.print_exc()
+      code = INTERNAL
+    for line in str(error).splitlines():
+      print(f"error: {line}", file=sys.stderr)
+  if code not in (OK, exits.PREEMPTED) and jax.distributed.is_initialized():
+    # JAX would wait here for the others, which wait for this process.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
   sys.exit(code)
-
-
-def _say(code: int, error: Exception) -> int:
-  for line in str(error).splitlines():
-    print(f"error: {line}", file=sys.stderr)
-  return code
 
 
 def start_jax(command: Command) -> None:

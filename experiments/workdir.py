@@ -1,19 +1,24 @@
 """The folder of a run: what it was made with, and where it stands."""
 
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
 import platform
+import socket
 import subprocess
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jaxlib
+from absl import logging
 
 from dsv3_jax import config
 from dsv3_jax.interop import runs
 
-ENV, SUMMARY = "env.json", "summary.json"
+ENV, SUMMARY, LOCK = "env.json", "summary.json", "lock"
 
 # Settings that change when things are looked at and where they are computed,
 # not what is trained.
@@ -79,6 +84,32 @@ def write_config(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
   """Makes the workdir that of the run described, if it is of none."""
   if not (workdir / runs.CONFIG).exists():
     _write(workdir / runs.CONFIG, facts)
+
+
+@contextlib.contextmanager
+def lock(workdir: pathlib.Path) -> Iterator[None]:
+  """Keeps other runs out of the workdir while the block runs.
+
+  The system lets go of it when the process ends, however it does.
+
+  Raises:
+    ValueError: another process has it; names it.
+  """
+  with open(workdir / LOCK, "a+", encoding="utf-8") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      file.seek(0)
+      raise ValueError(
+          f"--workdir={workdir}: {file.read().strip() or 'another process'} is"
+          " at work there; wait for it, or take another folder"
+      ) from error
+    except OSError as error:  # not every shared file system has locks
+      logging.warning("%s: cannot be locked: %s", workdir, error)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    yield
 
 
 def _revision() -> str:

@@ -216,10 +216,12 @@ class FitTest(absltest.TestCase):
           run,
           itertools.count(1),
           5,
-          report=lambda step, metrics: calls.append(("report", step, metrics)),
-          check=lambda _: calls.append("check"),
-          evaluate=lambda _: calls.append("evaluate"),
-          save=lambda _: calls.append("save"),
+          hooks=train.Hooks(
+              lambda step, metrics: calls.append(("report", step, metrics)),
+              check=lambda _: calls.append("check"),
+              evaluate=lambda _: calls.append("evaluate"),
+              save=lambda _: calls.append("save"),
+          ),
       )
     reports = [call[1:] for call in calls if call[0] == "report"]
     self.assertEqual(reports, [(i, i) for i in range(1, 6)])

@@ -1,0 +1,160 @@
+"""What a run does besides training: comparisons, evaluations, checkpoints."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from dsv3_jax import checkpoint
+from dsv3_jax import config
+from dsv3_jax import ema
+from dsv3_jax import train
+from dsv3_jax.data import stream
+from dsv3_jax.data import tokenizer
+from dsv3_jax.evals import hidden
+from dsv3_jax.evals import likelihood
+from dsv3_jax.infer import engine
+from dsv3_jax.infer import served
+from dsv3_jax.parallel import replicas
+from dsv3_jax.parallel import topology
+from experiments import common
+from experiments import history
+from experiments import lifeline
+
+
+def facts_of(
+    command: common.Command, data: stream.Prepared, step: int
+) -> dict[str, Any]:
+  """What a checkpoint holds beside the state."""
+  return {
+      "data": data.digests | {"seed": command.seed},
+      "model": config.leaves(command.run.model),
+      "rows": command.run.rows_before(step),
+  }
+
+
+@dataclasses.dataclass
+class Aside:
+  """What a run does now and then besides training."""
+
+  command: common.Command
+  data: stream.Prepared
+  mesh: jax.sharding.Mesh
+  checkpoints: checkpoint.Checkpoints
+  book: Any
+  record: Callable[..., None]
+  watch: history.Stopwatch
+  line: lifeline.Lifeline
+  average: ema.Average | None
+  heldout: dict[str, float] = dataclasses.field(default_factory=dict)  # last
+
+  def may_go_on(self, done: int) -> bool:
+    """Whether to do another step; sees whether saving went well."""
+    self._saving(self.checkpoints.check)
+    return self.line.may_go_on(done)
+
+  def check(self, state: train.TrainState) -> None:
+    """Compares what devices hold alike."""
+    replicas.check(state, self.mesh)
+
+  def evaluate(self, state: train.TrainState) -> None:
+    """Writes the likelihood of held-out text, and a sample."""
+    run, mesh = self.command.run, self.mesh
+    found = _heldout(state, self.data, run, mesh)
+    if run.evaluate.ema:
+      places = jax.tree.map(lambda a: a.sharding, state.params)
+      averaged = jax.device_put(self.average.params(), places)
+      averaged = state.replace(params=averaged)
+      more = _heldout(averaged, self.data, run, mesh)
+      found |= {f"{name}_ema": value for name, value in more.items()}
+    self.heldout.update(found)
+    row = {"step": int(state.step)} | found
+    if run.evaluate.sample_tokens:
+      row["sample"] = _sample(state, self.data.tokenizer, run, mesh)
+    self.book.evaluation(row)
+    self.line.progress()
+    self.watch.lap("evaluating")
+
+  def save(self, state: train.TrainState) -> None:
+    """Starts saving the state and the average."""
+    step = int(state.step)
+    facts = facts_of(self.command, self.data, step)
+    average = self.average.params() if self.average else None
+    self._saving(self.checkpoints.wait)
+    self._saving(lambda: self.checkpoints.save(state, facts, average))
+    self.line.progress()
+    self.watch.lap("saving")
+
+  def _saving(self, work: Callable[[], int | None]) -> None:
+    """Does a part of saving; takes down what it finished."""
+    try:
+      step = work()
+    except checkpoint.SaveError as error:
+      if self.command.run.checkpoint.on_error == "stop":
+        raise
+      self.book.note(f"{error}; going on")
+      return
+    if step is not None:
+      self.record("saved", step=step, seconds=self.watch.seconds)
+
+  def finish(self, done: int) -> None:
+    """Waits for the last save.
+
+    Raises:
+      SaveError: there is no checkpoint of the last step.
+    """
+    self._saving(self.checkpoints.wait)
+    self.watch.lap("saving")
+    if done not in self.checkpoints.steps():
+      raise checkpoint.SaveError(
+          f"{self.checkpoints.folder(done)}: the last step is not saved"
+      )
+
+
+def _heldout(
+    state: train.TrainState,
+    data: stream.Prepared,
+    run: config.Run,
+    mesh: jax.sharding.Mesh,
+) -> dict[str, float]:
+  model = hidden.Model(state.params, state.router_bias, run, mesh)
+  found = {}
+  for domain in data.domains:
+    rows, mask = stream.heldout_windows(
+        domain.heldout_tokens, run.data.seq_len
+    )
+    if run.data.segment_mask:
+      mask &= rows[:, 1:] != run.data.segment_start
+    found[domain.name] = likelihood.heldout(
+        model, rows, mask, domain.heldout.text_bytes
+    )
+  return likelihood.joined(found)
+
+
+def _sample(
+    state: train.TrainState,
+    tok: Any,
+    run: config.Run,
+    mesh: jax.sharding.Mesh,
+) -> str:
+  """Text that process 0 lets the model write from nothing, on one device."""
+  parts = state.params, state.router_bias, state.step
+  params, bias, step = topology.on_first_device(parts, mesh)
+  n = run.evaluate.sample_tokens
+  if jax.process_index() or not n:
+    return ""
+  model = config.override(run.model, "mtp.depth=0")
+  writer = engine.Engine(
+      served.params(params, bias, model), model, n_slots=1, max_len=n + 1
+  )
+  request = engine.Request(
+      [tokenizer.BOS_ID],
+      max_tokens=n,
+      temperature=0.8,
+      top_p=0.95,
+      seed=int(step),
+      stop=(tokenizer.EOS_ID,),
+  )
+  events = writer.run([request])
+  return tok.decode([e.token for e in events if e.ended != engine.STOP])

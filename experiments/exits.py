@@ -1,0 +1,39 @@
+"""Exit codes, and which error stands for which."""
+
+import errno
+
+from dsv3_jax import manifest
+from dsv3_jax.parallel import replicas
+
+OK, BAD_INPUT, NOT_FINITE, NO_CHECKPOINT = 0, 2, 3, 4
+INTERNAL, PREEMPTED, STUCK = 70, 75, 124
+
+# Of the storage: full, read-only, broken.
+_STORAGE = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "ESTALE")
+}
+
+
+class PreemptedError(Exception):
+  """The run was told to leave, and has saved what it did."""
+
+
+_CODES = {
+    PreemptedError: PREEMPTED,
+    manifest.MissingError: NO_CHECKPOINT,
+    ValueError: BAD_INPUT,
+    FloatingPointError: NOT_FINITE,
+    manifest.SaveError: INTERNAL,
+    replicas.DivergedError: INTERNAL,
+}
+
+
+def code_of(error: BaseException) -> int | None:
+  """The exit code of an error that says what is wrong; None: of a bug."""
+  if isinstance(error, OSError) and error.errno in _STORAGE:
+    return INTERNAL
+  for kind, code in _CODES.items():
+    if isinstance(error, kind):
+      return code
+  return None

@@ -1,0 +1,88 @@
+"""How a run starts again: what it cleans up, and what it takes down."""
+
+import contextlib
+import functools
+import os
+import pathlib
+import socket
+from collections.abc import Callable
+from collections.abc import Iterator
+
+import jax
+from absl import logging
+
+from dsv3_jax import checkpoint
+from dsv3_jax import manifest
+from experiments import common
+from experiments import exits
+from experiments import history
+from experiments import logbook
+
+
+def clean(
+    command: common.Command, checkpoints: checkpoint.Checkpoints
+) -> None:
+  """Removes what a kill left, and goes a checkpoint back where starts fail."""
+  for line in checkpoints.clean():
+    logging.error("set aside: %s", line)
+  events, steps = history.read(command.workdir), checkpoints.steps()
+  n, reached = history.crashes(events, _seen(command.workdir))
+  if command.retry or n < history.TRIES or steps[-1:] > [reached]:
+    return
+  older = [step for step in steps if step < reached]
+  if n >= 2 * history.TRIES or not older:
+    ends = [event for event in events if event["event"] == "end"]
+    last = ends[-1]["text"] if ends else "killed"
+    raise manifest.MissingError(
+        f"--workdir={command.workdir}: {n} starts in a row failed before there"
+        f" was a checkpoint after step {reached}, the last with: {last}. When"
+        " the cause is mended, --retry starts from the newest checkpoint"
+    )
+  for step in steps[len(older) :]:
+    aside = checkpoints.set_aside(step, checkpoint.SUSPECT)
+    logging.error(
+        "%d starts failed before there was a checkpoint after step %d: going"
+        " back to step %d; %s keeps the other",
+        *(n, reached, older[-1], aside),
+    )
+
+
+def _seen(folder: pathlib.Path) -> int:
+  """The last step that was reported."""
+  path = folder / logbook.METRICS
+  rows = logbook.read(path) if path.exists() else []
+  return max((row["step"] for row in rows), default=0)
+
+
+@contextlib.contextmanager
+def recorded(
+    command: common.Command,
+    first: int,
+    began: float,
+    watch: history.Stopwatch,
+) -> Iterator[Callable[..., None]]:
+  """What adds to the history, which gets the start and the end."""
+  if jax.process_index():
+    yield lambda event, **facts: None
+    return
+  folder = command.workdir
+  metrics = folder / logbook.METRICS
+  record = functools.partial(history.add, folder)
+  record(
+      "start",
+      step=first,
+      began=began,
+      seen=_seen(folder),
+      seen_at=metrics.stat().st_mtime if metrics.exists() else 0.0,
+      again=command.retry,
+      host=socket.gethostname(),
+      process=os.getpid(),
+  )
+  code, text = exits.OK, ""
+  try:
+    yield record
+  except BaseException as error:
+    code, text = exits.code_of(error) or exits.INTERNAL, f"{error}"
+    raise
+  finally:
+    record("end", code=code, text=text, seconds=watch.seconds)
