@@ -410,12 +410,16 @@ def _of_first(steps: Sequence[int]) -> list[int]:
 
 def _start_digests(tree: Any) -> dict[str, jax.Array]:
   """Digests [2] of all leaves, computed where they are."""
-  leaves = schema.paths(tree)
-  on_devices = {
-      name: jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
-      for name, leaf in leaves.items()
-  }
-  return _digests(on_devices)
+  found = {}
+  for part, inner in tree.items():
+    on_devices = {
+        f"{part}/{name}": jax.device_put(
+            leaf, leaf.sharding.with_memory_kind("device")
+        )
+        for name, leaf in schema.paths(inner).items()
+    }
+    found |= _digests(on_devices)
+  return found
 
 
 @jax.jit

@@ -144,6 +144,12 @@ class Train:
   kept: str = "latents,attention,residual,routing,sent,hidden"
   scan_layers: bool = True  # false: unrolled, faster on CPU, compiles longer
   max_bad_steps: int = number(8, low=0)  # non-finite steps in a row: exit 3
+  # A step stands out whose loss or gradient norm is so many times the median
+  # of the 100 before; 0: none does.
+  spike_factor: float = number(0.0, low=0)
+  # Where one does, go back to the newest checkpoint and leave out what was read
+  # since, and the data of so many steps after it; 0: go on.
+  spike_skip: int = number(0, low=0)  # steps
 
   def relations(self) -> Iterator[str]:
     for name in self._named - set(ACTIVATIONS):
@@ -160,6 +166,11 @@ class Train:
       yield (
           f"Train.first_batch_size={self.first_batch_size}: must be a multiple"
           f" of the {self.micro_batch_size} sequences of a micro-batch"
+      )
+    if self.spike_skip and not self.spike_factor > 1:
+      yield (
+          f"Train.spike_skip={self.spike_skip}: needs a spike_factor above 1,"
+          f" got {self.spike_factor:g}"
       )
     if self.first_batch_size > self.batch_size:
       yield (

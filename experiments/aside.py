@@ -19,18 +19,17 @@ from dsv3_jax.infer import served
 from dsv3_jax.parallel import replicas
 from dsv3_jax.parallel import topology
 from experiments import common
+from experiments import feed
 from experiments import history
 from experiments import lifeline
 
 
-def facts_of(
-    command: common.Command, data: stream.Prepared, step: int
-) -> dict[str, Any]:
+def facts(source: feed.Feed, step: int) -> dict[str, Any]:
   """What a checkpoint holds beside the state."""
   return {
-      "data": data.digests | {"seed": command.seed},
-      "model": config.leaves(command.run.model),
-      "rows": command.run.rows_before(step),
+      "data": source.data.digests | {"seed": source.seed},
+      "model": config.leaves(source.run.model),
+      "rows": source.sequences(step).start,  # read next
   }
 
 
@@ -39,7 +38,7 @@ class Aside:
   """What a run does now and then besides training."""
 
   command: common.Command
-  data: stream.Prepared
+  source: feed.Feed
   mesh: jax.sharding.Mesh
   checkpoints: checkpoint.Checkpoints
   book: Any
@@ -60,18 +59,18 @@ class Aside:
 
   def evaluate(self, state: train.TrainState) -> None:
     """Writes the likelihood of held-out text, and a sample."""
-    run, mesh = self.command.run, self.mesh
-    found = _heldout(state, self.data, run, mesh)
+    run, mesh, data = self.command.run, self.mesh, self.source.data
+    found = _heldout(state, data, run, mesh)
     if run.evaluate.ema:
       places = jax.tree.map(lambda a: a.sharding, state.params)
       averaged = jax.device_put(self.average.params(), places)
       averaged = state.replace(params=averaged)
-      more = _heldout(averaged, self.data, run, mesh)
+      more = _heldout(averaged, data, run, mesh)
       found |= {f"{name}_ema": value for name, value in more.items()}
     self.heldout.update(found)
     row = {"step": int(state.step)} | found
     if run.evaluate.sample_tokens:
-      row["sample"] = _sample(state, self.data.tokenizer, run, mesh)
+      row["sample"] = _sample(state, data.tokenizer, run, mesh)
     self.book.evaluation(row)
     self.line.progress()
     self.watch.lap("evaluating")
@@ -79,10 +78,10 @@ class Aside:
   def save(self, state: train.TrainState) -> None:
     """Starts saving the state and the average."""
     step = int(state.step)
-    facts = facts_of(self.command, self.data, step)
+    beside = facts(self.source, step)
     average = self.average.params() if self.average else None
     self._saving(self.checkpoints.wait)
-    self._saving(lambda: self.checkpoints.save(state, facts, average))
+    self._saving(lambda: self.checkpoints.save(state, beside, average))
     self.line.progress()
     self.watch.lap("saving")
 

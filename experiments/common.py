@@ -193,8 +193,9 @@ def run_main(main: Callable[[], int | None]) -> None:
     if code is None:
       traceback.print_exc()
       code = INTERNAL
+    lead = "" if code == exits.PREEMPTED else "error: "
     for line in str(error).splitlines():
-      print(f"error: {line}", file=sys.stderr)
+      print(f"{lead}{line}", file=sys.stderr)
   if code not in (OK, exits.PREEMPTED) and jax.distributed.is_initialized():
     # JAX would wait here for the others, which wait for this process.
     sys.stdout.flush()

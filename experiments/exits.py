@@ -19,6 +19,10 @@ class PreemptedError(Exception):
   """The run was told to leave, and has saved what it did."""
 
 
+class MismatchError(RuntimeError):
+  """A step that was done again gave something else."""
+
+
 _CODES = {
     PreemptedError: PREEMPTED,
     manifest.MissingError: NO_CHECKPOINT,
@@ -26,6 +30,7 @@ _CODES = {
     FloatingPointError: NOT_FINITE,
     manifest.SaveError: INTERNAL,
     replicas.DivergedError: INTERNAL,
+    MismatchError: INTERNAL,
 }
 
 

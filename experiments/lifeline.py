@@ -229,15 +229,22 @@ class Lifeline:
       selector.register(self._wake, selectors.EVENT_READ)
       for peer in self._peers.values():
         selector.register(peer.channel, selectors.EVENT_READ, peer)
-      beat = 0.0
+      beat = now = time.monotonic()
       while True:
-        for key, _ in selector.select(BEAT_S / 4):
+        ready = selector.select(BEAT_S / 4)
+        before, now = now, time.monotonic()
+        if self._peers and now - before > self._patience.heartbeat_s:
+          self._end(
+              exits.INTERNAL,
+              f"process {self._index}, this one, was stopped for"
+              f" {now - before:.0f} s; the others did not wait{_AGAIN}",
+          )
+        for key, _ in ready:
           if key.data is None:
             return
           if not self._hear(key.data):
             selector.unregister(key.fileobj)
             del self._peers[key.data.index]
-        now = time.monotonic()
         if now - beat >= BEAT_S:
           self._send(step=self._step)
           beat = now

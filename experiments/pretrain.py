@@ -28,6 +28,12 @@ _DRY_RUN = flags.DEFINE_bool(
     "print sizes and the plan, with --mesh also whether the step lowers for it;"
     " allocate and write nothing",
 )
+_REPLAY = flags.DEFINE_integer(
+    "replay_step",
+    None,
+    "do a logged step again, from the newest checkpoint before it, and compare"
+    " it bit by bit; writes nothing",
+)
 
 
 def variants() -> dict[str, config.Run]:
@@ -82,10 +88,15 @@ def execute(command: common.Command) -> None:
     return
   if command.workdir is None:
     raise ValueError("--workdir is missing: the folder that the run writes to")
-  from experiments import runner  # pulls in what a dry run does not need
+  # They pull in what a dry run does not need.
+  from experiments import replay
+  from experiments import runner
 
   common.start_jax(command)
-  runner.execute(command)
+  if _REPLAY.value is None:
+    runner.execute(command)
+  else:
+    replay.execute(command, _REPLAY.value)
 
 
 if __name__ == "__main__":

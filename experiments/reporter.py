@@ -1,20 +1,39 @@
 """What is written about each step, and what ends a run that goes wrong."""
 
+import collections
+import statistics
 from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 
-from dsv3_jax import config
 from dsv3_jax import train
 from dsv3_jax.parallel import traffic
+from experiments import feed
 from experiments import history
 from experiments import logbook
 from experiments import quantization
 
 LOADS = 60  # times in a run that the loads of all experts are written
 IDS = 64  # rows that are named where a step is bad
+# A spike is looked for among so many steps, once there are so many.
+RECENT, ENOUGH = 100, 20
+
+
+class SpikeError(RuntimeError):
+  """Loss or gradient jumped, and the data around it is to be left out."""
+
+  def __init__(self, first: int, step: int, text: str):
+    """Remembers where.
+
+    Args:
+      first: step that this start began from.
+      step: steps done with the one that jumped.
+      text: what happened.
+    """
+    super().__init__(text)
+    self.first, self.step = first, step
 
 
 class Reporter:
@@ -23,44 +42,54 @@ class Reporter:
   def __init__(
       self,
       book: logbook.Logbook | logbook.Silent,
-      run: config.Run,
+      source: feed.Feed,
       stop: int,
-      rows_of: Callable[[int], Sequence[int]],
       record: Callable[..., None],
       watch: history.Stopwatch,
+      before: Iterable[logbook.Row] = (),
   ):
     """Begins before the first step of this start.
 
     Args:
       book: written to.
-      run: of it.
+      source: of the data.
       stop: where this start ends.
-      rows_of: the rows of data that a step reads, from 0.
       record: adds an event to the history.
       watch: counts the time of steps.
+      before: rows of the steps before, as logged.
     """
-    self._book, self._run, self._stop = book, run, stop
-    self._rows_of, self._record, self._watch = rows_of, record, watch
+    self._book, self._source, self._stop = book, source, stop
+    self._record, self._watch = record, watch
+    self._run = source.run
     self._bad_in_a_row = 0
     self._started = False
+    self._first = 0
+    self._recent = {
+        key: collections.deque(maxlen=RECENT) for key in ("loss", "grad_norm")
+    }
+    for row in before:
+      self._first = row["step"]
+      self._spike(row)
 
   def step(self, done: int, metrics: train.Metrics) -> None:
     """Writes a row; waits for the step to finish.
 
     Raises:
       FloatingPointError: too many steps in a row were not finite.
+      SpikeError: loss or gradient jumped, and train.spike_skip is set.
     """
     metrics = jax.device_get(metrics)
     seconds = self._watch.lap("training" if self._started else "compiling")
     self._started = True
-    self._book.step(self._row(done, metrics, seconds))
+    row = logbook.plain(self._row(done, metrics, seconds))
+    self._book.step(row)
     for line in quantization.not_finite(metrics.get("fp8", {})):
       self._book.note(f"step {done}: {line}")
     if metrics["finite"]:
       self._bad_in_a_row = 0
     else:
       self._bad_in_a_row += 1
-      self._bad(done, "was skipped: loss or gradient not finite", metrics)
+      self._bad(row, "was skipped: loss or gradient not finite")
     if self._bad_in_a_row > self._run.train.max_bad_steps:
       raise FloatingPointError(
           f"{self._bad_in_a_row} steps in a row up to step {done} were not"
@@ -68,10 +97,14 @@ class Reporter:
           " optim.peak_lr, or look at the data of these steps:"
           f" {history.FILE} lists their rows, --replay_step does one again"
       )
+    if jump := self._spike(row):
+      self._bad(row, jump)
+      if self._run.train.spike_skip:
+        raise SpikeError(self._first, done, f"step {done} {jump}")
 
   def _row(
       self, done: int, metrics: train.Metrics, seconds: float
-  ) -> dict[str, Any]:
+  ) -> logbook.Row:
     run = self._run
     length = run.data.seq_len
     row = {"step": done, "tokens": run.rows_before(done) * length}
@@ -89,21 +122,28 @@ class Reporter:
       row["load"] = metrics["load"]
     return row
 
-  def _bad(self, done: int, why: str, metrics: train.Metrics) -> None:
+  def _spike(self, row: logbook.Row) -> str:
+    """How a step stands out from those before it; "": it does not."""
+    factor, found = self._run.train.spike_factor, []
+    for key, recent in self._recent.items():
+      value = row[key]
+      if value is None:  # not finite, which is another matter
+        continue
+      median = statistics.median(recent) if len(recent) >= ENOUGH else value
+      if factor and value > factor * median:
+        found.append(f"{key} {value:.4g} is {value / median:.1f} times")
+      else:
+        recent.append(value)
+    return f"jumped: {', '.join(found)} the median before" if found else ""
+
+  def _bad(self, row: logbook.Row, why: str) -> None:
     """Says that a step stands out, and which data it read."""
-    rows = self._rows_of(done - 1)
-    first = self._run.rows_before(done - 1)
+    step = row["step"] - 1
+    read, ids = self._source.sequences(step), self._source.ids(step)
     self._book.note(
-        f"step {done} {why}; it read sequences {first} to"
-        f" {first + len(rows) - 1} of the run, rows"
-        f" {', '.join(map(str, rows[:IDS]))}"
-        + (", ..." if len(rows) > IDS else "")
+        f"step {row['step']} {why}; it read sequences {read.start} to"
+        f" {read.stop - 1} of the run, rows {', '.join(map(str, ids[:IDS]))}"
+        + (", ..." if len(ids) > IDS else "")
     )
-    self._record(
-        "bad",
-        step=done,
-        why=why,
-        rows=rows,
-        loss=metrics["loss"],
-        grad_norm=metrics["grad_norm"],
-    )
+    facts: dict[str, Any] = {key: row[key] for key in self._recent}
+    self._record("bad", step=row["step"], why=why, rows=ids, **facts)

@@ -1,11 +1,10 @@
 """Trains a run in a workdir: data, state, loop, evaluation, checkpoints."""
 
 import contextlib
-import itertools
+import dataclasses
 import pathlib
 import time
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,21 +12,19 @@ import jax
 from dsv3_jax import checkpoint
 from dsv3_jax import config
 from dsv3_jax import ema
-from dsv3_jax import losses
 from dsv3_jax import manifest
 from dsv3_jax import schema
 from dsv3_jax import train
 from dsv3_jax.data import corpus
 from dsv3_jax.data import stream
-from dsv3_jax.data import tokenizer
 from dsv3_jax.interop import runs
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import layouts
-from dsv3_jax.parallel import topology
 from experiments import aside
 from experiments import cluster
 from experiments import common
 from experiments import exits
+from experiments import feed
 from experiments import history
 from experiments import lifeline
 from experiments import logbook
@@ -35,41 +32,14 @@ from experiments import reporter
 from experiments import starts
 from experiments import workdir
 
+SPIKES = 3  # times that other data is tried after one checkpoint
 RIVALS_BYTES = 1 << 25  # most text that other compressors are given
-
-
-def micro_batches(
-    data: stream.Prepared,
-    run: config.Run,
-    seed: int,
-    first_step: int,
-    mesh: jax.sharding.Mesh,
-) -> Iterator[losses.Batch]:
-  """Batches [A, B, T] of optimizer steps from first_step on.
-
-  A process reads the rows of its own devices.
-  """
-  order, n_rows = data.order(seed), run.train.micro_batch_size
-  columns = topology.own_rows(n_rows, mesh)
-  unpredicted = [tokenizer.PAD_ID]
-  if run.data.segment_mask:
-    unpredicted.append(run.data.segment_start)
-
-  def own(step):
-    first, size = run.rows_before(step), run.phase(step).batch_size
-    starts = range(first, first + size, n_rows)
-    return [start + column for start in starts for column in columns]
-
-  for rows in stream.batches(order, map(own, itertools.count(first_step))):
-    tokens = rows["tokens"].reshape(-1, len(columns), run.data.seq_len + 1)
-    batch = losses.batch(tokens, run.model.vocab_size, *unpredicted)
-    yield train.place(batch, n_rows, mesh)
 
 
 def _start(
     command: common.Command,
     checkpoints: checkpoint.Checkpoints,
-    facts: dict[str, Any],
+    source: feed.Feed,
     mesh: jax.sharding.Mesh,
 ) -> train.TrainState:
   """The newest good checkpoint's state, or a fresh one that is saved at once.
@@ -77,7 +47,7 @@ def _start(
   Saving the first state shows before any work that saving works; from then on,
   a workdir without a checkpoint has lost it.
   """
-  run = command.run
+  run, facts = command.run, aside.facts(source, 0)
   like = train.abstract_state(run, mesh)
 
   def load(step):
@@ -141,29 +111,31 @@ def _book(
   return logbook.Logbook(folder, stop, first)
 
 
+def read_data(command: common.Command) -> stream.Prepared:
+  """The data of a run, in its workdir; made if it is not there."""
+  run, learned = command.run, None
+  if command.init_from:
+    learned = command.init_from / "data" / "tokenizer.json"
+  folder = command.workdir / "data"
+  return stream.prepare(run.data, run.model.vocab_size, folder, learned)
+
+
 def _prepare(
     command: common.Command, stack: contextlib.ExitStack
 ) -> stream.Prepared:
   """The workdir and the data in it, written by process 0, which locks it."""
-  run, folder = command.run, command.workdir
-  learned = None
-  if command.init_from:
-    learned = command.init_from / "data" / "tokenizer.json"
-
-  def prepare():
-    vocab_size = run.model.vocab_size
-    return stream.prepare(run.data, vocab_size, folder / "data", learned)
 
   def write():
-    description = workdir.describe(command.variant, command.seed, run)
+    folder = command.workdir
+    description = workdir.describe(command.variant, command.seed, command.run)
     workdir.claim(folder, description)
     stack.enter_context(workdir.lock(folder))
-    prepare()
+    read_data(command)
     workdir.write_config(folder, description)
     workdir.write_environment(folder)
 
   cluster.first_does(write)
-  return prepare()
+  return read_data(command)
 
 
 def _problems(command: common.Command, mesh: jax.sharding.Mesh) -> list[str]:
@@ -193,15 +165,22 @@ def execute(command: common.Command) -> None:
     SaveError: a checkpoint could not be written.
     DivergedError: devices hold different copies.
   """
-  with contextlib.ExitStack() as stack:
-    line = lifeline.Lifeline(command.patience, command.processes.host)
-    _train(command, stack.enter_context(line), stack)
+  line = lifeline.Lifeline(command.patience, command.processes.host)
+  spikes: list[reporter.SpikeError] = []
+  with line:
+    while True:
+      try:
+        with contextlib.ExitStack() as stack:
+          return _train(command, line, stack, spikes)
+      except reporter.SpikeError as spike:
+        spikes.append(spike)
 
 
 def _train(
     command: common.Command,
     line: lifeline.Lifeline,
     stack: contextlib.ExitStack,
+    spikes: Sequence[reporter.SpikeError],
 ) -> None:
   run, folder, began = command.run, command.workdir, time.time()
   mesh = cluster.mesh(command.mesh)
@@ -211,11 +190,14 @@ def _train(
   checkpoints = checkpoint.Checkpoints(folder / "checkpoints", run.checkpoint)
   stack.callback(checkpoints.close)
   cluster.first_does(lambda: starts.clean(command, checkpoints))
-  state = _start(command, checkpoints, aside.facts_of(command, data, 0), mesh)
+  source = feed.Feed(data, run, command.seed)
+  state = _start(command, checkpoints, source, mesh)
   average = _average(run, checkpoints, state)
   if average:
     stack.callback(average.close)
   first = int(state.step)
+  source = _from_step(source, checkpoints, first, spikes)
+  rows = starts.steps_up_to(folder, first)
   watch = history.Stopwatch()
   record = stack.enter_context(starts.recorded(command, first, began, watch))
   book = stack.enter_context(_book(folder, command.stop, first))
@@ -224,16 +206,14 @@ def _train(
       f" {data.n_tokens:,} tokens of text an epoch, {data.padding:.2%}"
       " padding in rows"
   )
-  report = reporter.Reporter(
-      book, run, command.stop, _row_ids(data, command), record, watch
-  )
+  report = reporter.Reporter(book, source, command.stop, record, watch, rows)
   beside = aside.Aside(
-      command, data, mesh, checkpoints, book, record, watch, line, average
+      command, source, mesh, checkpoints, book, record, watch, line, average
   )
   state = train.fit(
       state,
       run,
-      micro_batches(data, run, command.seed, first, mesh),
+      source.batches(first, mesh),
       command.stop,
       hooks=train.Hooks(
           report.step,
@@ -261,17 +241,29 @@ def _train(
     workdir.write_summary(folder, summary)
 
 
-def _row_ids(
-    data: stream.Prepared, command: common.Command
-) -> Callable[[int], list[int]]:
-  """What gives the rows of the data that a step reads, from 0."""
-  order, run = data.order(command.seed), command.run
+def _from_step(
+    source: feed.Feed,
+    checkpoints: checkpoint.Checkpoints,
+    first: int,
+    spikes: Sequence[reporter.SpikeError],
+) -> feed.Feed:
+  """The data from a checkpoint on, without what is around the last spike.
 
-  def ids(step):
-    first, size = run.rows_before(step), run.phase(step).batch_size
-    return stream.batch(order, range(first, first + size))["row"].tolist()
-
-  return ids
+  Raises:
+    FloatingPointError: the loss has jumped too often after this checkpoint.
+  """
+  run = source.run
+  left_out = checkpoints.facts(first)["rows"] - run.rows_before(first)
+  here = [spike for spike in spikes if spike.first == first]
+  if len(here) > SPIKES:
+    raise FloatingPointError(
+        f"{here[-1]}; with other data after step {first} it was no better"
+        f" {SPIKES} times. Lower optim.peak_lr"
+    )
+  for spike in here:
+    until = spike.step + run.train.spike_skip
+    left_out += run.rows_before(until) - run.rows_before(first)
+  return dataclasses.replace(source, left_out=left_out)
 
 
 def _average(

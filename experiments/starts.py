@@ -47,6 +47,13 @@ def clean(
     )
 
 
+def steps_up_to(folder: pathlib.Path, step: int) -> list[logbook.Row]:
+  """The rows of the steps that were done when a step was saved."""
+  path = folder / logbook.METRICS
+  rows = logbook.read(path) if path.exists() else []
+  return [row for row in rows if "loss" in row and row["step"] <= step]
+
+
 def _seen(folder: pathlib.Path) -> int:
   """The last step that was reported."""
   path = folder / logbook.METRICS

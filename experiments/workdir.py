@@ -61,6 +61,15 @@ def claim(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
     raise ValueError(
         f"--workdir={workdir}: cannot be written: {error}"
     ) from error
+  check_same(workdir, facts)
+
+
+def check_same(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
+  """Checks that a workdir is of the run described.
+
+  Raises:
+    ValueError: it was made by another configuration, or by none.
+  """
   there, here = _flat(runs.read_config(workdir)), _flat(facts)
   # A setting newer than the run: its default is what was done without it.
   for name, value in config.defaults(config.Run).items():

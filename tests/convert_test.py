@@ -38,6 +38,7 @@ from dsv3_jax.interop import weights
 from dsv3_jax.parallel import topology
 from experiments import cluster
 from experiments import common
+from experiments import exits
 from experiments import runner
 from scripts import convert
 
@@ -346,8 +347,10 @@ class FineTuneTest(ConvertTest):
       init_from=imported,
     )
     # Before the first step.
-    self.enter_context(mock.patch.object(train, "fit"))
-    runner.execute(command)
+    fit = lambda state, *_, **__: state
+    self.enter_context(mock.patch.object(train, "fit", fit))
+    with self.assertRaises(exits.PreemptedError):
+      runner.execute(command)
     got = runs.newest(command.workdir, run, topology.mesh({}))
     testing.assert_same(
       *map(jax.device_get, (got, (state.params, state.router_bias)))
@@ -491,7 +494,7 @@ class CommandTest(ConvertTest):
     self.assertIn("SHA256SUMS", err)
 
 
-class Stop(Exception):
+class Stop(BaseException):
   """In the middle of the work."""
 
 

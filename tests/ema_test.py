@@ -138,15 +138,18 @@ class AverageTest(parameterized.TestCase):
     average = self.average(placed(0))
     average.update(1, placed(1), GOOD)
     run = testing.run()
-    checkpoints = checkpoint.manager(
+    checkpoints = checkpoint.Checkpoints(
         testing.folder(self) / "checkpoints", config.Checkpoint()
     )
     self.addCleanup(checkpoints.close)
     state = testing.state(run)
-    checkpoint.save(checkpoints, state, {}, average.params())
-    checkpoints.wait_until_finished()
+    checkpoints.save(state, {}, average.params())
+    checkpoints.wait()
+    abstract = train.abstract_state(run, topology.mesh({}))
     like = jax.tree.map(ema.in_host_memory, placed(0, (None, "data")))
-    restored = checkpoint.restore_average(checkpoints, 0, like)
+    restored, _ = checkpoints.restore_parameters(
+        0, abstract.replace(params=like), average=True
+    )
     self.assertEqual(restored["w"].sharding, like["w"].sharding)
     testing.assert_same(*map(jax.device_get, (restored, average.params())))
     other = self.average(restored)
@@ -156,19 +159,7 @@ class AverageTest(parameterized.TestCase):
         jax.device_get(average.params()), jax.device_get(other.params())
     )
     # The state does not know of it.
-    abstract = train.abstract_state(run, topology.mesh({}))
-    checkpoint.restore(checkpoints, 0, abstract)
-
-  def test_there_may_be_none(self):
-    checkpoints = checkpoint.manager(
-        testing.folder(self) / "checkpoints", config.Checkpoint()
-    )
-    self.addCleanup(checkpoints.close)
-    checkpoint.save(checkpoints, testing.state(testing.run()), {})
-    checkpoints.wait_until_finished()
-    like = jax.tree.map(ema.in_host_memory, placed())
-    with self.assertRaisesRegex(ValueError, "cannot be read"):
-      checkpoint.restore_average(checkpoints, 0, like)
+    checkpoints.restore(0, abstract)
 
 
 class DecayTest(absltest.TestCase):

@@ -557,13 +557,14 @@ class EndToEndTest(absltest.TestCase):
           presets.TINY, *self.SETTINGS, f"data.path={text}"
       )
       folder = root / name / "checkpoints"
-      checkpoints = checkpoint.manager(folder, run.checkpoint)
+      checkpoints = checkpoint.Checkpoints(folder, run.checkpoint)
       self.addCleanup(checkpoints.close)
-      self.assertEqual(checkpoints.latest_step(), 8)
+      self.assertEqual(checkpoints.steps()[-1], 8)
       like = train.abstract_state(run, topology.mesh({}))
-      restored, facts = checkpoint.restore(checkpoints, 8, like)
-      average = checkpoint.restore_average(checkpoints, 8, like.params)
-      return (testing.host(restored), jax.device_get(average)), facts
+      restored = checkpoints.restore(8, like)
+      average, _ = checkpoints.restore_parameters(8, like, average=True)
+      found = testing.host(restored), jax.device_get(average)
+      return found, checkpoints.facts(8)
 
     pretrain("parts", 4)
     pretrain("parts", 8)

@@ -226,16 +226,16 @@ class TwoProcessesTest(Programs):
     run = config.override(presets.TINY, *self.settings)
     mesh = topology.mesh({})
     folder = self.root / name / "checkpoints"
-    checkpoints = checkpoint.manager(folder, run.checkpoint)
+    checkpoints = checkpoint.Checkpoints(folder, run.checkpoint)
     self.addCleanup(checkpoints.close)
-    self.assertEqual(checkpoints.all_steps(), [0, 2, 4])
+    self.assertEqual(checkpoints.steps(), [0, 2, 4])
     like = train.abstract_state(run, mesh)
-    saved, facts = checkpoint.restore(checkpoints, 0, like)
-    self.assertEqual(facts["rows"], 0)
+    saved = checkpoints.restore(0, like)
+    self.assertEqual(checkpoints.facts(0)["rows"], 0)
     first = train.make_state(run, mesh, seed=0)
     testing.assert_same(testing.host(saved), testing.host(first))
-    _, facts = checkpoint.restore(checkpoints, 2, like)
-    self.assertEqual(facts["rows"], 2 * run.train.batch_size)
+    rows = checkpoints.facts(2)["rows"]
+    self.assertEqual(rows, 2 * run.train.batch_size)
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from dsv3_jax.parallel import replicas
 from dsv3_jax.parallel import topology
 from experiments import cluster
 from experiments import common
+from experiments import feed
 from experiments import logbook
 from experiments import runner
 from experiments import workdir
@@ -53,13 +54,6 @@ class CheckedRunTest(absltest.TestCase):
     self.checks = self.patch(replicas, "check", wraps=replicas.check)
     self.patch(cluster, "mesh", lambda sizes: topology.mesh(sizes))
     self.patch(common, "start_jax")
-    make, self.managers = checkpoint.manager, []
-
-    def remembered(*args):
-      self.managers.append(make(*args))
-      return self.managers[-1]
-
-    self.patch(checkpoint, "manager", remembered)
 
   def patch(self, *args, **kwargs):
     return self.enter_context(mock.patch.object(*args, **kwargs))
@@ -93,8 +87,6 @@ class CheckedRunTest(absltest.TestCase):
 
   def left(self):
     """Steps that were saved, and steps that were reported."""
-    (checkpoints,) = self.managers
-    checkpoints.close()  # what was on its way arrives
     rows = logbook.read(self.folder / "run" / logbook.METRICS)
     folders = (self.folder / "run" / "checkpoints").iterdir()
     return (
@@ -190,7 +182,7 @@ class RelayoutTest(parameterized.TestCase):
 
   def next_of(self, state, run, mesh):
     """The batch that comes next and its loss."""
-    batches = runner.micro_batches(self.data, run, 5, int(state.step), mesh)
+    batches = feed.Feed(self.data, run, 5).batches(int(state.step), mesh)
     batch = next(batches)
     return jax.device_get((batch, compiled_loss(run, mesh)(state, batch)))
 
@@ -198,7 +190,7 @@ class RelayoutTest(parameterized.TestCase):
     """First tokens of the rows of steps, in order, and the steps' sizes."""
     run = config.override(self.run_, *settings)
     mesh = topology.mesh({"data": 2})
-    read = runner.micro_batches(self.data, run, 5, first, mesh)
+    read = feed.Feed(self.data, run, 5).batches(first, mesh)
     tokens, sizes = [], []
     for batch in itertools.islice(read, stop - first):
       rows = np.asarray(batch.tokens)
@@ -223,19 +215,19 @@ class RelayoutTest(parameterized.TestCase):
 
   @parameterized.parameters(*itertools.pairwise(WAY))
   def test_a_save_goes_on_in_another_layout(self, before, after):
-    checkpoints = checkpoint.manager(
+    checkpoints = checkpoint.Checkpoints(
         testing.folder(self) / "checkpoints", config.Checkpoint()
     )
     self.addCleanup(checkpoints.close)
     run, mesh = self.at(*before)
     state = jax.device_put(self.state, train.shardings(run, mesh))
-    checkpoint.save(checkpoints, state, {})
-    checkpoints.wait_until_finished()
+    checkpoints.save(state, {})
+    checkpoints.wait()
     batch, loss = self.next_of(state, run, mesh)
 
     run, mesh = self.at(*after)
     like = train.abstract_state(run, mesh)
-    restored, _ = checkpoint.restore(checkpoints, 3, like)
+    restored = checkpoints.restore(3, like)
     types = lambda tree: jax.tree.map(lambda a: (a.dtype, a.sharding), tree)
     self.assertEqual(types(restored), types(like))
     testing.assert_same(testing.host(restored), testing.host(self.state))

@@ -18,7 +18,7 @@ from dsv3_jax import train
 from dsv3_jax.data import stream
 from dsv3_jax.model import router
 from dsv3_jax.parallel import topology
-from experiments import runner
+from experiments import feed
 
 RUN = testing.run()
 MESH = topology.mesh({"data": 2})
@@ -162,7 +162,7 @@ class ResumeTest(absltest.TestCase):
       first, fed = int(state.step), []
 
       def batches():
-        for batch in runner.micro_batches(data, run, 5, first, MESH):
+        for batch in feed.Feed(data, run, 5).batches(first, MESH):
           fed.append(batch.tokens)
           yield batch
 
@@ -171,22 +171,24 @@ class ResumeTest(absltest.TestCase):
           run,
           batches(),
           stop,
-          report=lambda *_: None,
-          check=None,
-          evaluate=lambda *_: None,
-          save=save,
+          hooks=train.Hooks(
+              lambda *_: None, None, lambda *_: None, save
+          ),
       )
       return state, np.array(fed)
 
     whole, all_fed = fit(first_state(), 2 * n)
 
-    checkpoints = checkpoint.manager(folder / "checkpoints", run.checkpoint)
-    save = lambda state: checkpoint.save(checkpoints, state, {})
+    store = functools.partial(
+        checkpoint.Checkpoints, folder / "checkpoints", run.checkpoint
+    )
+    checkpoints = store()
+    save = lambda state: checkpoints.save(state, {})
     _, first_fed = fit(first_state(), n, save)
     checkpoints.close()
-    checkpoints = checkpoint.manager(folder / "checkpoints", run.checkpoint)
+    checkpoints = store()
     like = train.abstract_state(run, MESH)
-    state, _ = checkpoint.restore(checkpoints, n, like)
+    state = checkpoints.restore(n, like)
     parts, second_fed = fit(state, 2 * n)
     checkpoints.close()
 

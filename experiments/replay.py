@@ -1,0 +1,115 @@
+"""Does a logged step again: what computes right gets the same bits."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from dsv3_jax import checkpoint
+from dsv3_jax import manifest
+from dsv3_jax import train
+from experiments import cluster
+from experiments import common
+from experiments import exits
+from experiments import feed
+from experiments import history
+from experiments import lifeline
+from experiments import logbook
+from experiments import reporter
+from experiments import runner
+from experiments import workdir
+
+_OF_TIME = {"tokens_per_s"}
+
+
+class _Compared(logbook.Silent):
+  """A logbook that compares its rows with those of another one."""
+
+  def __init__(self, logged: dict[int, logbook.Row]):
+    self._logged = logged
+    self.found: list[str] = []  # differences, a line each
+    self.n = 0  # numbers compared
+
+  def step(self, row: logbook.Row) -> None:
+    row = logbook.plain(row)
+    step = row["step"]
+    if step not in self._logged:
+      raise ValueError(f"step {step} is not in {logbook.METRICS}")
+    logged = self._logged[step]
+    for key in sorted(logged.keys() & row.keys() - _OF_TIME):
+      self.n += 1
+      if logged[key] != row[key]:
+        self.found.append(
+            f"step {step}: {key} was {logged[key]}, is {row[key]}"
+        )
+
+
+def execute(command: common.Command, step: int) -> None:
+  """Replays from the newest checkpoint before a step; writes nothing.
+
+  Every step on the way is compared too. Device number and layout must be those
+  of the run: others sum in another order.
+
+  Raises:
+    ValueError: the step is not logged.
+    MissingError: there is no checkpoint before it.
+    MismatchError: something differs; names it.
+  """
+  with lifeline.Lifeline(command.patience, command.processes.host):
+    _replay(command, step)
+
+
+def _replay(command: common.Command, step: int) -> None:
+  run, folder = command.run, command.workdir
+  workdir.check_same(
+      folder, workdir.describe(command.variant, command.seed, run)
+  )
+  mesh = cluster.mesh(command.mesh)
+  rows = logbook.read(folder / logbook.METRICS)
+  logged = {row["step"]: row for row in rows if "loss" in row}
+  if step not in logged:
+    last = max(logged, default=0)
+    raise ValueError(f"--replay_step={step}: steps 1 to {last} are logged")
+  checkpoints = checkpoint.Checkpoints(folder / "checkpoints", run.checkpoint)
+  state = _before(checkpoints, step, train.abstract_state(run, mesh))
+  first = int(state.step)
+  facts = checkpoints.facts(first)
+  checkpoints.close()
+  source = feed.Feed(runner.read_data(command), run, command.seed)
+  left_out = facts["rows"] - source.sequences(first).start
+  source = dataclasses.replace(source, left_out=left_out)
+  book, nothing = _Compared(logged), lambda *_, **__: None
+  report = reporter.Reporter(
+      book, source, command.stop, nothing, history.Stopwatch()
+  )
+  train.fit(
+      state,
+      run,
+      source.batches(first, mesh),
+      step,
+      hooks=train.Hooks(report.step, nothing, nothing, nothing),
+      mesh=mesh,
+  )
+  if book.found:
+    raise exits.MismatchError(
+        "\n".join(book.found)
+        + "\na device that computes wrongly, another number or kind of devices,"
+        " another layout or another version"
+    )
+  if jax.process_index() == 0:
+    print(
+        f"steps {first + 1} to {step} again, from checkpoint {first}: all"
+        f" {book.n} numbers are those logged, bit for bit"
+    )
+
+
+def _before(
+    checkpoints: checkpoint.Checkpoints, step: int, like: train.TrainState
+) -> Any:
+  steps = [s for s in checkpoints.steps() if s < step]
+  if not steps:
+    raise manifest.MissingError(
+        f"{checkpoints.directory}: no checkpoint from before step {step};"
+        " checkpoint.keep_every keeps some for good"
+    )
+  return checkpoints.restore(steps[-1], like)
