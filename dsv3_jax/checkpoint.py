@@ -7,14 +7,11 @@ are of arrays in the devices' memory, compared after they were read back into
 it: what happens in between is noticed, wherever it happens.
 """
 
-import functools
-import logging as std_logging
 import os
 import pathlib
 import shutil
-import sys
-import warnings
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Any
 from typing import TypeVar
@@ -29,6 +26,7 @@ from dsv3_jax import config
 from dsv3_jax import digest
 from dsv3_jax import manifest
 from dsv3_jax import schema
+from dsv3_jax import storage
 from dsv3_jax import train
 
 DamagedError, MissingError = manifest.DamagedError, manifest.MissingError
@@ -113,8 +111,9 @@ class Checkpoints:
     tree = {"state": _raw(state)}
     if average is not None:
       tree["average"] = {"params": average}
-    digests = _start_digests(tree)  # before the state is donated
-    types = {name: _type(leaf) for name, leaf in schema.paths(tree).items()}
+    leaves = schema.paths(tree)
+    digests = _start_digests(leaves)  # before the state is donated
+    types = {name: storage.type_of(leaf) for name, leaf in leaves.items()}
 
     def finish(folder):
       arrays = {
@@ -126,7 +125,7 @@ class Checkpoints:
     self._saving, self._finish = step, finish
     self._raising(
         lambda: self._saver.save(
-            self.folder(step), args=ocp.args.PyTreeSave(tree)
+            self.folder(step), args=ocp.args.PyTreeSave(storage.named(leaves))
         )
     )
 
@@ -166,7 +165,7 @@ class Checkpoints:
 
   def _raising(self, work: Callable[[], None]) -> None:
     """Does a part of saving; what was written goes where it fails."""
-    if not (problem := _problem_of(work)):
+    if not (problem := storage.problem_of(work)):
       return
     step, self._saving = self._saving, None
     if jax.process_index() == 0:
@@ -188,7 +187,7 @@ class Checkpoints:
 
   def close(self) -> None:
     """Waits for what is being saved, and ends the threads; never raises."""
-    if problem := _problem_of(self._saver.close):
+    if problem := storage.problem_of(self._saver.close):
       logging.warning("%s: %s", self.directory, problem)
 
   def clean(self) -> list[str]:
@@ -273,42 +272,65 @@ class Checkpoints:
     names = schema.paths(like)
     asked = {_group(name) for name in names}
     there = {k: v["type"] for k, v in saved.items() if _group(k) in asked}
-    here = {name: _type(leaf) for name, leaf in names.items()}
+    here = {name: storage.type_of(leaf) for name, leaf in names.items()}
     if changes := config.difference(there, here):
       raise ValueError(
           f"{folder} is of another architecture (there -> here):\n"
           + "\n".join(f"  {line}" for line in changes)
       )
-    tree = None
+    found = self._read(folder, names, saved)
+    return jax.tree.unflatten(jax.tree.structure(like), found.values())
+
+  def verify(self, step: int) -> None:
+    """Reads all arrays of a step, one after another, on one device.
+
+    Raises:
+      DamagedError: something is not as it was saved; names it.
+    """
+    for _ in self.arrays(step):
+      pass
+
+  def arrays(self, step: int) -> Iterator[tuple[str, jax.Array]]:
+    """Names and arrays of a step, whole and on one device.
+
+    Raises:
+      DamagedError: one is not as it was saved.
+    """
+    folder = self.folder(step)
+    saved = manifest.read(folder).arrays
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    for name, facts in saved.items():
+      dtype, _, shape = facts["type"].rstrip("]").partition("[")
+      like = jax.ShapeDtypeStruct(
+          tuple(map(int, filter(None, shape.split(",")))), dtype, sharding=place
+      )
+      yield name, self._read(folder, {name: like}, saved)[name]
+
+  def _read(
+      self,
+      folder: pathlib.Path,
+      like: dict[str, jax.ShapeDtypeStruct],
+      saved: dict[str, dict[str, Any]],
+  ) -> dict[str, jax.Array]:
+    """Arrays by name, with the digests that they were saved with."""
+    arrays = {}
 
     def read():
-      nonlocal tree
-      # Not `Checkpointer`: it would wait for a process in which this fails.
-      tree = ocp.PyTreeCheckpointHandler().restore(
-          folder,
-          args=ocp.args.PyTreeRestore(
-              item=like,
-              restore_args=ocp.checkpoint_utils.construct_restore_args(like),
-              partial_restore=True,
-          ),
-      )
-      for name, leaf in schema.paths(tree).items():
-        if not isinstance(leaf, jax.Array) or _type(leaf) != here[name]:
-          raise ValueError(f"{name} is not there as {here[name]}")
+      arrays.update(storage.read(folder, like))
 
-    problem = _problem_of(read)
+    problem = storage.problem_of(read)
     if not _everywhere(not problem):
       raise DamagedError(f"{folder} cannot be read: {problem or 'elsewhere'}")
     wrong = [
         name
-        for name, found in _start_digests(tree).items()
+        for name, found in _start_digests(arrays).items()
         if digest.text(found) != saved[name]["digest"]
     ]
     if wrong:
       raise DamagedError(
           f"{folder} is damaged: not what was saved: {', '.join(wrong)}"
       )
-    return tree
+    return arrays
 
   def newest(
       self, load: Callable[[int], T], *, set_aside: bool
@@ -355,35 +377,6 @@ def _group(name: str) -> str:
   return "/".join(name.split("/")[:2])
 
 
-def _type(a: Any) -> str:
-  return f"{a.dtype}[{','.join(map(str, a.shape))}]"
-
-
-def _problem_of(work: Callable[[], None]) -> str:
-  """The first line of the error of any kind that orbax raises; "": none."""
-  try:
-    work()
-    return ""
-  except Exception as error:
-    _silence_rest()
-    return next(iter(str(error).splitlines()), repr(error))
-
-
-@functools.cache
-def _silence_rest() -> None:
-  """Hides that orbax leaves tasks behind where one of them fails."""
-  before = sys.unraisablehook
-  late = "Event loop is closed", "Encountered error while reading array"
-
-  def hook(unraisable):
-    if not str(unraisable.exc_value).startswith(late):
-      before(unraisable)
-
-  sys.unraisablehook = hook
-  std_logging.getLogger("asyncio").disabled = True
-  warnings.filterwarnings("ignore", "coroutine .* never awaited")
-
-
 def _remove(folder: pathlib.Path) -> None:
   """A folder loses its name first: a kill leaves nothing half there."""
   going = folder.with_name(folder.name + _REMOVED)
@@ -408,15 +401,14 @@ def _of_first(steps: Sequence[int]) -> list[int]:
   return multihost_utils.broadcast_one_to_all(own).tolist()
 
 
-def _start_digests(tree: Any) -> dict[str, jax.Array]:
+def _start_digests(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
   """Digests [2] of all leaves, computed where they are."""
   found = {}
-  for part, inner in tree.items():
+  for lead in ("state/", "average/"):  # which may be on other devices
     on_devices = {
-        f"{part}/{name}": jax.device_put(
-            leaf, leaf.sharding.with_memory_kind("device")
-        )
-        for name, leaf in schema.paths(inner).items()
+        name: jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
+        for name, leaf in leaves.items()
+        if name.startswith(lead)
     }
     found |= _digests(on_devices)
   return found

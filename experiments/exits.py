@@ -23,11 +23,27 @@ class MismatchError(RuntimeError):
   """A step that was done again gave something else."""
 
 
+class SpikeError(RuntimeError):
+  """Loss or gradient jumped, and the data around it is to be left out."""
+
+  def __init__(self, first: int, step: int, text: str):
+    """Remembers where.
+
+    Args:
+      first: step that this start began from.
+      step: steps done with the one that jumped.
+      text: what happened.
+    """
+    super().__init__(text)
+    self.first, self.step = first, step
+
+
 _CODES = {
     PreemptedError: PREEMPTED,
     manifest.MissingError: NO_CHECKPOINT,
     ValueError: BAD_INPUT,
     FloatingPointError: NOT_FINITE,
+    SpikeError: NOT_FINITE,
     manifest.SaveError: INTERNAL,
     replicas.DivergedError: INTERNAL,
     MismatchError: INTERNAL,

@@ -10,6 +10,7 @@ import jax
 
 from dsv3_jax import train
 from dsv3_jax.parallel import traffic
+from experiments import exits
 from experiments import feed
 from experiments import history
 from experiments import logbook
@@ -19,21 +20,6 @@ LOADS = 60  # times in a run that the loads of all experts are written
 IDS = 64  # rows that are named where a step is bad
 # A spike is looked for among so many steps, once there are so many.
 RECENT, ENOUGH = 100, 20
-
-
-class SpikeError(RuntimeError):
-  """Loss or gradient jumped, and the data around it is to be left out."""
-
-  def __init__(self, first: int, step: int, text: str):
-    """Remembers where.
-
-    Args:
-      first: step that this start began from.
-      step: steps done with the one that jumped.
-      text: what happened.
-    """
-    super().__init__(text)
-    self.first, self.step = first, step
 
 
 class Reporter:
@@ -100,7 +86,7 @@ class Reporter:
     if jump := self._spike(row):
       self._bad(row, jump)
       if self._run.train.spike_skip:
-        raise SpikeError(self._first, done, f"step {done} {jump}")
+        raise exits.SpikeError(self._first, done, f"step {done} {jump}")
 
   def _row(
       self, done: int, metrics: train.Metrics, seconds: float

