@@ -49,6 +49,7 @@ class Checkpoints:
       directory: the folder.
       cfg: which steps to keep.
     """
+    storage.silence()
     self.directory = directory.absolute()
     self.directory.mkdir(parents=True, exist_ok=True)
     self._cfg = cfg

@@ -58,13 +58,15 @@ def problem_of(work: Callable[[], None]) -> str:
     work()
     return ""
   except Exception as error:
-    _silence_rest()
     return next(iter(str(error).splitlines()), repr(error))
 
 
 @functools.cache
-def _silence_rest() -> None:
-  """Hides that orbax leaves tasks behind where one of them fails."""
+def silence() -> None:
+  """Keeps orbax from telling an error many times over: we tell it once.
+
+  Where one of its tasks fails it logs tracebacks, and leaves the others behind.
+  """
   before = sys.unraisablehook
   late = "Event loop is closed", "Encountered error while reading array"
 
@@ -73,5 +75,8 @@ def _silence_rest() -> None:
       before(unraisable)
 
   sys.unraisablehook = hook
-  logging.getLogger("asyncio").disabled = True
   warnings.filterwarnings("ignore", "coroutine .* never awaited")
+  logging.getLogger("asyncio").disabled = True
+  logging.getLogger("absl").addFilter(
+      lambda record: not (record.exc_info and "orbax" in record.pathname)
+  )

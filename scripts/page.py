@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments import history
 from experiments import logbook
 from scripts import plots
 from scripts import record
@@ -206,6 +207,7 @@ def _table(run: record.Record, r: Results) -> dict[str, dict[str, Any]]:
           "Tokens per second (median)": _digits(r.tokens_per_s, 0),
           "Seed": c.get("seed"),
       },
+      "Time of all starts": _time(run),
       "Result": {
           "Training loss, last tenth (nats per token)": _digits(r.loss, 4),
           "Held-out loss (nats per token)": _digits(r.heldout_loss, 4),
@@ -224,6 +226,23 @@ def _table(run: record.Record, r: Results) -> dict[str, dict[str, Any]]:
   return {
       group: {k: v for k, v in facts.items() if v is not None}
       for group, facts in groups.items()
+  }
+
+
+def _time(run: record.Record) -> dict[str, Any]:
+  """What the time of a run went into, from its first start on."""
+  spent = history.goodput(run.events)
+  total = sum(spent.values())
+  if not total:
+    return {}
+  starts = [event for event in run.events if event["event"] == "start"]
+  return {
+      "Starts": len(starts),
+      **{
+          name.capitalize(): f"{seconds(s)} ({s / total:.1%})"
+          for name, s in spent.items()
+          if s
+      },
   }
 
 

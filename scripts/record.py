@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dsv3_jax.infer import placement
+from experiments import history
 from experiments import logbook
 
 LAST = 0.1  # "at the end" is this share of the steps
@@ -27,6 +28,7 @@ class Record:
   env: dict[str, Any]
   summary: dict[str, Any]
   needles: dict[str, Any]  # see experiments/context.py; empty without it
+  events: list[dict]  # see experiments/history.py
   missing: tuple[str, ...]  # sentences
 
 
@@ -101,6 +103,7 @@ def read(workdir: str | os.PathLike) -> Record:
       env=_read_object(workdir / "env.json", missing),
       summary=_read_object(workdir / "summary.json", missing),
       needles=_needles(workdir / "needles.json"),
+      events=history.read(workdir),
       missing=tuple(missing),
   )
 

@@ -1,16 +1,11 @@
 """Tests of several processes that train as one, as they are really started."""
 
-import dataclasses
-import os
-import pathlib
 import re
 import shutil
-import subprocess
-import sys
-import tempfile
 import time
 
 import numpy as np
+import programs
 import pytest
 import testing
 from absl.testing import absltest
@@ -23,39 +18,7 @@ from dsv3_jax.parallel import topology
 from experiments import common
 from experiments import logbook
 
-ROOT = pathlib.Path(__file__).parents[1]
-PROSE = "It was a bright cold day, and {} clocks were striking thirteen.\n"
-TIMEOUT_S = 300  # of all that a test starts; nothing here can hang for ever
 STEPS = 4
-SETTINGS = (
-    "vocab_size=300",
-    "d_model=16",
-    "n_layers=1",
-    "n_dense_layers=0",
-    "mtp.depth=0",
-    "mla.n_heads=2",
-    "mla.q_rank=8",
-    "mla.kv_rank=8",
-    "mla.nope_dim=4",
-    "mla.rope_dim=4",
-    "mla.v_dim=4",
-    "moe.ffn_dim=8",
-    "router.n_experts=8",
-    "router.top_k=2",
-    "init_std=0.1",
-    "data.seq_len=8",
-    "train.batch_size=8",
-    "train.micro_batches=2",
-    "train.tokens=2560",
-    "schedule.warmup_steps=2",
-    "checkpoint.every=2",
-    "checkpoint.keep=9",
-    "evaluate.sample_tokens=0",
-    "parallel.layout=zero1",
-    "parallel.check_every=2",
-)
-
-
 # What takes longer to compile.
 MORE = (
     "n_layers=2",
@@ -66,102 +29,8 @@ MORE = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Ended:
-  """What a process left."""
-
-  code: int
-  out: str
-  err: str
-
-
-def together(*commands, timeout_s=TIMEOUT_S):
-  """Runs Python with each of the argument lists, all at once."""
-  env = os.environ | {
-      "JAX_PLATFORMS": "cpu",
-      "LD_PRELOAD": "",  # one start instead of two
-      "XLA_FLAGS": "--xla_backend_optimization_level=0",
-  }
-  env.pop("NPROC", None)  # the program's own choice is tested
-  deadline = time.monotonic() + timeout_s
-  started, files = [], []
-  try:
-    for command in commands:
-      files.append([tempfile.TemporaryFile("w+") for _ in range(2)])
-      out, err = files[-1]
-      started.append(
-          subprocess.Popen(
-              [sys.executable, *command],
-              cwd=ROOT,
-              env=env,
-              stdout=out,
-              stderr=err,
-          )
-      )
-    codes = [p.wait(max(deadline - time.monotonic(), 0)) for p in started]
-    texts = []
-    for pair in files:
-      for file in pair:
-        file.seek(0)
-      texts.append([file.read() for file in pair])
-    return [Ended(c, *pair) for c, pair in zip(codes, texts, strict=True)]
-  finally:
-    for process in started:
-      process.kill()
-      process.wait()
-    for pair in files:
-      for file in pair:
-        file.close()
-
-
-def members(n):
-  """The flags of each of n processes."""
-  port = testing.free_port()
-  return [
-      (
-          f"--coordinator=127.0.0.1:{port}",
-          f"--processes={n}",
-          f"--process={i}",
-      )
-      for i in range(n)
-  ]
-
-
-class Programs(absltest.TestCase):
-  """Runs of one configuration in a folder."""
-
-  SETTINGS = SETTINGS
-
-  @classmethod
-  def setUpClass(cls):
-    super().setUpClass()
-    folder = cls.enterClassContext(tempfile.TemporaryDirectory())
-    cls.root = pathlib.Path(folder)
-    text = cls.root / "text.txt"
-    text.write_text("".join(PROSE.format(i) for i in range(200)))
-    cls.settings = (*cls.SETTINGS, f"data.path={text}")
-
-  def command(self, name, mesh, *more):
-    return [
-        "-m",
-        "experiments.pretrain",
-        "--variant=tiny",
-        f"--workdir={self.root / name}",
-        f"--mesh={mesh}",
-        f"--steps={STEPS}",
-        *(f"--set={setting}" for setting in self.settings),
-        *more,
-    ]
-
-  def train(self, name, mesh, *more, n=1):
-    """Trains in n processes, each of which must end well."""
-    who = members(n) if n > 1 else [()]
-    ended = together(
-        *(self.command(name, mesh, *flags, *more) for flags in who)
-    )
-    for each in ended:
-      self.assertEqual(each.code, common.OK, each)
-    return ended
+class Programs(programs.Programs):
+  """Runs that are compared with the one in one process."""
 
   def rows(self, name):
     return logbook.read(self.root / name / logbook.METRICS)
@@ -240,7 +109,7 @@ class TwoProcessesTest(Programs):
 
 @pytest.mark.slow
 class FourProcessesTest(Programs):
-  SETTINGS = (*SETTINGS, *MORE)
+  SETTINGS = (*programs.SETTINGS, *MORE)
 
   def test_train_as_one_on_two_nodes(self):
     self.train("one", "node=2,expert=2")
@@ -251,7 +120,7 @@ class FourProcessesTest(Programs):
 
 @pytest.mark.slow
 class PipelineTest(Programs):
-  SETTINGS = (*SETTINGS, *MORE, "train.micro_batches=4")
+  SETTINGS = (*programs.SETTINGS, *MORE, "train.micro_batches=4")
 
   def test_stages_in_two_processes_train_as_one_device_does(self):
     self.train("one", "data=1")
@@ -276,7 +145,7 @@ class RowsTest(absltest.TestCase):
         "print(topology.own_rows(8, mesh))\n"
     )
     address = f"127.0.0.1:{testing.free_port()}"
-    ended = together(
+    ended = programs.together(
         *(["-c", script, address, "2", str(i)] for i in range(2)),
         timeout_s=60,
     )
@@ -291,7 +160,7 @@ class MissingTest(absltest.TestCase):
   def test_a_process_that_never_comes_is_named(self):
     root = testing.folder(self)
     began = time.monotonic()
-    ended = together(
+    ended = programs.together(
         *(
             [
                 "-m",
@@ -302,7 +171,7 @@ class MissingTest(absltest.TestCase):
                 "--join_timeout=5",
                 *flags,
             ]
-            for flags in members(4)
+            for flags in programs.members(4)
             if flags[-1] != "--process=2"
         ),
         timeout_s=60,
