@@ -12,6 +12,7 @@ import difflib
 import math
 import os
 import pathlib
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -84,7 +85,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
   known = flags.FLAGS
   try:
     _, *rest = known(list(argv), known_only=True)
-  except flags.Error as error:
+  except (flags.Error, ValueError) as error:  # absl's own flags raise either
     return [str(error)]
   problems = []
   for text in rest:
@@ -108,8 +109,10 @@ def parse_mesh(text: str) -> tuple[dict[str, int], list[str]]:
       problems.append(
           f"--mesh={part}: axes are {', '.join(topology.AXES)}{hint}"
       )
-    elif not size.isdecimal() or int(size) < 1:
-      problems.append(f"--mesh={part}: expected {axis}=N, N at least 1")
+    elif not re.fullmatch("0*[1-9][0-9]{0,8}", size, re.ASCII):
+      problems.append(
+          f"--mesh={part}: expected {axis}=N, N from 1 to a billion"
+      )
     else:
       sizes[axis] = int(size)
   return sizes, problems

@@ -26,16 +26,16 @@ class MismatchError(RuntimeError):
 class SpikeError(RuntimeError):
   """Loss or gradient jumped, and the data around it is to be left out."""
 
-  def __init__(self, first: int, step: int, text: str):
+  def __init__(self, step: int, text: str):
     """Remembers where.
 
     Args:
-      first: step that this start began from.
       step: steps done with the one that jumped.
       text: what happened.
     """
     super().__init__(text)
-    self.first, self.step = first, step
+    self.step = step
+    self.back_to: int | None = None  # the step of a checkpoint
 
 
 _CODES = {

@@ -49,12 +49,10 @@ class Reporter:
     self._run = source.run
     self._bad_in_a_row = 0
     self._started = False
-    self._first = 0
     self._recent = {
         key: collections.deque(maxlen=RECENT) for key in ("loss", "grad_norm")
     }
     for row in before:
-      self._first = row["step"]
       self._spike(row)
 
   def step(self, done: int, metrics: train.Metrics) -> None:
@@ -86,7 +84,7 @@ class Reporter:
     if jump := self._spike(row):
       self._bad(row, jump)
       if self._run.train.spike_skip:
-        raise exits.SpikeError(self._first, done, f"step {done} {jump}")
+        raise exits.SpikeError(done, f"step {done} {jump}")
 
   def _row(
       self, done: int, metrics: train.Metrics, seconds: float

@@ -254,7 +254,10 @@ def _from_step(
   """
   run = source.run
   left_out = checkpoints.facts(first)["rows"] - run.rows_before(first)
-  here = [spike for spike in spikes if spike.first == first]
+  for spike in spikes:
+    if spike.back_to is None:
+      spike.back_to = first
+  here = [spike for spike in spikes if spike.back_to == first]
   if len(here) > SPIKES:
     raise FloatingPointError(
         f"{here[-1]}; with other data after step {first} it was no better"

@@ -13,7 +13,6 @@ table into README.md.
 import dataclasses
 import functools
 import math
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -30,10 +29,9 @@ from dsv3_jax import train
 from dsv3_jax.parallel import replicas
 from dsv3_jax.parallel import topology
 from experiments import cluster
+from scripts import readme
 
-README = pathlib.Path(__file__).parents[1] / "README.md"
 BEGIN = "<!-- made by: python -m scripts.layout_matrix --readme -->"
-END = "<!-- end of what it made -->"
 STEPS = 3
 RUN = config.override(
     presets.TINY,
@@ -300,44 +298,21 @@ def _power(value: float) -> str:
   return f"{mantissa}e{int(exponent)}" if value else "0"
 
 
-def _line(cells: Sequence[str]) -> str:
-  return "| " + " | ".join(cells) + " |"
-
-
 def row(case: Case, found: Differences) -> str:
   """A row of the table, in Markdown."""
   *values, counts_equal, diverged = dataclasses.astuple(found)
   equal = [counts_equal, not diverged]
-  return _line([
+  return readme.row(
       *names(case),
       *map(_power, values),
       *("equal" if same else "DIFFER" for same in equal),
-  ])
+  )
 
 
 def block(rows: Sequence[str]) -> str:
   """What stands between the marks in the README."""
   title = f"All {len(rows)} cases: how far each is from one device"
-  return "\n".join([
-      f"<details><summary>{title}</summary>\n",
-      _line(HEAD),
-      _line(["---"] * len(HEAD)),
-      *rows,
-      "\n</details>",
-  ])
-
-
-def replaced(text: str, rows: Sequence[str]) -> str:
-  """A page with its table replaced by these rows.
-
-  Raises:
-    ValueError: the marks are not there, once and in order.
-  """
-  before, begin, rest = text.partition(BEGIN)
-  _, end, after = rest.partition(END)
-  if not (begin and end) or BEGIN in rest or END in before + after:
-    raise ValueError(f"expected {BEGIN!r} and then {END!r}, once")
-  return f"{before}{BEGIN}\n{block(rows)}\n{END}{after}"
+  return readme.folded(title, HEAD, rows)
 
 
 def _parse(argv: Sequence[str]) -> flags.FlagValues:
@@ -365,7 +340,7 @@ def main(argv: Sequence[str]) -> int:
   try:
     known = _parse(argv)
     if known.readme:  # refused now rather than after minutes
-      replaced(README.read_text(), [])
+      readme.replaced(readme.README.read_text(), BEGIN, "")
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
@@ -374,13 +349,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
   n_devices = max(math.prod(case.sizes.values()) for case in CASES)
   cluster.use_virtual_devices(n_devices, spare_threads=True)
-  print(_line(HEAD), _line(["---"] * len(HEAD)), sep="\n")
+  print(*readme.head(HEAD), sep="\n")
   rows = []
   for case in CASES:
     rows.append(row(case, measure(case)))
     print(rows[-1], flush=True)
   if known.readme:
-    README.write_text(replaced(README.read_text(), rows))
+    readme.put(BEGIN, block(rows))
   return 0
 
 

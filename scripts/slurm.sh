@@ -15,15 +15,16 @@ variant=small           # reads the folder corpus: scripts/prepare_data.py
 workdir=runs/slurm      # on a file system that all nodes share
 mesh=node=2,expert=8    # multiplies to all accelerators of the job
 # ------------------------------------------------------------------------------
-# Never started again by itself: what was refused (exit code 2) would be refused
-# again. The same sbatch command goes on from the newest checkpoint.
+# Each process is started again after a crash or a preemption, and all find each
+# other; what was refused (exit code 2) would be refused again and ends the job.
+# The same sbatch command goes on from the newest checkpoint.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?start it with sbatch}"
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 port=$((20000 + SLURM_JOB_ID % 10000))  # jobs may share a node
 # $SLURM_PROCID differs between the processes, so each has to read its own.
-# One that fails takes the others with it: they would wait for it.
+# One that ends for good takes the others with it: they would wait for it.
 exec srun --kill-on-bad-exit=1 bash -c 'exec "$@" --process="$SLURM_PROCID"' - \
-  .venv/bin/python -m experiments.pretrain \
+  scripts/supervise.sh .venv/bin/python -m experiments.pretrain \
   --variant="$variant" --workdir="$workdir" --mesh="$mesh" \
   --coordinator="${hosts[0]}:$port" --processes="$SLURM_NTASKS" "$@"

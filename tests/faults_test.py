@@ -398,6 +398,28 @@ class StorageTest(Case):
     )
 
 
+class IntervalsTest(Case):
+  """When things are looked at and saved."""
+
+  @pytest.mark.slow
+  def test_changes_nothing(self):
+    self.launch(
+        "run",
+        "--set=checkpoint.every=7",
+        "--set=checkpoint.keep=1",
+        "--set=evaluate.every=9",
+        wait=True,
+    )
+    whole = self.whole[1]
+    self.assertEqual(
+        programs.saved(self.run_, 100), programs.saved(whole, 100)
+    )
+    steps = lambda rows: [row for row in rows if "loss" in row]
+    self.assertEqual(
+        steps(programs.rows(self.run_)), steps(programs.rows(whole))
+    )
+
+
 class TwoTest(Case):
   """Faults of one of two processes."""
 

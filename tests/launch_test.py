@@ -66,6 +66,7 @@ class SlurmTest(absltest.TestCase):
       path.parent.mkdir(parents=True, exist_ok=True)
       path.write_text(text)
       path.chmod(0o755)
+    (self.root / "scripts").symlink_to(SLURM.parent)
 
   def submit(self, *arguments, **job):
     env = {"PATH": f"{self.root / 'bin'}:/usr/bin:/bin"} | job

@@ -18,6 +18,7 @@ from dsv3_jax.parallel import layouts
 from dsv3_jax.parallel import schedules
 from dsv3_jax.parallel import topology
 from scripts import layout_matrix
+from scripts import readme
 
 SLOW = [
     case for case in layout_matrix.CASES if case not in layout_matrix.QUICK
@@ -94,9 +95,9 @@ class InvarianceTest(parameterized.TestCase):
 class TableTest(parameterized.TestCase):
 
   def test_the_readme_holds_every_case_in_order_and_within_bounds(self):
-    text = layout_matrix.README.read_text()
+    text = readme.README.read_text()
     _, _, rest = text.partition(layout_matrix.BEGIN)
-    block, _, _ = rest.partition(layout_matrix.END)
+    block, _, _ = rest.partition(readme.END)
     lines = [line for line in block.splitlines() if line.startswith("|")]
     head, _, *rows = [
         tuple(cell.strip() for cell in line.strip("|").split("|"))
@@ -121,23 +122,6 @@ class TableTest(parameterized.TestCase):
         "| data=2 | fsdp, train.remat=block | auto | 0 | 3e-7 | 1e-10 | 2e-6"
         " | 1e0 | DIFFER | DIFFER |",
     )
-
-  def test_a_new_table_takes_the_place_of_the_old_one(self):
-    marks = layout_matrix.BEGIN, layout_matrix.END
-    page = "above\n{}\nold\n{}\nbelow\n".format(*marks)
-    once = layout_matrix.replaced(page, ["| a |"])
-    self.assertStartsWith(once, "above\n" + marks[0] + "\n<details>")
-    self.assertEndsWith(once, "| a |\n\n</details>\n" + marks[1] + "\nbelow\n")
-    self.assertNotIn("old", once)
-    self.assertEqual(layout_matrix.replaced(once, ["| a |"]), once)
-
-  @parameterized.parameters(
-      "{0}", "{1}", "{1} {0}", "{0} {1} {1}", "{0} {0} {1}"
-  )
-  def test_marks_that_are_not_there_once_are_refused(self, page):
-    page = page.format(layout_matrix.BEGIN, layout_matrix.END)
-    with self.assertRaisesRegex(ValueError, "once"):
-      layout_matrix.replaced(page, [])
 
   @parameterized.parameters("--reedme", "stray", "--readme=x")
   def test_refuses_what_it_does_not_know(self, argument):

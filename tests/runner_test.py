@@ -5,6 +5,7 @@ import functools
 import io
 import itertools
 import pathlib
+import shutil
 import tempfile
 from unittest import mock
 
@@ -23,8 +24,12 @@ from dsv3_jax.parallel import replicas
 from dsv3_jax.parallel import topology
 from experiments import cluster
 from experiments import common
+from experiments import exits
 from experiments import feed
+from experiments import history
 from experiments import logbook
+from experiments import replay
+from experiments import reporter
 from experiments import runner
 from experiments import workdir
 
@@ -58,8 +63,7 @@ class CheckedRunTest(absltest.TestCase):
   def patch(self, *args, **kwargs):
     return self.enter_context(mock.patch.object(*args, **kwargs))
 
-  def train(self, make_step=compiled_step):
-    """Four steps on two devices; exit code and what it said."""
+  def command(self, *settings):
     run = testing.run(
         f"data.path={self.text}",
         "parallel.layout=replicated",
@@ -67,8 +71,9 @@ class CheckedRunTest(absltest.TestCase):
         "checkpoint.every=1",
         "checkpoint.keep=9",
         "evaluate.sample_tokens=0",
+        *settings,
     )
-    command = common.Command(
+    return common.Command(
         "tiny",
         run,
         self.folder / "run",
@@ -77,12 +82,21 @@ class CheckedRunTest(absltest.TestCase):
         mesh={"data": 2},
         processes=cluster.Processes(),
     )
-    self.patch(train, "make_step", make_step)
+
+  def train(self, make_step=compiled_step, *settings):
+    """Four steps on two devices; exit code and what it said."""
+    command = self.command(*settings)
+    with mock.patch.object(train, "make_step", make_step):
+      return self.ended(functools.partial(runner.execute, command))
+
+  def ended(self, work):
     with (
         contextlib.redirect_stderr(io.StringIO()) as err,
+        contextlib.redirect_stdout(io.StringIO()) as out,
         self.assertRaises(SystemExit) as end,
     ):
-      common.run_main(functools.partial(runner.execute, command))
+      common.run_main(work)
+    self.said = out.getvalue()
     return end.exception.code, err.getvalue()
 
   def left(self):
@@ -124,6 +138,130 @@ class CheckedRunTest(absltest.TestCase):
     )
     self.assertEqual(self.left(), ({0, 1}, [1, 2]))
     self.assertFalse((self.folder / "run" / workdir.SUMMARY).exists())
+
+
+class NumbersTest(CheckedRunTest):
+  """Steps that go wrong, and steps that are done again."""
+
+  test_devices_that_agree_go_on = None
+  test_devices_that_disagree_end_the_run_before_it_saves = None
+
+  def spoiling(self, spoils, **values):
+    """A step whose metrics are others where `spoils` says of a batch."""
+
+    def make_step(run, mesh):
+      step = compiled_step(self.command().run, mesh)
+
+      def spoiled(state, batch):
+        at = int(state.step)
+        tokens = np.asarray(batch.tokens)
+        state, metrics = step(state, batch)
+        return state, metrics | (values if spoils(at, tokens) else {})
+
+      return spoiled
+
+    return make_step
+
+  def rows(self):
+    rows = logbook.read(self.folder / "run" / logbook.METRICS)
+    return [row for row in rows if "loss" in row]
+
+  def events(self, kind):
+    events = history.read(self.folder / "run")
+    return [event for event in events if event["event"] == kind]
+
+  def test_too_many_bad_steps_end_the_run(self):
+    bad = self.spoiling(
+        lambda step, _: step >= 1, finite=np.False_, loss=np.float32("nan")
+    )
+    code, err = self.train(bad, "train.max_bad_steps=1")
+    self.assertEqual(code, exits.NOT_FINITE)
+    self.assertRegex(err, "error: 2 steps in a row up to step 3 were not fin")
+    self.assertEqual([event["step"] for event in self.events("bad")], [2, 3])
+    self.assertLen(self.events("bad")[0]["rows"], 8)
+    (end,) = self.events("end")
+    self.assertEqual(end["code"], exits.NOT_FINITE)
+
+  def test_a_jump_is_gone_back_before_and_left_out(self):
+    seen = []
+
+    def jumps(step, tokens):
+      seen.append(tokens)
+      return step == 2 and len(seen) == 3
+
+    self.patch(reporter, "ENOUGH", 2)
+    code, _ = self.train(
+        self.spoiling(jumps, loss=np.float32(1e4)),
+        "train.spike_factor=100",
+        "train.spike_skip=1",
+    )
+    self.assertEqual(code, exits.OK)
+    self.assertEqual([row["step"] for row in self.rows()], [1, 2, 3, 4])
+    self.assertEqual([event["step"] for event in self.events("bad")], [3])
+    # From step 2 on again, with the data of what would have been step 5.
+    command = self.command()
+    data = runner.read_data(command)
+    planned = feed.Feed(data, command.run, 0).batches(0, topology.mesh(
+        command.mesh
+    ))
+    planned = [np.asarray(b.tokens) for b in itertools.islice(planned, 6)]
+    fed = [0, 1, 2, 4, 5]
+    np.testing.assert_array_equal(seen[-5:], [planned[i] for i in fed])
+    store = checkpoint.Checkpoints(
+        self.folder / "run" / "checkpoints", command.run.checkpoint
+    )
+    self.addCleanup(store.close)
+    self.assertEqual(store.facts(4)["rows"], command.run.rows_before(6))
+
+  def test_jumps_without_end_end_the_run(self):
+    self.patch(reporter, "ENOUGH", 2)
+    code, err = self.train(
+        self.spoiling(lambda step, _: step == 2, loss=np.float32(1e4)),
+        "train.spike_factor=100",
+        "train.spike_skip=1",
+    )
+    self.assertEqual(code, exits.NOT_FINITE)
+    self.assertRegex(err, "jumped: .*with other data after step 2 it was no")
+    self.assertEqual([event["step"] for event in self.events("bad")], [3] * 4)
+
+  def replay(self, step):
+    self.patch(train, "make_step", compiled_step)
+    work = functools.partial(replay.execute, self.command(), step)
+    return self.ended(work)
+
+  def test_a_step_done_again_is_the_same(self):
+    self.train()
+    before = sorted(self.folder.rglob("*"))
+    self.assertEqual(self.replay(3), (exits.OK, ""))
+    self.assertRegex(self.said, "steps 3 to 3 again, .*: all .* bit for bit")
+    self.assertEqual(sorted(self.folder.rglob("*")), before)
+
+  def test_what_differs_is_named(self):
+    self.train()
+    path = self.folder / "run" / logbook.METRICS
+    lines = path.read_text().splitlines(keepends=True)
+    row = self.rows()[2]
+    changed = float(np.nextafter(np.float32(row["loss"]), np.float32(9)))
+    lines = [
+        line.replace(f'"loss": {row["loss"]}', f'"loss": {changed}')
+        for line in lines
+    ]
+    path.write_text("".join(lines))
+    code, err = self.replay(3)
+    self.assertEqual(code, exits.INTERNAL)
+    self.assertIn(
+        f"error: step 3: loss was {changed}, is {row['loss']}\n", err
+    )
+
+  def test_a_step_that_cannot_be_done_again(self):
+    self.train()
+    code, err = self.replay(5)
+    self.assertEqual(code, exits.BAD_INPUT)
+    self.assertIn("--replay_step=5: steps 1 to 4 are logged", err)
+    shutil.rmtree(self.folder / "run" / "checkpoints" / "0")
+    code, err = self.replay(1)
+    self.assertEqual(code, exits.NO_CHECKPOINT)
+    self.assertIn("no checkpoint from before step 1", err)
 
 
 # Each is saved and restored on the next: one device, more, fewer experts a

@@ -1,0 +1,82 @@
+"""Tests of what watches over a process; `faults_test` has several of them."""
+
+import pathlib
+import shutil
+import subprocess
+
+import testing
+from absl.testing import absltest
+from absl.testing import parameterized
+
+from experiments import lifeline
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+class LifelineTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      ({"heartbeat_s": 1.0}, "--heartbeat=1: must be at least 2 s"),
+      ({"heartbeat_s": float("nan")}, "--heartbeat=nan: must be at least 2 s"),
+      ({"stuck_s": -1.0}, "--stuck_after=-1: must be at least 0 s"),
+      ({"grace_s": -0.5}, "--grace=-0.5: must be at least 0 s"),
+  )
+  def test_says_what_is_wrong(self, fields, message):
+    self.assertEqual(lifeline.Patience(**fields).problems(), [message])
+
+  def test_the_default_is_good(self):
+    self.assertEqual(lifeline.Patience().problems(), [])
+
+  def test_one_process_stops_where_it_is(self):
+    with lifeline.Lifeline() as line:
+      self.assertTrue(line.may_go_on(0))
+      self.assertTrue(line.may_go_on(1))
+      line.tell()
+      self.assertFalse(line.may_go_on(2))
+
+  def test_is_told_before_the_first_step(self):
+    with lifeline.Lifeline() as line:
+      line.tell()
+      self.assertFalse(line.may_go_on(7))
+
+  def test_two_may_follow_each_other(self):
+    for _ in range(2):
+      with lifeline.Lifeline() as line:
+        self.assertTrue(line.may_go_on(0))
+        self.assertTrue(line.may_go_on(9, last=True))
+
+
+class SuperviseTest(parameterized.TestCase):
+
+  def supervised(self, *codes):
+    """The exit code, and how often a program that ends so was started."""
+    folder = testing.folder(self)
+    program = folder / "program"
+    program.write_text(
+        f"cd {folder}; echo >> starts; n=$(wc -l < starts)\n"
+        f"set -- {' '.join(map(str, codes))}; shift $((n - 1))\n"
+        'case $1 in KILL) kill -9 $$ ;; *) exit $1 ;; esac\n'
+    )
+    script = ROOT / "scripts" / "supervise.sh"
+    bash = shutil.which("bash")
+    done = subprocess.run(
+        [bash, script, bash, program], capture_output=True, timeout=60
+    )
+    return done.returncode, len((folder / "starts").read_text().splitlines())
+
+  @parameterized.parameters(0, 2, 3, 4)
+  def test_ends_with_the_program(self, code):
+    self.assertEqual(self.supervised(code), (code, 1))
+
+  def test_starts_again_after_a_preemption_and_a_crash(self):
+    self.assertEqual(self.supervised(75, "KILL", 75, 0), (0, 4))
+
+  def test_needs_a_command(self):
+    script = ROOT / "scripts" / "supervise.sh"
+    done = subprocess.run(["bash", script], capture_output=True, text=True)
+    self.assertEqual(done.returncode, 2)
+    self.assertStartsWith(done.stderr, "usage:")
+
+
+if __name__ == "__main__":
+  absltest.main()

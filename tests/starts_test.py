@@ -1,0 +1,141 @@
+"""Tests of how a run starts again."""
+
+import dataclasses
+
+import jax
+import testing
+from absl import logging
+from absl.testing import absltest
+
+from dsv3_jax import checkpoint
+from dsv3_jax import config
+from dsv3_jax import manifest
+from experiments import cluster
+from experiments import common
+from experiments import exits
+from experiments import history
+from experiments import logbook
+from experiments import starts
+
+
+class CleanTest(absltest.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.folder = testing.folder(self)
+    run = testing.run()
+    self.command = common.Command(
+        "tiny", run, self.folder, 0, 9, {}, cluster.Processes()
+    )
+    self.store = checkpoint.Checkpoints(
+        self.folder / "checkpoints", config.Checkpoint(keep=9)
+    )
+    self.addCleanup(self.store.close)
+    state = testing.state(run)
+    for step in (0, 4, 8):
+      self.store.save(state.replace(step=jax.numpy.int32(step)), {})
+    self.store.wait()
+
+  def crash(self, n, step=8):
+    for _ in range(n):
+      history.add(self.folder, "start", step=step, seen=step)
+      history.add(
+          self.folder, "end", code=exits.INTERNAL, text="the usual error"
+      )
+
+  def clean(self, **changes):
+    command = dataclasses.replace(self.command, **changes)
+    with self.assertLogs(logging.get_absl_logger(), "ERROR") as logs:
+      logging.error("so that there is one")
+      starts.clean(command, self.store)
+    return "\n".join(logs.output[1:])
+
+  def test_goes_on_after_a_few_failures(self):
+    self.crash(history.TRIES - 1)
+    self.assertEqual(self.clean(), "")
+    self.assertEqual(self.store.steps(), [0, 4, 8])
+
+  def test_goes_back_one_after_more(self):
+    self.crash(history.TRIES)
+    said = self.clean()
+    self.assertRegex(said, "going back to step 4; .*8.suspect keeps the other")
+    self.assertEqual(self.store.steps(), [0, 4])
+
+  def test_stays_back_when_it_fails_there(self):
+    self.crash(history.TRIES)
+    self.crash(1, step=4)
+    self.clean()
+    self.assertEqual(self.store.steps(), [0, 4])
+
+  def test_stops_in_the_end(self):
+    self.crash(history.TRIES)
+    self.crash(history.TRIES, step=4)
+    with self.assertRaisesRegex(
+        manifest.MissingError, "6 starts .* step 8, the last .*: the usual err"
+    ):
+      self.clean()
+    self.assertEqual(self.store.steps(), [0, 4, 8])
+
+  def test_stops_where_there_is_nothing_to_go_back_to(self):
+    self.crash(history.TRIES, step=0)
+    for step in (4, 8):
+      self.store.set_aside(step, checkpoint.CORRUPT)
+    with self.assertRaisesRegex(manifest.MissingError, "--retry"):
+      self.clean()
+
+  def test_tries_again_when_told_to(self):
+    self.crash(2 * history.TRIES)
+    self.assertEqual(self.clean(retry=True), "")
+    self.assertEqual(self.store.steps(), [0, 4, 8])
+
+  def test_a_checkpoint_that_no_event_tells_of_is_progress(self):
+    self.crash(history.TRIES, step=4)
+    self.assertEqual(self.clean(), "")
+    self.assertEqual(self.store.steps(), [0, 4, 8])
+
+  def test_sets_aside_what_is_no_checkpoint(self):
+    (self.store.folder(8) / manifest.NAME).unlink()
+    self.assertRegex(self.clean(), "8.corrupt: .*has no manifest.json")
+    self.assertEqual(self.store.steps(), [0, 4])
+
+
+class RecordedTest(absltest.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.folder = testing.folder(self)
+    self.command = common.Command(
+        "tiny", testing.run(), self.folder, 0, 9, {}, cluster.Processes()
+    )
+
+  def recorded(self):
+    return starts.recorded(self.command, 4, 10.0, history.Stopwatch())
+
+  def test_a_start_and_its_end(self):
+    metrics = self.folder / logbook.METRICS
+    metrics.write_text('{"step": 6, "loss": 1.0}\n{"st')
+    with self.recorded() as record:
+      record("saved", step=8)
+    begun, saved, ended = history.read(self.folder)
+    self.assertEqual((begun["step"], begun["seen"]), (4, 6))
+    self.assertEqual(begun["seen_at"], metrics.stat().st_mtime)
+    self.assertEqual(saved["step"], 8)
+    self.assertEqual((ended["code"], ended["text"]), (exits.OK, ""))
+
+  def test_an_end_by_an_error(self):
+    for error, code in (
+        (exits.PreemptedError("told"), exits.PREEMPTED),
+        (FloatingPointError("nan"), exits.NOT_FINITE),
+        (manifest.SaveError("full"), exits.INTERNAL),
+        (TypeError("a bug"), exits.INTERNAL),
+        (OSError(28, "No space left on device"), exits.INTERNAL),
+    ):
+      with self.assertRaises(type(error)):
+        with self.recorded():
+          raise error
+      ended = history.read(self.folder)[-1]
+      self.assertEqual((ended["code"], ended["text"]), (code, str(error)))
+
+
+if __name__ == "__main__":
+  absltest.main()
