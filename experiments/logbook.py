@@ -4,6 +4,7 @@ In the workdir: `metrics.jsonl` (a JSON object a line, read back by `read`),
 `tensorboard/` (the scalars of the same rows) and `log.txt` (the plain lines).
 """
 
+import contextlib
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 from typing import TextIO
 
-import tensorboardX
+from experiments import events
 
 METRICS, EVENTS, LOG = "metrics.jsonl", "tensorboard", "log.txt"
 LINE_S = 5.0  # least time between two plain lines
@@ -167,11 +168,10 @@ class Logbook:
     truncate(workdir / METRICS, done_steps)
     self._metrics = open(workdir / METRICS, "a", encoding="utf-8")
     self._log = open(workdir / LOG, "a", encoding="utf-8")
-    self._events = tensorboardX.SummaryWriter(
-        str(workdir / EVENTS),
-        purge_step=done_steps + 1 if done_steps else 0,
-        # Two starts within a second would share a file name without it.
-        filename_suffix=f".{os.getpid()}.{done_steps}",
+    self._events = events.Events(
+        workdir / EVENTS,
+        first_step=done_steps + 1 if done_steps else 0,
+        suffix=f".{os.getpid()}.{done_steps}",
     )
     self._stream = stream or sys.stdout
     self._live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
@@ -184,8 +184,10 @@ class Logbook:
   def __enter__(self) -> "Logbook":
     return self
 
-  def __exit__(self, *_: object) -> None:
-    self.close()
+  def __exit__(self, kind: object, *_: object) -> None:
+    # Where something has failed, that is what is to be heard.
+    with contextlib.suppress(*([OSError] if kind else [])):
+      self.close()
 
   def step(self, row: Row) -> None:
     """Writes the row of an optimizer step; it needs `step` and `loss`."""
@@ -236,9 +238,9 @@ class Logbook:
     row = plain(row)
     self._metrics.write(_line(row))
     self._metrics.flush()
-    for tag, value in _scalars(row):
-      if tag != "train/step":
-        self._events.add_scalar(tag, value, row["step"])
+    values = dict(_scalars(row))
+    values.pop("train/step", None)
+    self._events.add(values, row["step"])
     return row
 
   def _progress(self, row: Row, now: float) -> str:

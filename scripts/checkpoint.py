@@ -10,8 +10,10 @@ every array and compares it with its digest; exit code 4 if one is not as it was
 saved. diff compares two, array by array.
 """
 
+import functools
 import pathlib
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import rich.box
@@ -25,10 +27,7 @@ from dsv3_jax import manifest
 from dsv3_jax.interop import runs
 from experiments import common
 
-_MODE = flags.DEFINE_enum("mode", "list", ["list", "verify", "diff"], "what")
-_STEP = flags.DEFINE_integer("step", None, "of a checkpoint; default: all")
-_OTHER = flags.DEFINE_string("other", None, "workdir of the one to compare")
-_OTHER_STEP = flags.DEFINE_integer("other_step", None, "default: --step")
+MODES = "list", "verify", "diff"
 
 
 def _open(workdir: pathlib.Path) -> checkpoint.Checkpoints:
@@ -147,25 +146,42 @@ def _flat(facts: dict, prefix: str = "") -> dict:
   return out
 
 
+def _parse(argv: Sequence[str]) -> flags.FlagValues:
+  """The flags; not the process-wide ones, which other programs share."""
+  known = flags.FlagValues()
+  define = functools.partial(flags.DEFINE_integer, flag_values=known)
+  text = functools.partial(flags.DEFINE_string, flag_values=known)
+  flags.DEFINE_enum("mode", "list", MODES, "what to do", flag_values=known)
+  text("workdir", None, "folder of the run")
+  text("other", None, "workdir of the checkpoint to compare; default: the same")
+  define("step", None, "of a checkpoint; default: all")
+  define("other_step", None, "of the one to compare; default: --step")
+  try:
+    _, *stray = known(list(argv))
+  except flags.Error as error:
+    raise ValueError(str(error)) from error
+  problems = [f"stray argument {text!r}: flags are --a=b" for text in stray]
+  if not known.workdir:
+    problems.append("--workdir is missing: the folder of the run")
+  if known.mode == "diff" and known.step is None:
+    problems.append("--step is missing: the checkpoint to compare")
+  if problems:
+    raise ValueError("\n".join(problems))
+  return known
+
+
 def main() -> None:
   """Does what the flags say."""
-  problems = common.parse_flags(sys.argv)
-  if not flags.FLAGS.is_parsed() or problems:
-    raise ValueError("\n".join(problems))
-  if not flags.FLAGS.workdir:
-    raise ValueError("--workdir is missing: the folder of the run")
-  checkpoints = _open(pathlib.Path(flags.FLAGS.workdir))
-  if _MODE.value == "list":
+  known = _parse(sys.argv)
+  checkpoints = _open(pathlib.Path(known.workdir))
+  if known.mode == "list":
     show(checkpoints)
-  elif _MODE.value == "verify":
-    verify(checkpoints, _STEP.value)
+  elif known.mode == "verify":
+    verify(checkpoints, known.step)
   else:
-    if _STEP.value is None:
-      raise ValueError("--step is missing: the checkpoint to compare")
-    others = _open(pathlib.Path(_OTHER.value or flags.FLAGS.workdir))
-    other_step = _OTHER_STEP.value
-    other_step = _STEP.value if other_step is None else other_step
-    diff(checkpoints, _STEP.value, others, other_step)
+    others = _open(pathlib.Path(known.other or known.workdir))
+    step = known.step if known.other_step is None else known.other_step
+    diff(checkpoints, known.step, others, step)
 
 
 if __name__ == "__main__":

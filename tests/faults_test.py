@@ -26,6 +26,7 @@ from experiments import workdir
 
 EVERY = 10  # steps, of checkpoints
 HEARTBEAT_S = 5
+STUCK_S = 15  # longer than compiling takes
 AGAIN = "the run goes on from its newest checkpoint"
 
 
@@ -285,30 +286,31 @@ class LoopTest(Case):
   @pytest.mark.slow
   def test_goes_back_a_checkpoint_then_stops(self):
     firsts = []
-    for i in range(2 * history.TRIES):
+    for i in range(3 * history.TRIES):
       with self.launch(point=(0, "data" if i else "fail", "45")) as started:
         (ended,) = started.ended()
+      if ended.code == exits.NO_CHECKPOINT:
+        break
       self.assertEqual(ended.code, exits.INTERNAL, ended)
       self.assertIn("as it always does here", ended.err)
       firsts.append(int(re.search(r"tiny: (\d+) of", ended.out)[1]))
-    self.assertEqual(firsts, [0, 40, 40, 30, 30, 30])
+    # The first, if step 40 was seen to be saved before it failed, counts.
+    self.assertEqual(firsts[:3] + firsts[-3:], [0, 40, 40, 30, 30, 30])
+    self.assertBetween(len(firsts), 6, 7)
     self.assertIn("40.suspect", programs.names(self.run_))
-    with self.launch() as started:
-      (stopped,) = started.ended()
-    self.assertEqual(stopped.code, exits.NO_CHECKPOINT)
-    self.assertRegex(stopped.err, "6 starts in a row failed .* always does")
+    self.assertRegex(ended.err, "6 starts in a row failed .* always does")
     self.launch("run", "--retry", wait=True)
     shutil.rmtree(self.run_ / "checkpoints" / "40.suspect")
     self.assert_whole()
 
   def test_a_hanging_step_is_ended_with_stacks(self):
     point = (0, "hang", "20")
-    with self.launch("run", "--stuck_after=4", point=point) as started:
+    with self.launch("run", f"--stuck_after={STUCK_S}", point=point) as started:
       self.assert_one_goes_on(
           started,
           exits.STUCK,
           r"dying.py.* in hang",
-          r"process 0: nothing done for 4 s after step 1[89] was started",
+          rf"process 0: nothing done for {STUCK_S} s after step 1[89] was",
       )
 
 
@@ -322,7 +324,7 @@ class StorageTest(Case):
     with self.launch("run", *more) as started:
       started.until(self.after_step(21, "20"))
       saved = programs.saved(self.run_, 20)
-      self.limit(started.processes[0], 50_000)  # rows need less, arrays more
+      self.limit(started.processes[0], 30_000)  # rows need less, arrays more
       (ended,) = started.ended()
     self.assertEqual(ended.code, code, ended)
     self.assertNotIn("Traceback", ended.err)
@@ -341,12 +343,13 @@ class StorageTest(Case):
   @pytest.mark.slow
   def test_or_the_run_goes_on_and_says_that_its_end_is_not_saved(self):
     ended = self.check_full(
-        exits.INTERNAL, "--set=checkpoint.on_error=continue"
+        exits.INTERNAL, "--set=checkpoint.on_error=continue", "--steps=60"
     )
-    self.assertEqual(self.steps()[-1], self.STEPS)
+    self.assertEqual(self.steps()[-1], 60)
     self.assertRegex(ended.out, "could not be saved: .*; going on")
     self.assertRegex(ended.err, "the last step is not saved")
-    self.goes_on()
+    self.launch(wait=True)
+    self.assert_whole()
 
   def mounted(self, *options):
     """A small file system of its own, where that is allowed."""
@@ -469,11 +472,12 @@ class TwoTest(Case):
   @pytest.mark.slow
   def test_one_hangs(self):
     point = (1, "hang", "20")
-    with self.launch("run", "--stuck_after=6", point=point) as started:
+    with self.launch("run", f"--stuck_after={STUCK_S}", point=point) as started:
       for each in started.ended():
         self.assertEqual(each.code, exits.STUCK, each)
         self.assertRegex(
-            each.err, "process 1: nothing done for 6 s after step 1[89] was"
+            each.err,
+            f"process 1: nothing done for {STUCK_S} s after step 1[89] was",
         )
         self.assertIn("most recent call first", each.err)
     self.goes_on()
@@ -481,8 +485,8 @@ class TwoTest(Case):
   @pytest.mark.slow
   def test_one_fails(self):
     with self.launch(point=(1, "fail", "20")) as started:
-      first, second = started.ended()
-    for each in first, second:
+      ended = started.ended()
+    for each in ended:
       self.assertEqual(each.code, exits.INTERNAL, each)
       self.assertIn("as it always does here", each.err)
     self.goes_on()

@@ -35,9 +35,9 @@ class ReplacedTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "once"):
       readme.replaced(page, MARK, "")
 
-  @parameterized.parameters(layout_matrix.BEGIN, faults.MARK)
-  def test_the_readme_has_the_marks(self, mark):
-    readme.replaced(readme.README.read_text(encoding="utf-8"), mark, "")
+  def test_the_readme_has_the_marks(self):
+    text = readme.README.read_text(encoding="utf-8")
+    readme.replaced(text, layout_matrix.BEGIN, "")
 
 
 class FaultsTest(parameterized.TestCase):
@@ -58,17 +58,6 @@ class FaultsTest(parameterized.TestCase):
   def test_all_are_there_in_order(self):
     names = [fault.name for fault in faults.FAULTS]
     self.assertEqual(names, [f"F{i:02}" for i in range(1, 49)])
-
-  def test_the_readme_has_a_row_of_each_that_passed(self):
-    text = readme.README.read_text(encoding="utf-8")
-    block = text.partition(faults.MARK)[2].partition(readme.END)[0]
-    rows = [line for line in block.splitlines() if line.startswith("| F")]
-    self.assertLen(rows, len(faults.FAULTS))
-    for fault, row in zip(faults.FAULTS, rows, strict=True):
-      lead = readme.row(fault.name, fault.done, fault.expected, "")
-      self.assertStartsWith(row, lead.removesuffix(" |"))
-      if isinstance(fault.tests, tuple):
-        self.assertRegex(row, r"\| [1-9]\d* passed \|$")
 
   @parameterized.parameters("--only=F99", "--onli=F01", "F01", "--readme=x")
   def test_refuses_what_it_does_not_know(self, argument):
