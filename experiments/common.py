@@ -184,10 +184,17 @@ def _help() -> str:
   return "\n".join((*map(str, parts), known.module_help(__name__)))
 
 
-def run_main(main: Callable[[], int | None]) -> None:
-  """Calls main and exits with the code that the error it raises stands for."""
+def run_main(
+    main: Callable[[], int | None], describe: Callable[[], str] = _help
+) -> None:
+  """Calls main and exits with the code that the error it raises stands for.
+
+  Args:
+    main: does what the command line says.
+    describe: what --help prints.
+  """
   if "--help" in sys.argv[1:]:
-    print(_help())
+    print(describe())
     sys.exit(OK)
   try:
     code = main() or OK

@@ -23,7 +23,8 @@ from experiments import exits
 from experiments import logbook
 
 FILE = "events.jsonl"
-TRIES = 3  # starts without a new checkpoint, before an older one is taken
+TRIES = 3  # failed starts in a row, before an older checkpoint is taken
+QUIET = 2  # kills after the same step that do not count
 KINDS = "compiling", "training", "evaluating", "saving"
 
 Event = dict[str, Any]
@@ -63,8 +64,9 @@ def add(workdir: pathlib.Path, event: str, **facts: Any) -> None:
 def crashes(events: Sequence[Event], seen: int) -> tuple[int, int]:
   """Starts that failed since there was a checkpoint of a later step.
 
-  A start failed if it ended in an error, or was killed after a step: one that
-  was killed before has not shown that it would fail.
+  A start failed if it ended in an error. One that was killed may have been
+  killed for any reason: it failed if it is at least the third in a row that
+  died without a word after the same step.
 
   Args:
     events: of the run.
@@ -74,19 +76,22 @@ def crashes(events: Sequence[Event], seen: int) -> tuple[int, int]:
     Their number, and the latest step of which there was a checkpoint.
   """
   n, reached, start = 0, -1, None
+  deaths, place = 0, -1  # in a row, after this step
   for event in [*events, {"event": "start", "step": -1, "seen": seen}]:
     if event["event"] == "start":
       if start and event["seen"] > start["step"]:
-        n += 1
+        deaths = deaths + 1 if event["seen"] == place else 1
+        place = event["seen"]
+        n += deaths > QUIET
       start = event
       if event.get("again"):
-        n = 0
+        n = deaths = 0
     elif event["event"] == "end":
-      start = None
+      start, deaths = None, 0
       n += event["code"] in (exits.INTERNAL, exits.STUCK)
     step = event["step"] if event["event"] in ("start", "saved") else -1
     if step > reached:
-      n, reached = 0, step
+      n, deaths, reached = 0, 0, step
   return n, reached
 
 

@@ -28,6 +28,7 @@ from experiments import exits
 from experiments import preemption
 
 BEAT_S = 1.0
+TEXT = 2000  # characters of an error that others are told
 _TOKEN_BYTES, _ADDRESS_BYTES = 16, 300
 _AGAIN = "; start all again: the run goes on from its newest checkpoint"
 
@@ -37,7 +38,8 @@ class Patience:
   """How long to wait, in seconds."""
 
   heartbeat_s: float = 10.0  # for a sign of life from another process
-  stuck_s: float = 1800.0  # for a step, or what else is done; 0: for ever
+  # For a step, or what else is done once there was one; 0: for ever.
+  stuck_s: float = 1800.0
   grace_s: float = 25.0  # to save after the first signal
 
   def problems(self) -> list[str]:
@@ -122,7 +124,8 @@ class Lifeline:
     if code in (exits.OK, exits.PREEMPTED):
       self._send(bye=True)
     else:
-      self._send(end=[code or exits.INTERNAL, f"{kind.__name__}: {error}"])
+      text = f"{kind.__name__}: {error}"[:TEXT]
+      self._send(end=[code or exits.INTERNAL, text])
     self._waker.close()
     self._thread.join()
     for peer in self._peers.values():
@@ -163,7 +166,7 @@ class Lifeline:
 
   def _say_ready(self, done: int) -> None:
     if self._index:
-      self._peers[0].send(ready=done)
+      self._send(ready=done)
     else:
       self._ready[0] = done
       self._decide()
@@ -292,11 +295,11 @@ class Lifeline:
     )
 
   def _look_for_stuck(self, now: float) -> None:
-    limit = self._patience.stuck_s
-    if not limit or now - self._progress < limit:
+    limit, begun = self._patience.stuck_s, self._step >= 0
+    if not (limit and begun and now - self._progress > limit):
       return
     if self._index:  # process 0 knows who is behind
-      self._peers[0].send(stuck=True)
+      self._send(stuck=True)
       self.progress()
     else:
       self._end_stuck()

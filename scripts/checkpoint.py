@@ -146,7 +146,7 @@ def _flat(facts: dict, prefix: str = "") -> dict:
   return out
 
 
-def _parse(argv: Sequence[str]) -> flags.FlagValues:
+def _flags() -> flags.FlagValues:
   """The flags; not the process-wide ones, which other programs share."""
   known = flags.FlagValues()
   define = functools.partial(flags.DEFINE_integer, flag_values=known)
@@ -156,6 +156,15 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
   text("other", None, "workdir of the checkpoint to compare; default: the same")
   define("step", None, "of a checkpoint; default: all")
   define("other_step", None, "of the one to compare; default: --step")
+  return known
+
+
+def _describe() -> str:
+  return f"{__doc__}\n{_flags().get_help()}"
+
+
+def _parse(argv: Sequence[str]) -> flags.FlagValues:
+  known = _flags()
   try:
     _, *stray = known(list(argv))
   except flags.Error as error:
@@ -185,4 +194,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  common.run_main(main)
+  common.run_main(main, _describe)

@@ -32,9 +32,13 @@ class CrashesTest(parameterized.TestCase):
       ("errors_in_a_row", [start(4), end()] * 3, 0, (3, 4)),
       ("preempted", [start(0), end(exits.PREEMPTED)], 0, (0, 0)),
       ("refused", [start(0), end(exits.BAD_INPUT)], 0, (0, 0)),
-      ("killed_after_a_step", [start(0)], 3, (1, 0)),
+      ("killed_after_a_step", [start(0)], 3, (0, 0)),
       ("killed_before_a_step", [start(4)], 4, (0, 4)),
-      ("killed_each_time", [start(4), start(4, 5), start(4, 6)], 5, (3, 4)),
+      ("killed_here_and_there", [start(4), start(4, 5), start(4, 6)] * 4, 7, (
+          0, 4)),
+      ("killed_after_the_same_step", [start(4)] + [start(4, 5)] * 4, 5, (3, 4)),
+      ("killed_before_a_step_in_between", [start(4)] + [
+          start(4, 5), start(4, 4)] * 4, 5, (3, 4)),
       (
           "progress_in_between",
           [start(0), end(), start(0), saved(4), end()],

@@ -1,0 +1,125 @@
+"""What digests and manifest cost a save, next to orbax alone, in turns.
+
+  python -m scripts.bench_checkpoint [--variant=small] [--rounds=5]
+
+Prints the seconds of each round and the ratio of the medians: `blocking`, until
+training may go on, and `total`, until the checkpoint is finished.
+"""
+
+import pathlib
+import shutil
+import sys
+import tempfile
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import flags
+
+from dsv3_jax import checkpoint
+from dsv3_jax import config
+from dsv3_jax import presets
+from dsv3_jax import schema
+from dsv3_jax import storage
+from dsv3_jax import train
+from dsv3_jax.parallel import topology
+from experiments import common
+
+
+def _flags() -> flags.FlagValues:
+  known = flags.FlagValues()
+  names = list(presets.PRESETS)
+  flags.DEFINE_enum(
+      "variant", "small", names, "whose state", flag_values=known
+  )
+  flags.DEFINE_integer(
+      "rounds", 5, "of each", lower_bound=1, flag_values=known
+  )
+  return known
+
+
+def _describe() -> str:
+  return f"{__doc__}\n{_flags().get_help()}"
+
+
+class _Plain:
+  """Orbax alone, with the same arrays."""
+
+  def __init__(self, folder: pathlib.Path):
+    self.folder = folder / "plain"
+    self._saver = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+
+  def save(self, state: train.TrainState) -> None:
+    key = jax.random.key_data(state.key)
+    leaves = schema.paths({"state": state.replace(key=key)})
+    tree = ocp.args.PyTreeSave(storage.named(leaves))
+    self._saver.save(self.folder / "0", args=tree)
+
+  def wait(self) -> None:
+    self._saver.wait_until_finished()
+
+
+class _Ours:
+
+  def __init__(self, folder: pathlib.Path):
+    self.folder = folder / "ours"
+
+  def save(self, state: train.TrainState) -> None:
+    self._store = checkpoint.Checkpoints(self.folder, config.Checkpoint())
+    self._store.save(state, {})
+
+  def wait(self) -> None:
+    self._store.wait()
+
+
+def _moved(state: train.TrainState) -> train.TrainState:
+  """The state with moments that are not zero, which would compress well."""
+  rng = np.random.default_rng(0)
+
+  def moved(a):
+    if not np.issubdtype(a.dtype, np.floating):
+      return a
+    noise = rng.standard_normal(a.shape, np.float32)
+    return jax.device_put(noise.astype(a.dtype), a.sharding)
+
+  return state.replace(opt_state=jax.tree.map(moved, state.opt_state))
+
+
+def main() -> None:
+  """Measures and prints."""
+  known = _flags()
+  try:
+    _, *stray = known(sys.argv)
+  except flags.Error as error:
+    raise ValueError(str(error)) from error
+  if stray:
+    raise ValueError(f"stray arguments {' '.join(stray)!r}: flags are --a=b")
+  mesh = topology.mesh({})
+  state = _moved(train.make_state(presets.PRESETS[known.variant], mesh, 0))
+  n_bytes = sum(a.nbytes for a in jax.tree.leaves(state.params))
+  print(f"{known.variant}: parameters of {n_bytes / 1e6:,.0f} MB, and moments")
+  with tempfile.TemporaryDirectory() as root:
+    folder = pathlib.Path(root)
+    savers = {"orbax alone": _Plain(folder), "ours": _Ours(folder)}
+    seconds = {name: [] for name in savers}
+    for i in range(known.rounds + 1):
+      for name, saver in savers.items():
+        began = time.perf_counter()
+        saver.save(state)
+        blocked = time.perf_counter() - began
+        saver.wait()
+        times = blocked, time.perf_counter() - began
+        shutil.rmtree(saver.folder)
+        if i:  # the first compiles
+          seconds[name].append(times)
+  medians = {name: np.median(times, axis=0) for name, times in seconds.items()}
+  for name, times in seconds.items():
+    rounds = ", ".join(f"{blocked:.2f}/{total:.2f}" for blocked, total in times)
+    print(f"{name}: blocking/total s: {rounds}")
+  ratio = medians["ours"] / medians["orbax alone"]
+  print(f"ours: {ratio[0]:.2f} times as long blocking, {ratio[1]:.2f} in all")
+
+
+if __name__ == "__main__":
+  common.run_main(main, _describe)
