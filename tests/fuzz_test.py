@@ -1,5 +1,6 @@
 """Inputs changed at random: each is taken rightly or refused in words."""
 
+import contextlib
 import gzip
 import json
 import math
@@ -61,6 +62,16 @@ def changed(raw, rng):
   return bytes(raw)
 
 
+@contextlib.contextmanager
+def about(**what):
+  """Says of what an error is."""
+  try:
+    yield
+  except BaseException as error:
+    error.add_note(f"with {what}")
+    raise
+
+
 class Case(parameterized.TestCase):
 
   def taken(self, work):
@@ -97,7 +108,7 @@ class SettingsTest(Case):
     good = 0
     for _ in range(n):
       texts = [self.assignment(rng) for _ in range(rng.integers(1, 4))]
-      with self.subTest(texts=ascii(texts)):
+      with about(texts=ascii(texts)):
         run = self.taken(lambda t=texts: config.override(presets.TINY, *t))
         if run is None:
           continue
@@ -135,7 +146,7 @@ class SettingsTest(Case):
       argv.append(f"{flag}={VALUES[rng.integers(len(VALUES))]}")
       if "help" in name or name in ("flagfile", "undefok"):
         continue
-      with self.subTest(argv=ascii(argv)), flagsaver.flagsaver():
+      with about(argv=ascii(argv)), flagsaver.flagsaver():
         flags.FLAGS.unparse_flags()
         problems = common.parse_flags(argv)
         if flags.FLAGS.is_parsed():
@@ -181,7 +192,7 @@ class FilesTest(Case):
       raw = changed(self.content(name, text), rng)
       path.write_bytes(raw)
       policy = ("error", "replace", "skip")[rng.integers(3)]
-      with self.subTest(name=name, raw=raw, policy=policy):
+      with about(name=name, raw=raw, policy=policy):
         found = self.taken(lambda p=path, q=policy: corpus.documents(str(p), q))
         if found is None:
           continue
@@ -208,7 +219,7 @@ class FilesTest(Case):
     for _ in range(n):
       raw = changed(good, rng)
       path.write_bytes(raw)
-      with self.subTest(raw=raw):
+      with about(raw=raw):
         found = self.taken(lambda: ours.header(path))
         if found is None:
           refused += 1
@@ -242,7 +253,7 @@ class FilesTest(Case):
       raw = changed((root / "bad" / path).read_bytes(), rng)
       (root / "bad" / path).write_bytes(raw)
       store = checkpoint.Checkpoints(root / "bad", cfg)
-      with self.subTest(path=str(path)):
+      with about(path=str(path)):
         step, restored = store.newest(
             lambda step, s=store: s.restore(step, like), set_aside=True
         )
@@ -267,7 +278,7 @@ class FilesTest(Case):
     for _ in range(n):
       raw = changed(good, rng)
       (folder / runs.CONFIG).write_bytes(raw)
-      with self.subTest(raw=raw):
+      with about(raw=raw):
         found = self.taken(lambda: runs.read_config(folder))
         if found is not None:
           run = self.taken(lambda f=found: runs.run_of(f))
@@ -285,7 +296,7 @@ class FilesTest(Case):
     for _ in range(n):
       raw = changed(good, rng)
       (folder / manifest.NAME).write_bytes(raw)
-      with self.subTest(raw=raw):
+      with about(raw=raw):
         found = self.taken(lambda: manifest.read(folder))
         if found is not None:  # spaces, between what counts
           self.assertEqual(found, whole)
