@@ -60,6 +60,12 @@ flags.DEFINE_float(
 )
 flags.DEFINE_float("grace", 25, "seconds to save after SIGTERM or SIGINT")
 flags.DEFINE_bool(
+    "deterministic",
+    True,
+    "GPUs add in the same order every time, so that a run ends in the same bits"
+    " however often it is stopped; a little slower",
+)
+flags.DEFINE_bool(
     "retry", False, "start although the starts before failed, one after another"
 )
 
@@ -78,6 +84,7 @@ class Command:
   init_from: pathlib.Path | None = None
   patience: lifeline.Patience = lifeline.Patience()
   retry: bool = False  # although starts failed
+  deterministic: bool = True  # on GPUs
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -173,6 +180,7 @@ def _command(variants: Mapping[str, config.Run]) -> tuple[Command, list[str]]:
       init_from=init_from,
       patience=patience,
       retry=args.retry,
+      deterministic=args.deterministic,
   )
   return command, problems
 
@@ -224,6 +232,8 @@ def start_jax(command: Command) -> None:
       size > 1 for axis, size in command.mesh.items() if axis != "data"
   )
   cluster.use_virtual_devices(n, spare_threads=n > 1 and not only_sums)
+  if command.deterministic:
+    cluster.fix_order_of_sums()
   command.processes.join()
 
 

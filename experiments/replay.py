@@ -93,8 +93,8 @@ def _replay(command: common.Command, step: int) -> None:
   if book.found:
     raise exits.MismatchError(
         "\n".join(book.found)
-        + "\na device that computes wrongly, another number or kind of devices,"
-        " another layout or another version"
+        + "\na device that computes wrongly; or another number or kind of"
+        " devices, another layout, another version, --nodeterministic on GPUs"
     )
   if jax.process_index() == 0:
     print(

@@ -133,6 +133,7 @@ FAULTS = (
         "two runs in one workdir; the first is killed",
         "the second is refused with the name of the first; the lock is free",
         "faults.SignalTest.test_a_workdir_is_for_one_at_a_time",
+        "experiments.WorkdirTest.test_is_for_one_run_at_a_time",
     ),
     _fault(
         "F12",

@@ -1,7 +1,9 @@
 """Tests of how several processes find each other."""
 
 import concurrent.futures
+import os
 import socket
+from unittest import mock
 
 import jax
 import testing
@@ -95,6 +97,21 @@ class MeshTest(absltest.TestCase):
 
   def test_all_devices_share_the_data_unless_told(self):
     self.assertEqual(cluster.mesh({}).shape["data"], jax.device_count())
+
+
+class OrderTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      ("", "--xla_gpu_deterministic_ops=true"),
+      ("--xla_a=1", "--xla_a=1 --xla_gpu_deterministic_ops=true"),
+      # What somebody has chosen stays.
+      ("--xla_gpu_deterministic_ops=false",) * 2,
+  )
+  def test_is_asked_for_once(self, given, expected):
+    with mock.patch.dict(os.environ, {"XLA_FLAGS": given}):
+      for _ in range(2):
+        cluster.fix_order_of_sums()
+      self.assertEqual(os.environ["XLA_FLAGS"], expected)
 
 
 class FirstDoesTest(absltest.TestCase):

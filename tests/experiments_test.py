@@ -414,6 +414,14 @@ class WorkdirTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "is not the configuration"):
       runs.read_config(self.folder)
 
+  def test_is_for_one_run_at_a_time(self):
+    with workdir.lock(self.folder):
+      with self.assertRaisesRegex(ValueError, f"process {os.getpid()} on "):
+        with workdir.lock(self.folder):
+          self.fail("two at once")
+    with workdir.lock(self.folder):  # free again
+      pass
+
   def test_refuses_a_folder_that_cannot_be(self):
     with self.assertRaisesRegex(ValueError, "cannot be written"):
       workdir.claim(self.folder / runs.CONFIG / "below", self.facts)

@@ -267,6 +267,7 @@ class SignalTest(Case):
       self.assert_one_goes_on(started, exits.PREEMPTED, "not saved in 2 s")
       self.assertLess(began, time.monotonic())
 
+  @pytest.mark.slow
   def test_a_workdir_is_for_one_at_a_time(self):
     with self.launch() as started:
       started.until((self.run_ / workdir.LOCK).exists)
@@ -303,6 +304,7 @@ class LoopTest(Case):
     shutil.rmtree(self.run_ / "checkpoints" / "40.suspect")
     self.assert_whole()
 
+  @pytest.mark.slow
   def test_a_hanging_step_is_ended_with_stacks(self):
     point = (0, "hang", "20")
     with self.launch("run", f"--stuck_after={STUCK_S}", point=point) as started:
