@@ -18,7 +18,6 @@ from dsv3_jax.infer import engine
 from dsv3_jax.infer import served
 from dsv3_jax.parallel import replicas
 from dsv3_jax.parallel import topology
-from experiments import common
 from experiments import feed
 from experiments import history
 from experiments import lifeline
@@ -37,7 +36,6 @@ def facts(source: feed.Feed, step: int) -> dict[str, Any]:
 class Aside:
   """What a run does now and then besides training."""
 
-  command: common.Command
   source: feed.Feed
   mesh: jax.sharding.Mesh
   checkpoints: checkpoint.Checkpoints
@@ -59,7 +57,7 @@ class Aside:
 
   def evaluate(self, state: train.TrainState) -> None:
     """Writes the likelihood of held-out text, and a sample."""
-    run, mesh, data = self.command.run, self.mesh, self.source.data
+    run, mesh, data = self.source.run, self.mesh, self.source.data
     found = _heldout(state, data, run, mesh)
     if run.evaluate.ema:
       places = jax.tree.map(lambda a: a.sharding, state.params)
@@ -90,7 +88,7 @@ class Aside:
     try:
       step = work()
     except checkpoint.SaveError as error:
-      if self.command.run.checkpoint.on_error == "stop":
+      if self.source.run.checkpoint.on_error == "stop":
         raise
       self.book.note(f"{error}; going on")
       return

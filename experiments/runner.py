@@ -41,8 +41,8 @@ def _start(
     checkpoints: checkpoint.Checkpoints,
     source: feed.Feed,
     mesh: jax.sharding.Mesh,
-) -> train.TrainState:
-  """The newest good checkpoint's state, or a fresh one that is saved at once.
+) -> tuple[train.TrainState, ema.Average | None]:
+  """State and average of the newest good checkpoint, or fresh ones, saved.
 
   Saving the first state shows before any work that saving works; from then on,
   a workdir without a checkpoint has lost it.
@@ -52,13 +52,16 @@ def _start(
 
   def load(step):
     saved = checkpoints.facts(step)
+    # A setting newer than the checkpoint: its default is what was done then.
+    saved["model"] = config.defaults(config.Model) | saved["model"]
     for what in ("model", "data"):
       if changes := config.difference(saved[what], facts[what]):
         raise ValueError(
             f"the {what} is not that of {checkpoints.folder(step)} (there ->"
             " here):\n" + "\n".join(f"  {line}" for line in changes)
         )
-    return checkpoints.restore(step, like)
+    state = checkpoints.restore(step, like)
+    return state, _average(run, checkpoints, state)
 
   if found := checkpoints.newest(load, set_aside=True):
     return found[1]
@@ -73,7 +76,7 @@ def _start(
     state = _with_parameters(state, command, mesh)
   checkpoints.save(state, facts)
   checkpoints.wait()
-  return state
+  return state, _average(run, checkpoints, state)
 
 
 def _with_parameters(
@@ -191,8 +194,7 @@ def _train(
   stack.callback(checkpoints.close)
   cluster.first_does(lambda: starts.clean(command, checkpoints))
   source = feed.Feed(data, run, command.seed)
-  state = _start(command, checkpoints, source, mesh)
-  average = _average(run, checkpoints, state)
+  state, average = _start(command, checkpoints, source, mesh)
   if average:
     stack.callback(average.close)
   first = int(state.step)
@@ -208,7 +210,7 @@ def _train(
   )
   report = reporter.Reporter(book, source, command.stop, record, watch, rows)
   beside = aside.Aside(
-      command, source, mesh, checkpoints, book, record, watch, line, average
+      source, mesh, checkpoints, book, record, watch, line, average
   )
   state = train.fit(
       state,

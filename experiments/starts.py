@@ -49,16 +49,18 @@ def clean(
 
 def steps_up_to(folder: pathlib.Path, step: int) -> list[logbook.Row]:
   """The rows of the steps that were done when a step was saved."""
-  path = folder / logbook.METRICS
-  rows = logbook.read(path) if path.exists() else []
+  rows = _rows(folder)
   return [row for row in rows if "loss" in row and row["step"] <= step]
+
+
+def _rows(folder: pathlib.Path) -> list[logbook.Row]:
+  path = folder / logbook.METRICS
+  return logbook.read(path) if path.exists() else []
 
 
 def _seen(folder: pathlib.Path) -> int:
   """The last step that was reported."""
-  path = folder / logbook.METRICS
-  rows = logbook.read(path) if path.exists() else []
-  return max((row["step"] for row in rows), default=0)
+  return max((row["step"] for row in _rows(folder)), default=0)
 
 
 @contextlib.contextmanager

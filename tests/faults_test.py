@@ -264,8 +264,9 @@ class SignalTest(Case):
       started.until(self.after_step(18))
       began = time.monotonic()
       started.processes[0].terminate()
+      started.processes[0].wait(started.left_s)
+      self.assertBetween(time.monotonic() - began, 2, 2 + HEARTBEAT_S)
       self.assert_one_goes_on(started, exits.PREEMPTED, "not saved in 2 s")
-      self.assertLess(began, time.monotonic())
 
   @pytest.mark.slow
   def test_a_workdir_is_for_one_at_a_time(self):
@@ -396,8 +397,6 @@ class StorageTest(Case):
     self.assertRegex(ended[0].out, "tiny: 20 of 100")
     self.assertRegex(ended[0].err, "set aside: .*30.corrupt: .*: 10 bytes")
     shutil.rmtree(self.run_ / "checkpoints" / "30.corrupt")
-    rows = [row for row in programs.rows(self.run_) if "load" in row]
-    self.assertTrue(rows)
     self.assertEqual(
         programs.saved(self.run_, 100), programs.saved(self.whole[self.N], 100)
     )

@@ -18,6 +18,7 @@ from absl.testing import parameterized
 
 from dsv3_jax import checkpoint
 from dsv3_jax import config
+from dsv3_jax import manifest
 from dsv3_jax import train
 from dsv3_jax.data import stream
 from dsv3_jax.parallel import replicas
@@ -223,6 +224,19 @@ class NumbersTest(CheckedRunTest):
     self.assertEqual(code, exits.NOT_FINITE)
     self.assertRegex(err, "jumped: .*with other data after step 2 it was no")
     self.assertEqual([event["step"] for event in self.events("bad")], [3] * 4)
+
+  def test_a_damaged_average_is_a_damaged_checkpoint(self):
+    average = "optim.ema_decay=0.9"
+    self.assertEqual(self.train(compiled_step, average)[0], exits.OK)
+    folder = self.folder / "run" / "checkpoints" / "4"
+    saved = manifest.read(folder)
+    saved.arrays["average/params/head"]["digest"] = "0" * 16
+    (folder / manifest.NAME).unlink()
+    manifest.write(folder, 4, saved.arrays, saved.facts)
+    self.assertEqual(self.train(compiled_step, average)[0], exits.OK)
+    starts = [event["step"] for event in self.events("start")]
+    self.assertEqual(starts, [0, 3])
+    self.assertTrue(folder.with_suffix(checkpoint.CORRUPT).exists())
 
   def replay(self, step):
     self.patch(train, "make_step", compiled_step)
