@@ -109,7 +109,7 @@ class MoE:
 class MTP:
   """Multi-token prediction (section 2.2)."""
 
-  depth: int = number(1, low=0)
+  depth: int = number(1, low=0, high=100)
   weight: float = number(0.3, low=0)  # lambda
   late_weight: float = number(0.1, low=0)  # lambda after Schedule.mtp_until
   hidden: str = choice("post_norm", "pre_norm")  # main state that depth 1 reads
@@ -121,7 +121,7 @@ class Model:
 
   vocab_size: int = number(low=4)
   d_model: int = number(low=1)
-  n_layers: int = number(low=1)
+  n_layers: int = number(low=1, high=10_000)
   n_dense_layers: int = number(low=0)
   dense_ffn_dim: int = number(low=1)
   mla: MLA

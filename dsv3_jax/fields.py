@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from collections.abc import Iterator
 from typing import Any
 
+# Whole numbers up to here are exact as floats, and in JSON, everywhere.
+LARGEST = 2**53
+
 
 def number(
     default: Any = dataclasses.MISSING,
@@ -16,7 +19,10 @@ def number(
     high: float | None = None,
     above: float | None = None,
 ) -> Any:
-  """A numeric field with low <= value <= high and value > above."""
+  """A numeric field with low <= value <= high and value > above.
+
+  Whole numbers are at most LARGEST, negative ones at least -LARGEST.
+  """
   limits = {"low": low, "high": high, "above": above}
   return dataclasses.field(default=default, metadata=limits)
 
@@ -38,6 +44,8 @@ def _field_problems(cfg: Any) -> Iterator[str]:
     accepted = is_number if kind is float else type(value) is kind
     if not accepted:
       yield f"{where}: expected {kind.__name__}"
+    elif type(value) is int and abs(value) > LARGEST:
+      yield f"{where}: must be at most {LARGEST}, or -{LARGEST} at least"
     elif is_number and not math.isfinite(value):
       yield f"{where}: must be finite"
     elif is_number:

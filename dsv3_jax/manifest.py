@@ -9,10 +9,12 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 NAME = "manifest.json"
 VERSION = 1
+_TYPE = re.compile(r"[a-z]\w*\[(\d{1,18}(,\d{1,18})*)?\]", re.ASCII)
 # Orbax writes these later, and nothing reads them here.
 _IGNORED = NAME, "_CHECKPOINT_METADATA", "commit_success.txt"
 
@@ -38,6 +40,24 @@ class Manifest:
   arrays: dict[str, dict[str, Any]]
   facts: dict[str, Any]  # what the caller wanted beside them
   files: dict[str, int]  # path in the folder: bytes
+
+  def __post_init__(self):
+    """TypeError where a field is of another type."""
+    _expect(self.step, int)
+    for field in (self.arrays, self.facts, self.files):
+      _expect(field, dict)
+    for size in self.files.values():
+      _expect(size, int)
+    for array in self.arrays.values():
+      _expect(array, dict)
+      _expect(array["digest"], str)
+      if not _TYPE.fullmatch(array["type"]):
+        raise TypeError(f"{array['type']!r} is no type of an array")
+
+
+def _expect(value: Any, kind: type) -> None:
+  if type(value) is not kind:  # true is no number
+    raise TypeError(f"{value!r} where {kind.__name__} is expected")
 
 
 def write(
@@ -82,7 +102,13 @@ def read(folder: pathlib.Path) -> Manifest:
         f"{folder}: has no {NAME}: half written or half copied, or made by"
         " another program"
     ) from error
-  except (OSError, KeyError, TypeError, AttributeError) as error:
+  except (
+      OSError,
+      KeyError,
+      TypeError,
+      AttributeError,
+      RecursionError,
+  ) as error:
     raise DamagedError(f"{path}: cannot be read: {error!r}") from error
   except DamagedError:
     raise

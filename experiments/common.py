@@ -162,9 +162,9 @@ def _command(variants: Mapping[str, config.Run]) -> tuple[Command, list[str]]:
     )
   workdir = pathlib.Path(args.workdir) if args.workdir else None
   init_from = pathlib.Path(args.init_from) if args.init_from else None
-  if init_from and not any(
-      (init_from / part).is_dir() for part in ("checkpoints", weights.FOLDER)
-  ):
+  parts = "checkpoints", weights.FOLDER
+  # Not `Path.is_dir`, which raises where a name is too long.
+  if init_from and not any(os.path.isdir(init_from / part) for part in parts):
     problems.append(
         f"--init_from={init_from}: neither checkpoints nor imported weights"
         " there"

@@ -13,6 +13,8 @@ _STORAGE = {
     getattr(errno, name)
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "ESTALE")
 }
+# Of a path that somebody gave: forbidden, without end, through a file.
+_PATH = {errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP, errno.ENOTDIR}
 
 
 class PreemptedError(Exception):
@@ -54,6 +56,8 @@ def code_of(error: BaseException) -> int | None:
   """The exit code of an error that says what is wrong; None: of a bug."""
   if isinstance(error, OSError) and error.errno in _STORAGE:
     return INTERNAL
+  if isinstance(error, OSError) and error.errno in _PATH:
+    return BAD_INPUT
   for kind, code in _CODES.items():
     if isinstance(error, kind):
       return code

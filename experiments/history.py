@@ -24,7 +24,6 @@ from experiments import logbook
 
 FILE = "events.jsonl"
 TRIES = 3  # failed starts in a row, before an older checkpoint is taken
-QUIET = 2  # kills after the same step that do not count
 KINDS = "compiling", "training", "evaluating", "saving"
 
 Event = dict[str, Any]
@@ -43,7 +42,7 @@ def read(workdir: pathlib.Path) -> list[Event]:
 def _parse(line: str) -> Event | None:
   try:
     event = json.loads(line)
-  except ValueError:
+  except (ValueError, RecursionError):
     return None
   good = isinstance(event, dict) and isinstance(event.get("event"), str)
   return event if good and isinstance(event.get("time"), float) else None
@@ -61,37 +60,27 @@ def add(workdir: pathlib.Path, event: str, **facts: Any) -> None:
     file.write(line.encode())
 
 
-def crashes(events: Sequence[Event], seen: int) -> tuple[int, int]:
-  """Starts that failed since there was a checkpoint of a later step.
+def crashes(events: Sequence[Event]) -> tuple[int, int]:
+  """Starts that ended in an error since a checkpoint of a later step.
 
-  A start failed if it ended in an error. One that was killed may have been
-  killed for any reason: it failed if it is at least the third in a row that
-  died without a word after the same step.
+  One that was killed says nothing of the run: whoever takes machines away does
+  so again and again, and often at the same place, where most time is spent.
 
   Args:
     events: of the run.
-    seen: the last step that the newest start has reported.
 
   Returns:
     Their number, and the latest step of which there was a checkpoint.
   """
-  n, reached, start = 0, -1, None
-  deaths, place = 0, -1  # in a row, after this step
-  for event in [*events, {"event": "start", "step": -1, "seen": seen}]:
-    if event["event"] == "start":
-      if start and event["seen"] > start["step"]:
-        deaths = deaths + 1 if event["seen"] == place else 1
-        place = event["seen"]
-        n += deaths > QUIET
-      start = event
-      if event.get("again"):
-        n = deaths = 0
+  n, reached = 0, -1
+  for event in events:
+    if event["event"] == "start" and event.get("again"):
+      n = 0
     elif event["event"] == "end":
-      start, deaths = None, 0
       n += event["code"] in (exits.INTERNAL, exits.STUCK)
     step = event["step"] if event["event"] in ("start", "saved") else -1
     if step > reached:
-      n, deaths, reached = 0, 0, step
+      n, reached = 0, step
   return n, reached
 
 

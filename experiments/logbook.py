@@ -39,7 +39,7 @@ def read(path: pathlib.Path) -> list[Row]:
 def _parse(line: str) -> Row | None:
   try:
     row = json.loads(line)
-  except ValueError:
+  except (ValueError, RecursionError):
     return None
   return row if isinstance(row, dict) and "step" in row else None
 

@@ -1,6 +1,7 @@
 """How a run starts again: what it cleans up, and what it takes down."""
 
 import contextlib
+import faulthandler
 import functools
 import os
 import pathlib
@@ -18,6 +19,7 @@ from experiments import exits
 from experiments import history
 from experiments import logbook
 
+FATAL = "fatal.txt"
 
 def clean(
     command: common.Command, checkpoints: checkpoint.Checkpoints
@@ -25,8 +27,9 @@ def clean(
   """Removes what a kill left, and goes a checkpoint back where starts fail."""
   for line in checkpoints.clean():
     logging.error("set aside: %s", line)
+  _record_fatal(command.workdir)
   events, steps = history.read(command.workdir), checkpoints.steps()
-  n, reached = history.crashes(events, _seen(command.workdir))
+  n, reached = history.crashes(events)
   if command.retry or n < history.TRIES or steps[-1:] > [reached]:
     return
   older = [step for step in steps if step < reached]
@@ -47,6 +50,32 @@ def clean(
     )
 
 
+def _record_fatal(folder: pathlib.Path) -> None:
+  """Takes down what ended the start before, if a fatal signal did."""
+  path = folder / FATAL
+  stacks = path.read_text(errors="replace") if path.exists() else ""
+  if stacks:
+    logging.error("the start before ended so:\n%s", stacks)
+    text, *_ = stacks.splitlines()
+    history.add(folder, "end", code=exits.INTERNAL, text=text)
+    path.unlink()
+
+
+@contextlib.contextmanager
+def _fatal_to(path: pathlib.Path) -> Iterator[None]:
+  """Stacks go to a file where a fatal signal ends the process."""
+  before = faulthandler.is_enabled()
+  with open(path, "w", encoding="utf-8") as file:
+    faulthandler.enable(file)
+    try:
+      yield
+    finally:
+      faulthandler.disable()
+      if before:
+        faulthandler.enable()
+      path.unlink(missing_ok=True)
+
+
 def steps_up_to(folder: pathlib.Path, step: int) -> list[logbook.Row]:
   """The rows of the steps that were done when a step was saved."""
   rows = _rows(folder)
@@ -56,11 +85,6 @@ def steps_up_to(folder: pathlib.Path, step: int) -> list[logbook.Row]:
 def _rows(folder: pathlib.Path) -> list[logbook.Row]:
   path = folder / logbook.METRICS
   return logbook.read(path) if path.exists() else []
-
-
-def _seen(folder: pathlib.Path) -> int:
-  """The last step that was reported."""
-  return max((row["step"] for row in _rows(folder)), default=0)
 
 
 @contextlib.contextmanager
@@ -81,7 +105,6 @@ def recorded(
       "start",
       step=first,
       began=began,
-      seen=_seen(folder),
       seen_at=metrics.stat().st_mtime if metrics.exists() else 0.0,
       again=command.retry,
       host=socket.gethostname(),
@@ -89,7 +112,8 @@ def recorded(
   )
   code, text = exits.OK, ""
   try:
-    yield record
+    with _fatal_to(folder / FATAL):
+      yield record
   except BaseException as error:
     code, text = exits.code_of(error) or exits.INTERNAL, f"{error}"
     raise

@@ -100,7 +100,7 @@ FAULTS = (
     ),
     _fault(
         "F10",
-        "fails at the same step after every start",
+        "fails at the same step after every start, also by a fatal signal",
         "after three starts one checkpoint back, after three more no further",
         "faults.LoopTest.test_goes_back_a_checkpoint_then_stops",
         "starts.CleanTest",
@@ -188,9 +188,11 @@ FAULTS = (
     ),
     _fault(
         "F22",
-        "a checkpoint with other files, links, other names",
+        "a checkpoint with other files, links, names, a made-up manifest",
         "refused; nothing outside is read, nothing is run",
         "checkpoint.RefuseTest.test_links_and_files_of_others",
+        "checkpoint.RefuseTest.test_a_manifest_that_somebody_else_made",
+        "checkpoint.RefuseTest.test_a_manifest_without_end",
         "checkpoint.RefuseTest.test_other_names_are_no_steps",
         "safety.SafetyTest",
     ),
@@ -320,7 +322,7 @@ FAULTS = (
     ),
     _fault(
         "F41",
-        "wrong flags and settings, 10,000 of them at random",
+        "wrong flags and settings, 4,500 of them at random",
         "2 before JAX starts, all problems at once, with suggestions",
         "experiments.CommandLineTest",
         "config.FieldTest",

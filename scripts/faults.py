@@ -4,7 +4,8 @@
 
 Runs the tests of each fault and prints a table: what is done, what must come of
 it, how many tests say that it does. `--fast` leaves out those that take
-minutes, `--readme` puts the table into README.md. Needs requirements-dev.txt.
+minutes, `--readme` puts the table, or with `--only` these rows of it, into
+README.md. Needs requirements-dev.txt.
 """
 
 import collections
@@ -23,8 +24,6 @@ from scripts import readme
 
 ROOT = pathlib.Path(__file__).parents[1]
 MARK = "<!-- made by: python -m scripts.faults --readme -->"
-
-
 HEAD = "", "what is done", "what comes of it", "tests"
 
 
@@ -84,6 +83,17 @@ def row(
   return readme.row(fault.name, fault.done, fault.expected, said)
 
 
+def _put(rows: Sequence[str]) -> None:
+  """Puts rows into the README's table, whose others stay."""
+  text = readme.README.read_text(encoding="utf-8")
+  block = text.partition(MARK)[2].partition(readme.END)[0]
+  old = [line for line in block.splitlines() if line.startswith("| F")]
+  of = {line.split()[1]: line for line in [*old, *rows]}
+  table = [of[fault.name] for fault in fault_list.FAULTS if fault.name in of]
+  title = f"All {len(table)} faults: what is done, and what comes of it"
+  readme.put(MARK, readme.folded(title, HEAD, table))
+
+
 def _parse(argv: Sequence[str]) -> flags.FlagValues:
   known = flags.FlagValues()
   flags.DEFINE_boolean("help", False, "show this help", flag_values=known)
@@ -104,8 +114,8 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
         f"{' '.join(stray)!r}: flags are --a=b, faults {min(there)} to"
         f" {max(there)}"
     )
-  if known.readme and (known.only or known.fast):
-    raise ValueError("--readme is of all faults and all tests")
+  if known.readme and known.fast:
+    raise ValueError("--readme is of all tests, --fast leaves some out")
   return known
 
 
@@ -113,6 +123,8 @@ def main(argv: Sequence[str]) -> int:
   """Runs what is asked for; returns the exit code."""
   try:
     known = _parse(argv)
+    if known.readme:  # refused now rather than after half an hour
+      readme.replaced(readme.README.read_text(encoding="utf-8"), MARK, "")
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
@@ -129,8 +141,7 @@ def main(argv: Sequence[str]) -> int:
   rows = [row(fault, tests[fault.name], outcomes) for fault in faults]
   print(*readme.head(HEAD), *rows, sep="\n")
   if known.readme:
-    title = f"All {len(rows)} faults: what is done, and what comes of it"
-    readme.put(MARK, readme.folded(title, HEAD, rows))
+    _put(rows)
   return int(set(outcomes.values()) != {"passed"} and bool(every))
 
 

@@ -340,7 +340,7 @@ def main(argv: Sequence[str]) -> int:
   try:
     if workdir := _parse(argv):
       print(write(workdir))
-  except ValueError as error:
+  except (ValueError, OSError) as error:  # such as a name too long
     print(error, file=sys.stderr)
     return 2
   return 0

@@ -200,6 +200,28 @@ class RefuseTest(Case):
     path = store.folder(1) / manifest.NAME
     path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
     self.assertRegex(store.problems()[1], "not as it was written")
+    testing.reseal(store.folder(1))
+    self.assertRegex(store.problems()[1], "of version 2; .* reads 1")
+
+  @parameterized.parameters(
+      ({"step": "1"}, "'1' where int is expected"),
+      ({"step": True}, "True where int is expected"),
+      ({"arrays": []}, r"\[\] where dict is expected"),
+      ({"arrays": {"a": {"type": "float32[2]"}}}, "digest"),
+      ({"arrays": {"a": {"type": "[2", "digest": ""}}}, "no type of an array"),
+      ({"files": {"d": "7"}}, "'7' where int is expected"),
+      ({"facts": None}, "None where dict is expected"),
+      ({"more": 1}, "more"),
+  )
+  def test_a_manifest_that_somebody_else_made(self, change, message):
+    store = self.saved(1)
+    testing.reseal(store.folder(1), **change)
+    self.assertRegex(store.problems()[1], f"cannot be read: .*{message}")
+
+  def test_a_manifest_without_end(self):
+    store = self.saved(1)
+    (store.folder(1) / manifest.NAME).write_text("[" * 100_000)
+    self.assertRegex(store.problems()[1], "cannot be read: Recursion")
 
 
 class DamageTest(Case):
@@ -275,7 +297,8 @@ class DamageTest(Case):
   @pytest.mark.slow
   def test_one_bit_anywhere_many_times(self):
     found = self.check_flips(seed=1, n=200)
-    self.assertGreater(found[True], 100)
+    # Nothing is read of almost half of the files that orbax writes.
+    self.assertGreater(found[True], 50)
 
   def test_names_the_array_that_is_not_as_saved(self):
     store = self.copy()

@@ -564,6 +564,14 @@ class InterruptedTest(ConvertTest):
     self.convert("export", workdir=self.workdir, hf=self.out)
     self.assertEqual(released.raw(self.out), released.raw(self.hf))
 
+  @parameterized.parameters("nothing", "[]", '{"done": 3}', "[" * 100_000)
+  def test_a_damaged_journal(self, line):
+    folder = testing.folder(self)
+    path = folder / "journal.jsonl"
+    path.write_text(f"{line}\n")
+    with self.assertRaisesRegex(ValueError, "not what an earlier try wrote"):
+      pieces.Journal(path, "source")
+
   def test_import_a_second_time(self):
     how = {"hf": self.hf, "workdir": self.workdir}
     self.convert("import", **how)

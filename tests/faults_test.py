@@ -112,7 +112,10 @@ class Case(programs.Programs):
     ended = self.launch(wait=True)
     first = int(re.search(r"tiny: (\d+) of", ended[0].out)[1])
     # What was saved is not done again.
-    self.assertGreaterEqual(first, max(map(int, before), default=0))
+    events = (self.run_ / history.FILE).read_text()
+    self.assertGreaterEqual(
+        first, max(map(int, before), default=0), f"{ended}\n{events}"
+    )
     if seen < self.STEPS:
       self.assertGreaterEqual(first, (seen - 1) // EVERY * EVERY - EVERY)
     self.assert_whole()

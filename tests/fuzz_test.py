@@ -23,6 +23,8 @@ from dsv3_jax import manifest
 from dsv3_jax import presets
 from dsv3_jax import train
 from dsv3_jax.data import corpus
+from dsv3_jax.data import packing
+from dsv3_jax.data import tokenizer
 from dsv3_jax.interop import runs
 from dsv3_jax.interop import safetensors as ours
 from dsv3_jax.parallel import layouts
@@ -34,8 +36,16 @@ FEW = 150
 VALUES = (
     *("0", "-1", "1", "2", "7", "64", "1e3", "1e-9", "1e999", "-1e999", "nan"),
     *("inf", "", " ", "None", "true", "True", "maybe", "0x10", "1_000", "3.5"),
-    *("\N{ARABIC-INDIC DIGIT THREE}", "9" * 40, "9" * 5000, "bf16", "fp8"),
-    *("zero1", "dualpipe", "a=1", "a=1,b=2", "../x", "\0", "\ud800", "1;2"),
+    *("\N{ARABIC-INDIC DIGIT THREE}", "9" * 40, "9" * 400, "9" * 5000),
+    *("bf16", "fp8", "zero1", "dualpipe", "a=1", "a=1,b=2", "../x"),
+    *("\0", "\ud800", "1;2"),
+)
+FIELDS = "version", "step", "arrays", "facts", "files", "another"
+OBJECTS = (
+    *(None, True, 0, 1, 3, 3.0, -1, 1 << 80, "", "3", [], [3], {}, {"": {}}),
+    *({"d": 4}, {"d": 4.0}, {"d": "4"}, {"d": None}, {"a": {"type": "int8[]"}}),
+    *({"a": {"type": "float32[2]", "digest": "0"}}, {"a": {"digest": "0"}}),
+    *({"a": {"type": 3, "digest": "0"}}, {"a": {"type": "2", "digest": "0"}}),
 )
 MESHES = "data expert node pipe model dta =".split()
 
@@ -46,7 +56,7 @@ def changed(raw, rng):
   for _ in range(rng.integers(1, 4)):
     at = int(rng.integers(len(raw) + 1))
     n = int(rng.integers(1, 9))
-    match rng.integers(6):
+    match rng.integers(7):
       case 0:
         raw[at : at + 1] = bytes([rng.integers(256)])
       case 1 if at < len(raw):
@@ -57,6 +67,8 @@ def changed(raw, rng):
         raw[at:at] = rng.bytes(n)
       case 4:
         raw[at:at] = raw[at : at + 10 * n]
+      case 5:
+        raw[at:at] = b"[" * 20_000  # deeper than a parser likes
       case _:
         del raw[at:]
   return bytes(raw)
@@ -284,6 +296,25 @@ class FilesTest(Case):
           run = self.taken(lambda f=found: runs.run_of(f))
           self.assertIn(type(run), (config.Run, type(None)))
 
+  def check_tokens(self, seed, n):
+    rng = np.random.default_rng(seed)
+    path = testing.folder(self) / "train.bin"
+    documents = [corpus.Document("a", "It was a bright cold day.")]
+    tok = tokenizer.train([documents[0].text], 300)
+    whole = packing.pack(documents, path, tok, 300)
+    names = path, packing.manifest_path(path)
+    goods = [name.read_bytes() for name in names]
+    for i in range(n):
+      for name, good in zip(names, goods, strict=True):
+        name.write_bytes(good)
+      raw = changed(goods[i % 2], rng)
+      names[i % 2].write_bytes(raw)
+      with about(raw=raw):
+        found = self.taken(lambda: packing.pack(documents, path, tok, 300))
+        if found is not None:
+          self.assertEqual(found, whole)
+          self.assertEqual(path.read_bytes(), goods[0])
+
   def check_manifests(self, seed, n):
     rng = np.random.default_rng(seed)
     folder = testing.folder(self) / "3"
@@ -300,12 +331,25 @@ class FilesTest(Case):
         found = self.taken(lambda: manifest.read(folder))
         if found is not None:  # spaces, between what counts
           self.assertEqual(found, whole)
+    for _ in range(n):
+      (folder / manifest.NAME).write_bytes(good)
+      name = FIELDS[rng.integers(len(FIELDS))]
+      value = OBJECTS[rng.integers(len(OBJECTS))]
+      testing.reseal(folder, **{name: value})
+      with about(name=name, value=value):
+        found = self.taken(lambda: manifest.read(folder))
+        if found is not None:
+          self.assertEqual((found.step, found.files), (whole.step, whole.files))
+          self.assertIsInstance(found.facts, dict)
+          types = [array["type"] for array in found.arrays.values()]
+          self.assertEqual(types, ["float32[2]"] * len(types))
 
   def test_some(self):
     self.check_texts(0, FEW)
     self.check_tensors(0, FEW)
     self.check_configs(0, FEW)
     self.check_manifests(0, FEW)
+    self.check_tokens(0, FEW)
     self.check_checkpoints(0, 10)
 
   @pytest.mark.slow
@@ -313,7 +357,8 @@ class FilesTest(Case):
     self.check_texts(1, 1500)
     self.check_tensors(1, 1500)
     self.check_configs(1, 1000)
-    self.check_manifests(1, 1000)
+    self.check_manifests(1, 500)
+    self.check_tokens(1, 500)
     self.check_checkpoints(1, 500)
 
 

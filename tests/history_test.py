@@ -11,8 +11,8 @@ from experiments import exits
 from experiments import history
 
 
-def start(step, seen=0, **more):
-  return {"event": "start", "step": step, "seen": seen, **more}
+def start(step, **more):
+  return {"event": "start", "step": step, **more}
 
 
 def saved(step):
@@ -26,36 +26,29 @@ def end(code=exits.INTERNAL):
 class CrashesTest(parameterized.TestCase):
 
   @parameterized.named_parameters(
-      ("nothing", [], 0, (0, -1)),
-      ("an_error", [start(0), end()], 0, (1, 0)),
-      ("a_watchdog", [start(0), end(exits.STUCK)], 0, (1, 0)),
-      ("errors_in_a_row", [start(4), end()] * 3, 0, (3, 4)),
-      ("preempted", [start(0), end(exits.PREEMPTED)], 0, (0, 0)),
-      ("refused", [start(0), end(exits.BAD_INPUT)], 0, (0, 0)),
-      ("killed_after_a_step", [start(0)], 3, (0, 0)),
-      ("killed_before_a_step", [start(4)], 4, (0, 4)),
-      ("killed_here_and_there", [start(4), start(4, 5), start(4, 6)] * 4, 7, (
-          0, 4)),
-      ("killed_after_the_same_step", [start(4)] + [start(4, 5)] * 4, 5, (3, 4)),
-      ("killed_before_a_step_in_between", [start(4)] + [
-          start(4, 5), start(4, 4)] * 4, 5, (3, 4)),
+      ("nothing", [], (0, -1)),
+      ("an_error", [start(0), end()], (1, 0)),
+      ("a_watchdog", [start(0), end(exits.STUCK)], (1, 0)),
+      ("errors_in_a_row", [start(4), end()] * 3, (3, 4)),
+      ("preempted", [start(0), end(exits.PREEMPTED)], (0, 0)),
+      ("refused", [start(0), end(exits.BAD_INPUT)], (0, 0)),
+      ("kills", [start(0)] * 9 + [start(4)] * 9, (0, 4)),
+      ("errors_between_kills", [start(4), end(), start(4)] * 4, (4, 4)),
       (
           "progress_in_between",
           [start(0), end(), start(0), saved(4), end()],
-          0,
           (1, 4),
       ),
       (
           "the_same_again_is_no_progress",
           [start(8), end(), start(4), saved(8), end()],
-          0,
           (2, 8),
       ),
       ("told_to_try_again", [start(4), end()] * 4 + [
-          start(4, again=True), end()], 0, (1, 4)),
+          start(4, again=True), end()], (1, 4)),
   )
-  def test_counts(self, events, seen, expected):
-    self.assertEqual(history.crashes(events, seen), expected)
+  def test_counts(self, events, expected):
+    self.assertEqual(history.crashes(events), expected)
 
 
 class FileTest(absltest.TestCase):
@@ -102,12 +95,12 @@ class GoodputTest(absltest.TestCase):
         start(0, began=100.0, seen_at=0.0) | {"time": 110.0},
         saved(8) | {"time": 136.0, "seconds": seconds(5, 20, 1)},
         # 30 s later.
-        start(8, began=180.0, seen=12, seen_at=150.0) | {"time": 185.0},
+        start(8, began=180.0, seen_at=150.0) | {"time": 185.0},
         {"event": "bad", "time": 186.0},
         saved(16) | {"time": 210.0, "seconds": seconds(4, 20, 1)},
         # Training that was not saved.
         end() | {"time": 217.0, "seconds": seconds(4, 27, 1)},
-        start(16, began=220.0, seen=18, seen_at=216.0) | {"time": 221.0},
+        start(16, began=220.0, seen_at=216.0) | {"time": 221.0},
         end(0) | {"time": 221.5, "seconds": seconds(0.5, 0)},
     ]
     found = history.goodput(events)

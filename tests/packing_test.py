@@ -115,7 +115,16 @@ class PackTest(parameterized.TestCase):
       self.assertEqual(self.pack(), first)
     self.assertEqual(self.path.read_bytes(), good)
 
-  @parameterized.parameters("", "[]", '{"n_tokens": 3}')
+  @parameterized.parameters(1, 10.5, "7", None)
+  def test_another_number_of_tokens_than_there_is(self, n):
+    self.pack()
+    manifest = packing.manifest_path(self.path)
+    facts = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(facts | {"n_tokens": n}))
+    with self.assertRaisesRegex(ValueError, f"n_tokens is {n!r}, .* holds"):
+      self.pack()
+
+  @parameterized.parameters("", "[]", '{"n_tokens": 3}', "[" * 100_000)
   def test_damaged_manifest_is_refused(self, content):
     self.pack()
     packing.manifest_path(self.path).write_text(content)

@@ -1,6 +1,8 @@
 """Tests of the tables in the README, and of the faults that one lists."""
 
 import pathlib
+import tempfile
+from unittest import mock
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -36,9 +38,10 @@ class ReplacedTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "once"):
       readme.replaced(page, MARK, "")
 
-  def test_the_readme_has_the_marks(self):
+  @parameterized.parameters(layout_matrix.BEGIN, faults.MARK)
+  def test_the_readme_has_the_marks(self, mark):
     text = readme.README.read_text(encoding="utf-8")
-    readme.replaced(text, layout_matrix.BEGIN, "")
+    readme.replaced(text, mark, "")
 
 
 class FaultsTest(parameterized.TestCase):
@@ -56,6 +59,17 @@ class FaultsTest(parameterized.TestCase):
         one = fault_list.Fault(fault.name, "", "", (test,))
         self.assertNotEmpty(faults.tests_of(one, self.names), test)
 
+  def test_the_readme_has_a_row_of_each_that_passed(self):
+    text = readme.README.read_text(encoding="utf-8")
+    block = text.partition(faults.MARK)[2].partition(readme.END)[0]
+    rows = [line for line in block.splitlines() if line.startswith("| F")]
+    self.assertLen(rows, len(fault_list.FAULTS))
+    for fault, row in zip(fault_list.FAULTS, rows, strict=True):
+      lead = readme.row(fault.name, fault.done, fault.expected, "")
+      self.assertStartsWith(row, lead.removesuffix(" |"))
+      if isinstance(fault.tests, tuple):
+        self.assertRegex(row, r"\| [1-9]\d* passed \|$")
+
   def test_all_are_there_in_order(self):
     names = [fault.name for fault in fault_list.FAULTS]
     self.assertEqual(names, [f"F{i:02}" for i in range(1, 49)])
@@ -64,8 +78,18 @@ class FaultsTest(parameterized.TestCase):
   def test_refuses_what_it_does_not_know(self, argument):
     self.assertEqual(faults.main(["program", argument]), 2)
 
-  def test_the_table_is_of_all(self):
+  def test_the_table_is_of_all_tests(self):
     self.assertEqual(faults.main(["program", "--readme", "--fast"]), 2)
+
+  def test_some_rows_of_the_table_are_made_anew(self):
+    page = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()), "a")
+    before = readme.README.read_text(encoding="utf-8")
+    page.write_text(before.replace("| F48 | code", "| F48 | old"), "utf-8")
+    self.assertNotEqual(page.read_text("utf-8"), before)
+    self.enter_context(mock.patch.object(readme, "README", page))
+    # One without tests, as those take their time.
+    self.assertEqual(faults.main(["program", "--only=F48", "--readme"]), 0)
+    self.assertEqual(page.read_text("utf-8"), before)
 
 
 if __name__ == "__main__":

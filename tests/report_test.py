@@ -335,6 +335,7 @@ class ReportTest(parameterized.TestCase):
       ("stray", ["--workdir={}", "more"], "stray arguments 'more'"),
       ("no_workdir", [], "--workdir is missing"),
       ("no_metrics", ["--workdir={}"], "has no metrics.jsonl"),
+      ("too_long", ["--workdir=" + "9" * 300], "too long"),
   )
   def test_bad_call_exits_2(self, arguments, message):
     empty = self.enter_context(tempfile.TemporaryDirectory())

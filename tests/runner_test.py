@@ -231,12 +231,26 @@ class NumbersTest(CheckedRunTest):
     folder = self.folder / "run" / "checkpoints" / "4"
     saved = manifest.read(folder)
     saved.arrays["average/params/head"]["digest"] = "0" * 16
-    (folder / manifest.NAME).unlink()
-    manifest.write(folder, 4, saved.arrays, saved.facts)
+    testing.reseal(folder, arrays=saved.arrays)
     self.assertEqual(self.train(compiled_step, average)[0], exits.OK)
     starts = [event["step"] for event in self.events("start")]
     self.assertEqual(starts, [0, 3])
     self.assertTrue(folder.with_suffix(checkpoint.CORRUPT).exists())
+
+  def test_a_setting_newer_than_a_checkpoint_was_its_default(self):
+    self.assertEqual(self.train()[0], exits.OK)
+    folder = self.folder / "run" / "checkpoints" / "4"
+    facts = manifest.read(folder).facts
+    del facts["model"]["norm_eps"]  # which this run leaves alone
+    testing.reseal(folder, facts=facts)
+    self.assertEqual(self.train()[0], exits.OK)
+    del facts["model"]["init_std"]  # which it does not
+    testing.reseal(folder, facts=facts)
+    code, err = self.train()
+    self.assertEqual(code, exits.BAD_INPUT)
+    self.assertRegex(err, r"model is not .*\n.*   init_std: 0.006 -> 0.1\n$")
+    starts = [event["step"] for event in self.events("start")]
+    self.assertEqual(starts, [0, 4])
 
   def replay(self, step):
     self.patch(train, "make_step", compiled_step)

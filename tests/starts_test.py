@@ -1,6 +1,11 @@
 """Tests of how a run starts again."""
 
 import dataclasses
+import errno
+import pathlib
+import signal
+import subprocess
+import sys
 
 import jax
 import testing
@@ -16,6 +21,19 @@ from experiments import exits
 from experiments import history
 from experiments import logbook
 from experiments import starts
+
+ROOT = pathlib.Path(__file__).parents[1]
+FATAL = """
+import faulthandler, pathlib, sys, types
+from experiments import history, starts
+
+def recorded_work():
+  faulthandler._sigsegv()
+
+command = types.SimpleNamespace(workdir=pathlib.Path(sys.argv[1]), retry=False)
+with starts.recorded(command, 8, 0.0, history.Stopwatch()):
+  recorded_work()
+"""
 
 
 class CleanTest(absltest.TestCase):
@@ -38,7 +56,7 @@ class CleanTest(absltest.TestCase):
 
   def crash(self, n, step=8):
     for _ in range(n):
-      history.add(self.folder, "start", step=step, seen=step)
+      history.add(self.folder, "start", step=step)
       history.add(
           self.folder, "end", code=exits.INTERNAL, text="the usual error"
       )
@@ -93,6 +111,19 @@ class CleanTest(absltest.TestCase):
     self.assertEqual(self.clean(), "")
     self.assertEqual(self.store.steps(), [0, 4, 8])
 
+  def test_a_fatal_signal_is_a_failure(self):
+    self.crash(history.TRIES - 1)
+    done = subprocess.run(
+        [sys.executable, "-c", FATAL, str(self.folder)], cwd=ROOT
+    )
+    self.assertEqual(done.returncode, -signal.SIGSEGV)
+    said = self.clean()
+    self.assertIn("ended so:\nFatal Python error: Segmentation fault", said)
+    self.assertIn("in recorded_work", said)
+    self.assertIn("3 starts failed", said)
+    self.assertEqual(self.store.steps(), [0, 4])
+    self.assertEqual(self.clean(), "")
+
   def test_sets_aside_what_is_no_checkpoint(self):
     (self.store.folder(8) / manifest.NAME).unlink()
     self.assertRegex(self.clean(), "8.corrupt: .*has no manifest.json")
@@ -117,7 +148,7 @@ class RecordedTest(absltest.TestCase):
     with self.recorded() as record:
       record("saved", step=8)
     begun, saved, ended = history.read(self.folder)
-    self.assertEqual((begun["step"], begun["seen"]), (4, 6))
+    self.assertEqual(begun["step"], 4)
     self.assertEqual(begun["seen_at"], metrics.stat().st_mtime)
     self.assertEqual(saved["step"], 8)
     self.assertEqual((ended["code"], ended["text"]), (exits.OK, ""))
@@ -128,7 +159,8 @@ class RecordedTest(absltest.TestCase):
         (FloatingPointError("nan"), exits.NOT_FINITE),
         (manifest.SaveError("full"), exits.INTERNAL),
         (TypeError("a bug"), exits.INTERNAL),
-        (OSError(28, "No space left on device"), exits.INTERNAL),
+        (OSError(errno.ENOSPC, "No space left on device"), exits.INTERNAL),
+        (OSError(errno.ENAMETOOLONG, "File name too long"), exits.BAD_INPUT),
     ):
       with self.assertRaises(type(error)):
         with self.recorded():

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import pathlib
 import socket
 import sys
@@ -16,6 +17,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from dsv3_jax import config
+from dsv3_jax import manifest
 from dsv3_jax import optim
 from dsv3_jax import schema
 from dsv3_jax import train
@@ -101,6 +103,14 @@ def assert_same(actual, expected) -> None:
 def folder(test) -> pathlib.Path:
   """An empty folder that goes when the test is over."""
   return pathlib.Path(test.enter_context(tempfile.TemporaryDirectory()))
+
+
+def reseal(folder: pathlib.Path, **changes) -> None:
+  """Changes a checkpoint's manifest, as one that means to would."""
+  path = folder / manifest.NAME
+  body = json.loads(path.read_text()) | changes
+  del body["sha256"]
+  path.write_text(json.dumps(body | {"sha256": manifest._seal(body)}))
 
 
 def free_port() -> int:

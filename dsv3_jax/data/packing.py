@@ -76,6 +76,7 @@ def pack(
   if known is not None:
     _refuse_changes(path, inputs, known)
     if path.is_file() and _file_digest(path) == known.tokens_digest:
+      _refuse_size(path, known)
       return known
     logging.warning("%s: missing or damaged, packing the text again", path)
   size, digest = _write(
@@ -101,7 +102,7 @@ def _manifest(path: pathlib.Path) -> TokenFile | None:
     return None
   try:
     return TokenFile(path=path, **json.loads(manifest.read_text()))
-  except (ValueError, TypeError) as error:
+  except (ValueError, TypeError, RecursionError) as error:
     raise ValueError(
         f"{manifest}: not a manifest of tokens ({error}); remove"
         f" {path.parent} to prepare the data again"
@@ -120,6 +121,15 @@ def _refuse_changes(
     raise ValueError(
         f"{path}: the data changed since this run began"
         f" ({'; '.join(changes)}); restore it, or start in another workdir"
+    )
+
+
+def _refuse_size(path: pathlib.Path, known: TokenFile) -> None:
+  n_tokens = path.stat().st_size // np.dtype(known.dtype).itemsize
+  if known.n_tokens != n_tokens or not isinstance(known.n_tokens, int):
+    raise ValueError(
+        f"{manifest_path(path)}: n_tokens is {known.n_tokens!r}, {path} holds"
+        f" {n_tokens}; remove {path.parent} to prepare the data again"
     )
 
 

@@ -56,17 +56,29 @@ class Journal:
       source: identifies what the work is of.
 
     Raises:
-      ValueError: the earlier try was of another source.
+      ValueError: the earlier try was of another source, or the file is not
+        what it wrote.
     """
     self.path, self.done = path, {}
     self._source = source
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    text = path.read_bytes() if path.exists() else b""
     # What follows the last newline was being written when the try ended.
-    entries = [json.loads(line) for line in text.split("\n")[:-1]]
-    self.begun = bool(entries)
-    for entry in entries:
-      self.done |= entry.get("done", {})
-    if entries and entries[0]["source"] != source:
+    lines = text.split(b"\n")[:-1]
+    self.begun = bool(lines)
+    try:
+      entries = [json.loads(line) for line in lines]
+      for entry in entries:
+        self.done |= entry.get("done", {})
+      other = self.begun and entries[0]["source"] != source
+    except (
+        *(ValueError, KeyError, TypeError, AttributeError),
+        RecursionError,
+    ) as error:
+      raise ValueError(
+          f"{path}: is not what an earlier try wrote ({error!r}); remove the"
+          " folder"
+      ) from error
+    if other:
       raise ValueError(
           f"{path.parent}: holds part of something else; remove the folder, or"
           " take another"

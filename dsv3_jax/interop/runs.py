@@ -32,7 +32,7 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
     raise ValueError(
         f"{workdir}: holds no run, {path.name} is missing"
     ) from error
-  except (ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise ValueError(f"{path}: is not the configuration of a run") from error
   return facts
 
