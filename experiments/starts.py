@@ -6,6 +6,7 @@ import functools
 import os
 import pathlib
 import socket
+import sys
 from collections.abc import Callable
 from collections.abc import Iterator
 
@@ -72,7 +73,7 @@ def _fatal_to(path: pathlib.Path) -> Iterator[None]:
     finally:
       faulthandler.disable()
       if before:
-        faulthandler.enable()
+        faulthandler.enable(sys.__stderr__)  # sys.stderr may be no file
       path.unlink(missing_ok=True)
 
 

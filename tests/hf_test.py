@@ -496,15 +496,17 @@ class MutatedTest(parameterized.TestCase):
     self.assertGreater(refused, 50)
 
   @parameterized.parameters(
-    ("num_hidden_layers", 10**30),
-    ("n_routed_experts", 10**12),
-    ("num_nextn_predict_layers", 10**12),
+    ("num_hidden_layers", 10**30, "n_layers=.*: must be at most"),
+    ("num_hidden_layers", 10_000, "describes a model of"),
+    ("n_routed_experts", 10**12, "describes a model of|must divide"),
+    ("num_nextn_predict_layers", 10**12, "depth=.*: must be at most 100"),
+    ("num_nextn_predict_layers", 100, "describes a model of"),
   )
-  def test_sizes_that_no_file_has(self, key, value):
+  def test_sizes_that_no_file_has(self, key, value, message):
     folder, _ = released.with_mtp(testing.folder(self))
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    with self.assertRaisesRegex(ValueError, "describes a model of|must divide"):
+    with self.assertRaisesRegex(ValueError, message):
       hf.open_folder(folder)
 
 
