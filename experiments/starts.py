@@ -79,13 +79,9 @@ def _fatal_to(path: pathlib.Path) -> Iterator[None]:
 
 def steps_up_to(folder: pathlib.Path, step: int) -> list[logbook.Row]:
   """The rows of the steps that were done when a step was saved."""
-  rows = _rows(folder)
-  return [row for row in rows if "loss" in row and row["step"] <= step]
-
-
-def _rows(folder: pathlib.Path) -> list[logbook.Row]:
   path = folder / logbook.METRICS
-  return logbook.read(path) if path.exists() else []
+  rows = logbook.read(path) if path.exists() else []
+  return [row for row in rows if "loss" in row and row["step"] <= step]
 
 
 @contextlib.contextmanager

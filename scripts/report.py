@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from absl import flags
 from matplotlib.figure import Figure
 
+from experiments import exits
 from scripts import page
 from scripts import plots
 from scripts import record
@@ -340,9 +341,9 @@ def main(argv: Sequence[str]) -> int:
   try:
     if workdir := _parse(argv):
       print(write(workdir))
-  except (ValueError, OSError) as error:  # such as a name too long
+  except (ValueError, OSError) as error:  # a name too long, a full disk
     print(error, file=sys.stderr)
-    return 2
+    return exits.code_of(error) or exits.INTERNAL
   return 0
 
 

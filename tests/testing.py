@@ -106,7 +106,7 @@ def folder(test) -> pathlib.Path:
 
 
 def reseal(folder: pathlib.Path, **changes) -> None:
-  """Changes a checkpoint's manifest, as one that means to would."""
+  """Changes fields of a checkpoint's manifest, with a sha256 that fits."""
   path = folder / manifest.NAME
   body = json.loads(path.read_text()) | changes
   del body["sha256"]

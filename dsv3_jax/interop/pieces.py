@@ -71,7 +71,10 @@ class Journal:
         self.done |= entry.get("done", {})
       other = self.begun and entries[0]["source"] != source
     except (
-        *(ValueError, KeyError, TypeError, AttributeError),
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
         RecursionError,
     ) as error:
       raise ValueError(
