@@ -28,6 +28,7 @@ from dsv3_jax import manifest
 from dsv3_jax import schema
 from dsv3_jax import storage
 from dsv3_jax import train
+from dsv3_jax.errors import InputError
 
 DamagedError, MissingError = manifest.DamagedError, manifest.MissingError
 SaveError = manifest.SaveError
@@ -243,7 +244,7 @@ class Checkpoints:
 
     Raises:
       DamagedError: it is damaged.
-      ValueError: it is of another architecture; names what differs.
+      InputError: it is of another architecture; names what differs.
     """
     template = jax.tree.map(
         lambda s, to: s.update(sharding=to.sharding),
@@ -265,7 +266,7 @@ class Checkpoints:
 
     Raises:
       DamagedError: it is damaged.
-      ValueError: it is of another architecture, or has no average.
+      InputError: it is of another architecture, or has no average.
     """
     params = {"params": like.params}
     parts = {"state": {"router_bias": like.router_bias}}
@@ -284,7 +285,7 @@ class Checkpoints:
     there = {k: v["type"] for k, v in saved.items() if _group(k) in asked}
     here = {name: storage.type_of(leaf) for name, leaf in names.items()}
     if changes := config.difference(there, here):
-      raise ValueError(
+      raise InputError(
           f"{folder} is of another architecture (there -> here):\n"
           + "\n".join(f"  {line}" for line in changes)
       )

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from collections.abc import Iterator
 from typing import Any
 
+from dsv3_jax.errors import InputError
+
 # Whole numbers up to here are exact as floats, and in JSON, everywhere.
 LARGEST = 2**53
 
@@ -73,7 +75,7 @@ def _validate(cfg: Any) -> None:
   if not problems and hasattr(cfg, "relations"):
     problems = list(cfg.relations())
   if problems:
-    raise ValueError("\n".join(problems))
+    raise InputError("\n".join(problems))
 
 
 def checked(cls: type) -> type:

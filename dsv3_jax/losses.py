@@ -9,6 +9,7 @@ import numpy as np
 
 from dsv3_jax import config
 from dsv3_jax import schema
+from dsv3_jax.errors import InputError
 from dsv3_jax.model import moe
 from dsv3_jax.model import transformer
 
@@ -45,15 +46,15 @@ def batch(
     *unpredicted: ids that nothing has to predict, such as padding.
 
   Raises:
-    ValueError: an id outside the vocabulary, or ids that are not integers.
+    InputError: an id outside the vocabulary, or ids that are not integers.
   """
   rows = np.asarray(rows)
   if not np.issubdtype(rows.dtype, np.integer):
-    raise ValueError(f"token ids of dtype {rows.dtype}: expected integers")
+    raise InputError(f"token ids of dtype {rows.dtype}: expected integers")
   bad = (rows < 0) | (rows >= vocab_size)
   if bad.any():
     where = tuple(int(i) for i in np.argwhere(bad)[0])
-    raise ValueError(
+    raise InputError(
         f"token id {rows[where]} at {where}: must be in [0, {vocab_size}), the"
         " model's vocabulary"
     )

@@ -12,6 +12,8 @@ import pathlib
 import re
 from typing import Any
 
+from dsv3_jax.errors import InputError
+
 NAME = "manifest.json"
 VERSION = 1
 _TYPE = re.compile(r"[a-z]\w*\[(\d{1,18}(,\d{1,18})*)?\]", re.ASCII)
@@ -19,11 +21,11 @@ _TYPE = re.compile(r"[a-z]\w*\[(\d{1,18}(,\d{1,18})*)?\]", re.ASCII)
 _IGNORED = NAME, "_CHECKPOINT_METADATA", "commit_success.txt"
 
 
-class DamagedError(ValueError):
+class DamagedError(InputError):
   """A checkpoint is not what was saved."""
 
 
-class MissingError(ValueError):
+class MissingError(InputError):
   """A checkpoint was expected and there is none that can be used."""
 
 

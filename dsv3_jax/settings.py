@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dsv3_jax import fields
+from dsv3_jax.errors import InputError
 
 
 def leaves(cfg: Any, prefix: str = "") -> dict[str, Any]:
@@ -86,7 +87,7 @@ def _rebuild(
     return None
   try:
     return dataclasses.replace(cfg, **changes)
-  except ValueError as error:
+  except InputError as error:
     problems.extend(str(error).splitlines())
     return None
 
@@ -98,12 +99,12 @@ def override(cfg: Any, *assignments: str) -> Any:
   of the setting.
 
   Raises:
-    ValueError: one line a problem, of all assignments together.
+    InputError: one line a problem, of all assignments together.
   """
   values, problems = _assignments(leaves(cfg), assignments)
   result = _rebuild(cfg, values, "", problems)
   if problems:
-    raise ValueError("\n".join(problems))
+    raise InputError("\n".join(problems))
   return result
 
 

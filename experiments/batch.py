@@ -31,6 +31,7 @@ from rich import console
 from rich import progress
 
 from dsv3_jax import fields
+from dsv3_jax.errors import InputError
 from dsv3_jax.infer import sampling
 from dsv3_jax.infer import stats as stats_lib
 from dsv3_jax.infer import text
@@ -116,7 +117,7 @@ def _told(flag: str) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    raise ValueError(f"{flag}: {error}") from error
+    raise InputError(f"{flag}: {error}") from error
 
 
 # --- prompts ---
@@ -136,11 +137,11 @@ def _asked(line: bytes, settings: Mapping[str, Any]) -> Row:
   """What a line asks for, as in its row of texts.
 
   Raises:
-    ValueError: it is none that can be served; not all reasons are seen.
+    InputError: it is none that can be served; not all reasons are seen.
   """
   row = json.loads(line)
   if not isinstance(row, dict):
-    raise ValueError(f"must be a JSON object, is {reprlib.repr(row)}")
+    raise InputError(f"must be a JSON object, is {reprlib.repr(row)}")
   found = [
       f"{name!r} is none of {', '.join(_KNOWN)}{fields.nearest(name, _KNOWN)}"
       for name in row
@@ -155,7 +156,7 @@ def _asked(line: bytes, settings: Mapping[str, Any]) -> Row:
   if len(forms) != 1:
     found.append(f"must have one of {', '.join(_FORMS)}, has {len(forms)}")
   if found:
-    raise ValueError("\n".join(found))
+    raise InputError("\n".join(found))
   asked = {form: row[form] for form in forms} | dict(settings) | row
   # JSON may hold halves of characters, which no file and no tokenizer takes.
   json.dumps(asked, ensure_ascii=False).encode()
@@ -208,19 +209,19 @@ def _rows(path: pathlib.Path) -> Iterator[Row]:
     except (ValueError, TypeError, KeyError, RecursionError):
       good = False
     if not good:
-      raise ValueError(
+      raise InputError(
           f"--out={path}: line {number} is no row of texts; take another file"
       )
     yield row
   if last[: len(_BEGIN)] != _BEGIN[: len(last)]:
-    raise ValueError(f"--out={path}: is no file of texts; take another one")
+    raise InputError(f"--out={path}: is no file of texts; take another one")
 
 
 def _done(path: pathlib.Path, lines: list[_Line]) -> dict[int, Row]:
   """Rows of an earlier try, by line.
 
   Raises:
-    ValueError: they are of other prompts or settings.
+    InputError: they are of other prompts or settings.
   """
   asked = {line.index: line.asked for line in lines}
   done = {}
@@ -229,7 +230,7 @@ def _done(path: pathlib.Path, lines: list[_Line]) -> dict[int, Row]:
       continue
     index = row["index"]
     if {k: v for k, v in row.items() if k in _KNOWN} != asked.get(index):
-      raise ValueError(
+      raise InputError(
           f"--out={path}: holds a text of line {index + 1} that was asked for"
           " otherwise; take another file, or the old prompts and settings"
       )
@@ -286,11 +287,11 @@ def write(
     settings: of lines that do not say otherwise.
 
   Raises:
-    ValueError: a file cannot be read or written, or `out` is of other prompts.
+    InputError: a file cannot be read or written, or `out` is of other prompts.
   """
   lines = _lines(prompts, writer, settings)
   if not lines:
-    raise ValueError(f"--prompts={prompts}: holds no line")
+    raise InputError(f"--prompts={prompts}: holds no line")
   out = pathlib.Path(os.path.realpath(out))  # what a link leads to
   rows = _done(out, lines)
   todo = [x for x in lines if x.index not in rows and not x.error]

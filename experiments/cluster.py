@@ -20,7 +20,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dsv3_jax import manifest
+from dsv3_jax.errors import InputError
 from dsv3_jax.parallel import topology
+from experiments import exits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Processes:
     """Waits for the others and connects JAX to them.
 
     Raises:
-      ValueError: some did not come in time; names them.
+      InputError: some did not come in time; names them.
     """
     if not self.coordinator:
       return
@@ -75,7 +78,7 @@ class Processes:
       return
     # JAX would end the process where one is missing, and not say which.
     if problem := _roll_call(self):
-      raise ValueError(problem)
+      raise InputError(problem)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
         self.coordinator,
@@ -179,19 +182,22 @@ def first_does(work: Callable[[], Any]) -> None:
   """Process 0 works while the others wait, so that a file has one writer.
 
   Raises:
-    ValueError: it did in process 0.
+    Exception: work's own in process 0; in the others one with its exit code.
   """
-  error = None
+  error, code = None, exits.OK
   if jax.process_index() == 0:
     try:
       work()
-    except ValueError as e:
-      error = e
+    except Exception as e:
+      error, code = e, exits.code_of(e) or exits.INTERNAL
   if jax.process_count() > 1:
-    failed = np.int32(error is not None)
-    failed = bool(multihost_utils.broadcast_one_to_all(failed))
-    if failed and error is None:
-      error = ValueError("process 0 failed; it says why")
+    code = int(multihost_utils.broadcast_one_to_all(np.int32(code)))
+  if code and error is None:
+    kinds = {
+        exits.BAD_INPUT: InputError,
+        exits.NO_CHECKPOINT: manifest.MissingError,
+    }
+    error = kinds.get(code, RuntimeError)("process 0 failed; see its output")
   if error:
     raise error
 
@@ -200,7 +206,7 @@ def mesh(sizes: Mapping[str, int]) -> jax.sharding.Mesh:
   """The mesh over all devices of all processes; without sizes, all of `data`.
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    InputError: the sizes do not multiply to the number of devices.
   """
   n = jax.device_count()
   sizes = sizes or {"data": n}
@@ -210,7 +216,7 @@ def mesh(sizes: Mapping[str, int]) -> jax.sharding.Mesh:
   given = ",".join(f"{axis}={size}" for axis, size in sizes.items())
   rest = product // sizes.get("data", 1)
   fits = f"data={n}" if n % rest else f"data={n // rest} with the others kept"
-  raise ValueError(
+  raise InputError(
       f"--mesh={given}: multiplies to {product}, and there are {n} devices;"
       f" {fits} would fit"
   )

@@ -24,6 +24,7 @@ from absl import flags
 
 from dsv3_jax import config
 from dsv3_jax import fields
+from dsv3_jax.errors import InputError
 from dsv3_jax.interop import weights
 from dsv3_jax.parallel import layouts
 from dsv3_jax.parallel import topology
@@ -137,7 +138,7 @@ def _command(variants: Mapping[str, config.Run]) -> tuple[Command, list[str]]:
   else:
     try:
       run = config.override(run, *args.set)
-    except ValueError as error:
+    except InputError as error:
       problems += [f"--set: {line}" for line in str(error).splitlines()]
     problems += layouts.problems(run, mesh)
   if not 0 <= args.seed < 2**32:
@@ -250,10 +251,10 @@ def main(
   def checked():
     problems = parse_flags(sys.argv)
     if not flags.FLAGS.is_parsed():  # a value of the wrong type
-      raise ValueError("\n".join(problems))
+      raise InputError("\n".join(problems))
     command, more = _command(variants)
     if problems := problems + more:
-      raise ValueError("\n".join(problems))
+      raise InputError("\n".join(problems))
     allocator.use_mimalloc()
     return execute(command)
 

@@ -31,6 +31,7 @@ from absl import flags
 from dsv3_jax import config
 from dsv3_jax import presets
 from dsv3_jax.data import tokenizer
+from dsv3_jax.errors import InputError
 from dsv3_jax.evals import hidden
 from dsv3_jax.evals import needles
 from dsv3_jax.interop import runs
@@ -158,7 +159,7 @@ def execute(command: common.Command) -> None:
   for phase in planned:
     problems += layouts.problems(phase.run, command.mesh)
   if problems:
-    raise ValueError("\n".join(dict.fromkeys(problems)))
+    raise InputError("\n".join(dict.fromkeys(problems)))
   from experiments import runner  # only now, when nothing is wrong
 
   common.start_jax(command)

@@ -3,6 +3,8 @@
 import errno
 
 from dsv3_jax import manifest
+from dsv3_jax.errors import InputError
+from dsv3_jax.errors import NotFiniteError
 from dsv3_jax.parallel import replicas
 
 OK, BAD_INPUT, NOT_FINITE, NO_CHECKPOINT = 0, 2, 3, 4
@@ -43,8 +45,8 @@ class SpikeError(RuntimeError):
 _CODES = {
     PreemptedError: PREEMPTED,
     manifest.MissingError: NO_CHECKPOINT,
-    ValueError: BAD_INPUT,
-    FloatingPointError: NOT_FINITE,
+    InputError: BAD_INPUT,
+    NotFiniteError: NOT_FINITE,
     SpikeError: NOT_FINITE,
     manifest.SaveError: INTERNAL,
     replicas.DivergedError: INTERNAL,

@@ -29,6 +29,7 @@ from absl import flags
 
 from dsv3_jax import config
 from dsv3_jax import presets
+from dsv3_jax.errors import InputError
 from experiments import common
 from experiments import logbook
 
@@ -131,7 +132,7 @@ def execute(command: common.Command) -> None:
   if command.workdir is None:
     problems.append("--workdir is missing: the folder of all runs")
   if problems:
-    raise ValueError("\n".join(problems))
+    raise InputError("\n".join(problems))
   runs = _runs(command, arms)
   from experiments import runner  # only now, when nothing is wrong
 

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dsv3_jax.errors import InputError
 from experiments import exits
 from experiments import preemption
 
@@ -198,7 +199,7 @@ class Lifeline:
         try:
           channel = socket.create_connection(address, timeout=patience)
         except OSError as error:
-          raise ValueError(
+          raise InputError(
               f"process 0 does not answer at {host}:{port}, where it hears from"
               f" the others: {error}"
           ) from error
@@ -212,7 +213,7 @@ class Lifeline:
       try:
         channel, _ = server.accept()
       except TimeoutError:
-        raise ValueError(
+        raise InputError(
             f"{_names(missing)}: no connection to process 0 within"
             f" {self._patience.heartbeat_s:g} s"
         ) from None

@@ -12,6 +12,7 @@ import pathlib
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from typing import Any
 from typing import TextIO
@@ -19,6 +20,7 @@ from typing import TextIO
 from experiments import events
 
 METRICS, EVENTS, LOG = "metrics.jsonl", "tensorboard", "log.txt"
+TIME_FORMAT = "%Y-%m-%d %H:%M:%S  "  # before each line of log.txt
 LINE_S = 5.0  # least time between two plain lines
 LIVE_S = 0.1  # least time between two states of the live line
 
@@ -119,6 +121,14 @@ def excerpt(text: str, length: int) -> str:
   """The start of a text on one line, without what would steer a terminal."""
   text = printable(" ".join(text.split()))
   return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def add_traceback(folder: pathlib.Path, error: BaseException) -> None:
+  """Appends the traceback of an unexpected error to the log of a run."""
+  if folder.is_dir():
+    with open(folder / LOG, "a", encoding="utf-8") as file:
+      file.write(time.strftime(TIME_FORMAT))
+      file.writelines(traceback.format_exception(error))
 
 
 class Silent:
@@ -264,7 +274,7 @@ class Logbook:
 
   def _say(self, text: str, *, everywhere: bool = True) -> None:
     """A plain line in log.txt, and on the stream if it is to go everywhere."""
-    self._log.write(time.strftime("%Y-%m-%d %H:%M:%S  ") + text + "\n")
+    self._log.write(time.strftime(TIME_FORMAT) + text + "\n")
     self._log.flush()
     if everywhere:
       self._put(("\r\x1b[K" if self._live else "") + text + "\n")

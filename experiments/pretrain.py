@@ -18,6 +18,7 @@ from absl import flags
 from dsv3_jax import config
 from dsv3_jax import presets
 from dsv3_jax import train
+from dsv3_jax.errors import InputError
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import topology
 from experiments import common
@@ -87,7 +88,7 @@ def execute(command: common.Command) -> None:
     dry_run(command)
     return
   if command.workdir is None:
-    raise ValueError("--workdir is missing: the folder that the run writes to")
+    raise InputError("--workdir is missing: the folder that the run writes to")
   # They pull in what a dry run does not need.
   from experiments import replay
   from experiments import runner

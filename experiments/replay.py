@@ -8,6 +8,7 @@ import jax
 from dsv3_jax import checkpoint
 from dsv3_jax import manifest
 from dsv3_jax import train
+from dsv3_jax.errors import InputError
 from experiments import cluster
 from experiments import common
 from experiments import exits
@@ -34,7 +35,7 @@ class _Compared(logbook.Silent):
     row = logbook.plain(row)
     step = row["step"]
     if step not in self._logged:
-      raise ValueError(f"step {step} is not in {logbook.METRICS}")
+      raise InputError(f"step {step} is not in {logbook.METRICS}")
     logged = self._logged[step]
     for key in sorted(logged.keys() & row.keys() - _OF_TIME):
       self.n += 1
@@ -51,7 +52,7 @@ def execute(command: common.Command, step: int) -> None:
   of the run: others sum in another order.
 
   Raises:
-    ValueError: the step is not logged.
+    InputError: the step is not logged.
     MissingError: there is no checkpoint before it.
     MismatchError: something differs; names it.
   """
@@ -69,7 +70,7 @@ def _replay(command: common.Command, step: int) -> None:
   logged = {row["step"]: row for row in rows if "loss" in row}
   if step not in logged:
     last = max(logged, default=0)
-    raise ValueError(f"--replay_step={step}: steps 1 to {last} are logged")
+    raise InputError(f"--replay_step={step}: steps 1 to {last} are logged")
   checkpoints = checkpoint.Checkpoints(folder / "checkpoints", run.checkpoint)
   state = _before(checkpoints, step, train.abstract_state(run, mesh))
   first = int(state.step)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from dsv3_jax import train
+from dsv3_jax.errors import NotFiniteError
 from dsv3_jax.parallel import traffic
 from experiments import exits
 from experiments import feed
@@ -59,7 +60,7 @@ class Reporter:
     """Writes a row; waits for the step to finish.
 
     Raises:
-      FloatingPointError: too many steps in a row were not finite.
+      NotFiniteError: too many steps in a row were not finite.
       SpikeError: loss or gradient jumped, and train.spike_skip is set.
     """
     metrics = jax.device_get(metrics)
@@ -75,7 +76,7 @@ class Reporter:
       self._bad_in_a_row += 1
       self._bad(row, "was skipped: loss or gradient not finite")
     if self._bad_in_a_row > self._run.train.max_bad_steps:
-      raise FloatingPointError(
+      raise NotFiniteError(
           f"{self._bad_in_a_row} steps in a row up to step {done} were not"
           " finite; the newest checkpoint is from before them. Lower"
           " optim.peak_lr, or look at the data of these steps:"

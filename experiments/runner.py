@@ -17,6 +17,8 @@ from dsv3_jax import schema
 from dsv3_jax import train
 from dsv3_jax.data import corpus
 from dsv3_jax.data import stream
+from dsv3_jax.errors import InputError
+from dsv3_jax.errors import NotFiniteError
 from dsv3_jax.interop import runs
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import layouts
@@ -56,7 +58,7 @@ def _start(
     saved["model"] = config.defaults(config.Model) | saved["model"]
     for what in ("model", "data"):
       if changes := config.difference(saved[what], facts[what]):
-        raise ValueError(
+        raise InputError(
             f"the {what} is not that of {checkpoints.folder(step)} (there ->"
             " here):\n" + "\n".join(f"  {line}" for line in changes)
         )
@@ -85,7 +87,7 @@ def _with_parameters(
   """The state with parameters and router bias of another run's newest step.
 
   Raises:
-    ValueError: that run has another architecture, or no checkpoint.
+    InputError: that run has another architecture, or no checkpoint.
   """
   folder = command.init_from
   facts = runs.read_config(folder)
@@ -98,7 +100,7 @@ def _with_parameters(
       for path, spec in schema.paths(transformer.specs(run.model)).items()
   }
   if changes := config.difference(of(source), of(command.run)):
-    raise ValueError(
+    raise InputError(
         f"--init_from={folder} has another architecture (there -> here):\n"
         + "\n".join(f"  {line}" for line in changes)
     )
@@ -163,8 +165,8 @@ def execute(command: common.Command) -> None:
 
   Raises:
     PreemptedError: it was told to leave, and saved.
-    ValueError: something cannot be as the command has it.
-    FloatingPointError: too many steps in a row were not finite.
+    InputError: something cannot be as the command has it.
+    NotFiniteError: too many steps in a row were not finite.
     SaveError: a checkpoint could not be written.
     DivergedError: devices hold different copies.
   """
@@ -177,6 +179,10 @@ def execute(command: common.Command) -> None:
           return _train(command, line, stack, spikes)
       except exits.SpikeError as spike:
         spikes.append(spike)
+      except Exception as error:
+        if exits.code_of(error) is None:
+          logbook.add_traceback(command.workdir, error)
+        raise
 
 
 def _train(
@@ -188,7 +194,7 @@ def _train(
   run, folder, began = command.run, command.workdir, time.time()
   mesh = cluster.mesh(command.mesh)
   if problems := _problems(command, mesh):
-    raise ValueError("\n".join(problems))
+    raise InputError("\n".join(problems))
   data = _prepare(command, stack)
   checkpoints = checkpoint.Checkpoints(folder / "checkpoints", run.checkpoint)
   stack.callback(checkpoints.close)
@@ -252,7 +258,7 @@ def _from_step(
   """The data from a checkpoint on, without what is around the last spike.
 
   Raises:
-    FloatingPointError: the loss has jumped too often after this checkpoint.
+    NotFiniteError: the loss has jumped too often after this checkpoint.
   """
   run = source.run
   left_out = checkpoints.facts(first)["rows"] - run.rows_before(first)
@@ -261,7 +267,7 @@ def _from_step(
       spike.back_to = first
   here = [spike for spike in spikes if spike.back_to == first]
   if len(here) > SPIKES:
-    raise FloatingPointError(
+    raise NotFiniteError(
         f"{here[-1]}; with other data after step {first} it was no better"
         f" {SPIKES} times. Lower optim.peak_lr"
     )

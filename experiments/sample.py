@@ -15,6 +15,7 @@ from typing import Any
 
 from absl import flags
 
+from dsv3_jax.errors import InputError
 from dsv3_jax.infer import engine
 from dsv3_jax.infer import text
 from dsv3_jax.infer import units
@@ -167,10 +168,10 @@ def _found(problems: list[str]) -> text.Found:
       # Bad settings have been told already.
       asks = [] if problems or _PROMPTS.value else [_ask()]
       problems += map(_of_flag, found.problems(_options(), *asks))
-    except ValueError as error:
+    except InputError as error:
       problems += str(error).splitlines()
   if problems:
-    raise ValueError("\n".join(problems))
+    raise InputError("\n".join(problems))
   return found
 
 
@@ -198,7 +199,7 @@ def sample() -> None:
   """Writes the texts that the flags ask for."""
   problems = common.parse_flags(sys.argv)
   if not flags.FLAGS.is_parsed():  # a value of the wrong type
-    raise ValueError("\n".join(problems))
+    raise InputError("\n".join(problems))
   problems += _problems()
   if (n := math.prod(_mesh().values())) > 1:
     cluster.use_virtual_devices(n, spare_threads=True)

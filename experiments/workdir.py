@@ -16,6 +16,7 @@ import jaxlib
 from absl import logging
 
 from dsv3_jax import config
+from dsv3_jax.errors import InputError
 from dsv3_jax.interop import runs
 
 ENV, SUMMARY, LOCK = "env.json", "summary.json", "lock"
@@ -48,7 +49,7 @@ def claim(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
   before that do not stand in the way of right ones.
 
   Raises:
-    ValueError: it cannot be written, or was made by another configuration.
+    InputError: it cannot be written, or was made by another configuration.
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -58,7 +59,7 @@ def claim(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
     if not (workdir / runs.CONFIG).exists():
       return
   except OSError as error:
-    raise ValueError(
+    raise InputError(
         f"--workdir={workdir}: cannot be written: {error}"
     ) from error
   check_same(workdir, facts)
@@ -68,7 +69,7 @@ def check_same(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
   """Checks that a workdir is of the run described.
 
   Raises:
-    ValueError: it was made by another configuration, or by none.
+    InputError: it was made by another configuration, or by none.
   """
   there, here = _flat(runs.read_config(workdir)), _flat(facts)
   # A setting newer than the run: its default is what was done without it.
@@ -80,7 +81,7 @@ def check_same(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
       if not line.startswith(_HARMLESS)
   ]
   if changes:
-    raise ValueError(
+    raise InputError(
         "\n".join([
             f"--workdir={workdir} belongs to another configuration; take"
             " another folder or the old settings (there -> here):",
@@ -102,14 +103,14 @@ def lock(workdir: pathlib.Path) -> Iterator[None]:
   The system lets go of it when the process ends, however it does.
 
   Raises:
-    ValueError: another process has it; names it.
+    InputError: another process has it; names it.
   """
   with open(workdir / LOCK, "a+", encoding="utf-8") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       file.seek(0)
-      raise ValueError(
+      raise InputError(
           f"--workdir={workdir}: {file.read().strip() or 'another process'} is"
           " at work there; wait for it, or take another folder"
       ) from error

@@ -23,6 +23,7 @@ from dsv3_jax import presets
 from dsv3_jax import schema
 from dsv3_jax import storage
 from dsv3_jax import train
+from dsv3_jax.errors import InputError
 from dsv3_jax.parallel import topology
 from experiments import common
 
@@ -92,9 +93,9 @@ def main() -> None:
   try:
     _, *stray = known(sys.argv)
   except flags.Error as error:
-    raise ValueError(str(error)) from error
+    raise InputError(str(error)) from error
   if stray:
-    raise ValueError(f"stray arguments {' '.join(stray)!r}: flags are --a=b")
+    raise InputError(f"stray arguments {' '.join(stray)!r}: flags are --a=b")
   mesh = topology.mesh({})
   state = _moved(train.make_state(presets.PRESETS[known.variant], mesh, 0))
   n_bytes = sum(a.nbytes for a in jax.tree.leaves(state.params))

@@ -21,6 +21,7 @@ import time
 
 from absl import flags
 
+from dsv3_jax.errors import InputError
 from experiments import allocator
 from experiments import common
 
@@ -122,7 +123,7 @@ def main() -> None:
   if _TASK.value not in (None, *TASKS):
     problems.append(f"--task={_TASK.value}: must be one of {', '.join(TASKS)}")
   if problems:
-    raise ValueError("\n".join(problems))
+    raise InputError("\n".join(problems))
   folder = pathlib.Path(_HF.value)
   if _TASK.value:
     allocator.keep_large_blocks()

@@ -25,6 +25,7 @@ from dsv3_jax import config
 from dsv3_jax import losses
 from dsv3_jax import manual
 from dsv3_jax import train
+from dsv3_jax.errors import InputError
 from dsv3_jax.model import moe
 from dsv3_jax.parallel import pipeline
 from dsv3_jax.parallel import schedules
@@ -175,7 +176,7 @@ def _flags(argv: list[str]) -> flags.FlagValues:
   """The flags; not the process-wide ones, as tests import this.
 
   Raises:
-    ValueError: they are wrong; all problems, a line each.
+    InputError: they are wrong; all problems, a line each.
   """
   known = flags.FlagValues()
   for name, default, meaning in (
@@ -187,11 +188,11 @@ def _flags(argv: list[str]) -> flags.FlagValues:
   try:
     _, *stray = known(argv)
   except flags.Error as error:
-    raise ValueError(str(error)) from error
+    raise InputError(str(error)) from error
   problems = [f"stray argument {text!r}" for text in stray]
   problems += schedules.problems("dualpipe", known.ranks, known.microbatches)
   if problems:
-    raise ValueError("\n".join(problems))
+    raise InputError("\n".join(problems))
   return known
 
 

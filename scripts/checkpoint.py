@@ -24,6 +24,7 @@ from absl import flags
 from dsv3_jax import checkpoint
 from dsv3_jax import config
 from dsv3_jax import manifest
+from dsv3_jax.errors import InputError
 from dsv3_jax.interop import runs
 from experiments import common
 
@@ -33,7 +34,7 @@ MODES = "list", "verify", "diff"
 def _open(workdir: pathlib.Path) -> checkpoint.Checkpoints:
   folder = workdir / runs.CHECKPOINTS
   if not folder.is_dir():
-    raise ValueError(f"{workdir}: has no folder {runs.CHECKPOINTS}")
+    raise InputError(f"{workdir}: has no folder {runs.CHECKPOINTS}")
   return checkpoint.Checkpoints(folder, config.Checkpoint())
 
 
@@ -46,7 +47,7 @@ def _chosen(
     return there
   if step not in there:
     names = ", ".join(map(str, there)) or "none"
-    raise ValueError(f"--step={step}: {checkpoints.directory} has {names}")
+    raise InputError(f"--step={step}: {checkpoints.directory} has {names}")
   return [step]
 
 
@@ -168,14 +169,14 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
   try:
     _, *stray = known(list(argv))
   except flags.Error as error:
-    raise ValueError(str(error)) from error
+    raise InputError(str(error)) from error
   problems = [f"stray argument {text!r}: flags are --a=b" for text in stray]
   if not known.workdir:
     problems.append("--workdir is missing: the folder of the run")
   if known.mode == "diff" and known.step is None:
     problems.append("--step is missing: the checkpoint to compare")
   if problems:
-    raise ValueError("\n".join(problems))
+    raise InputError("\n".join(problems))
   return known
 
 

@@ -33,6 +33,7 @@ from rich import progress
 from dsv3_jax import config
 from dsv3_jax import schema
 from dsv3_jax.data import tokenizer
+from dsv3_jax.errors import InputError
 from dsv3_jax.interop import blocks
 from dsv3_jax.interop import export as export_lib
 from dsv3_jax.interop import hf
@@ -164,7 +165,7 @@ def _opened() -> hf.Released:
 
 def _checked(released: hf.Released) -> hf.Released:
   if problems := list(hf.bad_values(released)):
-    raise ValueError("\n".join(f"{released.folder}: {p}" for p in problems))
+    raise InputError("\n".join(f"{released.folder}: {p}" for p in problems))
   return released
 
 
@@ -174,7 +175,7 @@ def _import() -> None:
       "imported", 0, hf_config.run(released.facts, released.model)
   )
   if (folder / runs.CONFIG).exists():
-    raise ValueError(f"--workdir={folder}: belongs to a run; take another")
+    raise InputError(f"--workdir={folder}: belongs to a run; take another")
   target = folder / weights.FOLDER
   total = sum(map(released.n_bytes, blocks.of_model(released.model)))
   with _bar("import", total) as advance:
@@ -194,7 +195,7 @@ def _import() -> None:
 def _take_tokenizer(path: pathlib.Path, folder: pathlib.Path) -> None:
   try:
     tok = tokenizer.load(path)
-  except ValueError as error:
+  except InputError as error:
     _say(f"note: not a tokenizer that text is made with here: {error}")
     return
   (folder / "data").mkdir(exist_ok=True)
@@ -210,7 +211,7 @@ def _source() -> tuple[export_lib.Source, dict[str, Any]]:
   run = runs.run_of(runs.read_config(folder))
   if (folder / weights.FOLDER).is_dir():
     if _EMA.value:
-      raise ValueError(f"--ema: {folder} is imported, it has no average")
+      raise InputError(f"--ema: {folder} is imported, it has no average")
     source = weights.open_weights(folder / weights.FOLDER)
     return source, source.facts
   # These start JAX.
@@ -221,7 +222,7 @@ def _source() -> tuple[export_lib.Source, dict[str, Any]]:
   arrays = {path: np.asarray(a) for path, a in schema.paths(params).items()}
   arrays[blocks.BIAS] = np.asarray(bias)
   if run.model.router.score == "softmax" and arrays[blocks.BIAS].any():
-    raise ValueError(
+    raise InputError(
         "router.score=softmax with a bias that is not 0: the format of V2 has"
         " none; train with router.bias_speed=0"
     )
@@ -278,7 +279,7 @@ def _rows(path: str) -> np.ndarray:
   try:
     return np.load(path, allow_pickle=False)
   except (OSError, ValueError, EOFError) as error:
-    raise ValueError(f"--tokens={path}: cannot be read: {error}") from error
+    raise InputError(f"--tokens={path}: cannot be read: {error}") from error
 
 
 def compute_logits(
@@ -290,7 +291,7 @@ def compute_logits(
   from dsv3_jax.parallel import layouts
 
   if problems := layouts.problems(run, mesh.shape):
-    raise ValueError("\n".join(problems))
+    raise InputError("\n".join(problems))
   layout = layouts.layout(run, mesh.shape, staged=False)
   parts = placing.load(source, layout, mesh, np.float32)
   model = hidden.Model(*parts, run, mesh)
@@ -315,7 +316,7 @@ def _logits() -> None:
     cluster.use_virtual_devices(n_devices, spare_threads=n_devices > 1)
   mtp_out = _MTP_OUT.value
   if mtp_out and not released.model.mtp.depth:
-    raise ValueError(f"--mtp_out={mtp_out}: the checkpoint has no MTP layer")
+    raise InputError(f"--mtp_out={mtp_out}: the checkpoint has no MTP layer")
   if not mtp_out:
     released = released.main_only()
   run = hf_config.run(released.facts, released.model)
@@ -359,13 +360,13 @@ def _damaged_shards(released: hf.Released) -> Iterator[str]:
 
 def _verify_workdir(folder: pathlib.Path) -> None:
   if not (folder / weights.FOLDER).is_dir():
-    raise ValueError(f"--workdir={folder}: holds nothing imported")
+    raise InputError(f"--workdir={folder}: holds nothing imported")
   source = weights.open_weights(folder / weights.FOLDER)
   todo = blocks.of_model(source.model)
   with _bar("verify", sum(map(source.n_bytes, todo))) as advance:
     problems = list(weights.damaged(source, advance))
   if problems:
-    raise ValueError("\n".join(problems))
+    raise InputError("\n".join(problems))
   _say(f"{folder}: {len(todo):,} blocks, all as they were imported")
 
 
@@ -377,7 +378,7 @@ def _verify() -> None:
   n = len(released.tensors)
   _say(f"{released.folder}: {n:,} tensors, all accounted for")
   if problems := list(_damaged_shards(released)):
-    raise ValueError("\n".join(problems))
+    raise InputError("\n".join(problems))
   _checked(released)
   _compare(released)
 
@@ -416,13 +417,13 @@ def _compare(released: hf.Released) -> None:
   apart = np.abs(ours - theirs).max()
   _say(f"logits of {rows.size} random tokens: {apart:.1e} from transformers'")
   if not apart <= CLOSE * max(1, np.abs(theirs).max()):
-    raise ValueError(f"logits are {apart:.1e} apart, should be below {CLOSE}")
+    raise InputError(f"logits are {apart:.1e} apart, should be below {CLOSE}")
 
 
 def main() -> None:
   """Does what the flags ask for."""
   if problems := common.parse_flags(sys.argv) or _problems():
-    raise ValueError("\n".join(problems))
+    raise InputError("\n".join(problems))
   modes = {
       "import": _import,
       "export": _export,

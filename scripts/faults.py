@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from dsv3_jax.errors import InputError
 from scripts import fault_list
 from scripts import readme
 
@@ -35,7 +36,7 @@ def collected(selection: str) -> list[str]:
   )
   names = [line for line in done.stdout.splitlines() if "::" in line]
   if done.returncode:
-    raise ValueError(f"pytest cannot collect:\n{done.stdout[-2000:]}")
+    raise InputError(f"pytest cannot collect:\n{done.stdout[-2000:]}")
   return names
 
 
@@ -105,17 +106,17 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
   try:
     _, *stray = known(argv)
   except flags.Error as error:
-    raise ValueError(str(error)) from error
+    raise InputError(str(error)) from error
   there = {fault.name for fault in fault_list.FAULTS}
   if wrong := set(known.only) - there:
     stray += [f"--only={name}" for name in sorted(wrong)]
   if stray:
-    raise ValueError(
+    raise InputError(
         f"{' '.join(stray)!r}: flags are --a=b, faults {min(there)} to"
         f" {max(there)}"
     )
   if known.readme and known.fast:
-    raise ValueError("--readme is of all tests, --fast leaves some out")
+    raise InputError("--readme is of all tests, --fast leaves some out")
   return known
 
 
@@ -125,7 +126,7 @@ def main(argv: Sequence[str]) -> int:
     known = _parse(argv)
     if known.readme:  # refused now rather than after half an hour
       readme.replaced(readme.README.read_text(encoding="utf-8"), MARK, "")
-  except ValueError as error:
+  except InputError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
   if known.help:

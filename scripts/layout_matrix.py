@@ -26,6 +26,7 @@ from dsv3_jax import losses
 from dsv3_jax import optim
 from dsv3_jax import presets
 from dsv3_jax import train
+from dsv3_jax.errors import InputError
 from dsv3_jax.parallel import replicas
 from dsv3_jax.parallel import topology
 from experiments import cluster
@@ -319,7 +320,7 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
   """The flags; not the process-wide ones, as the tests import this.
 
   Raises:
-    ValueError: something else is there.
+    InputError: something else is there.
   """
   known = flags.FlagValues()
   flags.DEFINE_boolean("help", False, "show this help", flag_values=known)
@@ -329,9 +330,9 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
   try:
     _, *stray = known(argv)
   except flags.Error as error:
-    raise ValueError(str(error)) from error
+    raise InputError(str(error)) from error
   if stray:
-    raise ValueError(f"stray arguments {' '.join(stray)!r}; flags are --a=b")
+    raise InputError(f"stray arguments {' '.join(stray)!r}; flags are --a=b")
   return known
 
 
@@ -341,7 +342,7 @@ def main(argv: Sequence[str]) -> int:
     known = _parse(argv)
     if known.readme:  # refused now rather than after minutes
       readme.replaced(readme.README.read_text(), BEGIN, "")
-  except ValueError as error:
+  except InputError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
   if known.help:

@@ -31,6 +31,7 @@ from typing import Any
 
 from absl import flags
 
+from dsv3_jax.errors import InputError
 from scripts import sources
 
 LEAST = 40  # characters of a document; shorter ones are left out
@@ -42,7 +43,7 @@ Document = tuple[str, str]  # name, text
 def _run(command: list[str], folder: pathlib.Path) -> None:
   """Runs a package client, and says what it said if it fails."""
   if not shutil.which(command[0]):
-    raise ValueError(
+    raise InputError(
         f"{command[0]} is not installed, which {command[-1]} comes from; leave"
         " its domain out with --domains"
     )
@@ -50,7 +51,7 @@ def _run(command: list[str], folder: pathlib.Path) -> None:
   if done.returncode:
     said = (done.stderr or done.stdout).strip().splitlines()[-3:]
     hint = "; try apt-get update" if command[0] == "apt-get" else ""
-    raise ValueError(f"{' '.join(command)}: {' '.join(said)}{hint}")
+    raise InputError(f"{' '.join(command)}: {' '.join(said)}{hint}")
 
 
 def _fetch(source: sources.Source, folder: pathlib.Path) -> pathlib.Path:
@@ -172,7 +173,7 @@ def prepare(out: pathlib.Path, domains: list[str], most: float) -> None:
     most: megabytes of text of a domain.
 
   Raises:
-    ValueError: a package cannot be fetched.
+    InputError: a package cannot be fetched.
   """
   downloads = out / ".downloads"
   downloads.mkdir(parents=True, exist_ok=True)
@@ -243,7 +244,7 @@ def _flags(argv: list[str]) -> flags.FlagValues:
   except flags.Error as error:
     problems.append(str(error))
   if problems:
-    raise ValueError("\n".join(problems))
+    raise InputError("\n".join(problems))
   return known
 
 
@@ -252,7 +253,7 @@ def main() -> None:
   try:
     known = _flags(sys.argv)
     prepare(pathlib.Path(known.out), known.domains, known.most)
-  except (ValueError, OSError) as error:
+  except (InputError, OSError) as error:
     for line in str(error).splitlines():
       print(f"error: {line}", file=sys.stderr)
     sys.exit(2)

@@ -3,6 +3,8 @@
 import pathlib
 from collections.abc import Sequence
 
+from dsv3_jax.errors import InputError
+
 README = pathlib.Path(__file__).parents[1] / "README.md"
 LEAD, END = "<!-- made by: ", "<!-- end of what it made -->"
 
@@ -33,12 +35,12 @@ def replaced(text: str, mark: str, block: str) -> str:
     block: what is to stand there.
 
   Raises:
-    ValueError: the marks are not there, the first of them once.
+    InputError: the marks are not there, the first of them once.
   """
   before, begin, rest = text.partition(mark)
   old, end, after = rest.partition(END)
   if not (begin and end) or mark in rest or LEAD in old:
-    raise ValueError(f"expected {mark!r} once, and then {END!r}")
+    raise InputError(f"expected {mark!r} once, and then {END!r}")
   return f"{before}{mark}\n{block}\n{END}{after}"
 
 

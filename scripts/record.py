@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dsv3_jax.errors import InputError
 from dsv3_jax.infer import placement
 from experiments import history
 from experiments import logbook
@@ -73,26 +74,26 @@ def _needles(path: pathlib.Path) -> dict[str, Any]:
   try:
     return json.loads(path.read_text(encoding="utf-8"))
   except ValueError as error:
-    raise ValueError(f"{path}: not valid JSON: {error}") from error
+    raise InputError(f"{path}: not valid JSON: {error}") from error
 
 
 def read(workdir: str | os.PathLike) -> Record:
   """Everything that the report needs from a workdir.
 
   Raises:
-    ValueError: there is no training step in it.
+    InputError: there is no training step in it.
   """
   workdir = pathlib.Path(workdir).absolute()
   path = workdir / logbook.METRICS
   if not path.is_file():
-    raise ValueError(
+    raise InputError(
         f"--workdir={workdir}: has no {logbook.METRICS}; expected the workdir"
         " of a training run"
     )
   rows = logbook.read(path)
   steps = [row for row in rows if "loss" in row]
   if not steps:
-    raise ValueError(f"{path}: has no training step yet; try again later")
+    raise InputError(f"{path}: has no training step yet; try again later")
   missing = []
   settings = _read_object(workdir / "config.json", missing)
   return Record(

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from absl import flags
 from matplotlib.figure import Figure
 
+from dsv3_jax.errors import InputError
 from experiments import exits
 from scripts import page
 from scripts import plots
@@ -283,7 +284,7 @@ def write(workdir: str | os.PathLike) -> pathlib.Path:
     The path of the report.
 
   Raises:
-    ValueError: there is no training step in the workdir.
+    InputError: there is no training step in the workdir.
   """
   run = record.read(workdir)
   folder = pathlib.Path(workdir) / "report"
@@ -315,7 +316,7 @@ def _parse(argv: Sequence[str]) -> str | None:
   module has a --workdir of its own.
 
   Raises:
-    ValueError: a flag is unknown or missing, or there are stray arguments.
+    InputError: a flag is unknown or missing, or there are stray arguments.
   """
   known = flags.FlagValues()
   flags.DEFINE_string(
@@ -325,14 +326,14 @@ def _parse(argv: Sequence[str]) -> str | None:
   try:
     _, *stray = known(argv)
   except flags.Error as error:
-    raise ValueError(str(error)) from error
+    raise InputError(str(error)) from error
   if known.help:
     print(__doc__, known.get_help(), sep="\n")
     return None
   if stray:
-    raise ValueError(f"stray arguments {' '.join(stray)!r}; flags are --a=b")
+    raise InputError(f"stray arguments {' '.join(stray)!r}; flags are --a=b")
   if not known.workdir:
-    raise ValueError("--workdir is missing: the folder of a training run")
+    raise InputError("--workdir is missing: the folder of a training run")
   return known.workdir
 
 
@@ -341,7 +342,7 @@ def main(argv: Sequence[str]) -> int:
   try:
     if workdir := _parse(argv):
       print(write(workdir))
-  except (ValueError, OSError) as error:  # a name too long, a full disk
+  except (InputError, OSError) as error:  # a name too long, a full disk
     print(error, file=sys.stderr)
     return exits.code_of(error) or exits.INTERNAL
   return 0

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from dsv3_jax import fields
+from dsv3_jax.errors import InputError
 from dsv3_jax.parallel import lockstep
 from dsv3_jax.parallel import schedules
 from dsv3_jax.parallel import simulator
@@ -179,7 +180,7 @@ def _times(
   found = {name: n for name, n in found.items() if n is not None}
   try:
     times = simulator.Times(**found)
-  except ValueError as error:
+  except InputError as error:
     problems += str(error).splitlines()
   return None if len(problems) > n_before else times
 
@@ -205,13 +206,13 @@ def parse(argv: Sequence[str]) -> Command | None:
   """The command, or None if it was only for help.
 
   Raises:
-    ValueError: with all that is wrong, a line each.
+    InputError: with all that is wrong, a line each.
   """
   known = _flags()
   try:
     _, *rest = known(list(argv), known_only=True)
   except flags.Error as error:
-    raise ValueError(str(error)) from error
+    raise InputError(str(error)) from error
   if known.help:
     print(__doc__, known.get_help(), sep="\n")
     return None
@@ -221,7 +222,7 @@ def parse(argv: Sequence[str]) -> Command | None:
   if png and not (png.parent.is_dir() and png.suffix == ".png"):
     problems.append(f"--png={png}: must be a .png file in a folder that exists")
   if problems:
-    raise ValueError("\n".join(problems))
+    raise InputError("\n".join(problems))
   return Command(schedule, times, png, known.json)
 
 
@@ -229,7 +230,7 @@ def main(argv: Sequence[str]) -> int:
   """Prints, and draws, what is asked for; returns the exit code."""
   try:
     command = parse(argv)
-  except ValueError as error:
+  except InputError as error:
     for line in str(error).splitlines():
       print(f"error: {line}", file=sys.stderr)
     return 2

@@ -9,8 +9,8 @@ from absl.testing import parameterized
 ROOT = pathlib.Path(__file__).parents[1]
 # A part imports only what stands left of it, and itself.
 ORDER = (
-    "manual fields settings architecture config presets schema digest data"
-    " model losses parallel optim ema train manifest storage checkpoint interop"
+    "errors manual fields settings architecture config presets schema digest"
+    " data model losses parallel optim ema train manifest storage checkpoint interop"
     " infer evals posttrain plan"
 ).split()
 # Where communication may be written by hand.

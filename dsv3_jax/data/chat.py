@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import tokenizers
 
 from dsv3_jax.data import tokenizer
+from dsv3_jax.errors import InputError
 
 ROLES = ("system", "user", "assistant")
 
@@ -50,11 +51,11 @@ def encode(
     answer_next: whether the assistant's next answer begins at the end.
 
   Raises:
-    ValueError: an unknown role.
+    InputError: an unknown role.
   """
   for message in messages:
     if message["role"] not in ROLES:
-      raise ValueError(
+      raise InputError(
           f"role={message['role']!r}: must be one of {', '.join(ROLES)}"
       )
   own = lambda text: tok.encode(text, add_special_tokens=False).ids

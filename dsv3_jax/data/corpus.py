@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from absl import logging
 
 from dsv3_jax import fields
+from dsv3_jax.errors import InputError
 
 NOVELS = pathlib.Path(__file__).parent / "novels"
 WHOLE_DOCUMENTS = 20  # from so many on, documents are held out whole
@@ -52,11 +53,11 @@ def documents(path: str, on_bad_text: str) -> list[Document]:
       document.
 
   Raises:
-    ValueError: the path is missing, has no text, cannot be read, is not the
+    InputError: the path is missing, has no text, cannot be read, is not the
       JSON expected, or has bad text; names the file and the line or byte.
   """
   if on_bad_text not in ("error", "replace", "skip"):
-    raise ValueError(
+    raise InputError(
         f"data.on_bad_text={on_bad_text!r}: must be error, replace or skip"
     )
   counts = collections.Counter()
@@ -70,7 +71,7 @@ def documents(path: str, on_bad_text: str) -> list[Document]:
   for what, count in sorted(counts.items()):
     logging.warning("data.path=%r: %d %s", path, count, what)
   if not found:
-    raise ValueError(f"data.path={path!r}: there is no text in it; {_ALLOWED}")
+    raise InputError(f"data.path={path!r}: there is no text in it; {_ALLOWED}")
   return found
 
 
@@ -84,7 +85,7 @@ def _files(path: str) -> list[tuple[str, pathlib.Path]]:
   if not os.path.isdir(root):
     beside = root.parent.iterdir() if os.path.isdir(root.parent) else ()
     hint = fields.nearest(root.name, (file.name for file in beside))
-    raise ValueError(
+    raise InputError(
         f"data.path={path!r}: no such file or directory{hint}; {_ALLOWED}"
     )
   return sorted((f.relative_to(root).as_posix(), f) for f in _walk(root))
@@ -102,7 +103,7 @@ def _walk(root: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def _unreadable(error: OSError) -> None:
-  raise ValueError(f"data.path: cannot read {error.filename}: {error.strerror}")
+  raise InputError(f"data.path: cannot read {error.filename}: {error.strerror}")
 
 
 def _read(
@@ -116,7 +117,7 @@ def _read(
         raise EOFError("the file is empty, no gzip header")
       raw = gzip.decompress(raw)
   except (OSError, EOFError, zlib.error) as error:
-    raise ValueError(f"data.path: cannot read {file}: {error}") from error
+    raise InputError(f"data.path: cannot read {file}: {error}") from error
   if file.name.lower().removesuffix(".gz").endswith(".jsonl"):
     yield from _read_lines(name, file, raw, policy, counts)
   elif (text := _text(raw, str(file), 0, policy, counts)) is not None:
@@ -141,9 +142,9 @@ def _read_lines(
     try:
       record = json.loads(text)
     except (ValueError, RecursionError) as error:
-      raise ValueError(f"{where}: not JSON: {error}") from error
+      raise InputError(f"{where}: not JSON: {error}") from error
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-      raise ValueError(
+      raise InputError(
           f'{where}: expected an object {{"text": "..."}}, got {text[:60]!r}'
       )
     # JSON may spell what UTF-8 cannot hold; as bytes it meets the same rule.
@@ -160,7 +161,7 @@ def _text(
   bad = _first_bad(raw)
   if bad is not None:
     if policy == "error":
-      raise ValueError(
+      raise InputError(
           f"{where}: byte {raw[bad]:#04x} at offset {start + bad} is not UTF-8"
           " text; data.on_bad_text=replace or =skip goes on without it"
       )
@@ -199,13 +200,13 @@ def split(
     heldout: share of the UTF-8 bytes, in (0, 1).
 
   Raises:
-    ValueError: a part would have no text.
+    InputError: a part would have no text.
   """
   whole = len(documents) >= WHOLE_DOCUMENTS
   train, held = (_split_whole if whole else _split_end)(documents, heldout)
   if not train or not held:
     n_bytes = len(text_bytes(documents))
-    raise ValueError(
+    raise InputError(
         f"data.heldout={heldout}: of {n_bytes} bytes of text in"
         f" {len(documents)} documents this leaves nothing to"
         f" {'evaluate' if train else 'train'} on; choose another share or add"

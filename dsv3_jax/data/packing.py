@@ -21,6 +21,7 @@ from absl import logging
 from dsv3_jax.data import corpus
 from dsv3_jax.data import encoding
 from dsv3_jax.data import tokenizer
+from dsv3_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ def pack(
   if the bytes do not.
 
   Raises:
-    ValueError: the file was made from something else, or an id is not below
+    InputError: the file was made from something else, or an id is not below
       `vocab_size`.
   """
   rates = {"fim_rate": fim_rate, "split_rate": split_rate}
@@ -103,7 +104,7 @@ def _manifest(path: pathlib.Path) -> TokenFile | None:
   try:
     return TokenFile(path=path, **json.loads(manifest.read_text()))
   except (ValueError, TypeError, RecursionError) as error:
-    raise ValueError(
+    raise InputError(
         f"{manifest}: not a manifest of tokens ({error}); remove"
         f" {path.parent} to prepare the data again"
     ) from error
@@ -118,7 +119,7 @@ def _refuse_changes(
       if getattr(known, key) != value
   ]
   if changes:
-    raise ValueError(
+    raise InputError(
         f"{path}: the data changed since this run began"
         f" ({'; '.join(changes)}); restore it, or start in another workdir"
     )
@@ -127,14 +128,14 @@ def _refuse_changes(
 def _refuse_size(path: pathlib.Path, known: TokenFile) -> None:
   n_tokens = path.stat().st_size // np.dtype(known.dtype).itemsize
   if known.n_tokens != n_tokens or not isinstance(known.n_tokens, int):
-    raise ValueError(
+    raise InputError(
         f"{manifest_path(path)}: n_tokens is {known.n_tokens!r}, {path} holds"
         f" {n_tokens}; remove {path.parent} to prepare the data again"
     )
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
-  """Raises ValueError, naming the first, where ids are not in [0, vocab_size).
+  """Raises InputError, naming the first, where ids are not in [0, vocab_size).
 
   Args:
     ids: token ids of any shape.
@@ -142,10 +143,10 @@ def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
     where: what the ids are of, for the message.
   """
   if ids.dtype.kind not in "iu":
-    raise ValueError(f"{where}: token ids must be integers, got {ids.dtype}")
+    raise InputError(f"{where}: token ids must be integers, got {ids.dtype}")
   bad = np.flatnonzero((ids < 0) | (ids >= vocab_size))
   if bad.size:
-    raise ValueError(
+    raise InputError(
         f"{where}: token id {ids.flat[bad[0]]} at offset {bad[0]}; allowed:"
         f" 0 to {vocab_size - 1}"
     )

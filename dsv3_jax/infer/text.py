@@ -23,6 +23,7 @@ from dsv3_jax import config
 from dsv3_jax import schema
 from dsv3_jax.data import chat
 from dsv3_jax.data import tokenizer
+from dsv3_jax.errors import InputError
 from dsv3_jax.infer import engine as engine_lib
 from dsv3_jax.infer import served
 from dsv3_jax.infer import units
@@ -78,7 +79,7 @@ class Writer:
     """Yields a text as it is made; settings are those of `Ask`.
 
     Raises:
-      ValueError: it cannot be served.
+      InputError: it cannot be served.
     """
     for piece in self.stream([Ask(prompt, **settings)]):
       if piece.text:
@@ -88,7 +89,7 @@ class Writer:
     """Yields pieces of all texts, several at the same time.
 
     Raises:
-      ValueError: one cannot be served.
+      InputError: one cannot be served.
       RuntimeError: the engine has other requests, whose events would be lost.
     """
     if self.engine.busy:
@@ -119,10 +120,10 @@ class Writer:
     """The ask in token ids.
 
     Raises:
-      ValueError: it cannot be served; says why, a line a problem.
+      InputError: it cannot be served; says why, a line a problem.
     """
     if "" in ask.stop:
-      raise ValueError("stop: a stop string must not be empty")
+      raise InputError("stop: a stop string must not be empty")
     made = engine_lib.Request(
         prompt=encode(self.tok, ask.prompt),
         max_tokens=ask.max_tokens,
@@ -133,7 +134,7 @@ class Writer:
         stop=(tokenizer.EOS_ID,),
     )
     if problems := self.engine.problems(made):
-      raise ValueError("\n".join(problems))
+      raise InputError("\n".join(problems))
     return made
 
 
@@ -141,13 +142,13 @@ def encode(tok: tokenizers.Tokenizer, prompt: Prompt) -> list[int]:
   """Token ids of a prompt; a text begins with BOS.
 
   Raises:
-    ValueError: it holds what is no character, or a role that there is not.
+    InputError: it holds what is no character, or a role that there is not.
   """
   if isinstance(prompt, str):
     try:
       prompt.encode()
     except UnicodeEncodeError as error:
-      raise ValueError(f"prompt: is not Unicode text: {error}") from error
+      raise InputError(f"prompt: is not Unicode text: {error}") from error
     ids = tok.encode(prompt, add_special_tokens=False).ids
     return [tokenizer.BOS_ID, *ids]
   parts = list(prompt)
@@ -234,7 +235,7 @@ class Found:
       writer = Writer(self._engine({}, options), self.tok)
       for ask in asks:
         writer.request(ask)
-    except ValueError as error:
+    except InputError as error:
       found += str(error).splitlines()
     return found
 
@@ -242,11 +243,11 @@ class Found:
     """Reads the parameters.
 
     Raises:
-      ValueError: an option is out of range, or parameters cannot be read.
+      InputError: an option is out of range, or parameters cannot be read.
       manifest.MissingError: the run has no checkpoint.
     """
     if problems := self.problems(options):
-      raise ValueError("\n".join(problems))
+      raise InputError("\n".join(problems))
     cfg, mesh = self._cfg(options), topology.mesh({})
     params, bias = self.read(mesh, cfg.mtp.depth > 0)
     if not cfg.mtp.depth:
@@ -303,12 +304,12 @@ def find(
       `hf.open_folder`.
 
   Raises:
-    ValueError: it does not hold a model and its tokenizer.
+    InputError: it does not hold a model and its tokenizer.
   """
   folder = pathlib.Path(folder)
   if is_released(folder):
     if average:
-      raise ValueError(f"{folder}: a released checkpoint has no average")
+      raise InputError(f"{folder}: a released checkpoint has no average")
     source = hf.open_folder(
         folder, ignore_auto_map=ignore_auto_map, follow_links=follow_links
     )
@@ -329,7 +330,7 @@ def load(
   """A writer with the model of a folder; options are those of `Options`.
 
   Raises:
-    ValueError: the folder does not hold such a model and its tokenizer, or an
+    InputError: the folder does not hold such a model and its tokenizer, or an
       option is out of range.
     manifest.MissingError: the run has no checkpoint.
   """

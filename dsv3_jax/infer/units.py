@@ -21,6 +21,7 @@ import numpy as np
 
 from dsv3_jax import config
 from dsv3_jax import schema
+from dsv3_jax.errors import InputError
 from dsv3_jax.infer import placement as placement_lib
 from dsv3_jax.infer import served
 from dsv3_jax.model import moe
@@ -97,12 +98,12 @@ def unit(wanted: Deployment, cfg: config.Model) -> Unit:
   """The unit of a deployment.
 
   Raises:
-    ValueError: there is no such kind, or what is wanted does not divide.
+    InputError: there is no such kind, or what is wanted does not divide.
   """
   if wanted.kind not in RULES:
-    raise ValueError(f"kind={wanted.kind}: must be one of {', '.join(RULES)}")
+    raise InputError(f"kind={wanted.kind}: must be one of {', '.join(RULES)}")
   if wanted.dispatch not in DISPATCH:
-    raise ValueError(
+    raise InputError(
         f"dispatch={wanted.dispatch}: must be one of {', '.join(DISPATCH)}"
     )
   made = Unit(
@@ -117,7 +118,7 @@ def unit(wanted: Deployment, cfg: config.Model) -> Unit:
   if more is None:
     more = fewest
   elif more < 0 or (n + more) % made.n_devices:
-    raise ValueError(
+    raise InputError(
         f"n_redundant={more}: with {n} experts on {made.n_devices} devices it"
         f" must be {fewest} or so many {made.n_devices}s more"
     )
@@ -222,7 +223,7 @@ def place(
     cfg: the model.
 
   Raises:
-    ValueError: the placement is of other layers, experts or slots.
+    InputError: the placement is of other layers, experts or slots.
   """
   mixtures = served.mixtures(params)
   _check(placed, unit, cfg, len(mixtures))
@@ -268,7 +269,7 @@ def move(
   """The parameters in another placement; experts travel between devices.
 
   Raises:
-    ValueError: the placement is of other layers, experts or slots.
+    InputError: the placement is of other layers, experts or slots.
   """
   mixtures = served.mixtures(params)
   _check(new, unit, cfg, len(mixtures))
@@ -316,7 +317,7 @@ def _check(
   there = *placed.count.shape, placed.expert.shape[1]
   here = n_layers, unit.n_experts(cfg), unit.n_replicas
   if there != here:
-    raise ValueError(
+    raise InputError(
         f"a placement of (layers, experts, slots) {there}: must be {here}"
     )
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax import config
+from dsv3_jax.errors import InputError
 from dsv3_jax.interop import blocks
 from dsv3_jax.interop import hf
 from dsv3_jax.interop import pieces
@@ -133,7 +134,7 @@ class Form:
 def _quantized(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   made = tiles.quantize(jnp.asarray(matrix, jnp.float32), TILE)
   if not np.isfinite(made.scales).all():
-    raise ValueError("a weight is not finite: FP8 cannot hold it")
+    raise InputError("a weight is not finite: FP8 cannot hold it")
   return np.asarray(made.bits).view(hf.E4M3), np.asarray(made.scales)
 
 
@@ -204,11 +205,11 @@ def export(
     beside: writes what else belongs into the folder.
 
   Raises:
-    ValueError: there is something else already, no room, or a file does not
+    InputError: there is something else already, no room, or a file does not
       read as it was written.
   """
   if (folder / hf.INDEX).exists() or (folder / hf.SINGLE).exists():
-    raise ValueError(
+    raise InputError(
         f"{folder}: holds a checkpoint already; take another folder"
     )
   try:
@@ -234,7 +235,7 @@ def _write(form, folder, facts, advance, beside):
   ]
   if not journal.begun:
     if left := sorted(p.name for p in folder.iterdir()):
-      raise ValueError(f"{folder}: must be empty, holds {', '.join(left)}")
+      raise InputError(f"{folder}: must be empty, holds {', '.join(left)}")
     pieces.check_room(folder, sum(_n_bytes(shapes) for _, shapes in items))
     journal.begin()
   weight_map, total = {}, 0
@@ -248,7 +249,7 @@ def _write(form, folder, facts, advance, beside):
     partial = folder / f".{name}.partial"
     digest = _write_shard(form, partial, own, shapes, advance)
     if _sum(partial) != digest:
-      raise ValueError(f"{partial}: does not read as it was written")
+      raise InputError(f"{partial}: does not read as it was written")
     os.replace(partial, folder / name)
     journal.add({name: digest}, [folder / name])
   sums = "".join(f"{journal.done[name]}  {name}\n" for name in names)

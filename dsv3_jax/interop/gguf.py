@@ -20,6 +20,7 @@ import tokenizers
 from dsv3_jax import config
 from dsv3_jax.data import chat
 from dsv3_jax.data import tokenizer
+from dsv3_jax.errors import InputError
 from dsv3_jax.interop import blocks
 from dsv3_jax.interop import export
 from dsv3_jax.interop import hf
@@ -263,20 +264,20 @@ def write(
     advance: is told the bytes of every tensor that is written.
 
   Raises:
-    ValueError: llama.cpp would not read it, there is a file already, or no
+    InputError: llama.cpp would not read it, there is a file already, or no
       room.
   """
   model = form.source.model
   if found := problems(model):
-    raise ValueError("\n".join(found))
+    raise InputError("\n".join(found))
   tokenizer.check_fits(tok, model.vocab_size)
   if not path.parent.is_dir():
-    raise ValueError(f"{path}: there is no folder {path.parent}")
+    raise InputError(f"{path}: there is no folder {path.parent}")
   if path.exists():
-    raise ValueError(f"{path}: is there already; take another name")
+    raise InputError(f"{path}: is there already; take another name")
   tensors = list(_tensors(form))
   if any(t.dtype == hf.E4M3 for t in tensors):
-    raise ValueError(f"{path}: GGUF has no FP8; say --dtype=bfloat16")
+    raise InputError(f"{path}: GGUF has no FP8; say --dtype=bfloat16")
   pieces.check_room(path.parent, total_bytes(form))
   partial = path.with_name(f".{path.name}.partial")
   writer = gguf.GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[_ARCHITECTURE])

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from dsv3_jax import config
+from dsv3_jax.errors import InputError
 from dsv3_jax.interop import blocks
 from dsv3_jax.interop import hf_config
 from dsv3_jax.interop import pieces
@@ -149,13 +150,13 @@ def open_folder(
     follow_links: whether shards may be symbolic links.
 
   Raises:
-    ValueError: anything is missing, left over or not as it must be; all of it.
+    InputError: anything is missing, left over or not as it must be; all of it.
   """
   facts = _facts(folder, ignore_auto_map)
   model, tile = hf_config.read(facts), hf_config.tile(facts)
   tensors, problems = _tensors(folder, follow_links)
   if problems:
-    raise ValueError("\n".join(problems))
+    raise InputError("\n".join(problems))
   notes = [
       f"{CONFIG}: {key}={facts[key]!r} is not known here and not used"
       for key in sorted(facts.keys() - hf_config.KNOWN)
@@ -169,12 +170,12 @@ def open_folder(
     model = config.override(model, "mtp.depth=0")
   # Before they are all listed.
   if (n := blocks.count(model)) > 2 * len(tensors) + 1000:
-    raise ValueError(
+    raise InputError(
         f"{folder}: {CONFIG} describes a model of {n:,} tensors or more, there"
         f" are {len(tensors):,}"
     )
   if problems := list(_account(tensors, model, tile)):
-    raise ValueError("\n".join(f"{folder}: {line}" for line in problems))
+    raise InputError("\n".join(f"{folder}: {line}" for line in problems))
   biases = [b.names[0] for b in blocks.of_model(model) if b.path == blocks.BIAS]
   if biases and tensors[biases[0]].dtype != F32:
     notes.append(
@@ -186,10 +187,10 @@ def open_folder(
 
 def _facts(folder: pathlib.Path, ignore_auto_map: bool) -> dict[str, Any]:
   if not folder.is_dir():
-    raise ValueError(f"{folder}: no such folder")
+    raise InputError(f"{folder}: no such folder")
   facts = pieces.read_object(folder / CONFIG)
   if "auto_map" in facts and not ignore_auto_map:
-    raise ValueError(
+    raise InputError(
         f"{folder / CONFIG}: auto_map names code that comes with the"
         " checkpoint; it is never run here. If the model is DeepSeek-V3's"
         " architecture without it, say --ignore_auto_map"
@@ -202,7 +203,7 @@ def _shards(folder: pathlib.Path) -> dict[str, str]:
   if (folder / INDEX).exists():
     names = pieces.read_object(folder / INDEX).get("weight_map")
     if not isinstance(names, dict) or not names:
-      raise ValueError(f"{folder / INDEX}: has no weight_map")
+      raise InputError(f"{folder / INDEX}: has no weight_map")
     bad = [
         f"{folder / INDEX}: {name}: {file!r} must be a file of this folder,"
         " *.safetensors"
@@ -210,18 +211,18 @@ def _shards(folder: pathlib.Path) -> dict[str, str]:
         if not _is_shard(file)
     ]
     if bad:
-      raise ValueError("\n".join(bad))
+      raise InputError("\n".join(bad))
     return names
   if (folder / SINGLE).exists():
     return {"": SINGLE}
   pickles = [p.name for p in folder.iterdir() if p.suffix in _PICKLES]
   if pickles:
-    raise ValueError(
+    raise InputError(
         f"{folder}: offers {', '.join(sorted(pickles))} only: pickles can run"
         " code and are never read here. Convert them with the software that"
         " wrote them: model.save_pretrained(FOLDER, safe_serialization=True)"
     )
-  raise ValueError(f"{folder}: has neither {INDEX} nor {SINGLE}")
+  raise InputError(f"{folder}: has neither {INDEX} nor {SINGLE}")
 
 
 def _is_shard(file: Any) -> bool:
@@ -252,7 +253,7 @@ def _tensors(
       continue
     try:
       headers[file] = safetensors.header(path)
-    except ValueError as error:
+    except InputError as error:
       problems.append(str(error))
       continue
     for name, tensor in headers[file].items():

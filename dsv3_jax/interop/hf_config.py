@@ -7,6 +7,7 @@ from typing import Any
 from dsv3_jax import architecture
 from dsv3_jax import config
 from dsv3_jax import presets
+from dsv3_jax.errors import InputError
 
 # The key of config.json and the setting of `config.Model` that are one number.
 _NUMBERS = {
@@ -69,11 +70,11 @@ def read(facts: dict[str, Any]) -> config.Model:
   """The model that a config.json describes.
 
   Raises:
-    ValueError: it is none of this architecture; one line a problem.
+    InputError: it is none of this architecture; one line a problem.
   """
   kind = facts.get("model_type")
   if not isinstance(kind, str) or kind not in _GATES:
-    raise ValueError(
+    raise InputError(
         f"config.json: model_type={kind!r}: must be one of {', '.join(_GATES)}"
     )
   problems = list(_unsupported(facts))
@@ -94,10 +95,10 @@ def read(facts: dict[str, Any]) -> config.Model:
   try:
     max_len(facts)
     values["mla.rope_theta"], yarn = _rope(facts)
-  except ValueError as error:
+  except InputError as error:
     problems += str(error).splitlines()
   if problems:
-    raise ValueError("\n".join(problems))
+    raise InputError("\n".join(problems))
   return _model(values, yarn)
 
 
@@ -128,13 +129,13 @@ def _rope(facts: dict[str, Any]) -> tuple[float, architecture.Yarn]:
   """Base of the rotation, and its extension."""
   rope = facts.get("rope_parameters") or facts.get("rope_scaling") or {}
   if not isinstance(rope, dict):
-    raise ValueError(f"config.json: rope_scaling={rope!r}: must be an object")
+    raise InputError(f"config.json: rope_scaling={rope!r}: must be an object")
   theta = rope.get("rope_theta", facts.get("rope_theta", 10_000.0))
   kind = rope.get("rope_type", rope.get("type", "default"))
   if kind == "default":
     return theta, architecture.Yarn()
   if kind != "yarn":
-    raise ValueError(f"config.json: rope type {kind!r}: only yarn is known")
+    raise InputError(f"config.json: rope type {kind!r}: only yarn is known")
   needed = "factor", "original_max_position_embeddings", "mscale_all_dim"
   problems = [
       f"config.json: rope_scaling: {key} is missing"
@@ -153,7 +154,7 @@ def _rope(facts: dict[str, Any]) -> tuple[float, architecture.Yarn]:
         " scaled too, which is not known here"
     )
   if problems:
-    raise ValueError("\n".join(problems))
+    raise InputError("\n".join(problems))
   given = {ours: rope[key] for key, ours in _YARN.items() if key in rope}
   return theta, _checked(architecture.Yarn, given)
 
@@ -189,10 +190,10 @@ def _model(values: dict[str, Any], yarn: architecture.Yarn) -> config.Model:
       own["yarn"] = yarn
     try:
       made[name] = _checked(cls, own)
-    except ValueError as error:
+    except InputError as error:
       problems += [f"config.json: {line}" for line in str(error).splitlines()]
   if problems:
-    raise ValueError("\n".join(problems))
+    raise InputError("\n".join(problems))
   whole = {path: value for path, value in values.items() if "." not in path}
   return _checked(config.Model, whole | made)
 
@@ -201,7 +202,7 @@ def max_len(facts: dict[str, Any]) -> int:
   """Tokens that the model reads."""
   length = facts.get("max_position_embeddings", 4096)
   if type(length) is not int or length < 1:
-    raise ValueError(
+    raise InputError(
         f"config.json: max_position_embeddings={length!r}: must be a number"
         " above 0"
     )
@@ -221,7 +222,7 @@ def tile(facts: dict[str, Any]) -> tuple[int, int] | None:
   """The tile of weights in FP8, outputs and inputs; None: there are none.
 
   Raises:
-    ValueError: they are quantized in another way.
+    InputError: they are quantized in another way.
   """
   how = facts.get("quantization_config")
   if how is None:
@@ -244,7 +245,7 @@ def tile(facts: dict[str, Any]) -> tuple[int, int] | None:
   ):
     problems.append(f"weight_block_size={size!r}: must be two numbers above 0")
   if problems:
-    raise ValueError(
+    raise InputError(
         "\n".join(f"config.json: quantization_config: {p}" for p in problems)
     )
   return tuple(size)
@@ -254,21 +255,21 @@ def write(run: config.Run) -> dict[str, Any]:
   """The config.json of a model, without what its files are written in.
 
   Raises:
-    ValueError: the model cannot be said in one.
+    InputError: the model cannot be said in one.
   """
   model = run.model
   if model.mtp.depth and model.mtp.hidden != "post_norm":
-    raise ValueError(
+    raise InputError(
         f"mtp.hidden={model.mtp.hidden!r}: released checkpoints, and what reads"
         " them, have 'post_norm'"
     )
   if model.mla.norm_eps != 1e-6:
-    raise ValueError(
+    raise InputError(
         f"mla.norm_eps={model.mla.norm_eps:g}: what reads released checkpoints"
         " takes 1e-06"
     )
   if not model.n_moe_layers:
-    raise ValueError("a model without mixture layers has no released form")
+    raise InputError("a model without mixture layers has no released form")
   settings = config.leaves(model)
   facts = {key: settings[path] for key, path in _NUMBERS.items()}
   facts["q_lora_rank"] = facts["q_lora_rank"] or None

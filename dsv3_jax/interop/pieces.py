@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 from typing import TypeVar
 
+from dsv3_jax.errors import InputError
 from dsv3_jax.interop import safetensors
 
 T, R = TypeVar("T"), TypeVar("R")
@@ -56,7 +57,7 @@ class Journal:
       source: identifies what the work is of.
 
     Raises:
-      ValueError: the earlier try was of another source, or the file is not
+      InputError: the earlier try was of another source, or the file is not
         what it wrote.
     """
     self.path, self.done = path, {}
@@ -77,12 +78,12 @@ class Journal:
         AttributeError,
         RecursionError,
     ) as error:
-      raise ValueError(
+      raise InputError(
           f"{path}: is not what an earlier try wrote ({error!r}); remove the"
           " folder"
       ) from error
     if other:
-      raise ValueError(
+      raise InputError(
           f"{path.parent}: holds part of something else; remove the folder, or"
           " take another"
       )
@@ -108,15 +109,15 @@ class Journal:
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:
-  """The JSON object that a file holds; ValueError where there is none."""
+  """The JSON object that a file holds; InputError where there is none."""
   try:
     facts = json.loads(path.read_text(encoding="utf-8"))
   except OSError as error:
-    raise ValueError(f"{path}: cannot be read: {error}") from error
+    raise InputError(f"{path}: cannot be read: {error}") from error
   except (ValueError, RecursionError) as error:
-    raise ValueError(f"{path}: is not JSON: {error}") from error
+    raise InputError(f"{path}: is not JSON: {error}") from error
   if not isinstance(facts, dict):
-    raise ValueError(f"{path}: must hold an object")
+    raise InputError(f"{path}: must hold an object")
   return facts
 
 
@@ -131,17 +132,17 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def check_room(folder: pathlib.Path, n_bytes: int) -> None:
-  """Raises ValueError where a disk has no room for so many bytes."""
+  """Raises InputError where a disk has no room for so many bytes."""
   free = shutil.disk_usage(folder).free
   if n_bytes > free:
-    raise ValueError(
+    raise InputError(
         f"{folder}: disk full: {n_bytes:,} bytes are to be written, {free:,}"
         " are free"
     )
 
 
-def disk_error(folder: pathlib.Path, error: OSError) -> ValueError:
+def disk_error(folder: pathlib.Path, error: OSError) -> InputError:
   """What to tell where writing failed."""
   full = error.errno in (errno.ENOSPC, errno.EDQUOT)
   what = "disk full" if full else "cannot be written"
-  return ValueError(f"{folder}: {what}, it is not complete: {error}")
+  return InputError(f"{folder}: {what}, it is not complete: {error}")

@@ -11,6 +11,7 @@ from dsv3_jax import config
 from dsv3_jax import manifest
 from dsv3_jax import presets
 from dsv3_jax import schema
+from dsv3_jax.errors import InputError
 from dsv3_jax.interop import weights
 
 CONFIG, CHECKPOINTS = "config.json", "checkpoints"
@@ -21,7 +22,7 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
   """The config.json of a run: its variant, its seed and all its settings.
 
   Raises:
-    ValueError: there is none, or it is not one.
+    InputError: there is none, or it is not one.
   """
   path = workdir / CONFIG
   try:
@@ -29,11 +30,11 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
     if not (isinstance(facts["settings"], dict) and facts.keys() >= _FACTS):
       raise ValueError
   except OSError as error:
-    raise ValueError(
+    raise InputError(
         f"{workdir}: holds no run, {path.name} is missing"
     ) from error
   except (ValueError, KeyError, TypeError, RecursionError) as error:
-    raise ValueError(f"{path}: is not the configuration of a run") from error
+    raise InputError(f"{path}: is not the configuration of a run") from error
   return facts
 
 
@@ -60,11 +61,11 @@ def newest(
     average: the parameters' average instead.
 
   Raises:
-    ValueError: there is no average, or it is of another architecture.
+    InputError: there is no average, or it is of another architecture.
     MissingError: there is none, or all are damaged.
   """
   if average and not run.optim.ema_decay:
-    raise ValueError(f"{folder}: has no average, optim.ema_decay is 0")
+    raise InputError(f"{folder}: has no average, optim.ema_decay is 0")
   imported = folder / weights.FOLDER
   if imported.is_dir():
     return _imported(weights.open_weights(imported), run, mesh)
@@ -97,7 +98,7 @@ def _imported(
     changes = config.difference(
         config.leaves(source.model), config.leaves(run.model)
     )
-    raise ValueError(
+    raise InputError(
         f"{source.folder}: is of another model (there -> here):\n"
         + "\n".join(changes)
     )

@@ -16,6 +16,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from dsv3_jax.errors import InputError
+
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -58,16 +60,16 @@ def header(path: pathlib.Path) -> dict[str, Tensor]:
   """The tensors of a file, in the order of their bytes.
 
   Raises:
-    ValueError: the file cannot be read, or its header does not describe
+    InputError: the file cannot be read, or its header does not describe
       exactly the bytes that follow it.
   """
   text, size = _head(path)
   try:
     facts = json.loads(text, object_pairs_hook=_unique)
     if not isinstance(facts, dict):
-      raise ValueError("not an object")
+      raise InputError("not an object")
   except (ValueError, RecursionError) as error:
-    raise ValueError(f"{path}: bad header: {error}") from error
+    raise InputError(f"{path}: bad header: {error}") from error
   facts.pop("__metadata__", None)
   start = 8 + len(text)
   found = {name: _tensor(path, start, name, f) for name, f in facts.items()}
@@ -75,14 +77,14 @@ def header(path: pathlib.Path) -> dict[str, Tensor]:
   end = start
   for name, tensor in found.items():
     if tensor.offset != end:
-      raise ValueError(
+      raise InputError(
           f"{path}: bad header: {name} begins at byte {tensor.offset - start},"
           f" what is before it ends at {end - start}"
       )
     end += tensor.n_bytes
   if end != size:
     what = "truncated" if end > size else "trailing bytes"
-    raise ValueError(f"{path}: {what}: {size} bytes, its header says {end}")
+    raise InputError(f"{path}: {what}: {size} bytes, its header says {end}")
   return found
 
 
@@ -95,8 +97,8 @@ def _head(path: pathlib.Path) -> tuple[bytes, int]:
       if size >= 8 and length <= min(size - 8, MAX_HEADER):
         return file.read(length), size
   except OSError as error:
-    raise ValueError(f"{path}: cannot be read: {error}") from error
-  raise ValueError(
+    raise InputError(f"{path}: cannot be read: {error}") from error
+  raise InputError(
       f"{path}: truncated, or no safetensors file: {size} bytes, the first of"
       f" which announce a header of {length}"
   )
@@ -107,7 +109,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   if len(found) != len(pairs):
     names = [name for name, _ in pairs]
     twice = {name for name in names if names.count(name) > 1}
-    raise ValueError(f"twice in it: {', '.join(sorted(twice))}")
+    raise InputError(f"twice in it: {', '.join(sorted(twice))}")
   return found
 
 
@@ -115,7 +117,7 @@ def _tensor(
     path: pathlib.Path, start: int, name: str, facts: Any
 ) -> Tensor:
   """A tensor as its entry in a header describes it."""
-  problem = ValueError(f"{path}: bad header: {name}: {facts!r}"[:500])
+  problem = InputError(f"{path}: bad header: {name}: {facts!r}"[:500])
   if not isinstance(facts, dict):
     raise problem
   dtype, shape = DTYPES.get(str(facts.get("dtype"))), facts.get("shape")
@@ -148,7 +150,7 @@ def read(
     out: [rows, columns], contiguous, to read into.
 
   Raises:
-    ValueError: the file has changed since its header was read.
+    InputError: the file has changed since its header was read.
   """
   n_rows, width = tensor.shape[0], math.prod(tensor.shape[1:])
   rows, columns = range(n_rows)[rows], range(width)[columns]
@@ -165,7 +167,7 @@ def read(
       if parts is not out:
         forget(file.fileno(), start, out.nbytes)
   except (OSError, EOFError) as error:
-    raise ValueError(f"{tensor.file}: cannot be read: {error}") from error
+    raise InputError(f"{tensor.file}: cannot be read: {error}") from error
   if len(columns) == width:
     out = out.reshape(len(rows), *tensor.shape[1:])
   return out
@@ -185,7 +187,7 @@ def as_bytes(array: np.ndarray) -> memoryview:
   """The memory of an array of any type.
 
   Raises:
-    ValueError: it is not contiguous.
+    InputError: it is not contiguous.
   """
   if not array.flags.c_contiguous:
     raise ValueError("array must be contiguous")

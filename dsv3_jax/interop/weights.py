@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from dsv3_jax import config
+from dsv3_jax.errors import InputError
 from dsv3_jax.interop import blocks
 from dsv3_jax.interop import hf
 from dsv3_jax.interop import hf_config
@@ -77,10 +78,10 @@ class Weights:
   def stored(
       self, block: blocks.Block
   ) -> tuple[np.ndarray, np.ndarray | None]:
-    """As of `hf.Released.stored`; ValueError where it has changed since."""
+    """As of `hf.Released.stored`; InputError where it has changed since."""
     values, scales = self._read(block, slice(None))
     if not self.intact(block, values, scales):
-      raise ValueError(self.damage(block))
+      raise InputError(self.damage(block))
     return values, scales
 
   def _read(
@@ -109,14 +110,14 @@ class Weights:
     """As of `hf.Released.part`, but inputs are read with all their outputs.
 
     Raises:
-      ValueError: it is all of a block, and has changed since the import.
+      InputError: it is all of a block, and has changed since the import.
     """
     n = len(block.inputs)
     whole = *inner[:n], *(slice(None),) * len(block.outputs)
     ins, _ = blocks.spans(block, whole)
     values, scales = self._read(block, ins)
     if values.shape == block.matrix and not self.intact(block, values, scales):
-      raise ValueError(self.damage(block))
+      raise InputError(self.damage(block))
     if scales is not None:
       tall, wide = self.tile
       rows = np.arange(block.shape[1])[ins] // wide
@@ -169,12 +170,12 @@ def import_released(
     advance: is told the bytes of every block that is done.
 
   Raises:
-    ValueError: there is something else already, or no room.
+    InputError: there is something else already, or no room.
   """
   if (folder / INDEX).exists():
     if _facts(folder).get("source") == source.fingerprint():
       return
-    raise ValueError(f"{folder}: holds another checkpoint already")
+    raise InputError(f"{folder}: holds another checkpoint already")
   try:
     folder.mkdir(parents=True, exist_ok=True)
     _copy(source, folder, advance)
@@ -228,7 +229,7 @@ def _copy(source, folder, advance):
 def _facts(folder: pathlib.Path) -> dict[str, Any]:
   """What the index says."""
   if not (folder / INDEX).exists():
-    raise ValueError(
+    raise InputError(
         f"{folder}: holds no complete checkpoint; run the import again"
     )
   return pieces.read_object(folder / INDEX)
@@ -238,7 +239,7 @@ def open_weights(folder: pathlib.Path) -> Weights:
   """The parameters of a workdir.
 
   Raises:
-    ValueError: they are not all there, or not what the index says.
+    InputError: they are not all there, or not what the index says.
   """
   facts = _facts(folder)
   try:
@@ -246,7 +247,7 @@ def open_weights(folder: pathlib.Path) -> Weights:
     model, tile = hf_config.read(source), hf_config.tile(source)
     model = config.override(model, f"mtp.depth={facts['mtp_depth']}")
   except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise ValueError(f"{folder / INDEX}: cannot be read: {error}") from error
+    raise InputError(f"{folder / INDEX}: cannot be read: {error}") from error
   found = {
       path: safetensors.header(_file(folder, path))
       for path in sorted({b.path for b in blocks.of_model(model)})
@@ -263,7 +264,7 @@ def open_weights(folder: pathlib.Path) -> Weights:
       for name in sorted(missing)
   ]
   if problems:
-    raise ValueError("\n".join(problems))
+    raise InputError("\n".join(problems))
   return weights
 
 
@@ -275,7 +276,7 @@ def damaged(
   def look(block):
     try:
       weights.stored(block)
-    except ValueError as error:
+    except InputError as error:
       return str(error)
 
   todo = blocks.of_model(weights.model)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from dsv3_jax import fields
+from dsv3_jax.errors import InputError
 from dsv3_jax.parallel import lockstep
 from dsv3_jax.parallel import schedules
 
@@ -112,11 +113,11 @@ def bubble(name: str, n_ranks: int, times: Times | None = None) -> float:
   DualPipe that F, I and W take equally long, and FB from B to F + B.
 
   Raises:
-    ValueError: no such schedule, or not on so many ranks.
+    InputError: no such schedule, or not on so many ranks.
   """
   n_micro = 4 * n_ranks  # enough for every schedule
   if found := schedules.problems(name, n_ranks, n_micro):
-    raise ValueError("\n".join(found))
+    raise InputError("\n".join(found))
   times = times or Times()
   n_stages = 2 * n_ranks if name == "dualpipev" else n_ranks
   if name == "1f1b":

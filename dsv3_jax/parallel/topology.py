@@ -5,6 +5,8 @@ from collections.abc import Mapping
 
 import jax
 
+from dsv3_jax.errors import InputError
+
 # Outermost first; `node` crosses hosts, `expert` stays inside one.
 AXES = ("pipe", "data", "node", "expert", "model")
 BATCH = ("data", "node", "expert")  # tokens are divided over these
@@ -21,12 +23,12 @@ def mesh(sizes: Mapping[str, int]) -> jax.sharding.Mesh:
     sizes: by axis; 1 for those not named.
 
   Raises:
-    ValueError: there are fewer devices.
+    InputError: there are fewer devices.
   """
   shape = _shape(sizes)
   needed, devices = math.prod(shape), jax.devices()
   if needed > len(devices):
-    raise ValueError(
+    raise InputError(
         f"mesh {dict(sizes)}: needs {needed} devices, there are {len(devices)}"
     )
   return jax.make_mesh(

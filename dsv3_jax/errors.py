@@ -1,0 +1,13 @@
+"""Errors with an exit code of their own: bad input, non-finite numbers."""
+
+
+class InputError(ValueError):
+  """A flag, setting, file or request is wrong; programs end with exit code 2.
+
+  The message names the value, what is allowed and what to do, one line a
+  problem. Every other ValueError is a bug and keeps its traceback.
+  """
+
+
+class NotFiniteError(FloatingPointError):
+  """Too much of a run is NaN or infinite; programs end with exit code 3."""
