@@ -30,7 +30,7 @@ from typing import Any
 from rich import console
 from rich import progress
 
-from dsv3_jax import fields
+from dsv3_jax.config import fields
 from dsv3_jax.errors import InputError
 from dsv3_jax.infer import sampling
 from dsv3_jax.infer import stats as stats_lib

@@ -23,7 +23,7 @@ import jax
 from absl import flags
 
 from dsv3_jax import config
-from dsv3_jax import fields
+from dsv3_jax.config import fields
 from dsv3_jax.errors import InputError
 from dsv3_jax.interop import weights
 from dsv3_jax.parallel import layouts

@@ -29,7 +29,7 @@ import numpy as np
 from absl import flags
 
 from dsv3_jax import config
-from dsv3_jax import presets
+from dsv3_jax.config import presets
 from dsv3_jax.data import tokenizer
 from dsv3_jax.errors import InputError
 from dsv3_jax.evals import hidden

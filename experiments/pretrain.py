@@ -16,8 +16,8 @@ import jax
 from absl import flags
 
 from dsv3_jax import config
-from dsv3_jax import presets
 from dsv3_jax import train
+from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import topology

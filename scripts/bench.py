@@ -38,7 +38,7 @@ from absl import app
 from absl import flags
 
 from dsv3_jax import config
-from dsv3_jax import presets
+from dsv3_jax.config import presets
 from scripts import bench_worker
 
 WHAT = ("train", "prefill", "decode")

@@ -19,10 +19,10 @@ from absl import flags
 
 from dsv3_jax import checkpoint
 from dsv3_jax import config
-from dsv3_jax import presets
 from dsv3_jax import schema
 from dsv3_jax import storage
 from dsv3_jax import train
+from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
 from dsv3_jax.parallel import topology
 from experiments import common

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax import config
-from dsv3_jax import presets
+from dsv3_jax.config import presets
 from dsv3_jax.infer import engine
 from dsv3_jax.infer import kvcache
 from dsv3_jax.infer import served

@@ -13,8 +13,8 @@ import numpy as np
 
 from dsv3_jax import config
 from dsv3_jax import losses
-from dsv3_jax import presets
 from dsv3_jax import train
+from dsv3_jax.config import presets
 from dsv3_jax.parallel import topology
 from experiments import allocator
 from scripts import bench_worker

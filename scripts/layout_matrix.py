@@ -24,8 +24,8 @@ from absl import flags
 from dsv3_jax import config
 from dsv3_jax import losses
 from dsv3_jax import optim
-from dsv3_jax import presets
 from dsv3_jax import train
+from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
 from dsv3_jax.parallel import replicas
 from dsv3_jax.parallel import topology

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from dsv3_jax import fields
+from dsv3_jax.config import fields
 from dsv3_jax.errors import InputError
 from dsv3_jax.parallel import lockstep
 from dsv3_jax.parallel import schedules

@@ -15,8 +15,8 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from dsv3_jax import config
-from dsv3_jax import presets
 from dsv3_jax import train
+from dsv3_jax.config import presets
 from dsv3_jax.parallel import topology
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -11,7 +11,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from dsv3_jax import config
-from dsv3_jax import presets
+from dsv3_jax.config import presets
 from scripts import bench
 from scripts import bench_jax
 from scripts import bench_worker

@@ -6,7 +6,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from dsv3_jax import config
-from dsv3_jax import presets
+from dsv3_jax.config import presets
 from dsv3_jax.interop import blocks
 
 _V3 = presets.V3_671B.model

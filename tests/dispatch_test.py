@@ -12,8 +12,8 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from dsv3_jax import config
-from dsv3_jax import presets
 from dsv3_jax import schema
+from dsv3_jax.config import presets
 from dsv3_jax.model import swiglu
 from dsv3_jax.parallel import dispatch
 from dsv3_jax.parallel import topology

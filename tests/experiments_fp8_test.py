@@ -11,7 +11,7 @@ from absl.testing import flagsaver
 from absl.testing import parameterized
 
 from dsv3_jax import config
-from dsv3_jax import presets
+from dsv3_jax.config import presets
 from dsv3_jax.parallel import topology
 from experiments import cluster
 from experiments import common

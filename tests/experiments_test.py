@@ -22,8 +22,8 @@ from dsv3_jax import checkpoint
 from dsv3_jax import config
 from dsv3_jax import losses
 from dsv3_jax import manifest
-from dsv3_jax import presets
 from dsv3_jax import train
+from dsv3_jax.config import presets
 from dsv3_jax.interop import runs
 from dsv3_jax.parallel import topology
 from experiments import cluster

@@ -20,8 +20,8 @@ from absl.testing import parameterized
 from dsv3_jax import checkpoint
 from dsv3_jax import config
 from dsv3_jax import manifest
-from dsv3_jax import presets
 from dsv3_jax import train
+from dsv3_jax.config import presets
 from dsv3_jax.data import corpus
 from dsv3_jax.data import packing
 from dsv3_jax.data import tokenizer

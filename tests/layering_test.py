@@ -9,9 +9,8 @@ from absl.testing import parameterized
 ROOT = pathlib.Path(__file__).parents[1]
 # A part imports only what stands left of it, and itself.
 ORDER = (
-    "errors manual fields settings architecture config presets schema digest"
-    " data model losses parallel optim ema train manifest storage checkpoint interop"
-    " infer evals posttrain plan"
+    "errors config param_spec checksum varying data linear model losses"
+    " parallel optim ema train checkpoint interop infer evals trainer report"
 ).split()
 # Where communication may be written by hand.
 MANUAL = ("parallel", "train", "evals", "infer")

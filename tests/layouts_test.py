@@ -10,9 +10,9 @@ import pytest
 from absl.testing import absltest
 from absl.testing import parameterized
 
-from dsv3_jax import presets
 from dsv3_jax import schema
 from dsv3_jax import train
+from dsv3_jax.config import presets
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import layouts
 from dsv3_jax.parallel import schedules

@@ -10,8 +10,8 @@ from absl.testing import parameterized
 
 from dsv3_jax import config
 from dsv3_jax import optim
-from dsv3_jax import presets
 from dsv3_jax import schema
+from dsv3_jax.config import presets
 from dsv3_jax.model import transformer
 
 V3 = presets.V3_671B

@@ -12,8 +12,8 @@ from absl.testing import absltest
 
 from dsv3_jax import checkpoint
 from dsv3_jax import config
-from dsv3_jax import presets
 from dsv3_jax import train
+from dsv3_jax.config import presets
 from dsv3_jax.parallel import topology
 from experiments import common
 from experiments import logbook

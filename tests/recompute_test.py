@@ -14,9 +14,9 @@ from jax.extend import core
 
 from dsv3_jax import config
 from dsv3_jax import losses
-from dsv3_jax import presets
 from dsv3_jax import schema
 from dsv3_jax import train
+from dsv3_jax.config import presets
 from dsv3_jax.model import attention
 from dsv3_jax.model import experts
 from dsv3_jax.model import moe

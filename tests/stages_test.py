@@ -6,7 +6,7 @@ import testing
 from absl.testing import absltest
 from absl.testing import parameterized
 
-from dsv3_jax import presets
+from dsv3_jax.config import presets
 from dsv3_jax.parallel import schedules
 from dsv3_jax.parallel import stages
 from dsv3_jax.parallel import topology

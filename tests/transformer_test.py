@@ -6,8 +6,8 @@ import testing
 from absl.testing import absltest
 from absl.testing import parameterized
 
-from dsv3_jax import presets
 from dsv3_jax import schema
+from dsv3_jax.config import presets
 from dsv3_jax.model import transformer
 
 # A layer of the tiny model: MLA down, up, scores, values, out, then the router

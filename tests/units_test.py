@@ -17,8 +17,8 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from dsv3_jax import config
-from dsv3_jax import presets
 from dsv3_jax import schema
+from dsv3_jax.config import presets
 from dsv3_jax.infer import engine
 from dsv3_jax.infer import placement
 from dsv3_jax.infer import served

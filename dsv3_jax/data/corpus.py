@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from absl import logging
 
-from dsv3_jax import fields
+from dsv3_jax.config import fields
 from dsv3_jax.errors import InputError
 
 NOVELS = pathlib.Path(__file__).parent / "novels"

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from dsv3_jax import architecture
 from dsv3_jax import config
-from dsv3_jax import presets
+from dsv3_jax.config import model as model_lib
+from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
 
 # The key of config.json and the setting of `config.Model` that are one number.
@@ -125,7 +125,7 @@ def _unsupported(facts: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def _rope(facts: dict[str, Any]) -> tuple[float, architecture.Yarn]:
+def _rope(facts: dict[str, Any]) -> tuple[float, model_lib.Yarn]:
   """Base of the rotation, and its extension."""
   rope = facts.get("rope_parameters") or facts.get("rope_scaling") or {}
   if not isinstance(rope, dict):
@@ -133,7 +133,7 @@ def _rope(facts: dict[str, Any]) -> tuple[float, architecture.Yarn]:
   theta = rope.get("rope_theta", facts.get("rope_theta", 10_000.0))
   kind = rope.get("rope_type", rope.get("type", "default"))
   if kind == "default":
-    return theta, architecture.Yarn()
+    return theta, model_lib.Yarn()
   if kind != "yarn":
     raise InputError(f"config.json: rope type {kind!r}: only yarn is known")
   needed = "factor", "original_max_position_embeddings", "mscale_all_dim"
@@ -156,7 +156,7 @@ def _rope(facts: dict[str, Any]) -> tuple[float, architecture.Yarn]:
   if problems:
     raise InputError("\n".join(problems))
   given = {ours: rope[key] for key, ours in _YARN.items() if key in rope}
-  return theta, _checked(architecture.Yarn, given)
+  return theta, _checked(model_lib.Yarn, given)
 
 
 def _checked(cls: type, values: dict[str, Any]) -> Any:
@@ -170,12 +170,12 @@ def _checked(cls: type, values: dict[str, Any]) -> Any:
   })
 
 
-def _model(values: dict[str, Any], yarn: architecture.Yarn) -> config.Model:
+def _model(values: dict[str, Any], yarn: model_lib.Yarn) -> config.Model:
   parts = {
-      "mla": architecture.MLA,
-      "moe": architecture.MoE,
-      "router": architecture.Router,
-      "mtp": architecture.MTP,
+      "mla": model_lib.MLA,
+      "moe": model_lib.MoE,
+      "router": model_lib.Router,
+      "mtp": model_lib.MTP,
   }
   if values["router.score"] == "softmax":  # balanced by a loss alone
     values["router.bias_speed"] = 0.0

@@ -9,8 +9,8 @@ import numpy as np
 
 from dsv3_jax import config
 from dsv3_jax import manifest
-from dsv3_jax import presets
 from dsv3_jax import schema
+from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
 from dsv3_jax.interop import weights
 

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from dsv3_jax import fields
+from dsv3_jax.config import fields
 
 
 class Op(NamedTuple):

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
-from dsv3_jax import fields
+from dsv3_jax.config import fields
 from dsv3_jax.errors import InputError
 from dsv3_jax.parallel import lockstep
 from dsv3_jax.parallel import schedules

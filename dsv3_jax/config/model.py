@@ -1,4 +1,4 @@
-"""What the network is: the sizes and rules that its parameters follow.
+"""The network: sizes, and rules for routing and balancing.
 
 Sections 2.1, 2.2 and 4.2 of arXiv:2412.19437.
 """
@@ -6,9 +6,9 @@ Sections 2.1, 2.2 and 4.2 of arXiv:2412.19437.
 import math
 from collections.abc import Iterator
 
-from dsv3_jax import fields
-
-number, choice = fields.number, fields.choice
+from dsv3_jax.config import fields
+from dsv3_jax.config.fields import choice
+from dsv3_jax.config.fields import number
 
 
 @fields.checked

@@ -1,27 +1,15 @@
-"""Configuration: frozen, validated dataclasses.
-
-A config holds numbers and names only (no mesh, array or function), is hashable
-and therefore a static argument of `jit`. Every class checks itself when it is
-made; `override` applies `a.b=value` assignments and reports all problems of all
-of them at once.
-"""
+"""A training run: model, data, optimizer, schedules, precision, layout."""
 
 import dataclasses
 import functools
 import math
 from collections.abc import Iterator
 
-from dsv3_jax import architecture
-from dsv3_jax import fields
-from dsv3_jax import settings
+from dsv3_jax.config import fields
+from dsv3_jax.config.fields import choice
+from dsv3_jax.config.fields import number
+from dsv3_jax.config.model import Model
 
-number, choice = fields.number, fields.choice
-leaves, override = settings.leaves, settings.override
-difference, defaults = settings.difference, settings.defaults
-
-MLA, Yarn, MoE = architecture.MLA, architecture.Yarn, architecture.MoE
-Router, MTP = architecture.Router, architecture.MTP
-Model = architecture.Model
 
 def _is_weight(part: str) -> bool:
   try:

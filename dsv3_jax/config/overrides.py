@@ -5,7 +5,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-from dsv3_jax import fields
+from dsv3_jax.config import fields
 from dsv3_jax.errors import InputError
 
 
