@@ -22,10 +22,10 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
+from dsv3_jax import checksum
 from dsv3_jax import config
-from dsv3_jax import digest
 from dsv3_jax import manifest
-from dsv3_jax import schema
+from dsv3_jax import param_spec
 from dsv3_jax import storage
 from dsv3_jax import train
 from dsv3_jax.errors import InputError
@@ -109,7 +109,7 @@ class Checkpoints:
       self,
       state: train.TrainState,
       facts: dict[str, Any],
-      average: schema.Params | None = None,
+      average: param_spec.Params | None = None,
   ) -> None:
     """Starts saving the state, and the parameters' average, under its step.
 
@@ -123,13 +123,13 @@ class Checkpoints:
     tree = {"state": _raw(state)}
     if average is not None:
       tree["average"] = {"params": average}
-    leaves = schema.paths(tree)
+    leaves = param_spec.paths(tree)
     digests = _start_digests(leaves)  # before the state is donated
     types = {name: storage.type_of(leaf) for name, leaf in leaves.items()}
 
     def finish(folder):
       arrays = {
-          name: {"type": of, "digest": digest.text(digests[name])}
+          name: {"type": of, "digest": checksum.text(digests[name])}
           for name, of in types.items()
       }
       manifest.write(folder, step, arrays, facts)
@@ -256,7 +256,7 @@ class Checkpoints:
 
   def restore_parameters(
       self, step: int, like: train.TrainState, *, average: bool = False
-  ) -> tuple[schema.Params, jax.Array]:
+  ) -> tuple[param_spec.Params, jax.Array]:
     """Parameters and router bias of a step; nothing else is read.
 
     Args:
@@ -280,7 +280,7 @@ class Checkpoints:
 
   def _restore(self, step: int, like: Any) -> Any:
     folder, saved = self.folder(step), self._manifest(step).arrays
-    names = schema.paths(like)
+    names = param_spec.paths(like)
     asked = {_group(name) for name in names}
     there = {k: v["type"] for k, v in saved.items() if _group(k) in asked}
     here = {name: storage.type_of(leaf) for name, leaf in names.items()}
@@ -333,7 +333,7 @@ class Checkpoints:
     wrong = [
         name
         for name, found in _start_digests(arrays).items()
-        if digest.text(found) != saved[name]["digest"]
+        if checksum.text(found) != saved[name]["digest"]
     ]
     if wrong:
       raise DamagedError(
@@ -427,7 +427,7 @@ def _start_digests(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 @jax.jit
 def _digests(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  return {name: digest.of(leaf) for name, leaf in leaves.items()}
+  return {name: checksum.of(leaf) for name, leaf in leaves.items()}
 
 
 def _raw(state: train.TrainState) -> train.TrainState:

@@ -11,7 +11,7 @@ import functools
 import jax
 import numpy as np
 
-from dsv3_jax import schema
+from dsv3_jax import param_spec
 
 BLOCK = 1 << 16  # numbers averaged at a time: they stay in a core's cache
 
@@ -34,7 +34,7 @@ def in_host_memory(a: jax.Array) -> jax.ShapeDtypeStruct:
 class Average:
   """The average of all parameters seen; each process holds its own slices."""
 
-  def __init__(self, params: schema.Params, decay: float):
+  def __init__(self, params: param_spec.Params, decay: float):
     """Begins with parameters, or goes on from an average in their place."""
     self._decay = decay
     leaves, self._structure = jax.tree.flatten(params)
@@ -49,7 +49,7 @@ class Average:
     self._thread = concurrent.futures.ThreadPoolExecutor(1)
     self._job = None
 
-  def update(self, step: int, params: schema.Params, good: jax.Array) -> None:
+  def update(self, step: int, params: param_spec.Params, good: jax.Array) -> None:
     """Starts to average in the parameters after a step; does not wait for it.
 
     Waits for the one before, which bounds memory. The parameters may be donated
@@ -82,7 +82,7 @@ class Average:
     if self._job:
       self._job.result()
 
-  def params(self) -> schema.Params:
+  def params(self) -> param_spec.Params:
     """The average, divided like the parameters, in host memory."""
     self._wait()
     arrays = []

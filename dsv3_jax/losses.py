@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax import config
-from dsv3_jax import schema
+from dsv3_jax import param_spec
 from dsv3_jax.errors import InputError
 from dsv3_jax.model import moe
 from dsv3_jax.model import transformer
@@ -145,7 +145,7 @@ cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 
 def loss(
-    params: schema.Params,
+    params: param_spec.Params,
     bias: jax.Array,
     data: Batch,
     weights: jax.Array,
@@ -177,7 +177,7 @@ def loss(
 
 
 def of_last_layer(
-    params: schema.Params,
+    params: param_spec.Params,
     bias: jax.Array,
     x: jax.Array,
     data: Batch,
@@ -196,7 +196,7 @@ def of_last_layer(
 
 
 def _of_output(
-    params: schema.Params,
+    params: param_spec.Params,
     out: transformer.Output,
     data: Batch,
     weights: jax.Array,

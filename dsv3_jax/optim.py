@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import optax
 
 from dsv3_jax import config
-from dsv3_jax import schema
+from dsv3_jax import param_spec
 
 
-def decayed(params: schema.Params) -> schema.Params:
+def decayed(params: param_spec.Params) -> param_spec.Params:
   """True where weight decay applies: everywhere but on norm gains."""
   return jax.tree.map_with_path(
       lambda path, _: not path[-1].key.endswith("norm"), params

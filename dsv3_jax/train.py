@@ -14,9 +14,9 @@ from dsv3_jax import config
 from dsv3_jax import ema
 from dsv3_jax import losses
 from dsv3_jax import optim
-from dsv3_jax import schema
+from dsv3_jax import param_spec
+from dsv3_jax.linear import recipe
 from dsv3_jax.model import moe
-from dsv3_jax.model import precision
 from dsv3_jax.model import router
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import layouts
@@ -30,7 +30,7 @@ Metrics = dict[str, jax.Array]
 class TrainState:
   """Everything that a step changes."""
 
-  params: schema.Params  # float32 masters
+  params: param_spec.Params  # float32 masters
   opt_state: optax.OptState
   router_bias: jax.Array  # [n_routers, E] f32, moved by counts, not gradients
   step: jax.Array  # [] int32, optimizer steps done
@@ -41,7 +41,7 @@ class TrainState:
 def init_state(run: config.Run, key: jax.Array) -> TrainState:
   """The state before the first step, drawn from key."""
   init_key, run_key = jax.random.split(key)
-  params = schema.init(transformer.specs(run.model), init_key)
+  params = param_spec.init(transformer.specs(run.model), init_key)
   return TrainState(
       params=params,
       opt_state=optim.adamw(run.optim).init(params),
@@ -99,7 +99,7 @@ def gradients(
     run: config.Run,
     mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[
-    schema.Params, losses.Losses, moe.Stats, dict[str, dict[str, jax.Array]]
+    param_spec.Params, losses.Losses, moe.Stats, dict[str, dict[str, jax.Array]]
 ]:
   """Gradient, losses and router statistics of a global batch.
 
@@ -135,7 +135,7 @@ def gradients(
         in_specs=(layout.specs, jax.P(), jax.P(), divided, divided),
         out_specs=(layout.trained_specs, jax.P(), jax.P(), jax.P()),
     )(*args)
-  grads, counted = precision.gradients(sums)
+  grads, counted = recipe.gradients(sums)
   if of_weights:
     counted["weight"] = of_weights
   return grads, *told, counted
@@ -143,14 +143,14 @@ def gradients(
 
 def _compute_params(params, run, slices=None):
   specs = transformer.specs(run.model)
-  return precision.compute_params(params, specs, run.precision, slices)
+  return recipe.compute_params(params, specs, run.precision, slices)
 
 
 def _weight_counts(params, run, slices=None):
   if not run.precision.counters:
     return {}
   specs = transformer.specs(run.model)
-  return precision.weight_counts(params, specs, run.precision, slices)
+  return recipe.weight_counts(params, specs, run.precision, slices)
 
 
 def _local_gradients(params, *args, run, layout):
@@ -182,7 +182,7 @@ def _gradient_sums(
 
   def objective(trained, micro, micro_weights):
     terms, stats = losses.loss(
-        precision.joined(trained, params),
+        recipe.joined(trained, params),
         bias,
         micro,
         micro_weights,
@@ -199,7 +199,7 @@ def _gradient_sums(
 
   def one(micro):
     grads, (terms, stats) = jax.grad(objective, has_aux=True)(
-        precision.trained(params), *micro
+        recipe.trained(params), *micro
     )
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
     return grads, terms, stats
@@ -217,7 +217,7 @@ def _gradient_sums(
 
 def update(
     state: TrainState,
-    grads: schema.Params,
+    grads: param_spec.Params,
     terms: losses.Losses,
     stats: moe.Stats,
     run: config.Run,

@@ -10,7 +10,7 @@ from dsv3_jax import checkpoint
 from dsv3_jax import config
 from dsv3_jax import ema
 from dsv3_jax import train
-from dsv3_jax.data import stream
+from dsv3_jax.data import loader
 from dsv3_jax.data import tokenizer
 from dsv3_jax.evals import hidden
 from dsv3_jax.evals import likelihood
@@ -111,14 +111,14 @@ class Aside:
 
 def _heldout(
     state: train.TrainState,
-    data: stream.Prepared,
+    data: loader.Prepared,
     run: config.Run,
     mesh: jax.sharding.Mesh,
 ) -> dict[str, float]:
   model = hidden.Model(state.params, state.router_bias, run, mesh)
   found = {}
   for domain in data.domains:
-    rows, mask = stream.heldout_windows(
+    rows, mask = loader.heldout_windows(
         domain.heldout_tokens, run.data.seq_len
     )
     if run.data.segment_mask:

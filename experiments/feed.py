@@ -11,7 +11,7 @@ import jax
 from dsv3_jax import config
 from dsv3_jax import losses
 from dsv3_jax import train
-from dsv3_jax.data import stream
+from dsv3_jax.data import loader
 from dsv3_jax.data import tokenizer
 from dsv3_jax.parallel import topology
 
@@ -20,7 +20,7 @@ from dsv3_jax.parallel import topology
 class Feed:
   """A function of seed and step, and of how much was left out before."""
 
-  data: stream.Prepared
+  data: loader.Prepared
   run: config.Run
   seed: int
   left_out: int = 0  # sequences, see train.spike_skip
@@ -36,7 +36,7 @@ class Feed:
 
   def ids(self, step: int) -> list[int]:
     """Rows of the data that are at these places."""
-    return stream.batch(self._order, self.sequences(step))["row"].tolist()
+    return loader.batch(self._order, self.sequences(step))["row"].tolist()
 
   def batches(
       self, first_step: int, mesh: jax.sharding.Mesh
@@ -56,7 +56,7 @@ class Feed:
       return [start + column for start in starts for column in columns]
 
     steps = map(own, itertools.count(first_step))
-    for rows in stream.batches(self._order, steps):
+    for rows in loader.batches(self._order, steps):
       tokens = rows["tokens"].reshape(-1, len(columns), run.data.seq_len + 1)
       batch = losses.batch(tokens, run.model.vocab_size, *unpredicted)
       yield train.place(batch, n_rows, mesh)

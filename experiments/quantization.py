@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dsv3_jax.model import tiles
+from dsv3_jax.linear import quantize
 
 _OF = {
     "zero": "tiles",
@@ -29,10 +29,10 @@ def shares(counted: Counted) -> dict[str, float]:
   """
   out = {}
   for kind, by_path in counted.items():
-    total = np.zeros(len(tiles.COUNTED))
+    total = np.zeros(len(quantize.COUNTED))
     for counts in by_path.values():
       total += counts.reshape(-1, len(total)).sum(0, dtype=np.float64)
-    found = dict(zip(tiles.COUNTED, total, strict=True))
+    found = dict(zip(quantize.COUNTED, total, strict=True))
     for what, whole in _OF.items():
       if found[whole]:
         out[f"fp8_{kind}_{what}"] = found[what] / found[whole]
@@ -41,7 +41,7 @@ def shares(counted: Counted) -> dict[str, float]:
 
 def not_finite(counted: Counted) -> Iterator[str]:
   """A line for each weight, layer and class with tiles that are not finite."""
-  column = tiles.COUNTED.index("not_finite")
+  column = quantize.COUNTED.index("not_finite")
   for kind, by_path in counted.items():
     for path, counts in sorted(by_path.items()):
       of_layers = counts.reshape(-1, counts.shape[-1])[:, column]

@@ -13,10 +13,10 @@ from dsv3_jax import checkpoint
 from dsv3_jax import config
 from dsv3_jax import ema
 from dsv3_jax import manifest
-from dsv3_jax import schema
+from dsv3_jax import param_spec
 from dsv3_jax import train
 from dsv3_jax.data import corpus
-from dsv3_jax.data import stream
+from dsv3_jax.data import loader
 from dsv3_jax.errors import InputError
 from dsv3_jax.errors import NotFiniteError
 from dsv3_jax.interop import runs
@@ -97,7 +97,7 @@ def _with_parameters(
   )
   of = lambda run: {
       path: str(spec.shape)
-      for path, spec in schema.paths(transformer.specs(run.model)).items()
+      for path, spec in param_spec.paths(transformer.specs(run.model)).items()
   }
   if changes := config.difference(of(source), of(command.run)):
     raise InputError(
@@ -116,18 +116,18 @@ def _book(
   return logbook.Logbook(folder, stop, first)
 
 
-def read_data(command: common.Command) -> stream.Prepared:
+def read_data(command: common.Command) -> loader.Prepared:
   """The data of a run, in its workdir; made if it is not there."""
   run, learned = command.run, None
   if command.init_from:
     learned = command.init_from / "data" / "tokenizer.json"
   folder = command.workdir / "data"
-  return stream.prepare(run.data, run.model.vocab_size, folder, learned)
+  return loader.prepare(run.data, run.model.vocab_size, folder, learned)
 
 
 def _prepare(
     command: common.Command, stack: contextlib.ExitStack
-) -> stream.Prepared:
+) -> loader.Prepared:
   """The workdir and the data in it, written by process 0, which locks it."""
 
   def write():
@@ -295,7 +295,7 @@ def _average(
   return ema.Average(params, run.optim.ema_decay)
 
 
-def _summary(run: config.Run, data: stream.Prepared) -> dict[str, Any]:
+def _summary(run: config.Run, data: loader.Prepared) -> dict[str, Any]:
   """Figures of the model and of the text, for the report."""
   counts = transformer.parameter_counts(run.model)
   facts = {
@@ -308,7 +308,7 @@ def _summary(run: config.Run, data: stream.Prepared) -> dict[str, Any]:
     return facts
   train, heldout = (
       b"".join(map(corpus.text_bytes, documents))
-      for documents in zip(*stream.texts(run.data).values(), strict=True)
+      for documents in zip(*loader.texts(run.data).values(), strict=True)
   )
   rivals = corpus.compression_bits_per_byte(train, heldout)
   return facts | {"bzip2_bpb": rivals["bzip2 -9"], "xz_bpb": rivals["xz -9e"]}

@@ -19,7 +19,7 @@ from absl import flags
 
 from dsv3_jax import checkpoint
 from dsv3_jax import config
-from dsv3_jax import schema
+from dsv3_jax import param_spec
 from dsv3_jax import storage
 from dsv3_jax import train
 from dsv3_jax.config import presets
@@ -53,7 +53,7 @@ class _Plain:
 
   def save(self, state: train.TrainState) -> None:
     key = jax.random.key_data(state.key)
-    leaves = schema.paths({"state": state.replace(key=key)})
+    leaves = param_spec.paths({"state": state.replace(key=key)})
     tree = ocp.args.PyTreeSave(storage.named(leaves))
     self._saver.save(self.folder / "0", args=tree)
 

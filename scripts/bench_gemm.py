@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from dsv3_jax.model import kernels
-from dsv3_jax.model import products
-from dsv3_jax.model import tiles
+from dsv3_jax.linear import fp8_matmul_hopper
+from dsv3_jax.linear import quantize as quantize_lib
+from dsv3_jax.linear import scaled_matmul
 
 # Tokens, inputs, outputs.
 SHAPES = {
@@ -57,23 +57,23 @@ def _calls(
     x: jax.Array, w: jax.Array
 ) -> tuple[dict[str, Callable[[], jax.Array]], dict[str, str]]:
   """What is timed, by name, and why what is missing can't be."""
-  a = jax.jit(lambda x: tiles.quantize(x, (1, 128)))(x)
-  b = jax.jit(lambda w: tiles.quantize(w, (128, 128)))(w)
+  a = jax.jit(lambda x: quantize_lib.quantize(x, (1, 128)))(x)
+  b = jax.jit(lambda w: quantize_lib.quantize(w, (128, 128)))(w)
   matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
-  quantize = jax.jit(lambda x: tiles.quantize(x, (1, 128)).bits)
+  quantize = jax.jit(lambda x: quantize_lib.quantize(x, (1, 128)).bits)
   calls = {
       "bf16": functools.partial(jax.jit(matmul), x, w),
       "quantize": functools.partial(quantize, x),
   }
   missing = {}
   ways = {
-      "dequantized": products.dequantized,
-      "exact": products.exact,
-      "kernel": kernels.blocked,
+      "dequantized": scaled_matmul.dequantized,
+      "exact": scaled_matmul.exact,
+      "kernel": fp8_matmul_hopper.blocked,
       "kernel_unpaired": functools.partial(
-          kernels.blocked, tuning=kernels.Tuning(paired=False)
+          fp8_matmul_hopper.blocked, tuning=fp8_matmul_hopper.Tuning(paired=False)
       ),
-      "kernel_to_bf16": functools.partial(kernels.blocked, dtype=jnp.bfloat16),
+      "kernel_to_bf16": functools.partial(fp8_matmul_hopper.blocked, dtype=jnp.bfloat16),
   }
   for name, way in ways.items():
     try:
@@ -94,7 +94,7 @@ def measure(m: int, k: int, n: int, n_rounds: int) -> Iterator[dict]:
   exactly = functools.partial(jnp.matmul, precision="highest")
   true = jax.jit(exactly)(x.astype(jnp.float32), w.astype(jnp.float32))
   held = [
-      tiles.dequantize(tiles.quantize(v, tile), jnp.float32)
+      quantize_lib.dequantize(quantize_lib.quantize(v, tile), jnp.float32)
       for v, tile in ((x, (1, 128)), (w, (128, 128)))
   ]
   quantized = jax.jit(exactly)(*held)

@@ -23,8 +23,8 @@ from absl import flags
 
 from dsv3_jax import config
 from dsv3_jax import losses
-from dsv3_jax import manual
 from dsv3_jax import train
+from dsv3_jax import varying
 from dsv3_jax.errors import InputError
 from dsv3_jax.model import moe
 from dsv3_jax.parallel import pipeline
@@ -68,7 +68,7 @@ class Sleeper:
         jax.lax.axis_index("pipe"),
         *args,
     )
-    return manual.vary(zero, sorted(manual.varying(args[-1])))
+    return varying.vary(zero, sorted(varying.varying(args[-1])))
 
   def layer(self, p, bias, x, cfg, experts):
     """In the place of a mixture layer; uses one of its weights."""

@@ -31,7 +31,7 @@ from rich import console
 from rich import progress
 
 from dsv3_jax import config
-from dsv3_jax import schema
+from dsv3_jax import param_spec
 from dsv3_jax.data import tokenizer
 from dsv3_jax.errors import InputError
 from dsv3_jax.interop import blocks
@@ -219,7 +219,7 @@ def _source() -> tuple[export_lib.Source, dict[str, Any]]:
 
   mesh = topology.mesh({})
   params, bias = runs.newest(folder, run, mesh, average=_EMA.value)
-  arrays = {path: np.asarray(a) for path, a in schema.paths(params).items()}
+  arrays = {path: np.asarray(a) for path, a in param_spec.paths(params).items()}
   arrays[blocks.BIAS] = np.asarray(bias)
   if run.model.router.score == "softmax" and arrays[blocks.BIAS].any():
     raise InputError(

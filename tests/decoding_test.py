@@ -8,7 +8,7 @@ import testing
 from absl.testing import absltest
 from absl.testing import parameterized
 
-from dsv3_jax import schema
+from dsv3_jax import param_spec
 from dsv3_jax.infer import decoding
 from dsv3_jax.infer import kvcache
 from dsv3_jax.infer import served
@@ -207,10 +207,10 @@ class ServedTest(parameterized.TestCase):
   def test_specs_are_of_the_parameters(self, *settings):
     cfg, params, bias = model(*settings)
     made = jax.eval_shape(lambda p, b: served.params(p, b, cfg), params, bias)
-    expected = schema.abstract(served.specs(cfg))
+    expected = param_spec.abstract(served.specs(cfg))
     self.assertEqual(
-        schema.paths(jax.tree.map(lambda a: (a.shape, str(a.dtype)), made)),
-        schema.paths(
+        param_spec.paths(jax.tree.map(lambda a: (a.shape, str(a.dtype)), made)),
+        param_spec.paths(
             jax.tree.map(lambda a: (a.shape, str(a.dtype)), expected)
         ),
     )

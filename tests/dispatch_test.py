@@ -12,7 +12,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from dsv3_jax import config
-from dsv3_jax import schema
+from dsv3_jax import param_spec
 from dsv3_jax.config import presets
 from dsv3_jax.model import swiglu
 from dsv3_jax.parallel import dispatch
@@ -33,7 +33,7 @@ SIZES = {"node": 2, "expert": 2}
 
 
 def _inputs(n_tokens, chosen=None):
-  specs = schema.stack(swiglu.specs(D, F, 0.1), 16, "experts")
+  specs = param_spec.stack(swiglu.specs(D, F, 0.1), 16, "experts")
   p = jax.tree.map(lambda w: 4 * w, testing.draw(specs))
   rng = np.random.default_rng(0)
   if chosen is None:
@@ -225,7 +225,7 @@ class MemoryTest(absltest.TestCase):
     def temporary(n):
       mesh = topology.mesh({"expert": n})
       experts = dispatch.experts("one_hop", {"expert": n}, CFG, rounds="many")
-      specs = schema.stack(swiglu.specs(256, 8, 0.1), 16, "experts")
+      specs = param_spec.stack(swiglu.specs(256, 8, 0.1), 16, "experts")
       spec = jax.P("expert")
       run = jax.shard_map(
           experts.ffn, mesh=mesh, in_specs=spec, out_specs=spec

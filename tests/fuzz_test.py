@@ -23,7 +23,7 @@ from dsv3_jax import manifest
 from dsv3_jax import train
 from dsv3_jax.config import presets
 from dsv3_jax.data import corpus
-from dsv3_jax.data import packing
+from dsv3_jax.data import token_file
 from dsv3_jax.data import tokenizer
 from dsv3_jax.interop import runs
 from dsv3_jax.interop import safetensors as ours
@@ -301,8 +301,8 @@ class FilesTest(Case):
     path = testing.folder(self) / "train.bin"
     documents = [corpus.Document("a", "It was a bright cold day.")]
     tok = tokenizer.train([documents[0].text], 300)
-    whole = packing.pack(documents, path, tok, 300)
-    names = path, packing.manifest_path(path)
+    whole = token_file.pack(documents, path, tok, 300)
+    names = path, token_file.manifest_path(path)
     goods = [name.read_bytes() for name in names]
     for i in range(n):
       for name, good in zip(names, goods, strict=True):
@@ -310,7 +310,7 @@ class FilesTest(Case):
       raw = changed(goods[i % 2], rng)
       names[i % 2].write_bytes(raw)
       with about(raw=raw):
-        found = self.taken(lambda: packing.pack(documents, path, tok, 300))
+        found = self.taken(lambda: token_file.pack(documents, path, tok, 300))
         if found is not None:
           self.assertEqual(found, whole)
           self.assertEqual(path.read_bytes(), goods[0])

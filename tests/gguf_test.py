@@ -14,7 +14,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from dsv3_jax import config
-from dsv3_jax import schema
+from dsv3_jax import param_spec
 from dsv3_jax.data import tokenizer
 from dsv3_jax.interop import blocks
 from dsv3_jax.interop import export
@@ -42,7 +42,7 @@ def _arrays(model, tok=None):
     texts = [tok.decode([i]) for i in range(model.vocab_size)]
     plain = np.array([bool(text) and text.isascii() for text in texts])
     params["head"] = params["head"] * plain[None].astype(np.float32)
-  arrays = {path: np.asarray(a) for path, a in schema.paths(params).items()}
+  arrays = {path: np.asarray(a) for path, a in param_spec.paths(params).items()}
   rng = np.random.default_rng(1)
   shape = model.n_routers, model.router.n_experts
   bias = rng.normal(size=shape).astype(np.float32)
@@ -102,7 +102,7 @@ class GgufTest(parameterized.TestCase):
     self.write(export.Form(source, dtype))
     if dtype == "bfloat16":
       halved = lambda a: a.astype(jax.numpy.bfloat16).astype(np.float32)
-      norms = lambda path: schema.name(path).endswith(("norm", "router"))
+      norms = lambda path: param_spec.name(path).endswith(("norm", "router"))
       params = jax.tree.map_with_path(
         lambda path, a: a if norms(path) else halved(a), params
       )

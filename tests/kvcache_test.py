@@ -6,7 +6,7 @@ import testing
 from absl.testing import absltest
 from absl.testing import parameterized
 
-from dsv3_jax import schema
+from dsv3_jax import param_spec
 from dsv3_jax.config import presets
 from dsv3_jax.infer import kvcache
 
@@ -24,7 +24,7 @@ class SpecsTest(parameterized.TestCase):
 
     def nbytes(n_slots, length, dtype):
       tree = kvcache.specs(cfg, n_slots, length, dtype, drafting=drafting)
-      return schema.nbytes(tree)
+      return param_spec.nbytes(tree)
 
     self.assertEqual(nbytes(1, 1, jnp.bfloat16), n)
     self.assertEqual(nbytes(1, 1, "float32"), 2 * n)

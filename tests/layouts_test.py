@@ -10,7 +10,7 @@ import pytest
 from absl.testing import absltest
 from absl.testing import parameterized
 
-from dsv3_jax import schema
+from dsv3_jax import param_spec
 from dsv3_jax import train
 from dsv3_jax.config import presets
 from dsv3_jax.model import transformer
@@ -141,7 +141,7 @@ class PlacementTest(parameterized.TestCase):
     rules = layouts.LAYOUTS[layout]
     sizes = {"data": 2, "node": 2, "expert": 4}
     specs = transformer.specs(presets.PRESETS[variant].model)
-    for name, spec in schema.paths(specs).items():
+    for name, spec in param_spec.paths(specs).items():
       place = layouts.placement(spec, rules, sizes)
       axes = [axis for dim in place.dims for axis in dim]
       self.assertLen(set(axes), len(axes), name)
@@ -165,7 +165,7 @@ class PlacementTest(parameterized.TestCase):
     held = lambda tree: sum(
         a.addressable_shards[0].data.size for a in jax.tree.leaves(tree)
     )
-    total = schema.count(transformer.specs(run.model))
+    total = param_spec.count(transformer.specs(run.model))
     self.assertEqual(held(state.params), total // 4)
     self.assertEqual(held(adam.mu), total // 4)
 

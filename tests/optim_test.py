@@ -10,7 +10,7 @@ from absl.testing import parameterized
 
 from dsv3_jax import config
 from dsv3_jax import optim
-from dsv3_jax import schema
+from dsv3_jax import param_spec
 from dsv3_jax.config import presets
 from dsv3_jax.model import transformer
 
@@ -111,12 +111,12 @@ class DecayTest(parameterized.TestCase):
     specs = transformer.specs(presets.PRESETS[name].model)
     spared = {
         path
-        for path, decayed in schema.paths(optim.decayed(specs)).items()
+        for path, decayed in param_spec.paths(optim.decayed(specs)).items()
         if not decayed
     }
     gains = {
         path
-        for path, spec in schema.paths(specs).items()
+        for path, spec in param_spec.paths(specs).items()
         if spec.axes[-1] == "norm"
     }
     self.assertEqual(spared, gains)

@@ -14,7 +14,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from dsv3_jax import config
-from dsv3_jax.data import stream
+from dsv3_jax.data import loader
 from scripts import prepare_data
 from scripts import sources
 
@@ -141,7 +141,7 @@ class PrepareTest(parameterized.TestCase):
     self.assertEqual(out, "python: there already\n")
 
     data = config.Data(path=str(root), domains="python=1", seq_len=64)
-    prepared = stream.prepare(data, 400, root / "run")
+    prepared = loader.prepare(data, 400, root / "run")
     n_bytes = prepared.train_bytes + prepared.heldout_bytes
     self.assertEqual(round(n_bytes / 1e6, 3), facts["megabytes"])
 

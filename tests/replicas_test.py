@@ -8,7 +8,7 @@ import testing
 from absl.testing import absltest
 from absl.testing import parameterized
 
-from dsv3_jax import digest
+from dsv3_jax import checksum
 from dsv3_jax import train
 from dsv3_jax.parallel import replicas
 from dsv3_jax.parallel import topology
@@ -42,7 +42,7 @@ class CheckTest(parameterized.TestCase):
   def test_is_compiled_once(self):
     tree = [placed(jnp.zeros(37)), placed(jnp.zeros((5, 7)))]
     with mock.patch.object(
-        digest, "of", side_effect=digest.of
+        checksum, "of", side_effect=checksum.of
     ) as of:
       for _ in range(3):
         replicas.check(tree, MESH)

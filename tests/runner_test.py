@@ -20,7 +20,7 @@ from dsv3_jax import checkpoint
 from dsv3_jax import config
 from dsv3_jax import manifest
 from dsv3_jax import train
-from dsv3_jax.data import stream
+from dsv3_jax.data import loader
 from dsv3_jax.parallel import replicas
 from dsv3_jax.parallel import topology
 from experiments import cluster
@@ -339,7 +339,7 @@ class RelayoutTest(parameterized.TestCase):
     folder = pathlib.Path(folder)
     run = testing.run(f"data.path={write_text(folder)}")
     cls.run_ = run
-    cls.data = stream.prepare(run.data, run.model.vocab_size, folder / "data")
+    cls.data = loader.prepare(run.data, run.model.vocab_size, folder / "data")
     cls.state = middle_state(run)
 
   def at(self, sizes, layout):

@@ -11,10 +11,10 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from dsv3_jax import config
+from dsv3_jax.linear import linear
+from dsv3_jax.linear import recipe as recipe_lib
 from dsv3_jax.model import experts
-from dsv3_jax.model import gemm
 from dsv3_jax.model import moe
-from dsv3_jax.model import precision
 from dsv3_jax.model import swiglu
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import splitting
@@ -52,7 +52,7 @@ def inputs(kind, recipe="fp32"):
     x, dy = x.astype(jnp.bfloat16), dy.astype(jnp.bfloat16)
   specs = transformer.block_specs(CFG, BLOCKS[kind])
   how = config.Precision(recipe=recipe, fp8="*", tile=8)
-  p = precision.compute_params(p, specs, how)
+  p = recipe_lib.compute_params(p, specs, how)
   return p, jnp.asarray(bias), jnp.asarray(x), (dy, jnp.float32(0.7))
 
 
@@ -100,9 +100,9 @@ class SplitTest(parameterized.TestCase):
 
     def of_trained(trained, constants, x):
       p, bias = constants
-      return layer(precision.joined(trained, p), bias, x)
+      return layer(recipe_lib.joined(trained, p), bias, x)
 
-    trained = precision.trained(p)
+    trained = recipe_lib.trained(p)
     args = trained, (p, bias), x, d_outputs
     passes = splitting.split(
         of_trained, *args[:3], put_off(trained), activations
@@ -150,7 +150,7 @@ class SplitTest(parameterized.TestCase):
 
   def test_of_a_linear_layer_its_input_and_the_gradient_of_its_output(self):
     def layer(w, constant, x):
-      return gemm.linear(x, w) * constant, None
+      return linear.linear(x, w) * constant, None
 
     w, x, c = testing.normal(5, 7), testing.normal(3, 4, 5), jnp.float32(2)
     passes = splitting.split(layer, w, c, x, [True])

@@ -19,7 +19,7 @@ from absl.testing import flagsaver
 from dsv3_jax import config
 from dsv3_jax import manifest
 from dsv3_jax import optim
-from dsv3_jax import schema
+from dsv3_jax import param_spec
 from dsv3_jax import train
 from dsv3_jax.model import transformer
 
@@ -162,7 +162,7 @@ def tokens(*shape: int, vocab_size: int, seed: int = 0) -> np.ndarray:
   return rng.integers(vocab_size, size=shape, dtype=np.int32)
 
 
-def draw(specs: schema.Specs, seed: int = 0) -> schema.Params:
+def draw(specs: param_spec.Specs, seed: int = 0) -> param_spec.Params:
   """Parameters at scales where every term matters.
 
   Weights are near 1 / sqrt(d) of the tiny model, so that each layer keeps the

@@ -13,9 +13,9 @@ from absl.testing import parameterized
 
 from dsv3_jax import checkpoint
 from dsv3_jax import losses
-from dsv3_jax import schema
+from dsv3_jax import param_spec
 from dsv3_jax import train
-from dsv3_jax.data import stream
+from dsv3_jax.data import loader
 from dsv3_jax.model import router
 from dsv3_jax.parallel import topology
 from experiments import feed
@@ -54,8 +54,8 @@ class InitTest(absltest.TestCase):
     key = jax.random.key(7)
     with_mtp = train.init_state(RUN, key)
     without = train.init_state(testing.run("mtp.depth=0"), key)
-    params = schema.paths(with_mtp.params)
-    expected = schema.paths(without.params)
+    params = param_spec.paths(with_mtp.params)
+    expected = param_spec.paths(without.params)
     self.assertContainsSubset(expected, params)
     for name, value in expected.items():
       np.testing.assert_array_equal(params[name], value, name)
@@ -72,7 +72,7 @@ class StepTest(absltest.TestCase):
     after, metrics = testing.host(state), jax.device_get(metrics)
     for name, value in metrics.items():
       self.assertTrue(np.isfinite(value).all(), name)
-    old, new = map(schema.paths, (before.params, after.params))
+    old, new = map(param_spec.paths, (before.params, after.params))
     for name, value in new.items():
       self.assertTrue(np.isfinite(value).all(), name)
       self.assertFalse(np.array_equal(value, old[name]), name)
@@ -156,7 +156,7 @@ class ResumeTest(absltest.TestCase):
     text = folder / "text.txt"
     text.write_text("".join(PROSE.format(i) for i in range(100)))
     run = testing.run(f"data.path={text}")
-    data = stream.prepare(run.data, run.model.vocab_size, folder / "data")
+    data = loader.prepare(run.data, run.model.vocab_size, folder / "data")
 
     def fit(state, stop, save=lambda state: None):
       first, fed = int(state.step), []

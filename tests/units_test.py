@@ -17,7 +17,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from dsv3_jax import config
-from dsv3_jax import schema
+from dsv3_jax import param_spec
 from dsv3_jax.config import presets
 from dsv3_jax.infer import engine
 from dsv3_jax.infer import placement
@@ -724,7 +724,7 @@ class PublishedTest(parameterized.TestCase):
   def divided(self, used):
     """The mesh axes of parameters by path, those of dims that have some."""
     found = {}
-    for path, spec in schema.paths(served.specs(self.CFG)).items():
+    for path, spec in param_spec.paths(served.specs(self.CFG)).items():
       place = layouts.placement(spec, used.rules, used.mesh.shape)
       axes = (axis for axis, _ in spec.dims)
       found[path] = {

@@ -102,7 +102,7 @@ class Schedule:
       )
 
 
-# What a layer can keep for its backward pass, see `model/recompute.py`:
+# What a layer can keep for its backward pass, see `model/remat.py`:
 ACTIVATIONS = (
     "norm",  # what RMSNorms return
     "latents",  # what the down-projections of the attention return

@@ -1,186 +1,109 @@
-"""Documents as one flat file of token ids, with a manifest beside it.
+"""Rows of a fixed length, of whole documents where those fit (section 4.1).
 
-Each document is from BOS to EOS; documents follow each other.
+A document longer than a row is cut into rows that overlap by a token, so that
+each token but its first is a target once. What is left of it and the shorter
+documents are packed by best fit, the longest first, each into the fullest row
+that has room for it (arXiv:2404.10830). The rest of a row is padding.
 """
 
-import contextlib
-import dataclasses
-import hashlib
-import json
-import os
-import pathlib
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Sequence
+import bisect
 from typing import Any
 
 import numpy as np
-import tokenizers
-from absl import logging
 
-from dsv3_jax.data import corpus
-from dsv3_jax.data import encoding
+from dsv3_jax.data import token_file
 from dsv3_jax.data import tokenizer
 from dsv3_jax.errors import InputError
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenFile:
-  """A token file; all but the path is its manifest."""
-
-  path: pathlib.Path
-  corpus_digest: str  # of the documents packed
-  tokenizer_digest: str
-  vocab_size: int
-  fim_rate: float
-  split_rate: float
-  dtype: str
-  n_tokens: int
-  n_documents: int
-  text_bytes: int
-  tokens_digest: str
-
-  def open(self) -> np.memmap:
-    """The token ids [n_tokens], mapped, not read."""
-    return np.memmap(self.path, self.dtype, "r", shape=(self.n_tokens,))
+def pieces(
+    starts: np.ndarray, lengths: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Documents cut to `size` tokens at most: first tokens and lengths."""
+  step = max(size - 1, 1)
+  n = np.where(lengths <= size, 1, -(-(lengths - 1) // step))
+  document = np.repeat(np.arange(len(lengths)), n)
+  index = np.arange(len(document)) - np.repeat(np.cumsum(n) - n, n)
+  offset = index * step
+  return starts[document] + offset, np.minimum(lengths[document] - offset, size)
 
 
-def pack(
-    documents: Sequence[corpus.Document],
-    path: pathlib.Path,
-    tok: tokenizers.Tokenizer,
-    vocab_size: int,
-    *,
-    fim_rate: float = 0.0,
-    split_rate: float = 0.0,
-) -> TokenFile:
-  """Writes the documents' tokens to `path`, or reuses what is there.
+def best_fit(lengths: np.ndarray, size: int) -> np.ndarray:
+  """The row of each piece; rows have room for `size` tokens."""
+  rows = np.empty(len(lengths), np.int64)
+  full = lengths == size
+  rows[full] = np.arange(full.sum())
+  n_rows = int(full.sum())
+  rooms: list[int] = []  # sizes of the room left in rows, rising, each once
+  with_room: dict[int, list[int]] = {}
+  rest = np.flatnonzero(~full)
+  for i in rest[np.argsort(-lengths[rest], kind="stable")]:
+    length = int(lengths[i])
+    at = bisect.bisect_left(rooms, length)
+    if at == len(rooms):
+      row, room, n_rows = n_rows, size, n_rows + 1
+    else:
+      room = rooms[at]
+      row = with_room[room].pop()
+      if not with_room[room]:
+        del with_room[room], rooms[at]
+    rows[i], room = row, room - length
+    if room:
+      if room not in with_room:
+        bisect.insort(rooms, room)
+      with_room.setdefault(room, []).append(row)
+  return rows
 
-  Reused only if the manifest says that the same documents, tokenizer and rates
-  (of `encoding.encode`) made it and its bytes have their digest; written again
-  if the bytes do not.
 
-  Raises:
-    InputError: the file was made from something else, or an id is not below
-      `vocab_size`.
+class Rows:
+  """A token file as grain reads it, in rows of T + 1 tokens.
+
+  The tokens are opened by the first read and are not pickled.
   """
-  rates = {"fim_rate": fim_rate, "split_rate": split_rate}
-  inputs = rates | {
-      "corpus_digest": corpus.digest(documents),
-      "tokenizer_digest": tokenizer.digest(tok),
-      "vocab_size": vocab_size,
-      "dtype": "uint16" if vocab_size <= 1 << 16 else "uint32",
-      "n_documents": len(documents),
-      "text_bytes": len(corpus.text_bytes(documents)),
-  }
-  known = _manifest(path)
-  if known is not None:
-    _refuse_changes(path, inputs, known)
-    if path.is_file() and _file_digest(path) == known.tokens_digest:
-      _refuse_size(path, known)
-      return known
-    logging.warning("%s: missing or damaged, packing the text again", path)
-  size, digest = _write(
-      path, encoding.encode(documents, tok, **rates), inputs, vocab_size
-  )
-  result = TokenFile(path=path, **inputs, n_tokens=size, tokens_digest=digest)
-  manifest = dataclasses.asdict(result)
-  del manifest["path"]
-  with _replacing(manifest_path(path)) as temporary:
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
-  return result
 
+  def __init__(self, file: token_file.TokenFile, seq_len: int):
+    if file.n_tokens <= seq_len:
+      raise InputError(
+          f"data.seq_len={seq_len}: must be at most {file.n_tokens - 1}, as"
+          f" {file.path} has {file.n_tokens} tokens and a row is seq_len + 1;"
+          " lower it or add text"
+      )
+    self._file, self._seq_len, self._tokens = file, seq_len, None
+    # No text can spell BOS: it begins a document and is nowhere else.
+    begins = np.flatnonzero(file.open() == tokenizer.BOS_ID)
+    lengths = np.diff(begins, append=file.n_tokens)
+    starts, lengths = pieces(begins, lengths, seq_len + 1)
+    row = best_fit(lengths, seq_len + 1)
+    order = np.argsort(row, kind="stable")
+    self._starts, self._lengths = starts[order], lengths[order]
+    n = int(row.max()) + 1
+    self._first = np.searchsorted(row[order], np.arange(n + 1))
 
-def manifest_path(path: pathlib.Path) -> pathlib.Path:
-  """Where the manifest of a token file is."""
-  return path.with_suffix(".json")
+  def __len__(self) -> int:
+    return len(self._first) - 1
 
+  @property
+  def padding(self) -> float:
+    """Share of all rows' tokens that are padding."""
+    return 1 - self._lengths.sum() / (len(self) * (self._seq_len + 1))
 
-def _manifest(path: pathlib.Path) -> TokenFile | None:
-  """The token file that the manifest describes, if there is one."""
-  manifest = manifest_path(path)
-  if not manifest.exists():
-    return None
-  try:
-    return TokenFile(path=path, **json.loads(manifest.read_text()))
-  except (ValueError, TypeError, RecursionError) as error:
-    raise InputError(
-        f"{manifest}: not a manifest of tokens ({error}); remove"
-        f" {path.parent} to prepare the data again"
-    ) from error
+  def __getitem__(self, row: int) -> dict[str, Any]:
+    if self._tokens is None:
+      self._tokens = self._file.open()
+    here = slice(self._first[row], self._first[row + 1])
+    parts = [
+        self._tokens[start : start + length]
+        for start, length in zip(
+            self._starts[here], self._lengths[here], strict=True
+        )
+    ]
+    tokens = np.full(self._seq_len + 1, tokenizer.PAD_ID, np.int32)
+    joined = np.concatenate(parts)
+    tokens[: len(joined)] = joined
+    return {"tokens": tokens, "row": np.int64(row)}
 
+  def __getstate__(self) -> dict[str, Any]:
+    return self.__dict__ | {"_tokens": None}
 
-def _refuse_changes(
-    path: pathlib.Path, inputs: dict[str, Any], known: TokenFile
-) -> None:
-  changes = [
-      f"{key} was {getattr(known, key)}, is {value}"
-      for key, value in inputs.items()
-      if getattr(known, key) != value
-  ]
-  if changes:
-    raise InputError(
-        f"{path}: the data changed since this run began"
-        f" ({'; '.join(changes)}); restore it, or start in another workdir"
-    )
-
-
-def _refuse_size(path: pathlib.Path, known: TokenFile) -> None:
-  n_tokens = path.stat().st_size // np.dtype(known.dtype).itemsize
-  if known.n_tokens != n_tokens or not isinstance(known.n_tokens, int):
-    raise InputError(
-        f"{manifest_path(path)}: n_tokens is {known.n_tokens!r}, {path} holds"
-        f" {n_tokens}; remove {path.parent} to prepare the data again"
-    )
-
-
-def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
-  """Raises InputError, naming the first, where ids are not in [0, vocab_size).
-
-  Args:
-    ids: token ids of any shape.
-    vocab_size: rows of the embedding.
-    where: what the ids are of, for the message.
-  """
-  if ids.dtype.kind not in "iu":
-    raise InputError(f"{where}: token ids must be integers, got {ids.dtype}")
-  bad = np.flatnonzero((ids < 0) | (ids >= vocab_size))
-  if bad.size:
-    raise InputError(
-        f"{where}: token id {ids.flat[bad[0]]} at offset {bad[0]}; allowed:"
-        f" 0 to {vocab_size - 1}"
-    )
-
-
-def _write(
-    path: pathlib.Path,
-    encoded: Iterable[tuple[str, np.ndarray]],
-    inputs: dict[str, Any],
-    vocab_size: int,
-) -> tuple[int, str]:
-  """Writes ids; returns their number and the sha256 of the bytes."""
-  size, digest = 0, hashlib.sha256()
-  with _replacing(path) as temporary, open(temporary, "wb") as file:
-    for name, ids in encoded:
-      check_ids(ids, vocab_size, name)
-      raw = ids.astype(inputs["dtype"]).tobytes()
-      size += len(ids)
-      digest.update(raw)
-      file.write(raw)
-  return size, digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A temporary file that becomes `path` if the block ends well."""
-  temporary = path.with_name(f".{path.name}.{os.getpid()}")
-  try:
-    yield temporary
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
-
-
-def _file_digest(path: pathlib.Path) -> str:
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+  def __repr__(self) -> str:
+    return f"Rows({str(self._file.path)!r}, seq_len={self._seq_len})"

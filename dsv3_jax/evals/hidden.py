@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from dsv3_jax import config
-from dsv3_jax import schema
-from dsv3_jax.model import precision
+from dsv3_jax import param_spec
+from dsv3_jax.linear import recipe
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import layouts
 from dsv3_jax.parallel import topology
@@ -20,7 +20,7 @@ from dsv3_jax.parallel import topology
 class Model:
   """Parameters of a run, where its layout put them."""
 
-  params: schema.Params  # MTP modules are not used
+  params: param_spec.Params  # MTP modules are not used
   bias: jax.Array  # [n_routers, E] f32
   run: config.Run
   mesh: jax.sharding.Mesh
@@ -33,7 +33,7 @@ Score = Callable[..., jax.Array]
 
 def _local(params, bias, tokens, data, *, score, run, layout):
   main = config.override(run.model, "mtp.depth=0")
-  params = precision.compute_params(
+  params = recipe.compute_params(
       params, transformer.specs(run.model), run.precision, layout.slices
   )
   params = layout.step(params)

@@ -8,14 +8,14 @@ import numpy as np
 
 from dsv3_jax.errors import InputError
 from dsv3_jax.evals import hidden
-from dsv3_jax.model import precision
+from dsv3_jax.linear import recipe
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import layouts
 from dsv3_jax.parallel import topology
 
 
 def _local(params, bias, tokens, *, run, layout):
-  params = precision.compute_params(
+  params = recipe.compute_params(
       params, transformer.specs(run.model), run.precision, layout.slices
   )
   params = layout.step(params)

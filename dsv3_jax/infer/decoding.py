@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax import config
-from dsv3_jax import schema
+from dsv3_jax import param_spec
 from dsv3_jax.infer import kvcache
 from dsv3_jax.infer import served
 from dsv3_jax.model import experts as experts_lib
@@ -33,7 +33,7 @@ def local_experts(n_slots: int) -> moe.Experts:
 
 
 def _block(
-    p: schema.Params,
+    p: param_spec.Params,
     x: jax.Array,
     kept: jax.Array,
     start: jax.Array,

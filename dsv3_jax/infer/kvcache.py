@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax import config
-from dsv3_jax import schema
+from dsv3_jax import param_spec
 
 MIN_LENGTH = 16  # positions
 
@@ -22,7 +22,7 @@ def specs(
     dtype: jax.typing.DTypeLike,
     *,
     drafting: bool = False,
-) -> schema.Specs:
+) -> param_spec.Specs:
   """Its arrays: {"main": one a layer} and, for MTP drafts, {"mtp": one}.
 
   Args:
@@ -32,7 +32,7 @@ def specs(
     dtype: of the numbers.
     drafting: with what the MTP module needs that drafts.
   """
-  layer = schema.ParamSpec(
+  layer = param_spec.ParamSpec(
       (
           ("slots", n_slots),
           ("positions", length),
@@ -45,7 +45,7 @@ def specs(
   return tree | {"mtp": (layer,)} if drafting else tree
 
 
-def empty(tree: schema.Specs) -> Cache:
+def empty(tree: param_spec.Specs) -> Cache:
   """The cache of these specs, with nothing in it."""
   return jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), tree)
 

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax import config
-from dsv3_jax import schema
+from dsv3_jax import param_spec
 from dsv3_jax.model import mla
 from dsv3_jax.model import transformer
 
 Served = dict[str, Any]
 
 
-def params(params: schema.Params, bias: jax.Array, cfg: config.Model) -> Served:
+def params(params: param_spec.Params, bias: jax.Array, cfg: config.Model) -> Served:
   """{"embed", "norm", "head" [C, D], "layers", "mtp"}.
 
   The head is turned: products of a few rows with it are several times faster
@@ -55,13 +55,13 @@ def params(params: schema.Params, bias: jax.Array, cfg: config.Model) -> Served:
 
 
 def _layer(
-    p: schema.Params, i: int, bias: jax.Array | None, cfg: config.Model
-) -> schema.Params:
+    p: param_spec.Params, i: int, bias: jax.Array | None, cfg: config.Model
+) -> param_spec.Params:
   p = p | {"mla": mla.served(p["mla"], cfg.mla)}
   return p if bias is None else p | {"bias": bias[i]}
 
 
-def specs(cfg: config.Model) -> schema.Specs:
+def specs(cfg: config.Model) -> param_spec.Specs:
   """Shapes and logical axes of what `params` returns."""
   tree, router = transformer.specs(cfg), cfg.router.n_experts
 
@@ -71,7 +71,7 @@ def specs(cfg: config.Model) -> schema.Specs:
   def layer(stacked, routed):
     p = jax.tree.map(bare, stacked)
     p = p | {"mla": mla.served_specs(p["mla"], cfg.mla)}
-    bias = schema.ParamSpec((("scores", router),), jax.nn.initializers.zeros)
+    bias = param_spec.ParamSpec((("scores", router),), jax.nn.initializers.zeros)
     return p | {"bias": bias} if routed else p
 
   layers = [

@@ -20,7 +20,7 @@ import numpy as np
 import tokenizers
 
 from dsv3_jax import config
-from dsv3_jax import schema
+from dsv3_jax import param_spec
 from dsv3_jax.data import chat
 from dsv3_jax.data import tokenizer
 from dsv3_jax.errors import InputError
@@ -32,7 +32,7 @@ from dsv3_jax.interop import hf_config
 from dsv3_jax.interop import placing
 from dsv3_jax.interop import runs
 from dsv3_jax.interop import tokens
-from dsv3_jax.model import precision
+from dsv3_jax.linear import recipe as recipe_lib
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import layouts
 from dsv3_jax.parallel import topology
@@ -41,7 +41,7 @@ MAX_LEN = 4096
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}  # and recipes
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
-Parameters = tuple[schema.Params, jax.Array]  # and router bias, in float32
+Parameters = tuple[param_spec.Params, jax.Array]  # and router bias, in float32
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 
@@ -354,5 +354,5 @@ def _read_released(
 @jax.jit(static_argnames=("cfg", "recipe"))
 def _served(params, bias, *, cfg, recipe):
   how = config.Precision(recipe=recipe)
-  params = precision.compute_params(params, transformer.specs(cfg), how)
+  params = recipe_lib.compute_params(params, transformer.specs(cfg), how)
   return served.params(params, bias, cfg)

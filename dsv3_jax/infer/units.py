@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax import config
-from dsv3_jax import schema
+from dsv3_jax import param_spec
 from dsv3_jax.errors import InputError
 from dsv3_jax.infer import placement as placement_lib
 from dsv3_jax.infer import served
@@ -155,7 +155,7 @@ def problems(
 # --- parameters ---
 
 
-def _shared_as_experts(ffn: schema.Params, n: int) -> schema.Params:
+def _shared_as_experts(ffn: param_spec.Params, n: int) -> param_spec.Params:
   """Shared experts [n, ...], whose sum the shared feed-forward is."""
   gate_up, down = ffn["shared"]["gate_up"], ffn["shared"]["down"]
   d, pair, width = gate_up.shape
@@ -165,7 +165,7 @@ def _shared_as_experts(ffn: schema.Params, n: int) -> schema.Params:
   }
 
 
-def _logical(ffn: schema.Params, n_shared: int) -> schema.Params:
+def _logical(ffn: param_spec.Params, n_shared: int) -> param_spec.Params:
   """All experts to be placed, in order."""
   if not n_shared:
     return ffn["experts"]
@@ -188,19 +188,19 @@ def _tables(
 
 @functools.partial(jax.jit, static_argnames="to")
 def _taken(
-    experts: schema.Params, index: jax.Array, to: jax.sharding.NamedSharding
-) -> schema.Params:
+    experts: param_spec.Params, index: jax.Array, to: jax.sharding.NamedSharding
+) -> param_spec.Params:
   """Experts by their index, divided over devices."""
   return jax.tree.map(lambda a: a.at[index].get(out_sharding=to), experts)
 
 
 def _moved(
     unit: Unit,
-    experts: schema.Params,
+    experts: param_spec.Params,
     index: np.ndarray,
     placed: placement_lib.Placement,
     layer: int,
-) -> schema.Params:
+) -> param_spec.Params:
   """The experts that a placement wants, and its tables."""
   axes = topology.used(unit.mesh.shape, GROUP)
   index = jax.device_put(index, jax.NamedSharding(unit.mesh, jax.P()))
@@ -342,7 +342,7 @@ def experts(unit: Unit, cfg: config.Model) -> moe.Experts:
 
 
 def _ffn(
-    p: schema.Params,
+    p: param_spec.Params,
     x: jax.Array,
     chosen: jax.Array,
     gates: jax.Array,

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from dsv3_jax import config
-from dsv3_jax import schema
+from dsv3_jax import param_spec
 from dsv3_jax.model import transformer
 
 BIAS = "router_bias"  # as the path of a parameter
@@ -112,7 +112,7 @@ def _names(path: str, index: tuple[int, ...], cfg: config.Model) -> list[str]:
 
 
 def _of_parameter(
-    path: str, spec: schema.ParamSpec, cfg: config.Model
+    path: str, spec: param_spec.ParamSpec, cfg: config.Model
 ) -> Iterable[Block]:
   n = spec.n_stack
   dims = spec.shape[n:]
@@ -141,7 +141,7 @@ def _of_bias(cfg: config.Model) -> Iterable[Block]:
 @functools.lru_cache(maxsize=4)
 def of_model(cfg: config.Model) -> tuple[Block, ...]:
   """All blocks of a model, in the order of layers."""
-  specs = schema.paths(transformer.specs(cfg))
+  specs = param_spec.paths(transformer.specs(cfg))
   found = [
       block
       for path, spec in specs.items()

@@ -25,7 +25,7 @@ from dsv3_jax.interop import blocks
 from dsv3_jax.interop import hf
 from dsv3_jax.interop import pieces
 from dsv3_jax.interop import safetensors
-from dsv3_jax.model import tiles
+from dsv3_jax.linear import quantize
 
 JOURNAL = ".export.jsonl"
 SHARD_BYTES = 4_300_000_000  # most in a file, unless a tensor has more
@@ -132,7 +132,7 @@ class Form:
 
 
 def _quantized(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  made = tiles.quantize(jnp.asarray(matrix, jnp.float32), TILE)
+  made = quantize.quantize(jnp.asarray(matrix, jnp.float32), TILE)
   if not np.isfinite(made.scales).all():
     raise InputError("a weight is not finite: FP8 cannot hold it")
   return np.asarray(made.bits).view(hf.E4M3), np.asarray(made.scales)

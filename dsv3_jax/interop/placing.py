@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from dsv3_jax import config
-from dsv3_jax import schema
+from dsv3_jax import param_spec
 from dsv3_jax.interop import blocks
 from dsv3_jax.interop import pieces
 from dsv3_jax.model import transformer
@@ -36,7 +36,7 @@ def load(
     layout: layouts.Layout,
     mesh: jax.sharding.Mesh,
     dtype: Any,
-) -> tuple[schema.Params, jax.Array]:
+) -> tuple[param_spec.Params, jax.Array]:
   """Parameters and router bias; a device's slices are all that is read for it.
 
   Args:
@@ -49,7 +49,7 @@ def load(
   model, found = source.model, {}
   for block in blocks.of_model(model):
     found.setdefault(block.path, {})[block.index] = block
-  specs = schema.paths(transformer.specs(model))
+  specs = param_spec.paths(transformer.specs(model))
   shapes = {path: spec.shape for path, spec in specs.items()}
   with concurrent.futures.ThreadPoolExecutor(pieces.WORKERS) as pool:
 
@@ -71,7 +71,7 @@ def load(
     with concurrent.futures.ThreadPoolExecutor(2) as some:
       params = jax.tree.map_with_path(
           lambda path, spec: some.submit(
-              placed, schema.name(path), spec, dtype
+              placed, param_spec.name(path), spec, dtype
           ),
           layout.specs,
       )

@@ -9,7 +9,7 @@ import numpy as np
 
 from dsv3_jax import config
 from dsv3_jax import manifest
-from dsv3_jax import schema
+from dsv3_jax import param_spec
 from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
 from dsv3_jax.interop import weights
@@ -51,7 +51,7 @@ def newest(
     mesh: jax.sharding.Mesh,
     *,
     average: bool = False,
-) -> tuple[schema.Params, jax.Array]:
+) -> tuple[param_spec.Params, jax.Array]:
   """Parameters and router bias, where the run's layout has them.
 
   Args:
@@ -93,7 +93,7 @@ def newest(
 
 def _imported(
     source: weights.Weights, run: config.Run, mesh: jax.sharding.Mesh
-) -> tuple[schema.Params, jax.Array]:
+) -> tuple[param_spec.Params, jax.Array]:
   if source.model != run.model:
     changes = config.difference(
         config.leaves(source.model), config.leaves(run.model)

@@ -22,8 +22,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.model import recompute
-from dsv3_jax.model import tiles
+from dsv3_jax.linear import quantize
+from dsv3_jax.model import remat
 
 CHUNK = 128  # queries that attend together
 BLOCKS = 8
@@ -150,8 +150,8 @@ def _attend_fwd(q, k, v, segments, e5m6_columns):
   out = jnp.moveaxis(out, 3, 1)
   if e5m6_columns:
     rows = out.reshape(-1, out.shape[2] * out.shape[3])
-    out = tiles.e5m6(rows, e5m6_columns).reshape(out.shape)
-  out, lse = recompute.named((out, lse), "attention")
+    out = quantize.e5m6(rows, e5m6_columns).reshape(out.shape)
+  out, lse = remat.named((out, lse), "attention")
   return out, (q, k, v, segments, out, lse)
 
 

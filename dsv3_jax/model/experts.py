@@ -20,10 +20,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax import manual
-from dsv3_jax import schema
-from dsv3_jax.model import gemm
-from dsv3_jax.model import recompute
+from dsv3_jax import param_spec
+from dsv3_jax import varying
+from dsv3_jax.linear import linear
+from dsv3_jax.model import remat
 from dsv3_jax.model import swiglu
 
 MIN_BLOCK = 8  # rows
@@ -34,7 +34,7 @@ KEPT = 1.25  # rows whose hidden state is kept, in rows expected
 
 
 def dense_ffn(
-    p: schema.Params, x: jax.Array, chosen: jax.Array, gates: jax.Array
+    p: param_spec.Params, x: jax.Array, chosen: jax.Array, gates: jax.Array
 ) -> jax.Array:
   """Reference: every expert on every token, unchosen ones weighted by 0."""
   n_experts = p["down"].shape[0]
@@ -47,7 +47,7 @@ def dense_ffn(
 
 
 def few_ffn(
-    p: schema.Params,
+    p: param_spec.Params,
     x: jax.Array,
     chosen: jax.Array,
     gates: jax.Array,
@@ -60,7 +60,7 @@ def few_ffn(
       (p["gate_up"], p["down"], x, gates.astype(x.dtype))
   )
   gate_up, down, x, gates = jax.tree.unflatten(
-      structure, manual.alike(*leaves)
+      structure, varying.alike(*leaves)
   )
   gates = jnp.where(chosen < n_experts, gates, 0)
 
@@ -68,10 +68,10 @@ def few_ffn(
     i, e, gate = slot
     e = jnp.minimum(e, n_experts - 1)
     up_e, down_e = _one(gate_up, e), _one(down, e)
-    left, _ = gemm.rows(_slice(x, i // k, 1), up_e)
-    h = gemm.output(left, up_e).astype(x.dtype)
-    act, _ = gemm.rows(swiglu.activation(h, gate[None]), down_e)
-    return y.at[i // k].add(gemm.output(act, down_e)[0].astype(x.dtype)), None
+    left, _ = linear.rows(_slice(x, i // k, 1), up_e)
+    h = linear.output(left, up_e).astype(x.dtype)
+    act, _ = linear.rows(swiglu.activation(h, gate[None]), down_e)
+    return y.at[i // k].add(linear.output(act, down_e)[0].astype(x.dtype)), None
 
   slots = jnp.arange(chosen.size), chosen.reshape(-1), gates.reshape(-1)
   return jax.lax.scan(add, jnp.zeros_like(x), slots)[0]
@@ -146,7 +146,7 @@ def _layout(chosen: jax.Array, n_experts: int, plan: _Plan) -> _Layout:
 
 
 def grouped_ffn(
-    p: schema.Params,
+    p: param_spec.Params,
     x: jax.Array,
     chosen: jax.Array,
     gates: jax.Array,
@@ -170,7 +170,7 @@ def grouped_ffn(
       (p["gate_up"], p["down"], x, gates.astype(x.dtype))
   )
   gate_up, down, x, gates = jax.tree.unflatten(
-      structure, manual.alike(*leaves)
+      structure, varying.alike(*leaves)
   )
   if not chosen.size:
     return jnp.zeros_like(x)
@@ -179,7 +179,7 @@ def grouped_ffn(
   return _ffn(plan, gate_up, down, x, gates, layout)
 
 
-def _pick(rows: gemm.Rows, index: jax.Array) -> gemm.Rows:
+def _pick(rows: linear.Rows, index: jax.Array) -> linear.Rows:
   """rows[index], 0 where the index is beyond the last row."""
   pick = lambda a: a.at[index].get(mode="fill", fill_value=0)
   return jax.tree.map(pick, rows)
@@ -193,12 +193,12 @@ def _add(rows: jax.Array, index: jax.Array, update: jax.Array) -> jax.Array:
 _slice = jax.lax.dynamic_slice_in_dim
 
 
-def _one(w: gemm.Weight, e: jax.Array) -> gemm.Weight:
+def _one(w: linear.Weight, e: jax.Array) -> linear.Weight:
   """The weight of an expert."""
   return jax.tree.map(lambda a: a[e], w)
 
 
-def _put(rows: gemm.Rows, place: jax.Array, new: gemm.Rows) -> gemm.Rows:
+def _put(rows: linear.Rows, place: jax.Array, new: linear.Rows) -> linear.Rows:
   """Rows with different ones replaced, none for indices beyond the last."""
 
   def put(a, b):
@@ -214,14 +214,14 @@ def _plus(total: jax.Array | None, more: jax.Array | None):
 
 def _dhidden(down, e, gate, h, dy):
   """Gradients of the hidden state and of the gates of a block."""
-  dact = gemm.input_gradient(dy, _one(down, e)).astype(h.dtype)
+  dact = linear.input_gradient(dy, _one(down, e)).astype(h.dtype)
   return swiglu.activation_gradient(h, dact, gate)
 
 
 def _dinput(gate_up, e, dh):
   """That of the input, and what was counted."""
-  left, counted = gemm.gradient_rows(dh, gate_up)
-  dx = gemm.input_gradient(left, _one(gate_up, e))
+  left, counted = linear.gradient_rows(dh, gate_up)
+  dx = linear.input_gradient(left, _one(gate_up, e))
   return dx.astype(dh.dtype), counted
 
 
@@ -229,15 +229,15 @@ def _dweights(gate_up, down, rows, gate, h, dh, dy):
   """Those of the weights, in float32."""
   act = swiglu.activation(h, gate)
   return (
-      gemm.weight_gradient(rows, dh, gate_up, "power_of_two"),
-      gemm.weight_gradient(act, dy, down, "power_of_two"),
+      linear.weight_gradient(rows, dh, gate_up, "power_of_two"),
+      linear.weight_gradient(act, dy, down, "power_of_two"),
   )
 
 
 def _no_rows(like, n, n_columns, w):
   """Zeros in place of rows [N, C] to be quantized for a weight."""
   h = jax.ShapeDtypeStruct((n, n_columns), like.dtype)
-  types, _ = jax.eval_shape(gemm.rows, h, w)
+  types, _ = jax.eval_shape(linear.rows, h, w)
   zeros = lambda t: jnp.zeros_like(like, t.dtype, shape=t.shape)
   return jax.tree.map(zeros, types)
 
@@ -255,10 +255,10 @@ def _ffn(plan, gate_up, down, x, gates, layout):
 
 def _ffn_fwd(plan, gate_up, down, x, gates, layout):
   k, gate = gates.shape[1], gates.reshape(-1)
-  weights = gemm.untrained(gate_up), gemm.untrained(down)
-  gate_up, down = map(gemm.multiplied_out, weights)
+  weights = linear.untrained(gate_up), linear.untrained(down)
+  gate_up, down = map(linear.multiplied_out, weights)
   # Once a token: they have been sent like this, with powers of two.
-  left, of_x = gemm.rows(x, gate_up, "power_of_two")
+  left, of_x = linear.rows(x, gate_up, "power_of_two")
   hidden = _no_rows(x, plan.kept, 2 * down.shape[1], gate_up)
   of_act = None if of_x is None else jnp.zeros_like(of_x)
   carry = jnp.zeros_like(x), hidden, of_act
@@ -269,25 +269,25 @@ def _ffn_fwd(plan, gate_up, down, x, gates, layout):
       e, start = blocks.expert[i], blocks.start[i]
       slots = _slice(layout.slots, start, size)
       up_e, down_e = _one(gate_up, e), _one(down, e)
-      h = gemm.output(_pick(left, slots // k), up_e).astype(x.dtype)
+      h = linear.output(_pick(left, slots // k), up_e).astype(x.dtype)
       act = swiglu.activation(h, _pick(gate, slots))
-      act, more = gemm.rows(act, down_e)
-      y_here = gemm.output(act, down_e).astype(x.dtype)
-      kept, _ = gemm.rows(h, up_e)
+      act, more = linear.rows(act, down_e)
+      y_here = linear.output(act, down_e).astype(x.dtype)
+      kept, _ = linear.rows(h, up_e)
       hidden = _put(hidden, start + jnp.arange(size), kept)
       return _add(y, slots // k, y_here), hidden, _plus(of_act, more)
 
     carry = jax.lax.fori_loop(0, blocks.used, add, carry)
   y, hidden, of_act = carry
-  hidden = recompute.named(hidden, "hidden")
+  hidden = remat.named(hidden, "hidden")
   return y, (*weights, left, gates, layout, hidden, of_x, of_act)
 
 
 def _ffn_bwd(plan, residuals, dout):
   *weights, x, gates, layout, hidden, of_x, of_act = residuals
   k, gate = gates.shape[1], gates.reshape(-1)
-  gate_up, down = map(gemm.multiplied_out, weights)
-  of_tokens, of_dy = gemm.gradient_rows(dout, down, "power_of_two")
+  gate_up, down = map(linear.multiplied_out, weights)
+  of_tokens, of_dy = linear.gradient_rows(dout, down, "power_of_two")
 
   def block(i, blocks, size, kept):
     """Expert, first place, slots, rows, gates, hidden state, dy of a block."""
@@ -296,9 +296,9 @@ def _ffn_bwd(plan, residuals, dout):
     rows = _pick(x, slots // k)
     if kept:
       here = jax.tree.map(lambda a: _slice(a, start, size), hidden)
-      h = gemm.numbers(here, dout.dtype)
+      h = linear.numbers(here, dout.dtype)
     else:
-      h = gemm.output(rows, _one(gate_up, e)).astype(dout.dtype)
+      h = linear.output(rows, _one(gate_up, e)).astype(dout.dtype)
     dy = _pick(of_tokens, slots // k)
     return e, start, slots, rows, _pick(gate, slots), h, dy
 
@@ -343,8 +343,8 @@ def _ffn_bwd(plan, residuals, dout):
     carry = over(add_all, (dx, dgates, *dweights, of_dh))
     dx, dgates, dgate_up, ddown, of_dh = carry
   return (
-      gemm.gradient(weights[0], dgate_up, [of_x, of_dh]),
-      gemm.gradient(weights[1], ddown, [of_act, of_dy]),
+      linear.gradient(weights[0], dgate_up, [of_x, of_dh]),
+      linear.gradient(weights[1], ddown, [of_act, of_dy]),
       dx,
       dgates.reshape(gates.shape),
       None,

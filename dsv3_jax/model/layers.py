@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.model import recompute
+from dsv3_jax.model import remat
 
 
 def rms_norm(gain: jax.Array, x: jax.Array, eps: float) -> jax.Array:
@@ -11,4 +11,4 @@ def rms_norm(gain: jax.Array, x: jax.Array, eps: float) -> jax.Array:
   y = x.astype(jnp.float32)
   y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
   gain = jnp.expand_dims(gain.astype(jnp.float32), range(x.ndim - 1))
-  return recompute.named((y * gain).astype(x.dtype), "norm")
+  return remat.named((y * gain).astype(x.dtype), "norm")

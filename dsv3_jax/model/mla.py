@@ -7,55 +7,55 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax import config
-from dsv3_jax import manual
-from dsv3_jax import schema
+from dsv3_jax import param_spec
+from dsv3_jax import varying
+from dsv3_jax.linear import linear
 from dsv3_jax.model import attention
-from dsv3_jax.model import gemm
 from dsv3_jax.model import layers
-from dsv3_jax.model import recompute
+from dsv3_jax.model import remat
 from dsv3_jax.model import rope
 
 
-def specs(cfg: config.MLA, d: int, std: float) -> schema.Specs:
+def specs(cfg: config.MLA, d: int, std: float) -> param_spec.Specs:
   """Down- and up-projections of queries and keys-values, and the output."""
   n, q, r = cfg.n_heads, cfg.q_rank, cfg.kv_rank
   if q:
     query = {
-        "q_down": schema.linear(std, embed=d, q_rank=q),
-        "q_norm": schema.gain(q),
-        "q_up": schema.linear(std, q_rank=q, heads=n, qk=cfg.qk_dim),
+        "q_down": param_spec.linear(std, embed=d, q_rank=q),
+        "q_norm": param_spec.gain(q),
+        "q_up": param_spec.linear(std, q_rank=q, heads=n, qk=cfg.qk_dim),
     }
   else:
-    query = {"q": schema.linear(std, embed=d, heads=n, qk=cfg.qk_dim)}
+    query = {"q": param_spec.linear(std, embed=d, heads=n, qk=cfg.qk_dim)}
   return query | {
-      "kv_down": schema.linear(std, embed=d, kv_rank=r + cfg.rope_dim),
-      "kv_norm": schema.gain(r),
-      "kv_up": schema.linear(
+      "kv_down": param_spec.linear(std, embed=d, kv_rank=r + cfg.rope_dim),
+      "kv_norm": param_spec.gain(r),
+      "kv_up": param_spec.linear(
           std, kv_rank=r, heads=n, kv=cfg.nope_dim + cfg.v_dim
       ),
-      "out": schema.linear(std, 2, heads=n, v=cfg.v_dim, embed=d),
+      "out": param_spec.linear(std, 2, heads=n, v=cfg.v_dim, embed=d),
   }
 
 
 def queries(
-    p: schema.Params,
+    p: param_spec.Params,
     x: jax.Array,
     angle: jax.Array,
     cfg: config.MLA,
 ) -> tuple[jax.Array, jax.Array]:
   """Nope [B, T, N, P] and rotated rope [B, T, N, H] parts (eq. 6-9)."""
   if cfg.q_rank:
-    latent = recompute.named(gemm.linear(x, p["q_down"]), "latents")
+    latent = remat.named(linear.linear(x, p["q_down"]), "latents")
     latent = layers.rms_norm(p["q_norm"], latent, cfg.norm_eps)
-    q = gemm.linear(latent, p["q_up"])
+    q = linear.linear(latent, p["q_up"])
   else:
-    q = gemm.linear(x, p["q"])
+    q = linear.linear(x, p["q"])
   nope, rotary = jnp.split(q, [cfg.nope_dim], axis=-1)
   return nope, rope.rotate(rotary, angle[..., None, :])
 
 
 def latents(
-    p: schema.Params,
+    p: param_spec.Params,
     x: jax.Array,
     angle: jax.Array,
     cfg: config.MLA,
@@ -64,7 +64,7 @@ def latents(
 
   Only the latent is normalised; the rope key is shared by all heads.
   """
-  down = recompute.named(gemm.linear(x, p["kv_down"]), "latents")
+  down = remat.named(linear.linear(x, p["kv_down"]), "latents")
   kv, key = jnp.split(down, [cfg.kv_rank], axis=-1)
   latent = layers.rms_norm(p["kv_norm"], kv, cfg.norm_eps)
   return latent, rope.rotate(key, angle)
@@ -86,7 +86,7 @@ def _frequencies(cfg: config.MLA) -> np.ndarray:
 
 
 def mla(
-    p: schema.Params,
+    p: param_spec.Params,
     x: jax.Array,
     cfg: config.MLA,
     segments: jax.Array | None = None,
@@ -100,17 +100,17 @@ def mla(
   q_nope, q_rope = queries(p, x, angle, cfg)
   latent, k_rope = latents(p, x, angle, cfg)
   k_nope, v = jnp.split(
-      gemm.linear(latent, p["kv_up"]), [cfg.nope_dim], axis=-1
+      linear.linear(latent, p["kv_up"]), [cfg.nope_dim], axis=-1
   )
   k_rope = jnp.broadcast_to(k_rope[:, :, None], q_rope.shape)
   q = jnp.concatenate([q_nope, q_rope], axis=-1) / cfg.divisor
   k = jnp.concatenate([k_nope, k_rope], axis=-1)
   q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
-  q, k, v = recompute.named((q, k, v), "up")
-  out = attention.attend(q, k, v, segments, gemm.tile(p["out"]))
+  q, k, v = remat.named((q, k, v), "up")
+  out = attention.attend(q, k, v, segments, linear.tile(p["out"]))
   # Kept as it is: attention keeps it already.
-  y = gemm.linear(out, p["out"], 2, keep_input=True)
-  return manual.total(y, "model")
+  y = linear.linear(out, p["out"], 2, keep_input=True)
+  return varying.total(y, "model")
 
 
 # --- against a cache ---
@@ -119,7 +119,7 @@ def mla(
 # all heads read alike, [B, S, R + H].
 
 
-def served(p: schema.Params, cfg: config.MLA) -> schema.Params:
+def served(p: param_spec.Params, cfg: config.MLA) -> param_spec.Params:
   """The parameters as `absorbed` and `chunk` read them.
 
   Up-projections of keys [N, P, R] and of values [N, R, V] are apart, a matrix a
@@ -133,7 +133,7 @@ def served(p: schema.Params, cfg: config.MLA) -> schema.Params:
   }
 
 
-def served_specs(tree: schema.Specs, cfg: config.MLA) -> schema.Specs:
+def served_specs(tree: param_spec.Specs, cfg: config.MLA) -> param_spec.Specs:
   """Those of `served`, from those of a layer."""
   up = tree["kv_up"]
   rank, heads, _ = up.dims
@@ -161,7 +161,7 @@ def _written(
 
 
 def _new(
-    p: schema.Params,
+    p: param_spec.Params,
     x: jax.Array,
     kept: jax.Array,
     start: jax.Array,
@@ -180,7 +180,7 @@ def _new(
 
 
 def absorbed(
-    p: schema.Params,
+    p: param_spec.Params,
     x: jax.Array,
     kept: jax.Array,
     start: jax.Array,
@@ -219,11 +219,11 @@ def absorbed(
   weights = jax.nn.softmax(scores, axis=1).astype(kept.dtype)
   mixed = jnp.einsum("BSTN,BSC->BTNC", weights, kept)[..., : cfg.kv_rank]
   out = jnp.einsum("BTNR,NRV->BTNV", mixed.astype(x.dtype), p["up_v"])
-  return manual.total(gemm.linear(out, p["out"], 2), "model"), kept
+  return varying.total(linear.linear(out, p["out"], 2), "model"), kept
 
 
 def chunk(
-    p: schema.Params,
+    p: param_spec.Params,
     x: jax.Array,
     kept: jax.Array,
     start: jax.Array,
@@ -246,4 +246,4 @@ def chunk(
     return jnp.concatenate([k_nope, k_rope], axis=-1), v
 
   out = attention.extend(jnp.swapaxes(q, 1, 2), kept, start, expand)
-  return manual.total(gemm.linear(out, p["out"], 2), "model"), kept
+  return varying.total(linear.linear(out, p["out"], 2), "model"), kept

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax import config
-from dsv3_jax import manual
-from dsv3_jax import schema
+from dsv3_jax import param_spec
+from dsv3_jax import varying
 from dsv3_jax.model import experts as experts_lib
 from dsv3_jax.model import router
 from dsv3_jax.model import swiglu
@@ -42,12 +42,12 @@ class Stats:
   sent: jax.Array  # [2] int32, see `Experts`
 
 
-def specs(cfg: config.Model) -> schema.Specs:
+def specs(cfg: config.Model) -> param_spec.Specs:
   """Router centroids, routed experts and the shared experts as one FFN."""
   d, f, std = cfg.d_model, cfg.moe.ffn_dim, cfg.init_std
   tree = {
-      "router": schema.weight(std, embed=d, scores=cfg.router.n_experts),
-      "experts": schema.stack(
+      "router": param_spec.weight(std, embed=d, scores=cfg.router.n_experts),
+      "experts": param_spec.stack(
           swiglu.specs(d, f, std), cfg.router.n_experts, "experts"
       ),
   }
@@ -57,7 +57,7 @@ def specs(cfg: config.Model) -> schema.Specs:
 
 
 def moe(
-    p: schema.Params,
+    p: param_spec.Params,
     x: jax.Array,
     bias: jax.Array,
     cfg: config.Model,
@@ -91,7 +91,7 @@ def moe(
         chosen,
         routing.gates.reshape(-1, k),
     )
-    y = manual.total(y, "model").reshape(x.shape)
+    y = varying.total(y, "model").reshape(x.shape)
   if "shared" in p:
     with jax.named_scope("shared"):
       y = y + swiglu.swiglu(p["shared"], x)

@@ -7,26 +7,26 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax import config
-from dsv3_jax import schema
-from dsv3_jax.model import gemm
+from dsv3_jax import param_spec
+from dsv3_jax.linear import linear
 from dsv3_jax.model import layers
-from dsv3_jax.model import recompute
+from dsv3_jax.model import remat
 
 
-def specs(cfg: config.Model, block: schema.Specs) -> schema.Specs:
+def specs(cfg: config.Model, block: param_spec.Specs) -> param_spec.Specs:
   """One module around the transformer block given (eq. 21-22)."""
   d = cfg.d_model
   return {
-      "embed_norm": schema.gain(d),
-      "hidden_norm": schema.gain(d),
-      "proj": schema.linear(cfg.init_std, pair=2 * d, embed=d),
+      "embed_norm": param_spec.gain(d),
+      "hidden_norm": param_spec.gain(d),
+      "proj": param_spec.linear(cfg.init_std, pair=2 * d, embed=d),
       "block": block,
-      "norm": schema.gain(d),
+      "norm": param_spec.gain(d),
   }
 
 
 def module(
-    p: schema.Params,
+    p: param_spec.Params,
     bias: jax.Array,
     hidden: jax.Array,
     ahead: jax.Array,
@@ -55,14 +55,14 @@ def module(
       ],
       axis=-1,
   )
-  x = recompute.named(gemm.linear(joined, p["proj"]), "residual")
+  x = remat.named(linear.linear(joined, p["proj"]), "residual")
   x, stats = block(p["block"], x, bias)
   normed = layers.rms_norm(p["norm"], x, cfg.norm_eps)
   return normed, normed if cfg.mtp.hidden == "post_norm" else x, stats
 
 
 def predict(
-    params: schema.Params,
+    params: param_spec.Params,
     bias: jax.Array,
     hidden: jax.Array,
     tokens: jax.Array,

@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax import config
-from dsv3_jax.model import gemm
-from dsv3_jax.model import recompute
+from dsv3_jax.linear import linear
+from dsv3_jax.model import remat
 
 # Where all scores underflow, keeps their sum from dividing 0 by 0. A gradient
 # squares its inverse: with the customary 1e-20 that overflows float32.
@@ -53,7 +53,7 @@ def select(
     groups = jnp.where(keep[..., None], groups, -jnp.inf)
     biased = groups.reshape(scores.shape)
   experts = jax.lax.top_k(biased, cfg.top_k)[1]
-  experts = recompute.named(experts, "routing")
+  experts = remat.named(experts, "routing")
   gates = jnp.take_along_axis(scores, experts, axis=-1)
   if cfg.renormalize:
     gates = gates / (gates.sum(-1, keepdims=True) + FLOOR)
@@ -64,8 +64,8 @@ def route(
     w: jax.Array, x: jax.Array, bias: jax.Array, cfg: config.Router
 ) -> Routing:
   """Routes x [B, T, D] with centroids w [D, E]; all in float32."""
-  affinity = gemm.linear(x.astype(jnp.float32), w.astype(jnp.float32))
-  affinity = recompute.named(affinity, "routing")
+  affinity = linear.linear(x.astype(jnp.float32), w.astype(jnp.float32))
+  affinity = remat.named(affinity, "routing")
   squash = jax.nn.sigmoid if cfg.score == "sigmoid" else jax.nn.softmax
   scores = squash(affinity)
   experts, gates = select(scores, bias, cfg)
@@ -98,7 +98,7 @@ def balance_loss(
     experts = jax.lax.top_k(jax.lax.stop_gradient(scores), cfg.top_k)[1]
   chosen = _multi_hot(experts, cfg.n_experts).astype(jnp.float32)
   f = chosen.mean(1) * (cfg.n_experts / cfg.top_k)
-  f = recompute.named(f, "routing")
+  f = remat.named(f, "routing")
   share = scores / (scores.sum(-1, keepdims=True) + FLOOR)
   return cfg.balance_weight * (f * share.mean(1)).sum(-1).mean()
 

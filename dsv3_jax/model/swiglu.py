@@ -9,27 +9,27 @@ output of each row there.
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax import manual
-from dsv3_jax import schema
-from dsv3_jax.model import gemm
-from dsv3_jax.model import recompute
+from dsv3_jax import param_spec
+from dsv3_jax import varying
+from dsv3_jax.linear import linear
+from dsv3_jax.model import remat
 
 
-def specs(d: int, f: int, std: float) -> schema.Specs:
+def specs(d: int, f: int, std: float) -> param_spec.Specs:
   """Gate and up projections side by side, then down."""
   return {
-      "gate_up": schema.linear(std, embed=d, pair=2, ffn=f),
-      "down": schema.linear(std, ffn=f, embed=d),
+      "gate_up": param_spec.linear(std, embed=d, pair=2, ffn=f),
+      "down": param_spec.linear(std, ffn=f, embed=d),
   }
 
 
-def swiglu(p: schema.Params, x: jax.Array) -> jax.Array:
+def swiglu(p: param_spec.Params, x: jax.Array) -> jax.Array:
   """[..., D] -> [..., D]."""
   leaves, structure = jax.tree.flatten(
       (p["gate_up"], p["down"], x.reshape(-1, x.shape[-1]))
   )
-  args = jax.tree.unflatten(structure, manual.alike(*leaves))
-  return manual.total(_swiglu(*args).reshape(x.shape), "model")
+  args = jax.tree.unflatten(structure, varying.alike(*leaves))
+  return varying.total(_swiglu(*args).reshape(x.shape), "model")
 
 
 def activation(h: jax.Array, scale: jax.Array | None = None) -> jax.Array:
@@ -60,29 +60,29 @@ def _swiglu(gate_up, down, x):
 
 
 def _swiglu_fwd(gate_up, down, x):
-  left, of_x = gemm.rows(x, gate_up)
-  h = gemm.output(left, gate_up).astype(x.dtype)
-  act, of_act = gemm.rows(activation(h), down)
-  y = gemm.output(act, down).astype(x.dtype)
-  kept, _ = gemm.rows(h, gate_up)
-  kept = recompute.named(kept, "hidden")
-  weights = gemm.untrained(gate_up), gemm.untrained(down)
+  left, of_x = linear.rows(x, gate_up)
+  h = linear.output(left, gate_up).astype(x.dtype)
+  act, of_act = linear.rows(activation(h), down)
+  y = linear.output(act, down).astype(x.dtype)
+  kept, _ = linear.rows(h, gate_up)
+  kept = remat.named(kept, "hidden")
+  weights = linear.untrained(gate_up), linear.untrained(down)
   return y, (*weights, left, kept, of_x, of_act)
 
 
 def _swiglu_bwd(residuals, dy):
   gate_up, down, x, kept, of_x, of_act = residuals
-  h = gemm.numbers(kept, dy.dtype)
-  left, of_dy = gemm.gradient_rows(dy, down)
-  dact = gemm.input_gradient(left, down).astype(dy.dtype)
+  h = linear.numbers(kept, dy.dtype)
+  left, of_dy = linear.gradient_rows(dy, down)
+  dact = linear.input_gradient(left, down).astype(dy.dtype)
   dh, _ = activation_gradient(h, dact)
-  ddown = gemm.weight_gradient(activation(h), dy, down)
-  left, of_dh = gemm.gradient_rows(dh, gate_up)
-  dx = gemm.input_gradient(left, gate_up).astype(dy.dtype)
-  dgate_up = gemm.weight_gradient(x, dh, gate_up)
+  ddown = linear.weight_gradient(activation(h), dy, down)
+  left, of_dh = linear.gradient_rows(dh, gate_up)
+  dx = linear.input_gradient(left, gate_up).astype(dy.dtype)
+  dgate_up = linear.weight_gradient(x, dh, gate_up)
   return (
-      gemm.gradient(gate_up, dgate_up, [of_x, of_dh]),
-      gemm.gradient(down, ddown, [of_act, of_dy]),
+      linear.gradient(gate_up, dgate_up, [of_x, of_dh]),
+      linear.gradient(down, ddown, [of_act, of_dy]),
       dx,
   )
 

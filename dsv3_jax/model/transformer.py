@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax import config
-from dsv3_jax import schema
+from dsv3_jax import param_spec
 from dsv3_jax.model import layers
 from dsv3_jax.model import mla
 from dsv3_jax.model import moe
 from dsv3_jax.model import mtp
-from dsv3_jax.model import recompute
+from dsv3_jax.model import remat
 from dsv3_jax.model import swiglu
 
 
@@ -26,34 +26,34 @@ class Output:
   stats: moe.Stats  # [n_routers, ...], of MoE layers, then of MTP modules
 
 
-def block_specs(cfg: config.Model, ffn: schema.Specs) -> schema.Specs:
+def block_specs(cfg: config.Model, ffn: param_spec.Specs) -> param_spec.Specs:
   """A pre-norm block around the feed-forward given."""
   return {
-      "mla_norm": schema.gain(cfg.d_model),
+      "mla_norm": param_spec.gain(cfg.d_model),
       "mla": mla.specs(cfg.mla, cfg.d_model, cfg.init_std),
-      "ffn_norm": schema.gain(cfg.d_model),
+      "ffn_norm": param_spec.gain(cfg.d_model),
       "ffn": ffn,
   }
 
 
-def specs(cfg: config.Model) -> schema.Specs:
+def specs(cfg: config.Model) -> param_spec.Specs:
   """Every parameter; layers of one kind are stacked."""
   d, c, std = cfg.d_model, cfg.vocab_size, cfg.init_std
   dense = swiglu.specs(d, cfg.dense_ffn_dim, std)
   tree = {
-      "embed": schema.weight(std, vocab=c, embed=d),
-      "norm": schema.gain(d),
-      "head": schema.weight(std, embed=d, vocab=c),
+      "embed": param_spec.weight(std, vocab=c, embed=d),
+      "norm": param_spec.gain(d),
+      "head": param_spec.weight(std, embed=d, vocab=c),
   }
   if cfg.n_dense_layers:
     block = block_specs(cfg, dense)
-    tree["dense"] = schema.stack(block, cfg.n_dense_layers)
+    tree["dense"] = param_spec.stack(block, cfg.n_dense_layers)
   if cfg.n_moe_layers:
     block = block_specs(cfg, moe.specs(cfg))
-    tree["moe"] = schema.stack(block, cfg.n_moe_layers)
+    tree["moe"] = param_spec.stack(block, cfg.n_moe_layers)
   if cfg.mtp.depth:
     module = mtp.specs(cfg, block_specs(cfg, moe.specs(cfg)))
-    tree["mtp"] = schema.stack(module, cfg.mtp.depth)
+    tree["mtp"] = param_spec.stack(module, cfg.mtp.depth)
   return tree
 
 
@@ -63,7 +63,7 @@ def router_bias(cfg: config.Model) -> jax.Array:
 
 
 def dense_block(
-    p: schema.Params,
+    p: param_spec.Params,
     x: jax.Array,
     cfg: config.Model,
     segments: jax.Array | None = None,
@@ -75,7 +75,7 @@ def dense_block(
 
 
 def moe_block(
-    p: schema.Params,
+    p: param_spec.Params,
     x: jax.Array,
     bias: jax.Array,
     cfg: config.Model,
@@ -90,7 +90,7 @@ def moe_block(
 
 
 def _attention(
-    p: schema.Params,
+    p: param_spec.Params,
     x: jax.Array,
     cfg: config.Model,
     segments: jax.Array | None,
@@ -98,7 +98,7 @@ def _attention(
   with jax.named_scope("mla"):
     h = layers.rms_norm(p["mla_norm"], x, cfg.norm_eps)
     x = x + mla.mla(p["mla"], h, cfg.mla, segments)
-    return recompute.named(x, "residual")
+    return remat.named(x, "residual")
 
 
 def _unrolled(step, carry, stacked):
@@ -112,23 +112,23 @@ def _unrolled(step, carry, stacked):
   return carry, jax.tree.map(lambda *ys: jnp.stack(ys), *outs)
 
 
-def as_stored(kind: str, p: schema.Params) -> schema.Params:
+def as_stored(kind: str, p: param_spec.Params) -> param_spec.Params:
   """The parameters of a layer where every device holds them whole."""
   del kind
   return p
 
 
 def forward(
-    params: schema.Params,
+    params: param_spec.Params,
     bias: jax.Array,
     tokens: jax.Array,
     cfg: config.Model,
     *,
-    kept: recompute.Kept = None,
+    kept: remat.Kept = None,
     scan: bool = True,
     segment_start: int | None = None,
     experts: moe.Experts = moe.LOCAL,
-    gather: Callable[[str, schema.Params], schema.Params] = as_stored,
+    gather: Callable[[str, param_spec.Params], param_spec.Params] = as_stored,
 ) -> Output:
   """Hidden states of the main model and of every MTP depth.
 
@@ -148,7 +148,7 @@ def forward(
   """
   segments = segments_of(tokens, segment_start)
   over_layers = jax.lax.scan if scan else _unrolled
-  keeping = functools.partial(recompute.keeping, kept, in_loop=scan)
+  keeping = functools.partial(remat.keeping, kept, in_loop=scan)
 
   @keeping
   def dense(h, p):
@@ -190,23 +190,23 @@ def segments_of(tokens: jax.Array, start: int | None) -> jax.Array | None:
   return jnp.cumsum(tokens == start, axis=1, dtype=jnp.int32)
 
 
-def embed(params: schema.Params, tokens: jax.Array) -> jax.Array:
+def embed(params: param_spec.Params, tokens: jax.Array) -> jax.Array:
   """[B, T] int32 -> [B, T, D]."""
   with jax.named_scope("embed"):
     return params["embed"][tokens]
 
 
 def predict(
-    params: schema.Params,
+    params: param_spec.Params,
     bias: jax.Array,
     x: jax.Array,
     tokens: jax.Array,
     cfg: config.Model,
     *,
-    kept: recompute.Kept = None,
+    kept: remat.Kept = None,
     segment_start: int | None = None,
     experts: moe.Experts = moe.LOCAL,
-    gather: Callable[[str, schema.Params], schema.Params] = as_stored,
+    gather: Callable[[str, param_spec.Params], param_spec.Params] = as_stored,
 ) -> Output:
   """What follows the last layer: the final norm and the MTP modules.
 
@@ -235,7 +235,7 @@ def predict(
 
   hidden = layers.rms_norm(params["norm"], x, cfg.norm_eps)
   start = hidden if cfg.mtp.hidden == "post_norm" else x
-  one = recompute.keeping(kept, module)
+  one = remat.keeping(kept, module)
   states, told = mtp.predict(params, bias, start, tokens, cfg, one)
   return Output(hidden, states, _joined([_no_stats(bias), *told]))
 
@@ -250,7 +250,7 @@ def _joined(stats: list[moe.Stats]) -> moe.Stats:
   return jax.tree.map(lambda *s: jnp.concatenate(s), *stats)
 
 
-def logits(params: schema.Params, hidden: jax.Array) -> jax.Array:
+def logits(params: param_spec.Params, hidden: jax.Array) -> jax.Array:
   """Next-token logits [..., C] in float32 of hidden states [..., D]."""
   return jnp.einsum(
       "...D,DC->...C",
@@ -269,14 +269,14 @@ def parameter_counts(cfg: config.Model) -> dict[str, int]:
   embedding not.
   """
   tree = specs(cfg)
-  total = schema.count(tree)
+  total = param_spec.count(tree)
   e, router = cfg.router.n_experts, cfg.router
-  unique = schema.count(tree.get("mtp", {}))
+  unique = param_spec.count(tree.get("mtp", {}))
   idle = 0
   if cfg.n_moe_layers:
-    routed = schema.count(tree["moe"]["ffn"]["experts"])
+    routed = param_spec.count(tree["moe"]["ffn"]["experts"])
     idle = routed * (e - router.top_k) // e
-  embed = schema.count({"embed": tree["embed"]})
+  embed = param_spec.count({"embed": tree["embed"]})
   return {
       "main": total - unique,
       "router_bias": cfg.n_moe_layers * e,

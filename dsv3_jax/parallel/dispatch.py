@@ -28,14 +28,14 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax import config
-from dsv3_jax import manual
-from dsv3_jax import schema
+from dsv3_jax import param_spec
+from dsv3_jax import varying
+from dsv3_jax.linear import linear
+from dsv3_jax.linear import quantize
+from dsv3_jax.linear import recipe
 from dsv3_jax.model import experts as experts_lib
-from dsv3_jax.model import gemm
 from dsv3_jax.model import moe
-from dsv3_jax.model import precision
-from dsv3_jax.model import recompute
-from dsv3_jax.model import tiles
+from dsv3_jax.model import remat
 from dsv3_jax.parallel import topology
 from dsv3_jax.parallel import traffic
 
@@ -115,11 +115,11 @@ def experts(
 
 def _spread(way: Any, tile: int, x: jax.Array, where: Any) -> jax.Array:
   """Rows sent, in FP8 if there is a tile."""
-  spread = lambda a: recompute.named(way.spread(a, where), "sent")
+  spread = lambda a: remat.named(way.spread(a, where), "sent")
   if not tile:
     return spread(x)
-  made = tiles.quantize(x, (1, tile), "power_of_two")
-  return tiles.dequantize(jax.tree.map(spread, made), x.dtype)
+  made = quantize.quantize(x, (1, tile), "power_of_two")
+  return quantize.dequantize(jax.tree.map(spread, made), x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -170,7 +170,7 @@ def _owned(chosen: jax.Array, device: jax.Array, n: int) -> jax.Array:
 
 
 def _gathered(
-    p: schema.Params,
+    p: param_spec.Params,
     x: jax.Array,
     chosen: jax.Array,
     gates: jax.Array,
@@ -180,12 +180,12 @@ def _gathered(
     inner: Ffn,
 ) -> jax.Array:
   n, way = p["down"].shape[0], _Everyone(axes)
-  chosen_all = recompute.named(way.spread(chosen, None), "sent")
+  chosen_all = remat.named(way.spread(chosen, None), "sent")
   here = _owned(chosen_all, jax.lax.axis_index(axes), n)
-  send = functools.partial(_send, way, gemm.tile(p["gate_up"]))
+  send = functools.partial(_send, way, linear.tile(p["gate_up"]))
   gates = _send(way, 0, gates, None)
   y = inner(p, send(x, None), here, gates, n_slots or chosen.size)
-  return _combine(way, gemm.tile(p["down"]), y, None)
+  return _combine(way, linear.tile(p["down"]), y, None)
 
 
 # --- exchanges ---
@@ -207,7 +207,7 @@ def _ragged_swap(rows: jax.Array, counts: jax.Array, axes: Axes) -> jax.Array:
   out = jax.lax.ragged_all_to_all(
       flat,
       jnp.zeros_like(flat),
-      *manual.alike(starts, counts, mine, theirs),
+      *varying.alike(starts, counts, mine, theirs),
       axis_name=axes,
   )
   return out.reshape(rows.shape)
@@ -288,7 +288,7 @@ def _plan(
 
 def _exchange(
     hop: _Hop,
-    p: schema.Params,
+    p: param_spec.Params,
     x: jax.Array,
     chosen: jax.Array,
     gates: jax.Array,
@@ -301,7 +301,7 @@ def _exchange(
   if not chosen.size:
     return jnp.zeros_like(x)
   leaves, structure = jax.tree.flatten((p, x, gates))
-  p, x, gates = jax.tree.unflatten(structure, manual.alike(*leaves))
+  p, x, gates = jax.tree.unflatten(structure, varying.alike(*leaves))
   n_slots = n_slots or chosen.size
   size, n_experts = jax.lax.axis_size(hop.axes), p["down"].shape[0]
   capacity = _capacity(len(x), n_slots, size, hop.fanout, hop.slack)
@@ -310,11 +310,11 @@ def _exchange(
   )
   one = functools.partial(_round, hop, inner, capacity, n_slots)
   # As all else that one pass may keep for another.
-  rounds = manual.vary(plan.rounds, manual.varying(x))
-  plan = plan.replace(rounds=recompute.named(rounds, "sent"))
+  rounds = varying.vary(plan.rounds, varying.varying(x))
+  plan = plan.replace(rounds=remat.named(rounds, "sent"))
   if capacity == len(x):
     return one(0, p, x, gates, plan)
-  return _all_rounds(one, apart, precision.trained(p), p, x, gates, plan)
+  return _all_rounds(one, apart, recipe.trained(p), p, x, gates, plan)
 
 
 def _round(hop, inner, capacity, n_slots, i, p, x, gates, plan):
@@ -322,16 +322,16 @@ def _round(hop, inner, capacity, n_slots, i, p, x, gates, plan):
   n_experts = p["down"].shape[0] * hop.n_devices
   token = jax.lax.dynamic_slice_in_dim(plan.queue, i * capacity, capacity, 1)
   counts = jnp.clip(plan.counts - i * capacity, 0, capacity)
-  theirs = recompute.named(_padded_swap(counts, counts, hop.axes), "sent")
+  theirs = remat.named(_padded_swap(counts, counts, hop.axes), "sent")
   where = _Rows(token, counts, theirs, len(x))
   arrived = jnp.arange(capacity)[None] < theirs[:, None]
-  here = recompute.named(hop.spread(plan.chosen, where), "sent")
+  here = remat.named(hop.spread(plan.chosen, where), "sent")
   here = _owned(here, jax.lax.axis_index(hop.axes), n_experts)
   here = jnp.where(arrived.reshape(-1, 1), here, n_experts)
-  states = _send(hop, gemm.tile(p["gate_up"]), x, where)
+  states = _send(hop, linear.tile(p["gate_up"]), x, where)
   gates = _send(hop, 0, gates, where)
   y = inner(p, states, here, gates, min(n_slots, here.size))
-  return _combine(hop, gemm.tile(p["down"]), y, where)
+  return _combine(hop, linear.tile(p["down"]), y, where)
 
 
 def _over_rounds(rounds, add, init):
@@ -356,7 +356,7 @@ def _all_rounds(one, apart, trained, p, x, gates, plan):
 
 def _of_round(one, p, plan):
   def of(i, trained, x, gates):
-    return one(i, precision.joined(trained, p), x, gates, plan)
+    return one(i, recipe.joined(trained, p), x, gates, plan)
 
   return of
 
@@ -389,7 +389,7 @@ def _all_rounds_bwd(one, apart, residuals, dy):
     total = dx, dgates
     done, (dx, dgates) = plus(total, plan.rounds, of_rows, x, gates)
     of_weights = lambda i, new: of(i, new, x, gates)
-    rounds = manual.after(plan.rounds, done)
+    rounds = varying.after(plan.rounds, done)
     _, (d_trained,) = plus((d_trained,), rounds, of_weights, trained)
   else:
     total = d_trained, dx, dgates

@@ -16,11 +16,11 @@ from typing import Any
 import jax
 
 from dsv3_jax import config
-from dsv3_jax import manual
-from dsv3_jax import schema
-from dsv3_jax.model import gemm
+from dsv3_jax import param_spec
+from dsv3_jax import varying
+from dsv3_jax.linear import linear
+from dsv3_jax.linear import recipe
 from dsv3_jax.model import moe
-from dsv3_jax.model import precision
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import dispatch
 from dsv3_jax.parallel import schedules
@@ -85,7 +85,7 @@ class Placement:
 
 
 def placement(
-    param: schema.ParamSpec, rules: Rules, sizes: Mapping[str, int]
+    param: param_spec.ParamSpec, rules: Rules, sizes: Mapping[str, int]
 ) -> Placement:
   """Where a parameter is on a mesh.
 
@@ -123,11 +123,11 @@ def _whole(a: jax.Array, place: Placement) -> jax.Array:
   return a
 
 
-def _parts(w: gemm.Weight | gemm.Trained, place: Placement) -> Any:
+def _parts(w: linear.Weight | linear.Trained, place: Placement) -> Any:
   """Where the parts of a weight in FP8 are, or an array."""
-  if isinstance(w, gemm.Trained):
-    return gemm.Trained(place, Placement((), ()))
-  if not isinstance(w, gemm.Fp8):
+  if isinstance(w, linear.Trained):
+    return linear.Trained(place, Placement((), ()))
+  if not isinstance(w, linear.Fp8):
     return place
   # Scales are those of whole matrices: slices of a stack have slices of them.
   n_stack = w.scales.ndim - 2
@@ -141,7 +141,7 @@ def _map(
     f: Callable[[jax.Array, Placement], jax.Array], params: Any, places: Any
 ) -> Any:
   """f of every array and its place."""
-  is_weight = lambda leaf: isinstance(leaf, (gemm.Fp8, gemm.Trained))
+  is_weight = lambda leaf: isinstance(leaf, (linear.Fp8, linear.Trained))
   places = jax.tree.map(_parts, params, places, is_leaf=is_weight)
   return jax.tree.map(f, params, places)
 
@@ -179,8 +179,8 @@ class Layout:
     """The partition of the gradients that `reduce` returns."""
 
     def leaf(path, place):
-      in_fp8 = schema.name(path) in self.fp8
-      return gemm.Trained(place.spec, jax.P()) if in_fp8 else place.spec
+      in_fp8 = param_spec.name(path) in self.fp8
+      return linear.Trained(place.spec, jax.P()) if in_fp8 else place.spec
 
     return jax.tree.map_with_path(leaf, self.places)
 
@@ -196,7 +196,7 @@ class Layout:
 
   # The rest is for the inside of a `shard_map` over the whole mesh.
 
-  def step(self, params: schema.Params) -> schema.Params:
+  def step(self, params: param_spec.Params) -> param_spec.Params:
     """Makes whole what is whole for a step; of layers, those of this rank.
 
     Everything is said to differ between the devices that do different work:
@@ -210,14 +210,14 @@ class Layout:
       return _whole(a, place) if self._of_step(kind) else a
 
     def leaf(kind, a, place):
-      return manual.vary(move(kind, place, a), self.work_axes)
+      return varying.vary(move(kind, place, a), self.work_axes)
 
     return {
         kind: _map(functools.partial(leaf, kind), p, self.places[kind])
         for kind, p in params.items()
     }
 
-  def layer(self, kind: str, p: schema.Params) -> schema.Params:
+  def layer(self, kind: str, p: param_spec.Params) -> param_spec.Params:
     """Makes a layer whole: the `gather` of a forward pass."""
     if self._of_step(kind):
       return p
@@ -230,7 +230,7 @@ class Layout:
   def _staged(self, kind: str) -> stages_lib.Kind | None:
     return self.stages.kinds.get(kind) if self.stages else None
 
-  def reduce(self, gradients: schema.Params) -> schema.Params:
+  def reduce(self, gradients: param_spec.Params) -> param_spec.Params:
     """Local gradients of what `step` returned, as those of its argument."""
 
     def leaf(kind, g, place):
@@ -239,7 +239,7 @@ class Layout:
         g = _scatter(g, place.inside_stage())
       elif self._of_step(kind):
         g = _scatter(g, place)
-      rest = manual.varying(g) - place.axes
+      rest = varying.varying(g) - place.axes
       return jax.lax.psum(g, tuple(sorted(rest)))
 
     return {
@@ -274,7 +274,7 @@ def layout(
       places=jax.tree.map(
           lambda param: placement(param, rules, sizes), specs
       ),
-      fp8=precision.fp8_paths(specs, run.precision),
+      fp8=recipe.fp8_paths(specs, run.precision),
       rules=rules,
       sizes=sizes,
       batch_axes=topology.used(
@@ -311,7 +311,7 @@ def problems(run: config.Run, sizes: Mapping[str, int]) -> list[str]:
           f" {', '.join(map(str, fits))} do"
       )
   specs = transformer.specs(model)
-  found += precision.problems(specs, run.precision)
+  found += recipe.problems(specs, run.precision)
   found += _fp8_problems(run, sizes)
   return found + _pipeline_problems(run, sizes)
 
@@ -321,8 +321,8 @@ def _fp8_problems(run: config.Run, sizes: Mapping[str, int]) -> list[str]:
   specs = transformer.specs(run.model)
   divided = {"heads", "ffn"}
   n, tile = sizes.get("model", 1), run.precision.tile
-  for path in sorted(precision.fp8_paths(specs, run.precision)):
-    spec = schema.paths(specs)[path]
+  for path in sorted(recipe.fp8_paths(specs, run.precision)):
+    spec = param_spec.paths(specs)[path]
     dims = spec.dims[spec.n_stack :]
     for part in (dims[: spec.n_in], dims[spec.n_in :]):
       names = [axis for axis, _ in part]

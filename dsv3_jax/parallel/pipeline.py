@@ -19,10 +19,10 @@ import jax.numpy as jnp
 
 from dsv3_jax import config
 from dsv3_jax import losses
-from dsv3_jax import manual
-from dsv3_jax import schema
+from dsv3_jax import param_spec
+from dsv3_jax import varying
+from dsv3_jax.linear import recipe
 from dsv3_jax.model import moe
-from dsv3_jax.model import precision
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import layouts
 from dsv3_jax.parallel import splitting
@@ -37,14 +37,14 @@ class _Memory:
   gradients: jax.Array  # the same
   kept: dict[str, list[jax.Array]]  # [slots * places, ...] by kind of layer
   deferred: dict[str, list[jax.Array]]
-  sums: schema.Params  # of gradients, f32
+  sums: param_spec.Params  # of gradients, f32
   main: jax.Array  # sums of losses
   mtp: jax.Array
   stats: moe.Stats  # sums
 
 
 def gradient_sums(
-    params: schema.Params,
+    params: param_spec.Params,
     bias: jax.Array,
     mtp_weight: jax.Array,
     batch: losses.Batch,
@@ -52,7 +52,7 @@ def gradient_sums(
     *,
     run: config.Run,
     layout: layouts.Layout,
-) -> tuple[schema.Params, losses.Losses, moe.Stats]:
+) -> tuple[param_spec.Params, losses.Losses, moe.Stats]:
   """Sums over the micro-batches and stages of one device.
 
   Args:
@@ -85,13 +85,13 @@ def gradient_sums(
 
 def _executor(params, bias, mtp_weight, batch, weights, run, layout):
   """Divides the layers of each kind into passes."""
-  vary = functools.partial(manual.vary, axes=layout.work_axes)
+  vary = functools.partial(varying.vary, axes=layout.work_axes)
   x = vary(transformer.embed(params, batch.tokens[0]))
   bias = vary(bias)
   passes = {}
   for name in layout.stages.kinds:
     p = jax.tree.map(lambda a: a[0], params[name])
-    trained = precision.trained(p)
+    trained = recipe.trained(p)
     constants = p, {"dense": (), "moe": bias[:1]}[name]
     put_off = [leaf.ndim > 1 for leaf in jax.tree.leaves(trained)]
     layer = functools.partial(
@@ -125,14 +125,14 @@ LAYERS = {"dense": _dense, "moe": _moe}
 def _layer(name, trained, constants, x, cfg, experts):
   """A layer as `splitting` divides it: what is trained, and all else."""
   p, bias = constants
-  return LAYERS[name](precision.joined(trained, p), bias, x, cfg, experts)
+  return LAYERS[name](recipe.joined(trained, p), bias, x, cfg, experts)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Executor:
   """What the ticks of a step have in common."""
 
-  params: schema.Params
+  params: param_spec.Params
   bias: jax.Array
   mtp_weight: jax.Array
   batch: losses.Batch
@@ -166,7 +166,7 @@ class _Executor:
         kept=of_layers(work.kept, lambda passes: passes.kept),
         deferred=of_layers(work.deferred, lambda passes: passes.deferred),
         sums=jax.tree.map(
-            lambda a: zeros(*a.shape), precision.trained(self.params)
+            lambda a: zeros(*a.shape), recipe.trained(self.params)
         ),
         main=zeros(),
         mtp=zeros(),
@@ -197,11 +197,11 @@ class _Executor:
       done, memory = self._weights(name, w, done, memory)
     memory = self._embed_gradient(b, dy, memory)
     # The MTP module's exchange must not meet those of the layers.
-    last = f.replace(on=manual.after(f.on, done))
+    last = f.replace(on=varying.after(f.on, done))
     d_last, memory = self._loss(last, x, memory)
     # Sent as one and last: ranks that meet in the middle of a tick wait for
     # each other twice.
-    made = manual.after(jnp.stack([x, dy]), done)
+    made = varying.after(jnp.stack([x, dy]), done)
     return self._deliver(turn, made, d_last, memory)
 
   # --- the layers of a stage ---
@@ -217,10 +217,10 @@ class _Executor:
     at = task.direction * kind.size + i
     p = jax.tree.map(lambda a: _get(a, at), self.params[name])
     if name == "dense":
-      return precision.trained(p), (p, ()), at, None
+      return recipe.trained(p), (p, ()), at, None
     router = jnp.asarray(kind.first, jnp.int32)[task.stage] + i
     bias = _get(self.bias, router)[None]
-    return precision.trained(p), (p, bias), at, router
+    return recipe.trained(p), (p, bias), at, router
 
   def _forward_layer(self, name, task, i, x, memory):
     p, constants, _, router = self._layer(name, task, i)
@@ -338,7 +338,7 @@ class _Executor:
 
     def objective(trained, x):
       terms, stats = losses.of_last_layer(
-          precision.joined(trained, ends),
+          recipe.joined(trained, ends),
           self.bias[n_layers:],
           x,
           data,
@@ -357,7 +357,7 @@ class _Executor:
       # this in every tick.
       (d_weights, dx), (terms, stats) = jax.grad(
           objective, argnums=(0, 1), has_aux=True
-      )(precision.trained(ends), manual.after(x, i))
+      )(recipe.trained(ends), varying.after(x, i))
       sums = jax.tree.map(
           lambda total, g: total + g.astype(jnp.float32),
           {name: memory.sums[name] for name in names},

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax import digest
-from dsv3_jax import manual
-from dsv3_jax import schema
+from dsv3_jax import checksum
+from dsv3_jax import param_spec
+from dsv3_jax import varying
 from dsv3_jax.parallel import topology
 
 
@@ -26,7 +26,7 @@ def check(tree: Any, mesh: jax.sharding.Mesh) -> None:
   Raises:
     DivergedError: some differ; names the arrays and the devices.
   """
-  leaves = schema.paths(tree)
+  leaves = param_spec.paths(tree)
   digests = np.asarray(_digests(list(leaves.values()), mesh))
   found = [
       line
@@ -43,7 +43,7 @@ def _digests(leaves: list[jax.Array], mesh: jax.sharding.Mesh) -> jax.Array:
 
   def local(leaves):
     own = jnp.stack([
-        manual.vary(digest.of(leaf), topology.AXES) for leaf in leaves
+        varying.vary(checksum.of(leaf), topology.AXES) for leaf in leaves
     ])
     return own[None]
 
@@ -59,7 +59,7 @@ def _differences(
   versions = collections.defaultdict(lambda: collections.defaultdict(list))
   part_of = leaf.sharding.devices_indices_map(leaf.shape)
   for device, found in zip(mesh.devices.flat, digests, strict=True):
-    versions[str(part_of[device])][digest.text(found)].append(device)
+    versions[str(part_of[device])][checksum.text(found)].append(device)
   lines = []
   for holders in versions.values():
     if len(holders) > 1:

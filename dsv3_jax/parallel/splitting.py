@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from dsv3_jax.model import recompute
+from dsv3_jax.model import remat
 
 Types = list[Any]  # of arrays, with shape and dtype
 Eqns = list[core.JaxprEqn]
@@ -50,7 +50,7 @@ def split(
     constants: Any,
     x: jax.Array,
     put_off: list[bool],
-    activations: recompute.Kept = None,
+    activations: remat.Kept = None,
 ) -> Passes:
   """Divides a layer and its gradient into passes.
 
@@ -154,7 +154,7 @@ def _costly(eqns: Eqns) -> Eqns:
 
 
 def _named(
-    eqns: Eqns, later: list[core.Var], activations: recompute.Kept
+    eqns: Eqns, later: list[core.Var], activations: remat.Kept
 ) -> Eqns | None:
   """Those that name what may be kept, and need nothing that comes later."""
   if activations is None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax import config
-from dsv3_jax.model import precision
+from dsv3_jax.linear import recipe
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import topology
 
@@ -67,7 +67,7 @@ def bytes_sent(sent: np.ndarray, run: config.Run) -> dict[str, int]:
   model, tile = run.model, run.precision.tile
   there = back = model.d_model * itemsize
   specs = transformer.specs(model)
-  if "moe/ffn/experts/gate_up" in precision.fp8_paths(specs, run.precision):
+  if "moe/ffn/experts/gate_up" in recipe.fp8_paths(specs, run.precision):
     there = model.d_model + 4 * -(-model.d_model // tile)
   copy = there + back + 8 * model.router.top_k
   copies = sent.sum(0, dtype=np.int64)

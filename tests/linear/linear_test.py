@@ -10,26 +10,26 @@ import numpy as np
 import testing
 from absl.testing import absltest
 from absl.testing import parameterized
-from tiles_test import numpy_quantize
-from tiles_test import relative
+from quantize_test import numpy_quantize
+from quantize_test import relative
 
 from dsv3_jax import config
-from dsv3_jax import schema
-from dsv3_jax.model import gemm
-from dsv3_jax.model import kernels
-from dsv3_jax.model import precision
-from dsv3_jax.model import products
+from dsv3_jax import param_spec
+from dsv3_jax.linear import fp8_matmul_hopper
+from dsv3_jax.linear import linear
+from dsv3_jax.linear import quantize
+from dsv3_jax.linear import recipe
+from dsv3_jax.linear import scaled_matmul
 from dsv3_jax.model import swiglu
-from dsv3_jax.model import tiles
 
 HOW = config.Precision(recipe="fp8", fp8="*", backend="exact")
 SHAPES = ((256, 256, 384), (200, 576, 130), (1, 128, 128), (129, 130, 257))
-exact = jax.jit(products.exact)
+exact = jax.jit(scaled_matmul.exact)
 
 
 def weight(w, how=HOW):
-  spec = schema.linear(1.0, k=w.shape[0], n=w.shape[1])
-  return precision.compute_params({"w": w}, {"w": spec}, how)["w"]
+  spec = param_spec.linear(1.0, k=w.shape[0], n=w.shape[1])
+  return recipe.compute_params({"w": w}, {"w": spec}, how)["w"]
 
 
 def inputs(m, k, n):
@@ -42,11 +42,11 @@ def inputs(m, k, n):
 def tiled(x, *tile):
   values, scales = numpy_quantize(x, tile)
   bits = jnp.asarray(values.view(np.uint8))
-  return tiles.Tiled(bits, jnp.asarray(scales), tile)
+  return quantize.Tiled(bits, jnp.asarray(scales), tile)
 
 
 def numbers(x):
-  return np.asarray(tiles.dequantize(x, jnp.float32))
+  return np.asarray(quantize.dequantize(x, jnp.float32))
 
 
 def expected(x, w, dy):
@@ -65,7 +65,7 @@ def three(x, w, dy, how=HOW):
 
   @jax.jit
   def run(x, w, dy):
-    y, vjp = jax.vjp(gemm.linear, x, weight(w, how))
+    y, vjp = jax.vjp(linear.linear, x, weight(w, how))
     dx, dw = vjp(dy)
     return {"y": y, "dx": dx, "dw": dw.trained.master}
 
@@ -134,11 +134,11 @@ class LinearTest(parameterized.TestCase):
       self.assertTrue(np.all(difference <= bound), name)
 
   def test_auto_is_the_fastest_that_there_is(self):
-    found = lambda: products.multiplies_out("auto")
+    found = lambda: scaled_matmul.multiplies_out("auto")
     self.assertTrue(found())
     gpu = mock.patch.object(jax, "default_backend", lambda: "gpu")
     for hopper in (False, True):
-      with gpu, mock.patch.object(kernels, "supported", return_value=hopper):
+      with gpu, mock.patch.object(fp8_matmul_hopper, "supported", return_value=hopper):
         self.assertEqual(found(), not hopper)
 
   def test_square_tiles_of_gradients_lose_small_rows(self):
@@ -165,24 +165,24 @@ class LinearTest(parameterized.TestCase):
   def test_what_is_kept_of_the_input_takes_a_byte_a_number(self):
     x, w, _ = inputs(512, 256, 128)
     w = weight(w)
-    _, vjp = jax.vjp(lambda x: gemm.linear(x, w), x)
+    _, vjp = jax.vjp(lambda x: linear.linear(x, w), x)
     kept = [a for a in jax.tree.leaves(vjp) if a.size and a.shape[0] == 512]
     self.assertEqual(sum(a.nbytes for a in kept), 512 * 256 + 512 * 2 * 4)
 
   @parameterized.parameters(np.nan, np.inf)
   def test_what_is_not_finite_reaches_the_loss_and_is_counted(self, bad):
     x, w, dy = inputs(256, 256, 128)
-    y, vjp = jax.vjp(gemm.linear, x.at[200, 3].set(bad), weight(w))
+    y, vjp = jax.vjp(linear.linear, x.at[200, 3].set(bad), weight(w))
     self.assertFalse(np.isfinite(y[200]).any())
     self.assertTrue(np.isfinite(np.delete(y, 200, 0)).all())
     _, dw = vjp(dy.at[0, 0].set(bad))
-    column = tiles.COUNTED.index("not_finite")
+    column = quantize.COUNTED.index("not_finite")
     np.testing.assert_array_equal(dw.trained.counts[:, column], 1)
     self.assertFalse(np.isfinite(dw.trained.master).all())
 
   def test_no_rows(self):
     _, w, _ = inputs(1, 128, 256)
-    y, vjp = jax.vjp(gemm.linear, jnp.zeros((0, 128)), weight(w))
+    y, vjp = jax.vjp(linear.linear, jnp.zeros((0, 128)), weight(w))
     dx, dw = vjp(y)
     self.assertEqual(dx.shape, (0, 128))
     np.testing.assert_array_equal(dw.trained.master, 0)
@@ -198,9 +198,9 @@ class SwigluTest(absltest.TestCase):
     def run(p, x, dy):
       y, vjp = jax.vjp(swiglu.swiglu, p, x)
       dp, dx = vjp(dy)
-      return y, precision.gradients(precision.trained(dp))[0], dx
+      return y, recipe.gradients(recipe.trained(dp))[0], dx
 
-    p8 = precision.compute_params(p, specs, HOW)
+    p8 = recipe.compute_params(p, specs, HOW)
     found = jax.tree.leaves(jax.jit(run)(p8, x, dy))
     for a, b in zip(found, jax.tree.leaves(run(p, x, dy)), strict=True):
       # Four to six quantizations of 2.6 % each.
@@ -208,7 +208,7 @@ class SwigluTest(absltest.TestCase):
 
   def test_keeps_the_hidden_state_in_a_byte_a_number(self):
     specs = swiglu.specs(256, 384, 0.1)
-    p = precision.compute_params(testing.draw(specs), specs, HOW)
+    p = recipe.compute_params(testing.draw(specs), specs, HOW)
     x = testing.normal(640, 256)
     _, vjp = jax.vjp(functools.partial(swiglu.swiglu, p), x)
     kept = [a for a in jax.tree.leaves(vjp) if a.size and a.shape[0] == 640]

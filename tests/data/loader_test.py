@@ -15,9 +15,9 @@ from absl.testing import parameterized
 
 from dsv3_jax import config
 from dsv3_jax.data import corpus
+from dsv3_jax.data import loader
 from dsv3_jax.data import packing
-from dsv3_jax.data import rows as rows_lib
-from dsv3_jax.data import stream
+from dsv3_jax.data import token_file as token_file_lib
 from dsv3_jax.data import tokenizer
 
 
@@ -25,7 +25,7 @@ def token_file(path, n_tokens):
   """A token file of 0, 1, 2, ...; not written where there is no directory."""
   if path.parent.exists():
     np.arange(n_tokens, dtype=np.uint16).tofile(path)
-  return packing.TokenFile(
+  return token_file_lib.TokenFile(
       path=path,
       corpus_digest="",
       tokenizer_digest="",
@@ -48,7 +48,7 @@ class OrderTest(parameterized.TestCase):
     super().setUp()
     directory = self.enter_context(tempfile.TemporaryDirectory())
     self.path = pathlib.Path(directory, "train.bin")
-    self.rows = rows_lib.Rows(token_file(self.path, 8 * 25 + 1), self.SEQ)
+    self.rows = packing.Rows(token_file(self.path, 8 * 25 + 1), self.SEQ)
 
   def drawn(self, ordered, n):
     return [int(ordered[i]["row"]) for i in range(n)]
@@ -61,7 +61,7 @@ class OrderTest(parameterized.TestCase):
     np.testing.assert_array_equal(tokens, start + np.arange(self.SEQ + 1))
 
   def test_every_epoch_has_each_row_once_in_another_order(self):
-    ordered = stream.order(self.rows, seed=3)
+    ordered = loader.order(self.rows, seed=3)
     drawn = np.array(self.drawn(ordered, 4 * self.ROWS)).reshape(4, -1)
     for epoch in drawn:
       self.assertCountEqual(epoch, range(self.ROWS))
@@ -71,7 +71,7 @@ class OrderTest(parameterized.TestCase):
   def test_order_is_a_function_of_the_seed(self):
     n = 3 * self.ROWS
     one, same, other = (
-        self.drawn(stream.order(self.rows, seed), n) for seed in (5, 5, 6)
+        self.drawn(loader.order(self.rows, seed), n) for seed in (5, 5, 6)
     )
     self.assertEqual(one, same)
     self.assertNotEqual(one, other)
@@ -90,33 +90,33 @@ class OrderTest(parameterized.TestCase):
         check=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    here = stream.batch(stream.order(self.rows, 5), [7, 42])["row"].tolist()
+    here = loader.batch(loader.order(self.rows, 5), [7, 42])["row"].tolist()
     self.assertEqual(out.stdout.decode().strip(), str(here))
 
   @parameterized.parameters(-1, 1 << 32)
   def test_seed_of_more_than_32_bits_is_refused(self, seed):
     with self.assertRaisesRegex(ValueError, f"seed={seed}: must be in 0 to"):
-      stream.order(self.rows, seed)
+      loader.order(self.rows, seed)
 
   def test_batch_is_the_next_rows_of_the_order(self):
-    ordered = stream.order(self.rows, 0)
-    got = stream.batch(ordered, range(60, 70))  # spans two epochs
+    ordered = loader.order(self.rows, 0)
+    got = loader.batch(ordered, range(60, 70))  # spans two epochs
     self.assertEqual(got["row"].tolist(), self.drawn(ordered, 70)[60:])
     self.assertEqual(got["tokens"].shape, (10, self.SEQ + 1))
     self.assertEqual(got["tokens"].dtype, np.int32)
     np.testing.assert_array_equal(got["tokens"][:, 0], got["row"] * self.SEQ)
 
   def test_batch_larger_than_the_corpus_repeats_rows(self):
-    got = stream.batch(stream.order(self.rows, 0), range(2 * self.ROWS))
+    got = loader.batch(loader.order(self.rows, 0), range(2 * self.ROWS))
     np.testing.assert_array_equal(np.bincount(got["row"]), [2] * self.ROWS)
 
   @parameterized.product(n=(1, 2, 3, 4, 6, 12), first=(0, 60))
   def test_processes_together_read_the_whole_batch(self, n, first):
-    ordered = stream.order(self.rows, 1)
-    whole = stream.batch(ordered, range(first, first + 12))
+    ordered = loader.order(self.rows, 1)
+    whole = loader.batch(ordered, range(first, first + 12))
     together = {key: np.zeros_like(value) for key, value in whole.items()}
     for i in range(n):
-      part = stream.batch(ordered, range(first + i, first + 12, n))
+      part = loader.batch(ordered, range(first + i, first + 12, n))
       for key, value in part.items():
         self.assertLen(value, 12 // n)
         together[key][i::n] = value
@@ -124,28 +124,28 @@ class OrderTest(parameterized.TestCase):
     np.testing.assert_array_equal(together["row"], whole["row"])
 
   def test_iterator_reads_what_it_is_told(self):
-    ordered = stream.order(self.rows, 2)
+    ordered = loader.order(self.rows, 2)
     for indices in ([[0, 1], [5], [80, 2]], [[3]], []):
-      read = list(stream.batches(ordered, indices))
+      read = list(loader.batches(ordered, indices))
       self.assertLen(read, len(indices))
       for got, index in zip(read, indices, strict=True):
-        expected = stream.batch(ordered, index)
+        expected = loader.batch(ordered, index)
         np.testing.assert_array_equal(got["tokens"], expected["tokens"])
         np.testing.assert_array_equal(got["row"], expected["row"])
 
   def test_iterator_reads_one_ahead(self):
     asked = []
     indices = (asked.append(i) or [i] for i in itertools.count())
-    read = stream.batches(stream.order(self.rows, 2), indices)
+    read = loader.batches(loader.order(self.rows, 2), indices)
     next(read)
     self.assertEqual(asked, [0, 1])
     read.close()
 
   def test_iterator_raises_what_reading_raised(self):
-    rows = rows_lib.Rows(token_file(self.path, 100), 8)
+    rows = packing.Rows(token_file(self.path, 100), 8)
     self.path.unlink()
     with self.assertRaises(FileNotFoundError):
-      next(stream.batches(stream.order(rows, 0), [[0]]))
+      next(loader.batches(loader.order(rows, 0), [[0]]))
 
   def test_interpreter_exits_with_an_open_iterator(self):
     code = (
@@ -171,7 +171,7 @@ class HeldoutWindowsTest(parameterized.TestCase):
   )
   def test_each_target_is_scored_once_with_enough_context(self, n, seq_len):
     tokens = np.arange(n) + 100
-    rows, mask = stream.heldout_windows(tokens, seq_len)
+    rows, mask = loader.heldout_windows(tokens, seq_len)
     self.assertEqual(rows.shape[1], seq_len + 1)
     self.assertEqual(mask.shape, (len(rows), seq_len))
     self.assertEqual(rows.dtype, np.int32)
@@ -185,13 +185,13 @@ class HeldoutWindowsTest(parameterized.TestCase):
         self.assertGreaterEqual(2 * (1 + scores.argmax()), seq_len)
 
   def test_padding_is_masked(self):
-    rows, mask = stream.heldout_windows(np.array([0, 9, 1]), 5)
+    rows, mask = loader.heldout_windows(np.array([0, 9, 1]), 5)
     self.assertEqual(rows.tolist(), [[0, 9, 1, 2, 2, 2]])
     self.assertEqual(mask.tolist(), [[True, True, False, False, False]])
 
   def test_one_token_is_refused(self):
     with self.assertRaisesRegex(ValueError, "1 tokens, at least 2"):
-      stream.heldout_windows(np.zeros(1, np.int32), 4)
+      loader.heldout_windows(np.zeros(1, np.int32), 4)
 
 
 class PrepareTest(parameterized.TestCase):
@@ -206,7 +206,7 @@ class PrepareTest(parameterized.TestCase):
 
   def prepare(self, vocab_size=300, **settings):
     settings = {"path": str(self.text), "seq_len": 16} | settings
-    return stream.prepare(config.Data(**settings), vocab_size, self.directory)
+    return loader.prepare(config.Data(**settings), vocab_size, self.directory)
 
   def test_default_corpus(self):
     start = time.monotonic()
@@ -335,7 +335,7 @@ class DomainsTest(parameterized.TestCase):
   def prepare(self, domains="prose.txt=3,code=1", **settings):
     settings = {"path": str(self.corpus), "seq_len": 32} | settings
     data = config.Data(domains=domains, **settings)
-    return stream.prepare(data, 320, self.root / "data")
+    return loader.prepare(data, 320, self.root / "data")
 
   def test_rows_come_as_often_as_weights_say(self):
     prepared = self.prepare()

@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax import config
-from dsv3_jax import manual
-from dsv3_jax.model import products
-from dsv3_jax.model import tiles
+from dsv3_jax import varying
+from dsv3_jax.linear import quantize
+from dsv3_jax.linear import scaled_matmul
 
 CLASSES = ("activation", "gradient")  # tensors whose tiles are counted
 
@@ -52,7 +52,7 @@ class Fp8:
 
 
 Weight = jax.Array | Fp8
-Rows = jax.Array | tiles.Tiled  # [M, K]
+Rows = jax.Array | quantize.Tiled  # [M, K]
 
 
 def trained(w: Weight) -> jax.Array | Trained:
@@ -70,11 +70,11 @@ def tile(w: Weight) -> int:
   return w.how.tile if isinstance(w, Fp8) else 0
 
 
-def _blocks(w: Fp8, n_in: int) -> products.Operand:
+def _blocks(w: Fp8, n_in: int) -> scaled_matmul.Operand:
   n = math.prod(w.shape[:n_in])
   if w.numbers is not None:
     return w.numbers.reshape(n, -1)
-  return tiles.Tiled(w.bits.reshape(n, -1), w.scales, (w.how.tile,) * 2)
+  return quantize.Tiled(w.bits.reshape(n, -1), w.scales, (w.how.tile,) * 2)
 
 
 def multiplied_out(w: Weight) -> Weight:
@@ -82,11 +82,11 @@ def multiplied_out(w: Weight) -> Weight:
 
   Where products multiply operands out first, that is done here, once.
   """
-  if not isinstance(w, Fp8) or not products.multiplies_out(w.how.backend):
+  if not isinstance(w, Fp8) or not scaled_matmul.multiplies_out(w.how.backend):
     return w
   matrices = w.bits.reshape(*w.shape[:2], -1)
-  made = tiles.Tiled(matrices, w.scales, (w.how.tile,) * 2)
-  numbers = tiles.dequantize(made, products.dtype()).reshape(w.shape)
+  made = quantize.Tiled(matrices, w.scales, (w.how.tile,) * 2)
+  numbers = quantize.dequantize(made, scaled_matmul.dtype()).reshape(w.shape)
   return w.replace(bits=None, scales=None, numbers=numbers)
 
 
@@ -103,8 +103,8 @@ def rows(
   """
   if not isinstance(w, Fp8):
     return x, None
-  made = tiles.quantize(x, (tile_rows, w.how.tile), scales or w.how.scales)
-  return made.by_row(), tiles.counts(x, made, w.how.counters)
+  made = quantize.quantize(x, (tile_rows, w.how.tile), scales or w.how.scales)
+  return made.by_row(), quantize.counts(x, made, w.how.counters)
 
 
 def gradient_rows(
@@ -117,14 +117,14 @@ def gradient_rows(
 
 def numbers(x: Rows, dtype: jax.typing.DTypeLike) -> jax.Array:
   """What rows stand for."""
-  return tiles.dequantize(x, dtype) if isinstance(x, tiles.Tiled) else x
+  return quantize.dequantize(x, dtype) if isinstance(x, quantize.Tiled) else x
 
 
 def output(x: Rows, w: Weight, n_in: int = 1) -> jax.Array:
   """x @ W, [M, K] and [K, N] to [M, N]; f32 in FP8."""
   if not isinstance(w, Fp8):
     return x @ w.reshape(x.shape[1], -1)
-  return products.product(x, _blocks(w, n_in), w.how.backend)
+  return scaled_matmul.product(x, _blocks(w, n_in), w.how.backend)
 
 
 def input_gradient(dy: Rows, w: Weight, n_in: int = 1) -> jax.Array:
@@ -132,7 +132,7 @@ def input_gradient(dy: Rows, w: Weight, n_in: int = 1) -> jax.Array:
   if not isinstance(w, Fp8):
     return dy @ w.reshape(-1, dy.shape[1]).T
   blocks = _blocks(w, n_in).transpose()
-  return products.product(dy, blocks, w.how.backend)
+  return scaled_matmul.product(dy, blocks, w.how.backend)
 
 
 def weight_gradient(
@@ -152,11 +152,11 @@ def weight_gradient(
         x, dy, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
     )
   x, dy = (_columns(a, w.how, scales or w.how.scales) for a in (x, dy))
-  return products.product(x.transpose(), dy, w.how.backend)
+  return scaled_matmul.product(x.transpose(), dy, w.how.backend)
 
 
-def _columns(x: Rows, how: config.Precision, scales: str) -> tiles.Tiled:
-  return tiles.quantize(numbers(x, jnp.float32), (how.tile, 1), scales)
+def _columns(x: Rows, how: config.Precision, scales: str) -> quantize.Tiled:
+  return quantize.quantize(numbers(x, jnp.float32), (how.tile, 1), scales)
 
 
 def gradient(
@@ -192,7 +192,7 @@ def linear(
   lead = x.shape[: x.ndim - n_in]
   n = math.prod(w.shape[:n_in])
   leaves, structure = jax.tree.flatten((x.reshape(-1, n), w))
-  flat, w = jax.tree.unflatten(structure, manual.alike(*leaves))
+  flat, w = jax.tree.unflatten(structure, varying.alike(*leaves))
   y = _linear(n_in, keep_input, flat, w)
   return y.reshape(*lead, *w.shape[n_in:])
 

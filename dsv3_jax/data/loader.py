@@ -20,12 +20,12 @@ import tokenizers
 from dsv3_jax import config
 from dsv3_jax.data import corpus
 from dsv3_jax.data import packing
-from dsv3_jax.data import rows as rows_lib
+from dsv3_jax.data import token_file
 from dsv3_jax.data import tokenizer
 from dsv3_jax.errors import InputError
 
 
-def order(rows: rows_lib.Rows, seed: int) -> grain.MapDataset:
+def order(rows: packing.Rows, seed: int) -> grain.MapDataset:
   """All rows, shuffled anew each epoch, without end; read by index.
 
   Raises:
@@ -37,7 +37,7 @@ def order(rows: rows_lib.Rows, seed: int) -> grain.MapDataset:
 
 
 def mixture(
-    sources: Sequence[rows_lib.Rows], weights: Sequence[float], seed: int
+    sources: Sequence[packing.Rows], weights: Sequence[float], seed: int
 ) -> grain.MapDataset:
   """Rows of several sources, each in an `order`, as often as weights say."""
   if len(sources) == 1:
@@ -117,9 +117,9 @@ class Domain:
 
   name: str  # "" where all text is one
   weight: float
-  train: packing.TokenFile
-  rows: rows_lib.Rows  # of train
-  heldout: packing.TokenFile
+  train: token_file.TokenFile
+  rows: packing.Rows  # of train
+  heldout: token_file.TokenFile
   heldout_tokens: np.ndarray  # [n] int32
 
 
@@ -223,11 +223,11 @@ def prepare(
   for name, (train, heldout) in parts.items():
     folder = directory / name
     folder.mkdir(exist_ok=True, parents=True)
-    train_file = packing.pack(
+    train_file = token_file.pack(
         train, folder / "train.bin", tok, vocab_size, **rates
     )
-    rows = rows_lib.Rows(train_file, data.seq_len)
-    file = packing.pack(heldout, folder / "heldout.bin", tok, vocab_size)
+    rows = packing.Rows(train_file, data.seq_len)
+    file = token_file.pack(heldout, folder / "heldout.bin", tok, vocab_size)
     domains.append(
         Domain(
             name,
@@ -253,7 +253,7 @@ def _tokenizer(
   # The manifest comes after the tokenizer: without it, that may be of a start
   # that was cut off, on other text.
   first = directory / next(iter(parts)) / "train.bin"
-  begun = packing.manifest_path(first).exists() and path.exists()
+  begun = token_file.manifest_path(first).exists() and path.exists()
   if data.tokenizer == "deepseek":
     tok = tokenizer.deepseek()
   elif begun:

@@ -6,7 +6,7 @@ import testing
 from absl.testing import absltest
 from absl.testing import parameterized
 
-from dsv3_jax import schema
+from dsv3_jax import param_spec
 from dsv3_jax.config import presets
 from dsv3_jax.model import transformer
 
@@ -136,13 +136,13 @@ class SpecsTest(parameterized.TestCase):
   ):
     tree = transformer.specs(cfg)
     main = {name: part for name, part in tree.items() if name != "mtp"}
-    self.assertEqual(schema.count(main), total)
+    self.assertEqual(param_spec.count(main), total)
     n_moe = cfg.n_layers - cfg.n_dense_layers
-    self.assertEqual(schema.count(tree["moe"]["mla"]), n_moe * mla)
-    self.assertEqual(schema.count(tree["moe"]["ffn"]), n_moe * moe)
-    self.assertEqual(schema.count(tree["moe"]["ffn"]["router"]), n_moe * router)
+    self.assertEqual(param_spec.count(tree["moe"]["mla"]), n_moe * mla)
+    self.assertEqual(param_spec.count(tree["moe"]["ffn"]), n_moe * moe)
+    self.assertEqual(param_spec.count(tree["moe"]["ffn"]["router"]), n_moe * router)
     self.assertEqual(
-      schema.count(tree["dense"]["ffn"]), cfg.n_dense_layers * dense
+      param_spec.count(tree["dense"]["ffn"]), cfg.n_dense_layers * dense
     )
     counts = transformer.parameter_counts(cfg)
     self.assertEqual(counts["main"], total)
@@ -153,7 +153,7 @@ class SpecsTest(parameterized.TestCase):
     cfg = presets.V3_671B.model
     # The module's 256 router biases are part of the published figure.
     unique = 11_610_068_224
-    self.assertEqual(schema.count(transformer.specs(cfg)["mtp"]), unique - 256)
+    self.assertEqual(param_spec.count(transformer.specs(cfg)["mtp"]), unique - 256)
     counts = transformer.parameter_counts(cfg)
     self.assertEqual(counts["mtp"], unique)
     self.assertEqual(counts["router_bias"], 14_848)

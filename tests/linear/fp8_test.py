@@ -13,19 +13,19 @@ import pytest
 import testing
 from absl.testing import absltest
 from absl.testing import parameterized
-from tiles_test import relative
+from quantize_test import relative
 
 from dsv3_jax import config
 from dsv3_jax import losses
-from dsv3_jax import schema
+from dsv3_jax import param_spec
 from dsv3_jax import train
 from dsv3_jax.config import presets
+from dsv3_jax.linear import linear
+from dsv3_jax.linear import quantize
+from dsv3_jax.linear import recipe as recipe_lib
 from dsv3_jax.model import experts
-from dsv3_jax.model import gemm
 from dsv3_jax.model import moe
-from dsv3_jax.model import precision
 from dsv3_jax.model import swiglu
-from dsv3_jax.model import tiles
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import dispatch
 from dsv3_jax.parallel import layouts
@@ -61,34 +61,34 @@ RUN = config.override(
 
 def mixture(m):
   """Weights of experts in float32 and in FP8, tokens, choices, gates, dy."""
-  specs = schema.stack(swiglu.specs(D, F, 0.4), 16, "experts")
+  specs = param_spec.stack(swiglu.specs(D, F, 0.4), 16, "experts")
   p = testing.draw(specs)
   rng = np.random.default_rng(m)
   chosen = np.array([rng.permutation(16)[:4] for _ in range(m)], np.int32)
   gates = jnp.asarray(rng.uniform(0.1, 1, chosen.shape), jnp.float32)
   x, dy = testing.normal(m, D), testing.normal(m, D, seed=1)
-  p8 = precision.compute_params(p, specs, HOW)
+  p8 = recipe_lib.compute_params(p, specs, HOW)
   return p, p8, x, chosen, gates, dy
 
 
 def paths_of(params):
   """The weights in FP8 by path."""
-  is_fp8 = lambda w: isinstance(w, gemm.Fp8)
+  is_fp8 = lambda w: isinstance(w, linear.Fp8)
   leaves = jax.tree.leaves_with_path(params, is_leaf=is_fp8)
-  return {schema.name(path): w for path, w in leaves if is_fp8(w)}
+  return {param_spec.name(path): w for path, w in leaves if is_fp8(w)}
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def value_and_gradients(ffn, p, x, chosen, gates, dy):
-  trained = precision.trained(p)
+  trained = recipe_lib.trained(p)
   y, vjp = jax.vjp(
-      lambda new, x, gates: ffn(precision.joined(new, p), x, chosen, gates),
+      lambda new, x, gates: ffn(recipe_lib.joined(new, p), x, chosen, gates),
       trained,
       x,
       gates,
   )
   dp, *rest = vjp(dy)
-  dp, counted = precision.gradients(dp)
+  dp, counted = recipe_lib.gradients(dp)
   return (y, dp, *rest), counted
 
 
@@ -118,7 +118,7 @@ class ExpertsTest(parameterized.TestCase):
     _, p8, x, *args, dy = mixture(20)
     x = x.at[3, 5].set(np.nan)
     _, counted = value_and_gradients(experts.grouped_ffn, p8, x, *args, dy)
-    column = tiles.COUNTED.index("not_finite")
+    column = quantize.COUNTED.index("not_finite")
     self.assertEqual(counted["activation"]["gate_up"][column], 1)
     # Of its four experts, what follows is not finite at all.
     self.assertEqual(counted["activation"]["down"][column], 4 * -(-F // 32))
@@ -181,14 +181,14 @@ class SlicesTest(parameterized.TestCase):
     # A block of zeros, cut by slices, and some numbers that are lost.
     w = params["dense"]["mla"]["q_up"]
     params["dense"]["mla"]["q_up"] = w.at[0, :32].set(0).at[0, 33].mul(1e-6)
-    whole = precision.compute_params(params, specs, run.precision)
+    whole = recipe_lib.compute_params(params, specs, run.precision)
     mesh = topology.mesh({"pipe": 2, "data": 2, "expert": 2})
     layout = layouts.layout(run, mesh.shape, staged=False)
 
     def local(params):
       args = params, specs, run.precision, layout.slices
-      counts = precision.weight_counts(*args)
-      p = layout.step(precision.compute_params(*args))
+      counts = recipe_lib.weight_counts(*args)
+      p = layout.step(recipe_lib.compute_params(*args))
       layers = ("dense", "moe", "mtp")
       for kind in layers:
         one = [
@@ -214,10 +214,10 @@ class SlicesTest(parameterized.TestCase):
         )
     )(jax.device_put(params, train.shardings(run, mesh).params))
     # What was counted of slices is what there is to count of the whole.
-    counts_of_whole = precision.weight_counts(params, specs, run.precision)
+    counts_of_whole = recipe_lib.weight_counts(params, specs, run.precision)
     for path, n in counts_of_whole.items():
       np.testing.assert_array_equal(counts[path], n, path)
-      self.assertEqual(n[3], schema.paths(params)[path].size, path)
+      self.assertEqual(n[3], param_spec.paths(params)[path].size, path)
     expected = paths_of(whole)
     self.assertGreater(len(made), 10)
     for path, (bits, scales) in made.items():
@@ -241,8 +241,8 @@ class CollectivesTest(parameterized.TestCase):
         r" = (\w+)\[([\d,]*)\]\S* all-gather\(",
         train.trace_step(run, mesh).lower().compile().as_text(),
     )
-    specs = schema.paths(transformer.specs(run.model))
-    names = precision.fp8_paths(transformer.specs(run.model), run.precision)
+    specs = param_spec.paths(transformer.specs(run.model))
+    names = recipe_lib.fp8_paths(transformer.specs(run.model), run.precision)
     n_bytes = sum(kind == "u8" for kind, _ in gathers)
     self.assertEqual(n_bytes, len(names))
     # Nor is a master: all else is small, or of experts' scales.
@@ -289,8 +289,8 @@ def check(test, sizes, settings):
       )
   )
   test.assertLess(norm(found, one), 0.6 * norm(one, exact))
-  names = precision.fp8_paths(transformer.specs(run.model), run.precision)
-  test.assertEqual(counted.keys(), set(gemm.CLASSES))
+  names = recipe_lib.fp8_paths(transformer.specs(run.model), run.precision)
+  test.assertEqual(counted.keys(), set(linear.CLASSES))
   for by_path in counted.values():
     test.assertEqual(by_path.keys(), names)
 
@@ -311,7 +311,7 @@ class LayoutsTest(parameterized.TestCase):
     ):
       *_, counted = step_gradients(config.override(run, *settings), sizes)
       # Tiles and elements in all: of the 256 tokens of each layer.
-      for column, kind in itertools.product((0, 3), gemm.CLASSES):
+      for column, kind in itertools.product((0, 3), linear.CLASSES):
         np.testing.assert_array_equal(
             counted[kind][dense][..., column], one[kind][dense][..., column]
         )
@@ -346,18 +346,18 @@ def kept_bytes(kind, recipe, n_tokens):
   specs = transformer.specs(cfg)[kind]
 
   def forward(masters, x, bias):
-    p = precision.compute_params(masters, specs, how)
+    p = recipe_lib.compute_params(masters, specs, how)
     p = jax.tree.map(lambda a: a[0], p)
 
     def layer(trained, x):
-      whole = precision.joined(trained, p)
+      whole = recipe_lib.joined(trained, p)
       if kind == "dense":
         return transformer.dense_block(whole, x, cfg)
       return transformer.moe_block(whole, x, bias, cfg, moe.LOCAL)[0]
 
-    return jax.vjp(layer, precision.trained(p), x)
+    return jax.vjp(layer, recipe_lib.trained(p), x)
 
-  masters = schema.abstract(specs)
+  masters = param_spec.abstract(specs)
   x = jax.ShapeDtypeStruct((1, n_tokens, cfg.d_model), jnp.bfloat16)
   bias = jax.ShapeDtypeStruct([cfg.router.n_experts], jnp.float32)
   compiled = jax.jit(forward).lower(masters, x, bias).compile()

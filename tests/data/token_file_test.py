@@ -9,8 +9,8 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from dsv3_jax.data import corpus
-from dsv3_jax.data import encoding
-from dsv3_jax.data import packing
+from dsv3_jax.data import token_file
+from dsv3_jax.data import tokenize
 from dsv3_jax.data import tokenizer
 
 DOCUMENTS = [
@@ -34,7 +34,7 @@ class PackTest(parameterized.TestCase):
 
   def pack(self, documents=tuple(DOCUMENTS), vocab_size=300, tok=None, **how):
     tok = tok or self.tok
-    return packing.pack(documents, self.path, tok, vocab_size, **how)
+    return token_file.pack(documents, self.path, tok, vocab_size, **how)
 
   def test_documents_stand_between_bos_and_eos(self):
     tokens = np.array(self.pack().open())
@@ -65,7 +65,7 @@ class PackTest(parameterized.TestCase):
     self.assertEqual(
         file.text_bytes, sum(len(d.text.encode()) for d in DOCUMENTS)
     )
-    manifest = json.loads(packing.manifest_path(self.path).read_text())
+    manifest = json.loads(token_file.manifest_path(self.path).read_text())
     self.assertEqual(manifest["n_tokens"], file.n_tokens)
     self.assertEqual(manifest["corpus_digest"], corpus.digest(DOCUMENTS))
     self.assertNotIn("path", manifest)  # a workdir may move
@@ -78,7 +78,7 @@ class PackTest(parameterized.TestCase):
   def test_second_start_does_not_encode(self):
     first = self.pack()
     with absltest.mock.patch.object(
-        encoding, "encode", side_effect=KeyError
+        tokenize, "encode", side_effect=KeyError
     ):
       self.assertEqual(self.pack(), first)
 
@@ -118,7 +118,7 @@ class PackTest(parameterized.TestCase):
   @parameterized.parameters(1, 10.5, "7", None)
   def test_another_number_of_tokens_than_there_is(self, n):
     self.pack()
-    manifest = packing.manifest_path(self.path)
+    manifest = token_file.manifest_path(self.path)
     facts = json.loads(manifest.read_text())
     manifest.write_text(json.dumps(facts | {"n_tokens": n}))
     with self.assertRaisesRegex(ValueError, f"n_tokens is {n!r}, .* holds"):
@@ -127,12 +127,12 @@ class PackTest(parameterized.TestCase):
   @parameterized.parameters("", "[]", '{"n_tokens": 3}', "[" * 100_000)
   def test_damaged_manifest_is_refused(self, content):
     self.pack()
-    packing.manifest_path(self.path).write_text(content)
+    token_file.manifest_path(self.path).write_text(content)
     with self.assertRaisesRegex(ValueError, "train.json: not a manifest"):
       self.pack()
 
   def test_id_above_the_vocabulary_leaves_no_file(self):
-    encoded = encoding.encode(DOCUMENTS, self.tok)
+    encoded = tokenize.encode(DOCUMENTS, self.tok)
     largest = max(max(ids) for _, ids in encoded)
     with self.assertRaisesRegex(
         ValueError, rf"a: token id \d+ at offset \d+; allowed: 0 to {100 - 1}"
@@ -152,12 +152,12 @@ class CheckIdsTest(parameterized.TestCase):
   )
   def test_refused(self, ids, message):
     with self.assertRaisesRegex(ValueError, f"file.npy: .*{message}"):
-      packing.check_ids(np.array(ids), 10, "file.npy")
+      token_file.check_ids(np.array(ids), 10, "file.npy")
 
   @parameterized.parameters("uint16", "int32", "int64")
   def test_accepted(self, dtype):
-    packing.check_ids(np.arange(10, dtype=dtype), 10, "file.npy")
-    packing.check_ids(np.zeros(0, dtype), 10, "file.npy")
+    token_file.check_ids(np.arange(10, dtype=dtype), 10, "file.npy")
+    token_file.check_ids(np.zeros(0, dtype), 10, "file.npy")
 
 
 if __name__ == "__main__":

@@ -14,14 +14,14 @@ from jax.extend import core
 
 from dsv3_jax import config
 from dsv3_jax import losses
-from dsv3_jax import schema
+from dsv3_jax import param_spec
 from dsv3_jax import train
 from dsv3_jax.config import presets
+from dsv3_jax.linear import recipe as recipe_lib
 from dsv3_jax.model import attention
 from dsv3_jax.model import experts
 from dsv3_jax.model import moe
-from dsv3_jax.model import precision
-from dsv3_jax.model import recompute
+from dsv3_jax.model import remat as remat_lib
 from dsv3_jax.model import transformer
 
 CFG = presets.S.model
@@ -42,15 +42,15 @@ def layer(kind, recipe, kept, n_tokens=N_TOKENS):
     return y + stats.balance.astype(y.dtype)
 
   def backward(masters, x, bias):
-    p = precision.compute_params(masters, specs, how)
+    p = recipe_lib.compute_params(masters, specs, how)
     p = jax.tree.map(lambda a: a[0], p)
-    of = lambda trained, x: block(precision.joined(trained, p), x, bias)
-    return jax.vjp(recompute.keeping(kept, of), precision.trained(p), x)[1]
+    of = lambda trained, x: block(recipe_lib.joined(trained, p), x, bias)
+    return jax.vjp(remat_lib.keeping(kept, of), recipe_lib.trained(p), x)[1]
 
   dtype = jnp.float32 if recipe == "fp32" else jnp.bfloat16
   x = jax.ShapeDtypeStruct((1, n_tokens, CFG.d_model), dtype)
   bias = jax.ShapeDtypeStruct([CFG.router.n_experts], jnp.float32)
-  return backward, (schema.abstract(specs), x, bias)
+  return backward, (param_spec.abstract(specs), x, bias)
 
 
 def equations(jaxpr):
@@ -155,7 +155,7 @@ class KeptTest(parameterized.TestCase):
 
   def test_an_unknown_name_is_refused(self):
     with self.assertRaisesRegex(ValueError, "'norms': must be one of norm,"):
-      recompute.named(jnp.zeros(3), "norms")
+      remat_lib.named(jnp.zeros(3), "norms")
 
 
 class MadeAgainTest(parameterized.TestCase):

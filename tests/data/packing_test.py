@@ -10,9 +10,9 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from dsv3_jax import config
+from dsv3_jax.data import loader
 from dsv3_jax.data import packing
-from dsv3_jax.data import rows
-from dsv3_jax.data import stream
+from dsv3_jax.data import token_file as token_file_lib
 from dsv3_jax.data import tokenizer
 
 
@@ -21,7 +21,7 @@ def token_file(path, lengths):
   documents = [[0, *range(3, n + 2)] for n in lengths]
   tokens = np.concatenate(documents).astype(np.uint16)
   tokens.tofile(path)
-  return packing.TokenFile(
+  return token_file_lib.TokenFile(
       path=path,
       corpus_digest="",
       tokenizer_digest="",
@@ -55,7 +55,7 @@ class BestFitTest(parameterized.TestCase):
   def test_golden(self):
     lengths = np.array([4, 8, 1, 4, 2, 1, 6])
     # 8 | 6 + 2 | 4 + 4 | 1 + 1
-    found = rows.best_fit(lengths, 8)
+    found = packing.best_fit(lengths, 8)
     self.assertEqual(len(set(found)), 4)
     self.assertEqual(found[6], found[4])
     self.assertEqual(found[0], found[3])
@@ -65,7 +65,7 @@ class BestFitTest(parameterized.TestCase):
   def test_no_row_overflows_and_none_is_spare(self, seed, size, n):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, size + 1, n)
-    found = rows.best_fit(lengths, size)
+    found = packing.best_fit(lengths, size)
     filled = np.bincount(found, lengths)
     self.assertLessEqual(filled.max(), size)
     self.assertGreater(filled.min(), 0)
@@ -77,7 +77,7 @@ class BestFitTest(parameterized.TestCase):
   def test_a_million_documents(self):
     lengths = np.random.default_rng(0).integers(2, 4097, 1_000_000)
     began = time.monotonic()
-    filled = np.bincount(rows.best_fit(lengths, 4097), lengths)
+    filled = np.bincount(packing.best_fit(lengths, 4097), lengths)
     # 0.8 s on a core; a search of all rows for each would be quadratic.
     self.assertLess(time.monotonic() - began, 20)
     self.assertLess(1 - filled.mean() / 4097, 0.01)
@@ -89,7 +89,7 @@ class PiecesTest(parameterized.TestCase):
       n=(2, 3, 8, 9, 10, 16, 17, 18, 100), size=(2, 3, 9)
   )
   def test_each_token_but_the_first_is_a_target_once(self, n, size):
-    starts, lengths = rows.pieces(np.array([5]), np.array([n]), size)
+    starts, lengths = packing.pieces(np.array([5]), np.array([n]), size)
     targets = [
         i
         for start, length in zip(starts, lengths, strict=True)
@@ -100,7 +100,7 @@ class PiecesTest(parameterized.TestCase):
     self.assertLessEqual(lengths.max(), size)
 
   def test_only_documents_longer_than_a_row_are_cut(self):
-    starts, lengths = rows.pieces(np.array([0, 9, 17]), np.array([9, 8, 10]), 9)
+    starts, lengths = packing.pieces(np.array([0, 9, 17]), np.array([9, 8, 10]), 9)
     self.assertEqual(starts.tolist(), [0, 9, 17, 25])
     self.assertEqual(lengths.tolist(), [9, 8, 9, 2])
 
@@ -114,7 +114,7 @@ class RowsTest(parameterized.TestCase):
     )
 
   def rows(self, lengths, seq_len):
-    return rows.Rows(token_file(self.root / "train.bin", lengths), seq_len)
+    return packing.Rows(token_file(self.root / "train.bin", lengths), seq_len)
 
   def test_documents_stand_whole_in_rows_with_padding_at_the_end(self):
     read = self.rows([5, 3, 4, 9], 8)
@@ -152,7 +152,7 @@ class RowsTest(parameterized.TestCase):
   @parameterized.parameters(256, 1024)
   def test_the_novels_waste_less_than_a_hundredth(self, seq_len):
     data = config.Data(seq_len=seq_len)
-    prepared = stream.prepare(data, 2048, self.root / "data")
+    prepared = loader.prepare(data, 2048, self.root / "data")
     self.assertLess(prepared.padding, 0.01)
 
 

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dsv3_jax import manual
-from dsv3_jax.model import tiles
+from dsv3_jax import varying
+from dsv3_jax.linear import quantize
 
 SLICE = 128  # of the contracted dim, between promotions; bytes of a swizzle
 TILE = 128  # rows and columns of the result
@@ -49,8 +49,8 @@ def supported() -> bool:
 
 
 def blocked(
-    a: tiles.Tiled,
-    b: tiles.Tiled,
+    a: quantize.Tiled,
+    b: quantize.Tiled,
     dtype: jax.typing.DTypeLike = jnp.float32,
     *,
     tuning: Tuning = Tuning(),
@@ -83,19 +83,19 @@ def blocked(
   if not (interpret or supported()):
     raise NotImplementedError("the first device is no Hopper GPU")
   slices = -(-k // SLICE)
-  of_rows = tiles.spread(a.scales, (a.tile[0], 1), (m, slices)).T
-  of_columns = tiles.spread(b.scales, (1, b.tile[1]), (slices, n))
+  of_rows = quantize.spread(a.scales, (a.tile[0], 1), (m, slices)).T
+  of_columns = quantize.spread(b.scales, (1, b.tile[1]), (slices, n))
   # Both operands with the contracted dim last, as tensor cores want FP8.
   args = _padded(a.bits), _padded(b.bits.T)
-  args = [jax.lax.bitcast_convert_type(bits, tiles.E4M3) for bits in args]
+  args = [jax.lax.bitcast_convert_type(bits, quantize.E4M3) for bits in args]
   if interpret:  # which knows no transposed views
     args[1] = args[1].T
   args += _padded(of_rows, 1), _padded(of_columns, 1)
   one_scale = b.tile[1] % TILE == 0  # for all columns of a tile
   out = _call(*args, _Plan(tuning, one_scale, interpret), dtype)
   # What a kernel returns is said to be the same on all devices.
-  axes = frozenset().union(*map(manual.varying, args))
-  return manual.vary(out, sorted(axes))[:m, :n]
+  axes = frozenset().union(*map(varying.varying, args))
+  return varying.vary(out, sorted(axes))[:m, :n]
 
 
 def _padded(x: jax.Array, rows: int = TILE) -> jax.Array:
@@ -157,7 +157,7 @@ def _in_shared_memory(dtype: jax.typing.DTypeLike) -> tuple:
 def _pipeline(plan: _Plan, slices: int, pair: int):
   """Brings slices of both operands and of their scales."""
   matrix = functools.partial(
-      plgpu.BlockSpec, transforms=_in_shared_memory(tiles.E4M3)
+      plgpu.BlockSpec, transforms=_in_shared_memory(quantize.E4M3)
   )
   of_a = matrix((TILE, SLICE), lambda k: (0, k))
   of_scales = plgpu.BlockSpec((1, TILE), lambda k: (k, 0))

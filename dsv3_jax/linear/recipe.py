@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax import config
-from dsv3_jax import manual
-from dsv3_jax import schema
-from dsv3_jax.model import gemm
-from dsv3_jax.model import tiles
+from dsv3_jax import param_spec
+from dsv3_jax import varying
+from dsv3_jax.linear import linear as linear_lib
+from dsv3_jax.linear import quantize
 
 _KEPT = ("norm", "router")  # read in float32 whatever the recipe (section 3.3)
 
@@ -21,11 +21,11 @@ Slices = tuple[tuple[int, tuple[str, ...]], ...]  # (dim, mesh axes) of a leaf
 
 
 def compute_params(
-    params: schema.Params,
-    specs: schema.Specs,
+    params: param_spec.Params,
+    specs: param_spec.Specs,
     how: config.Precision,
     slices: Any = None,
-) -> schema.Params:
+) -> param_spec.Params:
   """Parameters as the forward pass reads them, made once an optimizer step.
 
   With `bf16` and `fp8` all are bfloat16 but norm gains and router centroids.
@@ -43,7 +43,7 @@ def compute_params(
   chosen = fp8_paths(specs, how)
 
   def leaf(path, w, spec, slices=()):
-    name = schema.name(path)
+    name = param_spec.name(path)
     if name in chosen:
       return _fp8(w, spec, how, slices)
     return w if name.endswith(_KEPT) else w.astype(jnp.bfloat16)
@@ -52,11 +52,11 @@ def compute_params(
   return jax.tree.map_with_path(leaf, *trees)
 
 
-def fp8_paths(specs: schema.Specs, how: config.Precision) -> frozenset[str]:
+def fp8_paths(specs: param_spec.Specs, how: config.Precision) -> frozenset[str]:
   """Paths of the weights in FP8: of linear layers, and named by the recipe."""
   if how.recipe != "fp8":
     return frozenset()
-  linear = [path for path, spec in schema.paths(specs).items() if spec.n_in]
+  linear = [path for path, spec in param_spec.paths(specs).items() if spec.n_in]
   return frozenset(
       path
       for pattern in how.patterns
@@ -64,11 +64,11 @@ def fp8_paths(specs: schema.Specs, how: config.Precision) -> frozenset[str]:
   )
 
 
-def problems(specs: schema.Specs, how: config.Precision) -> list[str]:
+def problems(specs: param_spec.Specs, how: config.Precision) -> list[str]:
   """What is wrong with an FP8 recipe for a model, a line each."""
   if how.recipe != "fp8":
     return []
-  linear = {p: spec for p, spec in schema.paths(specs).items() if spec.n_in}
+  linear = {p: spec for p, spec in param_spec.paths(specs).items() if spec.n_in}
   found = [
       f"Precision.fp8={pattern!r}: names no weight of a linear layer; there are"
       f" {', '.join(linear)}"
@@ -87,22 +87,22 @@ def problems(specs: schema.Specs, how: config.Precision) -> list[str]:
 
 
 def _fp8(
-    w: jax.Array, spec: schema.ParamSpec, how: config.Precision, slices: Slices
-) -> gemm.Fp8:
+    w: jax.Array, spec: param_spec.ParamSpec, how: config.Precision, slices: Slices
+) -> linear_lib.Fp8:
   """A weight, or the slice of one that is here, with its copy in E4M3."""
   flat, largest, spread = _measured(w, spec, how.tile, slices)
-  scales = tiles.scale(largest, how.scales, tiles.LARGEST)
-  bits = tiles.encode(flat, spread(scales)).reshape(w.shape)
+  scales = quantize.scale(largest, how.scales, quantize.LARGEST)
+  bits = quantize.encode(flat, spread(scales)).reshape(w.shape)
   # Of a stack of layers, those of each; of experts, of all together.
   layers = w.shape[:1] if spec.axes[0] == "layers" else ()
-  shape = *layers, len(gemm.CLASSES), len(tiles.COUNTED)
+  shape = *layers, len(linear_lib.CLASSES), len(quantize.COUNTED)
   counts = jnp.zeros_like(w, shape=shape)
-  return gemm.Fp8(gemm.Trained(w, counts), bits, scales, how)
+  return linear_lib.Fp8(linear_lib.Trained(w, counts), bits, scales, how)
 
 
 def weight_counts(
-    params: schema.Params,
-    specs: schema.Specs,
+    params: param_spec.Params,
+    specs: param_spec.Specs,
     how: config.Precision,
     slices: Any = None,
 ) -> dict[str, jax.Array]:
@@ -117,14 +117,14 @@ def weight_counts(
   chosen, found = fp8_paths(specs, how), {}
 
   def leaf(path, w, spec, slices=()):
-    name = schema.name(path)
+    name = param_spec.name(path)
     if name not in chosen:
       return
     flat, largest, spread = _measured(w, spec, how.tile, slices)
-    scales = spread(tiles.scale(largest, how.scales, tiles.LARGEST))
+    scales = spread(quantize.scale(largest, how.scales, quantize.LARGEST))
     parts = (
-        tiles.tile_counts(largest),
-        tiles.element_counts(flat, tiles.encode(flat, scales), scales),
+        quantize.tile_counts(largest),
+        quantize.element_counts(flat, quantize.encode(flat, scales), scales),
     )
     # The devices that hold slices of a block agree on its magnitude.
     whole = [_sum(part) for part in parts]
@@ -137,12 +137,12 @@ def weight_counts(
 
 def _sum(x: jax.Array) -> jax.Array:
   """Over all devices that differ in it."""
-  axes = sorted(manual.varying(x))
+  axes = sorted(varying.varying(x))
   return jax.lax.psum(x, axes) if axes else x
 
 
 def _measured(
-    w: jax.Array, spec: schema.ParamSpec, tile: int, slices: Slices
+    w: jax.Array, spec: param_spec.ParamSpec, tile: int, slices: Slices
 ) -> tuple[jax.Array, jax.Array, Callable[[jax.Array], jax.Array]]:
   """A weight as matrices, the largest magnitude of each block, and a function
   from numbers of blocks to numbers of elements.
@@ -155,17 +155,17 @@ def _measured(
   flat = w.reshape(*stack, math.prod(w.shape[n_stack:n_in]), -1)
   if not inside:
     square = tile, tile
-    spread = lambda a: tiles.spread(a, square, flat.shape)
-    return flat, tiles.magnitude(flat, square), spread
+    spread = lambda a: quantize.spread(a, square, flat.shape)
+    return flat, quantize.magnitude(flat, square), spread
   of_row, n_rows = _blocks(w.shape, range(n_stack, n_in), inside, tile)
   of_column, n_columns = _blocks(w.shape, range(n_in, w.ndim), inside, tile)
-  here = tiles.ordered(flat)
+  here = quantize.ordered(flat)
   largest = jnp.zeros_like(here, shape=(*stack, n_rows, of_column.size))
   largest = largest.at[..., of_row, :].max(here)
   blocks = jnp.zeros_like(here, shape=(*stack, n_rows, n_columns))
   blocks = blocks.at[..., of_column].max(largest)
   axes = tuple(axis for group in inside.values() for axis in group)
-  magnitude = tiles.from_ordered(jax.lax.pmax(blocks, axes))
+  magnitude = quantize.from_ordered(jax.lax.pmax(blocks, axes))
   return flat, magnitude, lambda a: a[..., of_row, :][..., of_column]
 
 
@@ -193,15 +193,15 @@ def _blocks(
 
 
 def _is_weight(leaf: Any) -> bool:
-  return isinstance(leaf, gemm.Fp8)
+  return isinstance(leaf, linear_lib.Fp8)
 
 
-def trained(params: schema.Params) -> Any:
+def trained(params: param_spec.Params) -> Any:
   """What the loss has a gradient for: the parameters, `Trained` for FP8."""
-  return jax.tree.map(gemm.trained, params, is_leaf=_is_weight)
+  return jax.tree.map(linear_lib.trained, params, is_leaf=_is_weight)
 
 
-def joined(new: Any, params: schema.Params) -> schema.Params:
+def joined(new: Any, params: param_spec.Params) -> param_spec.Params:
   """The parameters, with what is trained replaced."""
 
   def leaf(w, new):
@@ -212,7 +212,7 @@ def joined(new: Any, params: schema.Params) -> schema.Params:
 
 def gradients(
     of_trained: Any,
-) -> tuple[schema.Params, dict[str, dict[str, jax.Array]]]:
+) -> tuple[param_spec.Params, dict[str, dict[str, jax.Array]]]:
   """Gradients of the masters, and what was counted by class and path.
 
   Args:
@@ -222,17 +222,17 @@ def gradients(
     Gradients, and for each of `gemm.CLASSES` [..., 6] f32 by path, for each
     layer; nothing without weights in FP8.
   """
-  is_leaf = lambda leaf: isinstance(leaf, gemm.Trained)
+  is_leaf = lambda leaf: isinstance(leaf, linear_lib.Trained)
   masters = jax.tree.map(
       lambda g: g.master if is_leaf(g) else g, of_trained, is_leaf=is_leaf
   )
   counts = {
-      schema.name(path): leaf.counts
+      param_spec.name(path): leaf.counts
       for path, leaf in jax.tree.leaves_with_path(of_trained, is_leaf=is_leaf)
       if is_leaf(leaf)
   }
   by_class = {
       kind: {path: n[..., i, :] for path, n in counts.items()}
-      for i, kind in enumerate(gemm.CLASSES)
+      for i, kind in enumerate(linear_lib.CLASSES)
   }
   return masters, by_class if counts else {}

@@ -15,12 +15,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.model import tiles
+from dsv3_jax.linear import quantize
 
-Operand = tiles.Tiled | jax.Array  # an array: multiplied out already
+Operand = quantize.Tiled | jax.Array  # an array: multiplied out already
 
 
-def product(a: tiles.Tiled, b: Operand, backend: str = "auto") -> jax.Array:
+def product(a: quantize.Tiled, b: Operand, backend: str = "auto") -> jax.Array:
   """a @ b, [M, K] and [K, N] to [M, N] f32.
 
   Args:
@@ -46,7 +46,7 @@ def dtype() -> jax.typing.DTypeLike:
   return jnp.float32 if on_cpu else jnp.bfloat16
 
 
-def exact(a: tiles.Tiled, b: tiles.Tiled) -> jax.Array:
+def exact(a: quantize.Tiled, b: quantize.Tiled) -> jax.Array:
   """The reference: scales are applied to sums over one tile."""
   size, k = a.tile[1], a.bits.shape[1]
   shape = a.bits.shape[0], b.bits.shape[1]
@@ -58,27 +58,27 @@ def exact(a: tiles.Tiled, b: tiles.Tiled) -> jax.Array:
         b.values[here].astype(jnp.bfloat16),
         preferred_element_type=jnp.float32,
     )
-    of_rows = tiles.spread(a.scales[:, i : i + 1], (a.tile[0], 1), shape)
-    of_columns = tiles.spread(b.scales[i : i + 1], (1, b.tile[1]), shape)
+    of_rows = quantize.spread(a.scales[:, i : i + 1], (a.tile[0], 1), shape)
+    of_columns = quantize.spread(b.scales[i : i + 1], (1, b.tile[1]), shape)
     total = total + part * of_rows * of_columns
   return total
 
 
-def dequantized(a: tiles.Tiled, b: Operand) -> jax.Array:
+def dequantized(a: quantize.Tiled, b: Operand) -> jax.Array:
   """One product of what the operands stand for."""
-  if isinstance(b, tiles.Tiled):
-    b = tiles.dequantize(b, dtype())
+  if isinstance(b, quantize.Tiled):
+    b = quantize.dequantize(b, dtype())
   return jnp.matmul(
-      tiles.dequantize(a, b.dtype), b, preferred_element_type=jnp.float32
+      quantize.dequantize(a, b.dtype), b, preferred_element_type=jnp.float32
   )
 
 
-def kernel(a: tiles.Tiled, b: tiles.Tiled) -> jax.Array:
+def kernel(a: quantize.Tiled, b: quantize.Tiled) -> jax.Array:
   """The product on tensor cores."""
-  from dsv3_jax.model import kernels  # a third of a second, for GPUs only
+  from dsv3_jax.linear import fp8_matmul_hopper
 
   try:
-    return kernels.blocked(a, b)
+    return fp8_matmul_hopper.blocked(a, b)
   except NotImplementedError:
     return dequantized(a, b)
 
@@ -86,13 +86,13 @@ def kernel(a: tiles.Tiled, b: tiles.Tiled) -> jax.Array:
 BACKENDS = {"exact": exact, "dequantized": dequantized, "kernel": kernel}
 
 
-def _function(backend: str) -> Callable[[tiles.Tiled, Operand], jax.Array]:
+def _function(backend: str) -> Callable[[quantize.Tiled, Operand], jax.Array]:
   """The product of a backend; `auto` is what was measured to be fastest."""
   if backend != "auto":
     return BACKENDS[backend]
   on_hopper = False
   if jax.default_backend() == "gpu":
-    from dsv3_jax.model import kernels
+    from dsv3_jax.linear import fp8_matmul_hopper
 
-    on_hopper = kernels.supported()
+    on_hopper = fp8_matmul_hopper.supported()
   return kernel if on_hopper else dequantized

@@ -7,7 +7,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from dsv3_jax.data import corpus
-from dsv3_jax.data import encoding
+from dsv3_jax.data import tokenize
 from dsv3_jax.data import tokenizer
 
 TEXT = "if x:\n  y = f(x).\n\n  # 漢字, naïve\nreturn [y]\r\n"
@@ -18,7 +18,7 @@ DOCUMENTS = [
 
 
 def ids_of(documents, tok, **how):
-  return [ids for _, ids in encoding.encode(documents, tok, **how)]
+  return [ids for _, ids in tokenize.encode(documents, tok, **how)]
 
 
 class EncodeTest(parameterized.TestCase):
@@ -47,15 +47,15 @@ class EncodeTest(parameterized.TestCase):
     text = "".join(rng.choice(parts, size=20_000))
     tok = tokenizer.train([text], 600)  # has merges of such strings
     document = corpus.Document("x", text)
-    ((_, whole),) = encoding.encode([document], tok)
-    with absltest.mock.patch.object(encoding, "_PIECE_CHARACTERS", 1):
-      ((_, cut),) = encoding.encode([document], tok)
-      self.assertGreater(len(list(encoding._pieces(text))), 200)
+    ((_, whole),) = tokenize.encode([document], tok)
+    with absltest.mock.patch.object(tokenize, "_PIECE_CHARACTERS", 1):
+      ((_, cut),) = tokenize.encode([document], tok)
+      self.assertGreater(len(list(tokenize._pieces(text))), 200)
     np.testing.assert_array_equal(cut, whole)
 
   def test_many_documents_keep_their_order(self):
     documents = [corpus.Document(str(i), f"number {i}") for i in range(200)]
-    encoded = list(encoding.encode(documents, self.tok))
+    encoded = list(tokenize.encode(documents, self.tok))
     self.assertEqual([name for name, _ in encoded], [d.name for d in documents])
     texts = [self.tok.decode(ids[1:-1]) for _, ids in encoded]
     self.assertEqual(texts, [d.text for d in documents])
@@ -115,7 +115,7 @@ class EncodeTest(parameterized.TestCase):
       np.testing.assert_array_equal(alone, whole[i])
 
   def test_tokens_of_punctuation_and_line_breaks_are_halved(self):
-    halves = encoding._halves(self.tok)
+    halves = tokenize._halves(self.tok)
     self.assertNotEmpty(halves)
     for i, ids in halves.items():
       text = self.tok.decode([i])
@@ -128,7 +128,7 @@ class EncodeTest(parameterized.TestCase):
       self.assertNotRegex(text, re.compile(r"^ ?[.,:!\])]+[\r\n]+$"))
 
   def test_a_share_of_them_is_split(self):
-    joined = list(encoding._halves(self.tok))
+    joined = list(tokenize._halves(self.tok))
     plain = np.concatenate(ids_of(DOCUMENTS, self.tok))
     n = int(np.isin(plain, joined).sum())
     found = np.concatenate(ids_of(DOCUMENTS, self.tok, split_rate=0.3))

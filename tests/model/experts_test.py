@@ -8,7 +8,7 @@ import testing
 from absl.testing import absltest
 from absl.testing import parameterized
 
-from dsv3_jax import schema
+from dsv3_jax import param_spec
 from dsv3_jax.model import experts
 from dsv3_jax.model import swiglu
 
@@ -29,7 +29,7 @@ EDGE = (130, 5, 1, 3, 7)  # for the cases of one shape
 
 
 def _inputs(m, e, k, d, f):
-  specs = schema.stack(swiglu.specs(d, f, 0.1), e, "experts")
+  specs = param_spec.stack(swiglu.specs(d, f, 0.1), e, "experts")
   p = jax.tree.map(lambda w: 4 * w, testing.draw(specs))
   rng = np.random.default_rng(m + e + k)
   chosen = np.array([rng.permutation(e)[:k] for _ in range(m)], np.int32)
