@@ -19,9 +19,9 @@ from dsv3_jax.linear import recipe
 from dsv3_jax.model import moe
 from dsv3_jax.model import router
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import layouts
-from dsv3_jax.parallel import pipeline
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
+from dsv3_jax.parallel import sharding
+from dsv3_jax.parallel.pipeline import executor
 
 Metrics = dict[str, jax.Array]
 
@@ -58,7 +58,7 @@ def _shapes(run: config.Run) -> TrainState:
 
 def shardings(run: config.Run, mesh: jax.sharding.Mesh) -> TrainState:
   """Where each array of the state is: the optimizer's with its parameter."""
-  params = layouts.layout(run, mesh.shape).specs
+  params = sharding.layout(run, mesh.shape).specs
   state = _shapes(run)
   opt_state = optax.tree.map_params(
       optim.adamw(run.optim),
@@ -127,8 +127,8 @@ def gradients(
     of_weights = _weight_counts(state.params, run)
   else:
     n_micro = batch.tokens.shape[0]
-    layout = layouts.layout(run, mesh.shape, micro_batches=n_micro)
-    divided = topology.batch_spec(mesh.shape, 1)
+    layout = sharding.layout(run, mesh.shape, micro_batches=n_micro)
+    divided = device_mesh.batch_spec(mesh.shape, 1)
     sums, *told, of_weights = jax.shard_map(
         functools.partial(_local_gradients, run=run, layout=layout),
         mesh=mesh,
@@ -159,7 +159,7 @@ def _local_gradients(params, *args, run, layout):
   params = _compute_params(params, run, layout.slices)
   params = layout.step(params)
   if layout.stages:
-    sums = pipeline.gradient_sums(params, *args, run=run, layout=layout)
+    sums = executor.gradient_sums(params, *args, run=run, layout=layout)
   else:
     sums = _gradient_sums(
         params,
@@ -303,7 +303,7 @@ def trace_step(
   An abstract mesh stands for devices that are not here: what it returns lowers
   for a platform that is named, and does not compile.
   """
-  spec = topology.batch_spec(mesh.shape, 1)
+  spec = device_mesh.batch_spec(mesh.shape, 1)
   shape = run.train.micro_batches, run.train.micro_batch_size, run.data.seq_len
   ids = jax.ShapeDtypeStruct(
       shape, jnp.int32, sharding=jax.NamedSharding(mesh, spec)
@@ -316,7 +316,7 @@ def place(
     batch: losses.Batch, n_rows: int, mesh: jax.sharding.Mesh
 ) -> losses.Batch:
   """This process' rows [A, B', T] of a batch [A, n_rows, T], on a mesh."""
-  return topology.put_rows(batch, n_rows, mesh, dim=1)
+  return device_mesh.put_rows(batch, n_rows, mesh, dim=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,8 @@ from dsv3_jax.evals import hidden
 from dsv3_jax.evals import likelihood
 from dsv3_jax.infer import engine
 from dsv3_jax.infer import served
-from dsv3_jax.parallel import replicas
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
+from dsv3_jax.parallel import replica_check
 from experiments import feed
 from experiments import history
 from experiments import lifeline
@@ -53,7 +53,7 @@ class Aside:
 
   def check(self, state: train.TrainState) -> None:
     """Compares what devices hold alike."""
-    replicas.check(state, self.mesh)
+    replica_check.check(state, self.mesh)
 
   def evaluate(self, state: train.TrainState) -> None:
     """Writes the likelihood of held-out text, and a sample."""
@@ -137,7 +137,7 @@ def _sample(
 ) -> str:
   """Text that process 0 lets the model write from nothing, on one device."""
   parts = state.params, state.router_bias, state.step
-  params, bias, step = topology.on_first_device(parts, mesh)
+  params, bias, step = device_mesh.on_first_device(parts, mesh)
   n = run.evaluate.sample_tokens
   if jax.process_index() or not n:
     return ""

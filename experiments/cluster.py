@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from dsv3_jax import manifest
 from dsv3_jax.errors import InputError
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
 from experiments import exits
 
 
@@ -212,7 +212,7 @@ def mesh(sizes: Mapping[str, int]) -> jax.sharding.Mesh:
   sizes = sizes or {"data": n}
   product = math.prod(sizes.values())
   if product == n:
-    return topology.mesh(sizes)
+    return device_mesh.mesh(sizes)
   given = ",".join(f"{axis}={size}" for axis, size in sizes.items())
   rest = product // sizes.get("data", 1)
   fits = f"data={n}" if n % rest else f"data={n // rest} with the others kept"

@@ -26,8 +26,8 @@ from dsv3_jax import config
 from dsv3_jax.config import fields
 from dsv3_jax.errors import InputError
 from dsv3_jax.interop import weights
-from dsv3_jax.parallel import layouts
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
+from dsv3_jax.parallel import sharding
 from experiments import allocator
 from experiments import cluster
 from experiments import exits
@@ -112,10 +112,10 @@ def parse_mesh(text: str) -> tuple[dict[str, int], list[str]]:
   sizes, problems = {}, []
   for part in filter(None, text.split(",")):
     axis, _, size = part.partition("=")
-    if axis not in topology.AXES:
-      hint = fields.nearest(axis, topology.AXES)
+    if axis not in device_mesh.AXES:
+      hint = fields.nearest(axis, device_mesh.AXES)
       problems.append(
-          f"--mesh={part}: axes are {', '.join(topology.AXES)}{hint}"
+          f"--mesh={part}: axes are {', '.join(device_mesh.AXES)}{hint}"
       )
     elif not re.fullmatch("0*[1-9][0-9]{0,8}", size, re.ASCII):
       problems.append(
@@ -140,7 +140,7 @@ def _command(variants: Mapping[str, config.Run]) -> tuple[Command, list[str]]:
       run = config.override(run, *args.set)
     except InputError as error:
       problems += [f"--set: {line}" for line in str(error).splitlines()]
-    problems += layouts.problems(run, mesh)
+    problems += sharding.problems(run, mesh)
   if not 0 <= args.seed < 2**32:
     problems.append(f"--seed={args.seed}: must be in [0, 2^32)")
   total = run.total_steps if run else 0

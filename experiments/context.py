@@ -35,7 +35,7 @@ from dsv3_jax.errors import InputError
 from dsv3_jax.evals import hidden
 from dsv3_jax.evals import needles
 from dsv3_jax.interop import runs
-from dsv3_jax.parallel import layouts
+from dsv3_jax.parallel import sharding
 from experiments import common
 from experiments import logbook
 
@@ -157,7 +157,7 @@ def execute(command: common.Command) -> None:
   lengths, problems = _problems(command)
   planned = [] if problems else phases(command.run, lengths, _WITHOUT.value)
   for phase in planned:
-    problems += layouts.problems(phase.run, command.mesh)
+    problems += sharding.problems(phase.run, command.mesh)
   if problems:
     raise InputError("\n".join(dict.fromkeys(problems)))
   from experiments import runner  # only now, when nothing is wrong

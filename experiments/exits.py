@@ -5,7 +5,7 @@ import errno
 from dsv3_jax import manifest
 from dsv3_jax.errors import InputError
 from dsv3_jax.errors import NotFiniteError
-from dsv3_jax.parallel import replicas
+from dsv3_jax.parallel import replica_check
 
 OK, BAD_INPUT, NOT_FINITE, NO_CHECKPOINT = 0, 2, 3, 4
 INTERNAL, PREEMPTED, STUCK = 70, 75, 124
@@ -49,7 +49,7 @@ _CODES = {
     NotFiniteError: NOT_FINITE,
     SpikeError: NOT_FINITE,
     manifest.SaveError: INTERNAL,
-    replicas.DivergedError: INTERNAL,
+    replica_check.DivergedError: INTERNAL,
     MismatchError: INTERNAL,
 }
 

@@ -13,7 +13,7 @@ from dsv3_jax import losses
 from dsv3_jax import train
 from dsv3_jax.data import loader
 from dsv3_jax.data import tokenizer
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Feed:
     A process reads the rows of its own devices.
     """
     run, n_rows = self.run, self.run.train.micro_batch_size
-    columns = topology.own_rows(n_rows, mesh)
+    columns = device_mesh.own_rows(n_rows, mesh)
     unpredicted = [tokenizer.PAD_ID]
     if run.data.segment_mask:
       unpredicted.append(run.data.segment_start)

@@ -20,7 +20,7 @@ from dsv3_jax import train
 from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
 from experiments import common
 
 _DRY_RUN = flags.DEFINE_bool(
@@ -59,7 +59,7 @@ def dry_run(command: common.Command) -> None:
       "token budget": f"{run.train.tokens:,}",
   }
   if command.mesh:
-    lines |= _on_mesh(run, topology.abstract(command.mesh))
+    lines |= _on_mesh(run, device_mesh.abstract(command.mesh))
   print(f"variant {command.variant}")
   for name, value in lines.items():
     print(f"  {name:16} {value}")

@@ -10,7 +10,7 @@ import jax
 
 from dsv3_jax import train
 from dsv3_jax.errors import NotFiniteError
-from dsv3_jax.parallel import traffic
+from dsv3_jax.parallel import comm_volume
 from experiments import exits
 from experiments import feed
 from experiments import history
@@ -95,7 +95,7 @@ class Reporter:
     row = {"step": done, "tokens": run.rows_before(done) * length}
     apart = ("load", "finite", "sent", "fp8")
     row |= {k: v for k, v in metrics.items() if k not in apart}
-    for axis, n_bytes in traffic.bytes_sent(metrics["sent"], run).items():
+    for axis, n_bytes in comm_volume.bytes_sent(metrics["sent"], run).items():
       if n_bytes:
         row[f"bytes_over_{axis}"] = n_bytes
     row |= quantization.shares(metrics.get("fp8", {}))

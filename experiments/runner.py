@@ -21,7 +21,7 @@ from dsv3_jax.errors import InputError
 from dsv3_jax.errors import NotFiniteError
 from dsv3_jax.interop import runs
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import layouts
+from dsv3_jax.parallel import sharding
 from experiments import aside
 from experiments import cluster
 from experiments import common
@@ -145,7 +145,7 @@ def _prepare(
 
 def _problems(command: common.Command, mesh: jax.sharding.Mesh) -> list[str]:
   run = command.run
-  problems = layouts.problems(run, mesh.shape)
+  problems = sharding.problems(run, mesh.shape)
   form = run.parallel.dispatch
   if form.startswith("ragged") and jax.default_backend() == "cpu":
     problems.append(

@@ -19,7 +19,7 @@ from dsv3_jax.errors import InputError
 from dsv3_jax.infer import engine
 from dsv3_jax.infer import text
 from dsv3_jax.infer import units
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
 from experiments import batch
 from experiments import cluster
 from experiments import common
@@ -106,7 +106,7 @@ def _options() -> text.Options:
   if mesh := _mesh():
     deployment = units.Deployment(mesh, _UNIT.value, _REDUNDANT.value)
   if not _PROMPTS.value and n_slots > 0:
-    n_slots = topology.extent(mesh, topology.BATCH)
+    n_slots = device_mesh.extent(mesh, device_mesh.BATCH)
   return text.Options(
       dtype=_COMPUTE.value,
       n_slots=n_slots,

@@ -24,7 +24,7 @@ from dsv3_jax import storage
 from dsv3_jax import train
 from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
 from experiments import common
 
 
@@ -96,7 +96,7 @@ def main() -> None:
     raise InputError(str(error)) from error
   if stray:
     raise InputError(f"stray arguments {' '.join(stray)!r}: flags are --a=b")
-  mesh = topology.mesh({})
+  mesh = device_mesh.mesh({})
   state = _moved(train.make_state(presets.PRESETS[known.variant], mesh, 0))
   n_bytes = sum(a.nbytes for a in jax.tree.leaves(state.params))
   print(f"{known.variant}: parameters of {n_bytes / 1e6:,.0f} MB, and moments")

@@ -56,13 +56,13 @@ def _load(folder: pathlib.Path) -> float:
   from dsv3_jax.interop import hf
   from dsv3_jax.interop import hf_config
   from dsv3_jax.interop import placing
-  from dsv3_jax.parallel import layouts
-  from dsv3_jax.parallel import topology
+  from dsv3_jax.parallel import device_mesh
+  from dsv3_jax.parallel import sharding
 
   released = hf.open_folder(folder)
   run = hf_config.run(released.facts, released.model)
-  mesh = topology.mesh({})
-  layout = layouts.layout(run, mesh.shape)
+  mesh = device_mesh.mesh({})
+  layout = sharding.layout(run, mesh.shape)
   dtype = hf.BF16 if released.tile is None else np.dtype(np.float32)
   start = time.perf_counter()
   jax.block_until_ready(placing.load(released, layout, mesh, dtype))

@@ -15,7 +15,7 @@ from dsv3_jax import config
 from dsv3_jax import losses
 from dsv3_jax import train
 from dsv3_jax.config import presets
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
 from experiments import allocator
 from scripts import bench_worker
 
@@ -28,7 +28,7 @@ def prepare(job: dict[str, Any]) -> bench_worker.Task:
   n_rows = cfg.train.batch_size // n_micro
   most = min(jax.device_count(), n_rows)
   shards = max(n for n in range(1, most + 1) if n_rows % n == 0)
-  mesh = topology.mesh({"data": shards})
+  mesh = device_mesh.mesh({"data": shards})
   state = train.make_state(cfg, mesh, seed=0)
   train_step = train.make_step(cfg, mesh)
   shape = (n_micro, n_rows, cfg.data.seq_len + 1)

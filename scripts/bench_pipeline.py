@@ -27,10 +27,10 @@ from dsv3_jax import train
 from dsv3_jax import varying
 from dsv3_jax.errors import InputError
 from dsv3_jax.model import moe
-from dsv3_jax.parallel import pipeline
-from dsv3_jax.parallel import schedules
-from dsv3_jax.parallel import simulator
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
+from dsv3_jax.parallel.pipeline import executor as executor_lib
+from dsv3_jax.parallel.pipeline import schedules
+from dsv3_jax.parallel.pipeline import simulate
 from experiments import cluster
 from experiments import common
 from scripts import layout_matrix
@@ -136,12 +136,12 @@ def executor(run: config.Run, mesh: jax.sharding.Mesh, sleeper: Sleeper):
   """() -> nothing: makes the gradients of a step of sleeping layers."""
   state, batch = inputs(run, mesh)
   gradients = functools.partial(train.gradients, run=run, mesh=mesh)
-  layers = pipeline.LAYERS
-  pipeline.LAYERS = {"moe": sleeper.layer}
+  layers = executor_lib.LAYERS
+  executor_lib.LAYERS = {"moe": sleeper.layer}
   try:
     compiled = jax.jit(gradients).lower(state, batch).compile()
   finally:
-    pipeline.LAYERS = layers
+    executor_lib.LAYERS = layers
   return lambda: jax.block_until_ready(compiled(state, batch))
 
 
@@ -149,7 +149,7 @@ def measure(
     name: str, n_ranks: int, n_layers: int, n_micro: int, seconds: float
 ) -> dict[str, Any]:
   """A line of the output, but for the ratio."""
-  mesh = topology.mesh({"pipe": n_ranks})
+  mesh = device_mesh.mesh({"pipe": n_ranks})
   schedule = schedules.SCHEDULES[name](n_ranks, n_micro)
   sleeper = Sleeper(n_ranks, seconds)
   step = executor(make_run(name, n_layers, n_micro), mesh, sleeper)
@@ -161,14 +161,14 @@ def measure(
     spent.append(time.monotonic() - began)
   unit = seconds * n_layers / schedule.n_stages  # of a stage
   # The layers of a pair run one after the other here.
-  times = simulator.Times(F=unit, B=2 * unit, W=unit, FB=3 * unit)
+  times = simulate.Times(F=unit, B=2 * unit, W=unit, FB=3 * unit)
   return {
       "schedule": name,
       "ranks": n_ranks,
       "microbatches": n_micro,
       "seconds": statistics.median(spent),
-      "lockstep": simulator.lockstep_makespan(schedule, times),
-      "simulated": simulator.simulate(schedule, times).makespan,
+      "lockstep": simulate.lockstep_makespan(schedule, times),
+      "simulated": simulate.simulate(schedule, times).makespan,
   }
 
 

@@ -215,9 +215,9 @@ def _source() -> tuple[export_lib.Source, dict[str, Any]]:
     source = weights.open_weights(folder / weights.FOLDER)
     return source, source.facts
   # These start JAX.
-  from dsv3_jax.parallel import topology
+  from dsv3_jax.parallel import device_mesh
 
-  mesh = topology.mesh({})
+  mesh = device_mesh.mesh({})
   params, bias = runs.newest(folder, run, mesh, average=_EMA.value)
   arrays = {path: np.asarray(a) for path, a in param_spec.paths(params).items()}
   arrays[blocks.BIAS] = np.asarray(bias)
@@ -288,11 +288,11 @@ def compute_logits(
   """Logits in float32, of the main model and of each MTP depth."""
   from dsv3_jax.evals import hidden
   from dsv3_jax.evals import logits
-  from dsv3_jax.parallel import layouts
+  from dsv3_jax.parallel import sharding
 
-  if problems := layouts.problems(run, mesh.shape):
+  if problems := sharding.problems(run, mesh.shape):
     raise InputError("\n".join(problems))
-  layout = layouts.layout(run, mesh.shape, staged=False)
+  layout = sharding.layout(run, mesh.shape, staged=False)
   parts = placing.load(source, layout, mesh, np.float32)
   model = hidden.Model(*parts, run, mesh)
   b, t = tokens.shape if tokens.ndim == 2 else (0, 0)
@@ -307,7 +307,7 @@ def compute_logits(
 
 
 def _logits() -> None:
-  from dsv3_jax.parallel import topology
+  from dsv3_jax.parallel import device_mesh
 
   tokens, released = _rows(_TOKENS.value), _checked(_opened())
   sizes, _ = common.parse_mesh(flags.FLAGS.mesh)
@@ -322,7 +322,7 @@ def _logits() -> None:
   run = hf_config.run(released.facts, released.model)
   if sizes:
     run = config.override(run, "parallel.layout=fsdp")
-  found = compute_logits(released, run, tokens, topology.mesh(sizes))
+  found = compute_logits(released, run, tokens, device_mesh.mesh(sizes))
   for path, made in zip((_OUT.value, mtp_out), found, strict=False):
     partial = pathlib.Path(f"{path}.partial")
     with partial.open("wb") as file:
@@ -385,7 +385,7 @@ def _verify() -> None:
 
 def _compare(released: hf.Released) -> None:
   """Logits with those of `transformers`, where that is installed."""
-  from dsv3_jax.parallel import topology
+  from dsv3_jax.parallel import device_mesh
 
   have = "import torch, transformers"
   command = [sys.executable, "-c", have]
@@ -407,7 +407,7 @@ def _compare(released: hf.Released) -> None:
   rows = rng.integers(0, released.model.vocab_size, PROMPTS).astype(np.int32)
   released = released.main_only()
   run = hf_config.run(released.facts, released.model)
-  ours, *_ = compute_logits(released, run, rows, topology.mesh({}))
+  ours, *_ = compute_logits(released, run, rows, device_mesh.mesh({}))
   with tempfile.TemporaryDirectory() as scratch:
     tokens, out = (str(pathlib.Path(scratch, f)) for f in ("in.npy", "out.npy"))
     np.save(tokens, rows)

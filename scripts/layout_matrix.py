@@ -27,8 +27,8 @@ from dsv3_jax import optim
 from dsv3_jax import train
 from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
-from dsv3_jax.parallel import replicas
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
+from dsv3_jax.parallel import replica_check
 from experiments import cluster
 from scripts import readme
 
@@ -239,8 +239,8 @@ def _train(run: config.Run, mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
 
 def _diverged(state: train.TrainState, mesh: jax.sharding.Mesh) -> str:
   try:
-    replicas.check(state, mesh)
-  except replicas.DivergedError as error:
+    replica_check.check(state, mesh)
+  except replica_check.DivergedError as error:
     return str(error)
   return ""
 
@@ -262,7 +262,7 @@ def _worst(actual: Any, expected: Any) -> float:
 def measure(case: Case) -> Differences:
   """How far a case is from one device."""
   expected = _expected(case.base)
-  actual = _train(case.run, topology.mesh(case.sizes))
+  actual = _train(case.run, device_mesh.mesh(case.sizes))
   names = ("loss", "gradients", "norm", "update", "params")
   same = map(np.array_equal, actual["counts"], expected["counts"])
   return Differences(

@@ -19,9 +19,9 @@ from absl import flags
 
 from dsv3_jax.config import fields
 from dsv3_jax.errors import InputError
-from dsv3_jax.parallel import lockstep
-from dsv3_jax.parallel import schedules
-from dsv3_jax.parallel import simulator
+from dsv3_jax.parallel.pipeline import lockstep
+from dsv3_jax.parallel.pipeline import schedules
+from dsv3_jax.parallel.pipeline import simulate
 from scripts import schedule_plot
 
 TIMES = ("F", "B", "W", "FB")
@@ -32,7 +32,7 @@ class Command:
   """A command line that was found good."""
 
   schedule: schedules.Schedule
-  times: simulator.Times
+  times: simulate.Times
   png: pathlib.Path | None
   json: bool
 
@@ -46,7 +46,7 @@ def _exact(time: float) -> float:
 
 
 def as_json(
-    schedule: schedules.Schedule, timeline: simulator.Timeline
+    schedule: schedules.Schedule, timeline: simulate.Timeline
 ) -> str:
   """One object; its lists have an entry a rank."""
   return json.dumps({
@@ -63,8 +63,8 @@ def _label(cell: schedules.Cell) -> str:
 
 def as_text(
     schedule: schedules.Schedule,
-    timeline: simulator.Timeline,
-    times: simulator.Times,
+    timeline: simulate.Timeline,
+    times: simulate.Times,
 ) -> str:
   """A table of time and ranks, and what it comes to."""
   lines = [
@@ -81,7 +81,7 @@ def as_text(
 
 
 def _table(
-    schedule: schedules.Schedule, timeline: simulator.Timeline
+    schedule: schedules.Schedule, timeline: simulate.Timeline
 ) -> Iterator[str]:
   """A line for each time at which a cell starts or a rank falls idle."""
   cells = [
@@ -103,7 +103,7 @@ def _table(
 
 
 def _ranks(
-    schedule: schedules.Schedule, timeline: simulator.Timeline
+    schedule: schedules.Schedule, timeline: simulate.Timeline
 ) -> Iterator[str]:
   yield f"{'rank':>7}  {'stages':8}{'idle':>8}{'peak activations':>18}"
   for rank, stages in enumerate(schedule.stages):
@@ -114,10 +114,10 @@ def _ranks(
 
 def _totals(
     schedule: schedules.Schedule,
-    timeline: simulator.Timeline,
-    times: simulator.Times,
+    timeline: simulate.Timeline,
+    times: simulate.Times,
 ) -> Iterator[str]:
-  formula = simulator.bubble(schedule.name, schedule.n_ranks, times)
+  formula = simulate.bubble(schedule.name, schedule.n_ranks, times)
   idle, makespan = max(timeline.idle), timeline.makespan
   yield (
       f"makespan {makespan:g}, of which a rank is idle {_exact(idle):g} at most"
@@ -167,7 +167,7 @@ def _number(text: str, kind: type, what: str, problems: list[str]):
 
 def _times(
     known: flags.FlagValues, problems: list[str]
-) -> simulator.Times | None:
+) -> simulate.Times | None:
   """The times asked for, or None and more problems."""
   found, n_before = {}, len(problems)
   for part in filter(None, known.times.split(",")):
@@ -179,7 +179,7 @@ def _times(
   found["comm"] = _number(known.comm, float, f"--comm={known.comm}", problems)
   found = {name: n for name, n in found.items() if n is not None}
   try:
-    times = simulator.Times(**found)
+    times = simulate.Times(**found)
   except InputError as error:
     problems += str(error).splitlines()
   return None if len(problems) > n_before else times
@@ -236,7 +236,7 @@ def main(argv: Sequence[str]) -> int:
     return 2
   if command:
     schedule = command.schedule
-    timeline = simulator.simulate(schedule, command.times)
+    timeline = simulate.simulate(schedule, command.times)
     if command.png:
       command.png.write_bytes(schedule_plot.png(schedule, timeline))
     if command.json:

@@ -13,8 +13,8 @@ from matplotlib.legend_handler import HandlerTuple
 from matplotlib.patches import Patch
 from matplotlib.patches import Rectangle
 
-from dsv3_jax.parallel import schedules
-from dsv3_jax.parallel import simulator
+from dsv3_jax.parallel.pipeline import schedules
+from dsv3_jax.parallel.pipeline import simulate
 from scripts import themes
 
 KINDS = {
@@ -35,7 +35,7 @@ Colour = tuple[float, float, float]
 
 def png(
     schedule: schedules.Schedule,
-    timeline: simulator.Timeline,
+    timeline: simulate.Timeline,
     theme: themes.Theme = themes.LIGHT,
 ) -> bytes:
   """The picture as PNG bytes."""
@@ -54,7 +54,7 @@ def png(
 def _draw(
     figure: Figure,
     schedule: schedules.Schedule,
-    timeline: simulator.Timeline,
+    timeline: simulate.Timeline,
     unit_in: float,
 ) -> None:
   axes = figure.subplots()
@@ -102,7 +102,7 @@ def _colours(op: schedules.Op) -> tuple[Colour, Colour]:
 
 
 def _frame(
-    axes: Axes, schedule: schedules.Schedule, timeline: simulator.Timeline
+    axes: Axes, schedule: schedules.Schedule, timeline: simulate.Timeline
 ) -> None:
   """All around the cells."""
   labels = [

@@ -7,8 +7,8 @@ from unittest import mock
 from absl.testing import absltest
 from absl.testing import parameterized
 
-from dsv3_jax.parallel import schedules
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
+from dsv3_jax.parallel.pipeline import schedules
 from experiments import common
 from scripts import bench_pipeline
 
@@ -39,7 +39,7 @@ class OrderTest(parameterized.TestCase):
     n_layers = LAYERS_OF_STAGE * schedule.n_stages
     run = bench_pipeline.make_run(name, n_layers, 4)
     sleeper = bench_pipeline.Sleeper(n_ranks, 1e-4)
-    mesh = topology.mesh({"pipe": n_ranks})
+    mesh = device_mesh.mesh({"pipe": n_ranks})
     bench_pipeline.executor(run, mesh, sleeper)()
     done = collections.defaultdict(collections.deque)
     for rank, *event in sleeper.events:

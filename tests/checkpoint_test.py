@@ -19,7 +19,7 @@ from dsv3_jax import checkpoint
 from dsv3_jax import config
 from dsv3_jax import manifest
 from dsv3_jax import train
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
 
 RUN = testing.run("optim.moments=bfloat16")
 FACTS = {"data": {"seed": 3, "train_text": "5f"}, "rows": 40}
@@ -39,7 +39,7 @@ def noisy_state(run=RUN, step=0):
 
 
 def like(run=RUN):
-  return train.abstract_state(run, topology.mesh({}))
+  return train.abstract_state(run, device_mesh.mesh({}))
 
 
 def damages(path):

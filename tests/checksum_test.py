@@ -7,7 +7,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from dsv3_jax import checksum
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
 
 MASK = 0xFFFFFFFF
 
@@ -48,7 +48,7 @@ class DigestTest(parameterized.TestCase):
     self.assertEqual(checksum.of(jnp.asarray(a)).tolist(), expected(a))
 
   def test_does_not_depend_on_where_the_parts_are(self):
-    mesh = topology.mesh({"data": 2, "expert": 4})
+    mesh = device_mesh.mesh({"data": 2, "expert": 4})
     a = jax.random.normal(jax.random.key(0), (8, 6, 4))
     whole = checksum.of(a).tolist()
     for spec in (("data",), (None, "data"), ("expert", None, "data"), ()):

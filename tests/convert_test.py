@@ -35,7 +35,7 @@ from dsv3_jax.interop import hf
 from dsv3_jax.interop import pieces
 from dsv3_jax.interop import runs
 from dsv3_jax.interop import weights
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
 from experiments import cluster
 from experiments import common
 from experiments import exits
@@ -172,7 +172,7 @@ class RoundTripTest(ConvertTest):
     self.convert("export", workdir=self.workdir, hf=self.hf)
     imported = self.folder / "imported"
     self.convert("import", hf=self.hf, workdir=imported)
-    mesh = topology.mesh({})
+    mesh = device_mesh.mesh({})
     testing.assert_same(
       *(
         jax.device_get(runs.newest(folder, run, mesh))
@@ -351,7 +351,7 @@ class FineTuneTest(ConvertTest):
     self.enter_context(mock.patch.object(train, "fit", fit))
     with self.assertRaises(exits.PreemptedError):
       runner.execute(command)
-    got = runs.newest(command.workdir, run, topology.mesh({}))
+    got = runs.newest(command.workdir, run, device_mesh.mesh({}))
     testing.assert_same(
       *map(jax.device_get, (got, (state.params, state.router_bias)))
     )
@@ -696,7 +696,7 @@ class StoredTest(ConvertTest):
     self.assertEmpty(list(self.out.glob("*.safetensors")))
     run = runs.run_of(runs.read_config(self.workdir))
     with self.assertRaisesRegex(ValueError, r"dense/mla/out\[0\]: damaged"):
-      runs.newest(self.workdir, run, topology.mesh({}))
+      runs.newest(self.workdir, run, device_mesh.mesh({}))
 
   def test_verify(self):
     out = self.convert("verify", workdir=self.workdir)
@@ -707,9 +707,9 @@ class StoredTest(ConvertTest):
   def test_on_a_mesh(self):
     facts = runs.read_config(self.workdir)
     run = runs.run_of(facts)
-    one = runs.newest(self.workdir, run, topology.mesh({}))
+    one = runs.newest(self.workdir, run, device_mesh.mesh({}))
     run = config.override(run, "parallel.layout=zero1")
-    mesh = topology.mesh({"expert": 2, "data": 2, "model": 2})
+    mesh = device_mesh.mesh({"expert": 2, "data": 2, "model": 2})
     many = runs.newest(self.workdir, run, mesh)
     like = train.abstract_state(run, mesh)
     places = jax.tree.map(lambda a: a.sharding, many[0])

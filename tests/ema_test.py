@@ -15,7 +15,7 @@ from dsv3_jax import checkpoint
 from dsv3_jax import config
 from dsv3_jax import ema
 from dsv3_jax import train
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
 
 DECAY = 0.9
 GOOD = jnp.array(True)
@@ -23,7 +23,7 @@ GOOD = jnp.array(True)
 
 def placed(seed=0, spec=("data", None)):
   """Two parameters on two devices, one divided, one on both."""
-  mesh = topology.mesh({"data": 2})
+  mesh = device_mesh.mesh({"data": 2})
   w = jax.device_put(
       testing.normal(4, 6, seed=seed), jax.NamedSharding(mesh, jax.P(*spec))
   )
@@ -145,7 +145,7 @@ class AverageTest(parameterized.TestCase):
     state = testing.state(run)
     checkpoints.save(state, {}, average.params())
     checkpoints.wait()
-    abstract = train.abstract_state(run, topology.mesh({}))
+    abstract = train.abstract_state(run, device_mesh.mesh({}))
     like = jax.tree.map(ema.in_host_memory, placed(0, (None, "data")))
     restored, _ = checkpoints.restore_parameters(
         0, abstract.replace(params=like), average=True

@@ -13,7 +13,7 @@ from absl.testing import parameterized
 from dsv3_jax import config
 from dsv3_jax.data import corpus
 from dsv3_jax.evals import needles
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
 from experiments import cluster
 from experiments import common
 from experiments import context
@@ -123,7 +123,7 @@ class ExecuteTest(parameterized.TestCase):
 
   @pytest.mark.slow
   def test_extends_and_asks(self):
-    self.enter_context(mock.patch.object(cluster, "mesh", topology.mesh))
+    self.enter_context(mock.patch.object(cluster, "mesh", device_mesh.mesh))
     self.enter_context(mock.patch.object(common, "start_jax"))
     self.enter_context(mock.patch.object(context, "PHASE_TOKENS", 2560))
     self.enter_context(mock.patch.object(context, "DEPTHS", (0.0, 1.0)))

@@ -12,7 +12,7 @@ from absl.testing import parameterized
 
 from dsv3_jax import config
 from dsv3_jax.config import presets
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
 from experiments import cluster
 from experiments import common
 from experiments import fp8
@@ -88,7 +88,7 @@ class ExecuteTest(parameterized.TestCase):
     super().setUp()
     self.enter_context(flagsaver.flagsaver())
     flags.FLAGS.mark_as_parsed()
-    self.enter_context(mock.patch.object(cluster, "mesh", topology.mesh))
+    self.enter_context(mock.patch.object(cluster, "mesh", device_mesh.mesh))
     self.folder = testing.folder(self)
     text = self.folder / "text.txt"
     text.write_text("".join(PROSE.format(i) for i in range(100)))

@@ -25,7 +25,7 @@ from dsv3_jax import manifest
 from dsv3_jax import train
 from dsv3_jax.config import presets
 from dsv3_jax.interop import runs
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
 from experiments import cluster
 from experiments import common
 from experiments import logbook
@@ -568,7 +568,7 @@ class EndToEndTest(absltest.TestCase):
       checkpoints = checkpoint.Checkpoints(folder, run.checkpoint)
       self.addCleanup(checkpoints.close)
       self.assertEqual(checkpoints.steps()[-1], 8)
-      like = train.abstract_state(run, topology.mesh({}))
+      like = train.abstract_state(run, device_mesh.mesh({}))
       restored = checkpoints.restore(8, like)
       average, _ = checkpoints.restore_parameters(8, like, average=True)
       found = testing.host(restored), jax.device_get(average)

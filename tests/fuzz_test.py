@@ -27,8 +27,8 @@ from dsv3_jax.data import token_file
 from dsv3_jax.data import tokenizer
 from dsv3_jax.interop import runs
 from dsv3_jax.interop import safetensors as ours
-from dsv3_jax.parallel import layouts
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
+from dsv3_jax.parallel import sharding
 from experiments import common
 from experiments import pretrain
 
@@ -139,7 +139,7 @@ class SettingsTest(Case):
           else:
             self.assertEqual(value, text)
         # What is accepted can be planned, or is refused for the mesh.
-        self.assertIsInstance(layouts.problems(run, {}), list)
+        self.assertIsInstance(sharding.problems(run, {}), list)
         self.assertGreaterEqual(run.total_steps, 1)
     self.assertGreater(good, n // 50)
 
@@ -170,7 +170,7 @@ class SettingsTest(Case):
           self.assertGreater(len(problem.split()), 2, problem)
         if not problems:
           self.assertEqual(command.variant, "tiny")
-          self.assertFalse(layouts.problems(command.run, command.mesh))
+          self.assertFalse(sharding.problems(command.run, command.mesh))
 
   def test_some(self):
     self.check_settings(0, FEW)
@@ -256,7 +256,7 @@ class FilesTest(Case):
       store.save(states[step], {"rows": step})
     store.wait()
     store.close()
-    like = train.abstract_state(run, topology.mesh({}))
+    like = train.abstract_state(run, device_mesh.mesh({}))
     files = [p for p in (root / "good" / "2").rglob("*") if p.is_file()]
     found = {1: 0, 2: 0}
     for _ in range(n):

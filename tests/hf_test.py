@@ -22,8 +22,8 @@ from dsv3_jax.interop import placing
 from dsv3_jax.interop import safetensors
 from dsv3_jax.model import router
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import layouts
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
+from dsv3_jax.parallel import sharding
 
 CLOSE = 2e-5  # of logits, absolute; rounding in float32 stays far below
 
@@ -32,8 +32,8 @@ def loaded(found, sizes=None, layout="replicated"):
   """The model of a folder on a mesh."""
   run = dataclasses.replace(testing.run(), model=found.model)
   run = config.override(run, f"parallel.layout={layout}")
-  mesh = topology.mesh(sizes or {})
-  where = layouts.layout(run, mesh.shape, staged=False)
+  mesh = device_mesh.mesh(sizes or {})
+  where = sharding.layout(run, mesh.shape, staged=False)
   return hidden.Model(*placing.load(found, where, mesh, np.float32), run, mesh)
 
 
@@ -103,7 +103,7 @@ class ParityTest(parameterized.TestCase):
 
     params = loaded(found)
     self.enter_context(absltest.mock.patch.object(router, "route", watched))
-    parts = topology.on_first_device((params.params, params.bias), params.mesh)
+    parts = device_mesh.on_first_device((params.params, params.bias), params.mesh)
     transformer.forward(*parts, tokens, found.model, scan=False)
     self.assertLen(ours, 2)
     for got, want in zip(ours, theirs, strict=True):

@@ -10,8 +10,8 @@ from dsv3_jax import config
 from dsv3_jax.evals import hidden
 from dsv3_jax.evals import likelihood
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import layouts
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
+from dsv3_jax.parallel import sharding
 
 RUN = testing.run("evaluate.batch_size=2")
 VOCAB, SEQ_LEN, N_BYTES = RUN.model.vocab_size, RUN.data.seq_len, 77
@@ -31,9 +31,9 @@ class HeldoutTest(absltest.TestCase):
     self.mask = rng.random((3, SEQ_LEN)) < 0.6
 
   def heldout(self, *, params=None, rows=None, run=RUN, shards=1):
-    mesh = topology.mesh({"data": shards})
+    mesh = device_mesh.mesh({"data": shards})
     params = self.params if params is None else params
-    places = layouts.layout(run, mesh.shape).specs
+    places = sharding.layout(run, mesh.shape).specs
     params = jax.tree.map(
         lambda a, spec: jax.device_put(a, jax.NamedSharding(mesh, spec)),
         params,

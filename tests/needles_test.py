@@ -13,8 +13,8 @@ from dsv3_jax.data import tokenizer
 from dsv3_jax.evals import hidden
 from dsv3_jax.evals import needles
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import layouts
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
+from dsv3_jax.parallel import sharding
 
 NEEDLE = re.compile(r"Remember the (\w+) (\w+)\.")
 ANSWER = re.compile(r"Recall the (\w+) (\w+)\.")
@@ -90,8 +90,8 @@ class FoundTest(absltest.TestCase):
     self.bias = testing.normal(RUN.model.n_routers, 8, seed=1, scale=0.1)
 
   def model(self, n_devices=1, **changed):
-    mesh = topology.mesh({"data": n_devices})
-    places = layouts.layout(RUN, mesh.shape).specs
+    mesh = device_mesh.mesh({"data": n_devices})
+    places = sharding.layout(RUN, mesh.shape).specs
     put = lambda a, spec: jax.device_put(a, jax.NamedSharding(mesh, spec))
     params = jax.tree.map(put, self.params | changed, places)
     return hidden.Model(params, put(self.bias, jax.P()), RUN, mesh)

@@ -14,7 +14,7 @@ from dsv3_jax import checkpoint
 from dsv3_jax import config
 from dsv3_jax import train
 from dsv3_jax.config import presets
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
 from experiments import common
 from experiments import logbook
 
@@ -93,7 +93,7 @@ class TwoProcessesTest(Programs):
   def check_first_save(self, name):
     """It holds, on one device, the state that one device begins with."""
     run = config.override(presets.TINY, *self.settings)
-    mesh = topology.mesh({})
+    mesh = device_mesh.mesh({})
     folder = self.root / name / "checkpoints"
     checkpoints = checkpoint.Checkpoints(folder, run.checkpoint)
     self.addCleanup(checkpoints.close)

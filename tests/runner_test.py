@@ -21,8 +21,8 @@ from dsv3_jax import config
 from dsv3_jax import manifest
 from dsv3_jax import train
 from dsv3_jax.data import loader
-from dsv3_jax.parallel import replicas
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
+from dsv3_jax.parallel import replica_check
 from experiments import cluster
 from experiments import common
 from experiments import exits
@@ -57,8 +57,8 @@ class CheckedRunTest(absltest.TestCase):
   def setUp(self):
     super().setUp()
     self.folder = testing.folder(self)
-    self.checks = self.patch(replicas, "check", wraps=replicas.check)
-    self.patch(cluster, "mesh", lambda sizes: topology.mesh(sizes))
+    self.checks = self.patch(replica_check, "check", wraps=replica_check.check)
+    self.patch(cluster, "mesh", lambda sizes: device_mesh.mesh(sizes))
     self.patch(common, "start_jax")
 
   def patch(self, *args, **kwargs):
@@ -202,7 +202,7 @@ class NumbersTest(CheckedRunTest):
     # From step 2 on again, with the data of what would have been step 5.
     command = self.command()
     data = runner.read_data(command)
-    planned = feed.Feed(data, command.run, 0).batches(0, topology.mesh(
+    planned = feed.Feed(data, command.run, 0).batches(0, device_mesh.mesh(
         command.mesh
     ))
     planned = [np.asarray(b.tokens) for b in itertools.islice(planned, 6)]
@@ -344,7 +344,7 @@ class RelayoutTest(parameterized.TestCase):
 
   def at(self, sizes, layout):
     run = config.override(self.run_, f"parallel.layout={layout}")
-    return run, topology.mesh(sizes)
+    return run, device_mesh.mesh(sizes)
 
   def next_of(self, state, run, mesh):
     """The batch that comes next and its loss."""
@@ -355,7 +355,7 @@ class RelayoutTest(parameterized.TestCase):
   def rows_of(self, first, stop, *settings):
     """First tokens of the rows of steps, in order, and the steps' sizes."""
     run = config.override(self.run_, *settings)
-    mesh = topology.mesh({"data": 2})
+    mesh = device_mesh.mesh({"data": 2})
     read = feed.Feed(self.data, run, 5).batches(first, mesh)
     tokens, sizes = [], []
     for batch in itertools.islice(read, stop - first):

@@ -11,7 +11,7 @@ import pytest
 from absl.testing import absltest
 from absl.testing import parameterized
 
-from dsv3_jax.parallel import schedules
+from dsv3_jax.parallel.pipeline import schedules
 from scripts import schedule as script
 
 ROOT = pathlib.Path(__file__).parents[1]

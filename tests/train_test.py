@@ -17,11 +17,11 @@ from dsv3_jax import param_spec
 from dsv3_jax import train
 from dsv3_jax.data import loader
 from dsv3_jax.model import router
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
 from experiments import feed
 
 RUN = testing.run()
-MESH = topology.mesh({"data": 2})
+MESH = device_mesh.mesh({"data": 2})
 PROSE = "It was a bright cold day, and {} clocks were striking thirteen.\n"
 
 

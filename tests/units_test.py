@@ -25,8 +25,8 @@ from dsv3_jax.infer import served
 from dsv3_jax.infer import units
 from dsv3_jax.model import swiglu
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import layouts
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
+from dsv3_jax.parallel import sharding
 
 VOCAB, E = 61, 16
 SLOTS, CHUNK, MAX_LEN = 4, 16, 32
@@ -60,7 +60,7 @@ MESHES = (
 
 def unit(sizes, kind, dispatch, shared, n_redundant):
   made = units.Unit(
-      mesh=topology.mesh(sizes),
+      mesh=device_mesh.mesh(sizes),
       rules=units.RULES[kind],
       n_replicas=0,
       dispatch=dispatch,
@@ -237,7 +237,7 @@ def cases():
   ):
     n_hops = forms.index(dispatch)
     # One device has nothing to send, and two hops are of two axes.
-    if n_hops > len(topology.used(sizes, units.GROUP)):
+    if n_hops > len(device_mesh.used(sizes, units.GROUP)):
       continue
     # So that each of two of these meets each of another two.
     greedy = (n_hops + (kind == "decode")) % 2
@@ -281,7 +281,7 @@ class ReplicasTest(parameterized.TestCase):
 
   def slots_of(self, sizes, dispatch, chosen):
     """The slot that each row [M] was sent to, 8: none, by what it returned."""
-    used = units.Unit(topology.mesh(sizes), units.PREFILL, 8, dispatch)
+    used = units.Unit(device_mesh.mesh(sizes), units.PREFILL, 8, dispatch)
     one = testing.draw(swiglu.specs(6, 4, 0.1))
     factor = np.arange(1, 9, dtype=np.float32)
     p = {
@@ -291,7 +291,7 @@ class ReplicasTest(parameterized.TestCase):
     }
     put = lambda tree, axes: jax.device_put(
         tree,
-        jax.NamedSharding(used.mesh, jax.P(topology.used(sizes, axes))),
+        jax.NamedSharding(used.mesh, jax.P(device_mesh.used(sizes, axes))),
     )
     tables = {
         "replicas": np.maximum(self.PLACED.replicas[0], 0),
@@ -304,7 +304,7 @@ class ReplicasTest(parameterized.TestCase):
     ffn = jax.shard_map(
         units.experts(used, self.CFG).ffn, out_specs=used.batch, mesh=used.mesh
     )
-    y = jax.jit(ffn)(p, *put((x, chosen, gates), topology.BATCH))
+    y = jax.jit(ffn)(p, *put((x, chosen, gates), device_mesh.BATCH))
     unit_y = reference.swiglu(reference.f64(one), np.float64(x))
     found = (np.asarray(y) / unit_y).mean(-1)
     slot = np.rint(found).astype(int)
@@ -315,7 +315,7 @@ class ReplicasTest(parameterized.TestCase):
       ({}, "gather"), (CUBE, "gather"), (SMALL, "one_hop")
   )
   def test_rows_go_to_all_replicas_of_what_they_chose(self, sizes, dispatch):
-    n_shards = topology.extent(sizes, topology.BATCH)
+    n_shards = device_mesh.extent(sizes, device_mesh.BATCH)
     # Of each shard: 13 of the first expert, some of others, some of none.
     own = [0] * 13 + [5, 1, 5, 4, 3, 2, 1]
     slot = self.slots_of(sizes, dispatch, own * n_shards)
@@ -643,13 +643,13 @@ class RefusalTest(parameterized.TestCase):
   def test_names_what_does_not_divide(self, sizes, options, expected):
     cfg, *_ = model()
     used = units.Unit(
-        **{"mesh": topology.abstract(sizes), "rules": units.DECODE} | options
+        **{"mesh": device_mesh.abstract(sizes), "rules": units.DECODE} | options
     )
     self.assertEqual(units.problems(used, cfg, SLOTS), expected)
 
   def test_an_engine_names_all_of_them(self):
     cfg, *_ = model()
-    used = units.Unit(topology.abstract({"expert": 3}), units.DECODE, 16)
+    used = units.Unit(device_mesh.abstract({"expert": 3}), units.DECODE, 16)
     with self.assertRaises(ValueError) as caught:
       engine.Engine(parameters(), cfg, n_slots=4, n_drafts=-1, unit=used)
     found = str(caught.exception)
@@ -684,7 +684,7 @@ class DeploymentTest(parameterized.TestCase):
     cfg, *_ = model()
     wanted = units.Deployment(sizes, kind, n_redundant, "one_hop")
     found = units.unit(wanted, cfg)
-    self.assertEqual(found.mesh, topology.mesh(sizes))
+    self.assertEqual(found.mesh, device_mesh.mesh(sizes))
     self.assertEqual(found.n_replicas, n)
     self.assertEqual(found.dispatch, "one_hop")
     self.assertEqual(found.shared_routed, kind == "decode")
@@ -725,7 +725,7 @@ class PublishedTest(parameterized.TestCase):
     """The mesh axes of parameters by path, those of dims that have some."""
     found = {}
     for path, spec in param_spec.paths(served.specs(self.CFG)).items():
-      place = layouts.placement(spec, used.rules, used.mesh.shape)
+      place = sharding.placement(spec, used.rules, used.mesh.shape)
       axes = (axis for axis, _ in spec.dims)
       found[path] = {
           name: dim for name, dim in zip(axes, place.dims, strict=True) if dim
@@ -748,7 +748,7 @@ class PublishedTest(parameterized.TestCase):
   def test_decode_has_an_expert_a_device(self):
     sizes = {"node": 40, "expert": 2, "model": 4}
     used = units.Unit(
-        topology.abstract(sizes), units.DECODE, 320, shared_routed=True
+        device_mesh.abstract(sizes), units.DECODE, 320, shared_routed=True
     )
     self.assertEmpty(units.problems(used, self.CFG, 80))
     self.assertEqual((used.n_devices, used.n_shards), (320, 80))
@@ -760,7 +760,7 @@ class PublishedTest(parameterized.TestCase):
 
   def test_prefill_has_nine_experts_a_device(self):
     sizes = {"node": 4, "expert": 2, "model": 4}
-    used = units.Unit(topology.abstract(sizes), units.PREFILL, 288, "two_hop")
+    used = units.Unit(device_mesh.abstract(sizes), units.PREFILL, 288, "two_hop")
     self.assertEmpty(units.problems(used, self.CFG, 8))
     self.assertEqual((used.n_devices, used.n_shards), (32, 8))
     self.check(used, {})

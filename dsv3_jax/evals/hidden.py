@@ -12,8 +12,8 @@ from dsv3_jax import config
 from dsv3_jax import param_spec
 from dsv3_jax.linear import recipe
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import layouts
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
+from dsv3_jax.parallel import sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +54,8 @@ def _local(params, bias, tokens, data, *, score, run, layout):
     jax.jit, static_argnames=("score", "per_row", "run", "mesh")
 )
 def _scored(params, bias, tokens, data, *, score, per_row, run, mesh):
-  layout = layouts.layout(run, mesh.shape, staged=False)
-  divided = topology.batch_spec(mesh.shape, 0, topology.ROWS)
+  layout = sharding.layout(run, mesh.shape, staged=False)
+  divided = device_mesh.batch_spec(mesh.shape, 0, device_mesh.ROWS)
   return jax.shard_map(
       functools.partial(_local, score=score, run=run, layout=layout),
       mesh=mesh,
@@ -84,7 +84,7 @@ def scores(
     batch_size: rows at a time.
   """
   mesh = model.mesh
-  n_shards = topology.extent(mesh.shape, topology.ROWS)
+  n_shards = device_mesh.extent(mesh.shape, device_mesh.ROWS)
   size = min(batch_size, len(tokens))
   size = -(-size // n_shards) * n_shards
   padding = -len(tokens) % size
@@ -94,9 +94,9 @@ def scores(
   ]
   found = []
   for i in range(0, len(whole[0]), size):
-    own = topology.own_rows(size, mesh, topology.ROWS)
+    own = device_mesh.own_rows(size, mesh, device_mesh.ROWS)
     here = tuple(a[i : i + size][own] for a in whole)
-    here = topology.put_rows(here, size, mesh, axes=topology.ROWS)
+    here = device_mesh.put_rows(here, size, mesh, axes=device_mesh.ROWS)
     made = _scored(
         model.params,
         model.bias,

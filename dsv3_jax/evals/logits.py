@@ -10,8 +10,8 @@ from dsv3_jax.errors import InputError
 from dsv3_jax.evals import hidden
 from dsv3_jax.linear import recipe
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import layouts
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
+from dsv3_jax.parallel import sharding
 
 
 def _local(params, bias, tokens, *, run, layout):
@@ -34,8 +34,8 @@ def _local(params, bias, tokens, *, run, layout):
 
 @functools.partial(jax.jit, static_argnames=("run", "mesh"))
 def _logits(params, bias, tokens, *, run, mesh):
-  layout = layouts.layout(run, mesh.shape, staged=False)
-  divided = topology.batch_spec(mesh.shape, 0, topology.ROWS)
+  layout = sharding.layout(run, mesh.shape, staged=False)
+  divided = device_mesh.batch_spec(mesh.shape, 0, device_mesh.ROWS)
   return jax.shard_map(
       functools.partial(_local, run=run, layout=layout),
       mesh=mesh,
@@ -61,7 +61,7 @@ def of_rows(
   Raises:
     InputError: tokens that the model does not have, or too few.
   """
-  cfg, size = model.run.model, topology.extent(model.mesh.shape, topology.ROWS)
+  cfg, size = model.run.model, device_mesh.extent(model.mesh.shape, device_mesh.ROWS)
   if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
     raise InputError(
         f"tokens: {tokens.dtype} {tokens.shape}, must be integers [B, T]"
@@ -80,7 +80,7 @@ def of_rows(
     rows = tokens[first : first + size].astype(np.int32)
     n = len(rows)
     rows = np.pad(rows, ((0, size - n), (0, 0)))
-    rows = topology.put_rows(rows, size, model.mesh, axes=topology.ROWS)
+    rows = device_mesh.put_rows(rows, size, model.mesh, axes=device_mesh.ROWS)
     found = _logits(
         model.params, model.bias, rows, run=model.run, mesh=model.mesh
     )

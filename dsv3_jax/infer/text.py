@@ -34,8 +34,8 @@ from dsv3_jax.interop import runs
 from dsv3_jax.interop import tokens
 from dsv3_jax.linear import recipe as recipe_lib
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import layouts
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
+from dsv3_jax.parallel import sharding
 
 MAX_LEN = 4096
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}  # and recipes
@@ -248,12 +248,12 @@ class Found:
     """
     if problems := self.problems(options):
       raise InputError("\n".join(problems))
-    cfg, mesh = self._cfg(options), topology.mesh({})
+    cfg, mesh = self._cfg(options), device_mesh.mesh({})
     params, bias = self.read(mesh, cfg.mtp.depth > 0)
     if not cfg.mtp.depth:
       params.pop("mtp", None)
     parts = params, bias[: cfg.n_routers]
-    params, bias = topology.on_first_device(parts, mesh)
+    params, bias = device_mesh.on_first_device(parts, mesh)
     made = _served(params, bias, cfg=cfg, recipe=DTYPES[options.dtype])
     if options.deployment:
       unit = units.unit(options.deployment, cfg)
@@ -347,7 +347,7 @@ def _read_released(
 ) -> Parameters:
   source = source if drafting else source.main_only()
   run = hf_config.run(source.facts, source.model)
-  layout = layouts.layout(run, mesh.shape)
+  layout = sharding.layout(run, mesh.shape)
   return placing.load(source, layout, mesh, np.float32)
 
 

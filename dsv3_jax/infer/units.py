@@ -25,21 +25,21 @@ from dsv3_jax.errors import InputError
 from dsv3_jax.infer import placement as placement_lib
 from dsv3_jax.infer import served
 from dsv3_jax.model import moe
+from dsv3_jax.parallel import device_mesh
 from dsv3_jax.parallel import dispatch
-from dsv3_jax.parallel import layouts
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import sharding
 
-GROUP = (*topology.EXPERTS, "model")  # one copy of all experts is over these
+GROUP = (*device_mesh.EXPERTS, "model")  # one copy of all experts is over these
 DISPATCH = ("gather", "one_hop", "two_hop")
 
 _COMMON = (
-    ("slots", topology.BATCH),
+    ("slots", device_mesh.BATCH),
     ("experts", GROUP),
     ("heads", ("model",)),
 )
 # Dense layers are whole on each device for prefill: they are few.
-PREFILL = layouts.Rules(divided=_COMMON)
-DECODE = layouts.Rules(divided=(*_COMMON, ("ffn", ("model",))))
+PREFILL = sharding.Rules(divided=_COMMON)
+DECODE = sharding.Rules(divided=(*_COMMON, ("ffn", ("model",))))
 
 
 RULES = {"prefill": PREFILL, "decode": DECODE}
@@ -60,7 +60,7 @@ class Unit:
   """Devices that serve together."""
 
   mesh: jax.sharding.Mesh
-  rules: layouts.Rules
+  rules: sharding.Rules
   n_replicas: int  # slots for experts, in all
   dispatch: str = "gather"  # one of DISPATCH
   shared_routed: bool = False  # shared experts are placed like routed ones
@@ -68,17 +68,17 @@ class Unit:
   @property
   def batch(self) -> jax.P:
     """The partition of what has a row for each text."""
-    return topology.batch_spec(self.mesh.shape, 0)
+    return device_mesh.batch_spec(self.mesh.shape, 0)
 
   @property
   def n_shards(self) -> int:
     """Parts that texts are divided into."""
-    return topology.extent(self.mesh.shape, topology.BATCH)
+    return device_mesh.extent(self.mesh.shape, device_mesh.BATCH)
 
   @property
   def n_devices(self) -> int:
     """Devices that experts are divided over."""
-    return topology.extent(self.mesh.shape, GROUP)
+    return device_mesh.extent(self.mesh.shape, GROUP)
 
   def n_experts(self, cfg: config.Model) -> int:
     """Experts to be placed."""
@@ -107,7 +107,7 @@ def unit(wanted: Deployment, cfg: config.Model) -> Unit:
         f"dispatch={wanted.dispatch}: must be one of {', '.join(DISPATCH)}"
     )
   made = Unit(
-      mesh=topology.mesh(wanted.mesh),
+      mesh=device_mesh.mesh(wanted.mesh),
       rules=RULES[wanted.kind],
       n_replicas=0,
       dispatch=wanted.dispatch,
@@ -132,7 +132,7 @@ def problems(
   sizes, found = unit.mesh.shape, []
   divided = dict(unit.rules.divided)
   for name, size, axes in (
-      (f"n_slots={n_slots}", n_slots, topology.BATCH),
+      (f"n_slots={n_slots}", n_slots, device_mesh.BATCH),
       (f"mla.n_heads={cfg.mla.n_heads}", cfg.mla.n_heads, ("model",)),
       (f"n_replicas={unit.n_replicas}", unit.n_replicas, GROUP),
       (
@@ -141,7 +141,7 @@ def problems(
           divided.get("ffn", ()),
       ),
   ):
-    if size % (n := topology.extent(sizes, axes)):
+    if size % (n := device_mesh.extent(sizes, axes)):
       over = " x ".join(f"{axis}={sizes[axis]}" for axis in axes)
       found.append(f"{name}: must be a multiple of {n}, the devices {over}")
   if unit.n_replicas < unit.n_experts(cfg):
@@ -202,7 +202,7 @@ def _moved(
     layer: int,
 ) -> param_spec.Params:
   """The experts that a placement wants, and its tables."""
-  axes = topology.used(unit.mesh.shape, GROUP)
+  axes = device_mesh.used(unit.mesh.shape, GROUP)
   index = jax.device_put(index, jax.NamedSharding(unit.mesh, jax.P()))
   taken = _taken(experts, index, jax.NamedSharding(unit.mesh, jax.P(axes)))
   return taken | _tables(unit, placed, layer)
@@ -237,7 +237,7 @@ def place(
   rest_specs = _without_placed(served.specs(cfg), unit, cfg)
 
   def put(a, spec):
-    to = layouts.placement(spec, unit.rules, unit.mesh.shape).spec
+    to = sharding.placement(spec, unit.rules, unit.mesh.shape).spec
     return jax.device_put(a, jax.NamedSharding(unit.mesh, to))
 
   rest = jax.tree.map(put, rest, rest_specs)
@@ -336,7 +336,7 @@ def experts(unit: Unit, cfg: config.Model) -> moe.Experts:
           _ffn,
           inner=inner.ffn,
           n_shared=unit.n_shared(cfg),
-          axes=topology.used(sizes, (*topology.BATCH, "model")),
+          axes=device_mesh.used(sizes, (*device_mesh.BATCH, "model")),
       )
   )
 
@@ -422,7 +422,7 @@ def mapped(f: Callable[..., Any], unit: Unit | None) -> Callable[..., Any]:
   """
   if unit is None:
     return f
-  axes = topology.used(unit.mesh.shape, topology.BATCH)
+  axes = device_mesh.used(unit.mesh.shape, device_mesh.BATCH)
 
   def local(params, state, rows):
     state, written, sums = f(params, state, rows)

@@ -14,7 +14,7 @@ from dsv3_jax import param_spec
 from dsv3_jax.interop import blocks
 from dsv3_jax.interop import pieces
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import layouts
+from dsv3_jax.parallel import sharding
 
 PIECE = 1 << 24  # numbers that are read and turned at a time
 
@@ -33,7 +33,7 @@ class Source(Protocol):
 
 def load(
     source: Source,
-    layout: layouts.Layout,
+    layout: sharding.Layout,
     mesh: jax.sharding.Mesh,
     dtype: Any,
 ) -> tuple[param_spec.Params, jax.Array]:

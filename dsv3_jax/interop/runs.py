@@ -103,6 +103,6 @@ def _imported(
         + "\n".join(changes)
     )
   from dsv3_jax.interop import placing
-  from dsv3_jax.parallel import layouts
+  from dsv3_jax.parallel import sharding
 
-  return placing.load(source, layouts.layout(run, mesh.shape), mesh, np.float32)
+  return placing.load(source, sharding.layout(run, mesh.shape), mesh, np.float32)

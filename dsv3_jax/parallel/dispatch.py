@@ -36,8 +36,8 @@ from dsv3_jax.linear import recipe
 from dsv3_jax.model import experts as experts_lib
 from dsv3_jax.model import moe
 from dsv3_jax.model import remat
-from dsv3_jax.parallel import topology
-from dsv3_jax.parallel import traffic
+from dsv3_jax.parallel import comm_volume
+from dsv3_jax.parallel import device_mesh
 
 SLACK = 1.25  # rows of a round, in rows that balanced routing needs
 
@@ -52,7 +52,7 @@ def experts(
     *,
     rounds: str = "auto",
     apart: bool = False,
-    group: Axes = topology.EXPERTS,
+    group: Axes = device_mesh.EXPERTS,
 ) -> moe.Experts:
   """The routed experts of a mesh.
 
@@ -66,7 +66,7 @@ def experts(
     apart: keep the weights' gradients apart, see `experts.grouped_ffn`.
     group: mesh axes that the experts are divided over, nodes first.
   """
-  axes = topology.used(sizes, group)
+  axes = device_mesh.used(sizes, group)
   local = experts_lib.grouped_ffn
   if apart:
     local = functools.partial(local, apart=True)
@@ -78,8 +78,8 @@ def experts(
     form = "two_hop"
   if len(axes) == 1 and form == "two_hop":
     form = "one_hop"
-  sent = functools.partial(traffic.copies, sizes=sizes, cfg=cfg, form=form)
-  if group != topology.EXPERTS:
+  sent = functools.partial(comm_volume.copies, sizes=sizes, cfg=cfg, form=form)
+  if group != device_mesh.EXPERTS:
     sent = moe.LOCAL.sent
   if form == "gather":
     return moe.Experts(
@@ -92,7 +92,7 @@ def experts(
   if form == "one_hop":
     hop = _Hop(axes, axes, swap, n_devices=1, fanout=cfg.top_k, slack=slack)
     return moe.Experts(functools.partial(exchange, hop, inner=local), sent)
-  n_nodes, n_places = sizes[axes[0]], topology.extent(sizes, axes[1:])
+  n_nodes, n_places = sizes[axes[0]], device_mesh.extent(sizes, axes[1:])
   # A group of experts inside one node: tokens reach no more nodes than groups.
   aligned = cfg.n_groups % n_nodes == 0
   fanout = cfg.top_groups if aligned else cfg.top_k

@@ -27,9 +27,9 @@ from dsv3_jax.model import experts
 from dsv3_jax.model import moe
 from dsv3_jax.model import swiglu
 from dsv3_jax.model import transformer
+from dsv3_jax.parallel import device_mesh
 from dsv3_jax.parallel import dispatch
-from dsv3_jax.parallel import layouts
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import sharding
 from experiments import quantization
 
 HOW = config.Precision(recipe="fp8", fp8="*", tile=32, scales="power_of_two")
@@ -129,11 +129,11 @@ class DispatchTest(parameterized.TestCase):
   @parameterized.parameters("gather", "one_hop", "two_hop", "one_hop apart")
   def test_sends_what_one_device_would_quantize(self, form):
     sizes = {"node": 2, "expert": 2}
-    mesh = topology.mesh(sizes)
+    mesh = device_mesh.mesh(sizes)
     _, p8, *args = mixture(96)
     name, *apart = form.split()
     ffn = dispatch.experts(name, sizes, CFG, apart=bool(apart)).ffn
-    spec = jax.P(topology.EXPERTS)
+    spec = jax.P(device_mesh.EXPERTS)
     in_specs = jax.tree.map(lambda a: spec, (p8, *args))
     counts = jax.tree.map(lambda _: jax.P(), p8["down"].trained.counts)
     for name in ("gate_up", "down"):
@@ -182,8 +182,8 @@ class SlicesTest(parameterized.TestCase):
     w = params["dense"]["mla"]["q_up"]
     params["dense"]["mla"]["q_up"] = w.at[0, :32].set(0).at[0, 33].mul(1e-6)
     whole = recipe_lib.compute_params(params, specs, run.precision)
-    mesh = topology.mesh({"pipe": 2, "data": 2, "expert": 2})
-    layout = layouts.layout(run, mesh.shape, staged=False)
+    mesh = device_mesh.mesh({"pipe": 2, "data": 2, "expert": 2})
+    layout = sharding.layout(run, mesh.shape, staged=False)
 
     def local(params):
       args = params, specs, run.precision, layout.slices
@@ -236,7 +236,7 @@ class CollectivesTest(parameterized.TestCase):
 
   def check(self, layout):
     run = config.override(RUN, f"parallel.layout={layout}")
-    mesh = topology.mesh({"data": 2})
+    mesh = device_mesh.mesh({"data": 2})
     gathers = re.findall(
         r" = (\w+)\[([\d,]*)\]\S* all-gather\(",
         train.trace_step(run, mesh).lower().compile().as_text(),
@@ -258,7 +258,7 @@ class CollectivesTest(parameterized.TestCase):
 @functools.cache
 def step_gradients(run, sizes=()):
   """Gradients, loss, loads and what was counted of a seeded batch."""
-  mesh = topology.mesh(dict(sizes)) if sizes else None
+  mesh = device_mesh.mesh(dict(sizes)) if sizes else None
   state = train.init_state(run, jax.random.key(0))
   rng = np.random.default_rng(0)
   shape = run.train.micro_batches, run.train.micro_batch_size, 17
@@ -399,17 +399,17 @@ class MemoryTest(parameterized.TestCase):
 class ProblemsTest(absltest.TestCase):
 
   def test_model_must_not_cut_tiles(self):
-    self.assertEqual(layouts.problems(RUN, {"model": 2}), [])
+    self.assertEqual(sharding.problems(RUN, {"model": 2}), [])
     run = config.override(RUN, "moe.ffn_dim=32")
-    (line,) = layouts.problems(run, {"model": 2})
+    (line,) = sharding.problems(run, {"model": 2})
     self.assertIn("model=2 leaves 16 of moe/ffn/experts/down to a device", line)
 
   def test_a_recipe_must_name_weights_that_have_a_tile(self):
-    found = layouts.problems(config.override(RUN, "precision.tile=64"), {})
+    found = sharding.problems(config.override(RUN, "precision.tile=64"), {})
     self.assertLen(found, 1)
     self.assertIn("has 32 rows or columns, which is less", found[0])
     run = config.override(RUN, "precision.fp8=moe/x,head")
-    found = layouts.problems(run, {})
+    found = sharding.problems(run, {})
     self.assertLen(found, 2)
     self.assertIn("'head': names no weight of a linear layer", found[1])
 

@@ -7,8 +7,8 @@ import flax.struct
 import jax
 import numpy as np
 
-from dsv3_jax.parallel import lockstep
-from dsv3_jax.parallel import schedules
+from dsv3_jax.parallel.pipeline import lockstep
+from dsv3_jax.parallel.pipeline import schedules
 
 SOURCES = (-1, 1, 0, "loss")  # of what arrives: steps along the ranks
 

@@ -1,6 +1,6 @@
 """Tests of what the executor of schedules compiles to.
 
-That it changes no number is in `layouts_test`.
+That it changes no number is in `sharding_test`.
 """
 
 import functools
@@ -18,13 +18,13 @@ from dsv3_jax import config
 from dsv3_jax import losses
 from dsv3_jax import train
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import layouts
-from dsv3_jax.parallel import lockstep
-from dsv3_jax.parallel import pipeline
-from dsv3_jax.parallel import schedules
-from dsv3_jax.parallel import splitting
-from dsv3_jax.parallel import topology
-from dsv3_jax.parallel import turns
+from dsv3_jax.parallel import device_mesh
+from dsv3_jax.parallel import sharding
+from dsv3_jax.parallel.pipeline import executor
+from dsv3_jax.parallel.pipeline import lockstep
+from dsv3_jax.parallel.pipeline import schedules
+from dsv3_jax.parallel.pipeline import split_backward
+from dsv3_jax.parallel.pipeline import tick_table
 from scripts import layout_matrix
 
 SIZES = {"pipe": 4}
@@ -38,9 +38,9 @@ RUN = config.override(
 
 def traced(run, sizes=None):
   """A run that traces its gradients on a mesh."""
-  mesh = topology.mesh(sizes or SIZES)
+  mesh = device_mesh.mesh(sizes or SIZES)
   state = train.abstract_state(run, mesh)
-  spec = jax.NamedSharding(mesh, topology.batch_spec(mesh.shape, 1))
+  spec = jax.NamedSharding(mesh, device_mesh.batch_spec(mesh.shape, 1))
   shape = run.train.micro_batches, run.train.micro_batch_size, run.data.seq_len
   ids = jax.ShapeDtypeStruct(shape, np.int32, sharding=spec)
   gradients = functools.partial(train.gradients, run=run, mesh=mesh)
@@ -82,10 +82,10 @@ def side_by_side(run):
   x = testing.normal(2, run.data.seq_len, run.model.d_model)
   bias = testing.normal(1, run.model.router.n_experts)
   layer = functools.partial(
-      pipeline._moe, cfg=run.model, experts=layouts.layout(run, SIZES).experts
+      executor._moe, cfg=run.model, experts=sharding.layout(run, SIZES).experts
   )
   put_off = [leaf.ndim > 1 for leaf in jax.tree.leaves(p)]
-  passes = splitting.split(layer, p, bias, x, put_off)
+  passes = split_backward.split(layer, p, bias, x, put_off)
   d_outputs = x, jax.ShapeDtypeStruct((), np.float32)
   return (
       jax.jit(passes.forward).trace(p, bias, x),
@@ -98,7 +98,7 @@ class TableTest(parameterized.TestCase):
   @parameterized.product(name=tuple(schedules.SCHEDULES), n_ranks=(2, 4, 8))
   def test_is_the_lockstep_form(self, name, n_ranks):
     schedule = schedules.SCHEDULES[name](n_ranks, 2 * n_ranks + 2)
-    table = turns.table(schedule)
+    table = tick_table.table(schedule)
     for tick, cells in enumerate(lockstep.ticks(schedule)):
       for rank, cell in enumerate(cells):
         turn = jax.tree.map(lambda a, at=(tick, rank): int(a[at]), table.turns)
@@ -118,10 +118,10 @@ class TableTest(parameterized.TestCase):
 
   @parameterized.parameters(2, 4, 8, 16)
   def test_keeps_one_micro_batch_more_than_there_are_stages(self, n):
-    self.assertEqual(turns.table(schedules.dualpipe(n, 2 * n)).kept, n + 1)
+    self.assertEqual(tick_table.table(schedules.dualpipe(n, 2 * n)).kept, n + 1)
     half = schedules.dualpipev(n // 2, n)
-    self.assertEqual(turns.table(half).kept, n + 1)
-    self.assertEqual(turns.table(schedules.one_f_one_b(n, 2 * n)).kept, n)
+    self.assertEqual(tick_table.table(half).kept, n + 1)
+    self.assertEqual(tick_table.table(schedules.one_f_one_b(n, 2 * n)).kept, n)
 
 
 class ProgramTest(parameterized.TestCase):
@@ -193,7 +193,7 @@ class ProgramTest(parameterized.TestCase):
 
   def test_no_buffer_is_copied_from_tick_to_tick(self):
     # Buffers of two layers a stage: kept of P + 1 = 5 slots, deferred of 3.
-    table = turns.table(schedules.dualpipe(4, 8))
+    table = tick_table.table(schedules.dualpipe(4, 8))
     leading = {2 * table.kept, 2 * table.deferred}
     self.assertEqual(leading, {10, 6})
     text = dualpipe()
@@ -220,20 +220,20 @@ class ProblemsTest(parameterized.TestCase):
   )
   def test_says_what_is_wrong_and_what_would_do(self, sizes, settings, message):
     run = config.override(RUN, *settings)
-    self.assertRegex("\n".join(layouts.problems(run, sizes)), message)
+    self.assertRegex("\n".join(sharding.problems(run, sizes)), message)
 
   def test_odd_micro_batches(self):
     run = config.override(RUN, "train.batch_size=22", "train.micro_batches=11")
-    found = "\n".join(layouts.problems(run, SIZES))
+    found = "\n".join(sharding.problems(run, SIZES))
     self.assertIn("11 micro-batches: must be even and at least 8", found)
     self.assertIn("use 10 or 12", found)
 
   def test_segments_are_not_known_to_stages(self):
     run = config.override(RUN, "data.segment_mask=true")
-    (line,) = layouts.problems(run, SIZES)
+    (line,) = sharding.problems(run, SIZES)
     self.assertIn("data.segment_mask=true with parallel.schedule", line)
     plain = config.override(run, "parallel.schedule=none")
-    self.assertEmpty(layouts.problems(plain, {"data": 2}))
+    self.assertEmpty(sharding.problems(plain, {"data": 2}))
 
   def test_too_few_while_the_batch_grows(self):
     run = config.override(
@@ -244,14 +244,14 @@ class ProblemsTest(parameterized.TestCase):
         "train.ramp_sizes=2",
         "schedule.ramp_until=0.5",
     )
-    (line,) = layouts.problems(run, SIZES)
+    (line,) = sharding.problems(run, SIZES)
     self.assertIn("4 micro-batches: must be even and at least 8", line)
     self.assertIn("8 sequences, 2 a micro-batch, of steps while", line)
     run = config.override(run, "train.first_batch_size=16")
-    self.assertEmpty(layouts.problems(run, SIZES))
+    self.assertEmpty(sharding.problems(run, SIZES))
 
   def test_nothing_is_wrong(self):
-    self.assertEmpty(layouts.problems(RUN, SIZES))
+    self.assertEmpty(sharding.problems(RUN, SIZES))
 
 
 if __name__ == "__main__":

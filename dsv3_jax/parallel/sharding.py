@@ -22,10 +22,10 @@ from dsv3_jax.linear import linear
 from dsv3_jax.linear import recipe
 from dsv3_jax.model import moe
 from dsv3_jax.model import transformer
+from dsv3_jax.parallel import device_mesh
 from dsv3_jax.parallel import dispatch
-from dsv3_jax.parallel import schedules
-from dsv3_jax.parallel import stages as stages_lib
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel.pipeline import schedules
+from dsv3_jax.parallel.pipeline import stages as stages_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Rules:
 
   # (logical axis, mesh axes that divide it)
   divided: tuple[tuple[str, tuple[str, ...]], ...] = (
-      ("experts", topology.EXPERTS),
+      ("experts", device_mesh.EXPERTS),
       ("heads", ("model",)),
       ("ffn", ("model",)),
   )
@@ -44,8 +44,8 @@ class Rules:
 
 LAYOUTS = {
     "replicated": Rules(),
-    "zero1": Rules(slices=topology.ROWS),
-    "fsdp": Rules(slices=topology.ROWS, by_layer=True),
+    "zero1": Rules(slices=device_mesh.ROWS),
+    "fsdp": Rules(slices=device_mesh.ROWS, by_layer=True),
 }
 
 
@@ -58,7 +58,7 @@ class Placement:
 
   @property
   def spec(self) -> jax.P:
-    return topology.spec(*self.dims)
+    return device_mesh.spec(*self.dims)
 
   @property
   def axes(self) -> frozenset[str]:
@@ -95,7 +95,7 @@ def placement(
   """
   divided, dims, taken = dict(rules.divided), [], set()
   for axis in param.axes:
-    axes = topology.used(sizes, divided.get(axis, ()))
+    axes = device_mesh.used(sizes, divided.get(axis, ()))
     # Of two dims over the same mesh axis the first is divided.
     dims.append(tuple(a for a in axes if a not in taken))
     taken.update(axes)
@@ -104,10 +104,10 @@ def placement(
       for i, (axis, _) in enumerate(param.dims)
       if not dims[i] and axis != "layers"
   }
-  for axis in topology.used(sizes, rules.slices):
+  for axis in device_mesh.used(sizes, rules.slices):
     for i in slices if axis not in taken else ():
       more = (*slices[i], axis)
-      if param.shape[i] % topology.extent(sizes, more) == 0:
+      if param.shape[i] % device_mesh.extent(sizes, more) == 0:
         slices[i] = dims[i] = more
         break
   used = tuple((i, axes) for i, axes in slices.items() if axes)
@@ -187,7 +187,7 @@ class Layout:
   @property
   def n_shards(self) -> int:
     """Parts of a batch."""
-    return topology.extent(self.sizes, self.batch_axes)
+    return device_mesh.extent(self.sizes, self.batch_axes)
 
   @property
   def work_axes(self) -> tuple[str, ...]:
@@ -277,8 +277,8 @@ def layout(
       fp8=recipe.fp8_paths(specs, run.precision),
       rules=rules,
       sizes=sizes,
-      batch_axes=topology.used(
-          sizes, topology.BATCH if schedule else topology.ROWS
+      batch_axes=device_mesh.used(
+          sizes, device_mesh.BATCH if schedule else device_mesh.ROWS
       ),
       stages=stages_lib.stages(schedule, run.model) if schedule else None,
       experts=dispatch.experts(
@@ -296,13 +296,13 @@ def problems(run: config.Run, sizes: Mapping[str, int]) -> list[str]:
   model, found = run.model, []
   sequences = run.train.micro_batch_size
   for name, size, axes in (
-      ("sequences of a micro-batch", sequences, topology.BATCH),
-      ("routed experts", model.router.n_experts, topology.EXPERTS),
+      ("sequences of a micro-batch", sequences, device_mesh.BATCH),
+      ("routed experts", model.router.n_experts, device_mesh.EXPERTS),
       ("heads", model.mla.n_heads, ("model",)),
       ("dense_ffn_dim", model.dense_ffn_dim, ("model",)),
       ("moe.ffn_dim", model.moe.ffn_dim, ("model",)),
   ):
-    n = topology.extent(sizes, axes)
+    n = device_mesh.extent(sizes, axes)
     if size % n:
       over = " x ".join(f"{a}={sizes.get(a, 1)}" for a in axes)
       fits = [i for i in range(1, size + 1) if size % i == 0]

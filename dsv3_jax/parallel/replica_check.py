@@ -11,7 +11,7 @@ import numpy as np
 from dsv3_jax import checksum
 from dsv3_jax import param_spec
 from dsv3_jax import varying
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
 
 
 class DivergedError(RuntimeError):
@@ -43,11 +43,11 @@ def _digests(leaves: list[jax.Array], mesh: jax.sharding.Mesh) -> jax.Array:
 
   def local(leaves):
     own = jnp.stack([
-        varying.vary(checksum.of(leaf), topology.AXES) for leaf in leaves
+        varying.vary(checksum.of(leaf), device_mesh.AXES) for leaf in leaves
     ])
     return own[None]
 
-  of_devices = jax.shard_map(local, mesh=mesh, out_specs=jax.P(topology.AXES))
+  of_devices = jax.shard_map(local, mesh=mesh, out_specs=jax.P(device_mesh.AXES))
   whole = jax.NamedSharding(mesh, jax.P())
   return jax.reshard(of_devices(leaves), whole)
 

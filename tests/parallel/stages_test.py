@@ -7,9 +7,9 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from dsv3_jax.config import presets
-from dsv3_jax.parallel import schedules
-from dsv3_jax.parallel import stages
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
+from dsv3_jax.parallel.pipeline import schedules
+from dsv3_jax.parallel.pipeline import stages
 
 MODEL = testing.tiny("n_layers=7", "n_dense_layers=2")  # 4 stages: 2 2 2 1
 
@@ -54,7 +54,7 @@ class ToRanksTest(parameterized.TestCase):
     n_ranks = 2 if name == "dualpipev" else 4
     schedule = schedules.SCHEDULES[name](n_ranks, 8)
     found = stages.stages(schedule, MODEL).kinds[kind]
-    mesh = topology.mesh({"pipe": n_ranks})
+    mesh = device_mesh.mesh({"pipe": n_ranks})
     dim, spec = (1, jax.P(None, "pipe")) if sliced else (None, jax.P())
 
     def local(a):

@@ -12,8 +12,8 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from dsv3_jax import train
-from dsv3_jax.parallel import layouts
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
+from dsv3_jax.parallel import sharding
 
 # Two micro-batches and two layers of a kind: loops, in which what is done for
 # each of them is there once.
@@ -65,7 +65,7 @@ def collectives(text):
 def module(mesh, *settings):
   """The text of a compiled step."""
   run = testing.run(*SETTINGS, *settings)
-  step = train.trace_step(run, topology.mesh(dict(mesh))).lower().compile()
+  step = train.trace_step(run, device_mesh.mesh(dict(mesh))).lower().compile()
   return step.as_text()
 
 
@@ -73,7 +73,7 @@ def compiled(mesh, *settings):
   """The collectives of a step, and the run's layout."""
   run = testing.run(*SETTINGS, *settings)
   text = module(mesh, *settings)
-  return collectives(text), layouts.layout(run, dict(mesh))
+  return collectives(text), sharding.layout(run, dict(mesh))
 
 
 def slices(layout, kinds):

@@ -9,7 +9,7 @@ import numpy as np
 from dsv3_jax import config
 from dsv3_jax.linear import recipe
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
 
 
 def copies(
@@ -30,11 +30,11 @@ def copies(
   Returns:
     [2] int32.
   """
-  n_nodes, n_places = (sizes.get(axis, 1) for axis in topology.EXPERTS)
+  n_nodes, n_places = (sizes.get(axis, 1) for axis in device_mesh.EXPERTS)
   n_here = cfg.n_experts // (n_nodes * n_places)
   node, place = (
       jax.lax.axis_index(axis) if sizes.get(axis, 1) > 1 else 0
-      for axis in topology.EXPERTS
+      for axis in device_mesh.EXPERTS
   )
   reached = jax.nn.one_hot(
       chosen // n_here, n_nodes * n_places, dtype=jnp.bool_
@@ -73,5 +73,5 @@ def bytes_sent(sent: np.ndarray, run: config.Run) -> dict[str, int]:
   copies = sent.sum(0, dtype=np.int64)
   return {
       axis: int(n) * copy
-      for axis, n in zip(topology.EXPERTS, copies, strict=True)
+      for axis, n in zip(device_mesh.EXPERTS, copies, strict=True)
   }

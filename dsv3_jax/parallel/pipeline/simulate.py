@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 from dsv3_jax.config import fields
 from dsv3_jax.errors import InputError
-from dsv3_jax.parallel import lockstep
-from dsv3_jax.parallel import schedules
+from dsv3_jax.parallel.pipeline import lockstep
+from dsv3_jax.parallel.pipeline import schedules
 
 
 @fields.checked

@@ -24,9 +24,9 @@ from dsv3_jax import varying
 from dsv3_jax.linear import recipe
 from dsv3_jax.model import moe
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import layouts
-from dsv3_jax.parallel import splitting
-from dsv3_jax.parallel import turns
+from dsv3_jax.parallel import sharding
+from dsv3_jax.parallel.pipeline import split_backward
+from dsv3_jax.parallel.pipeline import tick_table
 
 
 @flax.struct.dataclass
@@ -51,7 +51,7 @@ def gradient_sums(
     weights: jax.Array,
     *,
     run: config.Run,
-    layout: layouts.Layout,
+    layout: sharding.Layout,
 ) -> tuple[param_spec.Params, losses.Losses, moe.Stats]:
   """Sums over the micro-batches and stages of one device.
 
@@ -67,7 +67,7 @@ def gradient_sums(
   Returns:
     As `train.gradients`, of this device alone.
   """
-  work = turns.table(layout.stages.schedule)
+  work = tick_table.table(layout.stages.schedule)
   executor = _executor(params, bias, mtp_weight, batch, weights, run, layout)
   memory = executor.memory(work)
   rank = jax.lax.axis_index("pipe")
@@ -97,7 +97,7 @@ def _executor(params, bias, mtp_weight, batch, weights, run, layout):
     layer = functools.partial(
         _layer, name, cfg=run.model, experts=layout.experts
     )
-    passes[name] = splitting.split(
+    passes[name] = split_backward.split(
         layer, trained, constants, x, put_off, run.train.activations
     )
   share = 1.0 / (batch.tokens.shape[0] * layout.n_shards)
@@ -138,12 +138,12 @@ class _Executor:
   batch: losses.Batch
   weights: jax.Array
   run: config.Run
-  layout: layouts.Layout
-  passes: dict[str, splitting.Passes]
+  layout: sharding.Layout
+  passes: dict[str, split_backward.Passes]
   share: float  # of a balance loss
   vary: Callable[[jax.Array], jax.Array]
 
-  def memory(self, work: turns.Table) -> _Memory:
+  def memory(self, work: tick_table.Table) -> _Memory:
     """All zeros."""
 
     def zeros(*shape, dtype=jnp.float32):
@@ -177,7 +177,7 @@ class _Executor:
         ),
     )
 
-  def tick(self, turn: turns.Turn, memory: _Memory) -> _Memory:
+  def tick(self, turn: tick_table.Turn, memory: _Memory) -> _Memory:
     """One turn."""
     f, b, w = turn.forward, turn.backward, turn.weight
     tokens = self.batch.tokens[f.micro_batch]
@@ -206,12 +206,12 @@ class _Executor:
 
   # --- the layers of a stage ---
 
-  def _count(self, name: str, task: turns.Task) -> jax.Array:
+  def _count(self, name: str, task: tick_table.Task) -> jax.Array:
     """Layers that a task goes through."""
     count = jnp.asarray(self.layout.stages.kinds[name].count, jnp.int32)
     return task.on * count[task.stage]
 
-  def _layer(self, name: str, task: turns.Task, i: jax.Array):
+  def _layer(self, name: str, task: tick_table.Task, i: jax.Array):
     """Of layer i of a stage: what is trained, constants, places of both."""
     kind = self.layout.stages.kinds[name]
     at = task.direction * kind.size + i
@@ -316,7 +316,7 @@ class _Executor:
 
   # --- the ends ---
 
-  def _embed_gradient(self, task: turns.Task, dx, memory: _Memory) -> _Memory:
+  def _embed_gradient(self, task: tick_table.Task, dx, memory: _Memory) -> _Memory:
     """Adds the embedding's gradient, on the first stage."""
     tokens = self.batch.tokens[task.micro_batch]
 
@@ -327,7 +327,7 @@ class _Executor:
     here = task.on * (task.stage == 0)
     return jax.lax.fori_loop(0, here, add, memory)
 
-  def _loss(self, task: turns.Task, x, memory: _Memory):
+  def _loss(self, task: tick_table.Task, x, memory: _Memory):
     """On the last stage: the losses of its output, and their gradient."""
     names = [name for name in self.params if name not in self.passes]
     ends = {name: self.params[name] for name in names}
@@ -377,10 +377,10 @@ class _Executor:
     here = task.on * (task.stage == last)
     return jax.lax.fori_loop(0, here, add, (jnp.zeros_like(x), memory))
 
-  def _deliver(self, turn: turns.Turn, made, d_last, memory):
+  def _deliver(self, turn: tick_table.Turn, made, d_last, memory):
     """Sends what the tick made, [2, B, T, D], and stores what arrives."""
     inputs, gradients = memory.inputs, memory.gradients
-    arrived = zip(turns.SOURCES, turn.inputs, turn.gradients, strict=True)
+    arrived = zip(tick_table.SOURCES, turn.inputs, turn.gradients, strict=True)
     for source, input_slot, gradient_slot in arrived:
       if source == "loss":
         gradients = _put(gradients, gradient_slot, d_last)

@@ -14,9 +14,9 @@ from dsv3_jax import param_spec
 from dsv3_jax import train
 from dsv3_jax.config import presets
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import layouts
-from dsv3_jax.parallel import schedules
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
+from dsv3_jax.parallel import sharding
+from dsv3_jax.parallel.pipeline import schedules
 from scripts import layout_matrix
 from scripts import readme
 
@@ -70,7 +70,7 @@ class InvarianceTest(parameterized.TestCase):
     for a in ("data", "node", "expert", "model"):
       for b in ("data", "node", "expert", "model"):
         self.assertIn(frozenset({a, b}), axes)
-    self.assertEqual({c.layout for c in cases}, set(layouts.LAYOUTS))
+    self.assertEqual({c.layout for c in cases}, set(sharding.LAYOUTS))
     self.assertLessEqual({"gather", "one_hop", "two_hop"},
                          {c.dispatch for c in cases})
     sizes = {int(np.prod(list(c.sizes.values()))) for c in cases}
@@ -78,13 +78,13 @@ class InvarianceTest(parameterized.TestCase):
 
   def test_every_case_is_one_that_the_command_line_takes(self):
     for case in layout_matrix.CASES:
-      self.assertEmpty(layouts.problems(case.run, case.sizes), case)
+      self.assertEmpty(sharding.problems(case.run, case.sizes), case)
 
   def test_the_cases_cover_every_schedule_and_number_of_stages(self):
     found = {}
     for case in layout_matrix.CASES:
       if case.run.parallel.schedule != "none":
-        stages = layouts.layout(case.run, case.sizes).stages
+        stages = sharding.layout(case.run, case.sizes).stages
         sizes = stages.schedule.n_stages, case.sizes.get("expert", 1)
         found.setdefault(case.run.parallel.schedule, set()).add(sizes)
     self.assertEqual(set(found), set(schedules.SCHEDULES))
@@ -135,18 +135,18 @@ class PlacementTest(parameterized.TestCase):
 
   @parameterized.product(
       variant=("tiny", "v2_lite_16b", "v3_671b"),
-      layout=tuple(layouts.LAYOUTS),
+      layout=tuple(sharding.LAYOUTS),
   )
   def test_every_array_divides_and_uses_an_axis_once(self, variant, layout):
-    rules = layouts.LAYOUTS[layout]
+    rules = sharding.LAYOUTS[layout]
     sizes = {"data": 2, "node": 2, "expert": 4}
     specs = transformer.specs(presets.PRESETS[variant].model)
     for name, spec in param_spec.paths(specs).items():
-      place = layouts.placement(spec, rules, sizes)
+      place = sharding.placement(spec, rules, sizes)
       axes = [axis for dim in place.dims for axis in dim]
       self.assertLen(set(axes), len(axes), name)
       for size, dim in zip(spec.shape, place.dims, strict=True):
-        self.assertEqual(size % topology.extent(sizes, dim), 0, name)
+        self.assertEqual(size % device_mesh.extent(sizes, dim), 0, name)
       if "experts" in name:
         self.assertLessEqual({"node", "expert"}, set(axes))
       elif layout == "replicated":
@@ -156,7 +156,7 @@ class PlacementTest(parameterized.TestCase):
 
   def test_the_optimizer_is_where_its_parameters_are(self):
     run = layout_matrix.Case("data=2,expert=2", "zero1").run
-    mesh = topology.mesh({"data": 2, "expert": 2})
+    mesh = device_mesh.mesh({"data": 2, "expert": 2})
     state = train.make_state(run, mesh, seed=0)
     adam = state.opt_state[1]
     for moments in (adam.mu, adam.nu):
@@ -171,7 +171,7 @@ class PlacementTest(parameterized.TestCase):
 
   def test_a_layout_does_not_change_the_first_state(self):
     case = layout_matrix.Case("data=2,expert=2", "fsdp")
-    state = train.make_state(case.run, topology.mesh(case.sizes), seed=3)
+    state = train.make_state(case.run, device_mesh.mesh(case.sizes), seed=3)
     init = jax.jit(train.init_state, static_argnums=0)
     plain = init(case.run, jax.random.key(3))
     jax.tree.map(
@@ -183,11 +183,11 @@ class PlacementTest(parameterized.TestCase):
   def test_problems_name_the_sizes_and_what_fits(self):
     run = layout_matrix.RUN
     sizes = {"data": 3, "node": 3, "model": 5}
-    found = "\n".join(layouts.problems(run, sizes))
+    found = "\n".join(sharding.problems(run, sizes))
     self.assertIn("data=3 x node=3 x expert=1 devices must divide the 8", found)
     self.assertIn("16 routed experts; 1, 2, 4, 8, 16 do", found)
     self.assertIn("model=5 devices must divide the 4 heads", found)
-    self.assertEmpty(layouts.problems(run, {"data": 2, "expert": 4}))
+    self.assertEmpty(sharding.problems(run, {"data": 2, "expert": 4}))
 
 
 if __name__ == "__main__":

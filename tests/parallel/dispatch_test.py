@@ -15,9 +15,9 @@ from dsv3_jax import config
 from dsv3_jax import param_spec
 from dsv3_jax.config import presets
 from dsv3_jax.model import swiglu
+from dsv3_jax.parallel import comm_volume
+from dsv3_jax.parallel import device_mesh
 from dsv3_jax.parallel import dispatch
-from dsv3_jax.parallel import topology
-from dsv3_jax.parallel import traffic
 
 CFG = config.Router(n_experts=16, top_k=4, n_groups=8, top_groups=4)
 M, D, F = 24, 8, 6  # tokens of a device, widths
@@ -45,13 +45,13 @@ def _inputs(n_tokens, chosen=None):
 @functools.cache
 def _compiled(form, sizes):
   sizes = dict(sizes)
-  mesh = topology.mesh(sizes)
+  mesh = device_mesh.mesh(sizes)
   form, *how = form.split()
   rounds = "many" if "many" in how else "one"
   experts = dispatch.experts(
       form, sizes, CFG, rounds=rounds, apart="apart" in how
   )
-  axes = topology.used(sizes, topology.EXPERTS)
+  axes = device_mesh.used(sizes, device_mesh.EXPERTS)
 
   def local(p, x, chosen, gates, dy):
     y, vjp = jax.vjp(
@@ -167,7 +167,7 @@ class DispatchTest(parameterized.TestCase):
       inner = functools.partial(dispatch._exchange, inside, inner=one)
       return dispatch._exchange(across, p, x, chosen, gates, inner=inner)
 
-    mesh, spec = topology.mesh(SIZES), jax.P(("node", "expert"))
+    mesh, spec = device_mesh.mesh(SIZES), jax.P(("node", "expert"))
     run = jax.jit(
         jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec)
     )
@@ -181,7 +181,7 @@ class DispatchTest(parameterized.TestCase):
     # 3.2.2: a token's state goes once to each target node and comes back once;
     # 7168 numbers of 2 bytes each way, 8 choices and gates of 4 bytes.
     sent = np.array([[5, 2], [1, 0]])
-    found = traffic.bytes_sent(sent, presets.V3_671B)
+    found = comm_volume.bytes_sent(sent, presets.V3_671B)
     copy = 2 * 7168 * 2 + 8 * (4 + 4)
     self.assertEqual(found, {"node": 6 * copy, "expert": 2 * copy})
 
@@ -223,7 +223,7 @@ class MemoryTest(absltest.TestCase):
   def test_grows_with_the_tokens_sent_not_with_the_ranks(self):
     # Fixed tokens a device and choices a token; 2, 4, 8 devices.
     def temporary(n):
-      mesh = topology.mesh({"expert": n})
+      mesh = device_mesh.mesh({"expert": n})
       experts = dispatch.experts("one_hop", {"expert": n}, CFG, rounds="many")
       specs = param_spec.stack(swiglu.specs(256, 8, 0.1), 16, "experts")
       spec = jax.P("expert")

@@ -17,9 +17,9 @@ from absl.testing import parameterized
 from dsv3_jax import config
 from dsv3_jax import train
 from dsv3_jax.config import presets
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 GIB = 2**30
 
 # Runs a command; the last line it says is the most memory that it held.
@@ -113,7 +113,7 @@ class AbstractTest(parameterized.TestCase):
     run = config.override(presets.SMALL, f"parallel.layout={layout}")
     abstract, real = (
         train.abstract_state(run, mesh)
-        for mesh in (topology.abstract(sizes), topology.mesh(sizes))
+        for mesh in (device_mesh.abstract(sizes), device_mesh.mesh(sizes))
     )
 
     def facts(leaf):
@@ -129,7 +129,7 @@ class AbstractTest(parameterized.TestCase):
     sizes = {"data": 2, "expert": 4}
     abstract, real = (
         train.trace_step(run, mesh)
-        for mesh in (topology.abstract(sizes), topology.mesh(sizes))
+        for mesh in (device_mesh.abstract(sizes), device_mesh.mesh(sizes))
     )
     facts = lambda traced: [
         (a.shape, a.dtype, a.sharding.spec) for a in traced.jaxpr.out_avals

@@ -7,8 +7,8 @@ import re
 from absl.testing import absltest
 from absl.testing import parameterized
 
-from dsv3_jax.parallel import lockstep
-from dsv3_jax.parallel import schedules
+from dsv3_jax.parallel.pipeline import lockstep
+from dsv3_jax.parallel.pipeline import schedules
 
 # Written down by hand from the step table; `x*n` is n times x.
 GOLDEN = {

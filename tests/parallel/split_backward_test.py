@@ -17,7 +17,7 @@ from dsv3_jax.model import experts
 from dsv3_jax.model import moe
 from dsv3_jax.model import swiglu
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import splitting
+from dsv3_jax.parallel.pipeline import split_backward
 
 CFG = testing.tiny()
 B, T = 2, 13  # no weight has a size with this factor
@@ -104,7 +104,7 @@ class SplitTest(parameterized.TestCase):
 
     trained = recipe_lib.trained(p)
     args = trained, (p, bias), x, d_outputs
-    passes = splitting.split(
+    passes = split_backward.split(
         of_trained, *args[:3], put_off(trained), activations
     )
     found = jax.jit(functools.partial(in_parts, passes))(*args)
@@ -128,7 +128,7 @@ class SplitTest(parameterized.TestCase):
   def test_no_product_is_made_twice_and_none_for_weights_early(self, name):
     kind, layer = LAYERS[name]
     p, bias, x, d_outputs = inputs(kind)
-    passes = splitting.split(layer, p, bias, x, put_off(p))
+    passes = split_backward.split(layer, p, bias, x, put_off(p))
     _, _, kept = passes.forward(p, bias, x)
     _, _, deferred = passes.input_gradient(p, bias, kept, d_outputs)
     forward = products(passes.forward, p, bias, x)
@@ -143,7 +143,7 @@ class SplitTest(parameterized.TestCase):
   def test_what_is_kept_is_never_a_weight(self, name):
     kind, layer = LAYERS[name]
     p, bias, x, _ = inputs(kind)
-    passes = splitting.split(layer, p, bias, x, put_off(p))
+    passes = split_backward.split(layer, p, bias, x, put_off(p))
     sizes = {leaf.size for leaf in jax.tree.leaves(p) if leaf.ndim > 1}
     for kept in (*passes.kept, *passes.deferred):
       self.assertNotIn(int(np.prod(kept.shape)), sizes, kept)
@@ -153,7 +153,7 @@ class SplitTest(parameterized.TestCase):
       return linear.linear(x, w) * constant, None
 
     w, x, c = testing.normal(5, 7), testing.normal(3, 4, 5), jnp.float32(2)
-    passes = splitting.split(layer, w, c, x, [True])
+    passes = split_backward.split(layer, w, c, x, [True])
     shapes = lambda types: [a.shape for a in types]
     self.assertEqual(shapes(passes.kept), [(3, 4, 5)])
     self.assertCountEqual(shapes(passes.deferred), [(3, 4, 5), (3, 4, 7)])
@@ -162,8 +162,8 @@ class SplitTest(parameterized.TestCase):
   def test_keeps_what_has_a_name_and_repeats_the_rest(self, names, n_kept):
     kind, layer = LAYERS["moe"]
     args = inputs(kind)
-    plain = splitting.split(layer, *args[:3], put_off(args[0]))
-    passes = splitting.split(layer, *args[:3], put_off(args[0]), names)
+    plain = split_backward.split(layer, *args[:3], put_off(args[0]))
+    passes = split_backward.split(layer, *args[:3], put_off(args[0]), names)
     self.assertLen(passes.kept, n_kept)
     self.assertEqual(passes.kept[0].shape, args[2].shape)
     self.assertGreater(len(plain.kept), n_kept)
@@ -176,7 +176,7 @@ class SplitTest(parameterized.TestCase):
     layer = functools.partial(mixture, experts.grouped_ffn)  # shares its loops
     p, bias, x, _ = inputs("moe")
     with self.assertRaisesRegex(ValueError, "made together with others"):
-      splitting.split(layer, p, bias, x, put_off(p))
+      split_backward.split(layer, p, bias, x, put_off(p))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from the next tick on.
 import dataclasses
 import itertools
 
-from dsv3_jax.parallel import schedules
+from dsv3_jax.parallel.pipeline import schedules
 
 # A slot by direction and micro-batch, of every rank.
 Buffer = tuple[dict[tuple[int, int], int], ...]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax import config
-from dsv3_jax.parallel import schedules
+from dsv3_jax.parallel.pipeline import schedules
 
 
 @dataclasses.dataclass(frozen=True)
