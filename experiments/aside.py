@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 
-from dsv3_jax import checkpoint
 from dsv3_jax import config
 from dsv3_jax import ema
 from dsv3_jax import train
+from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.data import loader
 from dsv3_jax.data import tokenizer
 from dsv3_jax.evals import hidden
@@ -38,7 +38,7 @@ class Aside:
 
   source: feed.Feed
   mesh: jax.sharding.Mesh
-  checkpoints: checkpoint.Checkpoints
+  checkpoints: checkpointer.Checkpoints
   book: Any
   record: Callable[..., None]
   watch: history.Stopwatch
@@ -87,7 +87,7 @@ class Aside:
     """Does a part of saving; takes down what it finished."""
     try:
       step = work()
-    except checkpoint.SaveError as error:
+    except checkpointer.SaveError as error:
       if self.source.run.checkpoint.on_error == "stop":
         raise
       self.book.note(f"{error}; going on")
@@ -104,7 +104,7 @@ class Aside:
     self._saving(self.checkpoints.wait)
     self.watch.lap("saving")
     if jax.process_index() == 0 and done not in self.checkpoints.steps():
-      raise checkpoint.SaveError(
+      raise checkpointer.SaveError(
           f"{self.checkpoints.folder(done)}: the last step is not saved"
       )
 

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dsv3_jax import manifest
+from dsv3_jax.checkpoint import manifest
 from dsv3_jax.errors import InputError
 from dsv3_jax.parallel import device_mesh
 from experiments import exits

@@ -2,7 +2,7 @@
 
 import errno
 
-from dsv3_jax import manifest
+from dsv3_jax.checkpoint import manifest
 from dsv3_jax.errors import InputError
 from dsv3_jax.errors import NotFiniteError
 from dsv3_jax.parallel import replica_check

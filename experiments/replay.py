@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 
-from dsv3_jax import checkpoint
-from dsv3_jax import manifest
 from dsv3_jax import train
+from dsv3_jax.checkpoint import checkpointer
+from dsv3_jax.checkpoint import manifest
 from dsv3_jax.errors import InputError
 from experiments import cluster
 from experiments import common
@@ -71,7 +71,7 @@ def _replay(command: common.Command, step: int) -> None:
   if step not in logged:
     last = max(logged, default=0)
     raise InputError(f"--replay_step={step}: steps 1 to {last} are logged")
-  checkpoints = checkpoint.Checkpoints(folder / "checkpoints", run.checkpoint)
+  checkpoints = checkpointer.Checkpoints(folder / "checkpoints", run.checkpoint)
   state = _before(checkpoints, step, train.abstract_state(run, mesh))
   first = int(state.step)
   facts = checkpoints.facts(first)
@@ -105,7 +105,7 @@ def _replay(command: common.Command, step: int) -> None:
 
 
 def _before(
-    checkpoints: checkpoint.Checkpoints, step: int, like: train.TrainState
+    checkpoints: checkpointer.Checkpoints, step: int, like: train.TrainState
 ) -> Any:
   steps = [s for s in checkpoints.steps() if s < step]
   if not steps:

@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 
-from dsv3_jax import checkpoint
 from dsv3_jax import config
 from dsv3_jax import ema
-from dsv3_jax import manifest
 from dsv3_jax import param_spec
 from dsv3_jax import train
+from dsv3_jax.checkpoint import checkpointer
+from dsv3_jax.checkpoint import manifest
 from dsv3_jax.data import corpus
 from dsv3_jax.data import loader
 from dsv3_jax.errors import InputError
@@ -40,7 +40,7 @@ RIVALS_BYTES = 1 << 25  # most text that other compressors are given
 
 def _start(
     command: common.Command,
-    checkpoints: checkpoint.Checkpoints,
+    checkpoints: checkpointer.Checkpoints,
     source: feed.Feed,
     mesh: jax.sharding.Mesh,
 ) -> tuple[train.TrainState, ema.Average | None]:
@@ -196,7 +196,7 @@ def _train(
   if problems := _problems(command, mesh):
     raise InputError("\n".join(problems))
   data = _prepare(command, stack)
-  checkpoints = checkpoint.Checkpoints(folder / "checkpoints", run.checkpoint)
+  checkpoints = checkpointer.Checkpoints(folder / "checkpoints", run.checkpoint)
   stack.callback(checkpoints.close)
   cluster.first_does(lambda: starts.clean(command, checkpoints))
   source = feed.Feed(data, run, command.seed)
@@ -251,7 +251,7 @@ def _train(
 
 def _from_step(
     source: feed.Feed,
-    checkpoints: checkpoint.Checkpoints,
+    checkpoints: checkpointer.Checkpoints,
     first: int,
     spikes: Sequence[exits.SpikeError],
 ) -> feed.Feed:
@@ -279,7 +279,7 @@ def _from_step(
 
 def _average(
     run: config.Run,
-    checkpoints: checkpoint.Checkpoints,
+    checkpoints: checkpointer.Checkpoints,
     state: train.TrainState,
 ) -> ema.Average | None:
   """The average of the parameters, from where the state stands."""

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import jax
 from absl import logging
 
-from dsv3_jax import checkpoint
-from dsv3_jax import manifest
+from dsv3_jax.checkpoint import checkpointer
+from dsv3_jax.checkpoint import manifest
 from experiments import common
 from experiments import exits
 from experiments import history
@@ -23,7 +23,7 @@ from experiments import logbook
 FATAL = "fatal.txt"
 
 def clean(
-    command: common.Command, checkpoints: checkpoint.Checkpoints
+    command: common.Command, checkpoints: checkpointer.Checkpoints
 ) -> None:
   """Removes what a kill left, and goes a checkpoint back where starts fail."""
   for line in checkpoints.clean():
@@ -43,7 +43,7 @@ def clean(
         " the cause is mended, --retry starts from the newest checkpoint"
     )
   for step in steps[len(older) :]:
-    aside = checkpoints.set_aside(step, checkpoint.SUSPECT)
+    aside = checkpoints.set_aside(step, checkpointer.SUSPECT)
     logging.error(
         "%d starts failed before there was a checkpoint after step %d: going"
         " back to step %d; %s keeps the other",

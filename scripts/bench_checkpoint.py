@@ -17,11 +17,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import flags
 
-from dsv3_jax import checkpoint
 from dsv3_jax import config
 from dsv3_jax import param_spec
-from dsv3_jax import storage
 from dsv3_jax import train
+from dsv3_jax.checkpoint import checkpointer
+from dsv3_jax.checkpoint import orbax_io
 from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
 from dsv3_jax.parallel import device_mesh
@@ -54,7 +54,7 @@ class _Plain:
   def save(self, state: train.TrainState) -> None:
     key = jax.random.key_data(state.key)
     leaves = param_spec.paths({"state": state.replace(key=key)})
-    tree = ocp.args.PyTreeSave(storage.named(leaves))
+    tree = ocp.args.PyTreeSave(orbax_io.named(leaves))
     self._saver.save(self.folder / "0", args=tree)
 
   def wait(self) -> None:
@@ -67,7 +67,7 @@ class _Ours:
     self.folder = folder / "ours"
 
   def save(self, state: train.TrainState) -> None:
-    self._store = checkpoint.Checkpoints(self.folder, config.Checkpoint())
+    self._store = checkpointer.Checkpoints(self.folder, config.Checkpoint())
     self._store.save(state, {})
 
   def wait(self) -> None:

@@ -21,9 +21,9 @@ import rich.console
 import rich.table
 from absl import flags
 
-from dsv3_jax import checkpoint
 from dsv3_jax import config
-from dsv3_jax import manifest
+from dsv3_jax.checkpoint import checkpointer
+from dsv3_jax.checkpoint import manifest
 from dsv3_jax.errors import InputError
 from dsv3_jax.interop import runs
 from experiments import common
@@ -31,15 +31,15 @@ from experiments import common
 MODES = "list", "verify", "diff"
 
 
-def _open(workdir: pathlib.Path) -> checkpoint.Checkpoints:
+def _open(workdir: pathlib.Path) -> checkpointer.Checkpoints:
   folder = workdir / runs.CHECKPOINTS
   if not folder.is_dir():
     raise InputError(f"{workdir}: has no folder {runs.CHECKPOINTS}")
-  return checkpoint.Checkpoints(folder, config.Checkpoint())
+  return checkpointer.Checkpoints(folder, config.Checkpoint())
 
 
 def _chosen(
-    checkpoints: checkpoint.Checkpoints, step: int | None
+    checkpoints: checkpointer.Checkpoints, step: int | None
 ) -> list[int]:
   """The step asked for, or all that could be checkpoints."""
   there = sorted({*checkpoints.steps(), *checkpoints.problems()})
@@ -51,7 +51,7 @@ def _chosen(
   return [step]
 
 
-def show(checkpoints: checkpoint.Checkpoints) -> None:
+def show(checkpoints: checkpointer.Checkpoints) -> None:
   """Prints a line for each folder."""
   table = rich.table.Table(box=rich.box.SIMPLE)
   for name in ("folder", "MB", "arrays", "sequences read", "state"):
@@ -71,12 +71,12 @@ def show(checkpoints: checkpoint.Checkpoints) -> None:
         "whole",
     )
   for folder in sorted(checkpoints.directory.iterdir()):
-    if folder.suffix in (checkpoint.CORRUPT, checkpoint.SUSPECT):
+    if folder.suffix in (checkpointer.CORRUPT, checkpointer.SUSPECT):
       table.add_row(folder.name, "", "", "", "set aside")
   rich.console.Console().print(table)
 
 
-def verify(checkpoints: checkpoint.Checkpoints, step: int | None) -> None:
+def verify(checkpoints: checkpointer.Checkpoints, step: int | None) -> None:
   """Reads all arrays.
 
   Raises:
@@ -87,16 +87,16 @@ def verify(checkpoints: checkpoint.Checkpoints, step: int | None) -> None:
     try:
       checkpoints.verify(one)
       print(f"{checkpoints.folder(one)}: as it was saved")
-    except checkpoint.DamagedError as error:
+    except checkpointer.DamagedError as error:
       problems.append(str(error))
   if problems:
-    raise checkpoint.MissingError("\n".join(problems))
+    raise checkpointer.MissingError("\n".join(problems))
 
 
 def diff(
-    checkpoints: checkpoint.Checkpoints,
+    checkpoints: checkpointer.Checkpoints,
     step: int,
-    others: checkpoint.Checkpoints,
+    others: checkpointer.Checkpoints,
     other_step: int,
 ) -> None:
   """Prints what differs between two checkpoints."""

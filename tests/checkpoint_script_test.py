@@ -7,9 +7,9 @@ import testing
 from absl.testing import absltest
 from absl.testing import parameterized
 
-from dsv3_jax import checkpoint
 from dsv3_jax import config
-from dsv3_jax import manifest
+from dsv3_jax.checkpoint import checkpointer
+from dsv3_jax.checkpoint import manifest
 from experiments import common
 from experiments import exits
 from scripts import checkpoint as script
@@ -25,7 +25,7 @@ class ScriptTest(parameterized.TestCase):
     super().setUp()
     self.folder = testing.folder(self) / "run"
     run, state, _ = micro.make(self.folder)
-    store = checkpoint.Checkpoints(
+    store = checkpointer.Checkpoints(
         self.folder / "checkpoints", config.Checkpoint(keep=9)
     )
     self.addCleanup(store.close)

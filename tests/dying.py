@@ -9,9 +9,9 @@ import signal
 import sys
 import time
 
-from dsv3_jax import checkpoint
-from dsv3_jax import manifest
-from dsv3_jax import storage
+from dsv3_jax.checkpoint import checkpointer
+from dsv3_jax.checkpoint import manifest
+from dsv3_jax.checkpoint import orbax_io
 from experiments import feed
 from experiments import lifeline
 
@@ -50,15 +50,15 @@ def main():
   where = {
       "compile": (lifeline.Lifeline, "may_go_on", die),
       "step": (lifeline.Lifeline, "may_go_on", die),
-      "arrays": (storage, "named", die),
+      "arrays": (orbax_io, "named", die),
       "manifest": (manifest, "write", die),
       "rename": (manifest, "write", die, True),
-      "remove": (checkpoint, "_remove", die),
+      "remove": (checkpointer, "_remove", die),
       "fail": (lifeline.Lifeline, "may_go_on", fail),
       "hang": (lifeline.Lifeline, "may_go_on", hang),
   }
   if point == "removing":
-    checkpoint.shutil.rmtree = lambda *_, **__: die()
+    checkpointer.shutil.rmtree = lambda *_, **__: die()
   elif point == "data":
     feed.Feed.batches = lambda *_: fail()
   else:

@@ -11,10 +11,10 @@ import testing
 from absl.testing import absltest
 from absl.testing import parameterized
 
-from dsv3_jax import checkpoint
 from dsv3_jax import config
 from dsv3_jax import ema
 from dsv3_jax import train
+from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.parallel import device_mesh
 
 DECAY = 0.9
@@ -138,7 +138,7 @@ class AverageTest(parameterized.TestCase):
     average = self.average(placed(0))
     average.update(1, placed(1), GOOD)
     run = testing.run()
-    checkpoints = checkpoint.Checkpoints(
+    checkpoints = checkpointer.Checkpoints(
         testing.folder(self) / "checkpoints", config.Checkpoint()
     )
     self.addCleanup(checkpoints.close)

@@ -18,11 +18,11 @@ import testing
 from absl.testing import absltest
 from absl.testing import parameterized
 
-from dsv3_jax import checkpoint
 from dsv3_jax import config
 from dsv3_jax import losses
-from dsv3_jax import manifest
 from dsv3_jax import train
+from dsv3_jax.checkpoint import checkpointer
+from dsv3_jax.checkpoint import manifest
 from dsv3_jax.config import presets
 from dsv3_jax.interop import runs
 from dsv3_jax.parallel import device_mesh
@@ -565,7 +565,7 @@ class EndToEndTest(absltest.TestCase):
           presets.TINY, *self.SETTINGS, f"data.path={text}"
       )
       folder = root / name / "checkpoints"
-      checkpoints = checkpoint.Checkpoints(folder, run.checkpoint)
+      checkpoints = checkpointer.Checkpoints(folder, run.checkpoint)
       self.addCleanup(checkpoints.close)
       self.assertEqual(checkpoints.steps()[-1], 8)
       like = train.abstract_state(run, device_mesh.mesh({}))

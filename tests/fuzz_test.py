@@ -17,10 +17,10 @@ from absl.testing import absltest
 from absl.testing import flagsaver
 from absl.testing import parameterized
 
-from dsv3_jax import checkpoint
 from dsv3_jax import config
-from dsv3_jax import manifest
 from dsv3_jax import train
+from dsv3_jax.checkpoint import checkpointer
+from dsv3_jax.checkpoint import manifest
 from dsv3_jax.config import presets
 from dsv3_jax.data import corpus
 from dsv3_jax.data import token_file
@@ -248,7 +248,7 @@ class FilesTest(Case):
     rng = np.random.default_rng(seed)
     root = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
     run, cfg = testing.run(), config.Checkpoint(keep=9)
-    store = checkpoint.Checkpoints(root / "good", cfg)
+    store = checkpointer.Checkpoints(root / "good", cfg)
     state = testing.state(run)
     states = {}
     for step in (1, 2):
@@ -264,7 +264,7 @@ class FilesTest(Case):
       path = files[rng.integers(len(files))].relative_to(root / "good")
       raw = changed((root / "bad" / path).read_bytes(), rng)
       (root / "bad" / path).write_bytes(raw)
-      store = checkpoint.Checkpoints(root / "bad", cfg)
+      store = checkpointer.Checkpoints(root / "bad", cfg)
       with about(path=str(path)):
         step, restored = store.newest(
             lambda step, s=store: s.restore(step, like), set_aside=True

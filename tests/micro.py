@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import testing
 
-from dsv3_jax import checkpoint
+from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.data import tokenizer
 from experiments import workdir
 
@@ -22,7 +22,7 @@ def make(folder, *assignments):
   rng = np.random.default_rng(0)
   bias = rng.normal(size=state.router_bias.shape).astype(np.float32)
   state = state.replace(router_bias=jax.numpy.asarray(bias))
-  checkpoints = checkpoint.Checkpoints(folder / "checkpoints", run.checkpoint)
+  checkpoints = checkpointer.Checkpoints(folder / "checkpoints", run.checkpoint)
   average = jax.tree.map(lambda a: a + 1, state.params)
   average = average if run.optim.ema_decay else None
   checkpoints.save(state, {}, average)

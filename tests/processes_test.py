@@ -10,9 +10,9 @@ import pytest
 import testing
 from absl.testing import absltest
 
-from dsv3_jax import checkpoint
 from dsv3_jax import config
 from dsv3_jax import train
+from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.config import presets
 from dsv3_jax.parallel import device_mesh
 from experiments import common
@@ -95,7 +95,7 @@ class TwoProcessesTest(Programs):
     run = config.override(presets.TINY, *self.settings)
     mesh = device_mesh.mesh({})
     folder = self.root / name / "checkpoints"
-    checkpoints = checkpoint.Checkpoints(folder, run.checkpoint)
+    checkpoints = checkpointer.Checkpoints(folder, run.checkpoint)
     self.addCleanup(checkpoints.close)
     self.assertEqual(checkpoints.steps(), [0, 2, 4])
     like = train.abstract_state(run, mesh)

@@ -12,7 +12,7 @@ import time
 import testing
 from absl.testing import parameterized
 
-from dsv3_jax import manifest
+from dsv3_jax.checkpoint import manifest
 from experiments import common
 from experiments import logbook
 

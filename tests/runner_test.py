@@ -16,10 +16,10 @@ import testing
 from absl.testing import absltest
 from absl.testing import parameterized
 
-from dsv3_jax import checkpoint
 from dsv3_jax import config
-from dsv3_jax import manifest
 from dsv3_jax import train
+from dsv3_jax.checkpoint import checkpointer
+from dsv3_jax.checkpoint import manifest
 from dsv3_jax.data import loader
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.parallel import replica_check
@@ -208,7 +208,7 @@ class NumbersTest(CheckedRunTest):
     planned = [np.asarray(b.tokens) for b in itertools.islice(planned, 6)]
     fed = [0, 1, 2, 4, 5]
     np.testing.assert_array_equal(seen[-5:], [planned[i] for i in fed])
-    store = checkpoint.Checkpoints(
+    store = checkpointer.Checkpoints(
         self.folder / "run" / "checkpoints", command.run.checkpoint
     )
     self.addCleanup(store.close)
@@ -235,7 +235,7 @@ class NumbersTest(CheckedRunTest):
     self.assertEqual(self.train(compiled_step, average)[0], exits.OK)
     starts = [event["step"] for event in self.events("start")]
     self.assertEqual(starts, [0, 3])
-    self.assertTrue(folder.with_suffix(checkpoint.CORRUPT).exists())
+    self.assertTrue(folder.with_suffix(checkpointer.CORRUPT).exists())
 
   def test_a_setting_newer_than_a_checkpoint_was_its_default(self):
     self.assertEqual(self.train()[0], exits.OK)
@@ -381,7 +381,7 @@ class RelayoutTest(parameterized.TestCase):
 
   @parameterized.parameters(*itertools.pairwise(WAY))
   def test_a_save_goes_on_in_another_layout(self, before, after):
-    checkpoints = checkpoint.Checkpoints(
+    checkpoints = checkpointer.Checkpoints(
         testing.folder(self) / "checkpoints", config.Checkpoint()
     )
     self.addCleanup(checkpoints.close)

@@ -12,9 +12,9 @@ import testing
 from absl import logging
 from absl.testing import absltest
 
-from dsv3_jax import checkpoint
 from dsv3_jax import config
-from dsv3_jax import manifest
+from dsv3_jax.checkpoint import checkpointer
+from dsv3_jax.checkpoint import manifest
 from experiments import cluster
 from experiments import common
 from experiments import exits
@@ -45,7 +45,7 @@ class CleanTest(absltest.TestCase):
     self.command = common.Command(
         "tiny", run, self.folder, 0, 9, {}, cluster.Processes()
     )
-    self.store = checkpoint.Checkpoints(
+    self.store = checkpointer.Checkpoints(
         self.folder / "checkpoints", config.Checkpoint(keep=9)
     )
     self.addCleanup(self.store.close)
@@ -97,7 +97,7 @@ class CleanTest(absltest.TestCase):
   def test_stops_where_there_is_nothing_to_go_back_to(self):
     self.crash(history.TRIES, step=0)
     for step in (4, 8):
-      self.store.set_aside(step, checkpoint.CORRUPT)
+      self.store.set_aside(step, checkpointer.CORRUPT)
     with self.assertRaisesRegex(manifest.MissingError, "--retry"):
       self.clean()
 

@@ -17,7 +17,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from dsv3_jax import config
-from dsv3_jax import manifest
+from dsv3_jax.checkpoint import manifest
 from dsv3_jax.data import chat
 from dsv3_jax.data import tokenizer
 from dsv3_jax.infer import engine

@@ -11,10 +11,10 @@ import testing
 from absl.testing import absltest
 from absl.testing import parameterized
 
-from dsv3_jax import checkpoint
 from dsv3_jax import losses
 from dsv3_jax import param_spec
 from dsv3_jax import train
+from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.data import loader
 from dsv3_jax.model import router
 from dsv3_jax.parallel import device_mesh
@@ -180,7 +180,7 @@ class ResumeTest(absltest.TestCase):
     whole, all_fed = fit(first_state(), 2 * n)
 
     store = functools.partial(
-        checkpoint.Checkpoints, folder / "checkpoints", run.checkpoint
+        checkpointer.Checkpoints, folder / "checkpoints", run.checkpoint
     )
     checkpoints = store()
     save = lambda state: checkpoints.save(state, {})

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from dsv3_jax import config
-from dsv3_jax import manifest
 from dsv3_jax import param_spec
+from dsv3_jax.checkpoint import manifest
 from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
 from dsv3_jax.interop import weights
@@ -70,13 +70,13 @@ def newest(
   if imported.is_dir():
     return _imported(weights.open_weights(imported), run, mesh)
   # Slow to import, and not needed to look at a configuration.
-  from dsv3_jax import checkpoint
   from dsv3_jax import train
+  from dsv3_jax.checkpoint import checkpointer
 
   saved = folder / CHECKPOINTS
   if not saved.is_dir():
     raise manifest.MissingError(f"{folder}: has no checkpoints yet")
-  checkpoints = checkpoint.Checkpoints(saved, run.checkpoint)
+  checkpoints = checkpointer.Checkpoints(saved, run.checkpoint)
   like = train.abstract_state(run, mesh)
 
   def load(step):

@@ -15,10 +15,10 @@ from absl import logging
 from absl.testing import absltest
 from absl.testing import parameterized
 
-from dsv3_jax import checkpoint
 from dsv3_jax import config
-from dsv3_jax import manifest
 from dsv3_jax import train
+from dsv3_jax.checkpoint import checkpointer
+from dsv3_jax.checkpoint import manifest
 from dsv3_jax.parallel import device_mesh
 
 RUN = testing.run("optim.moments=bfloat16")
@@ -69,7 +69,7 @@ def files(folder):
 class Case(parameterized.TestCase):
 
   def open(self, folder, **settings):
-    store = checkpoint.Checkpoints(folder, config.Checkpoint(**settings))
+    store = checkpointer.Checkpoints(folder, config.Checkpoint(**settings))
     self.addCleanup(store.close)
     return store
 
@@ -160,7 +160,7 @@ class RefuseTest(Case):
     with self.assertRaisesRegex(ValueError, "another architecture") as caught:
       store.restore(1, like(run))
     self.assertRegex(str(caught.exception), line)
-    self.assertNotIsInstance(caught.exception, checkpoint.DamagedError)
+    self.assertNotIsInstance(caught.exception, checkpointer.DamagedError)
     self.assert_restores(store, 1)
 
   def test_what_was_never_finished(self):
@@ -232,7 +232,7 @@ class DamageTest(Case):
     super().setUpClass()
     folder = cls.enterClassContext(tempfile.TemporaryDirectory())
     cls.kept = pathlib.Path(folder) / "checkpoints"
-    store = checkpoint.Checkpoints(cls.kept, config.Checkpoint(keep=9))
+    store = checkpointer.Checkpoints(cls.kept, config.Checkpoint(keep=9))
     for step in (1, 2):
       store.save(noisy_state(step=step), FACTS)
     store.wait()
@@ -266,7 +266,7 @@ class DamageTest(Case):
           testing.assert_same(testing.host(state), expected)
           lines = store.clean()
           self.assertTrue(step == 2 or said or lines)
-          aside = store.directory / f"2{checkpoint.CORRUPT}"
+          aside = store.directory / f"2{checkpointer.CORRUPT}"
           self.assertEqual(aside.exists(), step == 1)
 
   def check_flips(self, seed, n):
@@ -309,7 +309,7 @@ class DamageTest(Case):
     path.unlink()
     manifest.write(store.folder(2), 2, saved.arrays, saved.facts)
     with self.assertRaisesRegex(
-        checkpoint.DamagedError, "2 is damaged: .*: state/params/head$"
+        checkpointer.DamagedError, "2 is damaged: .*: state/params/head$"
     ):
       store.restore(2, like())
 
@@ -318,7 +318,7 @@ class DamageTest(Case):
     for step in (1, 2):
       (store.folder(step) / manifest.NAME).write_text("{}")
     for _ in range(2):  # found again when they are set aside
-      with self.assertRaises(checkpoint.MissingError) as caught:
+      with self.assertRaises(checkpointer.MissingError) as caught:
         self.newest(store)
       for step in (1, 2):
         self.assertIn(f"checkpoints/{step}", str(caught.exception))
@@ -338,7 +338,7 @@ class DamageTest(Case):
     store = self.copy()
     for _ in range(2):
       shutil.copytree(self.kept / "1", store.folder(7))
-      store.set_aside(7, checkpoint.SUSPECT)
+      store.set_aside(7, checkpointer.SUSPECT)
     names = {path.name for path in store.directory.iterdir()}
     self.assertEqual(names, {"1", "2", "7.suspect"})
 
@@ -357,7 +357,7 @@ class FailedSaveTest(Case):
     lift = self.limit(2000)
     for step in (2, 3, 4):
       with self.assertRaisesRegex(
-          checkpoint.SaveError,
+          checkpointer.SaveError,
           f"checkpoints/{step} could not be saved: .*; the newest good one is"
           " 1$",
       ):

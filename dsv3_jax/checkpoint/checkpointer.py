@@ -24,10 +24,10 @@ from jax.experimental import multihost_utils
 
 from dsv3_jax import checksum
 from dsv3_jax import config
-from dsv3_jax import manifest
 from dsv3_jax import param_spec
-from dsv3_jax import storage
 from dsv3_jax import train
+from dsv3_jax.checkpoint import manifest
+from dsv3_jax.checkpoint import orbax_io
 from dsv3_jax.errors import InputError
 
 DamagedError, MissingError = manifest.DamagedError, manifest.MissingError
@@ -50,7 +50,7 @@ class Checkpoints:
       directory: the folder.
       cfg: which steps to keep.
     """
-    storage.silence()
+    orbax_io.silence()
     self.directory = directory.absolute()
     self.directory.mkdir(parents=True, exist_ok=True)
     self._cfg = cfg
@@ -125,7 +125,7 @@ class Checkpoints:
       tree["average"] = {"params": average}
     leaves = param_spec.paths(tree)
     digests = _start_digests(leaves)  # before the state is donated
-    types = {name: storage.type_of(leaf) for name, leaf in leaves.items()}
+    types = {name: orbax_io.type_of(leaf) for name, leaf in leaves.items()}
 
     def finish(folder):
       arrays = {
@@ -137,7 +137,7 @@ class Checkpoints:
     self._saving, self._finish = step, finish
     self._raising(
         lambda: self._saver.save(
-            self.folder(step), args=ocp.args.PyTreeSave(storage.named(leaves))
+            self.folder(step), args=ocp.args.PyTreeSave(orbax_io.named(leaves))
         )
     )
 
@@ -177,7 +177,7 @@ class Checkpoints:
 
   def _raising(self, work: Callable[[], None]) -> None:
     """Does a part of saving; what was written goes where it fails."""
-    if not (problem := storage.problem_of(work)):
+    if not (problem := orbax_io.problem_of(work)):
       return
     step, self._saving = self._saving, None
     if jax.process_index() == 0:
@@ -199,7 +199,7 @@ class Checkpoints:
 
   def close(self) -> None:
     """Waits for what is being saved, and ends the threads; never raises."""
-    if problem := storage.problem_of(self._saver.close):
+    if problem := orbax_io.problem_of(self._saver.close):
       logging.warning("%s: %s", self.directory, problem)
 
   def clean(self) -> list[str]:
@@ -283,7 +283,7 @@ class Checkpoints:
     names = param_spec.paths(like)
     asked = {_group(name) for name in names}
     there = {k: v["type"] for k, v in saved.items() if _group(k) in asked}
-    here = {name: storage.type_of(leaf) for name, leaf in names.items()}
+    here = {name: orbax_io.type_of(leaf) for name, leaf in names.items()}
     if changes := config.difference(there, here):
       raise InputError(
           f"{folder} is of another architecture (there -> here):\n"
@@ -326,9 +326,9 @@ class Checkpoints:
     arrays = {}
 
     def read():
-      arrays.update(storage.read(folder, like))
+      arrays.update(orbax_io.read(folder, like))
 
-    problem = storage.problem_of(read)
+    problem = orbax_io.problem_of(read)
     _agree(problem and f"{folder} cannot be read: {problem}")
     wrong = [
         name
