@@ -34,7 +34,7 @@ from dsv3_jax.data import tokenizer
 from dsv3_jax.errors import InputError
 from dsv3_jax.evals import hidden
 from dsv3_jax.evals import needles
-from dsv3_jax.interop import runs
+from dsv3_jax.interop import open_run
 from dsv3_jax.parallel import sharding
 from experiments import common
 from experiments import logbook
@@ -213,7 +213,7 @@ def _models(
   mesh = cluster.mesh(command.mesh)
   for phase in done:
     folder = command.workdir / phase.name
-    parts = runs.newest(folder, phase.run, mesh)
+    parts = open_run.newest(folder, phase.run, mesh)
     yield phase.label, hidden.Model(*parts, phase.run, mesh)
     if not phase.start:
       yarn = with_yarn(phase.run, longest)

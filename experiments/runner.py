@@ -19,7 +19,7 @@ from dsv3_jax.data import corpus
 from dsv3_jax.data import loader
 from dsv3_jax.errors import InputError
 from dsv3_jax.errors import NotFiniteError
-from dsv3_jax.interop import runs
+from dsv3_jax.interop import open_run
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import sharding
 from experiments import aside
@@ -90,9 +90,9 @@ def _with_parameters(
     InputError: that run has another architecture, or no checkpoint.
   """
   folder = command.init_from
-  facts = runs.read_config(folder)
+  facts = open_run.read_config(folder)
   source = config.override(
-      runs.run_of(facts),
+      open_run.run_of(facts),
       f"parallel.layout={command.run.parallel.layout}",
   )
   of = lambda run: {
@@ -104,7 +104,7 @@ def _with_parameters(
         f"--init_from={folder} has another architecture (there -> here):\n"
         + "\n".join(f"  {line}" for line in changes)
     )
-  params, bias = runs.newest(folder, source, mesh)
+  params, bias = open_run.newest(folder, source, mesh)
   return state.replace(params=params, router_bias=bias)
 
 

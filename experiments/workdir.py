@@ -17,7 +17,7 @@ from absl import logging
 
 from dsv3_jax import config
 from dsv3_jax.errors import InputError
-from dsv3_jax.interop import runs
+from dsv3_jax.interop import open_run
 
 ENV, SUMMARY, LOCK = "env.json", "summary.json", "lock"
 
@@ -56,7 +56,7 @@ def claim(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
     probe = workdir / ".probe"
     probe.write_text("")
     probe.unlink()
-    if not (workdir / runs.CONFIG).exists():
+    if not (workdir / open_run.CONFIG).exists():
       return
   except OSError as error:
     raise InputError(
@@ -71,7 +71,7 @@ def check_same(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
   Raises:
     InputError: it was made by another configuration, or by none.
   """
-  there, here = _flat(runs.read_config(workdir)), _flat(facts)
+  there, here = _flat(open_run.read_config(workdir)), _flat(facts)
   # A setting newer than the run: its default is what was done without it.
   for name, value in config.defaults(config.Run).items():
     there.setdefault(f"settings.{name}", value)
@@ -92,8 +92,8 @@ def check_same(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
 
 def write_config(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
   """Makes the workdir that of the run described, if it is of none."""
-  if not (workdir / runs.CONFIG).exists():
-    _write(workdir / runs.CONFIG, facts)
+  if not (workdir / open_run.CONFIG).exists():
+    _write(workdir / open_run.CONFIG, facts)
 
 
 @contextlib.contextmanager

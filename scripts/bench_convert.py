@@ -53,29 +53,29 @@ def _load(folder: pathlib.Path) -> float:
   import jax
   import numpy as np
 
-  from dsv3_jax.interop import hf
   from dsv3_jax.interop import hf_config
-  from dsv3_jax.interop import placing
+  from dsv3_jax.interop import hf_read
+  from dsv3_jax.interop import load_sharded
   from dsv3_jax.parallel import device_mesh
   from dsv3_jax.parallel import sharding
 
-  released = hf.open_folder(folder)
+  released = hf_read.open_folder(folder)
   run = hf_config.run(released.facts, released.model)
   mesh = device_mesh.mesh({})
   layout = sharding.layout(run, mesh.shape)
-  dtype = hf.BF16 if released.tile is None else np.dtype(np.float32)
+  dtype = hf_read.BF16 if released.tile is None else np.dtype(np.float32)
   start = time.perf_counter()
-  jax.block_until_ready(placing.load(released, layout, mesh, dtype))
+  jax.block_until_ready(load_sharded.load(released, layout, mesh, dtype))
   return time.perf_counter() - start
 
 
 def _import(folder: pathlib.Path) -> float:
-  from dsv3_jax.interop import hf
+  from dsv3_jax.interop import hf_read
   from dsv3_jax.interop import weights
 
   target = pathlib.Path(_SCRATCH.value)
   start = time.perf_counter()
-  released = hf.open_folder(folder)
+  released = hf_read.open_folder(folder)
   weights.import_released(released, target, lambda n_bytes: None)
   seconds = time.perf_counter() - start
   shutil.rmtree(target)

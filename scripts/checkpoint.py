@@ -25,16 +25,16 @@ from dsv3_jax import config
 from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.checkpoint import manifest
 from dsv3_jax.errors import InputError
-from dsv3_jax.interop import runs
+from dsv3_jax.interop import open_run
 from experiments import common
 
 MODES = "list", "verify", "diff"
 
 
 def _open(workdir: pathlib.Path) -> checkpointer.Checkpoints:
-  folder = workdir / runs.CHECKPOINTS
+  folder = workdir / open_run.CHECKPOINTS
   if not folder.is_dir():
-    raise InputError(f"{workdir}: has no folder {runs.CHECKPOINTS}")
+    raise InputError(f"{workdir}: has no folder {open_run.CHECKPOINTS}")
   return checkpointer.Checkpoints(folder, config.Checkpoint())
 
 

@@ -34,14 +34,14 @@ from dsv3_jax import config
 from dsv3_jax import param_spec
 from dsv3_jax.data import tokenizer
 from dsv3_jax.errors import InputError
-from dsv3_jax.interop import blocks
-from dsv3_jax.interop import export as export_lib
-from dsv3_jax.interop import hf
 from dsv3_jax.interop import hf_config
-from dsv3_jax.interop import pieces
-from dsv3_jax.interop import placing
-from dsv3_jax.interop import runs
-from dsv3_jax.interop import tokens as tokens_lib
+from dsv3_jax.interop import hf_mapping
+from dsv3_jax.interop import hf_read
+from dsv3_jax.interop import hf_write
+from dsv3_jax.interop import load_sharded
+from dsv3_jax.interop import open_run
+from dsv3_jax.interop import resumable
+from dsv3_jax.interop import tokenizer_files
 from dsv3_jax.interop import weights
 from dsv3_jax.model import transformer
 from experiments import allocator
@@ -152,8 +152,8 @@ def _say(text: str) -> None:
 # --- import ---
 
 
-def _opened() -> hf.Released:
-  released = hf.open_folder(
+def _opened() -> hf_read.Released:
+  released = hf_read.open_folder(
       pathlib.Path(_HF.value),
       ignore_auto_map=_AUTO_MAP.value,
       follow_links=_LINKS.value,
@@ -163,8 +163,8 @@ def _opened() -> hf.Released:
   return released
 
 
-def _checked(released: hf.Released) -> hf.Released:
-  if problems := list(hf.bad_values(released)):
+def _checked(released: hf_read.Released) -> hf_read.Released:
+  if problems := list(hf_read.bad_values(released)):
     raise InputError("\n".join(f"{released.folder}: {p}" for p in problems))
   return released
 
@@ -174,21 +174,21 @@ def _import() -> None:
   description = workdir.describe(
       "imported", 0, hf_config.run(released.facts, released.model)
   )
-  if (folder / runs.CONFIG).exists():
+  if (folder / open_run.CONFIG).exists():
     raise InputError(f"--workdir={folder}: belongs to a run; take another")
   target = folder / weights.FOLDER
-  total = sum(map(released.n_bytes, blocks.of_model(released.model)))
+  total = sum(map(released.n_bytes, hf_mapping.of_model(released.model)))
   with _bar("import", total) as advance:
     weights.import_released(released, target, advance)
   try:
-    found = tokens_lib.copy(released.folder, target)
-    if tokens_lib.TOKENIZER in found:
-      _take_tokenizer(target / tokens_lib.TOKENIZER, folder)
+    found = tokenizer_files.copy(released.folder, target)
+    if tokenizer_files.TOKENIZER in found:
+      _take_tokenizer(target / tokenizer_files.TOKENIZER, folder)
     else:
-      _say(f"note: no {tokens_lib.TOKENIZER} in {released.folder}: no text yet")
+      _say(f"note: no {tokenizer_files.TOKENIZER} in {released.folder}: no text yet")
     workdir.write_config(folder, description)
   except OSError as error:
-    raise pieces.disk_error(folder, error) from error
+    raise resumable.disk_error(folder, error) from error
   _say(f"{folder}: {total:,} bytes of parameters")
 
 
@@ -199,16 +199,16 @@ def _take_tokenizer(path: pathlib.Path, folder: pathlib.Path) -> None:
     _say(f"note: not a tokenizer that text is made with here: {error}")
     return
   (folder / "data").mkdir(exist_ok=True)
-  tokenizer.save(tok, folder / "data" / tokens_lib.TOKENIZER)
+  tokenizer.save(tok, folder / "data" / tokenizer_files.TOKENIZER)
 
 
 # --- export ---
 
 
-def _source() -> tuple[export_lib.Source, dict[str, Any]]:
+def _source() -> tuple[hf_write.Source, dict[str, Any]]:
   """Parameters of the workdir, and their config.json."""
   folder = pathlib.Path(flags.FLAGS.workdir)
-  run = runs.run_of(runs.read_config(folder))
+  run = open_run.run_of(open_run.read_config(folder))
   if (folder / weights.FOLDER).is_dir():
     if _EMA.value:
       raise InputError(f"--ema: {folder} is imported, it has no average")
@@ -218,15 +218,15 @@ def _source() -> tuple[export_lib.Source, dict[str, Any]]:
   from dsv3_jax.parallel import device_mesh
 
   mesh = device_mesh.mesh({})
-  params, bias = runs.newest(folder, run, mesh, average=_EMA.value)
+  params, bias = open_run.newest(folder, run, mesh, average=_EMA.value)
   arrays = {path: np.asarray(a) for path, a in param_spec.paths(params).items()}
-  arrays[blocks.BIAS] = np.asarray(bias)
-  if run.model.router.score == "softmax" and arrays[blocks.BIAS].any():
+  arrays[hf_mapping.BIAS] = np.asarray(bias)
+  if run.model.router.score == "softmax" and arrays[hf_mapping.BIAS].any():
     raise InputError(
         "router.score=softmax with a bias that is not 0: the format of V2 has"
         " none; train with router.bias_speed=0"
     )
-  source = export_lib.Arrays(run.model, arrays)
+  source = hf_write.Arrays(run.model, arrays)
   facts = hf_config.write(run) | {
       "torch_dtype": "float32",
       "bos_token_id": tokenizer.BOS_ID,
@@ -242,20 +242,20 @@ def _export() -> None:
   kind = "fp8" if _FP8.value else _DTYPE.value
   if _FP8.value and source.tile:  # so it is already: not a bit is changed
     kind = "stored"
-  form = export_lib.Form(source, kind)
+  form = hf_write.Form(source, kind)
   if _GGUF.value:
     _export_gguf(form, facts, folder)
     return
   target = pathlib.Path(_HF.value)
   if isinstance(source, weights.Weights):
-    beside = lambda: tokens_lib.copy(source.folder, target)
+    beside = lambda: tokenizer_files.copy(source.folder, target)
   else:
     tok, max_len = _tokenizer(folder), hf_config.max_len(facts)
-    beside = lambda: tokens_lib.write(tok, target, max_len)
-  facts = export_lib.described(facts, form)
-  with _bar("export", export_lib.total_bytes(form)) as advance:
-    export_lib.export(form, target, facts, advance, beside)
-  _say(f"{target}: {export_lib.total_bytes(form):,} bytes, sums in {hf.SUMS}")
+    beside = lambda: tokenizer_files.write(tok, target, max_len)
+  facts = hf_write.described(facts, form)
+  with _bar("export", hf_write.total_bytes(form)) as advance:
+    hf_write.export(form, target, facts, advance, beside)
+  _say(f"{target}: {hf_write.total_bytes(form):,} bytes, sums in {hf_read.SUMS}")
 
 
 def _export_gguf(form, facts, folder) -> None:
@@ -269,7 +269,7 @@ def _export_gguf(form, facts, folder) -> None:
 
 
 def _tokenizer(folder: pathlib.Path) -> tokenizers.Tokenizer:
-  return tokenizer.load(folder / "data" / tokens_lib.TOKENIZER)
+  return tokenizer.load(folder / "data" / tokenizer_files.TOKENIZER)
 
 
 # --- logits ---
@@ -283,7 +283,7 @@ def _rows(path: str) -> np.ndarray:
 
 
 def compute_logits(
-    source: placing.Source, run: config.Run, tokens: np.ndarray, mesh: Any
+    source: load_sharded.Source, run: config.Run, tokens: np.ndarray, mesh: Any
 ) -> list[np.ndarray]:
   """Logits in float32, of the main model and of each MTP depth."""
   from dsv3_jax.evals import hidden
@@ -293,7 +293,7 @@ def compute_logits(
   if problems := sharding.problems(run, mesh.shape):
     raise InputError("\n".join(problems))
   layout = sharding.layout(run, mesh.shape, staged=False)
-  parts = placing.load(source, layout, mesh, np.float32)
+  parts = load_sharded.load(source, layout, mesh, np.float32)
   model = hidden.Model(*parts, run, mesh)
   b, t = tokens.shape if tokens.ndim == 2 else (0, 0)
   found = [
@@ -333,11 +333,11 @@ def _logits() -> None:
 # --- verify ---
 
 
-def _damaged_shards(released: hf.Released) -> Iterator[str]:
+def _damaged_shards(released: hf_read.Released) -> Iterator[str]:
   """Files whose sums are not those beside them."""
-  sums = released.folder / hf.SUMS
+  sums = released.folder / hf_read.SUMS
   if not sums.exists():
-    _say(f"note: no {hf.SUMS} in {released.folder}: digests not compared")
+    _say(f"note: no {hf_read.SUMS} in {released.folder}: digests not compared")
     return
   wanted = {}
   for line in sums.read_text(encoding="utf-8").splitlines():
@@ -346,7 +346,7 @@ def _damaged_shards(released: hf.Released) -> Iterator[str]:
   files = sorted({t.file for t in released.tensors.values()})
   for path in files:
     if path.name not in wanted:
-      yield f"{path}: not in {hf.SUMS}"
+      yield f"{path}: not in {hf_read.SUMS}"
   with _bar("verify", sum(path.stat().st_size for path in files)) as advance:
     for path in files:
       digest = hashlib.sha256()
@@ -362,7 +362,7 @@ def _verify_workdir(folder: pathlib.Path) -> None:
   if not (folder / weights.FOLDER).is_dir():
     raise InputError(f"--workdir={folder}: holds nothing imported")
   source = weights.open_weights(folder / weights.FOLDER)
-  todo = blocks.of_model(source.model)
+  todo = hf_mapping.of_model(source.model)
   with _bar("verify", sum(map(source.n_bytes, todo))) as advance:
     problems = list(weights.damaged(source, advance))
   if problems:
@@ -383,7 +383,7 @@ def _verify() -> None:
   _compare(released)
 
 
-def _compare(released: hf.Released) -> None:
+def _compare(released: hf_read.Released) -> None:
   """Logits with those of `transformers`, where that is installed."""
   from dsv3_jax.parallel import device_mesh
 

@@ -29,11 +29,11 @@ from dsv3_jax.data import chat
 from dsv3_jax.data import tokenizer
 from dsv3_jax.infer import engine
 from dsv3_jax.infer import served
-from dsv3_jax.interop import blocks
-from dsv3_jax.interop import export
-from dsv3_jax.interop import hf
-from dsv3_jax.interop import pieces
-from dsv3_jax.interop import runs
+from dsv3_jax.interop import hf_mapping
+from dsv3_jax.interop import hf_read
+from dsv3_jax.interop import hf_write
+from dsv3_jax.interop import open_run
+from dsv3_jax.interop import resumable
 from dsv3_jax.interop import weights
 from dsv3_jax.parallel import device_mesh
 from experiments import cluster
@@ -113,7 +113,7 @@ class RoundTripTest(ConvertTest):
     self.assertEqual(released.raw(self.out), released.raw(self.hf))
     configs = (folder / "config.json" for folder in (self.hf, self.out))
     self.assertEqual(*(json.loads(path.read_text()) for path in configs))
-    if "quantization_config" in hf.open_folder(self.hf).facts:
+    if "quantization_config" in hf_read.open_folder(self.hf).facts:
       asked = self.folder / "asked"
       self.convert("export", workdir=self.workdir, hf=asked, fp8=True)
       self.assertEqual(released.raw(asked), released.raw(self.hf))
@@ -136,25 +136,25 @@ class RoundTripTest(ConvertTest):
     released.save(released.model(), self.hf)
     released.in_fp8(self.hf, (28, 20))
     self.convert("import", hf=self.hf, workdir=self.workdir)
-    source = hf.open_folder(self.hf)
+    source = hf_read.open_folder(self.hf)
     kinds = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
     for dtype, kind in kinds.items():
       out = self.folder / dtype
       self.convert("export", workdir=self.workdir, hf=out, dtype=dtype)
-      found = hf.open_folder(out)
+      found = hf_read.open_folder(out)
       self.assertNotIn("quantization_config", found.facts)
       self.assertEqual(found.facts["torch_dtype"], dtype)
-      for b in blocks.of_model(found.model):
+      for b in hf_mapping.of_model(found.model):
         inner = (slice(None),) * len((*b.inputs, *b.outputs))
         want = source.part(b, inner)
-        if b.path != blocks.BIAS:
+        if b.path != hf_mapping.BIAS:
           want = want.astype(kind)
         np.testing.assert_array_equal(found.part(b, inner), want, b.names[0])
 
   def test_several_shards_and_their_sums(self):
     released.with_mtp(self.hf)
     self.convert("import", hf=self.hf, workdir=self.workdir)
-    with mock.patch.object(export, "SHARD_BYTES", 200_000):
+    with mock.patch.object(hf_write, "SHARD_BYTES", 200_000):
       self.convert("export", workdir=self.workdir, hf=self.out)
     shards = sorted(self.out.glob("*.safetensors"))
     self.assertGreater(len(shards), 4)
@@ -175,7 +175,7 @@ class RoundTripTest(ConvertTest):
     mesh = device_mesh.mesh({})
     testing.assert_same(
       *(
-        jax.device_get(runs.newest(folder, run, mesh))
+        jax.device_get(open_run.newest(folder, run, mesh))
         for folder in (self.workdir, imported)
       )
     )
@@ -248,15 +248,15 @@ class ExportTest(ConvertTest):
   def test_fp8_of_a_run(self):
     run, state, _ = micro.make(self.workdir)
     self.convert("export", workdir=self.workdir, hf=self.out, fp8=True)
-    found = hf.open_folder(self.out)
-    self.assertEmpty(list(hf.bad_values(found)))
+    found = hf_read.open_folder(self.out)
+    self.assertEmpty(list(hf_read.bad_values(found)))
     self.assertEqual(found.tile, (128, 128))
     wrong = 0
-    for b in blocks.of_model(found.model):
+    for b in hf_mapping.of_model(found.model):
       values = found.tensors[b.names[0]]
-      quantized = "FP8" if values.dtype == hf.E4M3 else str(values.dtype)
+      quantized = "FP8" if values.dtype == hf_read.E4M3 else str(values.dtype)
       want = "FP8" if b.quantized else "bfloat16"
-      self.assertEqual(quantized, "float32" if b.path == blocks.BIAS else want)
+      self.assertEqual(quantized, "float32" if b.path == hf_mapping.BIAS else want)
       if b.quantized:
         inner = (slice(None),) * len((*b.inputs, *b.outputs))
         got = found.part(b, inner)
@@ -273,17 +273,17 @@ class ExportTest(ConvertTest):
 
   def test_fp8_of_what_is_not_finite(self):
     _, state, _ = micro.make(self.workdir)
-    source = export.Arrays(
+    source = hf_write.Arrays(
       testing.run().model,
       {
         path: np.full(a.shape, np.nan, np.float32)
         for path, a in testing.schema.paths(state.params).items()
       }
-      | {blocks.BIAS: np.asarray(state.router_bias)},
+      | {hf_mapping.BIAS: np.asarray(state.router_bias)},
     )
-    form = export.Form(source, "fp8")
+    form = hf_write.Form(source, "fp8")
     with self.assertRaisesRegex(ValueError, "not finite"):
-      export.export(form, self.out, {}, lambda n: None, lambda: None)
+      hf_write.export(form, self.out, {}, lambda n: None, lambda: None)
 
   def test_fp8_again_is_the_same(self):
     micro.make(self.workdir)
@@ -351,7 +351,7 @@ class FineTuneTest(ConvertTest):
     self.enter_context(mock.patch.object(train, "fit", fit))
     with self.assertRaises(exits.PreemptedError):
       runner.execute(command)
-    got = runs.newest(command.workdir, run, device_mesh.mesh({}))
+    got = open_run.newest(command.workdir, run, device_mesh.mesh({}))
     testing.assert_same(
       *map(jax.device_get, (got, (state.params, state.router_bias)))
     )
@@ -520,7 +520,7 @@ class InterruptedTest(ConvertTest):
   def setUp(self):
     super().setUp()
     released.with_mtp(self.hf)
-    self.enter_context(mock.patch.object(pieces, "IN_FLIGHT", 1))
+    self.enter_context(mock.patch.object(resumable, "IN_FLIGHT", 1))
 
   def stopped(self, n, mode, **arguments):
     with mock.patch.object(convert, "_bar", stopping_after(n)):
@@ -537,11 +537,11 @@ class InterruptedTest(ConvertTest):
     err = self.convert("export", code=2, workdir=self.workdir, hf=self.out)
     self.assertIn("holds no run", err)
     read = []
-    stored = hf.Released.stored
+    stored = hf_read.Released.stored
     watched = lambda s, b: read.append(b) or stored(s, b)
-    with mock.patch.object(hf.Released, "stored", watched):
+    with mock.patch.object(hf_read.Released, "stored", watched):
       self.convert("import", **how)
-    n_blocks = len(blocks.of_model(hf.open_folder(self.hf).model))
+    n_blocks = len(hf_mapping.of_model(hf_read.open_folder(self.hf).model))
     self.assertEqual(len(read) < n_blocks, n > 0, len(read))
     self.assertFalse((self.workdir / "weights" / "journal.jsonl").exists())
     self.convert("export", workdir=self.workdir, hf=self.out)
@@ -570,7 +570,7 @@ class InterruptedTest(ConvertTest):
     path = folder / "journal.jsonl"
     path.write_text(f"{line}\n")
     with self.assertRaisesRegex(ValueError, "not what an earlier try wrote"):
-      pieces.Journal(path, "source")
+      resumable.Journal(path, "source")
 
   def test_import_a_second_time(self):
     how = {"hf": self.hf, "workdir": self.workdir}
@@ -589,7 +589,7 @@ class InterruptedTest(ConvertTest):
   def test_export_goes_on(self, n):
     self.convert("import", hf=self.hf, workdir=self.workdir)
     how = {"workdir": self.workdir, "hf": self.out}
-    self.enter_context(mock.patch.object(export, "SHARD_BYTES", 100_000))
+    self.enter_context(mock.patch.object(hf_write, "SHARD_BYTES", 100_000))
     self.stopped(n, "export", **how)
     self.assertFalse((self.out / "model.safetensors.index.json").exists())
     err = self.convert("verify", code=2, hf=self.out)
@@ -637,7 +637,7 @@ class InterruptedTest(ConvertTest):
 
   def test_a_shard_that_does_not_read_as_written(self):
     self.convert("import", hf=self.hf, workdir=self.workdir)
-    with mock.patch.object(export, "_sum", return_value="other"):
+    with mock.patch.object(hf_write, "_sum", return_value="other"):
       err = self.convert("export", code=2, workdir=self.workdir, hf=self.out)
     self.assertIn("does not read as it was written", err)
     self.assertEmpty(list(self.out.glob("*.safetensors")))
@@ -674,10 +674,10 @@ class StoredTest(ConvertTest):
     self.store = self.workdir / "weights"
 
   def test_parts_are_those_of_the_source(self):
-    source, found = hf.open_folder(self.hf), weights.open_weights(self.store)
+    source, found = hf_read.open_folder(self.hf), weights.open_weights(self.store)
     self.assertEqual(found.model, source.model)
     rng = np.random.default_rng(0)
-    for b in blocks.of_model(found.model):
+    for b in hf_mapping.of_model(found.model):
       inner = tuple(
         slice(*sorted(map(int, rng.choice(n + 1, 2, replace=False))))
         for n in (*b.inputs, *b.outputs)
@@ -694,9 +694,9 @@ class StoredTest(ConvertTest):
     err = self.convert("export", code=2, workdir=self.workdir, hf=self.out)
     self.assertIn("dense/mla/out[0]: damaged", err)
     self.assertEmpty(list(self.out.glob("*.safetensors")))
-    run = runs.run_of(runs.read_config(self.workdir))
+    run = open_run.run_of(open_run.read_config(self.workdir))
     with self.assertRaisesRegex(ValueError, r"dense/mla/out\[0\]: damaged"):
-      runs.newest(self.workdir, run, device_mesh.mesh({}))
+      open_run.newest(self.workdir, run, device_mesh.mesh({}))
 
   def test_verify(self):
     out = self.convert("verify", workdir=self.workdir)
@@ -705,12 +705,12 @@ class StoredTest(ConvertTest):
     self.assertIn("holds nothing imported", err)
 
   def test_on_a_mesh(self):
-    facts = runs.read_config(self.workdir)
-    run = runs.run_of(facts)
-    one = runs.newest(self.workdir, run, device_mesh.mesh({}))
+    facts = open_run.read_config(self.workdir)
+    run = open_run.run_of(facts)
+    one = open_run.newest(self.workdir, run, device_mesh.mesh({}))
     run = config.override(run, "parallel.layout=zero1")
     mesh = device_mesh.mesh({"expert": 2, "data": 2, "model": 2})
-    many = runs.newest(self.workdir, run, mesh)
+    many = open_run.newest(self.workdir, run, mesh)
     like = train.abstract_state(run, mesh)
     places = jax.tree.map(lambda a: a.sharding, many[0])
     self.assertEqual(places, jax.tree.map(lambda a: a.sharding, like.params))

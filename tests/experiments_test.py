@@ -24,7 +24,7 @@ from dsv3_jax import train
 from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.checkpoint import manifest
 from dsv3_jax.config import presets
-from dsv3_jax.interop import runs
+from dsv3_jax.interop import open_run
 from dsv3_jax.parallel import device_mesh
 from experiments import cluster
 from experiments import common
@@ -327,7 +327,7 @@ class SampleTest(parameterized.TestCase):
   def test_what_the_model_has_not(self):
     folder = self.root / "copy"
     shutil.copytree(self.folder, folder)
-    path = folder / runs.CONFIG
+    path = folder / open_run.CONFIG
     facts = json.loads(path.read_text())
     facts["settings"] |= {
         "model.mtp.depth": 0,
@@ -376,7 +376,7 @@ class WorkdirTest(parameterized.TestCase):
 
   def test_a_run_from_before_a_setting_may_go_on_with_its_default(self):
     del self.facts["settings"]["data.fim_rate"]
-    (self.folder / runs.CONFIG).write_text(json.dumps(self.facts))
+    (self.folder / open_run.CONFIG).write_text(json.dumps(self.facts))
     workdir.claim(self.folder, workdir.describe("tiny", 0, presets.TINY))
     run = config.override(presets.TINY, "data.fim_rate=0.1")
     with self.assertRaisesRegex(ValueError, "data.fim_rate: 0.0 -> 0.1"):
@@ -400,19 +400,19 @@ class WorkdirTest(parameterized.TestCase):
     self.assertEqual(self.contents(), before)
 
   def test_config_gives_the_run_back(self):
-    facts = runs.read_config(self.folder)
-    self.assertEqual(runs.run_of(facts), presets.TINY)
+    facts = open_run.read_config(self.folder)
+    self.assertEqual(open_run.run_of(facts), presets.TINY)
     run = config.override(
         presets.V2_LITE_16B, "data.path=a b=c", "optim.moments=float32"
     )
     facts = json.loads(json.dumps(workdir.describe("x", 0, run)))
-    self.assertEqual(runs.run_of(facts), run)
+    self.assertEqual(open_run.run_of(facts), run)
 
   @parameterized.parameters("", "{}", "[1]", '{"settings": 3}', "\x00")
   def test_refuses_what_is_no_configuration(self, text):
-    (self.folder / runs.CONFIG).write_text(text)
+    (self.folder / open_run.CONFIG).write_text(text)
     with self.assertRaisesRegex(ValueError, "is not the configuration"):
-      runs.read_config(self.folder)
+      open_run.read_config(self.folder)
 
   def test_is_for_one_run_at_a_time(self):
     with workdir.lock(self.folder):
@@ -424,7 +424,7 @@ class WorkdirTest(parameterized.TestCase):
 
   def test_refuses_a_folder_that_cannot_be(self):
     with self.assertRaisesRegex(ValueError, "cannot be written"):
-      workdir.claim(self.folder / runs.CONFIG / "below", self.facts)
+      workdir.claim(self.folder / open_run.CONFIG / "below", self.facts)
 
 
 class StartTest(parameterized.TestCase):
@@ -455,7 +455,7 @@ class StartTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, message):
       runner.execute(self.command(path=path))
     # The right path can be given next.
-    self.assertFalse((self.root / "run" / runs.CONFIG).exists())
+    self.assertFalse((self.root / "run" / open_run.CONFIG).exists())
 
   def test_lost_checkpoints_are_never_replaced_by_a_fresh_start(self):
     command = self.command()

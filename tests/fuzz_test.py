@@ -25,7 +25,7 @@ from dsv3_jax.config import presets
 from dsv3_jax.data import corpus
 from dsv3_jax.data import token_file
 from dsv3_jax.data import tokenizer
-from dsv3_jax.interop import runs
+from dsv3_jax.interop import open_run
 from dsv3_jax.interop import safetensors as ours
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.parallel import sharding
@@ -289,11 +289,11 @@ class FilesTest(Case):
     good = json.dumps(facts, indent=1).encode()
     for _ in range(n):
       raw = changed(good, rng)
-      (folder / runs.CONFIG).write_bytes(raw)
+      (folder / open_run.CONFIG).write_bytes(raw)
       with about(raw=raw):
-        found = self.taken(lambda: runs.read_config(folder))
+        found = self.taken(lambda: open_run.read_config(folder))
         if found is not None:
-          run = self.taken(lambda f=found: runs.run_of(f))
+          run = self.taken(lambda f=found: open_run.run_of(f))
           self.assertIn(type(run), (config.Run, type(None)))
 
   def check_tokens(self, seed, n):

@@ -22,8 +22,8 @@ from dsv3_jax.data import chat
 from dsv3_jax.data import tokenizer
 from dsv3_jax.infer import engine
 from dsv3_jax.infer import text
-from dsv3_jax.interop import placing
-from dsv3_jax.interop import runs
+from dsv3_jax.interop import load_sharded
+from dsv3_jax.interop import open_run
 from experiments import common
 from scripts import convert
 
@@ -405,7 +405,7 @@ class LoadTest(FolderTest):
 
   @parameterized.product(folder=("run_dir", "released"), n_drafts=(0, 2))
   def test_serves_mtp_modules_only_to_draft(self, folder, n_drafts):
-    seen = mock.patch.object(placing, "load", wraps=placing.load)
+    seen = mock.patch.object(load_sharded, "load", wraps=load_sharded.load)
     with seen as load:
       params, cfg, options = self.served(
           getattr(self, folder), n_drafts=n_drafts
@@ -454,7 +454,7 @@ class LoadTest(FolderTest):
 
   def test_lists_all_problems_without_reading_parameters(self):
     wrong = {"dtype": "float16", "n_slots": 0, "max_len": 0, "chunk": 3}
-    unread = mock.patch.object(runs, "newest", side_effect=AssertionError)
+    unread = mock.patch.object(open_run, "newest", side_effect=AssertionError)
     with unread, self.assertRaises(ValueError) as caught:
       text.load(self.run_dir, n_drafts=-1, **wrong)
     lines = str(caught.exception).splitlines()

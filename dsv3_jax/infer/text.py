@@ -27,11 +27,11 @@ from dsv3_jax.errors import InputError
 from dsv3_jax.infer import engine as engine_lib
 from dsv3_jax.infer import served
 from dsv3_jax.infer import units
-from dsv3_jax.interop import hf
 from dsv3_jax.interop import hf_config
-from dsv3_jax.interop import placing
-from dsv3_jax.interop import runs
-from dsv3_jax.interop import tokens
+from dsv3_jax.interop import hf_read
+from dsv3_jax.interop import load_sharded
+from dsv3_jax.interop import open_run
+from dsv3_jax.interop import tokenizer_files
 from dsv3_jax.linear import recipe as recipe_lib
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import device_mesh
@@ -310,15 +310,15 @@ def find(
   if is_released(folder):
     if average:
       raise InputError(f"{folder}: a released checkpoint has no average")
-    source = hf.open_folder(
+    source = hf_read.open_folder(
         folder, ignore_auto_map=ignore_auto_map, follow_links=follow_links
     )
-    path, model = folder / tokens.TOKENIZER, source.model
+    path, model = folder / tokenizer_files.TOKENIZER, source.model
     read = functools.partial(_read_released, source)
   else:
-    run = runs.run_of(runs.read_config(folder))
-    path, model = folder / "data" / tokens.TOKENIZER, run.model
-    read = lambda mesh, _: runs.newest(folder, run, mesh, average=average)
+    run = open_run.run_of(open_run.read_config(folder))
+    path, model = folder / "data" / tokenizer_files.TOKENIZER, run.model
+    read = lambda mesh, _: open_run.newest(folder, run, mesh, average=average)
   tok = tokenizer.load(path)
   tokenizer.check_fits(tok, model.vocab_size)
   return Found(model, tok, read)
@@ -339,16 +339,16 @@ def load(
 
 def is_released(folder: pathlib.Path) -> bool:
   """Whether a folder holds a released checkpoint, not a run."""
-  return (folder / hf.INDEX).exists() or (folder / hf.SINGLE).exists()
+  return (folder / hf_read.INDEX).exists() or (folder / hf_read.SINGLE).exists()
 
 
 def _read_released(
-    source: hf.Released, mesh: jax.sharding.Mesh, drafting: bool
+    source: hf_read.Released, mesh: jax.sharding.Mesh, drafting: bool
 ) -> Parameters:
   source = source if drafting else source.main_only()
   run = hf_config.run(source.facts, source.model)
   layout = sharding.layout(run, mesh.shape)
-  return placing.load(source, layout, mesh, np.float32)
+  return load_sharded.load(source, layout, mesh, np.float32)
 
 
 @jax.jit(static_argnames=("cfg", "recipe"))

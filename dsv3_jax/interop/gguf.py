@@ -21,10 +21,10 @@ from dsv3_jax import config
 from dsv3_jax.data import chat
 from dsv3_jax.data import tokenizer
 from dsv3_jax.errors import InputError
-from dsv3_jax.interop import blocks
-from dsv3_jax.interop import export
-from dsv3_jax.interop import hf
-from dsv3_jax.interop import pieces
+from dsv3_jax.interop import hf_mapping
+from dsv3_jax.interop import hf_read
+from dsv3_jax.interop import hf_write
+from dsv3_jax.interop import resumable
 
 _ARCHITECTURE = gguf.MODEL_ARCH.DEEPSEEK2
 _T = gguf.MODEL_TENSOR
@@ -46,7 +46,7 @@ _TENSORS = {
     "ffn/down": _T.FFN_DOWN,
     "ffn/shared/down": _T.FFN_DOWN_SHEXP,
     "ffn/experts/down": _T.FFN_DOWN_EXP,
-    blocks.BIAS: _T.FFN_EXP_PROBS_B,
+    hf_mapping.BIAS: _T.FFN_EXP_PROBS_B,
 }
 _PAIRS = {
     "ffn/gate_up": (_T.FFN_GATE, _T.FFN_UP),
@@ -101,15 +101,15 @@ def _of_layer(path: str) -> str:
   return path.partition("/")[2] or path
 
 
-def _stacks(model: config.Model) -> Iterator[list[blocks.Block]]:
+def _stacks(model: config.Model) -> Iterator[list[hf_mapping.Block]]:
   """Blocks of the main model; all experts of a layer together."""
-  main = (b for b in blocks.of_model(model) if b.layer < model.n_layers)
+  main = (b for b in hf_mapping.of_model(model) if b.layer < model.n_layers)
   key = lambda b: (b.layer, len(b.index) > 1, b.path)
   for _, found in itertools.groupby(sorted(main, key=key), key):
     yield list(found)
 
 
-def _tensors(form: export.Form) -> Iterator[_Tensor]:
+def _tensors(form: hf_write.Form) -> Iterator[_Tensor]:
   model = form.source.model
   names = gguf.TENSOR_NAMES
   for stack in _stacks(model):
@@ -118,10 +118,10 @@ def _tensors(form: export.Form) -> Iterator[_Tensor]:
     lead = (n,) if len(first.index) > 1 else ()
     dtype = form.dtypes(first)[0]
     if within in _FLOAT32 or len(first.shape) < 2:
-      dtype = hf.F32
+      dtype = hf_read.F32
 
     def named(kind, first=first):
-      end = "bias" if first.path == blocks.BIAS else "weight"
+      end = "bias" if first.path == hf_mapping.BIAS else "weight"
       return f"{names[kind].format(bid=first.layer)}.{end}"
 
     if within in _SPLIT:
@@ -137,7 +137,7 @@ def _tensors(form: export.Form) -> Iterator[_Tensor]:
         yield _Tensor(named(kind), (*lead, *first.shape), dtype, make)
 
 
-def _parts(form: export.Form, block: blocks.Block) -> list[np.ndarray]:
+def _parts(form: hf_write.Form, block: hf_mapping.Block) -> list[np.ndarray]:
   return [array for _, array in form.tensors(block)]
 
 
@@ -242,13 +242,13 @@ def _describe_tokens(
   writer.add_chat_template(chat.TEMPLATE)
 
 
-def total_bytes(form: export.Form) -> int:
+def total_bytes(form: hf_write.Form) -> int:
   """Of all tensors that are written."""
   return sum(tensor.n_bytes for tensor in _tensors(form))
 
 
 def write(
-    form: export.Form,
+    form: hf_write.Form,
     tok: tokenizers.Tokenizer,
     path: pathlib.Path,
     max_len: int,
@@ -276,29 +276,29 @@ def write(
   if path.exists():
     raise InputError(f"{path}: is there already; take another name")
   tensors = list(_tensors(form))
-  if any(t.dtype == hf.E4M3 for t in tensors):
+  if any(t.dtype == hf_read.E4M3 for t in tensors):
     raise InputError(f"{path}: GGUF has no FP8; say --dtype=bfloat16")
-  pieces.check_room(path.parent, total_bytes(form))
+  resumable.check_room(path.parent, total_bytes(form))
   partial = path.with_name(f".{path.name}.partial")
   writer = gguf.GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[_ARCHITECTURE])
   _describe_model(writer, model, max_len)
   _describe_tokens(writer, tok, model.vocab_size)
   quantizations = gguf.GGMLQuantizationType
   for t in tensors:
-    raw = quantizations.F32 if t.dtype == hf.F32 else quantizations.BF16
+    raw = quantizations.F32 if t.dtype == hf_read.F32 else quantizations.BF16
     writer.add_tensor_info(t.name, t.shape, t.dtype, t.n_bytes, raw)
   try:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     size = lambda t: t.n_bytes
-    for t, array in pieces.in_order(lambda t: t.make(), tensors, size):
+    for t, array in resumable.in_order(lambda t: t.make(), tensors, size):
       writer.write_tensor_data(array.view(np.uint8))
       advance(t.n_bytes)
     writer.flush()
   except OSError as error:
     partial.unlink(missing_ok=True)
-    raise pieces.disk_error(path, error) from error
+    raise resumable.disk_error(path, error) from error
   finally:
     writer.close()
   os.replace(partial, path)

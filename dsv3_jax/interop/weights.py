@@ -20,10 +20,10 @@ import numpy as np
 
 from dsv3_jax import config
 from dsv3_jax.errors import InputError
-from dsv3_jax.interop import blocks
-from dsv3_jax.interop import hf
 from dsv3_jax.interop import hf_config
-from dsv3_jax.interop import pieces
+from dsv3_jax.interop import hf_mapping
+from dsv3_jax.interop import hf_read
+from dsv3_jax.interop import resumable
 from dsv3_jax.interop import safetensors
 
 FOLDER, INDEX, JOURNAL = "weights", "index.json", "journal.jsonl"
@@ -37,7 +37,7 @@ def _file(folder: pathlib.Path, path: str) -> pathlib.Path:
 def _shapes(source: Any) -> dict[str, safetensors.Shapes]:
   """What the file of each parameter holds."""
   found = {}
-  for block in blocks.of_model(source.model):
+  for block in hf_mapping.of_model(source.model):
     # The last of a parameter's blocks has the largest index.
     stack = tuple(i + 1 for i in block.index)
     shape = *stack, *block.inputs, *block.outputs
@@ -60,14 +60,14 @@ class Weights:
   tensors: dict[str, dict[str, safetensors.Tensor]]  # by path
   digests: dict[str, int]  # by the name of a block's first tensor
 
-  def dtype(self, block: blocks.Block) -> np.dtype:
+  def dtype(self, block: hf_mapping.Block) -> np.dtype:
     return self.tensors[block.path][_VALUES].dtype
 
-  def scales_dtype(self, block: blocks.Block) -> np.dtype | None:
+  def scales_dtype(self, block: hf_mapping.Block) -> np.dtype | None:
     scales = self.tensors[block.path].get(_SCALES)
     return scales and scales.dtype
 
-  def n_bytes(self, block: blocks.Block) -> int:
+  def n_bytes(self, block: hf_mapping.Block) -> int:
     return math.prod(block.matrix) * self.dtype(block).itemsize
 
   def fingerprint(self) -> str:
@@ -76,7 +76,7 @@ class Weights:
     return hashlib.sha256(text.encode()).hexdigest()
 
   def stored(
-      self, block: blocks.Block
+      self, block: hf_mapping.Block
   ) -> tuple[np.ndarray, np.ndarray | None]:
     """As of `hf.Released.stored`; InputError where it has changed since."""
     values, scales = self._read(block, slice(None))
@@ -85,7 +85,7 @@ class Weights:
     return values, scales
 
   def _read(
-      self, block: blocks.Block, ins: slice
+      self, block: hf_mapping.Block, ins: slice
   ) -> tuple[np.ndarray, np.ndarray | None]:
     """Inputs of a block with all their outputs, and all scales."""
     files = self.tensors[block.path]
@@ -96,17 +96,17 @@ class Weights:
     return values, safetensors.read(_own(files[_SCALES], block, shape))
 
   def intact(
-      self, block: blocks.Block, values: np.ndarray, scales: np.ndarray | None
+      self, block: hf_mapping.Block, values: np.ndarray, scales: np.ndarray | None
   ) -> bool:
     """Whether the numbers of a whole block are those that were imported."""
     return _digest(values, scales) == self.digests[block.names[0]]
 
-  def damage(self, block: blocks.Block) -> str:
+  def damage(self, block: hf_mapping.Block) -> str:
     """What to say of a block that is not intact."""
     at = "".join(f"[{i}]" for i in block.index)
     return f"{_file(self.folder, block.path)}: {block.path}{at}: damaged"
 
-  def part(self, block: blocks.Block, inner: blocks.Slices) -> np.ndarray:
+  def part(self, block: hf_mapping.Block, inner: hf_mapping.Slices) -> np.ndarray:
     """As of `hf.Released.part`, but inputs are read with all their outputs.
 
     Raises:
@@ -114,26 +114,26 @@ class Weights:
     """
     n = len(block.inputs)
     whole = *inner[:n], *(slice(None),) * len(block.outputs)
-    ins, _ = blocks.spans(block, whole)
+    ins, _ = hf_mapping.spans(block, whole)
     values, scales = self._read(block, ins)
     if values.shape == block.matrix and not self.intact(block, values, scales):
       raise InputError(self.damage(block))
     if scales is not None:
       tall, wide = self.tile
       rows = np.arange(block.shape[1])[ins] // wide
-      columns = blocks.tiles_of(block, slice(None), tall)
-      values = blocks.dequantized(values, scales, rows, columns)
-    values = blocks.part(block, whole, values)
+      columns = hf_mapping.tiles_of(block, slice(None), tall)
+      values = hf_mapping.dequantized(values, scales, rows, columns)
+    values = hf_mapping.part(block, whole, values)
     return values[(*(slice(None),) * n, *inner[n:])]
 
 
-  def cheap_dim(self, block: blocks.Block) -> None:
+  def cheap_dim(self, block: hf_mapping.Block) -> None:
     """Blocks are read whole: their checksum is compared then."""
     del block
 
 
 def _own(
-    tensor: safetensors.Tensor, block: blocks.Block, shape: tuple[int, ...]
+    tensor: safetensors.Tensor, block: hf_mapping.Block, shape: tuple[int, ...]
 ) -> safetensors.Tensor:
   """A block's share of a parameter's file."""
   stack = tensor.shape[: len(block.index)]
@@ -156,7 +156,7 @@ _COMMIT = 1 << 30  # bytes between entries of the journal
 
 
 def import_released(
-    source: hf.Released,
+    source: hf_read.Released,
     folder: pathlib.Path,
     advance: Callable[[int], None],
 ) -> None:
@@ -180,14 +180,14 @@ def import_released(
     folder.mkdir(parents=True, exist_ok=True)
     _copy(source, folder, advance)
   except OSError as error:
-    raise pieces.disk_error(folder, error) from error
+    raise resumable.disk_error(folder, error) from error
 
 
 def _copy(source, folder, advance):
-  journal = pieces.Journal(folder / JOURNAL, source.fingerprint())
-  todo = blocks.of_model(source.model)
+  journal = resumable.Journal(folder / JOURNAL, source.fingerprint())
+  todo = hf_mapping.of_model(source.model)
   if not journal.begun:
-    pieces.check_room(folder, sum(map(source.n_bytes, todo)))
+    resumable.check_room(folder, sum(map(source.n_bytes, todo)))
     for path, kinds in _shapes(source).items():
       safetensors.create(_file(folder, path), kinds)
     journal.begin()
@@ -207,7 +207,7 @@ def _copy(source, folder, advance):
   advance(sum(source.n_bytes(b) for b in todo) - sum(map(source.n_bytes, left)))
   left.sort(key=source.place)
   digests, files, since = {}, set(), 0
-  for block, digest in pieces.in_order(copy, left, source.n_bytes):
+  for block, digest in resumable.in_order(copy, left, source.n_bytes):
     digests[block.names[0]] = digest
     files.add(_file(folder, block.path))
     since += source.n_bytes(block)
@@ -222,7 +222,7 @@ def _copy(source, folder, advance):
       "mtp_depth": source.model.mtp.depth,
       "digests": journal.done,
   }
-  pieces.write_text(folder / INDEX, json.dumps(facts))
+  resumable.write_text(folder / INDEX, json.dumps(facts))
   journal.path.unlink()
 
 
@@ -232,7 +232,7 @@ def _facts(folder: pathlib.Path) -> dict[str, Any]:
     raise InputError(
         f"{folder}: holds no complete checkpoint; run the import again"
     )
-  return pieces.read_object(folder / INDEX)
+  return resumable.read_object(folder / INDEX)
 
 
 def open_weights(folder: pathlib.Path) -> Weights:
@@ -250,7 +250,7 @@ def open_weights(folder: pathlib.Path) -> Weights:
     raise InputError(f"{folder / INDEX}: cannot be read: {error}") from error
   found = {
       path: safetensors.header(_file(folder, path))
-      for path in sorted({b.path for b in blocks.of_model(model)})
+      for path in sorted({b.path for b in hf_mapping.of_model(model)})
   }
   weights = Weights(folder, source, model, tile, found, digests)
   problems = []
@@ -258,7 +258,7 @@ def open_weights(folder: pathlib.Path) -> Weights:
     there = {name: (t.dtype, t.shape) for name, t in found[path].items()}
     if there != dict(kinds):
       problems.append(f"{_file(folder, path)}: holds {there}, must be {kinds}")
-  missing = {b.names[0] for b in blocks.of_model(model)} ^ digests.keys()
+  missing = {b.names[0] for b in hf_mapping.of_model(model)} ^ digests.keys()
   problems += [
       f"{folder / INDEX}: {name}: a digest without block, or the reverse"
       for name in sorted(missing)
@@ -279,8 +279,8 @@ def damaged(
     except InputError as error:
       return str(error)
 
-  todo = blocks.of_model(weights.model)
-  for block, problem in pieces.in_order(look, todo, weights.n_bytes):
+  todo = hf_mapping.of_model(weights.model)
+  for block, problem in resumable.in_order(look, todo, weights.n_bytes):
     if problem:
       yield problem
     advance(weights.n_bytes(block))

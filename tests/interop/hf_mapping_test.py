@@ -7,7 +7,7 @@ from absl.testing import parameterized
 
 from dsv3_jax import config
 from dsv3_jax.config import presets
-from dsv3_jax.interop import blocks
+from dsv3_jax.interop import hf_mapping
 
 _V3 = presets.V3_671B.model
 _TILE = 128, 128
@@ -46,7 +46,7 @@ class TableTest(parameterized.TestCase):
   def test_is_that_of_the_released_files(self):
     found = {
       name: (b.shape, b.scales_shape(_TILE) if b.quantized else None)
-      for b in blocks.of_model(_V3)
+      for b in hf_mapping.of_model(_V3)
       for name in b.names
     }
     for name, want in _TABLE.items():
@@ -54,13 +54,13 @@ class TableTest(parameterized.TestCase):
 
   def test_counts_tensors_and_bytes(self):
     tensors, n_bytes = 0, 0
-    for b in blocks.of_model(_V3):
-      size = 4 if b.path == blocks.BIAS else 1 if b.quantized else 2
+    for b in hf_mapping.of_model(_V3):
+      size = 4 if b.path == hf_mapping.BIAS else 1 if b.quantized else 2
       n_bytes += len(b.names) * math.prod(b.shape) * size
       if b.quantized:
         n_bytes += len(b.names) * math.prod(b.scales_shape(_TILE)) * 4
       tensors += len(b.names) * (1 + b.quantized)
-    copies = blocks.copies(_V3)
+    copies = hf_mapping.copies(_V3)
     self.assertEqual(
       copies,
       {
@@ -73,7 +73,7 @@ class TableTest(parameterized.TestCase):
     self.assertEqual(n_bytes, 688_574_839_360)
 
   def test_queries_that_are_not_compressed(self):
-    found = blocks.of_model(presets.V2_LITE_16B.model)
+    found = hf_mapping.of_model(presets.V2_LITE_16B.model)
     names = {name: b.shape for b in found for name in b.names}
     name = "model.layers.26.self_attn.q_proj.weight"
     self.assertEqual(names[name], (16 * 192, 2048))
@@ -81,7 +81,7 @@ class TableTest(parameterized.TestCase):
 
   def test_names_are_of_one_tensor_each(self):
     for preset in ("v3_671b", "v2_236b", "tiny"):
-      found = blocks.of_model(presets.PRESETS[preset].model)
+      found = hf_mapping.of_model(presets.PRESETS[preset].model)
       names = [name for b in found for name in b.names]
       self.assertEqual(len(names), len(set(names)))
 
@@ -91,7 +91,7 @@ class PartTest(parameterized.TestCase):
   def test_parts_within_spans_are_the_parts(self, preset):
     model = config.override(presets.PRESETS[preset].model, "n_layers=2")
     rng = np.random.default_rng(0)
-    seen = {b.path: b for b in blocks.of_model(model)}
+    seen = {b.path: b for b in hf_mapping.of_model(model)}
     for b in seen.values():
       dims = *b.inputs, *b.outputs
       whole = rng.random(dims, np.float32)
@@ -99,14 +99,14 @@ class PartTest(parameterized.TestCase):
         inner = tuple(
           slice(*sorted(rng.choice(n + 1, 2, replace=False))) for n in dims
         )
-        ins, outs = blocks.spans(b, inner)
+        ins, outs = hf_mapping.spans(b, inner)
         matrix = whole.reshape(b.matrix)
         if b.inputs:
           pairs = matrix.reshape(len(matrix), len(b.names), -1)
           matrix = pairs[ins][:, :, outs]
         else:
           matrix = matrix[outs]
-        got = blocks.part(b, inner, np.ascontiguousarray(matrix))
+        got = hf_mapping.part(b, inner, np.ascontiguousarray(matrix))
         np.testing.assert_array_equal(got, whole[inner], b.path)
 
 
@@ -116,7 +116,7 @@ class NumbersTest(parameterized.TestCase):
   )
   def test_turned_is_the_transpose_in_its_own_memory(self, dtype):
     matrix = np.arange(35).reshape(5, 7).astype(dtype)
-    got = blocks.turned(matrix)
+    got = hf_mapping.turned(matrix)
     self.assertEqual(got.dtype, matrix.dtype)
     self.assertTrue(got.flags.c_contiguous)
     np.testing.assert_array_equal(
@@ -131,15 +131,15 @@ class NumbersTest(parameterized.TestCase):
     for r in range(10):
       for c in range(7):
         want[r, c] = float(values[r, c]) * float(scales[r // 4, c // 5])
-    got = blocks.dequantized(
+    got = hf_mapping.dequantized(
       values, scales, np.arange(10) // 4, np.arange(7) // 5
     )
     np.testing.assert_array_equal(got, want.astype(np.float32))
 
   def test_tiles_of_two_tensors_are_counted_one_after_the_other(self):
     path = "moe/ffn/experts/gate_up"
-    b = next(b for b in blocks.of_model(_V3) if b.path == path)
-    got = blocks.tiles_of(b, slice(120, 130), 128)
+    b = next(b for b in hf_mapping.of_model(_V3) if b.path == path)
+    got = hf_mapping.tiles_of(b, slice(120, 130), 128)
     np.testing.assert_array_equal(got, [0] * 8 + [1, 1] + [16] * 8 + [17, 17])
 
 

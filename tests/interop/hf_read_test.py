@@ -16,9 +16,9 @@ from absl.testing import parameterized
 from dsv3_jax import config
 from dsv3_jax.evals import hidden
 from dsv3_jax.evals import logits
-from dsv3_jax.interop import blocks
-from dsv3_jax.interop import hf
-from dsv3_jax.interop import placing
+from dsv3_jax.interop import hf_mapping
+from dsv3_jax.interop import hf_read
+from dsv3_jax.interop import load_sharded
 from dsv3_jax.interop import safetensors
 from dsv3_jax.model import router
 from dsv3_jax.model import transformer
@@ -34,7 +34,7 @@ def loaded(found, sizes=None, layout="replicated"):
   run = config.override(run, f"parallel.layout={layout}")
   mesh = device_mesh.mesh(sizes or {})
   where = sharding.layout(run, mesh.shape, staged=False)
-  return hidden.Model(*placing.load(found, where, mesh, np.float32), run, mesh)
+  return hidden.Model(*load_sharded.load(found, where, mesh, np.float32), run, mesh)
 
 
 def our_logits(found, tokens, **how):
@@ -78,7 +78,7 @@ class ParityTest(parameterized.TestCase):
     model = released.model(facts, kind=kind, seed=seed)
     folder = released.save(model, testing.folder(self))
     tokens = released.random_tokens(2, 50, seed=seed)
-    (got,) = our_logits(hf.open_folder(folder), tokens)
+    (got,) = our_logits(hf_read.open_folder(folder), tokens)
     want = released.logits(model, tokens)
     self.assertGreater(np.abs(want).max(), 0.5)
     np.testing.assert_allclose(got, want, rtol=0, atol=CLOSE)
@@ -93,7 +93,7 @@ class ParityTest(parameterized.TestCase):
       )
     tokens = released.random_tokens(2, 30)
     released.logits(model, tokens)
-    found = hf.open_folder(folder)
+    found = hf_read.open_folder(folder)
     route = router.route
 
     def watched(*args):
@@ -113,7 +113,7 @@ class ParityTest(parameterized.TestCase):
   def test_mtp_layer(self, seed):
     folder, oracle = released.with_mtp(testing.folder(self), seed)
     tokens = released.random_tokens(2, 20, seed=seed)
-    got = our_logits(hf.open_folder(folder), tokens)
+    got = our_logits(hf_read.open_folder(folder), tokens)
     want = oracle.logits(tokens)
     self.assertEqual(got[1].shape, (2, 19, released.V3["vocab_size"]))
     for ours, theirs in zip(got, want, strict=True):
@@ -134,7 +134,7 @@ class ParityTest(parameterized.TestCase):
   def check_mesh(self, sizes, layout):
     folder, _ = released.with_mtp(testing.folder(self))
     tokens = released.random_tokens(3, 12)
-    found = hf.open_folder(folder)
+    found = hf_read.open_folder(folder)
     want = our_logits(found, tokens)
     got = our_logits(found, tokens, sizes=sizes, layout=layout)
     for ours, one in zip(got, want, strict=True):
@@ -143,7 +143,7 @@ class ParityTest(parameterized.TestCase):
   def test_without_mtp_tensors_there_is_no_mtp(self):
     # As `transformers` writes models: the default of its configuration.
     model = released.model({"num_nextn_predict_layers": 1})
-    found = hf.open_folder(released.save(model, testing.folder(self)))
+    found = hf_read.open_folder(released.save(model, testing.folder(self)))
     self.assertEqual(found.model.mtp.depth, 0)
     self.assertIn("no tensor begins with model.layers.3.", found.notes[0])
 
@@ -154,7 +154,7 @@ class ParityTest(parameterized.TestCase):
     )
     self.assertGreater(len(list(folder.glob("*.safetensors"))), 2)
     tokens = released.random_tokens(1, 9)
-    (got,) = our_logits(hf.open_folder(folder), tokens)
+    (got,) = our_logits(hf_read.open_folder(folder), tokens)
     np.testing.assert_allclose(
       got, released.logits(model, tokens), rtol=0, atol=CLOSE
     )
@@ -166,11 +166,11 @@ class Fp8Test(parameterized.TestCase):
     folder = released.save(released.model(), testing.folder(self))
     # 40 and 96 rows: the last tile of some is smaller.
     self.folder = released.in_fp8(folder, (16, 28))
-    self.found = hf.open_folder(self.folder)
+    self.found = hf_read.open_folder(self.folder)
 
   def test_stands_for_values_times_scales(self):
     tensors = released.tensors(self.folder)
-    by_name = {b.names[0]: b for b in blocks.of_model(self.found.model)}
+    by_name = {b.names[0]: b for b in hf_mapping.of_model(self.found.model)}
     for name, b in by_name.items():
       inner = (slice(None),) * len((*b.inputs, *b.outputs))
       got = self.found.part(b, inner).astype(np.float32)
@@ -190,7 +190,7 @@ class Fp8Test(parameterized.TestCase):
 
   def test_parts_are_parts(self):
     rng = np.random.default_rng(0)
-    for b in blocks.of_model(self.found.model):
+    for b in hf_mapping.of_model(self.found.model):
       dims = *b.inputs, *b.outputs
       whole = self.found.part(b, (slice(None),) * len(dims))
       inner = tuple(
@@ -208,7 +208,7 @@ class Fp8Test(parameterized.TestCase):
         found[name] = torch.full_like(found[name], 2.0**-10)
 
     tokens = released.random_tokens(1, 12)
-    found = hf.open_folder(released.rewrite(self.folder, powers))
+    found = hf_read.open_folder(released.rewrite(self.folder, powers))
     (got,) = our_logits(found, tokens)
 
     def multiplied(found):
@@ -220,19 +220,19 @@ class Fp8Test(parameterized.TestCase):
 
     facts = {"quantization_config": None}
     folder = released.rewrite(self.folder, multiplied, facts)
-    (want,) = our_logits(hf.open_folder(folder), tokens)
+    (want,) = our_logits(hf_read.open_folder(folder), tokens)
     np.testing.assert_array_equal(got, want)
 
 
 class LoadTest(absltest.TestCase):
   def test_in_pieces(self):
     folder, _ = released.with_mtp(testing.folder(self))
-    found = hf.open_folder(released.in_fp8(folder, (28, 20)))
+    found = hf_read.open_folder(released.in_fp8(folder, (28, 20)))
     mesh = {"expert": 2, "data": 2, "model": 2}
     want = loaded(found, mesh, "zero1")
     # One row at a time, and some.
     for piece in (1, 700):
-      self.enter_context(absltest.mock.patch.object(placing, "PIECE", piece))
+      self.enter_context(absltest.mock.patch.object(load_sharded, "PIECE", piece))
       got = loaded(found, mesh, "zero1")
       testing.assert_same(
         *(jax.device_get((m.params, m.bias)) for m in (got, want))
@@ -240,7 +240,7 @@ class LoadTest(absltest.TestCase):
 
   def test_a_device_reads_its_own_experts_only(self):
     folder = released.save(released.model(), testing.folder(self))
-    found, read = hf.open_folder(folder), []
+    found, read = hf_read.open_folder(folder), []
     whole = safetensors.read
 
     def watched(tensor, rows=slice(None), columns=slice(None), out=None):
@@ -279,8 +279,8 @@ class RefusedTest(parameterized.TestCase):
 
   def refused(self, *messages, **how):
     with self.assertRaises(ValueError) as caught:
-      found = hf.open_folder(self.folder, **how)
-      if problems := list(hf.bad_values(found)):
+      found = hf_read.open_folder(self.folder, **how)
+      if problems := list(hf_read.bad_values(found)):
         raise ValueError("\n".join(problems))
     for message in messages:
       self.assertIn(message, str(caught.exception))
@@ -290,9 +290,9 @@ class RefusedTest(parameterized.TestCase):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
   def test_the_good_one_is_not(self):
-    found = hf.open_folder(self.folder)
+    found = hf_read.open_folder(self.folder)
     self.assertEmpty(found.notes)
-    self.assertEmpty(list(hf.bad_values(found)))
+    self.assertEmpty(list(hf_read.bad_values(found)))
 
   def test_missing_extra_and_misshaped_tensors_together(self):
     def change(found):
@@ -384,7 +384,7 @@ class RefusedTest(parameterized.TestCase):
     (self.folder / "modeling_evil.py").write_text(code)
     self.facts(auto_map={"AutoConfig": "modeling_evil.Config"})
     self.refused("auto_map", "never run", "--ignore_auto_map")
-    hf.open_folder(self.folder, ignore_auto_map=True)
+    hf_read.open_folder(self.folder, ignore_auto_map=True)
     self.assertFalse(marker.exists())
 
   @parameterized.parameters("pytorch_model.bin", "model.pt", "x.pkl")
@@ -455,7 +455,7 @@ class RefusedTest(parameterized.TestCase):
     path.rename(self.folder.parent / "blob")
     path.symlink_to("../blob")
     self.refused("is a link to ../blob", "--follow_links")
-    hf.open_folder(self.folder, follow_links=True)
+    hf_read.open_folder(self.folder, follow_links=True)
 
   def test_truncated_shard(self):
     path = self.folder / "model.safetensors"
@@ -490,7 +490,7 @@ class MutatedTest(parameterized.TestCase):
         content[at:at] = rng.bytes(int(rng.integers(1, 9)))
       path.write_bytes(content)
       try:
-        list(hf.bad_values(hf.open_folder(folder)))
+        list(hf_read.bad_values(hf_read.open_folder(folder)))
       except ValueError:
         refused += 1
     self.assertGreater(refused, 50)
@@ -507,7 +507,7 @@ class MutatedTest(parameterized.TestCase):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with self.assertRaisesRegex(ValueError, message):
-      hf.open_folder(folder)
+      hf_read.open_folder(folder)
 
 
 class RoundedBiasTest(absltest.TestCase):
@@ -519,7 +519,7 @@ class RoundedBiasTest(absltest.TestCase):
         if "e_score" in name:
           found[name] = found[name].to(torch.bfloat16)
 
-    found = hf.open_folder(released.rewrite(folder, change))
+    found = hf_read.open_folder(released.rewrite(folder, change))
     self.assertIn("whoever wrote them has rounded them", found.notes[0])
 
 

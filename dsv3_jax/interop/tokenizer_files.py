@@ -9,7 +9,7 @@ from tokenizers import processors
 
 from dsv3_jax.data import chat
 from dsv3_jax.data import tokenizer
-from dsv3_jax.interop import pieces
+from dsv3_jax.interop import resumable
 
 TOKENIZER = "tokenizer.json"
 # What a checkpoint may have beside its tensors; taken over as it is.
@@ -49,7 +49,7 @@ def write(
       pair=f"{tokenizer.BOS} $A {tokenizer.BOS} $B",
       special_tokens=[(tokenizer.BOS, tokenizer.BOS_ID)],
   )
-  pieces.write_text(folder / TOKENIZER, own.to_str(pretty=True))
+  resumable.write_text(folder / TOKENIZER, own.to_str(pretty=True))
   about = {
       "tokenizer_class": "PreTrainedTokenizerFast",
       "bos_token": tokenizer.BOS,
@@ -71,4 +71,4 @@ def write(
       ("generation_config.json", generation),
   ):
     text = json.dumps(facts, indent=2, ensure_ascii=False)
-    pieces.write_text(folder / name, text + "\n")
+    resumable.write_text(folder / name, text + "\n")

@@ -102,7 +102,7 @@ def _imported(
         f"{source.folder}: is of another model (there -> here):\n"
         + "\n".join(changes)
     )
-  from dsv3_jax.interop import placing
+  from dsv3_jax.interop import load_sharded
   from dsv3_jax.parallel import sharding
 
-  return placing.load(source, sharding.layout(run, mesh.shape), mesh, np.float32)
+  return load_sharded.load(source, sharding.layout(run, mesh.shape), mesh, np.float32)

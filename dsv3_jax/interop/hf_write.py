@@ -21,9 +21,9 @@ import numpy as np
 
 from dsv3_jax import config
 from dsv3_jax.errors import InputError
-from dsv3_jax.interop import blocks
-from dsv3_jax.interop import hf
-from dsv3_jax.interop import pieces
+from dsv3_jax.interop import hf_mapping
+from dsv3_jax.interop import hf_read
+from dsv3_jax.interop import resumable
 from dsv3_jax.interop import safetensors
 from dsv3_jax.linear import quantize
 
@@ -38,10 +38,10 @@ class Source(Protocol):
   model: config.Model
   tile: tuple[int, int] | None
 
-  def dtype(self, block: blocks.Block) -> np.dtype: ...
-  def scales_dtype(self, block: blocks.Block) -> np.dtype | None: ...
+  def dtype(self, block: hf_mapping.Block) -> np.dtype: ...
+  def scales_dtype(self, block: hf_mapping.Block) -> np.dtype | None: ...
   def stored(
-      self, block: blocks.Block
+      self, block: hf_mapping.Block
   ) -> tuple[np.ndarray, np.ndarray | None]: ...
   def fingerprint(self) -> str: ...
 
@@ -54,13 +54,13 @@ class Arrays:
   params: Mapping[str, np.ndarray]  # by path; BIAS too
   tile: None = None
 
-  def dtype(self, block: blocks.Block) -> np.dtype:
+  def dtype(self, block: hf_mapping.Block) -> np.dtype:
     return self.params[block.path].dtype
 
-  def scales_dtype(self, block: blocks.Block) -> None:
+  def scales_dtype(self, block: hf_mapping.Block) -> None:
     del block
 
-  def stored(self, block: blocks.Block) -> tuple[np.ndarray, None]:
+  def stored(self, block: hf_mapping.Block) -> tuple[np.ndarray, None]:
     """As of `hf.Released.stored`."""
     return self.params[block.path][block.index].reshape(block.matrix), None
 
@@ -84,28 +84,28 @@ class Form:
     """Of weights in FP8, if there are."""
     return {"stored": self.source.tile, "fp8": TILE}.get(self.kind)
 
-  def dtypes(self, block: blocks.Block) -> tuple[np.dtype, np.dtype | None]:
+  def dtypes(self, block: hf_mapping.Block) -> tuple[np.dtype, np.dtype | None]:
     """Of a block's tensors, and of their scales."""
     if self.kind == "stored":
       return self.source.dtype(block), self.source.scales_dtype(block)
-    if self.kind == "float32" or block.path == blocks.BIAS:
-      return hf.F32, None
+    if self.kind == "float32" or block.path == hf_mapping.BIAS:
+      return hf_read.F32, None
     if self.kind == "fp8" and block.quantized:
-      return hf.E4M3, hf.F32
-    return hf.BF16, None
+      return hf_read.E4M3, hf_read.F32
+    return hf_read.BF16, None
 
-  def tensors(self, block: blocks.Block) -> Iterator[tuple[str, np.ndarray]]:
+  def tensors(self, block: hf_mapping.Block) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a block, in the order of `shapes`."""
     values, scales = self.source.stored(block)
     if self.kind != "stored" and scales is not None:
       tall, wide = self.source.tile
       rows = np.arange(block.shape[1]) // wide
-      columns = blocks.tiles_of(block, slice(None), tall)
-      values, scales = blocks.dequantized(values, scales, rows, columns), None
+      columns = hf_mapping.tiles_of(block, slice(None), tall)
+      values, scales = hf_mapping.dequantized(values, scales, rows, columns), None
     dtype, scales_dtype = self.dtypes(block)
     if scales_dtype is None:
       values = values.astype(dtype, copy=False)
-    values = values if block.table else blocks.turned(values)
+    values = values if block.table else hf_mapping.turned(values)
     parts = np.split(values, len(block.names))
     if scales_dtype is None:
       yield from zip(block.names, parts, strict=True)
@@ -117,9 +117,9 @@ class Form:
       made = zip(parts, apart, strict=True)
     for name, (part, own) in zip(block.names, made, strict=True):
       yield name, part
-      yield name + blocks.SCALES, own
+      yield name + hf_mapping.SCALES, own
 
-  def shapes(self, block: blocks.Block) -> safetensors.Shapes:
+  def shapes(self, block: hf_mapping.Block) -> safetensors.Shapes:
     """What a block is written as."""
     dtype, scales_dtype = self.dtypes(block)
     found = {}
@@ -127,7 +127,7 @@ class Form:
       found[name] = dtype, block.shape
       if scales_dtype is not None:
         own = scales_dtype, block.scales_shape(self.tile)
-        found[name + blocks.SCALES] = own
+        found[name + hf_mapping.SCALES] = own
     return found
 
 
@@ -135,15 +135,15 @@ def _quantized(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   made = quantize.quantize(jnp.asarray(matrix, jnp.float32), TILE)
   if not np.isfinite(made.scales).all():
     raise InputError("a weight is not finite: FP8 cannot hold it")
-  return np.asarray(made.bits).view(hf.E4M3), np.asarray(made.scales)
+  return np.asarray(made.bits).view(hf_read.E4M3), np.asarray(made.scales)
 
 
-def _items(form: Form) -> list[tuple[blocks.Block, safetensors.Shapes]]:
+def _items(form: Form) -> list[tuple[hf_mapping.Block, safetensors.Shapes]]:
   """Blocks and the tensors written of each; copies come last."""
   model = form.source.model
-  whole = {b.names[0]: b for b in blocks.of_model(model)}
-  found = [(b, form.shapes(b)) for b in blocks.of_model(model)]
-  for name, of in blocks.copies(model).items():
+  whole = {b.names[0]: b for b in hf_mapping.of_model(model)}
+  found = [(b, form.shapes(b)) for b in hf_mapping.of_model(model)]
+  for name, of in hf_mapping.copies(model).items():
     dtype, _ = form.dtypes(whole[of])
     found.append((whole[of], {name: (dtype, whole[of].shape)}))
   return found
@@ -208,7 +208,7 @@ def export(
     InputError: there is something else already, no room, or a file does not
       read as it was written.
   """
-  if (folder / hf.INDEX).exists() or (folder / hf.SINGLE).exists():
+  if (folder / hf_read.INDEX).exists() or (folder / hf_read.SINGLE).exists():
     raise InputError(
         f"{folder}: holds a checkpoint already; take another folder"
     )
@@ -216,7 +216,7 @@ def export(
     folder.mkdir(parents=True, exist_ok=True)
     _write(form, folder, facts, advance, beside)
   except OSError as error:
-    raise pieces.disk_error(folder, error) from error
+    raise resumable.disk_error(folder, error) from error
 
 
 def total_bytes(form: Form) -> int:
@@ -226,7 +226,7 @@ def total_bytes(form: Form) -> int:
 
 def _write(form, folder, facts, advance, beside):
   how = json.dumps([form.kind, facts, SHARD_BYTES], sort_keys=True)
-  journal = pieces.Journal(folder / JOURNAL, form.source.fingerprint() + how)
+  journal = resumable.Journal(folder / JOURNAL, form.source.fingerprint() + how)
   items = _items(form)
   shards = _shards(items)
   names = [
@@ -236,7 +236,7 @@ def _write(form, folder, facts, advance, beside):
   if not journal.begun:
     if left := sorted(p.name for p in folder.iterdir()):
       raise InputError(f"{folder}: must be empty, holds {', '.join(left)}")
-    pieces.check_room(folder, sum(_n_bytes(shapes) for _, shapes in items))
+    resumable.check_room(folder, sum(_n_bytes(shapes) for _, shapes in items))
     journal.begin()
   weight_map, total = {}, 0
   for name, own in zip(names, shards, strict=True):
@@ -253,11 +253,11 @@ def _write(form, folder, facts, advance, beside):
     os.replace(partial, folder / name)
     journal.add({name: digest}, [folder / name])
   sums = "".join(f"{journal.done[name]}  {name}\n" for name in names)
-  pieces.write_text(folder / hf.SUMS, sums)
+  resumable.write_text(folder / hf_read.SUMS, sums)
   beside()
-  pieces.write_text(folder / hf.CONFIG, json.dumps(facts, indent=2) + "\n")
+  resumable.write_text(folder / hf_read.CONFIG, json.dumps(facts, indent=2) + "\n")
   index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-  pieces.write_text(folder / hf.INDEX, json.dumps(index, indent=2) + "\n")
+  resumable.write_text(folder / hf_read.INDEX, json.dumps(index, indent=2) + "\n")
   journal.path.unlink()
 
 
@@ -284,7 +284,7 @@ def _write_shard(form, path, items, shapes, advance) -> str:
 
     file.write(head)
     size = lambda item: _n_bytes(item[1])
-    for (_, wanted), found in pieces.in_order(made, items, size):
+    for (_, wanted), found in resumable.in_order(made, items, size):
       for name in wanted:
         write(found.pop(name))
     file.flush()

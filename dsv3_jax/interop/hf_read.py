@@ -17,9 +17,9 @@ import numpy as np
 
 from dsv3_jax import config
 from dsv3_jax.errors import InputError
-from dsv3_jax.interop import blocks
 from dsv3_jax.interop import hf_config
-from dsv3_jax.interop import pieces
+from dsv3_jax.interop import hf_mapping
+from dsv3_jax.interop import resumable
 from dsv3_jax.interop import safetensors
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
@@ -47,20 +47,20 @@ class Released:
     model = config.override(self.model, "mtp.depth=0")
     return dataclasses.replace(self, model=model)
 
-  def dtype(self, block: blocks.Block) -> np.dtype:
+  def dtype(self, block: hf_mapping.Block) -> np.dtype:
     """What a block is written in, as all of its parameter."""
     return self.tensors[block.names[0]].dtype
 
-  def scales_dtype(self, block: blocks.Block) -> np.dtype | None:
+  def scales_dtype(self, block: hf_mapping.Block) -> np.dtype | None:
     """What its scales are written in; None: it is not in FP8."""
-    scales = self.tensors.get(block.names[0] + blocks.SCALES)
+    scales = self.tensors.get(block.names[0] + hf_mapping.SCALES)
     return scales and scales.dtype
 
-  def n_bytes(self, block: blocks.Block) -> int:
+  def n_bytes(self, block: hf_mapping.Block) -> int:
     """Of a block, without its scales."""
     return sum(self.tensors[name].n_bytes for name in block.names)
 
-  def place(self, block: blocks.Block) -> tuple[str, int]:
+  def place(self, block: hf_mapping.Block) -> tuple[str, int]:
     """Where a block begins: in which file, at which byte."""
     first = self.tensors[block.names[0]]
     return first.file.name, first.offset
@@ -74,7 +74,7 @@ class Released:
     return hashlib.sha256("\n".join(seen).encode()).hexdigest()
 
   def stored(
-      self, block: blocks.Block
+      self, block: hf_mapping.Block
   ) -> tuple[np.ndarray, np.ndarray | None]:
     """A block as the parameter has it, and its scales if it is in FP8.
 
@@ -82,10 +82,10 @@ class Released:
     [tiles of inputs, tiles of outputs].
     """
     values = self._joined(block, slice(None), slice(None))
-    values = values if block.table else blocks.turned(values)
+    values = values if block.table else hf_mapping.turned(values)
     return values, self._scales(block)
 
-  def part(self, block: blocks.Block, inner: blocks.Slices) -> np.ndarray:
+  def part(self, block: hf_mapping.Block, inner: hf_mapping.Slices) -> np.ndarray:
     """Some of a block's numbers; of FP8, what they stand for in float32.
 
     Args:
@@ -93,27 +93,27 @@ class Released:
       inner: of its dims, inputs then outputs; no more is read of the files
         than what they are within along the first of each.
     """
-    ins, outs = blocks.spans(block, inner)
+    ins, outs = hf_mapping.spans(block, inner)
     across = block.table and block.inputs
     rows, columns = (ins, outs) if across else (outs, ins)
     values = self._joined(block, rows, columns)
     scales = self._scales(block)
     if scales is not None:
       tall, wide = self.tile
-      rows = blocks.tiles_of(block, rows, tall)
+      rows = hf_mapping.tiles_of(block, rows, tall)
       columns = np.arange(block.shape[1])[columns] // wide
-      values = blocks.dequantized(values, scales.T, rows, columns)
-    values = values if block.table else blocks.turned(values)
-    return blocks.part(block, inner, values)
+      values = hf_mapping.dequantized(values, scales.T, rows, columns)
+    values = values if block.table else hf_mapping.turned(values)
+    return hf_mapping.part(block, inner, values)
 
-  def cheap_dim(self, block: blocks.Block) -> int:
+  def cheap_dim(self, block: hf_mapping.Block) -> int:
     """The dim along which the rows of files are cut."""
     if block.table:
       return 0
     return len(block.inputs) + (len(block.names) > 1)
 
   def _joined(
-      self, block: blocks.Block, rows: slice, columns: slice
+      self, block: hf_mapping.Block, rows: slice, columns: slice
   ) -> np.ndarray:
     """Rows of each of a block's tensors, one below the other."""
     tensors = [self.tensors[name] for name in block.names]
@@ -128,10 +128,10 @@ class Released:
       safetensors.read(tensor, rows, columns, one)
     return out.reshape(-1, width)
 
-  def _scales(self, block: blocks.Block) -> np.ndarray | None:
+  def _scales(self, block: hf_mapping.Block) -> np.ndarray | None:
     if self.dtype(block) != E4M3:
       return None
-    names = [name + blocks.SCALES for name in block.names]
+    names = [name + hf_mapping.SCALES for name in block.names]
     scales = [safetensors.read(self.tensors[name]) for name in names]
     return np.ascontiguousarray(np.concatenate(scales).T)
 
@@ -169,14 +169,14 @@ def open_folder(
     )
     model = config.override(model, "mtp.depth=0")
   # Before they are all listed.
-  if (n := blocks.count(model)) > 2 * len(tensors) + 1000:
+  if (n := hf_mapping.count(model)) > 2 * len(tensors) + 1000:
     raise InputError(
         f"{folder}: {CONFIG} describes a model of {n:,} tensors or more, there"
         f" are {len(tensors):,}"
     )
   if problems := list(_account(tensors, model, tile)):
     raise InputError("\n".join(f"{folder}: {line}" for line in problems))
-  biases = [b.names[0] for b in blocks.of_model(model) if b.path == blocks.BIAS]
+  biases = [b.names[0] for b in hf_mapping.of_model(model) if b.path == hf_mapping.BIAS]
   if biases and tensors[biases[0]].dtype != F32:
     notes.append(
         f"{biases[0]} and the others are {tensors[biases[0]].dtype}: whoever"
@@ -188,7 +188,7 @@ def open_folder(
 def _facts(folder: pathlib.Path, ignore_auto_map: bool) -> dict[str, Any]:
   if not folder.is_dir():
     raise InputError(f"{folder}: no such folder")
-  facts = pieces.read_object(folder / CONFIG)
+  facts = resumable.read_object(folder / CONFIG)
   if "auto_map" in facts and not ignore_auto_map:
     raise InputError(
         f"{folder / CONFIG}: auto_map names code that comes with the"
@@ -201,7 +201,7 @@ def _facts(folder: pathlib.Path, ignore_auto_map: bool) -> dict[str, Any]:
 def _shards(folder: pathlib.Path) -> dict[str, str]:
   """The file of each tensor, as the index says; "": of a single file."""
   if (folder / INDEX).exists():
-    names = pieces.read_object(folder / INDEX).get("weight_map")
+    names = resumable.read_object(folder / INDEX).get("weight_map")
     if not isinstance(names, dict) or not names:
       raise InputError(f"{folder / INDEX}: has no weight_map")
     bad = [
@@ -284,7 +284,7 @@ def _account(
 ) -> Iterator[str]:
   """What is missing, left over, or of another shape or type."""
   left, dtypes = dict(tensors), {}
-  for block in blocks.of_model(model):
+  for block in hf_mapping.of_model(model):
     for name in block.names:
       tensor = left.pop(name, None)
       if tensor is None:
@@ -304,7 +304,7 @@ def _account(
         yield f"{name}: dtype {tensor.dtype}, but {first[0]} is {first[1]}"
       if fp8 and tensor.dtype == E4M3:
         yield from _account_scales(name, block.scales_shape(tile), left)
-  for name, of in blocks.copies(model).items():
+  for name, of in hf_mapping.copies(model).items():
     copy = left.pop(name, None)
     if copy is None:
       yield f"{name}: missing"
@@ -321,15 +321,15 @@ def _account_scales(
     shape: tuple[int, int],
     left: dict[str, safetensors.Tensor],
 ) -> Iterator[str]:
-  scales = left.pop(name + blocks.SCALES, None)
+  scales = left.pop(name + hf_mapping.SCALES, None)
   if scales is None:
-    yield f"{name + blocks.SCALES}: missing, {name} is in FP8"
+    yield f"{name + hf_mapping.SCALES}: missing, {name} is in FP8"
     return
   if scales.shape != shape:
-    yield f"{name + blocks.SCALES}: shape {scales.shape}, must be {shape}"
+    yield f"{name + hf_mapping.SCALES}: shape {scales.shape}, must be {shape}"
   if scales.dtype not in _SCALES:
     yield (
-        f"{name + blocks.SCALES}: dtype {scales.dtype}, must be"
+        f"{name + hf_mapping.SCALES}: dtype {scales.dtype}, must be"
         f" {' or '.join(map(str, _SCALES))}"
     )
 
@@ -338,7 +338,7 @@ def bad_values(released: Released) -> Iterator[str]:
   """Scales that cannot be, and copies that differ from what they repeat."""
   powers = _powers_of_two(released.facts)
   for name, tensor in released.tensors.items():
-    if not name.endswith(blocks.SCALES):
+    if not name.endswith(hf_mapping.SCALES):
       continue
     scales = safetensors.read(tensor).astype(np.float32)
     if not np.isfinite(scales).all():
@@ -347,7 +347,7 @@ def bad_values(released: Released) -> Iterator[str]:
       yield f"{name}: not all above 0"
     elif powers and (np.frexp(scales)[0] != 0.5).any():
       yield f"{name}: not all powers of two, as scale_fmt=ue8m0 says"
-  for name, of in blocks.copies(released.model).items():
+  for name, of in hf_mapping.copies(released.model).items():
     if not _equal(released.tensors[name], released.tensors[of]):
       yield f"{name}: differs from {of}, which it must repeat"
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from dsv3_jax import config
 from dsv3_jax import param_spec
-from dsv3_jax.interop import blocks
-from dsv3_jax.interop import pieces
+from dsv3_jax.interop import hf_mapping
+from dsv3_jax.interop import resumable
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import sharding
 
@@ -24,10 +24,10 @@ class Source(Protocol):
 
   model: config.Model
 
-  def part(self, block: blocks.Block, inner: blocks.Slices) -> np.ndarray:
+  def part(self, block: hf_mapping.Block, inner: hf_mapping.Slices) -> np.ndarray:
     """Some of a block's numbers, see `hf.Released.part`."""
 
-  def cheap_dim(self, block: blocks.Block) -> int | None:
+  def cheap_dim(self, block: hf_mapping.Block) -> int | None:
     """The dim of a block that parts are best cut along; None: none is."""
 
 
@@ -47,11 +47,11 @@ def load(
       float32.
   """
   model, found = source.model, {}
-  for block in blocks.of_model(model):
+  for block in hf_mapping.of_model(model):
     found.setdefault(block.path, {})[block.index] = block
   specs = param_spec.paths(transformer.specs(model))
   shapes = {path: spec.shape for path, spec in specs.items()}
-  with concurrent.futures.ThreadPoolExecutor(pieces.WORKERS) as pool:
+  with concurrent.futures.ThreadPoolExecutor(resumable.WORKERS) as pool:
 
     def placed(path, spec, dtype):
       made = {}  # devices that hold the same share what is read
@@ -77,17 +77,17 @@ def load(
       )
     params = jax.tree.map(lambda future: future.result(), params)
     bias = transformer.router_bias(model)
-    if blocks.BIAS in found:
-      shapes[blocks.BIAS] = bias.shape
-      bias = placed(blocks.BIAS, jax.P(), np.float32)
+    if hf_mapping.BIAS in found:
+      shapes[hf_mapping.BIAS] = bias.shape
+      bias = placed(hf_mapping.BIAS, jax.P(), np.float32)
     else:
       bias = jax.device_put(bias, jax.NamedSharding(mesh, jax.P()))
   return params, bias
 
 
 def _pieces(
-    source: Source, block: blocks.Block, inner: blocks.Slices
-) -> Iterator[tuple[blocks.Slices, blocks.Slices]]:
+    source: Source, block: hf_mapping.Block, inner: hf_mapping.Slices
+) -> Iterator[tuple[hf_mapping.Slices, hf_mapping.Slices]]:
   """Pieces of a part of a block: where they are in the block, and in the part.
 
   Several are worked on at once, each in little memory of its own.
