@@ -15,7 +15,7 @@ from dsv3_jax.data import tokenizer
 from dsv3_jax.evals import hidden
 from dsv3_jax.evals import likelihood
 from dsv3_jax.infer import engine
-from dsv3_jax.infer import served
+from dsv3_jax.infer import inference_params
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.parallel import replica_check
 from experiments import feed
@@ -143,7 +143,7 @@ def _sample(
     return ""
   model = config.override(run.model, "mtp.depth=0")
   writer = engine.Engine(
-      served.params(params, bias, model), model, n_slots=1, max_len=n + 1
+      inference_params.params(params, bias, model), model, n_slots=1, max_len=n + 1
   )
   request = engine.Request(
       [tokenizer.BOS_ID],

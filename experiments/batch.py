@@ -32,9 +32,9 @@ from rich import progress
 
 from dsv3_jax.config import fields
 from dsv3_jax.errors import InputError
+from dsv3_jax.infer import generate
 from dsv3_jax.infer import sampling
 from dsv3_jax.infer import stats as stats_lib
-from dsv3_jax.infer import text
 
 Row = dict[str, Any]
 
@@ -129,7 +129,7 @@ class _Line:
 
   index: int
   asked: Row | None = None  # what is repeated beside the text
-  ask: text.Ask | None = None
+  ask: generate.Ask | None = None
   error: str = ""
 
 
@@ -163,16 +163,16 @@ def _asked(line: bytes, settings: Mapping[str, Any]) -> Row:
   return asked
 
 
-def _ask(asked: Row) -> text.Ask:
+def _ask(asked: Row) -> generate.Ask:
   settings = {name: asked[name] for name in _SETTINGS}
   prompt, = (asked[form] for form in _FORMS if form in asked)
   for name in ("temperature", "top_p"):
     settings[name] = float(settings[name])
-  return text.Ask(prompt, **settings | {"stop": tuple(settings["stop"])})
+  return generate.Ask(prompt, **settings | {"stop": tuple(settings["stop"])})
 
 
 def _lines(
-    path: pathlib.Path, writer: text.Writer, settings: Mapping[str, Any]
+    path: pathlib.Path, writer: generate.Writer, settings: Mapping[str, Any]
 ) -> list[_Line]:
   """All lines that are not empty."""
   with _told(f"--prompts={path}"):
@@ -253,7 +253,7 @@ def _save(path: pathlib.Path, rows: Mapping[int, Row]) -> None:
   os.replace(partial, path)
 
 
-def _written(writer: text.Writer, todo: list[_Line]) -> Iterator[Row]:
+def _written(writer: generate.Writer, todo: list[_Line]) -> Iterator[Row]:
   """Rows as their texts end."""
   parts = {}
   for piece in writer.stream(line.ask for line in todo):
@@ -273,7 +273,7 @@ def _written(writer: text.Writer, todo: list[_Line]) -> Iterator[Row]:
 
 
 def write(
-    writer: text.Writer,
+    writer: generate.Writer,
     prompts: pathlib.Path,
     out: pathlib.Path,
     settings: Mapping[str, Any],

@@ -17,8 +17,8 @@ from absl import flags
 
 from dsv3_jax.errors import InputError
 from dsv3_jax.infer import engine
-from dsv3_jax.infer import text
-from dsv3_jax.infer import units
+from dsv3_jax.infer import generate
+from dsv3_jax.infer import serving_mesh
 from dsv3_jax.parallel import device_mesh
 from experiments import batch
 from experiments import cluster
@@ -43,7 +43,7 @@ _SPECULATIVE = flags.DEFINE_bool(
 _DRAFTS = flags.DEFINE_integer("drafts", 1, "how many at a time")
 _SLOTS = flags.DEFINE_integer("slots", 8, "texts at the same time")
 _MAX_LEN = flags.DEFINE_integer(
-    "max_len", None, f"tokens of prompt and text; default: {text.MAX_LEN}"
+    "max_len", None, f"tokens of prompt and text; default: {generate.MAX_LEN}"
 )
 _CHUNK = flags.DEFINE_integer("chunk", 512, "tokens of a prompt read at once")
 _COMPUTE = flags.DEFINE_string("compute", "float32", "or bfloat16")
@@ -93,21 +93,21 @@ def _settings() -> dict[str, Any]:
   }
 
 
-def _ask() -> text.Ask:
-  return text.Ask(_PROMPT.value, **_settings())
+def _ask() -> generate.Ask:
+  return generate.Ask(_PROMPT.value, **_settings())
 
 
 def _mesh() -> dict[str, int]:
   return common.parse_mesh(flags.FLAGS.mesh)[0]
 
 
-def _options() -> text.Options:
+def _options() -> generate.Options:
   deployment, n_slots = None, _SLOTS.value
   if mesh := _mesh():
-    deployment = units.Deployment(mesh, _UNIT.value, _REDUNDANT.value)
+    deployment = serving_mesh.Deployment(mesh, _UNIT.value, _REDUNDANT.value)
   if not _PROMPTS.value and n_slots > 0:
     n_slots = device_mesh.extent(mesh, device_mesh.BATCH)
-  return text.Options(
+  return generate.Options(
       dtype=_COMPUTE.value,
       n_slots=n_slots,
       max_len=_MAX_LEN.value,
@@ -150,7 +150,7 @@ def _of_flag(problem: str) -> str:
   return f"--{_FLAGS.get(name, name)}{equals}{rest}"
 
 
-def _found(problems: list[str]) -> text.Found:
+def _found(problems: list[str]) -> generate.Found:
   """The model that the flags ask for.
 
   Args:
@@ -159,7 +159,7 @@ def _found(problems: list[str]) -> text.Found:
   found, problems = None, [*problems]
   if folder := flags.FLAGS.workdir:
     try:
-      found = text.find(
+      found = generate.find(
           folder,
           average=_EMA.value,
           ignore_auto_map=_AUTO_MAP.value,
@@ -179,7 +179,7 @@ def _files() -> tuple[pathlib.Path, pathlib.Path]:
   return pathlib.Path(_PROMPTS.value), pathlib.Path(_OUT.value)
 
 
-def _show(writer: text.Writer) -> None:
+def _show(writer: generate.Writer) -> None:
   """Prints the prompt and what follows it, piece by piece."""
   start, n = time.perf_counter(), 0
   print(_PROMPT.value, end="", flush=True)

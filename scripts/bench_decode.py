@@ -17,9 +17,9 @@ import numpy as np
 from dsv3_jax import config
 from dsv3_jax.config import presets
 from dsv3_jax.infer import engine
+from dsv3_jax.infer import inference_params
 from dsv3_jax.infer import kvcache
-from dsv3_jax.infer import served
-from dsv3_jax.infer import units
+from dsv3_jax.infer import serving_mesh
 from experiments import allocator
 from experiments import cluster
 from scripts import bench_worker
@@ -29,7 +29,7 @@ LONGEST_CHUNK = 2048
 
 def _deployment(
     job: dict[str, Any], cfg: config.Model
-) -> units.Deployment | None:
+) -> serving_mesh.Deployment | None:
   """How it is fastest on the cores of one processor; None: on one device.
 
   To write divides texts, to read divides heads. A single text leaves too
@@ -42,11 +42,11 @@ def _deployment(
   if n == 1:
     return None
   if writes:
-    return units.Deployment(mesh={"expert": n}, kind="decode")
-  return units.Deployment(mesh={"model": n}, kind="prefill")
+    return serving_mesh.Deployment(mesh={"expert": n}, kind="decode")
+  return serving_mesh.Deployment(mesh={"model": n}, kind="prefill")
 
 
-def _params(cfg: config.Model) -> served.Served:
+def _params(cfg: config.Model) -> inference_params.Served:
   """Random ones, in host memory, as who serves has them from files.
 
   The programs that `schema.init` compiles would count in the peak of memory.
@@ -59,7 +59,7 @@ def _params(cfg: config.Model) -> served.Served:
     p = rng.standard_normal(spec.shape, spec.dtype)
     return np.multiply(p, cfg.init_std, out=p)
 
-  return jax.tree.map(draw, served.specs(cfg))
+  return jax.tree.map(draw, inference_params.specs(cfg))
 
 
 def _engine(job: dict[str, Any], cfg: config.Model) -> engine.Engine:
@@ -69,9 +69,9 @@ def _engine(job: dict[str, Any], cfg: config.Model) -> engine.Engine:
   if wanted := _deployment(job, cfg):
     n_devices = math.prod(wanted.mesh.values())
     cluster.use_virtual_devices(n_devices, spare_threads=False)
-    unit = units.unit(wanted, cfg)
-    placed = units.first_placement(unit, cfg)
-    params = units.place(_params(cfg), placed, unit, cfg)
+    unit = serving_mesh.unit(wanted, cfg)
+    placed = serving_mesh.first_placement(unit, cfg)
+    params = serving_mesh.place(_params(cfg), placed, unit, cfg)
   else:
     params = jax.device_put(_params(cfg))
   return engine.Engine(

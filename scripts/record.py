@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dsv3_jax.errors import InputError
-from dsv3_jax.infer import placement
+from dsv3_jax.infer import eplb
 from experiments import history
 from experiments import logbook
 
@@ -172,10 +172,10 @@ def balance(run: Record) -> Balance | None:
   if (n := _devices(n_experts)) < 2:
     return None
   in_order, placed = (
-      placement.imbalance(where.loads(mean, n))
+      eplb.imbalance(where.loads(mean, n))
       for where in (
-          placement.identity(n_layers, n_experts),
-          placement.place(mean, n_replicas=n_experts + n, n_devices=n),
+          eplb.identity(n_layers, n_experts),
+          eplb.place(mean, n_replicas=n_experts + n, n_devices=n),
       )
   )
   return Balance(n, n_experts, in_order, placed)

@@ -13,7 +13,7 @@ from absl.testing import parameterized
 
 from dsv3_jax.data import tokenizer
 from dsv3_jax.infer import engine
-from dsv3_jax.infer import text
+from dsv3_jax.infer import generate
 from experiments import batch
 
 MODEL = testing.run("mtp.depth=0").model
@@ -84,7 +84,7 @@ class BatchTest(parameterized.TestCase):
     """Runs the command; returns the asks that were written."""
     author = Author({}, MODEL, n_slots=n_slots, max_len=64)
     author.patience = patience
-    writer = text.Writer(author, TOK)
+    writer = generate.Writer(author, TOK)
     asked, stream = [], writer.stream
 
     def watched(asks):
@@ -126,11 +126,11 @@ class LineTest(BatchTest):
     self.assertEqual(
         asked,
         [
-            text.Ask("It was", **given),
-            text.Ask([0, 70, 5], **given | {"seed": 8}),
-            text.Ask(messages, **given | {"seed": 9}),
-            text.Ask("", **own | {"stop": ("e", "q")}),
-            text.Ask("It was", **given | {"seed": 11}),
+            generate.Ask("It was", **given),
+            generate.Ask([0, 70, 5], **given | {"seed": 8}),
+            generate.Ask(messages, **given | {"seed": 9}),
+            generate.Ask("", **own | {"stop": ("e", "q")}),
+            generate.Ask("It was", **given | {"seed": 11}),
         ],
     )
     forms = [("prompt", "It was"), ("ids", [0, 70, 5]), ("messages", messages)]
@@ -149,7 +149,7 @@ class LineTest(BatchTest):
   def test_rows_hold_what_was_written(self):
     self.put(*({"prompt": "a" * n, "max_tokens": 5} for n in range(20)))
     asked = self.write()
-    writer = text.Writer(Author({}, MODEL, max_len=64), TOK)
+    writer = generate.Writer(Author({}, MODEL, max_len=64), TOK)
     for ask, row in zip(asked, self.rows(), strict=True):
       pieces = list(writer.stream([ask]))
       tokens = [piece.token for piece in pieces]

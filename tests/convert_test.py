@@ -28,7 +28,7 @@ from dsv3_jax import train
 from dsv3_jax.data import chat
 from dsv3_jax.data import tokenizer
 from dsv3_jax.infer import engine
-from dsv3_jax.infer import served
+from dsv3_jax.infer import inference_params
 from dsv3_jax.interop import hf_mapping
 from dsv3_jax.interop import hf_read
 from dsv3_jax.interop import hf_write
@@ -56,7 +56,7 @@ def converted(mode, **arguments):
 
 def _greedy(run, state, ids, n):
   cfg = config.override(run.model, "mtp.depth=0")
-  params = served.params(state.params, state.router_bias, cfg)
+  params = inference_params.params(state.params, state.router_bias, cfg)
   writer = engine.Engine(params, cfg, n_slots=1, max_len=64)
   request = engine.Request(ids, max_tokens=n, temperature=0)
   return [event.token for event in writer.run([request])]

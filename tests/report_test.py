@@ -11,7 +11,7 @@ import numpy as np
 from absl.testing import absltest
 from absl.testing import parameterized
 
-from dsv3_jax.infer import placement
+from dsv3_jax.infer import eplb
 from experiments import logbook
 from scripts import plots
 from scripts import record
@@ -284,7 +284,7 @@ class ReportTest(parameterized.TestCase):
     self.assertEqual((found.n_devices, found.n_experts), (n, n_experts))
     load = np.mean([row["load"] for row in rows[-3:]], axis=0)
     before = load.reshape(3, n, -1).sum(-1)
-    where = placement.place(load, n_replicas=n_experts + n, n_devices=n)
+    where = eplb.place(load, n_replicas=n_experts + n, n_devices=n)
     after = where.loads(load, n)
     in_order, placed = (y.max(-1) / y.mean(-1) for y in (before, after))
     np.testing.assert_allclose(found.in_order, in_order, rtol=1e-12)

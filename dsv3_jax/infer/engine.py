@@ -20,14 +20,14 @@ import numpy as np
 from dsv3_jax import config
 from dsv3_jax.errors import InputError
 from dsv3_jax.errors import NotFiniteError
+from dsv3_jax.infer import compiled
+from dsv3_jax.infer import eplb
+from dsv3_jax.infer import inference_params
 from dsv3_jax.infer import kvcache
-from dsv3_jax.infer import placement
-from dsv3_jax.infer import programs
 from dsv3_jax.infer import sampling
-from dsv3_jax.infer import served
+from dsv3_jax.infer import serving_mesh
 from dsv3_jax.infer import speculation
 from dsv3_jax.infer import stats
-from dsv3_jax.infer import units
 
 STOP, LENGTH = "stop", "length"  # why a text ended
 MANY = 100  # loads on devices that are added up on the host
@@ -71,15 +71,15 @@ class Engine:
 
   def __init__(
       self,
-      params: served.Served,
+      params: inference_params.Served,
       cfg: config.Model,
       *,
       n_slots: int = 8,
       max_len: int = 4096,
       chunk: int = 512,
       n_drafts: int = 0,
-      unit: units.Unit | None = None,
-      placed: placement.Placement | None = None,
+      unit: serving_mesh.Unit | None = None,
+      placed: eplb.Placement | None = None,
       rebalance_every: int = 0,
   ):
     """An engine with an empty cache.
@@ -101,7 +101,7 @@ class Engine:
     """
     problems = _problems(cfg, n_slots, max_len, chunk, n_drafts)
     if unit:
-      problems += units.problems(unit, cfg, n_slots)
+      problems += serving_mesh.problems(unit, cfg, n_slots)
     if bool(unit) != bool(placed):
       problems.append("unit and placed: one needs the other")
     if rebalance_every < 0 or (rebalance_every and not unit):
@@ -120,7 +120,7 @@ class Engine:
     # By mode. A look at the configuration for each call would take its time.
     self._cycle, self._prefill = (
         functools.cache(functools.partial(program, cfg, unit))
-        for program in (programs.cycle, programs.prefill)
+        for program in (compiled.cycle, compiled.prefill)
     )
     self._free = list(range(n_slots))[::-1]
     self._active: dict[int, _Active] = {}
@@ -230,7 +230,7 @@ class Engine:
     """Largest over mean load of the unit's devices, [n] of each router."""
     load = self._unit.load(self.load, self.cfg)
     devices = self._placed.loads(load, self._unit.n_devices)
-    return placement.imbalance(devices)
+    return eplb.imbalance(devices)
 
   def rebalance(self) -> None:
     """Places experts anew for the load since the last time; counts from 0.
@@ -239,8 +239,8 @@ class Engine:
     """
     self.stats.imbalance.append(float(self.imbalance().mean()))
     args = self._unit, self.cfg
-    new = units.best_placement(self.load, *args)
-    self._params = units.move(self._params, self._placed, new, *args)
+    new = serving_mesh.best_placement(self.load, *args)
+    self._params = serving_mesh.move(self._params, self._placed, new, *args)
     self._placed, self._load = new, None
 
   # --- the slots ---
@@ -259,7 +259,7 @@ class Engine:
     if self._state is None:
       self._state = self._empty(n)
     elif n > kvcache.length(self._state.cache):
-      self._state = programs.grow(self._state, n)
+      self._state = compiled.grow(self._state, n)
 
   def _empty(self, n: int) -> speculation.State:
     b, k, dtype = self.n_slots, self.n_drafts, self._params["embed"].dtype
@@ -320,7 +320,7 @@ class Engine:
         )
     return events
 
-  def _chunk(self, admitted: dict[int, _Active], start: int) -> programs.Chunk:
+  def _chunk(self, admitted: dict[int, _Active], start: int) -> compiled.Chunk:
     """Tokens of prompts from a position on."""
     n_rows, size = self._n_shards, self.n_slots // self._n_shards
     here = {
@@ -337,7 +337,7 @@ class Engine:
       ids[shard, : len(here[shard])] = here[shard]
       slot[shard] = active.slot % size
       how[shard] = _how(active.request)
-    return programs.Chunk(
+    return compiled.Chunk(
         tokens=ids[:, :-1],
         ahead=ids[:, 1:],
         start=np.full(n_rows, start, np.int32),

@@ -23,10 +23,10 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax import config
-from dsv3_jax.infer import decoding
+from dsv3_jax.infer import cached_forward
+from dsv3_jax.infer import inference_params
 from dsv3_jax.infer import kvcache
 from dsv3_jax.infer import sampling
-from dsv3_jax.infer import served
 from dsv3_jax.model import moe
 
 
@@ -64,7 +64,7 @@ def _at(a: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _draft(
-    params: served.Served,
+    params: inference_params.Served,
     state: State,
     active: jax.Array,
     cfg: config.Model,
@@ -73,15 +73,15 @@ def _draft(
 ) -> tuple[jax.Array, jax.Array, kvcache.Cache, jax.Array]:
   """Drafts [B, k], what each was drawn from [B, k, C], cache, load [1, E]."""
   n_drafts = state.tokens.shape[1] - 1
-  read = functools.partial(decoding.read_mtp, params, cfg=cfg)
+  read = functools.partial(cached_forward.read_mtp, params, cfg=cfg)
   valid = jnp.arange(n_drafts + 1)[None] < state.n[:, None]
-  how = decoding.How(valid=valid & active[:, None], experts=experts)
+  how = cached_forward.How(valid=valid & active[:, None], experts=experts)
   out, onward, cache, load = read(
       state.cache, state.hidden, state.tokens, state.start, how=how
   )
   out, onward = _at(out, state.n - 1), _at(onward, state.n - 1)
   position = state.start + state.n  # of the last known token
-  how = decoding.How(valid=active[:, None], experts=experts)
+  how = cached_forward.How(valid=active[:, None], experts=experts)
   tokens, given = [], []
   for i in range(n_drafts):
     if i:
@@ -89,7 +89,7 @@ def _draft(
           cache, onward, tokens[-1], position + i - 1, how=how
       )
       load = load + more
-    q = sampling.probabilities(decoding.logits(params, out), state.how, mode)
+    q = sampling.probabilities(cached_forward.logits(params, out), state.how, mode)
     ahead = position[:, None] + i + 1
     purpose = sampling.DRAFT
     tokens.append(sampling.draw(q, state.how.seed, ahead, purpose, mode))
@@ -144,7 +144,7 @@ def judge(
 
 
 def cycle(
-    params: served.Served,
+    params: inference_params.Served,
     state: State,
     active: jax.Array,
     cfg: config.Model,
@@ -173,17 +173,17 @@ def cycle(
     loads.append(load)
   tokens = jnp.concatenate([last, drafts], axis=1)
   valid = jnp.broadcast_to(active[:, None], tokens.shape)
-  x, cache, load = decoding.read(
+  x, cache, load = cached_forward.read(
       params,
       cache,
       tokens,
       position,
       cfg,
-      decoding.How(valid=valid, experts=experts),
+      cached_forward.How(valid=valid, experts=experts),
   )
   load = jnp.concatenate([load, *loads])
-  hidden = decoding.final(params, x, cfg)
-  logits = decoding.logits(params, hidden)
+  hidden = cached_forward.final(params, x, cfg)
+  logits = cached_forward.logits(params, hidden)
   p = sampling.probabilities(logits, how, mode)
   ahead = position + 1
   if n_drafts:

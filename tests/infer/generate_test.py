@@ -21,7 +21,7 @@ from dsv3_jax.checkpoint import manifest
 from dsv3_jax.data import chat
 from dsv3_jax.data import tokenizer
 from dsv3_jax.infer import engine
-from dsv3_jax.infer import text
+from dsv3_jax.infer import generate
 from dsv3_jax.interop import load_sharded
 from dsv3_jax.interop import open_run
 from experiments import common
@@ -75,8 +75,8 @@ class Scripted:
 
 def pieces(tok, ids, *stops, ended=engine.LENGTH):
   """The pieces of one text with these tokens."""
-  writer = text.Writer(Scripted((ids, ended)), tok)
-  return list(writer.stream([text.Ask("", stop=stops)]))
+  writer = generate.Writer(Scripted((ids, ended)), tok)
+  return list(writer.stream([generate.Ask("", stop=stops)]))
 
 
 def shown(tok, ids, *stops, ended=engine.LENGTH):
@@ -242,18 +242,18 @@ class StreamTest(parameterized.TestCase):
   def test_several_texts_are_told_apart_and_counted_from_0(self):
     written = ["cold day", CHINESE, EMOJI] * 2
     scripts = [(ids_of(self.tok, s), engine.LENGTH) for s in written]
-    writer = text.Writer(Scripted(*scripts), self.tok)
+    writer = generate.Writer(Scripted(*scripts), self.tok)
     for start in (0, 3):  # a second stream with the same engine
       found = {}
-      for piece in writer.stream([text.Ask("")] * 3):
+      for piece in writer.stream([generate.Ask("")] * 3):
         found[piece.ask] = found.get(piece.ask, "") + piece.text
       self.assertEqual(found, dict(enumerate(written[start : start + 3])))
 
   def test_nothing_comes_behind_a_stop_string(self):
     texts = (ids_of(BYTES, written) for written in ("a.b.c.d", "cold day"))
     scripted = Scripted(*((ids, engine.LENGTH) for ids in texts))
-    asks = [text.Ask("", stop=(".",)), text.Ask("")]
-    found = list(text.Writer(scripted, BYTES).stream(asks))
+    asks = [generate.Ask("", stop=(".",)), generate.Ask("")]
+    found = list(generate.Writer(scripted, BYTES).stream(asks))
     first = [piece for piece in found if not piece.ask]
     self.assertEqual("".join(piece.text for piece in first), "a")
     self.assertEqual(first[-1].ended, engine.STOP)
@@ -264,18 +264,18 @@ class StreamTest(parameterized.TestCase):
     scripted = Scripted()
     scripted.busy = True
     with self.assertRaisesRegex(RuntimeError, "other requests"):
-      next(text.Writer(scripted, self.tok).write("a"))
+      next(generate.Writer(scripted, self.tok).write("a"))
 
   def test_an_empty_stop_string_is_refused(self):
-    writer = text.Writer(Scripted(), self.tok)
+    writer = generate.Writer(Scripted(), self.tok)
     with self.assertRaisesRegex(ValueError, "must not be empty"):
-      writer.request(text.Ask("a", stop=("b", "")))
+      writer.request(generate.Ask("a", stop=("b", "")))
 
   def test_a_request_is_what_was_asked(self):
-    made = text.Writer(Scripted(), self.tok).request(
-        text.Ask("cold", 3, 0.5, 0.25, 7, 9, ("a",))
+    made = generate.Writer(Scripted(), self.tok).request(
+        generate.Ask("cold", 3, 0.5, 0.25, 7, 9, ("a",))
     )
-    ids = text.encode(self.tok, "cold")
+    ids = generate.encode(self.tok, "cold")
     ends = (tokenizer.EOS_ID,)
     self.assertEqual(made, engine.Request(ids, 3, 0.5, 0.25, 7, 9, ends))
 
@@ -288,30 +288,30 @@ class EncodeTest(parameterized.TestCase):
     cls.tok = learned()
 
   def test_a_text_begins_with_bos(self):
-    self.assertEqual(text.encode(self.tok, ""), [tokenizer.BOS_ID])
-    first, *rest = text.encode(self.tok, CHINESE)
+    self.assertEqual(generate.encode(self.tok, ""), [tokenizer.BOS_ID])
+    first, *rest = generate.encode(self.tok, CHINESE)
     self.assertEqual(first, tokenizer.BOS_ID)
     self.assertEqual(self.tok.decode(rest), CHINESE)
 
   def test_ids_are_taken_as_they_are(self):
-    self.assertEqual(text.encode(self.tok, [5, 6]), [5, 6])
-    self.assertEqual(text.encode(self.tok, np.array([5, 6])), [5, 6])
-    self.assertEqual(text.encode(self.tok, ()), [])
+    self.assertEqual(generate.encode(self.tok, [5, 6]), [5, 6])
+    self.assertEqual(generate.encode(self.tok, np.array([5, 6])), [5, 6])
+    self.assertEqual(generate.encode(self.tok, ()), [])
 
   def test_a_conversation_is_encoded_as_one(self):
     messages = [{"role": "user", "content": "cold?"}]
     expected = chat.encode(self.tok, messages)
-    self.assertEqual(text.encode(self.tok, messages), expected)
+    self.assertEqual(generate.encode(self.tok, messages), expected)
     with self.assertRaisesRegex(ValueError, "role='tool'"):
-      text.encode(self.tok, [{"role": "tool", "content": ""}])
+      generate.encode(self.tok, [{"role": "tool", "content": ""}])
 
   def test_half_of_a_character_is_refused(self):
     with self.assertRaisesRegex(ValueError, "prompt: is not Unicode text"):
-      text.encode(self.tok, "cold \ud800")
+      generate.encode(self.tok, "cold \ud800")
 
 
 ASKS = tuple(
-    text.Ask(
+    generate.Ask(
         prompt,
         max_tokens=n,
         temperature=1 + n / 20,
@@ -364,7 +364,7 @@ class FolderTest(parameterized.TestCase):
 class WriterTest(FolderTest):
 
   def load(self, folder):
-    return text.load(folder, n_slots=2, max_len=32, chunk=16)
+    return generate.load(folder, n_slots=2, max_len=32, chunk=16)
 
   def test_many_at_once_are_what_each_is_alone(self):
     writer = self.load(self.run_dir)
@@ -384,7 +384,7 @@ class WriterTest(FolderTest):
       stream.close()
       self.assertFalse(writer.engine.busy)
     with self.subTest("one that cannot be served"):
-      bad = text.Ask("a", max_tokens=31)
+      bad = generate.Ask("a", max_tokens=31)
       with self.assertRaisesRegex(ValueError, "max_tokens=31: needs 33 pos"):
         list(writer.stream([*ASKS[:3], bad]))
       self.assertFalse(writer.engine.busy)
@@ -398,8 +398,8 @@ class LoadTest(FolderTest):
 
   def served(self, folder, **options):
     """What the engine of a folder is made with."""
-    with mock.patch.object(text.engine_lib, "Engine") as made:
-      text.load(folder, **options)
+    with mock.patch.object(generate.engine_lib, "Engine") as made:
+      generate.load(folder, **options)
     (params, cfg), options = made.call_args
     return jax.device_get(params), cfg, options
 
@@ -436,15 +436,15 @@ class LoadTest(FolderTest):
     self.assertEqual(params["layers"][-1]["bias"].dtype, jnp.float32)
 
   def test_a_text_is_as_long_as_the_model_reads(self):
-    found = text.find(self.run_dir)
+    found = generate.find(self.run_dir)
     for factor, expected in ((1, 4096), (8, 128), (1000, 4096)):
       yarn = f"mla.yarn.factor={factor}", "mla.yarn.original_len=16"
       model = config.override(found.model, *yarn)
       other = dataclasses.replace(found, model=model)
-      with mock.patch.object(text.engine_lib, "Engine") as made:
-        other.problems(text.Options())
+      with mock.patch.object(generate.engine_lib, "Engine") as made:
+        other.problems(generate.Options())
       self.assertEqual(made.call_args.kwargs["max_len"], expected)
-      longer = text.Options(max_len=129)
+      longer = generate.Options(max_len=129)
       self.assertLen(other.problems(longer), int(factor == 8))
 
   def test_options_reach_the_engine(self):
@@ -456,7 +456,7 @@ class LoadTest(FolderTest):
     wrong = {"dtype": "float16", "n_slots": 0, "max_len": 0, "chunk": 3}
     unread = mock.patch.object(open_run, "newest", side_effect=AssertionError)
     with unread, self.assertRaises(ValueError) as caught:
-      text.load(self.run_dir, n_drafts=-1, **wrong)
+      generate.load(self.run_dir, n_drafts=-1, **wrong)
     lines = str(caught.exception).splitlines()
     self.assertLen(lines, 5)
     for name, value in (wrong | {"n_drafts": -1}).items():
@@ -464,15 +464,15 @@ class LoadTest(FolderTest):
     self.assertIn("float32, bfloat16", lines[0])
 
   def test_lists_what_is_wrong_with_asks(self):
-    found, options = text.find(self.run_dir), text.Options(max_len=32)
-    good, bad = text.Ask("", max_tokens=31), text.Ask("", max_tokens=32)
+    found, options = generate.find(self.run_dir), generate.Options(max_len=32)
+    good, bad = generate.Ask("", max_tokens=31), generate.Ask("", max_tokens=32)
     self.assertEmpty(found.problems(options, good, good))
     (problem,) = found.problems(options, good, bad)
     self.assertIn("max_tokens=32: needs 33 positions", problem)
 
   def test_a_released_checkpoint_has_no_average(self):
     with self.assertRaisesRegex(ValueError, "released .* has no average"):
-      text.load(self.released, average=True)
+      generate.load(self.released, average=True)
 
   def test_released_folders_are_trusted_as_far_as_is_said(self):
     folder = testing.folder(self) / "copy"
@@ -485,17 +485,17 @@ class LoadTest(FolderTest):
       shard.unlink()
       shard.symlink_to(self.released / shard.name)
     with self.assertRaisesRegex(ValueError, "auto_map names code"):
-      text.find(folder, follow_links=True)
+      generate.find(folder, follow_links=True)
     with self.assertRaisesRegex(ValueError, "is a link to"):
-      text.find(folder, ignore_auto_map=True)
-    text.find(folder, ignore_auto_map=True, follow_links=True)
+      generate.find(folder, ignore_auto_map=True)
+    generate.find(folder, ignore_auto_map=True, follow_links=True)
 
   def test_a_released_checkpoint_without_a_tokenizer(self):
     folder = testing.folder(self) / "copy"
     shutil.copytree(self.released, folder)
     (folder / "tokenizer.json").unlink()
     with self.assertRaisesRegex(ValueError, "not a readable tokenizer"):
-      text.load(folder)
+      generate.load(folder)
 
 
 class BadRunTest(parameterized.TestCase):
@@ -513,7 +513,7 @@ class BadRunTest(parameterized.TestCase):
 
   def assert_refused(self, message, **options):
     with self.assertRaisesRegex(ValueError, message) as caught:
-      text.load(self.folder, **options)
+      generate.load(self.folder, **options)
     self.assertNotIsInstance(caught.exception, manifest.MissingError)
 
   def configure(self, **settings):
@@ -550,7 +550,7 @@ class BadRunTest(parameterized.TestCase):
   def test_no_checkpoint(self, lost):
     shutil.rmtree(self.folder / lost)
     with self.assertRaises(manifest.MissingError):
-      text.load(self.folder)
+      generate.load(self.folder)
 
   def test_a_damaged_checkpoint(self):
     shutil.rmtree(self.folder / "checkpoints" / "0" / "d")
@@ -558,7 +558,7 @@ class BadRunTest(parameterized.TestCase):
         manifest.MissingError,
         "(?s)no checkpoint can be used:.*/0/d/.* no bytes",
     ):
-      text.load(self.folder)
+      generate.load(self.folder)
 
   @parameterized.parameters(
       ({"model__mla__q_rank": 0}, "another architecture.*moe/mla/q_down"),

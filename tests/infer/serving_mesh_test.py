@@ -20,9 +20,9 @@ from dsv3_jax import config
 from dsv3_jax import param_spec
 from dsv3_jax.config import presets
 from dsv3_jax.infer import engine
-from dsv3_jax.infer import placement
-from dsv3_jax.infer import served
-from dsv3_jax.infer import units
+from dsv3_jax.infer import eplb
+from dsv3_jax.infer import inference_params
+from dsv3_jax.infer import serving_mesh
 from dsv3_jax.model import swiglu
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import device_mesh
@@ -59,9 +59,9 @@ MESHES = (
 
 
 def unit(sizes, kind, dispatch, shared, n_redundant):
-  made = units.Unit(
+  made = serving_mesh.Unit(
       mesh=device_mesh.mesh(sizes),
-      rules=units.RULES[kind],
+      rules=serving_mesh.RULES[kind],
       n_replicas=0,
       dispatch=dispatch,
       shared_routed=shared,
@@ -99,7 +99,7 @@ def model(skew=0.1):
 @functools.cache
 def parameters(skew=0.1):
   cfg, params, bias = model(skew)
-  return jax.jit(served.params, static_argnums=2)(params, bias, cfg)
+  return jax.jit(inference_params.params, static_argnums=2)(params, bias, cfg)
 
 
 def requests(settings=SETTINGS, prompts=PROMPTS):
@@ -119,8 +119,8 @@ def make(used=None, n_drafts=0, *, skew=0.1, params=None, placed=None, **more):
   cfg, *_ = model(skew)
   params = params or parameters(skew)
   if used:
-    placed = placed or units.first_placement(used, cfg)
-    params = units.place(params, placed, used, cfg)
+    placed = placed or serving_mesh.first_placement(used, cfg)
+    params = serving_mesh.place(params, placed, used, cfg)
   sizes = dict(n_slots=SLOTS, max_len=MAX_LEN, chunk=CHUNK) | more
   return engine.Engine(
       params, cfg, n_drafts=n_drafts, unit=used, placed=placed, **sizes
@@ -233,11 +233,11 @@ def cases():
   """(name, unit, drafts, greedy) of every mesh and all that is beside it."""
   forms = "gather", "one_hop", "two_hop"
   for sizes, kind, dispatch, shared in itertools.product(
-      MESHES, units.RULES, forms, (False, True)
+      MESHES, serving_mesh.RULES, forms, (False, True)
   ):
     n_hops = forms.index(dispatch)
     # One device has nothing to send, and two hops are of two axes.
-    if n_hops > len(device_mesh.used(sizes, units.GROUP)):
+    if n_hops > len(device_mesh.used(sizes, serving_mesh.GROUP)):
       continue
     # So that each of two of these meets each of another two.
     greedy = (n_hops + (kind == "decode")) % 2
@@ -277,11 +277,11 @@ class ReplicasTest(parameterized.TestCase):
   ROUTER = config.Router(n_experts=5, top_k=1, n_groups=1, top_groups=1)
   CFG = dataclasses.replace(testing.TINY, router=ROUTER)
   # Four replicas of the first expert, one of each other.
-  PLACED = placement.place([[9, 1, 1, 1, 1]], n_replicas=8, n_devices=4)
+  PLACED = eplb.place([[9, 1, 1, 1, 1]], n_replicas=8, n_devices=4)
 
   def slots_of(self, sizes, dispatch, chosen):
     """The slot that each row [M] was sent to, 8: none, by what it returned."""
-    used = units.Unit(device_mesh.mesh(sizes), units.PREFILL, 8, dispatch)
+    used = serving_mesh.Unit(device_mesh.mesh(sizes), serving_mesh.PREFILL, 8, dispatch)
     one = testing.draw(swiglu.specs(6, 4, 0.1))
     factor = np.arange(1, 9, dtype=np.float32)
     p = {
@@ -297,12 +297,12 @@ class ReplicasTest(parameterized.TestCase):
         "replicas": np.maximum(self.PLACED.replicas[0], 0),
         "count": self.PLACED.count[0],
     }
-    p = put(p, units.GROUP) | put(tables, ())
+    p = put(p, serving_mesh.GROUP) | put(tables, ())
     x = np.asarray(testing.normal(len(chosen), 6))
     chosen = np.int32(chosen)[:, None]
     gates = np.ones(chosen.shape, np.float32)
     ffn = jax.shard_map(
-        units.experts(used, self.CFG).ffn, out_specs=used.batch, mesh=used.mesh
+        serving_mesh.experts(used, self.CFG).ffn, out_specs=used.batch, mesh=used.mesh
     )
     y = jax.jit(ffn)(p, *put((x, chosen, gates), device_mesh.BATCH))
     unit_y = reference.swiglu(reference.f64(one), np.float64(x))
@@ -341,14 +341,14 @@ class ReplicasTest(parameterized.TestCase):
   def test_texts_need_every_replica_and_each_only_some(self):
     cfg, *_ = model()
     used = prefill_unit()
-    placed = units.best_placement(load(used), used, cfg)
+    placed = serving_mesh.best_placement(load(used), used, cfg)
     expert = placed.count[0].argmax()
     slots = placed.replicas[0, expert, : placed.count[0, expert]]
     self.assertLen(slots, 2)
 
     def without(broken):
       made = make(used, placed=placed)
-      experts = served.mixtures(made._params)[0]["experts"]
+      experts = inference_params.mixtures(made._params)[0]["experts"]
       down = np.array(experts["down"])
       down[broken] = 0
       experts["down"] = jax.device_put(down, experts["down"].sharding)
@@ -362,7 +362,7 @@ class ReplicasTest(parameterized.TestCase):
       self.assertFalse(changed.all())
     # Without both it is a model without this expert.
     params = jax.tree.map(lambda a: a, parameters())
-    experts = served.mixtures(params)[0]["experts"]
+    experts = inference_params.mixtures(params)[0]["experts"]
     experts["down"] = experts["down"].at[expert].set(0)
     assert_same_texts(without(slots), run(make(params=params)))
 
@@ -376,7 +376,7 @@ class RebalanceTest(parameterized.TestCase):
     expected = of_one_device(n_drafts, self.SKEW)
     assert_same_texts(run(made), expected)
     load, before = made.load, made.imbalance()
-    placed = units.first_placement(used, made.cfg)
+    placed = serving_mesh.first_placement(used, made.cfg)
     self.check_imbalance(made, placed)
     made.rebalance()
     np.testing.assert_array_equal(made.load, np.zeros_like(load))
@@ -384,9 +384,9 @@ class RebalanceTest(parameterized.TestCase):
     assert_same_texts(run(made), expected)
     # The same texts are the same load.
     np.testing.assert_array_equal(made.load, load)
-    new = units.best_placement(load, used, made.cfg)
+    new = serving_mesh.best_placement(load, used, made.cfg)
     self.check_imbalance(made, new)
-    fresh = units.place(parameters(self.SKEW), new, used, made.cfg)
+    fresh = serving_mesh.place(parameters(self.SKEW), new, used, made.cfg)
     testing.assert_same(jax.device_get(made._params), jax.device_get(fresh))
     drafting = slice(1 + n_drafts)  # routers that were used
     self.assertTrue((made.imbalance()[drafting] < before[drafting]).all())
@@ -396,7 +396,7 @@ class RebalanceTest(parameterized.TestCase):
     used = made._unit
     everyone = used.load(made.load, made.cfg)
     devices = placed.loads(everyone, used.n_devices)
-    expected = placement.imbalance(devices)
+    expected = eplb.imbalance(devices)
     np.testing.assert_array_equal(made.imbalance(), expected)
 
   @parameterized.parameters(*BOTH)
@@ -417,7 +417,7 @@ class RebalanceTest(parameterized.TestCase):
   def test_comes_every_few_cycles(self):
     made = make(prefill_unit(), skew=self.SKEW, rebalance_every=3)
     with mock.patch.object(
-        units, "best_placement", wraps=units.best_placement
+        serving_mesh, "best_placement", wraps=serving_mesh.best_placement
     ) as best:
       found = run(made)
     assert_same_texts(found, of_one_device(skew=self.SKEW))
@@ -439,13 +439,13 @@ class RebalanceTest(parameterized.TestCase):
     used, (cfg, *_) = used(), model()
     rng = np.random.default_rng(0)
     old, new = (
-        units.best_placement(rng.gamma(0.5, size=(2, E)), used, cfg)
+        serving_mesh.best_placement(rng.gamma(0.5, size=(2, E)), used, cfg)
         for _ in range(2)
     )
-    moved = units.move(
-        units.place(parameters(), old, used, cfg), old, new, used, cfg
+    moved = serving_mesh.move(
+        serving_mesh.place(parameters(), old, used, cfg), old, new, used, cfg
     )
-    expected = units.place(parameters(), new, used, cfg)
+    expected = serving_mesh.place(parameters(), new, used, cfg)
     shardings = lambda tree: jax.tree.map(lambda a: a.sharding, tree)
     self.assertEqual(shardings(moved), shardings(expected))
     testing.assert_same(jax.device_get(moved), jax.device_get(expected))
@@ -460,8 +460,8 @@ class PlaceTest(parameterized.TestCase):
   def test_devices_hold_their_slots_and_heads_alone(self):
     cfg, *_ = model()
     used = decode_unit()
-    placed = units.first_placement(used, cfg)
-    params = units.place(parameters(), placed, used, cfg)
+    placed = serving_mesh.first_placement(used, cfg)
+    params = serving_mesh.place(parameters(), placed, used, cfg)
     dense, mixture = params["layers"]
     for block in (mixture, params["mtp"][0]["block"]):
       experts = block["ffn"]["experts"]
@@ -479,8 +479,8 @@ class PlaceTest(parameterized.TestCase):
   def test_dense_layers_and_shared_experts_are_whole_for_prefill(self):
     cfg, *_ = model()
     used = unit(CUBE, "prefill", "one_hop", False, 0)
-    placed = units.first_placement(used, cfg)
-    params = units.place(parameters(), placed, used, cfg)
+    placed = serving_mesh.first_placement(used, cfg)
+    params = serving_mesh.place(parameters(), placed, used, cfg)
     dense, mixture = params["layers"]
     self.assertEqual(self.held(mixture["ffn"]["experts"]["down"]),
                      {(2, 32, 64)})
@@ -492,10 +492,10 @@ class PlaceTest(parameterized.TestCase):
     cfg, *_ = model()
     used = decode_unit()
     load = np.random.default_rng(0).gamma(0.5, size=(2, E))
-    placed = units.best_placement(load, used, cfg)
-    params = units.place(parameters(), placed, used, cfg)
+    placed = serving_mesh.best_placement(load, used, cfg)
+    params = serving_mesh.place(parameters(), placed, used, cfg)
     for layer, (ffn, there) in enumerate(
-        zip(served.mixtures(params), served.mixtures(parameters()), strict=True)
+        zip(inference_params.mixtures(params), inference_params.mixtures(parameters()), strict=True)
     ):
       for name in ("gate_up", "down"):
         # The shared expert is the last.
@@ -509,11 +509,11 @@ class PlaceTest(parameterized.TestCase):
   def test_several_shared_experts_are_the_shared_feed_forward(self):
     cfg = testing.tiny("n_layers=1", "n_dense_layers=0", "moe.n_shared=3",
                        "mtp.depth=0")
-    params = testing.draw(served.specs(cfg))
+    params = testing.draw(inference_params.specs(cfg))
     used = unit({}, "decode", "gather", True, 2)
     used = dataclasses.replace(used, n_replicas=E + 3)
-    placed = placement.identity(1, E + 3)
-    experts = units.place(params, placed, used, cfg)["layers"][0]["ffn"]
+    placed = eplb.identity(1, E + 3)
+    experts = serving_mesh.place(params, placed, used, cfg)["layers"][0]["ffn"]
     experts = {n: experts["experts"][n][E:] for n in ("gate_up", "down")}
     x = np.float64(testing.normal(5, 64))
     expected = reference.swiglu(
@@ -537,19 +537,19 @@ class PlaceTest(parameterized.TestCase):
   def test_refuses_a_placement_of_another_shape(self, n_layers, n_experts, n):
     cfg, *_ = model()
     used = prefill_unit()
-    fits = units.first_placement(used, cfg)
-    other = placement.place(
+    fits = serving_mesh.first_placement(used, cfg)
+    other = eplb.place(
         np.ones((n_layers, n_experts)), n_replicas=n, n_devices=4
     )
-    params = units.place(parameters(), fits, used, cfg)
+    params = serving_mesh.place(parameters(), fits, used, cfg)
     message = (
         rf"^a placement of \(layers, experts, slots\) \({n_layers},"
         rf" {n_experts}, {n}\): must be \(2, 16, 20\)$"
     )
     with self.assertRaisesRegex(ValueError, message):
-      units.place(parameters(), other, used, cfg)
+      serving_mesh.place(parameters(), other, used, cfg)
     with self.assertRaisesRegex(ValueError, message):
-      units.move(params, fits, other, used, cfg)
+      serving_mesh.move(params, fits, other, used, cfg)
 
 
 class BestPlacementTest(parameterized.TestCase):
@@ -567,10 +567,10 @@ class BestPlacementTest(parameterized.TestCase):
     cfg, *_ = model()
     load = np.random.default_rng(0).gamma(0.3, size=(2, E))
     used = prefill_unit()
-    placed = units.best_placement(load, used, cfg)
+    placed = serving_mesh.best_placement(load, used, cfg)
     self.assertEqual(self.groups_on_nodes(placed, 8).max(), 1)
     # Anywhere, it would be another.
-    free = placement.place(load, n_replicas=20, n_devices=4)
+    free = eplb.place(load, n_replicas=20, n_devices=4)
     self.assertEqual(self.groups_on_nodes(free, 8).max(), 2)
 
   def test_shared_experts_have_the_load_of_all_tokens(self):
@@ -581,8 +581,8 @@ class BestPlacementTest(parameterized.TestCase):
     with_shared = np.append(load, load.sum(-1, keepdims=True) / 4, axis=1)
     np.testing.assert_array_equal(used.load(load, cfg), with_shared)
     np.testing.assert_array_equal(prefill_unit().load(load, cfg), load)
-    found = units.best_placement(load, used, cfg)
-    expected = placement.place(with_shared, n_replicas=24, n_devices=8)
+    found = serving_mesh.best_placement(load, used, cfg)
+    expected = eplb.place(with_shared, n_replicas=24, n_devices=8)
     np.testing.assert_array_equal(found.expert, expected.expert)
     self.assertGreater(found.count[0, E], 1)
 
@@ -591,12 +591,12 @@ class BestPlacementTest(parameterized.TestCase):
     used = prefill_unit()
     load = np.zeros((2, E))
     load[0, :3] = 5, 0, 1
-    found = units.best_placement(load, used, cfg)
-    first = units.first_placement(used, cfg)
+    found = serving_mesh.best_placement(load, used, cfg)
+    first = serving_mesh.first_placement(used, cfg)
     np.testing.assert_array_equal(found.expert[1], first.expert[1])
     self.assertFalse((found.expert[0] == first.expert[0]).all())
     np.testing.assert_array_equal(
-        placement.imbalance(first.loads(np.ones((2, E)), 4)),
+        eplb.imbalance(first.loads(np.ones((2, E)), 4)),
         [first.loads(np.ones((2, E)), 4)[0].max() / 4] * 2,
     )
 
@@ -612,7 +612,7 @@ class RefusalTest(parameterized.TestCase):
       ),
       (
           {"model": 3},
-          dict(n_replicas=18, rules=units.PREFILL),
+          dict(n_replicas=18, rules=serving_mesh.PREFILL),
           ["mla.n_heads=4: must be a multiple of 3, the devices model=3"],
       ),
       (
@@ -642,14 +642,14 @@ class RefusalTest(parameterized.TestCase):
   )
   def test_names_what_does_not_divide(self, sizes, options, expected):
     cfg, *_ = model()
-    used = units.Unit(
-        **{"mesh": device_mesh.abstract(sizes), "rules": units.DECODE} | options
+    used = serving_mesh.Unit(
+        **{"mesh": device_mesh.abstract(sizes), "rules": serving_mesh.DECODE} | options
     )
-    self.assertEqual(units.problems(used, cfg, SLOTS), expected)
+    self.assertEqual(serving_mesh.problems(used, cfg, SLOTS), expected)
 
   def test_an_engine_names_all_of_them(self):
     cfg, *_ = model()
-    used = units.Unit(device_mesh.abstract({"expert": 3}), units.DECODE, 16)
+    used = serving_mesh.Unit(device_mesh.abstract({"expert": 3}), serving_mesh.DECODE, 16)
     with self.assertRaises(ValueError) as caught:
       engine.Engine(parameters(), cfg, n_slots=4, n_drafts=-1, unit=used)
     found = str(caught.exception)
@@ -664,7 +664,7 @@ class RefusalTest(parameterized.TestCase):
   def test_an_engine_of_one_device_has_no_placement(self):
     cfg, *_ = model()
     with self.assertRaisesRegex(ValueError, "^unit and placed: one needs"):
-      engine.Engine(parameters(), cfg, placed=placement.identity(2, E))
+      engine.Engine(parameters(), cfg, placed=eplb.identity(2, E))
 
 
 class DeploymentTest(parameterized.TestCase):
@@ -682,15 +682,15 @@ class DeploymentTest(parameterized.TestCase):
   )
   def test_makes_a_unit(self, sizes, kind, n_redundant, n):
     cfg, *_ = model()
-    wanted = units.Deployment(sizes, kind, n_redundant, "one_hop")
-    found = units.unit(wanted, cfg)
+    wanted = serving_mesh.Deployment(sizes, kind, n_redundant, "one_hop")
+    found = serving_mesh.unit(wanted, cfg)
     self.assertEqual(found.mesh, device_mesh.mesh(sizes))
     self.assertEqual(found.n_replicas, n)
     self.assertEqual(found.dispatch, "one_hop")
     self.assertEqual(found.shared_routed, kind == "decode")
-    rules = {"decode": units.DECODE, "prefill": units.PREFILL}
+    rules = {"decode": serving_mesh.DECODE, "prefill": serving_mesh.PREFILL}
     self.assertEqual(found.rules, rules[kind])
-    self.assertEmpty(units.problems(found, cfg, SLOTS))
+    self.assertEmpty(serving_mesh.problems(found, cfg, SLOTS))
 
   @parameterized.parameters(
       (dict(kind="train"), "kind=train: must be one of prefill, decode"),
@@ -712,7 +712,7 @@ class DeploymentTest(parameterized.TestCase):
   def test_refuses(self, options, message):
     cfg, *_ = model()
     with self.assertRaises(ValueError) as caught:
-      units.unit(units.Deployment(SMALL, **options), cfg)
+      serving_mesh.unit(serving_mesh.Deployment(SMALL, **options), cfg)
     self.assertEqual(str(caught.exception), message)
 
 
@@ -724,7 +724,7 @@ class PublishedTest(parameterized.TestCase):
   def divided(self, used):
     """The mesh axes of parameters by path, those of dims that have some."""
     found = {}
-    for path, spec in param_spec.paths(served.specs(self.CFG)).items():
+    for path, spec in param_spec.paths(inference_params.specs(self.CFG)).items():
       place = sharding.placement(spec, used.rules, used.mesh.shape)
       axes = (axis for axis, _ in spec.dims)
       found[path] = {
@@ -747,24 +747,24 @@ class PublishedTest(parameterized.TestCase):
 
   def test_decode_has_an_expert_a_device(self):
     sizes = {"node": 40, "expert": 2, "model": 4}
-    used = units.Unit(
-        device_mesh.abstract(sizes), units.DECODE, 320, shared_routed=True
+    used = serving_mesh.Unit(
+        device_mesh.abstract(sizes), serving_mesh.DECODE, 320, shared_routed=True
     )
-    self.assertEmpty(units.problems(used, self.CFG, 80))
+    self.assertEmpty(serving_mesh.problems(used, self.CFG, 80))
     self.assertEqual((used.n_devices, used.n_shards), (320, 80))
     self.check(used, {"ffn": ("model",)})
     # A routed expert has one of 32 tokens, the shared one all: it has as many
     # slots, 32 of the 64 that are left, and some routed ones have the rest.
-    count = units.first_placement(used, self.CFG).count
+    count = serving_mesh.first_placement(used, self.CFG).count
     np.testing.assert_array_equal(count, [[2] * 32 + [1] * 224 + [32]] * 59)
 
   def test_prefill_has_nine_experts_a_device(self):
     sizes = {"node": 4, "expert": 2, "model": 4}
-    used = units.Unit(device_mesh.abstract(sizes), units.PREFILL, 288, "two_hop")
-    self.assertEmpty(units.problems(used, self.CFG, 8))
+    used = serving_mesh.Unit(device_mesh.abstract(sizes), serving_mesh.PREFILL, 288, "two_hop")
+    self.assertEmpty(serving_mesh.problems(used, self.CFG, 8))
     self.assertEqual((used.n_devices, used.n_shards), (32, 8))
     self.check(used, {})
-    placed = units.first_placement(used, self.CFG)
+    placed = serving_mesh.first_placement(used, self.CFG)
     # Two of the eight groups on each node.
     node = placed.expert.reshape(59, 4, 72) // 32
     for groups in node.reshape(-1, 72):

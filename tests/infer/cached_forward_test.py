@@ -9,9 +9,9 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from dsv3_jax import param_spec
-from dsv3_jax.infer import decoding
+from dsv3_jax.infer import cached_forward
+from dsv3_jax.infer import inference_params
 from dsv3_jax.infer import kvcache
-from dsv3_jax.infer import served
 from dsv3_jax.infer import speculation
 from dsv3_jax.model import experts
 from dsv3_jax.model import mla
@@ -75,13 +75,13 @@ class ReadTest(parameterized.TestCase):
     tokens = testing.tokens(2, LENGTH, vocab_size=VOCAB)
     hidden, *_ = full(cfg, params, bias, tokens)
     expected = hidden @ reference.f64(params["head"])
-    params, cache = served.params(params, bias, cfg), unread(cfg)
+    params, cache = inference_params.params(params, bias, cfg), unread(cfg)
 
     def read(params, cache, piece, start, form):
-      how = decoding.How(FORMS[form])
-      x, cache, _ = decoding.read(params, cache, piece, start, cfg, how)
-      normed = decoding.final(params, x, cfg)
-      return decoding.logits(params, normed), cache
+      how = cached_forward.How(FORMS[form])
+      x, cache, _ = cached_forward.read(params, cache, piece, start, cfg, how)
+      normed = cached_forward.final(params, x, cfg)
+      return cached_forward.logits(params, normed), cache
 
     read = jax.jit(read, static_argnames="form")
     terms = cfg.n_layers * LAYER_TERMS + 64
@@ -102,17 +102,17 @@ class ReadTest(parameterized.TestCase):
 
     @jax.jit
     def read(params, cache, valid):
-      how = decoding.How(mla.chunk, valid)
+      how = cached_forward.How(mla.chunk, valid)
       start = jnp.zeros(2, jnp.int32)
-      x, cache, load = decoding.read(params, cache, tokens, start, cfg, how)
-      hidden = decoding.final(params, x, cfg)
+      x, cache, load = cached_forward.read(params, cache, tokens, start, cfg, how)
+      hidden = cached_forward.final(params, x, cfg)
       ahead = jnp.roll(tokens, -1, 1)
-      *_, more = decoding.read_mtp(
+      *_, more = cached_forward.read_mtp(
           params, cache, hidden, ahead, start, cfg, how
       )
       return hidden, load, more
 
-    served_params = served.params(params, bias, cfg)
+    served_params = inference_params.params(params, bias, cfg)
     hidden, load, more = read(served_params, unread(cfg, True), valid)
     main = [of_text[2][: cfg.n_moe_layers] for of_text in alone]
     np.testing.assert_array_equal(load, sum(main))
@@ -128,21 +128,21 @@ class ReadTest(parameterized.TestCase):
       seen.append((x.shape, chosen.shape))
       return jnp.zeros_like(x)
 
-    how = decoding.How(experts=decoding.moe.Experts(none))
-    params = served.params(params, bias, cfg)
+    how = cached_forward.How(experts=cached_forward.moe.Experts(none))
+    params = inference_params.params(params, bias, cfg)
     piece = testing.tokens(2, 3, vocab_size=VOCAB)
     jax.eval_shape(
-        lambda cache: decoding.read(
+        lambda cache: cached_forward.read(
             params, cache, piece, jnp.zeros(2, jnp.int32), cfg, how
         ),
         unread(cfg),
     )
     self.assertEqual(seen, [((6, 64), (6, 4))])
 
-  @parameterized.parameters(1, decoding.FEW)
+  @parameterized.parameters(1, cached_forward.FEW)
   def test_few_choices_of_experts_are_not_sorted(self, n):
-    self.assertIs(decoding.local_experts(n).ffn, experts.few_ffn)
-    sorting = decoding.local_experts(decoding.FEW + n).ffn
+    self.assertIs(cached_forward.local_experts(n).ffn, experts.few_ffn)
+    sorting = cached_forward.local_experts(cached_forward.FEW + n).ffn
     self.assertIs(sorting, experts.grouped_ffn)
 
 
@@ -158,12 +158,12 @@ class MtpTest(absltest.TestCase):
         *reference.f64((params, bias, state)), tokens, cfg
     )
     expected, of_next = states[0], reference.f64(params["mtp"]["norm"][0])
-    params, cache = served.params(params, bias, cfg), unread(cfg, True)
+    params, cache = inference_params.params(params, bias, cfg), unread(cfg, True)
     main = cache["main"]
 
     def read(params, cache, state, ahead, start, form):
-      how = decoding.How(FORMS[form])
-      return decoding.read_mtp(
+      how = cached_forward.How(FORMS[form])
+      return cached_forward.read_mtp(
           params, cache, state, ahead, start, cfg, how
       )[:3]
 
@@ -206,8 +206,8 @@ class ServedTest(parameterized.TestCase):
   )
   def test_specs_are_of_the_parameters(self, *settings):
     cfg, params, bias = model(*settings)
-    made = jax.eval_shape(lambda p, b: served.params(p, b, cfg), params, bias)
-    expected = param_spec.abstract(served.specs(cfg))
+    made = jax.eval_shape(lambda p, b: inference_params.params(p, b, cfg), params, bias)
+    expected = param_spec.abstract(inference_params.specs(cfg))
     self.assertEqual(
         param_spec.paths(jax.tree.map(lambda a: (a.shape, str(a.dtype)), made)),
         param_spec.paths(
@@ -217,7 +217,7 @@ class ServedTest(parameterized.TestCase):
 
   def test_layers_and_modules_are_in_order(self):
     cfg, params, bias = model("n_dense_layers=1", "n_layers=3", "mtp.depth=2")
-    made = served.params(params, bias, cfg)
+    made = inference_params.params(params, bias, cfg)
     dense, *routed = made["layers"]
     self.assertNotIn("bias", dense)
     for i, p in enumerate(routed):

@@ -19,7 +19,7 @@ from sampling_test import p_value
 
 from dsv3_jax import config
 from dsv3_jax.infer import engine
-from dsv3_jax.infer import served
+from dsv3_jax.infer import inference_params
 from dsv3_jax.infer import stats as stats_lib
 from dsv3_jax.model import transformer
 
@@ -79,7 +79,7 @@ def model(*assignments):
 @functools.cache
 def parameters(*assignments):
   cfg, params, bias = model(*assignments)
-  return jax.jit(served.params, static_argnums=2)(params, bias, cfg)
+  return jax.jit(inference_params.params, static_argnums=2)(params, bias, cfg)
 
 
 def make(n_drafts=0, n_slots=SLOTS, assignments=(), params=None):

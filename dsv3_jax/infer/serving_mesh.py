@@ -22,8 +22,8 @@ import numpy as np
 from dsv3_jax import config
 from dsv3_jax import param_spec
 from dsv3_jax.errors import InputError
-from dsv3_jax.infer import placement as placement_lib
-from dsv3_jax.infer import served
+from dsv3_jax.infer import eplb
+from dsv3_jax.infer import inference_params
 from dsv3_jax.model import moe
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.parallel import dispatch
@@ -176,7 +176,7 @@ def _logical(ffn: param_spec.Params, n_shared: int) -> param_spec.Params:
 
 
 def _tables(
-    unit: Unit, placed: placement_lib.Placement, layer: int
+    unit: Unit, placed: eplb.Placement, layer: int
 ) -> dict[str, jax.Array]:
   """Where the replicas of a layer's experts are; a shape for all placements."""
   replicas, count = placed.replicas[layer], placed.count[layer]
@@ -198,7 +198,7 @@ def _moved(
     unit: Unit,
     experts: param_spec.Params,
     index: np.ndarray,
-    placed: placement_lib.Placement,
+    placed: eplb.Placement,
     layer: int,
 ) -> param_spec.Params:
   """The experts that a placement wants, and its tables."""
@@ -209,11 +209,11 @@ def _moved(
 
 
 def place(
-    params: served.Served,
-    placed: placement_lib.Placement,
+    params: inference_params.Served,
+    placed: eplb.Placement,
     unit: Unit,
     cfg: config.Model,
-) -> served.Served:
+) -> inference_params.Served:
   """The parameters of a unit, every device with its part.
 
   Args:
@@ -225,7 +225,7 @@ def place(
   Raises:
     InputError: the placement is of other layers, experts or slots.
   """
-  mixtures = served.mixtures(params)
+  mixtures = inference_params.mixtures(params)
   _check(placed, unit, cfg, len(mixtures))
   whole = jax.NamedSharding(unit.mesh, jax.P())
   found = []
@@ -234,15 +234,15 @@ def place(
     index = placed.expert[layer]
     found.append(_moved(unit, experts, index, placed, layer))
   rest = _without_placed(params, unit, cfg)
-  rest_specs = _without_placed(served.specs(cfg), unit, cfg)
+  rest_specs = _without_placed(inference_params.specs(cfg), unit, cfg)
 
   def put(a, spec):
     to = sharding.placement(spec, unit.rules, unit.mesh.shape).spec
     return jax.device_put(a, jax.NamedSharding(unit.mesh, to))
 
   rest = jax.tree.map(put, rest, rest_specs)
-  ffns = zip(served.mixtures(rest), found, strict=True)
-  return served.with_mixtures(
+  ffns = zip(inference_params.mixtures(rest), found, strict=True)
+  return inference_params.with_mixtures(
       rest, [ffn | {"experts": experts} for ffn, experts in ffns]
   )
 
@@ -250,28 +250,28 @@ def place(
 def _without_placed(tree: Any, unit: Unit, cfg: config.Model) -> Any:
   """A served tree without experts that have their places in a placement."""
   placed = ("experts", "shared") if unit.n_shared(cfg) else ("experts",)
-  return served.with_mixtures(
+  return inference_params.with_mixtures(
       tree,
       [
           {name: p for name, p in ffn.items() if name not in placed}
-          for ffn in served.mixtures(tree)
+          for ffn in inference_params.mixtures(tree)
       ],
   )
 
 
 def move(
-    params: served.Served,
-    old: placement_lib.Placement,
-    new: placement_lib.Placement,
+    params: inference_params.Served,
+    old: eplb.Placement,
+    new: eplb.Placement,
     unit: Unit,
     cfg: config.Model,
-) -> served.Served:
+) -> inference_params.Served:
   """The parameters in another placement; experts travel between devices.
 
   Raises:
     InputError: the placement is of other layers, experts or slots.
   """
-  mixtures = served.mixtures(params)
+  mixtures = inference_params.mixtures(params)
   _check(new, unit, cfg, len(mixtures))
   found = []
   for layer, ffn in enumerate(mixtures):
@@ -279,12 +279,12 @@ def move(
     experts = {name: ffn["experts"][name] for name in ("gate_up", "down")}
     moved = _moved(unit, experts, index, new, layer)
     found.append(ffn | {"experts": moved})
-  return served.with_mixtures(params, found)
+  return inference_params.with_mixtures(params, found)
 
 
 def best_placement(
     load: np.ndarray, unit: Unit, cfg: config.Model
-) -> placement_lib.Placement:
+) -> eplb.Placement:
   """The placement for a load [n, E] of routed experts.
 
   Inside nodes where groups of experts divide over them, as tokens do that go
@@ -293,7 +293,7 @@ def best_placement(
   """
   n_shared, n_nodes = unit.n_shared(cfg), unit.mesh.shape["node"]
   load = np.where(load.any(-1, keepdims=True), load, 1)
-  return placement_lib.place(
+  return eplb.place(
       unit.load(load, cfg),
       n_replicas=unit.n_replicas,
       n_devices=unit.n_devices,
@@ -302,14 +302,14 @@ def best_placement(
   )
 
 
-def first_placement(unit: Unit, cfg: config.Model) -> placement_lib.Placement:
+def first_placement(unit: Unit, cfg: config.Model) -> eplb.Placement:
   """The one for the same load of all experts."""
   even = np.ones((cfg.n_routers, cfg.router.n_experts))
   return best_placement(even, unit, cfg)
 
 
 def _check(
-    placed: placement_lib.Placement,
+    placed: eplb.Placement,
     unit: Unit,
     cfg: config.Model,
     n_layers: int,

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from dsv3_jax import config
 from dsv3_jax import param_spec
+from dsv3_jax.infer import inference_params
 from dsv3_jax.infer import kvcache
-from dsv3_jax.infer import served
 from dsv3_jax.model import experts as experts_lib
 from dsv3_jax.model import layers
 from dsv3_jax.model import mla
@@ -66,7 +66,7 @@ ABSORBED = How()
 
 
 def read(
-    params: served.Served,
+    params: inference_params.Served,
     cache: kvcache.Cache,
     tokens: jax.Array,
     start: jax.Array,
@@ -99,7 +99,7 @@ def read(
 
 
 def read_mtp(
-    params: served.Served,
+    params: inference_params.Served,
     cache: kvcache.Cache,
     hidden: jax.Array,
     ahead: jax.Array,
@@ -131,12 +131,12 @@ def read_mtp(
   return out, onward, cache | {"mtp": (kept,)}, load
 
 
-def final(params: served.Served, x: jax.Array, cfg: config.Model) -> jax.Array:
+def final(params: inference_params.Served, x: jax.Array, cfg: config.Model) -> jax.Array:
   """The final norm of states [..., D]."""
   return layers.rms_norm(params["norm"], x, cfg.norm_eps)
 
 
-def logits(params: served.Served, hidden: jax.Array) -> jax.Array:
+def logits(params: inference_params.Served, hidden: jax.Array) -> jax.Array:
   """Next-token logits [..., C] in float32 of normed states [..., D]."""
   rows = hidden.reshape(-1, hidden.shape[-1])
   # As columns, really turned: the product is much faster so on CPU.

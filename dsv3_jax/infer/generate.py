@@ -25,8 +25,8 @@ from dsv3_jax.data import chat
 from dsv3_jax.data import tokenizer
 from dsv3_jax.errors import InputError
 from dsv3_jax.infer import engine as engine_lib
-from dsv3_jax.infer import served
-from dsv3_jax.infer import units
+from dsv3_jax.infer import inference_params
+from dsv3_jax.infer import serving_mesh
 from dsv3_jax.interop import hf_config
 from dsv3_jax.interop import hf_read
 from dsv3_jax.interop import load_sharded
@@ -212,7 +212,7 @@ class Options:
   max_len: int | None = None  # None: MAX_LEN, or what YaRN extends to if less
   chunk: int = 512  # tokens of a prompt that are read together
   n_drafts: int = 0  # tokens that the MTP module drafts at a time
-  deployment: units.Deployment | None = None  # None: one device
+  deployment: serving_mesh.Deployment | None = None  # None: one device
   rebalance_every: int = 0  # cycles after which experts are placed anew
 
 
@@ -256,8 +256,8 @@ class Found:
     params, bias = device_mesh.on_first_device(parts, mesh)
     made = _served(params, bias, cfg=cfg, recipe=DTYPES[options.dtype])
     if options.deployment:
-      unit = units.unit(options.deployment, cfg)
-      made = units.place(made, units.first_placement(unit, cfg), unit, cfg)
+      unit = serving_mesh.unit(options.deployment, cfg)
+      made = serving_mesh.place(made, serving_mesh.first_placement(unit, cfg), unit, cfg)
     return Writer(self._engine(made, options), self.tok)
 
   def _cfg(self, options: Options) -> config.Model:
@@ -267,13 +267,13 @@ class Found:
     return config.override(self.model, "mtp.depth=0")
 
   def _engine(
-      self, params: served.Served, options: Options
+      self, params: inference_params.Served, options: Options
   ) -> engine_lib.Engine:
     cfg, max_len, unit = self._cfg(options), options.max_len, None
     if max_len is None:
       max_len = int(min(MAX_LEN, cfg.mla.yarn.max_len))
     if options.deployment:
-      unit = units.unit(options.deployment, cfg)
+      unit = serving_mesh.unit(options.deployment, cfg)
     return engine_lib.Engine(
         params,
         cfg,
@@ -282,7 +282,7 @@ class Found:
         chunk=options.chunk,
         n_drafts=options.n_drafts,
         unit=unit,
-        placed=unit and units.first_placement(unit, cfg),
+        placed=unit and serving_mesh.first_placement(unit, cfg),
         rebalance_every=options.rebalance_every,
     )
 
@@ -355,4 +355,4 @@ def _read_released(
 def _served(params, bias, *, cfg, recipe):
   how = config.Precision(recipe=recipe)
   params = recipe_lib.compute_params(params, transformer.specs(cfg), how)
-  return served.params(params, bias, cfg)
+  return inference_params.params(params, bias, cfg)

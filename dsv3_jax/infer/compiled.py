@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax import config
-from dsv3_jax.infer import decoding
+from dsv3_jax.infer import cached_forward
 from dsv3_jax.infer import kvcache
 from dsv3_jax.infer import sampling
+from dsv3_jax.infer import serving_mesh
 from dsv3_jax.infer import speculation
-from dsv3_jax.infer import units
 from dsv3_jax.model import mla
 
 
@@ -37,18 +37,18 @@ Program = Callable[..., tuple[speculation.State, Any, jax.Array]]
 
 
 @functools.cache
-def cycle(cfg: config.Model, unit: units.Unit | None, mode: str) -> Program:
+def cycle(cfg: config.Model, unit: serving_mesh.Unit | None, mode: str) -> Program:
   """`speculation.cycle` of all slots, on one device or on a unit's.
 
   Returns:
     A jitted function of parameters, state (donated) and the slots in use.
   """
-  experts = units.experts(unit, cfg) if unit else None
+  experts = serving_mesh.experts(unit, cfg) if unit else None
 
   def local(params, state, in_use):
     return speculation.cycle(params, state, in_use, cfg, mode, experts)
 
-  return jax.jit(units.mapped(local, unit), donate_argnums=1)
+  return jax.jit(serving_mesh.mapped(local, unit), donate_argnums=1)
 
 
 @functools.partial(jax.jit, static_argnames="n")
@@ -58,7 +58,7 @@ def grow(state: speculation.State, n: int) -> speculation.State:
 
 
 @functools.cache
-def prefill(cfg: config.Model, unit: units.Unit | None, mode: str) -> Program:
+def prefill(cfg: config.Model, unit: serving_mesh.Unit | None, mode: str) -> Program:
   """Reads a chunk of prompts.
 
   Returns:
@@ -67,12 +67,12 @@ def prefill(cfg: config.Model, unit: units.Unit | None, mode: str) -> Program:
     [R, 1] int32, and its log-probability; tokens of each expert of the main
     model.
   """
-  experts = units.experts(unit, cfg) if unit else None
+  experts = serving_mesh.experts(unit, cfg) if unit else None
 
   def local(params, state, chunk):
     return _read_chunk(params, state, chunk, cfg, mode, experts)
 
-  return jax.jit(units.mapped(local, unit), donate_argnums=1)
+  return jax.jit(serving_mesh.mapped(local, unit), donate_argnums=1)
 
 
 def _read_chunk(params, state, chunk, cfg, mode, experts):
@@ -82,11 +82,11 @@ def _read_chunk(params, state, chunk, cfg, mode, experts):
       lambda a: jax.lax.dynamic_slice_in_dim(a, slot, 1), state.cache
   )
   valid = jnp.arange(chunk.tokens.shape[1])[None] < n
-  read = decoding.How(mla.chunk, valid, experts)
-  x, row, load = decoding.read(params, row, chunk.tokens, start, cfg, read)
+  read = cached_forward.How(mla.chunk, valid, experts)
+  x, row, load = cached_forward.read(params, row, chunk.tokens, start, cfg, read)
   last = jax.lax.dynamic_slice_in_dim(x, jnp.maximum(n - 1, 0), 1, axis=1)
-  normed = decoding.final(params, last, cfg)
-  logits = decoding.logits(params, normed)
+  normed = cached_forward.final(params, last, cfg)
+  logits = cached_forward.logits(params, normed)
   p = sampling.probabilities(logits, how, mode)
   position = start[:, None] + n
   token = sampling.draw(p, how.seed, position, sampling.FINAL, mode)
@@ -100,8 +100,8 @@ def _read_chunk(params, state, chunk, cfg, mode, experts):
   if hidden is not None:
     # Only its cache is wanted. The last position, whose next token is not known
     # here, is read again with it in the first cycle.
-    states = speculation.mtp_input(x, decoding.final(params, x, cfg), cfg)
-    _, _, row, _ = decoding.read_mtp(
+    states = speculation.mtp_input(x, cached_forward.final(params, x, cfg), cfg)
+    _, _, row, _ = cached_forward.read_mtp(
         params, row, states, chunk.ahead, start, cfg, read
     )
     of_last = speculation.mtp_input(last, normed, cfg)

@@ -8,7 +8,7 @@ import numpy as np
 from absl.testing import absltest
 from absl.testing import parameterized
 
-from dsv3_jax.infer import placement
+from dsv3_jax.infer import eplb
 
 # Loads of two layers, and what slots hold, printed beside the published code.
 GOLDEN_LOAD = [
@@ -61,11 +61,11 @@ def compositions(total, parts):
 class GoldenTest(absltest.TestCase):
 
   def test_is_the_published_example(self):
-    placed = placement.place(GOLDEN_LOAD, **SMALL)
+    placed = eplb.place(GOLDEN_LOAD, **SMALL)
     np.testing.assert_array_equal(placed.expert, GOLDEN_EXPERT)
 
   def test_has_the_replicas_of_the_published_example(self):
-    placed = placement.place(GOLDEN_LOAD, **SMALL)
+    placed = eplb.place(GOLDEN_LOAD, **SMALL)
     np.testing.assert_array_equal(
         placed.count,
         [
@@ -127,13 +127,13 @@ class PackTest(parameterized.TestCase):
       ),
   )
   def test_items_go(self, weights, n_bins, bins, places):
-    chosen, place = placement.pack(weights, n_bins)
+    chosen, place = eplb.pack(weights, n_bins)
     np.testing.assert_array_equal(chosen, bins)
     np.testing.assert_array_equal(place, places)
 
   @parameterized.product(n_bins=(1, 2, 3, 6, 12), seed=(0, 1))
   def test_fills_every_place_of_every_bin_once(self, n_bins, seed):
-    chosen, place = placement.pack(uniform(12, seed=seed), n_bins)
+    chosen, place = eplb.pack(uniform(12, seed=seed), n_bins)
     self.assertCountEqual(
         zip(chosen, place, strict=True),
         itertools.product(range(n_bins), range(12 // n_bins)),
@@ -142,7 +142,7 @@ class PackTest(parameterized.TestCase):
   @parameterized.parameters(*range(20))
   def test_is_within_a_third_of_the_best_of_all(self, seed):
     weights = uniform(10, seed=seed) ** 3
-    chosen, _ = placement.pack(weights, 2)
+    chosen, _ = eplb.pack(weights, 2)
     heavier = np.bincount(chosen, weights).max()
     halves = itertools.combinations(weights, 5)
     best = min(max(sum(half), weights.sum() - sum(half)) for half in halves)
@@ -150,7 +150,7 @@ class PackTest(parameterized.TestCase):
 
   def test_does_not_overfill_where_weights_overflow(self):
     with np.errstate(over="ignore"):
-      chosen, _ = placement.pack([1.7e308] * 6, 2)
+      chosen, _ = eplb.pack([1.7e308] * 6, 2)
     np.testing.assert_array_equal(np.bincount(chosen), [3, 3])
 
 
@@ -188,20 +188,20 @@ class ReplicateTest(parameterized.TestCase):
       ),
   )
   def test_gives_more_to(self, weights, expert, rank, count):
-    actual = placement.replicate(weights, len(expert))
+    actual = eplb.replicate(weights, len(expert))
     for array, expected in zip(actual, (expert, rank, count), strict=True):
       np.testing.assert_array_equal(array, expected)
 
   @parameterized.product(n=(1, 2, 3, 4), more=(0, 1, 2, 5), seed=(0, 1, 2))
   def test_leaves_the_smallest_maximum_of_all(self, n, more, seed):
     weights = uniform(n, seed=seed) ** 3
-    _, _, count = placement.replicate(weights, n + more)
+    _, _, count = eplb.replicate(weights, n + more)
     best = min((weights / c).max() for c in compositions(n + more, n))
     self.assertEqual((weights / count).max(), best)
 
   @parameterized.parameters(0, 1, 2)
   def test_ranks_the_replicas_of_an_expert(self, seed):
-    expert, rank, count = placement.replicate(uniform(5, seed=seed) ** 3, 17)
+    expert, rank, count = eplb.replicate(uniform(5, seed=seed) ** 3, 17)
     np.testing.assert_array_equal(np.bincount(expert), count)
     for i in range(5):
       np.testing.assert_array_equal(rank[expert == i], np.arange(count[i]))
@@ -213,7 +213,7 @@ class PlaceTest(parameterized.TestCase):
   def test_says_the_same_of_slots_and_of_experts(self, deployment, power):
     n_experts, how = deployment
     load = uniform(3, n_experts) ** power
-    placed = placement.place(load, **how)
+    placed = eplb.place(load, **how)
     n_slots, most = how["n_replicas"], placed.count.max()
     chex.assert_type([placed.expert, placed.replicas, placed.count], np.int32)
     chex.assert_shape(placed.expert, (3, n_slots))
@@ -235,7 +235,7 @@ class PlaceTest(parameterized.TestCase):
   def test_keeps_a_group_within_a_node(self, deployment, seed):
     n_experts, how = deployment
     n_groups, n_nodes = how["n_groups"], how["n_nodes"]
-    placed = placement.place(uniform(3, n_experts, seed=seed), **how)
+    placed = eplb.place(uniform(3, n_experts, seed=seed), **how)
     groups = placed.expert // (n_experts // n_groups)
     for layer in groups.reshape(3, n_nodes, -1):
       nodes = [set(node) for node in layer]
@@ -246,16 +246,16 @@ class PlaceTest(parameterized.TestCase):
   def test_packs_groups_into_nodes_by_their_load(self):
     # Groups of 2 experts and load 9, 8, 2 and 1: the first joins the last.
     load = [[4, 5, 8, 0, 1, 1, 0, 1]]
-    placed = placement.place(
+    placed = eplb.place(
         load, n_replicas=8, n_devices=8, n_groups=4, n_nodes=2
     )
     np.testing.assert_array_equal(placed.expert, [[0, 1, 6, 7, 2, 3, 4, 5]])
 
   def test_is_global_where_nodes_do_not_divide_groups(self):
     load = zipf(4, 12)
-    whole = placement.place(load, n_replicas=24, n_devices=12)
+    whole = eplb.place(load, n_replicas=24, n_devices=12)
     for n_groups, n_nodes in ((1, 4), (4, 3), (3, 2), (2, 4)):
-      placed = placement.place(
+      placed = eplb.place(
           load,
           n_replicas=24,
           n_devices=12,
@@ -263,43 +263,43 @@ class PlaceTest(parameterized.TestCase):
           n_nodes=n_nodes,
       )
       chex.assert_trees_all_equal(vars(placed), vars(whole))
-    other = placement.place(
+    other = eplb.place(
         load, n_replicas=24, n_devices=12, n_groups=4, n_nodes=2
     )
     self.assertFalse(np.array_equal(other.expert, whole.expert))
 
   def test_with_one_slot_a_device_adds_replicas_and_moves_nothing(self):
     load = zipf(4, 12)
-    placed = placement.place(load, n_replicas=16, n_devices=16)
+    placed = eplb.place(load, n_replicas=16, n_devices=16)
     np.testing.assert_array_equal(placed.expert[:, :12], [range(12)] * 4)
-    expected = [placement.replicate(row, 16)[0] for row in load]
+    expected = [eplb.replicate(row, 16)[0] for row in load]
     np.testing.assert_array_equal(placed.expert, expected)
 
   @parameterized.parameters(*GLOBAL[:2], HIERARCHICAL[0])
   def test_places_each_layer_by_itself(self, n_experts, how):
     load = zipf(4, n_experts)
-    placed = placement.place(load, **how)
+    placed = eplb.place(load, **how)
     for i, row in enumerate(load):
-      alone = placement.place(row[None], **how)
+      alone = eplb.place(row[None], **how)
       np.testing.assert_array_equal(placed.expert[i], alone.expert[0])
 
   def test_reads_counts_and_leaves_them_alone(self):
     load = zipf(4, 12).astype(np.int32)
     before = load.copy()
-    placed = placement.place(load, **SMALL)
+    placed = eplb.place(load, **SMALL)
     np.testing.assert_array_equal(load, before)
     # Loads matter in proportion alone; powers of two divide exactly.
-    other = placement.place(load / 2**20, **SMALL)
+    other = eplb.place(load / 2**20, **SMALL)
     chex.assert_trees_all_equal(vars(placed), vars(other))
 
   def test_replicas_that_share_a_device_are_legal(self):
-    placed = placement.place([[3]], n_replicas=4, n_devices=2)
+    placed = eplb.place([[3]], n_replicas=4, n_devices=2)
     np.testing.assert_array_equal(placed.expert, [[0, 0, 0, 0]])
     np.testing.assert_array_equal(placed.replicas, [[[0, 2, 1, 3]]])
     np.testing.assert_array_equal(placed.loads([[3]], 2), [[1.5, 1.5]])
 
   def test_no_load_at_all(self):
-    placed = placement.place(np.zeros((1, 3)), n_replicas=4, n_devices=2)
+    placed = eplb.place(np.zeros((1, 3)), n_replicas=4, n_devices=2)
     np.testing.assert_array_equal(placed.count, [[2, 1, 1]])
     np.testing.assert_array_equal(placed.loads(np.zeros((1, 3)), 2), [[0, 0]])
 
@@ -307,7 +307,7 @@ class PlaceTest(parameterized.TestCase):
 class LoadsTest(parameterized.TestCase):
 
   def test_by_hand(self):
-    placed = placement.Placement(
+    placed = eplb.Placement(
         expert=np.int32([[0, 1, 2, 0], [1, 1, 0, 2]]),
         replicas=np.int32(
             [[[0, 3], [1, -1], [2, -1]], [[2, -1], [0, 1], [3, -1]]]
@@ -324,7 +324,7 @@ class LoadsTest(parameterized.TestCase):
   @parameterized.parameters(*GLOBAL, *HIERARCHICAL[:4])
   def test_is_where_tokens_go_that_take_turns(self, n_experts, how):
     tokens = zipf(2, n_experts) // 1000
-    placed = placement.place(tokens, **how)
+    placed = eplb.place(tokens, **how)
     # So that every number of replicas divides them.
     tokens *= math.lcm(*np.unique(placed.count))
     per_device = how["n_replicas"] // how["n_devices"]
@@ -342,24 +342,24 @@ class LoadsTest(parameterized.TestCase):
   @parameterized.parameters(0, 1, 2)
   def test_skewed_load_is_balanced(self, seed):
     load = zipf(3, 256, seed)
-    before = placement.identity(3, 256).loads(load, 32)
+    before = eplb.identity(3, 256).loads(load, 32)
     # The top expert alone is 1 / H(256) = 16 % of all, five times the mean of
     # 32 devices.
-    self.assertGreater(placement.imbalance(before).min(), 5)
-    placed = placement.place(load, n_replicas=288, n_devices=32)
+    self.assertGreater(eplb.imbalance(before).min(), 5)
+    placed = eplb.place(load, n_replicas=288, n_devices=32)
     after = placed.loads(load, 32)
     np.testing.assert_allclose(after.sum(-1), load.sum(-1), rtol=1e-12)
-    self.assertLess(placement.imbalance(after).max(), 1.01)
+    self.assertLess(eplb.imbalance(after).max(), 1.01)
 
   @parameterized.parameters(0, 1, 2)
   def test_skewed_load_is_balanced_within_nodes(self, seed):
     load = zipf(3, 256, seed)
-    before = placement.identity(3, 256).loads(load, 32)
-    placed = placement.place(load, **HIERARCHICAL[-1][1])
+    before = eplb.identity(3, 256).loads(load, 32)
+    placed = eplb.place(load, **HIERARCHICAL[-1][1])
     after = placed.loads(load, 32)
     np.testing.assert_allclose(after.sum(-1), load.sum(-1), rtol=1e-12)
     # What remains is mostly between nodes, which own whole groups.
-    ratio = placement.imbalance(before) / placement.imbalance(after)
+    ratio = eplb.imbalance(before) / eplb.imbalance(after)
     self.assertGreater(ratio.min(), 2)
     nodes = after.reshape(3, 4, 8)
     heaviest = np.take_along_axis(load / placed.count, placed.expert, -1)
@@ -368,17 +368,17 @@ class LoadsTest(parameterized.TestCase):
 
   def test_one_replica_a_device_is_as_good_as_replication_allows(self):
     load = zipf(3, 256)
-    placed = placement.place(load, n_replicas=320, n_devices=320)
+    placed = eplb.place(load, n_replicas=320, n_devices=320)
     after = placed.loads(load, 320)
     np.testing.assert_array_equal(
         after.max(-1), (load / placed.count).max(-1)
     )
-    before = placement.identity(3, 256).loads(load, 256)
-    ratio = placement.imbalance(before) / placement.imbalance(after)
+    before = eplb.identity(3, 256).loads(load, 256)
+    ratio = eplb.imbalance(before) / eplb.imbalance(after)
     self.assertGreater(ratio.min(), 10)
 
   def test_identity_holds_every_expert_once_in_order(self):
-    placed = placement.identity(2, 4)
+    placed = eplb.identity(2, 4)
     np.testing.assert_array_equal(placed.expert, [range(4)] * 2)
     np.testing.assert_array_equal(placed.replicas[..., 0], [range(4)] * 2)
     np.testing.assert_array_equal(placed.count, np.ones((2, 4)))
@@ -390,10 +390,10 @@ class LoadsTest(parameterized.TestCase):
   def test_imbalance_is_the_largest_over_the_mean(self):
     loads = [[[1, 1, 1, 1], [4, 0, 0, 0]], [[0, 0, 0, 0], [1, 2, 2, 3]]]
     np.testing.assert_array_equal(
-        placement.imbalance(loads), [[1, 4], [1, 1.5]]
+        eplb.imbalance(loads), [[1, 4], [1, 1.5]]
     )
-    self.assertEqual(placement.imbalance([3, 1]), 1.5)
-    self.assertEqual(placement.imbalance([0, 0]), 1)
+    self.assertEqual(eplb.imbalance([3, 1]), 1.5)
+    self.assertEqual(eplb.imbalance([0, 0]), 1)
 
 
 class RefusalTest(parameterized.TestCase):
@@ -421,73 +421,73 @@ class RefusalTest(parameterized.TestCase):
   def test_of_a_placement(self, changed, message):
     how = {"load": GOLDEN_LOAD, **SMALL, **changed}
     with self.assertRaisesRegex(ValueError, f"^{message}"):
-      placement.place(**how)
+      eplb.place(**how)
 
   @parameterized.named_parameters(
       (
           "bins",
-          lambda: placement.pack([1, 2, 3], 2),
+          lambda: eplb.pack([1, 2, 3], 2),
           "n_items=3: must be a multiple of n_bins=2",
       ),
-      ("no_bin", lambda: placement.pack([1], 0), "n_bins=0: must be at least"),
+      ("no_bin", lambda: eplb.pack([1], 0), "n_bins=0: must be at least"),
       (
           "rows",
-          lambda: placement.pack([[1]], 1),
+          lambda: eplb.pack([[1]], 1),
           r"weights has shape \(1, 1\): must have 1 dim",
       ),
       (
           "heavy",
-          lambda: placement.pack([1, np.inf], 1),
+          lambda: eplb.pack([1, np.inf], 1),
           "weights holds inf: must be finite",
       ),
       (
           "replicas",
-          lambda: placement.replicate([1, 2], 1),
+          lambda: eplb.replicate([1, 2], 1),
           "n_replicas=1: must be at least n_experts=2",
       ),
       (
           "light",
-          lambda: placement.replicate([1, -1], 2),
+          lambda: eplb.replicate([1, -1], 2),
           "weights holds -1.0: must be finite",
       ),
       (
           "layers",
-          lambda: placement.identity(0, 4),
+          lambda: eplb.identity(0, 4),
           "n_layers=0, n_experts=4: must be at least 1",
       ),
       (
           "experts",
-          lambda: placement.identity(4, 0),
+          lambda: eplb.identity(4, 0),
           "n_layers=4, n_experts=0: must be at least 1",
       ),
       (
           "shape",
-          lambda: placement.identity(2, 4).loads(np.ones((1, 4)), 2),
+          lambda: eplb.identity(2, 4).loads(np.ones((1, 4)), 2),
           r"load has shape \(1, 4\): must be \(2, 4\)",
       ),
       (
           "load",
-          lambda: placement.identity(1, 2).loads([[1, np.nan]], 2),
+          lambda: eplb.identity(1, 2).loads([[1, np.nan]], 2),
           "load holds nan: must be finite",
       ),
       (
           "devices",
-          lambda: placement.identity(2, 4).loads(np.ones((2, 4)), 3),
+          lambda: eplb.identity(2, 4).loads(np.ones((2, 4)), 3),
           "n_replicas=4: must be a multiple of n_devices=3",
       ),
       (
           "scalar",
-          lambda: placement.imbalance(3.0),
+          lambda: eplb.imbalance(3.0),
           r"loads has shape \(\): must have 1 dim",
       ),
       (
           "nothing",
-          lambda: placement.imbalance(np.ones((2, 0))),
+          lambda: eplb.imbalance(np.ones((2, 0))),
           r"loads has shape \(2, 0\): must have 2 dim",
       ),
       (
           "negative",
-          lambda: placement.imbalance([2, -1]),
+          lambda: eplb.imbalance([2, -1]),
           "loads holds -1.0: must be finite",
       ),
   )
