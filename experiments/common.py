@@ -7,7 +7,6 @@ The same command again goes on where the last one stopped. All problems of a
 command line are listed at once, before JAX starts.
 """
 
-import dataclasses
 import difflib
 import math
 import os
@@ -32,6 +31,7 @@ from experiments import allocator
 from experiments import cluster
 from experiments import exits
 from experiments import lifeline
+from experiments import run_args
 
 OK, BAD_INPUT, NOT_FINITE = exits.OK, exits.BAD_INPUT, exits.NOT_FINITE
 NO_CHECKPOINT, INTERNAL = exits.NO_CHECKPOINT, exits.INTERNAL
@@ -69,23 +69,6 @@ flags.DEFINE_bool(
 flags.DEFINE_bool(
     "retry", False, "start although the starts before failed, one after another"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Command:
-  """A command line that was found good."""
-
-  variant: str
-  run: config.Run
-  workdir: pathlib.Path | None
-  seed: int
-  stop: int  # steps
-  mesh: dict[str, int]  # sizes of the axes named
-  processes: cluster.Processes
-  init_from: pathlib.Path | None = None
-  patience: lifeline.Patience = lifeline.Patience()
-  retry: bool = False  # although starts failed
-  deterministic: bool = True  # on GPUs
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -126,7 +109,7 @@ def parse_mesh(text: str) -> tuple[dict[str, int], list[str]]:
   return sizes, problems
 
 
-def _command(variants: Mapping[str, config.Run]) -> tuple[Command, list[str]]:
+def _command(variants: Mapping[str, config.Run]) -> tuple[run_args.RunArgs, list[str]]:
   """The command that the flags ask for, and all that is wrong with it."""
   args = flags.FLAGS
   mesh, problems = parse_mesh(args.mesh)
@@ -170,7 +153,7 @@ def _command(variants: Mapping[str, config.Run]) -> tuple[Command, list[str]]:
         f"--init_from={init_from}: neither checkpoints nor imported weights"
         " there"
     )
-  command = Command(
+  command = run_args.RunArgs(
       variant=name,
       run=run,
       workdir=workdir,
@@ -239,7 +222,7 @@ def start_jax(command: Command) -> None:
 
 
 def main(
-    variants: Mapping[str, config.Run], execute: Callable[[Command], int | None]
+    variants: Mapping[str, config.Run], execute: Callable[[run_args.RunArgs], int | None]
 ) -> None:
   """Runs an experiment from the command line.
 

@@ -38,6 +38,7 @@ from dsv3_jax.interop import open_run
 from dsv3_jax.parallel import sharding
 from experiments import common
 from experiments import logbook
+from experiments import run_args
 
 DEPTHS = tuple(np.linspace(0, 1, 11).tolist())
 TOKENS_AT_ONCE = 1 << 15  # of prompts
@@ -123,7 +124,7 @@ def phases(
   return found
 
 
-def _problems(command: common.Command) -> tuple[list[int], list[str]]:
+def _problems(command: run_args.RunArgs) -> tuple[list[int], list[str]]:
   """The lengths asked for, and what is wrong with the command."""
   problems = []
   if command.workdir is None:
@@ -152,7 +153,7 @@ def _problems(command: common.Command) -> tuple[list[int], list[str]]:
   return lengths, problems
 
 
-def execute(command: common.Command) -> None:
+def execute(command: run_args.RunArgs) -> None:
   """Trains all phases, then evaluates."""
   lengths, problems = _problems(command)
   planned = [] if problems else phases(command.run, lengths, _WITHOUT.value)
@@ -205,7 +206,7 @@ def write_texts(
 
 
 def _models(
-    command: common.Command, done: Sequence[Phase], longest: int
+    command: run_args.RunArgs, done: Sequence[Phase], longest: int
 ) -> Iterator[tuple[str, hidden.Model]]:
   """All models to look at, by label."""
   from experiments import cluster
@@ -221,7 +222,7 @@ def _models(
 
 
 def _evaluate(
-    command: common.Command, done: Sequence[Phase], lengths: Sequence[int]
+    command: run_args.RunArgs, done: Sequence[Phase], lengths: Sequence[int]
 ) -> None:
   """Grids of all models: on screen, as numbers, as a picture and a report."""
   from scripts import plots

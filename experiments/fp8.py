@@ -32,6 +32,7 @@ from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
 from experiments import common
 from experiments import logbook
+from experiments import run_args
 
 ARMS = {
     "bf16": ("precision.recipe=bf16",),
@@ -125,7 +126,7 @@ def _problems(
   return problems
 
 
-def execute(command: common.Command) -> None:
+def execute(command: run_args.RunArgs) -> None:
   """Trains all arms and compares them."""
   arms = list(dict.fromkeys(_ARMS.value))
   problems = _problems(command.run, arms, command.seed, command.stop)
@@ -145,8 +146,8 @@ def execute(command: common.Command) -> None:
 
 
 def _runs(
-    command: common.Command, arms: Sequence[str]
-) -> list[tuple[str, common.Command]]:
+    command: run_args.RunArgs, arms: Sequence[str]
+) -> list[tuple[str, run_args.RunArgs]]:
   """An arm and a command for each seed and arm."""
   return [
       (
@@ -173,7 +174,7 @@ def _run(run: config.Run, arm: str) -> config.Run:
   )
 
 
-def _losses(runs: Sequence[tuple[str, common.Command]]) -> Losses:
+def _losses(runs: Sequence[tuple[str, run_args.RunArgs]]) -> Losses:
   """Next-token losses of all steps; NaN where one was not finite."""
   found: dict[str, list[np.ndarray]] = {}
   for arm, one in runs:
@@ -184,7 +185,7 @@ def _losses(runs: Sequence[tuple[str, common.Command]]) -> Losses:
   return {arm: np.stack(losses) for arm, losses in found.items()}
 
 
-def _write(command: common.Command, losses: Losses) -> None:
+def _write(command: run_args.RunArgs, losses: Losses) -> None:
   """The comparison: on screen, as numbers and as a picture."""
   from scripts import plots
   from scripts import themes

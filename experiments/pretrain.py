@@ -22,6 +22,7 @@ from dsv3_jax.errors import InputError
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import device_mesh
 from experiments import common
+from experiments import run_args
 
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run",
@@ -42,7 +43,7 @@ def variants() -> dict[str, config.Run]:
   return presets.PRESETS
 
 
-def dry_run(command: common.Command) -> None:
+def dry_run(command: run_args.RunArgs) -> None:
   """Prints what would be trained."""
   run = command.run
   counts = transformer.parameter_counts(run.model)
@@ -82,7 +83,7 @@ def _on_mesh(
   }
 
 
-def execute(command: common.Command) -> None:
+def execute(command: run_args.RunArgs) -> None:
   """Trains, or says what would be trained."""
   if _DRY_RUN.value:
     dry_run(command)

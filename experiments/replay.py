@@ -10,13 +10,13 @@ from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.checkpoint import manifest
 from dsv3_jax.errors import InputError
 from experiments import cluster
-from experiments import common
 from experiments import exits
 from experiments import feed
 from experiments import history
 from experiments import lifeline
 from experiments import logbook
 from experiments import reporter
+from experiments import run_args
 from experiments import runner
 from experiments import workdir
 
@@ -45,7 +45,7 @@ class _Compared(logbook.Silent):
         )
 
 
-def execute(command: common.Command, step: int) -> None:
+def execute(command: run_args.RunArgs, step: int) -> None:
   """Replays from the newest checkpoint before a step; writes nothing.
 
   Every step on the way is compared too. Device number and layout must be those
@@ -60,7 +60,7 @@ def execute(command: common.Command, step: int) -> None:
     _replay(command, step)
 
 
-def _replay(command: common.Command, step: int) -> None:
+def _replay(command: run_args.RunArgs, step: int) -> None:
   run, folder = command.run, command.workdir
   workdir.check_same(
       folder, workdir.describe(command.variant, command.seed, run)

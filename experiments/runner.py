@@ -24,13 +24,13 @@ from dsv3_jax.model import transformer
 from dsv3_jax.parallel import sharding
 from experiments import aside
 from experiments import cluster
-from experiments import common
 from experiments import exits
 from experiments import feed
 from experiments import history
 from experiments import lifeline
 from experiments import logbook
 from experiments import reporter
+from experiments import run_args
 from experiments import starts
 from experiments import workdir
 
@@ -39,7 +39,7 @@ RIVALS_BYTES = 1 << 25  # most text that other compressors are given
 
 
 def _start(
-    command: common.Command,
+    command: run_args.RunArgs,
     checkpoints: checkpointer.Checkpoints,
     source: feed.Feed,
     mesh: jax.sharding.Mesh,
@@ -82,7 +82,7 @@ def _start(
 
 
 def _with_parameters(
-    state: train.TrainState, command: common.Command, mesh: jax.sharding.Mesh
+    state: train.TrainState, command: run_args.RunArgs, mesh: jax.sharding.Mesh
 ) -> train.TrainState:
   """The state with parameters and router bias of another run's newest step.
 
@@ -116,7 +116,7 @@ def _book(
   return logbook.Logbook(folder, stop, first)
 
 
-def read_data(command: common.Command) -> loader.Prepared:
+def read_data(command: run_args.RunArgs) -> loader.Prepared:
   """The data of a run, in its workdir; made if it is not there."""
   run, learned = command.run, None
   if command.init_from:
@@ -126,7 +126,7 @@ def read_data(command: common.Command) -> loader.Prepared:
 
 
 def _prepare(
-    command: common.Command, stack: contextlib.ExitStack
+    command: run_args.RunArgs, stack: contextlib.ExitStack
 ) -> loader.Prepared:
   """The workdir and the data in it, written by process 0, which locks it."""
 
@@ -143,7 +143,7 @@ def _prepare(
   return read_data(command)
 
 
-def _problems(command: common.Command, mesh: jax.sharding.Mesh) -> list[str]:
+def _problems(command: run_args.RunArgs, mesh: jax.sharding.Mesh) -> list[str]:
   run = command.run
   problems = sharding.problems(run, mesh.shape)
   form = run.parallel.dispatch
@@ -160,7 +160,7 @@ def _problems(command: common.Command, mesh: jax.sharding.Mesh) -> list[str]:
   return problems
 
 
-def execute(command: common.Command) -> None:
+def execute(command: run_args.RunArgs) -> None:
   """Trains up to `command.stop`, from the newest checkpoint if there is one.
 
   Raises:
@@ -186,7 +186,7 @@ def execute(command: common.Command) -> None:
 
 
 def _train(
-    command: common.Command,
+    command: run_args.RunArgs,
     line: lifeline.Lifeline,
     stack: contextlib.ExitStack,
     spikes: Sequence[exits.SpikeError],

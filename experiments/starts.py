@@ -15,15 +15,15 @@ from absl import logging
 
 from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.checkpoint import manifest
-from experiments import common
 from experiments import exits
 from experiments import history
 from experiments import logbook
+from experiments import run_args
 
 FATAL = "fatal.txt"
 
 def clean(
-    command: common.Command, checkpoints: checkpointer.Checkpoints
+    command: run_args.RunArgs, checkpoints: checkpointer.Checkpoints
 ) -> None:
   """Removes what a kill left, and goes a checkpoint back where starts fail."""
   for line in checkpoints.clean():
@@ -86,7 +86,7 @@ def steps_up_to(folder: pathlib.Path, step: int) -> list[logbook.Row]:
 
 @contextlib.contextmanager
 def recorded(
-    command: common.Command,
+    command: run_args.RunArgs,
     first: int,
     began: float,
     watch: history.Stopwatch,

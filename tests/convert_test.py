@@ -39,6 +39,7 @@ from dsv3_jax.parallel import device_mesh
 from experiments import cluster
 from experiments import common
 from experiments import exits
+from experiments import run_args
 from experiments import runner
 from scripts import convert
 
@@ -336,7 +337,7 @@ class FineTuneTest(ConvertTest):
     text = self.folder / "text.txt"
     text.write_text("It was a bright cold day in April.\n" * 100)
     run = config.override(run, f"data.path={text}")
-    command = common.Command(
+    command = run_args.RunArgs(
       variant="test",
       run=run,
       workdir=self.folder / "tuned",

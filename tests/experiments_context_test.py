@@ -17,6 +17,7 @@ from dsv3_jax.parallel import device_mesh
 from experiments import cluster
 from experiments import common
 from experiments import context
+from experiments import run_args
 
 TINY = config.override(
     context.VARIANTS["tiny"],
@@ -80,7 +81,7 @@ class ExecuteTest(parameterized.TestCase):
         "mesh": {"data": 1},
         "processes": cluster.Processes(),
     }
-    return common.Command(**values | changes)
+    return run_args.RunArgs(**values | changes)
 
   @parameterized.parameters(
       ({"lengths": ["128"]}, "--lengths=128: expected rising"),

@@ -17,6 +17,7 @@ from experiments import cluster
 from experiments import common
 from experiments import fp8
 from experiments import logbook
+from experiments import run_args
 from experiments import runner
 
 PROSE = "It was a bright cold day, and {} clocks were striking thirteen.\n"
@@ -104,7 +105,7 @@ class ExecuteTest(parameterized.TestCase):
         "mesh": {"data": 1},
         "processes": cluster.Processes(),
     }
-    return common.Command(**values | changes)
+    return run_args.RunArgs(**values | changes)
 
   @parameterized.parameters(
       ({"arms": ["bf16", "fp9"]}, "--arms=fp9: one of bf16, fp8"),

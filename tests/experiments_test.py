@@ -30,6 +30,7 @@ from experiments import cluster
 from experiments import common
 from experiments import logbook
 from experiments import pretrain
+from experiments import run_args
 from experiments import runner
 from experiments import sample
 from experiments import workdir
@@ -441,7 +442,7 @@ class StartTest(parameterized.TestCase):
     folder = self.root / "run"
     seed, alone = changes.get("seed", 0), cluster.Processes()
     mesh = {"data": 8, "model": 2}
-    return common.Command("tiny", run, folder, seed, 4, mesh, alone)
+    return run_args.RunArgs("tiny", run, folder, seed, 4, mesh, alone)
 
   @parameterized.parameters(
       ("missing.txt", None, "missing.txt"),

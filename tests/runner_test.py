@@ -31,6 +31,7 @@ from experiments import history
 from experiments import logbook
 from experiments import replay
 from experiments import reporter
+from experiments import run_args
 from experiments import runner
 from experiments import workdir
 
@@ -74,7 +75,7 @@ class CheckedRunTest(absltest.TestCase):
         "evaluate.sample_tokens=0",
         *settings,
     )
-    return common.Command(
+    return run_args.RunArgs(
         "tiny",
         run,
         self.folder / "run",

@@ -16,10 +16,10 @@ from dsv3_jax import config
 from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.checkpoint import manifest
 from experiments import cluster
-from experiments import common
 from experiments import exits
 from experiments import history
 from experiments import logbook
+from experiments import run_args
 from experiments import starts
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -42,7 +42,7 @@ class CleanTest(absltest.TestCase):
     super().setUp()
     self.folder = testing.folder(self)
     run = testing.run()
-    self.command = common.Command(
+    self.command = run_args.RunArgs(
         "tiny", run, self.folder, 0, 9, {}, cluster.Processes()
     )
     self.store = checkpointer.Checkpoints(
@@ -135,7 +135,7 @@ class RecordedTest(absltest.TestCase):
   def setUp(self):
     super().setUp()
     self.folder = testing.folder(self)
-    self.command = common.Command(
+    self.command = run_args.RunArgs(
         "tiny", testing.run(), self.folder, 0, 9, {}, cluster.Processes()
     )
 

@@ -1,0 +1,25 @@
+"""RunArgs: what to train, where, and until which step."""
+
+import dataclasses
+import pathlib
+
+from dsv3_jax import config
+from experiments import cluster
+from experiments import lifeline
+
+
+@dataclasses.dataclass(frozen=True)
+class RunArgs:
+  """Arguments of a run beside its configuration; validated by the caller."""
+
+  variant: str
+  run: config.Run
+  workdir: pathlib.Path | None
+  seed: int
+  stop: int  # steps
+  mesh: dict[str, int]  # sizes of the axes named
+  processes: cluster.Processes
+  init_from: pathlib.Path | None = None
+  patience: lifeline.Patience = lifeline.Patience()
+  retry: bool = False  # although starts failed
+  deterministic: bool = True  # on GPUs
