@@ -27,14 +27,14 @@ from dsv3_jax.errors import InputError
 from dsv3_jax.interop import weights
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.parallel import sharding
+from dsv3_jax.trainer import distributed
+from dsv3_jax.trainer import exit_codes
+from dsv3_jax.trainer import heartbeat
+from dsv3_jax.trainer import run_args
 from experiments import allocator
-from experiments import cluster
-from experiments import exits
-from experiments import lifeline
-from experiments import run_args
 
-OK, BAD_INPUT, NOT_FINITE = exits.OK, exits.BAD_INPUT, exits.NOT_FINITE
-NO_CHECKPOINT, INTERNAL = exits.NO_CHECKPOINT, exits.INTERNAL
+OK, BAD_INPUT, NOT_FINITE = exit_codes.OK, exit_codes.BAD_INPUT, exit_codes.NOT_FINITE
+NO_CHECKPOINT, INTERNAL = exit_codes.NO_CHECKPOINT, exit_codes.INTERNAL
 
 flags.DEFINE_string("workdir", None, "folder of the run")
 flags.DEFINE_string("variant", None, "which of the experiment's variants")
@@ -133,10 +133,10 @@ def _command(variants: Mapping[str, config.Run]) -> tuple[run_args.RunArgs, list
         f"--steps={stop}: must be in 1 to {total}, the steps of the token"
         " budget train.tokens"
     )
-  processes = cluster.Processes(
+  processes = distributed.Processes(
       args.coordinator, args.processes, args.process, args.join_timeout
   )
-  patience = lifeline.Patience(args.heartbeat, args.stuck_after, args.grace)
+  patience = heartbeat.Patience(args.heartbeat, args.stuck_after, args.grace)
   problems += processes.problems() + patience.problems()
   n_devices = math.prod(mesh.values())
   if processes.count > 1 and n_devices % processes.count:
@@ -191,14 +191,14 @@ def run_main(
   try:
     code = main() or OK
   except Exception as error:
-    code = exits.code_of(error)
+    code = exit_codes.code_of(error)
     if code is None:
       traceback.print_exc()
       code = INTERNAL
-    lead = "" if code == exits.PREEMPTED else "error: "
+    lead = "" if code == exit_codes.PREEMPTED else "error: "
     for line in str(error).splitlines():
       print(f"{lead}{line}", file=sys.stderr)
-  if code not in (OK, exits.PREEMPTED) and jax.distributed.is_initialized():
+  if code not in (OK, exit_codes.PREEMPTED) and jax.distributed.is_initialized():
     # JAX would wait here for the others, which wait for this process.
     sys.stdout.flush()
     sys.stderr.flush()
@@ -215,9 +215,9 @@ def start_jax(command: Command) -> None:
   only_sums = command.run.parallel.layout == "replicated" and not any(
       size > 1 for axis, size in command.mesh.items() if axis != "data"
   )
-  cluster.use_virtual_devices(n, spare_threads=n > 1 and not only_sums)
+  distributed.use_virtual_devices(n, spare_threads=n > 1 and not only_sums)
   if command.deterministic:
-    cluster.fix_order_of_sums()
+    distributed.fix_order_of_sums()
   command.processes.join()
 
 

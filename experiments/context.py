@@ -36,9 +36,9 @@ from dsv3_jax.evals import hidden
 from dsv3_jax.evals import needles
 from dsv3_jax.interop import open_run
 from dsv3_jax.parallel import sharding
+from dsv3_jax.trainer import metrics_writer
+from dsv3_jax.trainer import run_args
 from experiments import common
-from experiments import logbook
-from experiments import run_args
 
 DEPTHS = tuple(np.linspace(0, 1, 11).tolist())
 TOKENS_AT_ONCE = 1 << 15  # of prompts
@@ -161,7 +161,7 @@ def execute(command: run_args.RunArgs) -> None:
     problems += sharding.problems(phase.run, command.mesh)
   if problems:
     raise InputError("\n".join(dict.fromkeys(problems)))
-  from experiments import runner  # only now, when nothing is wrong
+  from dsv3_jax.trainer import trainer
 
   common.start_jax(command)
   done = []
@@ -176,7 +176,7 @@ def execute(command: run_args.RunArgs) -> None:
         stop=run.total_steps,
         init_from=command.workdir / phase.start if phase.start else None,
     )
-    runner.execute(one)
+    trainer.execute(one)
     jax.clear_caches()
     done.append(dataclasses.replace(phase, run=run))
   _evaluate(command, done, lengths)
@@ -209,9 +209,9 @@ def _models(
     command: run_args.RunArgs, done: Sequence[Phase], longest: int
 ) -> Iterator[tuple[str, hidden.Model]]:
   """All models to look at, by label."""
-  from experiments import cluster
+  from dsv3_jax.trainer import distributed
 
-  mesh = cluster.mesh(command.mesh)
+  mesh = distributed.mesh(command.mesh)
   for phase in done:
     folder = command.workdir / phase.name
     parts = open_run.newest(folder, phase.run, mesh)
@@ -251,7 +251,7 @@ def _evaluate(
       "prompts": _QUESTIONS.value,
       "right": grids,
   }
-  text = json.dumps(logbook.plain(facts), indent=2) + "\n"
+  text = json.dumps(metrics_writer.plain(facts), indent=2) + "\n"
   last = [phase for phase in done if phase.name.startswith("yarn")][-1]
   for path in (command.workdir, command.workdir / last.name):
     (path / "needles.json").write_text(text)

@@ -30,9 +30,9 @@ from absl import flags
 from dsv3_jax import config
 from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
+from dsv3_jax.trainer import metrics_writer
+from dsv3_jax.trainer import run_args
 from experiments import common
-from experiments import logbook
-from experiments import run_args
 
 ARMS = {
     "bf16": ("precision.recipe=bf16",),
@@ -135,11 +135,11 @@ def execute(command: run_args.RunArgs) -> None:
   if problems:
     raise InputError("\n".join(problems))
   runs = _runs(command, arms)
-  from experiments import runner  # only now, when nothing is wrong
+  from dsv3_jax.trainer import trainer
 
   common.start_jax(command)
   for _, one in runs:
-    runner.execute(one)
+    trainer.execute(one)
     jax.clear_caches()
   if jax.process_index() == 0:
     _write(command, _losses(runs))
@@ -178,7 +178,7 @@ def _losses(runs: Sequence[tuple[str, run_args.RunArgs]]) -> Losses:
   """Next-token losses of all steps; NaN where one was not finite."""
   found: dict[str, list[np.ndarray]] = {}
   for arm, one in runs:
-    rows = logbook.read(one.workdir / logbook.METRICS)
+    rows = metrics_writer.read(one.workdir / metrics_writer.METRICS)
     loss = [row["main_loss"] for row in rows if "main_loss" in row]
     # As many as asked for: the run may have gone further before.
     found.setdefault(arm, []).append(np.array(loss[: one.stop], float))
@@ -199,7 +199,7 @@ def _write(command: run_args.RunArgs, losses: Losses) -> None:
       "warmup_steps": warmup,
       "arms": rows,
   }
-  text = json.dumps(logbook.plain(facts), indent=2) + "\n"
+  text = json.dumps(metrics_writer.plain(facts), indent=2) + "\n"
   (command.workdir / "comparison.json").write_text(text)
   picture = themes.render(
       functools.partial(

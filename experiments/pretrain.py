@@ -21,8 +21,8 @@ from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import device_mesh
+from dsv3_jax.trainer import run_args
 from experiments import common
-from experiments import run_args
 
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run",
@@ -91,12 +91,12 @@ def execute(command: run_args.RunArgs) -> None:
   if command.workdir is None:
     raise InputError("--workdir is missing: the folder that the run writes to")
   # They pull in what a dry run does not need.
-  from experiments import replay
-  from experiments import runner
+  from dsv3_jax.trainer import replay
+  from dsv3_jax.trainer import trainer
 
   common.start_jax(command)
   if _REPLAY.value is None:
-    runner.execute(command)
+    trainer.execute(command)
   else:
     replay.execute(command, _REPLAY.value)
 

@@ -20,8 +20,8 @@ from dsv3_jax.infer import engine
 from dsv3_jax.infer import generate
 from dsv3_jax.infer import serving_mesh
 from dsv3_jax.parallel import device_mesh
+from dsv3_jax.trainer import distributed
 from experiments import batch
-from experiments import cluster
 from experiments import common
 
 _PROMPT = flags.DEFINE_string("prompt", "", "what the text starts with")
@@ -202,7 +202,7 @@ def sample() -> None:
     raise InputError("\n".join(problems))
   problems += _problems()
   if (n := math.prod(_mesh().values())) > 1:
-    cluster.use_virtual_devices(n, spare_threads=True)
+    distributed.use_virtual_devices(n, spare_threads=True)
   writer = _found(problems).writer(_options())
   if _PROMPTS.value:
     batch.write(writer, *_files(), _settings())

@@ -20,8 +20,8 @@ from dsv3_jax.infer import engine
 from dsv3_jax.infer import inference_params
 from dsv3_jax.infer import kvcache
 from dsv3_jax.infer import serving_mesh
+from dsv3_jax.trainer import distributed
 from experiments import allocator
-from experiments import cluster
 from scripts import bench_worker
 
 LONGEST_CHUNK = 2048
@@ -68,7 +68,7 @@ def _engine(job: dict[str, Any], cfg: config.Model) -> engine.Engine:
   unit = placed = None
   if wanted := _deployment(job, cfg):
     n_devices = math.prod(wanted.mesh.values())
-    cluster.use_virtual_devices(n_devices, spare_threads=False)
+    distributed.use_virtual_devices(n_devices, spare_threads=False)
     unit = serving_mesh.unit(wanted, cfg)
     placed = serving_mesh.first_placement(unit, cfg)
     params = serving_mesh.place(_params(cfg), placed, unit, cfg)

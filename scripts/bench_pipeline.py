@@ -31,7 +31,7 @@ from dsv3_jax.parallel import device_mesh
 from dsv3_jax.parallel.pipeline import executor as executor_lib
 from dsv3_jax.parallel.pipeline import schedules
 from dsv3_jax.parallel.pipeline import simulate
-from experiments import cluster
+from dsv3_jax.trainer import distributed
 from experiments import common
 from scripts import layout_matrix
 
@@ -200,7 +200,7 @@ def main() -> None:
   """Measures every schedule on the same layers and micro-batches."""
   known = _flags(sys.argv)
   n_ranks, n_micro = known.ranks, known.microbatches
-  cluster.use_virtual_devices(n_ranks, spare_threads=True)
+  distributed.use_virtual_devices(n_ranks, spare_threads=True)
   baseline = None
   for name in schedules.SCHEDULES:
     # DualPipeV has two stages on a rank: as many stages, half of the ranks.

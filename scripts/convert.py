@@ -44,10 +44,10 @@ from dsv3_jax.interop import resumable
 from dsv3_jax.interop import tokenizer_files
 from dsv3_jax.interop import weights
 from dsv3_jax.model import transformer
+from dsv3_jax.trainer import distributed
+from dsv3_jax.trainer import workdir
 from experiments import allocator
-from experiments import cluster
 from experiments import common
-from experiments import workdir
 
 _MODE = flags.DEFINE_string("mode", None, "import, export, verify or logits")
 _HF = flags.DEFINE_string("hf", None, "folder of a released checkpoint")
@@ -313,7 +313,7 @@ def _logits() -> None:
   sizes, _ = common.parse_mesh(flags.FLAGS.mesh)
   if sizes:
     n_devices = math.prod(sizes.values())
-    cluster.use_virtual_devices(n_devices, spare_threads=n_devices > 1)
+    distributed.use_virtual_devices(n_devices, spare_threads=n_devices > 1)
   mtp_out = _MTP_OUT.value
   if mtp_out and not released.model.mtp.depth:
     raise InputError(f"--mtp_out={mtp_out}: the checkpoint has no MTP layer")

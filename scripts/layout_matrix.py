@@ -29,7 +29,7 @@ from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.parallel import replica_check
-from experiments import cluster
+from dsv3_jax.trainer import distributed
 from scripts import readme
 
 BEGIN = "<!-- made by: python -m scripts.layout_matrix --readme -->"
@@ -349,7 +349,7 @@ def main(argv: Sequence[str]) -> int:
     print(__doc__, known.get_help(), sep="\n")
     return 0
   n_devices = max(math.prod(case.sizes.values()) for case in CASES)
-  cluster.use_virtual_devices(n_devices, spare_threads=True)
+  distributed.use_virtual_devices(n_devices, spare_threads=True)
   print(*readme.head(HEAD), sep="\n")
   rows = []
   for case in CASES:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments import history
-from experiments import logbook
+from dsv3_jax.trainer import event_log
+from dsv3_jax.trainer import metrics_writer
 from scripts import plots
 from scripts import record
 
@@ -231,7 +231,7 @@ def _table(run: record.Record, r: Results) -> dict[str, dict[str, Any]]:
 
 def _time(run: record.Record) -> dict[str, Any]:
   """What the time of a run went into, from its first start on."""
-  spent = history.goodput(run.events)
+  spent = event_log.goodput(run.events)
   total = sum(spent.values())
   if not total:
     return {}
@@ -318,7 +318,7 @@ def _samples_html(run: record.Record) -> str:
     bits = row.get("heldout_bpb")
     at = f"step {row['step']:,}"
     at += "" if bits is None else f" · {bits:.2f} bits per byte"
-    text = html.escape(logbook.printable(row["sample"]))
+    text = html.escape(metrics_writer.printable(row["sample"]))
     parts.append(f"<div class=sample><h3>{at}</h3><p>{text}</p></div>\n")
   some = len(chosen) < len(rows)
   note = f"{len(chosen)} of {len(rows)} samples. " if some else ""

@@ -11,8 +11,8 @@ import numpy as np
 
 from dsv3_jax.errors import InputError
 from dsv3_jax.infer import eplb
-from experiments import history
-from experiments import logbook
+from dsv3_jax.trainer import event_log
+from dsv3_jax.trainer import metrics_writer
 
 LAST = 0.1  # "at the end" is this share of the steps
 LAST_LOADS = 0.25  # experts are placed for the loads of this share of them
@@ -29,7 +29,7 @@ class Record:
   env: dict[str, Any]
   summary: dict[str, Any]
   needles: dict[str, Any]  # see experiments/context.py; empty without it
-  events: list[dict]  # see experiments/history.py
+  events: list[dict]  # see dsv3_jax/trainer/event_log.py
   missing: tuple[str, ...]  # sentences
 
 
@@ -84,13 +84,13 @@ def read(workdir: str | os.PathLike) -> Record:
     InputError: there is no training step in it.
   """
   workdir = pathlib.Path(workdir).absolute()
-  path = workdir / logbook.METRICS
+  path = workdir / metrics_writer.METRICS
   if not path.is_file():
     raise InputError(
-        f"--workdir={workdir}: has no {logbook.METRICS}; expected the workdir"
+        f"--workdir={workdir}: has no {metrics_writer.METRICS}; expected the workdir"
         " of a training run"
     )
-  rows = logbook.read(path)
+  rows = metrics_writer.read(path)
   steps = [row for row in rows if "loss" in row]
   if not steps:
     raise InputError(f"{path}: has no training step yet; try again later")
@@ -104,7 +104,7 @@ def read(workdir: str | os.PathLike) -> Record:
       env=_read_object(workdir / "env.json", missing),
       summary=_read_object(workdir / "summary.json", missing),
       needles=_needles(workdir / "needles.json"),
-      events=history.read(workdir),
+      events=event_log.read(workdir),
       missing=tuple(missing),
   )
 

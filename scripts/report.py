@@ -19,7 +19,7 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from dsv3_jax.errors import InputError
-from experiments import exits
+from dsv3_jax.trainer import exit_codes
 from scripts import page
 from scripts import plots
 from scripts import record
@@ -344,7 +344,7 @@ def main(argv: Sequence[str]) -> int:
       print(write(workdir))
   except (InputError, OSError) as error:  # a name too long, a full disk
     print(error, file=sys.stderr)
-    return exits.code_of(error) or exits.INTERNAL
+    return exit_codes.code_of(error) or exit_codes.INTERNAL
   return 0
 
 

@@ -10,8 +10,8 @@ from absl.testing import parameterized
 from dsv3_jax import config
 from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.checkpoint import manifest
+from dsv3_jax.trainer import exit_codes
 from experiments import common
-from experiments import exits
 from scripts import checkpoint as script
 
 
@@ -49,26 +49,26 @@ class ScriptTest(parameterized.TestCase):
     (self.store.folder(3) / manifest.NAME).unlink()
     shutil.copytree(self.store.folder(0), self.store.directory / "9.corrupt")
     code, out, err = self.call("--mode=list")
-    self.assertEqual((code, err), (exits.OK, ""))
+    self.assertEqual((code, err), (exit_codes.OK, ""))
     self.assertRegex(out, r"\n +0 +\S+ +\d+ +whole")
     self.assertRegex(out, "(?s)3 .*has no")
     self.assertRegex(out, r"9\.corrupt +set aside")
 
   def test_verifies_all_or_one(self):
     code, out, err = self.call("--mode=verify")
-    self.assertEqual((code, err), (exits.OK, ""))
+    self.assertEqual((code, err), (exit_codes.OK, ""))
     self.assertEqual(out.count("as it was saved"), 2)
     self.damage(3)
     code, out, err = self.call("--mode=verify")
-    self.assertEqual(code, exits.NO_CHECKPOINT)
+    self.assertEqual(code, exit_codes.NO_CHECKPOINT)
     self.assertRegex(out, "checkpoints/0: as it was saved")
     self.assertRegex(err, "error: .*checkpoints/3 ")
     code, out, _ = self.call("--mode=verify", "--step=0")
-    self.assertEqual((code, out.count("as it was saved")), (exits.OK, 1))
+    self.assertEqual((code, out.count("as it was saved")), (exit_codes.OK, 1))
 
   def test_says_what_differs(self):
     code, out, err = self.call("--mode=diff", "--step=0", "--other_step=3")
-    self.assertEqual((code, err), (exits.OK, ""))
+    self.assertEqual((code, err), (exit_codes.OK, ""))
     first, *lines = out.splitlines()
     self.assertRegex(first, "checkpoints/0 -> .*checkpoints/3$")
     self.assertEqual(lines[0], "rows: '(not there)' -> 6")
@@ -84,7 +84,7 @@ class ScriptTest(parameterized.TestCase):
     other = self.folder.with_name("other")
     micro.make(other, "router.n_experts=16")
     code, out, _ = self.call("--mode=diff", "--step=0", f"--other={other}")
-    self.assertEqual(code, exits.OK)
+    self.assertEqual(code, exit_codes.OK)
     self.assertRegex(out, r"state/router_bias: 'float32\[\d,8\]' -> .*,16\]'")
 
   @parameterized.parameters(
@@ -97,7 +97,7 @@ class ScriptTest(parameterized.TestCase):
   )
   def test_refuses(self, flags, message):
     code, _, err = self.call(*flags)
-    self.assertEqual(code, exits.BAD_INPUT)
+    self.assertEqual(code, exit_codes.BAD_INPUT)
     self.assertRegex(err, message)
 
   def test_reads_only(self):

@@ -8,7 +8,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 # Threads to spare for devices that wait for each other, see
-# `experiments/cluster.py`.
+# `dsv3_jax/trainer/distributed.py`.
 os.environ.setdefault("NPROC", "48")
 
 import jax

@@ -36,11 +36,11 @@ from dsv3_jax.interop import open_run
 from dsv3_jax.interop import resumable
 from dsv3_jax.interop import weights
 from dsv3_jax.parallel import device_mesh
-from experiments import cluster
+from dsv3_jax.trainer import distributed
+from dsv3_jax.trainer import exit_codes
+from dsv3_jax.trainer import run_args
+from dsv3_jax.trainer import trainer
 from experiments import common
-from experiments import exits
-from experiments import run_args
-from experiments import runner
 from scripts import convert
 
 convert_main = functools.partial(common.run_main, convert.main)
@@ -344,14 +344,14 @@ class FineTuneTest(ConvertTest):
       seed=0,
       stop=1,
       mesh={"data": 8, "model": 2},
-      processes=cluster.Processes("", 1, 0, 1),
+      processes=distributed.Processes("", 1, 0, 1),
       init_from=imported,
     )
     # Before the first step.
     fit = lambda state, *_, **__: state
     self.enter_context(mock.patch.object(train, "fit", fit))
-    with self.assertRaises(exits.PreemptedError):
-      runner.execute(command)
+    with self.assertRaises(exit_codes.PreemptedError):
+      trainer.execute(command)
     got = open_run.newest(command.workdir, run, device_mesh.mesh({}))
     testing.assert_same(
       *map(jax.device_get, (got, (state.params, state.router_bias)))

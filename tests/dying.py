@@ -12,8 +12,8 @@ import time
 from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.checkpoint import manifest
 from dsv3_jax.checkpoint import orbax_io
-from experiments import feed
-from experiments import lifeline
+from dsv3_jax.trainer import batches
+from dsv3_jax.trainer import heartbeat
 
 
 def die():
@@ -48,19 +48,19 @@ def at(module, name, n, fault, after=False):
 def main():
   _, point, n, *flags = sys.argv
   where = {
-      "compile": (lifeline.Lifeline, "may_go_on", die),
-      "step": (lifeline.Lifeline, "may_go_on", die),
+      "compile": (heartbeat.Lifeline, "may_go_on", die),
+      "step": (heartbeat.Lifeline, "may_go_on", die),
       "arrays": (orbax_io, "named", die),
       "manifest": (manifest, "write", die),
       "rename": (manifest, "write", die, True),
       "remove": (checkpointer, "_remove", die),
-      "fail": (lifeline.Lifeline, "may_go_on", fail),
-      "hang": (lifeline.Lifeline, "may_go_on", hang),
+      "fail": (heartbeat.Lifeline, "may_go_on", fail),
+      "hang": (heartbeat.Lifeline, "may_go_on", hang),
   }
   if point == "removing":
     checkpointer.shutil.rmtree = lambda *_, **__: die()
   elif point == "data":
-    feed.Feed.batches = lambda *_: fail()
+    batches.Feed.batches = lambda *_: fail()
   else:
     module, name, fault, *after = where[point]
     at(module, name, int(n), fault, *after)

@@ -14,10 +14,10 @@ from dsv3_jax import config
 from dsv3_jax.data import corpus
 from dsv3_jax.evals import needles
 from dsv3_jax.parallel import device_mesh
-from experiments import cluster
+from dsv3_jax.trainer import distributed
+from dsv3_jax.trainer import run_args
 from experiments import common
 from experiments import context
-from experiments import run_args
 
 TINY = config.override(
     context.VARIANTS["tiny"],
@@ -79,7 +79,7 @@ class ExecuteTest(parameterized.TestCase):
         "seed": 3,
         "stop": 5,
         "mesh": {"data": 1},
-        "processes": cluster.Processes(),
+        "processes": distributed.Processes(),
     }
     return run_args.RunArgs(**values | changes)
 
@@ -124,7 +124,7 @@ class ExecuteTest(parameterized.TestCase):
 
   @pytest.mark.slow
   def test_extends_and_asks(self):
-    self.enter_context(mock.patch.object(cluster, "mesh", device_mesh.mesh))
+    self.enter_context(mock.patch.object(distributed, "mesh", device_mesh.mesh))
     self.enter_context(mock.patch.object(common, "start_jax"))
     self.enter_context(mock.patch.object(context, "PHASE_TOKENS", 2560))
     self.enter_context(mock.patch.object(context, "DEPTHS", (0.0, 1.0)))

@@ -13,12 +13,12 @@ from absl.testing import parameterized
 from dsv3_jax import config
 from dsv3_jax.config import presets
 from dsv3_jax.parallel import device_mesh
-from experiments import cluster
+from dsv3_jax.trainer import distributed
+from dsv3_jax.trainer import metrics_writer
+from dsv3_jax.trainer import run_args
+from dsv3_jax.trainer import trainer
 from experiments import common
 from experiments import fp8
-from experiments import logbook
-from experiments import run_args
-from experiments import runner
 
 PROSE = "It was a bright cold day, and {} clocks were striking thirteen.\n"
 SMALL = config.override(
@@ -89,7 +89,7 @@ class ExecuteTest(parameterized.TestCase):
     super().setUp()
     self.enter_context(flagsaver.flagsaver())
     flags.FLAGS.mark_as_parsed()
-    self.enter_context(mock.patch.object(cluster, "mesh", device_mesh.mesh))
+    self.enter_context(mock.patch.object(distributed, "mesh", device_mesh.mesh))
     self.folder = testing.folder(self)
     text = self.folder / "text.txt"
     text.write_text("".join(PROSE.format(i) for i in range(100)))
@@ -103,7 +103,7 @@ class ExecuteTest(parameterized.TestCase):
         "seed": 3,
         "stop": stop,
         "mesh": {"data": 1},
-        "processes": cluster.Processes(),
+        "processes": distributed.Processes(),
     }
     return run_args.RunArgs(**values | changes)
 
@@ -141,7 +141,7 @@ class ExecuteTest(parameterized.TestCase):
     runs = self.folder / "runs"
     first = {}
     for arm in ("bf16", "fp8"):
-      rows = logbook.read(runs / f"{arm}-3" / logbook.METRICS)
+      rows = metrics_writer.read(runs / f"{arm}-3" / metrics_writer.METRICS)
       steps = [row for row in rows if "main_loss" in row]
       self.assertLen(steps, 5)
       first[arm] = steps[0]
@@ -168,7 +168,7 @@ class ExecuteTest(parameterized.TestCase):
         "train.max_bad_steps=0",
     )
     with self.assertRaisesRegex(FloatingPointError, "not finite"):
-      runner.execute(self.command(run=run))
+      trainer.execute(self.command(run=run))
     log = (self.folder / "runs" / "log.txt").read_text()
     self.assertRegex(
         log, r"(?m)step \d: moe/\S+, layer 0: \d+ tiles of the \w+ are not"

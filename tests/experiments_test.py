@@ -26,14 +26,14 @@ from dsv3_jax.checkpoint import manifest
 from dsv3_jax.config import presets
 from dsv3_jax.interop import open_run
 from dsv3_jax.parallel import device_mesh
-from experiments import cluster
+from dsv3_jax.trainer import distributed
+from dsv3_jax.trainer import metrics_writer
+from dsv3_jax.trainer import run_args
+from dsv3_jax.trainer import trainer
+from dsv3_jax.trainer import workdir as workdir_lib
 from experiments import common
-from experiments import logbook
 from experiments import pretrain
-from experiments import run_args
-from experiments import runner
 from experiments import sample
-from experiments import workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROSE = "It was a bright cold day, and {} clocks were striking thirteen.\n"
@@ -146,7 +146,7 @@ class CommandLineTest(parameterized.TestCase):
     seen = []
     with (
         mock.patch.object(common.allocator, "use_mimalloc"),
-        mock.patch.object(cluster.jax, "config"),
+        mock.patch.object(distributed.jax, "config"),
     ):
       code, _, err = testing.command_line(
           lambda: pretrain_main(seen.append), *arguments
@@ -357,9 +357,9 @@ class WorkdirTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     self.folder = testing.folder(self) / "run"
-    self.facts = workdir.describe("tiny", 0, presets.TINY)
-    workdir.claim(self.folder, self.facts)
-    workdir.write_config(self.folder, self.facts)
+    self.facts = workdir_lib.describe("tiny", 0, presets.TINY)
+    workdir_lib.claim(self.folder, self.facts)
+    workdir_lib.write_config(self.folder, self.facts)
 
   def contents(self):
     return {
@@ -372,22 +372,22 @@ class WorkdirTest(parameterized.TestCase):
     before = self.contents()
     # How often things are saved or looked at may change.
     run = config.override(presets.TINY, "checkpoint.every=7")
-    workdir.claim(self.folder, workdir.describe("tiny", 0, run))
+    workdir_lib.claim(self.folder, workdir_lib.describe("tiny", 0, run))
     self.assertEqual(self.contents(), before)
 
   def test_a_run_from_before_a_setting_may_go_on_with_its_default(self):
     del self.facts["settings"]["data.fim_rate"]
     (self.folder / open_run.CONFIG).write_text(json.dumps(self.facts))
-    workdir.claim(self.folder, workdir.describe("tiny", 0, presets.TINY))
+    workdir_lib.claim(self.folder, workdir_lib.describe("tiny", 0, presets.TINY))
     run = config.override(presets.TINY, "data.fim_rate=0.1")
     with self.assertRaisesRegex(ValueError, "data.fim_rate: 0.0 -> 0.1"):
-      workdir.claim(self.folder, workdir.describe("tiny", 0, run))
+      workdir_lib.claim(self.folder, workdir_lib.describe("tiny", 0, run))
 
   def test_another_configuration_is_told_field_by_field(self):
     before = self.contents()
     run = config.override(presets.TINY, "optim.eps=1e-9", "mla.n_heads=3")
     with self.assertRaises(ValueError) as caught:
-      workdir.claim(self.folder, workdir.describe("tiny", 1, run))
+      workdir_lib.claim(self.folder, workdir_lib.describe("tiny", 1, run))
     title, *lines = str(caught.exception).splitlines()
     self.assertIn(str(self.folder), title)
     self.assertEqual(
@@ -406,7 +406,7 @@ class WorkdirTest(parameterized.TestCase):
     run = config.override(
         presets.V2_LITE_16B, "data.path=a b=c", "optim.moments=float32"
     )
-    facts = json.loads(json.dumps(workdir.describe("x", 0, run)))
+    facts = json.loads(json.dumps(workdir_lib.describe("x", 0, run)))
     self.assertEqual(open_run.run_of(facts), run)
 
   @parameterized.parameters("", "{}", "[1]", '{"settings": 3}', "\x00")
@@ -416,16 +416,16 @@ class WorkdirTest(parameterized.TestCase):
       open_run.read_config(self.folder)
 
   def test_is_for_one_run_at_a_time(self):
-    with workdir.lock(self.folder):
+    with workdir_lib.lock(self.folder):
       with self.assertRaisesRegex(ValueError, f"process {os.getpid()} on "):
-        with workdir.lock(self.folder):
+        with workdir_lib.lock(self.folder):
           self.fail("two at once")
-    with workdir.lock(self.folder):  # free again
+    with workdir_lib.lock(self.folder):  # free again
       pass
 
   def test_refuses_a_folder_that_cannot_be(self):
     with self.assertRaisesRegex(ValueError, "cannot be written"):
-      workdir.claim(self.folder / open_run.CONFIG / "below", self.facts)
+      workdir_lib.claim(self.folder / open_run.CONFIG / "below", self.facts)
 
 
 class StartTest(parameterized.TestCase):
@@ -440,7 +440,7 @@ class StartTest(parameterized.TestCase):
     path = changes.get("path", self.text)
     run = testing.run(f"data.path={path}")
     folder = self.root / "run"
-    seed, alone = changes.get("seed", 0), cluster.Processes()
+    seed, alone = changes.get("seed", 0), distributed.Processes()
     mesh = {"data": 8, "model": 2}
     return run_args.RunArgs("tiny", run, folder, seed, 4, mesh, alone)
 
@@ -454,28 +454,28 @@ class StartTest(parameterized.TestCase):
     if raw is not None:
       path.write_bytes(raw)
     with self.assertRaisesRegex(ValueError, message):
-      runner.execute(self.command(path=path))
+      trainer.execute(self.command(path=path))
     # The right path can be given next.
     self.assertFalse((self.root / "run" / open_run.CONFIG).exists())
 
   def test_lost_checkpoints_are_never_replaced_by_a_fresh_start(self):
     command = self.command()
-    facts = workdir.describe(command.variant, command.seed, command.run)
+    facts = workdir_lib.describe(command.variant, command.seed, command.run)
     command.workdir.mkdir()
-    workdir.write_config(command.workdir, facts)
-    metrics = command.workdir / logbook.METRICS
+    workdir_lib.write_config(command.workdir, facts)
+    metrics = command.workdir / metrics_writer.METRICS
     metrics.write_text('{"step": 3, "loss": 1.0}\n')
     with self.assertRaisesRegex(manifest.MissingError, "no checkpoint"):
-      runner.execute(command)
+      trainer.execute(command)
     self.assertEqual(metrics.read_text(), '{"step": 3, "loss": 1.0}\n')
 
   def test_sample_says_that_there_is_no_checkpoint(self):
     command = self.command()
-    facts = workdir.describe(command.variant, command.seed, command.run)
+    facts = workdir_lib.describe(command.variant, command.seed, command.run)
     command.workdir.mkdir()
-    workdir.write_config(command.workdir, facts)
+    workdir_lib.write_config(command.workdir, facts)
     (command.workdir / "checkpoints").mkdir()
-    runner.stream.prepare(
+    trainer.stream.prepare(
         command.run.data, command.run.model.vocab_size, command.workdir / "data"
     )
     code, _, err = testing.command_line(
@@ -583,7 +583,7 @@ class EndToEndTest(absltest.TestCase):
     self.assertEqual(facts, whole_facts)
     self.assertEqual(facts["rows"], 3 * 2 + 5 * 4)
     rows = [
-        logbook.read(root / name / logbook.METRICS)
+        metrics_writer.read(root / name / metrics_writer.METRICS)
         for name in ("parts", "whole")
     ]
     losses_of = lambda rows: [row["loss"] for row in rows if "loss" in row]
@@ -606,7 +606,7 @@ class EndToEndTest(absltest.TestCase):
     yarn = "mla.yarn.factor=4", "mla.yarn.original_len=32", "data.seq_len=64"
     yarn = [f"--set={setting}" for setting in yarn]
     pretrain("longer", 1, f"--init_from={root / 'parts'}", *yarn)
-    (first, *_) = logbook.read(root / "longer" / logbook.METRICS)
+    (first, *_) = metrics_writer.read(root / "longer" / metrics_writer.METRICS)
     self.assertLess(first["main_loss"], rows[0][0]["main_loss"] - 0.1)
     done = python(
         "experiments.pretrain",

@@ -11,7 +11,7 @@ from absl import flags
 from absl.testing import absltest
 from absl.testing import flagsaver
 
-from experiments import cluster
+from dsv3_jax.trainer import distributed
 from experiments import common
 from experiments import pretrain
 
@@ -96,7 +96,7 @@ class SlurmTest(absltest.TestCase):
       self.assertEqual((dash_m, module), ("-m", "experiments.pretrain"))
       command = understood(arguments)
       self.assertEqual(
-          command.processes, cluster.Processes("alpha:23456", 2, i)
+          command.processes, distributed.Processes("alpha:23456", 2, i)
       )
       self.assertEqual(command.stop, 7)
       self.assertEqual(command.run.data.path, "a b")

@@ -6,7 +6,7 @@ import testing
 
 from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.data import tokenizer
-from experiments import workdir
+from dsv3_jax.trainer import workdir
 
 TEXTS = ("It was a bright cold day in April.", "你好，世界。 1984 + 1\n")
 

@@ -13,8 +13,8 @@ import testing
 from absl.testing import parameterized
 
 from dsv3_jax.checkpoint import manifest
+from dsv3_jax.trainer import metrics_writer
 from experiments import common
-from experiments import logbook
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROSE = "It was a bright cold day, and {} clocks were striking thirteen.\n"
@@ -150,7 +150,7 @@ def rows(folder):
   with contextlib.suppress(FileNotFoundError):
     return [
         {key: value for key, value in row.items() if key != "tokens_per_s"}
-        for row in logbook.read(folder / logbook.METRICS)
+        for row in metrics_writer.read(folder / metrics_writer.METRICS)
     ]
   return []
 

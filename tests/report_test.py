@@ -12,7 +12,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from dsv3_jax.infer import eplb
-from experiments import logbook
+from dsv3_jax.trainer import metrics_writer
 from scripts import plots
 from scripts import record
 from scripts import report
@@ -72,7 +72,7 @@ def step_row(rng: np.random.Generator, step: int, total: int) -> dict:
 def write_run(workdir: pathlib.Path, steps: int = STEPS) -> None:
   """A workdir like that of a finished run."""
   rng = np.random.default_rng(0)
-  with logbook.Logbook(workdir, steps, stream=io.StringIO()) as log:
+  with metrics_writer.Logbook(workdir, steps, stream=io.StringIO()) as log:
     for step in range(1, steps + 1):
       row = step_row(rng, step, steps)
       log.step(row)

@@ -29,11 +29,11 @@ ALLOWED = {
     # The program starts itself again, with the same arguments.
     "experiments/allocator.py": {"importlib", "os.execve"},
     # Processes of a run find and hear each other.
-    "experiments/cluster.py": {"socket"},
-    "experiments/lifeline.py": {"socket"},
+    "dsv3_jax/trainer/distributed.py": {"socket"},
+    "dsv3_jax/trainer/heartbeat.py": {"socket"},
     # The name of the machine; `git describe` of this repository.
-    "experiments/starts.py": {"socket"},
-    "experiments/workdir.py": {"socket", "subprocess"},
+    "dsv3_jax/trainer/crash_loop.py": {"socket"},
+    "dsv3_jax/trainer/workdir.py": {"socket", "subprocess"},
     # Other programs that the user asks for, with fixed arguments.
     "scripts/bench.py": {"subprocess"},
     "scripts/bench_convert.py": {"subprocess"},

@@ -18,7 +18,7 @@ from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.data import loader
 from dsv3_jax.model import router
 from dsv3_jax.parallel import device_mesh
-from experiments import feed
+from dsv3_jax.trainer import batches as batches_lib
 
 RUN = testing.run()
 MESH = device_mesh.mesh({"data": 2})
@@ -162,7 +162,7 @@ class ResumeTest(absltest.TestCase):
       first, fed = int(state.step), []
 
       def batches():
-        for batch in feed.Feed(data, run, 5).batches(first, MESH):
+        for batch in batches_lib.Feed(data, run, 5).batches(first, MESH):
           fed.append(batch.tokens)
           yield batch
 

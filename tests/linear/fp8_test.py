@@ -30,7 +30,7 @@ from dsv3_jax.model import transformer
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.parallel import dispatch
 from dsv3_jax.parallel import sharding
-from experiments import quantization
+from dsv3_jax.trainer import quantization
 
 HOW = config.Precision(recipe="fp8", fp8="*", tile=32, scales="power_of_two")
 CFG = config.Router(n_experts=16, top_k=4, n_groups=8, top_groups=4)

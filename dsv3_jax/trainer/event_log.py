@@ -19,8 +19,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from experiments import exits
-from experiments import logbook
+from dsv3_jax.trainer import exit_codes
+from dsv3_jax.trainer import metrics_writer
 
 FILE = "events.jsonl"
 TRIES = 3  # failed starts in a row, before an older checkpoint is taken
@@ -50,7 +50,7 @@ def _parse(line: str) -> Event | None:
 
 def add(workdir: pathlib.Path, event: str, **facts: Any) -> None:
   """Appends an event."""
-  facts = {"event": event, "time": time.time()} | logbook.plain(facts)
+  facts = {"event": event, "time": time.time()} | metrics_writer.plain(facts)
   line = json.dumps(facts) + "\n"
   path = workdir / FILE
   with open(path, "ab+") as file:
@@ -77,7 +77,7 @@ def crashes(events: Sequence[Event]) -> tuple[int, int]:
     if event["event"] == "start" and event.get("again"):
       n = 0
     elif event["event"] == "end":
-      n += event["code"] in (exits.INTERNAL, exits.STUCK)
+      n += event["code"] in (exit_codes.INTERNAL, exit_codes.STUCK)
     step = event["step"] if event["event"] in ("start", "saved") else -1
     if step > reached:
       n, reached = 0, step

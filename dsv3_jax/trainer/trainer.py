@@ -22,17 +22,17 @@ from dsv3_jax.errors import NotFiniteError
 from dsv3_jax.interop import open_run
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import sharding
-from experiments import aside
-from experiments import cluster
-from experiments import exits
-from experiments import feed
-from experiments import history
-from experiments import lifeline
-from experiments import logbook
-from experiments import reporter
-from experiments import run_args
-from experiments import starts
-from experiments import workdir
+from dsv3_jax.trainer import batches
+from dsv3_jax.trainer import crash_loop
+from dsv3_jax.trainer import distributed
+from dsv3_jax.trainer import event_log
+from dsv3_jax.trainer import exit_codes
+from dsv3_jax.trainer import heartbeat
+from dsv3_jax.trainer import hooks
+from dsv3_jax.trainer import metrics_writer
+from dsv3_jax.trainer import run_args
+from dsv3_jax.trainer import step_monitor
+from dsv3_jax.trainer import workdir
 
 SPIKES = 3  # times that other data is tried after one checkpoint
 RIVALS_BYTES = 1 << 25  # most text that other compressors are given
@@ -41,7 +41,7 @@ RIVALS_BYTES = 1 << 25  # most text that other compressors are given
 def _start(
     command: run_args.RunArgs,
     checkpoints: checkpointer.Checkpoints,
-    source: feed.Feed,
+    source: batches.Feed,
     mesh: jax.sharding.Mesh,
 ) -> tuple[train.TrainState, ema.Average | None]:
   """State and average of the newest good checkpoint, or fresh ones, saved.
@@ -49,7 +49,7 @@ def _start(
   Saving the first state shows before any work that saving works; from then on,
   a workdir without a checkpoint has lost it.
   """
-  run, facts = command.run, aside.facts(source, 0)
+  run, facts = command.run, hooks.facts(source, 0)
   like = train.abstract_state(run, mesh)
 
   def load(step):
@@ -67,8 +67,8 @@ def _start(
 
   if found := checkpoints.newest(load, set_aside=True):
     return found[1]
-  metrics = command.workdir / logbook.METRICS
-  if metrics.exists() and logbook.read(metrics):
+  metrics = command.workdir / metrics_writer.METRICS
+  if metrics.exists() and metrics_writer.read(metrics):
     raise manifest.MissingError(
         f"{command.workdir} holds metrics of a run but no checkpoint under"
         f" {checkpoints.directory}; restore it, or start in a new --workdir"
@@ -110,10 +110,10 @@ def _with_parameters(
 
 def _book(
     folder: pathlib.Path, stop: int, first: int
-) -> logbook.Logbook | logbook.Silent:
+) -> metrics_writer.Logbook | metrics_writer.Silent:
   if jax.process_index():
-    return logbook.Silent()
-  return logbook.Logbook(folder, stop, first)
+    return metrics_writer.Silent()
+  return metrics_writer.Logbook(folder, stop, first)
 
 
 def read_data(command: run_args.RunArgs) -> loader.Prepared:
@@ -139,7 +139,7 @@ def _prepare(
     workdir.write_config(folder, description)
     workdir.write_environment(folder)
 
-  cluster.first_does(write)
+  distributed.first_does(write)
   return read_data(command)
 
 
@@ -170,52 +170,52 @@ def execute(command: run_args.RunArgs) -> None:
     SaveError: a checkpoint could not be written.
     DivergedError: devices hold different copies.
   """
-  line = lifeline.Lifeline(command.patience, command.processes.host)
-  spikes: list[exits.SpikeError] = []
+  line = heartbeat.Lifeline(command.patience, command.processes.host)
+  spikes: list[exit_codes.SpikeError] = []
   with line:
     while True:
       try:
         with contextlib.ExitStack() as stack:
           return _train(command, line, stack, spikes)
-      except exits.SpikeError as spike:
+      except exit_codes.SpikeError as spike:
         spikes.append(spike)
       except Exception as error:
-        if exits.code_of(error) is None:
-          logbook.add_traceback(command.workdir, error)
+        if exit_codes.code_of(error) is None:
+          metrics_writer.add_traceback(command.workdir, error)
         raise
 
 
 def _train(
     command: run_args.RunArgs,
-    line: lifeline.Lifeline,
+    line: heartbeat.Lifeline,
     stack: contextlib.ExitStack,
-    spikes: Sequence[exits.SpikeError],
+    spikes: Sequence[exit_codes.SpikeError],
 ) -> None:
   run, folder, began = command.run, command.workdir, time.time()
-  mesh = cluster.mesh(command.mesh)
+  mesh = distributed.mesh(command.mesh)
   if problems := _problems(command, mesh):
     raise InputError("\n".join(problems))
   data = _prepare(command, stack)
   checkpoints = checkpointer.Checkpoints(folder / "checkpoints", run.checkpoint)
   stack.callback(checkpoints.close)
-  cluster.first_does(lambda: starts.clean(command, checkpoints))
-  source = feed.Feed(data, run, command.seed)
+  distributed.first_does(lambda: crash_loop.clean(command, checkpoints))
+  source = batches.Feed(data, run, command.seed)
   state, average = _start(command, checkpoints, source, mesh)
   if average:
     stack.callback(average.close)
   first = int(state.step)
   source = _from_step(source, checkpoints, first, spikes)
-  rows = starts.steps_up_to(folder, first)
-  watch = history.Stopwatch()
-  record = stack.enter_context(starts.recorded(command, first, began, watch))
+  rows = crash_loop.steps_up_to(folder, first)
+  watch = event_log.Stopwatch()
+  record = stack.enter_context(crash_loop.recorded(command, first, began, watch))
   book = stack.enter_context(_book(folder, command.stop, first))
   book.note(
       f"{command.variant}: {first} of {command.stop} steps done,"
       f" {data.n_tokens:,} tokens of text an epoch, {data.padding:.2%}"
       " padding in rows"
   )
-  report = reporter.Reporter(book, source, command.stop, record, watch, rows)
-  beside = aside.Aside(
+  report = step_monitor.Reporter(book, source, command.stop, record, watch, rows)
+  beside = hooks.Aside(
       source, mesh, checkpoints, book, record, watch, line, average
   )
   state = train.fit(
@@ -237,24 +237,24 @@ def _train(
   line.may_go_on(done, last=True)
   beside.finish(done)
   if done < command.stop:
-    raise exits.PreemptedError(
+    raise exit_codes.PreemptedError(
         f"told to leave after step {done}, which is saved; the same command"
         " goes on from there"
     )
   if first < command.stop and jax.process_index() == 0:
     summary = _summary(run, data) | beside.heldout
-    spent = history.goodput(history.read(folder))  # by all starts
+    spent = event_log.goodput(event_log.read(folder))  # by all starts
     summary["train_seconds"] = spent["compiling"] + spent["training"]
     summary["total_seconds"] = time.time() - began
     workdir.write_summary(folder, summary)
 
 
 def _from_step(
-    source: feed.Feed,
+    source: batches.Feed,
     checkpoints: checkpointer.Checkpoints,
     first: int,
-    spikes: Sequence[exits.SpikeError],
-) -> feed.Feed:
+    spikes: Sequence[exit_codes.SpikeError],
+) -> batches.Feed:
   """The data from a checkpoint on, without what is around the last spike.
 
   Raises:

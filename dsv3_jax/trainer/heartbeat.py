@@ -25,8 +25,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dsv3_jax.errors import InputError
-from experiments import exits
-from experiments import preemption
+from dsv3_jax.trainer import exit_codes
+from dsv3_jax.trainer import preemption
 
 BEAT_S = 1.0
 TEXT = 2000  # characters of an error that others are told
@@ -116,17 +116,17 @@ class Lifeline:
   def __exit__(
       self, kind: type | None, error: BaseException | None, _: Any
   ) -> None:
-    if error and self._count > 1 and exits.code_of(error) is None:
+    if error and self._count > 1 and exit_codes.code_of(error) is None:
       # Where another process has gone, this is what it led to; the thread is
       # about to say so.
       time.sleep(BEAT_S)
     self._listener.__exit__()
-    code = exits.code_of(error) if error else exits.OK
-    if code in (exits.OK, exits.PREEMPTED):
+    code = exit_codes.code_of(error) if error else exit_codes.OK
+    if code in (exit_codes.OK, exit_codes.PREEMPTED):
       self._send(bye=True)
     else:
       text = f"{kind.__name__}: {error}"[:TEXT]
-      self._send(end=[code or exits.INTERNAL, text])
+      self._send(end=[code or exit_codes.INTERNAL, text])
     self._waker.close()
     self._thread.join()
     for peer in self._peers.values():
@@ -239,7 +239,7 @@ class Lifeline:
         before, now = now, time.monotonic()
         if self._peers and now - before > self._patience.heartbeat_s:
           self._end(
-              exits.INTERNAL,
+              exit_codes.INTERNAL,
               f"process {self._index}, this one, was stopped for"
               f" {now - before:.0f} s; the others did not wait{_AGAIN}",
           )
@@ -292,7 +292,7 @@ class Lifeline:
   def _lose(self, peer: _Peer, how: str) -> None:
     step = self._steps[peer.index]
     self._end(
-        exits.INTERNAL, f"process {peer.index} {how}, at step {step}{_AGAIN}"
+        exit_codes.INTERNAL, f"process {peer.index} {how}, at step {step}{_AGAIN}"
     )
 
   def _look_for_stuck(self, now: float) -> None:
@@ -314,13 +314,13 @@ class Lifeline:
     text += f" after step {least} was started"
     if ahead := steps.keys() - behind:
       text += f"; {_names(ahead)} did more, and would wait for ever"
-    self._end(exits.STUCK, text)
+    self._end(exit_codes.STUCK, text)
 
   def _end(self, code: int, text: str) -> None:
     """Ends this process, and the others too if this is process 0."""
     if self._index == 0:
       self._send(end=[code, text])
-    if code == exits.STUCK:
+    if code == exit_codes.STUCK:
       faulthandler.dump_traceback(sys.stderr, all_threads=True)
     preemption.leave(code, text)
 

@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from dsv3_jax.checkpoint import manifest
 from dsv3_jax.errors import InputError
 from dsv3_jax.parallel import device_mesh
-from experiments import exits
+from dsv3_jax.trainer import exit_codes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,18 +184,18 @@ def first_does(work: Callable[[], Any]) -> None:
   Raises:
     Exception: work's own in process 0; in the others one with its exit code.
   """
-  error, code = None, exits.OK
+  error, code = None, exit_codes.OK
   if jax.process_index() == 0:
     try:
       work()
     except Exception as e:
-      error, code = e, exits.code_of(e) or exits.INTERNAL
+      error, code = e, exit_codes.code_of(e) or exit_codes.INTERNAL
   if jax.process_count() > 1:
     code = int(multihost_utils.broadcast_one_to_all(np.int32(code)))
   if code and error is None:
     kinds = {
-        exits.BAD_INPUT: InputError,
-        exits.NO_CHECKPOINT: manifest.MissingError,
+        exit_codes.BAD_INPUT: InputError,
+        exit_codes.NO_CHECKPOINT: manifest.MissingError,
     }
     error = kinds.get(code, RuntimeError)("process 0 failed; see its output")
   if error:

@@ -15,10 +15,10 @@ from absl import logging
 
 from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.checkpoint import manifest
-from experiments import exits
-from experiments import history
-from experiments import logbook
-from experiments import run_args
+from dsv3_jax.trainer import event_log
+from dsv3_jax.trainer import exit_codes
+from dsv3_jax.trainer import metrics_writer
+from dsv3_jax.trainer import run_args
 
 FATAL = "fatal.txt"
 
@@ -29,12 +29,12 @@ def clean(
   for line in checkpoints.clean():
     logging.error("set aside: %s", line)
   _record_fatal(command.workdir)
-  events, steps = history.read(command.workdir), checkpoints.steps()
-  n, reached = history.crashes(events)
-  if command.retry or n < history.TRIES or steps[-1:] > [reached]:
+  events, steps = event_log.read(command.workdir), checkpoints.steps()
+  n, reached = event_log.crashes(events)
+  if command.retry or n < event_log.TRIES or steps[-1:] > [reached]:
     return
   older = [step for step in steps if step < reached]
-  if n >= 2 * history.TRIES or not older:
+  if n >= 2 * event_log.TRIES or not older:
     ends = [event for event in events if event["event"] == "end"]
     last = ends[-1]["text"] if ends else "killed"
     raise manifest.MissingError(
@@ -58,7 +58,7 @@ def _record_fatal(folder: pathlib.Path) -> None:
   if stacks:
     logging.error("the start before ended so:\n%s", stacks)
     text, *_ = stacks.splitlines()
-    history.add(folder, "end", code=exits.INTERNAL, text=text)
+    event_log.add(folder, "end", code=exit_codes.INTERNAL, text=text)
     path.unlink()
 
 
@@ -77,10 +77,10 @@ def _fatal_to(path: pathlib.Path) -> Iterator[None]:
       path.unlink(missing_ok=True)
 
 
-def steps_up_to(folder: pathlib.Path, step: int) -> list[logbook.Row]:
+def steps_up_to(folder: pathlib.Path, step: int) -> list[metrics_writer.Row]:
   """The rows of the steps that were done when a step was saved."""
-  path = folder / logbook.METRICS
-  rows = logbook.read(path) if path.exists() else []
+  path = folder / metrics_writer.METRICS
+  rows = metrics_writer.read(path) if path.exists() else []
   return [row for row in rows if "loss" in row and row["step"] <= step]
 
 
@@ -89,15 +89,15 @@ def recorded(
     command: run_args.RunArgs,
     first: int,
     began: float,
-    watch: history.Stopwatch,
+    watch: event_log.Stopwatch,
 ) -> Iterator[Callable[..., None]]:
   """What adds to the history, which gets the start and the end."""
   if jax.process_index():
     yield lambda event, **facts: None
     return
   folder = command.workdir
-  metrics = folder / logbook.METRICS
-  record = functools.partial(history.add, folder)
+  metrics = folder / metrics_writer.METRICS
+  record = functools.partial(event_log.add, folder)
   record(
       "start",
       step=first,
@@ -107,12 +107,12 @@ def recorded(
       host=socket.gethostname(),
       process=os.getpid(),
   )
-  code, text = exits.OK, ""
+  code, text = exit_codes.OK, ""
   try:
     with _fatal_to(folder / FATAL):
       yield record
   except BaseException as error:
-    code, text = exits.code_of(error) or exits.INTERNAL, f"{error}"
+    code, text = exit_codes.code_of(error) or exit_codes.INTERNAL, f"{error}"
     raise
   finally:
     record("end", code=code, text=text, seconds=watch.seconds)

@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Callable
 
-from experiments import exits
+from dsv3_jax.trainer import exit_codes
 
 SIGNALS = signal.SIGTERM, signal.SIGINT
 
@@ -52,7 +52,7 @@ class Listener:
     if not (name := self._next()):
       return
     late = f"not saved in {self._grace_s:g} s; the last checkpoint is whole"
-    over = threading.Timer(self._grace_s, leave, (exits.PREEMPTED, late))
+    over = threading.Timer(self._grace_s, leave, (exit_codes.PREEMPTED, late))
     over.daemon = True
     over.start()
     say(
@@ -61,7 +61,7 @@ class Listener:
     )
     self._told()
     if again := self._next():
-      leave(exits.PREEMPTED, f"{again} again: leaving at once")
+      leave(exit_codes.PREEMPTED, f"{again} again: leaving at once")
     over.cancel()
 
   def _next(self) -> str:

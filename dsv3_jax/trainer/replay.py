@@ -9,33 +9,33 @@ from dsv3_jax import train
 from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.checkpoint import manifest
 from dsv3_jax.errors import InputError
-from experiments import cluster
-from experiments import exits
-from experiments import feed
-from experiments import history
-from experiments import lifeline
-from experiments import logbook
-from experiments import reporter
-from experiments import run_args
-from experiments import runner
-from experiments import workdir
+from dsv3_jax.trainer import batches
+from dsv3_jax.trainer import distributed
+from dsv3_jax.trainer import event_log
+from dsv3_jax.trainer import exit_codes
+from dsv3_jax.trainer import heartbeat
+from dsv3_jax.trainer import metrics_writer
+from dsv3_jax.trainer import run_args
+from dsv3_jax.trainer import step_monitor
+from dsv3_jax.trainer import trainer
+from dsv3_jax.trainer import workdir
 
 _OF_TIME = {"tokens_per_s"}
 
 
-class _Compared(logbook.Silent):
+class _Compared(metrics_writer.Silent):
   """A logbook that compares its rows with those of another one."""
 
-  def __init__(self, logged: dict[int, logbook.Row]):
+  def __init__(self, logged: dict[int, metrics_writer.Row]):
     self._logged = logged
     self.found: list[str] = []  # differences, a line each
     self.n = 0  # numbers compared
 
-  def step(self, row: logbook.Row) -> None:
-    row = logbook.plain(row)
+  def step(self, row: metrics_writer.Row) -> None:
+    row = metrics_writer.plain(row)
     step = row["step"]
     if step not in self._logged:
-      raise InputError(f"step {step} is not in {logbook.METRICS}")
+      raise InputError(f"step {step} is not in {metrics_writer.METRICS}")
     logged = self._logged[step]
     for key in sorted(logged.keys() & row.keys() - _OF_TIME):
       self.n += 1
@@ -56,7 +56,7 @@ def execute(command: run_args.RunArgs, step: int) -> None:
     MissingError: there is no checkpoint before it.
     MismatchError: something differs; names it.
   """
-  with lifeline.Lifeline(command.patience, command.processes.host):
+  with heartbeat.Lifeline(command.patience, command.processes.host):
     _replay(command, step)
 
 
@@ -65,8 +65,8 @@ def _replay(command: run_args.RunArgs, step: int) -> None:
   workdir.check_same(
       folder, workdir.describe(command.variant, command.seed, run)
   )
-  mesh = cluster.mesh(command.mesh)
-  rows = logbook.read(folder / logbook.METRICS)
+  mesh = distributed.mesh(command.mesh)
+  rows = metrics_writer.read(folder / metrics_writer.METRICS)
   logged = {row["step"]: row for row in rows if "loss" in row}
   if step not in logged:
     last = max(logged, default=0)
@@ -76,12 +76,12 @@ def _replay(command: run_args.RunArgs, step: int) -> None:
   first = int(state.step)
   facts = checkpoints.facts(first)
   checkpoints.close()
-  source = feed.Feed(runner.read_data(command), run, command.seed)
+  source = batches.Feed(trainer.read_data(command), run, command.seed)
   left_out = facts["rows"] - source.sequences(first).start
   source = dataclasses.replace(source, left_out=left_out)
   book, nothing = _Compared(logged), lambda *_, **__: None
-  report = reporter.Reporter(
-      book, source, command.stop, nothing, history.Stopwatch()
+  report = step_monitor.Reporter(
+      book, source, command.stop, nothing, event_log.Stopwatch()
   )
   train.fit(
       state,
@@ -92,7 +92,7 @@ def _replay(command: run_args.RunArgs, step: int) -> None:
       mesh=mesh,
   )
   if book.found:
-    raise exits.MismatchError(
+    raise exit_codes.MismatchError(
         "\n".join(book.found)
         + "\na device that computes wrongly; or another number or kind of"
         " devices, another layout, another version, --nodeterministic on GPUs"

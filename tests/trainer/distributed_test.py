@@ -10,15 +10,15 @@ import testing
 from absl.testing import absltest
 from absl.testing import parameterized
 
-from experiments import cluster
+from dsv3_jax.trainer import distributed
 
 
 def call(port, *members, timeout_s=20):
   """What each of (count, index) hears when they call each other."""
 
   def hear(member):
-    who = cluster.Processes(f"127.0.0.1:{port}", *member, timeout_s)
-    return cluster._roll_call(who)
+    who = distributed.Processes(f"127.0.0.1:{port}", *member, timeout_s)
+    return distributed._roll_call(who)
 
   with concurrent.futures.ThreadPoolExecutor(len(members)) as pool:
     return list(pool.map(hear, members))
@@ -51,8 +51,8 @@ class RollCallTest(parameterized.TestCase):
   def test_strangers_are_ignored(self):
     port = testing.free_port()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-      who = cluster.Processes(f"127.0.0.1:{port}", 2, 0, 20)
-      leader = pool.submit(cluster._roll_call, who)
+      who = distributed.Processes(f"127.0.0.1:{port}", 2, 0, 20)
+      leader = pool.submit(distributed._roll_call, who)
       while True:
         try:
           with socket.create_connection(("127.0.0.1", port)) as peer:
@@ -80,23 +80,23 @@ class ProblemsTest(parameterized.TestCase):
       (("host:1", 2, 1, 0), "--join_timeout=0"),
   )
   def test_says_what_is_wrong(self, fields, message):
-    self.assertIn(message, "\n".join(cluster.Processes(*fields).problems()))
+    self.assertIn(message, "\n".join(distributed.Processes(*fields).problems()))
 
   def test_good_ones(self):
     for fields in ((), ("host:80", 2, 1), ("auto", 1, 0)):
-      self.assertEmpty(cluster.Processes(*fields).problems())
+      self.assertEmpty(distributed.Processes(*fields).problems())
 
 
 class MeshTest(absltest.TestCase):
 
   def test_must_multiply_to_the_devices(self):
     with self.assertRaisesRegex(ValueError, "to 6, and there are 16 .*data=16"):
-      cluster.mesh({"data": 2, "expert": 3})
+      distributed.mesh({"data": 2, "expert": 3})
     with self.assertRaisesRegex(ValueError, "to 4, .*data=8 with the others"):
-      cluster.mesh({"data": 2, "expert": 2})
+      distributed.mesh({"data": 2, "expert": 2})
 
   def test_all_devices_share_the_data_unless_told(self):
-    self.assertEqual(cluster.mesh({}).shape["data"], jax.device_count())
+    self.assertEqual(distributed.mesh({}).shape["data"], jax.device_count())
 
 
 class OrderTest(parameterized.TestCase):
@@ -110,7 +110,7 @@ class OrderTest(parameterized.TestCase):
   def test_is_asked_for_once(self, given, expected):
     with mock.patch.dict(os.environ, {"XLA_FLAGS": given}):
       for _ in range(2):
-        cluster.fix_order_of_sums()
+        distributed.fix_order_of_sums()
       self.assertEqual(os.environ["XLA_FLAGS"], expected)
 
 
@@ -118,14 +118,14 @@ class FirstDoesTest(absltest.TestCase):
 
   def test_works_and_raises_what_the_work_raised(self):
     done = []
-    cluster.first_does(lambda: done.append(1))
+    distributed.first_does(lambda: done.append(1))
     self.assertEqual(done, [1])
 
     def fail():
       raise ValueError("no")
 
     with self.assertRaisesRegex(ValueError, "no"):
-      cluster.first_does(fail)
+      distributed.first_does(fail)
 
 
 if __name__ == "__main__":

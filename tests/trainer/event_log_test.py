@@ -7,8 +7,8 @@ import testing
 from absl.testing import absltest
 from absl.testing import parameterized
 
-from experiments import exits
-from experiments import history
+from dsv3_jax.trainer import event_log
+from dsv3_jax.trainer import exit_codes
 
 
 def start(step, **more):
@@ -19,7 +19,7 @@ def saved(step):
   return {"event": "saved", "step": step}
 
 
-def end(code=exits.INTERNAL):
+def end(code=exit_codes.INTERNAL):
   return {"event": "end", "code": code, "text": ""}
 
 
@@ -28,10 +28,10 @@ class CrashesTest(parameterized.TestCase):
   @parameterized.named_parameters(
       ("nothing", [], (0, -1)),
       ("an_error", [start(0), end()], (1, 0)),
-      ("a_watchdog", [start(0), end(exits.STUCK)], (1, 0)),
+      ("a_watchdog", [start(0), end(exit_codes.STUCK)], (1, 0)),
       ("errors_in_a_row", [start(4), end()] * 3, (3, 4)),
-      ("preempted", [start(0), end(exits.PREEMPTED)], (0, 0)),
-      ("refused", [start(0), end(exits.BAD_INPUT)], (0, 0)),
+      ("preempted", [start(0), end(exit_codes.PREEMPTED)], (0, 0)),
+      ("refused", [start(0), end(exit_codes.BAD_INPUT)], (0, 0)),
       ("kills", [start(0)] * 9 + [start(4)] * 9, (0, 4)),
       ("errors_between_kills", [start(4), end(), start(4)] * 4, (4, 4)),
       (
@@ -48,17 +48,17 @@ class CrashesTest(parameterized.TestCase):
           start(4, again=True), end()], (1, 4)),
   )
   def test_counts(self, events, expected):
-    self.assertEqual(history.crashes(events), expected)
+    self.assertEqual(event_log.crashes(events), expected)
 
 
 class FileTest(absltest.TestCase):
 
   def test_is_read_as_it_was_added(self):
     folder = testing.folder(self)
-    self.assertEqual(history.read(folder), [])
-    history.add(folder, "bad", step=3, loss=float("nan"), rows=[1, 2])
-    history.add(folder, "saved", step=4)
-    bad, good = history.read(folder)
+    self.assertEqual(event_log.read(folder), [])
+    event_log.add(folder, "bad", step=3, loss=float("nan"), rows=[1, 2])
+    event_log.add(folder, "saved", step=4)
+    bad, good = event_log.read(folder)
     self.assertGreater(bad.pop("time"), 1e9)
     self.assertEqual(
         bad, {"event": "bad", "step": 3, "loss": None, "rows": [1, 2]}
@@ -67,16 +67,16 @@ class FileTest(absltest.TestCase):
 
   def test_a_torn_line_costs_no_other(self):
     folder = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
-    history.add(folder, "saved", step=1)
-    path = folder / history.FILE
+    event_log.add(folder, "saved", step=1)
+    path = folder / event_log.FILE
     path.write_bytes(path.read_bytes() + b'{"event": "sav')
-    history.add(folder, "saved", step=2)
-    self.assertEqual([e["step"] for e in history.read(folder)], [1, 2])
+    event_log.add(folder, "saved", step=2)
+    self.assertEqual([e["step"] for e in event_log.read(folder)], [1, 2])
 
   def test_what_is_no_event_is_left_out(self):
     folder = testing.folder(self)
-    (folder / history.FILE).write_bytes(b'[]\n"x"\n\xff\n{"event": 3}\n{}\n')
-    self.assertEqual(history.read(folder), [])
+    (folder / event_log.FILE).write_bytes(b'[]\n"x"\n\xff\n{"event": 3}\n{}\n')
+    self.assertEqual(event_log.read(folder), [])
 
 
 class GoodputTest(absltest.TestCase):
@@ -84,7 +84,7 @@ class GoodputTest(absltest.TestCase):
   def test_adds_up_to_the_time_there_was(self):
 
     def seconds(compiling, training, saving=0.0):
-      kinds = dict.fromkeys(history.KINDS, 0.0)
+      kinds = dict.fromkeys(event_log.KINDS, 0.0)
       return kinds | {
           "compiling": compiling, "training": training, "saving": saving
       }
@@ -103,7 +103,7 @@ class GoodputTest(absltest.TestCase):
         start(16, began=220.0, seen_at=216.0) | {"time": 221.0},
         end(0) | {"time": 221.5, "seconds": seconds(0.5, 0)},
     ]
-    found = history.goodput(events)
+    found = event_log.goodput(events)
     self.assertEqual(
         found,
         {
@@ -119,10 +119,10 @@ class GoodputTest(absltest.TestCase):
     self.assertAlmostEqual(sum(found.values()), 221.5 - 100.0)
 
   def test_of_nothing(self):
-    self.assertEqual(sum(history.goodput([]).values()), 0)
+    self.assertEqual(sum(event_log.goodput([]).values()), 0)
 
   def test_a_stopwatch_counts_by_kind(self):
-    watch = history.Stopwatch()
+    watch = event_log.Stopwatch()
     laps = [watch.lap(kind) for kind in ("training", "saving", "training")]
     self.assertAlmostEqual(watch.seconds["training"], laps[0] + laps[2])
     self.assertEqual(watch.seconds["saving"], laps[1])

@@ -11,11 +11,11 @@ import jax
 from dsv3_jax import train
 from dsv3_jax.errors import NotFiniteError
 from dsv3_jax.parallel import comm_volume
-from experiments import exits
-from experiments import feed
-from experiments import history
-from experiments import logbook
-from experiments import quantization
+from dsv3_jax.trainer import batches
+from dsv3_jax.trainer import event_log
+from dsv3_jax.trainer import exit_codes
+from dsv3_jax.trainer import metrics_writer
+from dsv3_jax.trainer import quantization
 
 LOADS = 60  # times in a run that the loads of all experts are written
 IDS = 64  # rows that are named where a step is bad
@@ -28,12 +28,12 @@ class Reporter:
 
   def __init__(
       self,
-      book: logbook.Logbook | logbook.Silent,
-      source: feed.Feed,
+      book: metrics_writer.Logbook | metrics_writer.Silent,
+      source: batches.Feed,
       stop: int,
       record: Callable[..., None],
-      watch: history.Stopwatch,
-      before: Iterable[logbook.Row] = (),
+      watch: event_log.Stopwatch,
+      before: Iterable[metrics_writer.Row] = (),
   ):
     """Begins before the first step of this start.
 
@@ -66,7 +66,7 @@ class Reporter:
     metrics = jax.device_get(metrics)
     seconds = self._watch.lap("training" if self._started else "compiling")
     self._started = True
-    row = logbook.plain(self._row(done, metrics, seconds))
+    row = metrics_writer.plain(self._row(done, metrics, seconds))
     self._book.step(row)
     for line in quantization.not_finite(metrics.get("fp8", {})):
       self._book.note(f"step {done}: {line}")
@@ -80,16 +80,16 @@ class Reporter:
           f"{self._bad_in_a_row} steps in a row up to step {done} were not"
           " finite; the newest checkpoint is from before them. Lower"
           " optim.peak_lr, or look at the data of these steps:"
-          f" {history.FILE} lists their rows, --replay_step does one again"
+          f" {event_log.FILE} lists their rows, --replay_step does one again"
       )
     if jump := self._spike(row):
       self._bad(row, jump)
       if self._run.train.spike_skip:
-        raise exits.SpikeError(done, f"step {done} {jump}")
+        raise exit_codes.SpikeError(done, f"step {done} {jump}")
 
   def _row(
       self, done: int, metrics: train.Metrics, seconds: float
-  ) -> logbook.Row:
+  ) -> metrics_writer.Row:
     run = self._run
     length = run.data.seq_len
     row = {"step": done, "tokens": run.rows_before(done) * length}
@@ -107,7 +107,7 @@ class Reporter:
       row["load"] = metrics["load"]
     return row
 
-  def _spike(self, row: logbook.Row) -> str:
+  def _spike(self, row: metrics_writer.Row) -> str:
     """How a step stands out from those before it; "": it does not."""
     factor, found = self._run.train.spike_factor, []
     for key, recent in self._recent.items():
@@ -121,7 +121,7 @@ class Reporter:
         recent.append(value)
     return f"jumped: {', '.join(found)} the median before" if found else ""
 
-  def _bad(self, row: logbook.Row, why: str) -> None:
+  def _bad(self, row: metrics_writer.Row, why: str) -> None:
     """Says that a step stands out, and which data it read."""
     step = row["step"] - 1
     read, ids = self._source.sequences(step), self._source.ids(step)

@@ -18,12 +18,12 @@ from dsv3_jax.infer import engine
 from dsv3_jax.infer import inference_params
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.parallel import replica_check
-from experiments import feed
-from experiments import history
-from experiments import lifeline
+from dsv3_jax.trainer import batches
+from dsv3_jax.trainer import event_log
+from dsv3_jax.trainer import heartbeat
 
 
-def facts(source: feed.Feed, step: int) -> dict[str, Any]:
+def facts(source: batches.Feed, step: int) -> dict[str, Any]:
   """What a checkpoint holds beside the state."""
   return {
       "data": source.data.digests | {"seed": source.seed},
@@ -36,13 +36,13 @@ def facts(source: feed.Feed, step: int) -> dict[str, Any]:
 class Aside:
   """What a run does now and then besides training."""
 
-  source: feed.Feed
+  source: batches.Feed
   mesh: jax.sharding.Mesh
   checkpoints: checkpointer.Checkpoints
   book: Any
   record: Callable[..., None]
-  watch: history.Stopwatch
-  line: lifeline.Lifeline
+  watch: event_log.Stopwatch
+  line: heartbeat.Lifeline
   average: ema.Average | None
   heldout: dict[str, float] = dataclasses.field(default_factory=dict)  # last
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 from typing import TextIO
 
-from experiments import events
+from dsv3_jax.trainer import events
 
 METRICS, EVENTS, LOG = "metrics.jsonl", "tensorboard", "log.txt"
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S  "  # before each line of log.txt

@@ -4,8 +4,8 @@ import dataclasses
 import pathlib
 
 from dsv3_jax import config
-from experiments import cluster
-from experiments import lifeline
+from dsv3_jax.trainer import distributed
+from dsv3_jax.trainer import heartbeat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +18,8 @@ class RunArgs:
   seed: int
   stop: int  # steps
   mesh: dict[str, int]  # sizes of the axes named
-  processes: cluster.Processes
+  processes: distributed.Processes
   init_from: pathlib.Path | None = None
-  patience: lifeline.Patience = lifeline.Patience()
+  patience: heartbeat.Patience = heartbeat.Patience()
   retry: bool = False  # although starts failed
   deterministic: bool = True  # on GPUs

@@ -9,14 +9,14 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from dsv3_jax import config
-from experiments import exits
-from experiments import feed
-from experiments import history
-from experiments import logbook
-from experiments import reporter
+from dsv3_jax.trainer import batches
+from dsv3_jax.trainer import event_log
+from dsv3_jax.trainer import exit_codes
+from dsv3_jax.trainer import metrics_writer
+from dsv3_jax.trainer import step_monitor
 
 
-class Book(logbook.Silent):
+class Book(metrics_writer.Silent):
 
   def __init__(self):
     self.rows, self.notes = [], []
@@ -47,11 +47,11 @@ class ReporterTest(parameterized.TestCase):
 
   def make(self, *settings, left_out=0, before=()):
     run = testing.run(*settings)
-    source = feed.Feed(Order(), run, 0, left_out)
+    source = batches.Feed(Order(), run, 0, left_out)
     record = lambda event, **facts: self.events.append((event, facts))
     self.run_ = run
-    return reporter.Reporter(
-        self.book, source, 99, record, history.Stopwatch(), before
+    return step_monitor.Reporter(
+        self.book, source, 99, record, event_log.Stopwatch(), before
     )
 
   def metrics(self, loss=1.0, grad_norm=1.0):
@@ -68,7 +68,7 @@ class ReporterTest(parameterized.TestCase):
   def setting(self, *settings, **how):
     report = self.make(*settings, **how)
     nothing = types.SimpleNamespace(bytes_sent=lambda *_: {})
-    self.enter_context(mock.patch.object(reporter, "traffic", nothing))
+    self.enter_context(mock.patch.object(step_monitor, "traffic", nothing))
     return report
 
   def test_a_bad_step_is_told_with_what_it_read(self):
@@ -117,7 +117,7 @@ class ReporterTest(parameterized.TestCase):
   @parameterized.parameters(
       ((), 30, 99.0),  # nobody asked
       (("train.spike_factor=2",), 30, 1.9),
-      (("train.spike_factor=2",), reporter.ENOUGH - 1, 99.0),  # too early
+      (("train.spike_factor=2",), step_monitor.ENOUGH - 1, 99.0),  # too early
       (("train.spike_factor=2",), 30, 0.0),
   )
   def test_what_is_no_jump(self, settings, n, value):
@@ -134,7 +134,7 @@ class ReporterTest(parameterized.TestCase):
     before = [{"step": i, "loss": 1.0, "grad_norm": 1.0} for i in range(1, 31)]
     settings = "train.spike_factor=2", "train.spike_skip=4"
     report = self.setting(*settings, before=before)
-    with self.assertRaisesRegex(exits.SpikeError, "step 31 jumped") as caught:
+    with self.assertRaisesRegex(exit_codes.SpikeError, "step 31 jumped") as caught:
       report.step(31, self.metrics(loss=3.0))
     self.assertEqual(caught.exception.step, 31)
 

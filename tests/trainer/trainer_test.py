@@ -23,17 +23,17 @@ from dsv3_jax.checkpoint import manifest
 from dsv3_jax.data import loader
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.parallel import replica_check
-from experiments import cluster
+from dsv3_jax.trainer import batches as batches_lib
+from dsv3_jax.trainer import distributed
+from dsv3_jax.trainer import event_log
+from dsv3_jax.trainer import exit_codes
+from dsv3_jax.trainer import metrics_writer
+from dsv3_jax.trainer import replay as replay_lib
+from dsv3_jax.trainer import run_args
+from dsv3_jax.trainer import step_monitor
+from dsv3_jax.trainer import trainer
+from dsv3_jax.trainer import workdir
 from experiments import common
-from experiments import exits
-from experiments import feed
-from experiments import history
-from experiments import logbook
-from experiments import replay
-from experiments import reporter
-from experiments import run_args
-from experiments import runner
-from experiments import workdir
 
 PROSE = "It was a bright cold day, and {} clocks were striking thirteen.\n"
 
@@ -59,7 +59,7 @@ class CheckedRunTest(absltest.TestCase):
     super().setUp()
     self.folder = testing.folder(self)
     self.checks = self.patch(replica_check, "check", wraps=replica_check.check)
-    self.patch(cluster, "mesh", lambda sizes: device_mesh.mesh(sizes))
+    self.patch(distributed, "mesh", lambda sizes: device_mesh.mesh(sizes))
     self.patch(common, "start_jax")
 
   def patch(self, *args, **kwargs):
@@ -82,14 +82,14 @@ class CheckedRunTest(absltest.TestCase):
         seed=0,
         stop=4,
         mesh={"data": 2},
-        processes=cluster.Processes(),
+        processes=distributed.Processes(),
     )
 
   def train(self, make_step=compiled_step, *settings):
     """Four steps on two devices; exit code and what it said."""
     command = self.command(*settings)
     with mock.patch.object(train, "make_step", make_step):
-      return self.ended(functools.partial(runner.execute, command))
+      return self.ended(functools.partial(trainer.execute, command))
 
   def ended(self, work):
     with (
@@ -103,7 +103,7 @@ class CheckedRunTest(absltest.TestCase):
 
   def left(self):
     """Steps that were saved, and steps that were reported."""
-    rows = logbook.read(self.folder / "run" / logbook.METRICS)
+    rows = metrics_writer.read(self.folder / "run" / metrics_writer.METRICS)
     folders = (self.folder / "run" / "checkpoints").iterdir()
     return (
         {int(folder.name) for folder in folders},
@@ -165,11 +165,11 @@ class NumbersTest(CheckedRunTest):
     return make_step
 
   def rows(self):
-    rows = logbook.read(self.folder / "run" / logbook.METRICS)
+    rows = metrics_writer.read(self.folder / "run" / metrics_writer.METRICS)
     return [row for row in rows if "loss" in row]
 
   def events(self, kind):
-    events = history.read(self.folder / "run")
+    events = event_log.read(self.folder / "run")
     return [event for event in events if event["event"] == kind]
 
   def test_too_many_bad_steps_end_the_run(self):
@@ -177,12 +177,12 @@ class NumbersTest(CheckedRunTest):
         lambda step, _: step >= 1, finite=np.False_, loss=np.float32("nan")
     )
     code, err = self.train(bad, "train.max_bad_steps=1")
-    self.assertEqual(code, exits.NOT_FINITE)
+    self.assertEqual(code, exit_codes.NOT_FINITE)
     self.assertRegex(err, "error: 2 steps in a row up to step 3 were not fin")
     self.assertEqual([event["step"] for event in self.events("bad")], [2, 3])
     self.assertLen(self.events("bad")[0]["rows"], 8)
     (end,) = self.events("end")
-    self.assertEqual(end["code"], exits.NOT_FINITE)
+    self.assertEqual(end["code"], exit_codes.NOT_FINITE)
 
   def test_a_jump_is_gone_back_before_and_left_out(self):
     seen = []
@@ -191,19 +191,19 @@ class NumbersTest(CheckedRunTest):
       seen.append(tokens)
       return step == 2 and len(seen) == 3
 
-    self.patch(reporter, "ENOUGH", 2)
+    self.patch(step_monitor, "ENOUGH", 2)
     code, _ = self.train(
         self.spoiling(jumps, loss=np.float32(1e4)),
         "train.spike_factor=100",
         "train.spike_skip=1",
     )
-    self.assertEqual(code, exits.OK)
+    self.assertEqual(code, exit_codes.OK)
     self.assertEqual([row["step"] for row in self.rows()], [1, 2, 3, 4])
     self.assertEqual([event["step"] for event in self.events("bad")], [3])
     # From step 2 on again, with the data of what would have been step 5.
     command = self.command()
-    data = runner.read_data(command)
-    planned = feed.Feed(data, command.run, 0).batches(0, device_mesh.mesh(
+    data = trainer.read_data(command)
+    planned = batches_lib.Feed(data, command.run, 0).batches(0, device_mesh.mesh(
         command.mesh
     ))
     planned = [np.asarray(b.tokens) for b in itertools.islice(planned, 6)]
@@ -216,58 +216,58 @@ class NumbersTest(CheckedRunTest):
     self.assertEqual(store.facts(4)["rows"], command.run.rows_before(6))
 
   def test_jumps_without_end_end_the_run(self):
-    self.patch(reporter, "ENOUGH", 2)
+    self.patch(step_monitor, "ENOUGH", 2)
     code, err = self.train(
         self.spoiling(lambda step, _: step == 2, loss=np.float32(1e4)),
         "train.spike_factor=100",
         "train.spike_skip=1",
     )
-    self.assertEqual(code, exits.NOT_FINITE)
+    self.assertEqual(code, exit_codes.NOT_FINITE)
     self.assertRegex(err, "jumped: .*with other data after step 2 it was no")
     self.assertEqual([event["step"] for event in self.events("bad")], [3] * 4)
 
   def test_a_damaged_average_is_a_damaged_checkpoint(self):
     average = "optim.ema_decay=0.9"
-    self.assertEqual(self.train(compiled_step, average)[0], exits.OK)
+    self.assertEqual(self.train(compiled_step, average)[0], exit_codes.OK)
     folder = self.folder / "run" / "checkpoints" / "4"
     saved = manifest.read(folder)
     saved.arrays["average/params/head"]["digest"] = "0" * 16
     testing.reseal(folder, arrays=saved.arrays)
-    self.assertEqual(self.train(compiled_step, average)[0], exits.OK)
+    self.assertEqual(self.train(compiled_step, average)[0], exit_codes.OK)
     starts = [event["step"] for event in self.events("start")]
     self.assertEqual(starts, [0, 3])
     self.assertTrue(folder.with_suffix(checkpointer.CORRUPT).exists())
 
   def test_a_setting_newer_than_a_checkpoint_was_its_default(self):
-    self.assertEqual(self.train()[0], exits.OK)
+    self.assertEqual(self.train()[0], exit_codes.OK)
     folder = self.folder / "run" / "checkpoints" / "4"
     facts = manifest.read(folder).facts
     del facts["model"]["norm_eps"]  # which this run leaves alone
     testing.reseal(folder, facts=facts)
-    self.assertEqual(self.train()[0], exits.OK)
+    self.assertEqual(self.train()[0], exit_codes.OK)
     del facts["model"]["init_std"]  # which it does not
     testing.reseal(folder, facts=facts)
     code, err = self.train()
-    self.assertEqual(code, exits.BAD_INPUT)
+    self.assertEqual(code, exit_codes.BAD_INPUT)
     self.assertRegex(err, r"model is not .*\n.*   init_std: 0.006 -> 0.1\n$")
     starts = [event["step"] for event in self.events("start")]
     self.assertEqual(starts, [0, 4])
 
   def replay(self, step):
     self.patch(train, "make_step", compiled_step)
-    work = functools.partial(replay.execute, self.command(), step)
+    work = functools.partial(replay_lib.execute, self.command(), step)
     return self.ended(work)
 
   def test_a_step_done_again_is_the_same(self):
     self.train()
     before = sorted(self.folder.rglob("*"))
-    self.assertEqual(self.replay(3), (exits.OK, ""))
+    self.assertEqual(self.replay(3), (exit_codes.OK, ""))
     self.assertRegex(self.said, "steps 3 to 3 again, .*: all .* bit for bit")
     self.assertEqual(sorted(self.folder.rglob("*")), before)
 
   def test_what_differs_is_named(self):
     self.train()
-    path = self.folder / "run" / logbook.METRICS
+    path = self.folder / "run" / metrics_writer.METRICS
     lines = path.read_text().splitlines(keepends=True)
     row = self.rows()[2]
     changed = float(np.nextafter(np.float32(row["loss"]), np.float32(9)))
@@ -277,7 +277,7 @@ class NumbersTest(CheckedRunTest):
     ]
     path.write_text("".join(lines))
     code, err = self.replay(3)
-    self.assertEqual(code, exits.INTERNAL)
+    self.assertEqual(code, exit_codes.INTERNAL)
     self.assertIn(
         f"error: step 3: loss was {changed}, is {row['loss']}\n", err
     )
@@ -285,11 +285,11 @@ class NumbersTest(CheckedRunTest):
   def test_a_step_that_cannot_be_done_again(self):
     self.train()
     code, err = self.replay(5)
-    self.assertEqual(code, exits.BAD_INPUT)
+    self.assertEqual(code, exit_codes.BAD_INPUT)
     self.assertIn("--replay_step=5: steps 1 to 4 are logged", err)
     shutil.rmtree(self.folder / "run" / "checkpoints" / "0")
     code, err = self.replay(1)
-    self.assertEqual(code, exits.NO_CHECKPOINT)
+    self.assertEqual(code, exit_codes.NO_CHECKPOINT)
     self.assertIn("no checkpoint from before step 1", err)
 
 
@@ -349,7 +349,7 @@ class RelayoutTest(parameterized.TestCase):
 
   def next_of(self, state, run, mesh):
     """The batch that comes next and its loss."""
-    batches = feed.Feed(self.data, run, 5).batches(int(state.step), mesh)
+    batches = batches_lib.Feed(self.data, run, 5).batches(int(state.step), mesh)
     batch = next(batches)
     return jax.device_get((batch, compiled_loss(run, mesh)(state, batch)))
 
@@ -357,7 +357,7 @@ class RelayoutTest(parameterized.TestCase):
     """First tokens of the rows of steps, in order, and the steps' sizes."""
     run = config.override(self.run_, *settings)
     mesh = device_mesh.mesh({"data": 2})
-    read = feed.Feed(self.data, run, 5).batches(first, mesh)
+    read = batches_lib.Feed(self.data, run, 5).batches(first, mesh)
     tokens, sizes = [], []
     for batch in itertools.islice(read, stop - first):
       rows = np.asarray(batch.tokens)

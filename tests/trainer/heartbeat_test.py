@@ -8,9 +8,9 @@ import testing
 from absl.testing import absltest
 from absl.testing import parameterized
 
-from experiments import lifeline
+from dsv3_jax.trainer import heartbeat
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 class LifelineTest(parameterized.TestCase):
@@ -22,26 +22,26 @@ class LifelineTest(parameterized.TestCase):
       ({"grace_s": -0.5}, "--grace=-0.5: must be at least 0 s"),
   )
   def test_says_what_is_wrong(self, fields, message):
-    self.assertEqual(lifeline.Patience(**fields).problems(), [message])
+    self.assertEqual(heartbeat.Patience(**fields).problems(), [message])
 
   def test_the_default_is_good(self):
-    self.assertEqual(lifeline.Patience().problems(), [])
+    self.assertEqual(heartbeat.Patience().problems(), [])
 
   def test_one_process_stops_where_it_is(self):
-    with lifeline.Lifeline() as line:
+    with heartbeat.Lifeline() as line:
       self.assertTrue(line.may_go_on(0))
       self.assertTrue(line.may_go_on(1))
       line.tell()
       self.assertFalse(line.may_go_on(2))
 
   def test_is_told_before_the_first_step(self):
-    with lifeline.Lifeline() as line:
+    with heartbeat.Lifeline() as line:
       line.tell()
       self.assertFalse(line.may_go_on(7))
 
   def test_two_may_follow_each_other(self):
     for _ in range(2):
-      with lifeline.Lifeline() as line:
+      with heartbeat.Lifeline() as line:
         self.assertTrue(line.may_go_on(0))
         self.assertTrue(line.may_go_on(9, last=True))
 

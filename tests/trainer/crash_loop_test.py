@@ -15,14 +15,14 @@ from absl.testing import absltest
 from dsv3_jax import config
 from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.checkpoint import manifest
-from experiments import cluster
-from experiments import exits
-from experiments import history
-from experiments import logbook
-from experiments import run_args
-from experiments import starts
+from dsv3_jax.trainer import crash_loop
+from dsv3_jax.trainer import distributed
+from dsv3_jax.trainer import event_log
+from dsv3_jax.trainer import exit_codes
+from dsv3_jax.trainer import metrics_writer
+from dsv3_jax.trainer import run_args
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 FATAL = """
 import faulthandler, pathlib, sys, types
 from experiments import history, starts
@@ -43,7 +43,7 @@ class CleanTest(absltest.TestCase):
     self.folder = testing.folder(self)
     run = testing.run()
     self.command = run_args.RunArgs(
-        "tiny", run, self.folder, 0, 9, {}, cluster.Processes()
+        "tiny", run, self.folder, 0, 9, {}, distributed.Processes()
     )
     self.store = checkpointer.Checkpoints(
         self.folder / "checkpoints", config.Checkpoint(keep=9)
@@ -56,38 +56,38 @@ class CleanTest(absltest.TestCase):
 
   def crash(self, n, step=8):
     for _ in range(n):
-      history.add(self.folder, "start", step=step)
-      history.add(
-          self.folder, "end", code=exits.INTERNAL, text="the usual error"
+      event_log.add(self.folder, "start", step=step)
+      event_log.add(
+          self.folder, "end", code=exit_codes.INTERNAL, text="the usual error"
       )
 
   def clean(self, **changes):
     command = dataclasses.replace(self.command, **changes)
     with self.assertLogs(logging.get_absl_logger(), "ERROR") as logs:
       logging.error("so that there is one")
-      starts.clean(command, self.store)
+      crash_loop.clean(command, self.store)
     return "\n".join(logs.output[1:])
 
   def test_goes_on_after_a_few_failures(self):
-    self.crash(history.TRIES - 1)
+    self.crash(event_log.TRIES - 1)
     self.assertEqual(self.clean(), "")
     self.assertEqual(self.store.steps(), [0, 4, 8])
 
   def test_goes_back_one_after_more(self):
-    self.crash(history.TRIES)
+    self.crash(event_log.TRIES)
     said = self.clean()
     self.assertRegex(said, "going back to step 4; .*8.suspect keeps the other")
     self.assertEqual(self.store.steps(), [0, 4])
 
   def test_stays_back_when_it_fails_there(self):
-    self.crash(history.TRIES)
+    self.crash(event_log.TRIES)
     self.crash(1, step=4)
     self.clean()
     self.assertEqual(self.store.steps(), [0, 4])
 
   def test_stops_in_the_end(self):
-    self.crash(history.TRIES)
-    self.crash(history.TRIES, step=4)
+    self.crash(event_log.TRIES)
+    self.crash(event_log.TRIES, step=4)
     with self.assertRaisesRegex(
         manifest.MissingError, "6 starts .* step 8, the last .*: the usual err"
     ):
@@ -95,24 +95,24 @@ class CleanTest(absltest.TestCase):
     self.assertEqual(self.store.steps(), [0, 4, 8])
 
   def test_stops_where_there_is_nothing_to_go_back_to(self):
-    self.crash(history.TRIES, step=0)
+    self.crash(event_log.TRIES, step=0)
     for step in (4, 8):
       self.store.set_aside(step, checkpointer.CORRUPT)
     with self.assertRaisesRegex(manifest.MissingError, "--retry"):
       self.clean()
 
   def test_tries_again_when_told_to(self):
-    self.crash(2 * history.TRIES)
+    self.crash(2 * event_log.TRIES)
     self.assertEqual(self.clean(retry=True), "")
     self.assertEqual(self.store.steps(), [0, 4, 8])
 
   def test_a_checkpoint_that_no_event_tells_of_is_progress(self):
-    self.crash(history.TRIES, step=4)
+    self.crash(event_log.TRIES, step=4)
     self.assertEqual(self.clean(), "")
     self.assertEqual(self.store.steps(), [0, 4, 8])
 
   def test_a_fatal_signal_is_a_failure(self):
-    self.crash(history.TRIES - 1)
+    self.crash(event_log.TRIES - 1)
     done = subprocess.run(
         [sys.executable, "-c", FATAL, str(self.folder)], cwd=ROOT
     )
@@ -136,36 +136,36 @@ class RecordedTest(absltest.TestCase):
     super().setUp()
     self.folder = testing.folder(self)
     self.command = run_args.RunArgs(
-        "tiny", testing.run(), self.folder, 0, 9, {}, cluster.Processes()
+        "tiny", testing.run(), self.folder, 0, 9, {}, distributed.Processes()
     )
 
   def recorded(self):
-    return starts.recorded(self.command, 4, 10.0, history.Stopwatch())
+    return crash_loop.recorded(self.command, 4, 10.0, event_log.Stopwatch())
 
   def test_a_start_and_its_end(self):
-    metrics = self.folder / logbook.METRICS
+    metrics = self.folder / metrics_writer.METRICS
     metrics.write_text('{"step": 6, "loss": 1.0}\n{"st')
     with self.recorded() as record:
       record("saved", step=8)
-    begun, saved, ended = history.read(self.folder)
+    begun, saved, ended = event_log.read(self.folder)
     self.assertEqual(begun["step"], 4)
     self.assertEqual(begun["seen_at"], metrics.stat().st_mtime)
     self.assertEqual(saved["step"], 8)
-    self.assertEqual((ended["code"], ended["text"]), (exits.OK, ""))
+    self.assertEqual((ended["code"], ended["text"]), (exit_codes.OK, ""))
 
   def test_an_end_by_an_error(self):
     for error, code in (
-        (exits.PreemptedError("told"), exits.PREEMPTED),
-        (FloatingPointError("nan"), exits.NOT_FINITE),
-        (manifest.SaveError("full"), exits.INTERNAL),
-        (TypeError("a bug"), exits.INTERNAL),
-        (OSError(errno.ENOSPC, "No space left on device"), exits.INTERNAL),
-        (OSError(errno.ENAMETOOLONG, "File name too long"), exits.BAD_INPUT),
+        (exit_codes.PreemptedError("told"), exit_codes.PREEMPTED),
+        (FloatingPointError("nan"), exit_codes.NOT_FINITE),
+        (manifest.SaveError("full"), exit_codes.INTERNAL),
+        (TypeError("a bug"), exit_codes.INTERNAL),
+        (OSError(errno.ENOSPC, "No space left on device"), exit_codes.INTERNAL),
+        (OSError(errno.ENAMETOOLONG, "File name too long"), exit_codes.BAD_INPUT),
     ):
       with self.assertRaises(type(error)):
         with self.recorded():
           raise error
-      ended = history.read(self.folder)[-1]
+      ended = event_log.read(self.folder)[-1]
       self.assertEqual((ended["code"], ended["text"]), (code, str(error)))
 
 

@@ -20,9 +20,9 @@ import pytest
 from absl.testing import absltest
 from absl.testing import parameterized
 
-from experiments import exits
-from experiments import history
-from experiments import workdir
+from dsv3_jax.trainer import event_log
+from dsv3_jax.trainer import exit_codes
+from dsv3_jax.trainer import workdir
 
 EVERY = 10  # steps, of checkpoints
 HEARTBEAT_S = 5
@@ -79,7 +79,7 @@ class Case(programs.Programs):
     with started:
       ended = started.ended()
     for each in ended:
-      assert each.code == exits.OK, each
+      assert each.code == exit_codes.OK, each
     return ended
 
   @property
@@ -112,7 +112,7 @@ class Case(programs.Programs):
     ended = self.launch(wait=True)
     first = int(re.search(r"tiny: (\d+) of", ended[0].out)[1])
     # What was saved is not done again.
-    events = (self.run_ / history.FILE).read_text()
+    events = (self.run_ / event_log.FILE).read_text()
     self.assertGreaterEqual(
         first, max(map(int, before), default=0), f"{ended}\n{events}"
     )
@@ -216,17 +216,17 @@ class SignalTest(Case):
       started.until(happened)
       started.processes[0].send_signal(number)
       self.assert_one_goes_on(
-          started, exits.PREEMPTED, "saving, then leaving", "goes on from there"
+          started, exit_codes.PREEMPTED, "saving, then leaving", "goes on from there"
       )
 
   def test_sigterm_saves_and_leaves(self):
     self.check_signal(signal.SIGTERM, self.after_step(33))
-    events = history.read(self.run_)
+    events = event_log.read(self.run_)
     starts = [e["step"] for e in events if e["event"] == "start"]
     self.assertGreaterEqual(starts[1], 33)
     self.assertEqual(
         [e["code"] for e in events if e["event"] == "end"],
-        [exits.PREEMPTED, exits.OK],
+        [exit_codes.PREEMPTED, exit_codes.OK],
     )
 
   @pytest.mark.slow
@@ -258,7 +258,7 @@ class SignalTest(Case):
       for _ in range(2):
         started.processes[0].terminate()
         time.sleep(0.5)
-      self.assert_one_goes_on(started, exits.PREEMPTED, "leaving at once")
+      self.assert_one_goes_on(started, exit_codes.PREEMPTED, "leaving at once")
 
   @pytest.mark.slow
   def test_what_is_not_saved_in_time_is_left(self):
@@ -269,7 +269,7 @@ class SignalTest(Case):
       started.processes[0].terminate()
       started.processes[0].wait(started.left_s)
       self.assertBetween(time.monotonic() - began, 2, 2 + HEARTBEAT_S)
-      self.assert_one_goes_on(started, exits.PREEMPTED, "not saved in 2 s")
+      self.assert_one_goes_on(started, exit_codes.PREEMPTED, "not saved in 2 s")
 
   @pytest.mark.slow
   def test_a_workdir_is_for_one_at_a_time(self):
@@ -278,7 +278,7 @@ class SignalTest(Case):
       with self.launch() as second:
         (refused,) = second.ended()
       (first,) = started.processes
-      self.assertEqual(refused.code, exits.BAD_INPUT)
+      self.assertEqual(refused.code, exit_codes.BAD_INPUT)
       self.assertRegex(refused.err, f"process {first.pid} on .* is at work")
       first.kill()
       started.ended()
@@ -291,12 +291,12 @@ class LoopTest(Case):
   @pytest.mark.slow
   def test_goes_back_a_checkpoint_then_stops(self):
     firsts = []
-    for i in range(3 * history.TRIES):
+    for i in range(3 * event_log.TRIES):
       with self.launch(point=(0, "data" if i else "fail", "45")) as started:
         (ended,) = started.ended()
-      if ended.code == exits.NO_CHECKPOINT:
+      if ended.code == exit_codes.NO_CHECKPOINT:
         break
-      self.assertEqual(ended.code, exits.INTERNAL, ended)
+      self.assertEqual(ended.code, exit_codes.INTERNAL, ended)
       self.assertIn("as it always does here", ended.err)
       firsts.append(int(re.search(r"tiny: (\d+) of", ended.out)[1]))
     # The first, if step 40 was seen to be saved before it failed, counts.
@@ -314,7 +314,7 @@ class LoopTest(Case):
     with self.launch("run", f"--stuck_after={STUCK_S}", point=point) as started:
       self.assert_one_goes_on(
           started,
-          exits.STUCK,
+          exit_codes.STUCK,
           r"dying.py.* in hang",
           rf"process 0: nothing done for {STUCK_S} s after step 1[89] was",
       )
@@ -339,7 +339,7 @@ class StorageTest(Case):
     return ended
 
   def test_a_full_disk_is_said_at_the_next_step(self):
-    ended = self.check_full(exits.INTERNAL)
+    ended = self.check_full(exit_codes.INTERNAL)
     self.assertRegex(
         ended.err, r"checkpoints/\d+ could not be saved: .*File too large"
     )
@@ -349,7 +349,7 @@ class StorageTest(Case):
   @pytest.mark.slow
   def test_or_the_run_goes_on_and_says_that_its_end_is_not_saved(self):
     ended = self.check_full(
-        exits.INTERNAL, "--set=checkpoint.on_error=continue", "--steps=60"
+        exit_codes.INTERNAL, "--set=checkpoint.on_error=continue", "--steps=60"
     )
     self.assertEqual(self.steps()[-1], 60)
     self.assertRegex(ended.out, "could not be saved: .*; going on")
@@ -375,7 +375,7 @@ class StorageTest(Case):
     folder = self.mounted("size=900k")
     with self.launch() as started:
       (ended,) = started.ended()
-    self.assertEqual(ended.code, exits.INTERNAL, ended)
+    self.assertEqual(ended.code, exit_codes.INTERNAL, ended)
     self.assertRegex(ended.err, "error: .*No space left on device")
     self.assertNotIn("Traceback", ended.err)
     subprocess.run(["mount", "-o", "remount,size=9m", folder], check=True)
@@ -387,7 +387,7 @@ class StorageTest(Case):
     subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
     with self.launch() as started:
       (ended,) = started.ended()
-    self.assertEqual(ended.code, exits.BAD_INPUT, ended)
+    self.assertEqual(ended.code, exit_codes.BAD_INPUT, ended)
     self.assertRegex(ended.err, "cannot be written: .*Read-only")
 
   @pytest.mark.slow
@@ -439,7 +439,7 @@ class TwoTest(Case):
       started.processes[index].send_signal(number)
       others = [i for i in range(self.N) if i != index]
       for each in started.ended(*others):
-        self.assertEqual(each.code, exits.INTERNAL, each)
+        self.assertEqual(each.code, exit_codes.INTERNAL, each)
         self.assertRegex(each.err, f"error: process {index} {says}.*{AGAIN}")
         self.assertNotIn("Traceback", each.err)
       self.assertLess(time.monotonic() - began, HEARTBEAT_S + 5)
@@ -452,7 +452,7 @@ class TwoTest(Case):
       ended = started.ended()
     steps = set()
     for each in ended:
-      self.assertEqual(each.code, exits.PREEMPTED, each)
+      self.assertEqual(each.code, exit_codes.PREEMPTED, each)
       (step,) = re.findall(r"leave after step (\d+), which is", each.err)
       steps.add(step)
     self.assertLen(steps, 1)
@@ -478,7 +478,7 @@ class TwoTest(Case):
     point = (1, "hang", "20")
     with self.launch("run", f"--stuck_after={STUCK_S}", point=point) as started:
       for each in started.ended():
-        self.assertEqual(each.code, exits.STUCK, each)
+        self.assertEqual(each.code, exit_codes.STUCK, each)
         self.assertRegex(
             each.err,
             f"process 1: nothing done for {STUCK_S} s after step 1[89] was",
@@ -491,7 +491,7 @@ class TwoTest(Case):
     with self.launch(point=(1, "fail", "20")) as started:
       ended = started.ended()
     for each in ended:
-      self.assertEqual(each.code, exits.INTERNAL, each)
+      self.assertEqual(each.code, exit_codes.INTERNAL, each)
       self.assertIn("as it always does here", each.err)
     self.goes_on()
 

@@ -15,8 +15,8 @@ from dsv3_jax import train
 from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.config import presets
 from dsv3_jax.parallel import device_mesh
+from dsv3_jax.trainer import metrics_writer
 from experiments import common
-from experiments import logbook
 
 STEPS = 4
 # What takes longer to compile.
@@ -33,7 +33,7 @@ class Programs(programs.Programs):
   """Runs that are compared with the one in one process."""
 
   def rows(self, name):
-    return logbook.read(self.root / name / logbook.METRICS)
+    return metrics_writer.read(self.root / name / metrics_writer.METRICS)
 
   def assert_same_steps(self, name, steps):
     """The rows of steps are those of the run in one process."""
@@ -54,10 +54,10 @@ class Programs(programs.Programs):
     folder = self.root / name
     rows = [row["step"] for row in self.rows(name) if "loss" in row]
     self.assertEqual(rows, list(range(1, STEPS + 1)))
-    log = (folder / logbook.LOG).read_text()
+    log = (folder / metrics_writer.LOG).read_text()
     for line in ("tiny: 0 of 4 steps done", "step 4/4  loss", "held-out loss"):
       self.assertEqual(log.count(line), 1, log)
-    self.assertLen(list((folder / logbook.EVENTS).iterdir()), 1)
+    self.assertLen(list((folder / metrics_writer.EVENTS).iterdir()), 1)
     for file in ("config.json", "env.json", "summary.json"):
       self.assertLen(list(folder.rglob(file)), 1)
     self.assertEmpty(list(folder.rglob("*.partial")))
@@ -75,7 +75,7 @@ class Programs(programs.Programs):
     shutil.copytree(self.root / "two", self.root / "after")
     shutil.rmtree(self.root / "after" / "checkpoints" / "4")
     self.train("after", "data=1")
-    log = (self.root / "after" / logbook.LOG).read_text()
+    log = (self.root / "after" / metrics_writer.LOG).read_text()
     self.assertIn("tiny: 2 of 4 steps done", log)
     self.assert_same_steps("after", {3, 4})
 

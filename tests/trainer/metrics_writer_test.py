@@ -12,7 +12,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 from tensorboardX.proto import event_pb2
 
-from experiments import logbook
+from dsv3_jax.trainer import metrics_writer
 
 
 class Terminal(io.StringIO):
@@ -57,8 +57,8 @@ class BookTestCase(parameterized.TestCase):
     self.enter_context(mock.patch.dict("os.environ", {"TERM": "xterm"}))
     self.now = 100.0
 
-  def book(self, total=10, done=0, stream=None) -> logbook.Logbook:
-    return logbook.Logbook(self.workdir, total, done, stream or io.StringIO())
+  def book(self, total=10, done=0, stream=None) -> metrics_writer.Logbook:
+    return metrics_writer.Logbook(self.workdir, total, done, stream or io.StringIO())
 
 
 class LogbookTest(BookTestCase):
@@ -69,7 +69,7 @@ class LogbookTest(BookTestCase):
         log.step(row(step))
 
   def steps(self) -> list[int]:
-    return [r["step"] for r in logbook.read(self.metrics)]
+    return [r["step"] for r in metrics_writer.read(self.metrics)]
 
   def test_rows_round_trip(self):
     load = np.arange(6, dtype=np.int32).reshape(2, 3)
@@ -78,7 +78,7 @@ class LogbookTest(BookTestCase):
       log.step(row(1, load=load, lr=np.float32(0.5)))
       log.evaluation(evaluation)
     expected = row(1, load=load.tolist(), lr=0.5)
-    self.assertEqual(logbook.read(self.metrics), [expected, evaluation])
+    self.assertEqual(metrics_writer.read(self.metrics), [expected, evaluation])
 
   def test_a_row_is_on_disk_when_the_call_returns(self):
     log = self.book()
@@ -106,7 +106,7 @@ class LogbookTest(BookTestCase):
     with self.book(done=5) as log:
       log.evaluation({"step": 5, "heldout_loss": 1.0})
     self.write(done + 1, 6)
-    steps = [r["step"] for r in logbook.read(self.metrics) if "loss" in r]
+    steps = [r["step"] for r in metrics_writer.read(self.metrics) if "loss" in r]
     self.assertEqual(steps, [1, 2, 3, 4, 5, 6])
     self.assertLen(self.steps(), 7 if done == 5 else 6)
     left = {p.name for p in self.workdir.iterdir()}
