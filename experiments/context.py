@@ -225,9 +225,9 @@ def _evaluate(
     command: run_args.RunArgs, done: Sequence[Phase], lengths: Sequence[int]
 ) -> None:
   """Grids of all models: on screen, as numbers, as a picture and a report."""
-  from scripts import plots
+  from dsv3_jax.report import plots
+  from dsv3_jax.report import themes
   from scripts import report
-  from scripts import themes
 
   short = command.run.data.seq_len
   tested = [short]

@@ -187,8 +187,8 @@ def _losses(runs: Sequence[tuple[str, run_args.RunArgs]]) -> Losses:
 
 def _write(command: run_args.RunArgs, losses: Losses) -> None:
   """The comparison: on screen, as numbers and as a picture."""
-  from scripts import plots
-  from scripts import themes
+  from dsv3_jax.report import plots
+  from dsv3_jax.report import themes
 
   warmup = command.run.schedule.warmup_steps
   rows = compare(losses, warmup)

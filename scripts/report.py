@@ -19,11 +19,11 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from dsv3_jax.errors import InputError
+from dsv3_jax.report import html
+from dsv3_jax.report import plots
+from dsv3_jax.report import run_data
+from dsv3_jax.report import themes
 from dsv3_jax.trainer import exit_codes
-from scripts import page
-from scripts import plots
-from scripts import record
-from scripts import themes
 
 SNAPSHOTS = 4  # heat maps of expert load
 
@@ -42,13 +42,13 @@ class Picture:
 # Each of these is a Picture, or a sentence that says what the run lacks.
 
 
-def _curves(run: record.Record, keys: dict[str, str]) -> dict:
+def _curves(run: run_data.Record, keys: dict[str, str]) -> dict:
   """The columns that the run has, by label."""
-  columns = {k: record.column(run.steps, key) for k, key in keys.items()}
+  columns = {k: run_data.column(run.steps, key) for k, key in keys.items()}
   return {label: y for label, y in columns.items() if y is not None}
 
 
-def _losses(run: record.Record) -> Picture | str:
+def _losses(run: run_data.Record) -> Picture | str:
   curves = _curves(run, {"next token": "main_loss", "MTP": "mtp_loss"})
   if not (curves := curves or _curves(run, {"training": "loss"})):
     return "Loss: no step has a finite one."
@@ -60,8 +60,8 @@ def _losses(run: record.Record) -> Picture | str:
         " alike."
     )
   points = {}
-  if (heldout := record.column(run.evals, "heldout_loss")) is not None:
-    at = record.tokens_at(run, [row["step"] for row in run.evals])
+  if (heldout := run_data.column(run.evals, "heldout_loss")) is not None:
+    at = run_data.tokens_at(run, [row["step"] for row in run.evals])
     points["held-out text, next token"] = at, heldout
     caption += " Held-out text is never trained on."
   return Picture(
@@ -70,19 +70,19 @@ def _losses(run: record.Record) -> Picture | str:
       caption=caption,
       draw=functools.partial(
           plots.losses,
-          x=record.column(run.steps, "tokens"),
+          x=run_data.column(run.steps, "tokens"),
           curves=curves,
           points=points,
       ),
   )
 
 
-def _bits_per_byte(run: record.Record) -> Picture | str:
-  bits = record.column(run.evals, "heldout_bpb")
+def _bits_per_byte(run: run_data.Record) -> Picture | str:
+  bits = run_data.column(run.evals, "heldout_bpb")
   if bits is None:
     return "Bits per byte: no held-out evaluation was written."
-  rivals = record.rivals(run)
-  x = record.tokens_at(run, [row["step"] for row in run.evals])
+  rivals = run_data.rivals(run)
+  x = run_data.tokens_at(run, [row["step"] for row in run.evals])
   caption = (
       "How well the model would compress held-out text; lower is better, and"
       " the tokenizer has no influence on it."
@@ -100,8 +100,8 @@ def _bits_per_byte(run: record.Record) -> Picture | str:
   )
 
 
-def _max_violation(run: record.Record) -> Picture | str:
-  at, vio = record.nested(run.steps, "max_vio_per_layer")
+def _max_violation(run: run_data.Record) -> Picture | str:
+  at, vio = run_data.nested(run.steps, "max_vio_per_layer")
   if not vio.size:
     return "MaxVio: no row has it; without MoE layers there is none."
   return Picture(
@@ -114,19 +114,19 @@ def _max_violation(run: record.Record) -> Picture | str:
       ),
       draw=functools.partial(
           plots.max_violation,
-          x=record.column(run.steps, "tokens")[at],
+          x=run_data.column(run.steps, "tokens")[at],
           vio=vio,
-          names=record.router_names(run, vio.shape[1]),
+          names=run_data.router_names(run, vio.shape[1]),
       ),
   )
 
 
-def _load_maps(run: record.Record) -> Picture | str:
-  at, shares = record.shares(run)
+def _load_maps(run: run_data.Record) -> Picture | str:
+  at, shares = run_data.shares(run)
   if not shares.size:
     return "Expert load: no row has it; without MoE layers there is none."
   shown = plots.spread(len(at), SNAPSHOTS)
-  names = record.router_names(run, shares.shape[1])
+  names = run_data.router_names(run, shares.shape[1])
   rows = -(-len(shown) // 2)
   return Picture(
       name="expert_load",
@@ -147,8 +147,8 @@ def _load_maps(run: record.Record) -> Picture | str:
   )
 
 
-def _load_over_time(run: record.Record) -> Picture | str:
-  at, shares = record.shares(run)
+def _load_over_time(run: run_data.Record) -> Picture | str:
+  at, shares = run_data.shares(run)
   if len(at) < 3:
     return "Expert load over time: fewer than three rows have the loads."
   n = shares.shape[1]
@@ -160,18 +160,18 @@ def _load_over_time(run: record.Record) -> Picture | str:
       + (f" {shown} of {n} layers are shown." if shown < n else ""),
       draw=functools.partial(
           plots.load_over_time,
-          x=record.column(run.steps, "tokens")[at],
+          x=run_data.column(run.steps, "tokens")[at],
           shares=shares,
-          names=record.router_names(run, n),
+          names=run_data.router_names(run, n),
       ),
       height_in=1.2 + 1.35 * -(-shown // 2),
   )
 
 
-def _placement(run: record.Record) -> Picture | str:
-  if (found := record.balance(run)) is None:
+def _placement(run: run_data.Record) -> Picture | str:
+  if (found := run_data.balance(run)) is None:
     return "Expert placement: no row has loads of experts that devices share."
-  names = record.router_names(run, len(found.placed))
+  names = run_data.router_names(run, len(found.placed))
   n, each = found.n_devices, found.n_experts // found.n_devices
   means, worst = zip(
       *(
@@ -203,7 +203,7 @@ def _placement(run: record.Record) -> Picture | str:
   )
 
 
-def _schedules(run: record.Record) -> Picture | str:
+def _schedules(run: run_data.Record) -> Picture | str:
   keys = {
       "learning rate": "lr",
       "step of the router bias": "bias_speed",
@@ -211,7 +211,7 @@ def _schedules(run: record.Record) -> Picture | str:
   }
   if not (curves := _curves(run, keys)):
     return "Schedules: no row has a learning rate."
-  x = record.column(run.steps, "tokens")
+  x = run_data.column(run.steps, "tokens")
   return Picture(
       name="schedules",
       title="Schedules",
@@ -221,14 +221,14 @@ def _schedules(run: record.Record) -> Picture | str:
   )
 
 
-def _throughput(run: record.Record) -> Picture | str:
+def _throughput(run: run_data.Record) -> Picture | str:
   keys = {
       "training tokens per second": "tokens_per_s",
       "norm of the gradient before clipping": "grad_norm",
   }
   if not (curves := _curves(run, keys)):
     return "Throughput: no row has tokens_per_s."
-  x = record.column(run.steps, "tokens")
+  x = run_data.column(run.steps, "tokens")
   return Picture(
       name="throughput",
       title="Throughput and gradients",
@@ -238,7 +238,7 @@ def _throughput(run: record.Record) -> Picture | str:
   )
 
 
-def _needles(run: record.Record) -> list[Picture]:
+def _needles(run: run_data.Record) -> list[Picture]:
   """None where the run has not been asked."""
   if not run.needles:
     return []
@@ -259,7 +259,7 @@ def _needles(run: record.Record) -> list[Picture]:
   ]
 
 
-def pictures(run: record.Record) -> list[Picture | str]:
+def pictures(run: run_data.Record) -> list[Picture | str]:
   """The pictures of a run, in order; a sentence stands for one it lacks."""
   return [
       _losses(run),
@@ -286,7 +286,7 @@ def write(workdir: str | os.PathLike) -> pathlib.Path:
   Raises:
     InputError: there is no training step in the workdir.
   """
-  run = record.read(workdir)
+  run = run_data.read(workdir)
   folder = pathlib.Path(workdir) / "report"
   folder.mkdir(exist_ok=True)
   figures, missing = [], list(run.missing)
@@ -299,8 +299,8 @@ def write(workdir: str | os.PathLike) -> pathlib.Path:
       png = themes.render(picture.draw, theme, picture.height_in)
       (folder / f"{picture.name}{suffix}.png").write_bytes(png)
       images.append(png)
-    figures.append(page.Figure(picture.title, picture.caption, *images))
-  text = page.html_of(run, figures, missing)
+    figures.append(html.Figure(picture.title, picture.caption, *images))
+  text = html.html_of(run, figures, missing)
   path = pathlib.Path(workdir) / "report.html"
   partial = path.with_suffix(".partial")
   # A model may write half a surrogate pair, which has no UTF-8.

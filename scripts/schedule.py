@@ -22,7 +22,7 @@ from dsv3_jax.errors import InputError
 from dsv3_jax.parallel.pipeline import lockstep
 from dsv3_jax.parallel.pipeline import schedules
 from dsv3_jax.parallel.pipeline import simulate
-from scripts import schedule_plot
+from dsv3_jax.report import schedule_plot
 
 TIMES = ("F", "B", "W", "FB")
 

@@ -12,11 +12,11 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from dsv3_jax.infer import eplb
+from dsv3_jax.report import plots
+from dsv3_jax.report import run_data
+from dsv3_jax.report import themes
 from dsv3_jax.trainer import metrics_writer
-from scripts import plots
-from scripts import record
 from scripts import report
-from scripts import themes
 
 E, ROUTERS, STEPS, TOKENS = 16, 5, 488, 4096
 
@@ -240,7 +240,7 @@ class ReportTest(parameterized.TestCase):
     settings = {"model": {"n_dense_layers": 3, "mtp": {"depth": 1}}}
     workdir = self.workdir(rows, config=settings)
     self.assertIn("12 of 59 layers", self.page_of(workdir).text)
-    names = record.router_names(record.read(workdir), 59)
+    names = run_data.router_names(run_data.read(workdir), 59)
     self.assertEqual(names[:1] + names[-2:], ["layer 3", "layer 60", "MTP 1"])
 
   def test_final_violation_is_of_the_last_tenth(self):
@@ -250,8 +250,8 @@ class ReportTest(parameterized.TestCase):
     ]
     rows.append(rows[0] | {"step": 19, "max_vio_per_layer": [0.2, 0.5]})
     rows.append(rows[0] | {"step": 20, "max_vio_per_layer": [0.4, 0.1]})
-    run = record.read(self.workdir(rows))
-    means = record.final_violation(run)
+    run = run_data.read(self.workdir(rows))
+    means = run_data.final_violation(run)
     np.testing.assert_allclose(means["router 0"], (0.3, 0.4), rtol=1e-15)
     np.testing.assert_allclose(means["router 1"], (0.3, 0.5), rtol=1e-15)
 
@@ -279,8 +279,8 @@ class ReportTest(parameterized.TestCase):
   )
   def test_experts_are_placed_for_the_loads_at_the_end(self, n_experts, n):
     rows = self.skewed(n_experts)
-    run = record.read(self.workdir(rows))
-    found = record.balance(run)
+    run = run_data.read(self.workdir(rows))
+    found = run_data.balance(run)
     self.assertEqual((found.n_devices, found.n_experts), (n, n_experts))
     load = np.mean([row["load"] for row in rows[-3:]], axis=0)
     before = load.reshape(3, n, -1).sum(-1)
@@ -308,15 +308,15 @@ class ReportTest(parameterized.TestCase):
 
   @parameterized.parameters(1, 2, 7)
   def test_experts_that_devices_cannot_share_are_not_placed(self, n_experts):
-    run = record.read(self.workdir(self.skewed(n_experts)))
-    self.assertIsNone(record.balance(run))
+    run = run_data.read(self.workdir(self.skewed(n_experts)))
+    self.assertIsNone(run_data.balance(run))
     said = "Expert placement: no row has loads of experts that devices share."
     self.assertIn(said, report.pictures(run))
 
   def test_a_layer_without_load_is_balanced(self):
     load = [[0, 0, 0, 0], [9, 1, 1, 1]]
     rows = [{"step": 1, "tokens": 1, "loss": 1.0, "load": load}]
-    found = record.balance(record.read(self.workdir(rows)))
+    found = run_data.balance(run_data.read(self.workdir(rows)))
     # Of two devices one has 9 + 1 of 12; then two of three replicas of the
     # first expert, and another one: 3 + 3 + 1.
     np.testing.assert_allclose(found.in_order, [1, 10 / 6], rtol=1e-12)
@@ -327,7 +327,7 @@ class ReportTest(parameterized.TestCase):
     with open(workdir / "metrics.jsonl", "a") as file:
       file.write('{"step": 2, "tok')
     (workdir / "summary.json").write_text('{"parame')
-    self.assertLen(record.read(workdir).steps, 1)
+    self.assertLen(run_data.read(workdir).steps, 1)
     self.assertIn("summary.json: not valid JSON", self.page_of(workdir).text)
 
   @parameterized.named_parameters(

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from dsv3_jax.report import plots
+from dsv3_jax.report import run_data
 from dsv3_jax.trainer import event_log
 from dsv3_jax.trainer import metrics_writer
-from scripts import plots
-from scripts import record
 
 SAMPLES = 6  # most samples of text that are shown
 
@@ -114,19 +114,19 @@ class Results:
   worst: tuple[str, float] | None  # layer with the highest mean MaxVio
 
 
-def results(run: record.Record) -> Results:
+def results(run: run_data.Record) -> Results:
   """The figures of merit of a run."""
-  last = record.last_steps(run)
-  loss = record.column(last, "main_loss")
+  last = run_data.last_steps(run)
+  loss = run_data.column(last, "main_loss")
   if loss is None:
-    loss = record.column(last, "loss")
-  rate = record.column(run.steps, "tokens_per_s")
+    loss = run_data.column(last, "loss")
+  rate = run_data.column(run.steps, "tokens_per_s")
   final = run.evals[-1] if run.evals else {}
-  violation = record.final_violation(run)
+  violation = run_data.final_violation(run)
   worst = max(violation, key=lambda name: violation[name][0], default=None)
   return Results(
       steps=run.steps[-1]["step"],
-      budget=record.budget_steps(run),
+      budget=run_data.budget_steps(run),
       tokens=run.steps[-1]["tokens"],
       tokens_per_s=None if rate is None else float(np.nanmedian(rate)),
       loss=None if loss is None else float(np.nanmean(loss)),
@@ -136,7 +136,7 @@ def results(run: record.Record) -> Results:
   )
 
 
-def _summary(run: record.Record, r: Results) -> str:
+def _summary(run: run_data.Record, r: Results) -> str:
   """One paragraph: what was trained, how good it is, how even its experts."""
   sizes = run.summary.get("parameters")
   active = run.summary.get("active_parameters")
@@ -154,7 +154,7 @@ def _summary(run: record.Record, r: Results) -> str:
   if r.heldout_bpb is not None:
     text += f" It needs {r.heldout_bpb:.2f} bits for a byte of text that it"
     text += " has never seen"
-    for name, bits in record.rivals(run).items():
+    for name, bits in run_data.rivals(run).items():
       text += f"; {name} needs {bits:.2f}"
     text += "."
   else:
@@ -167,7 +167,7 @@ def _summary(run: record.Record, r: Results) -> str:
   return text
 
 
-def _tiles(run: record.Record, r: Results) -> Iterator[tuple[str, str]]:
+def _tiles(run: run_data.Record, r: Results) -> Iterator[tuple[str, str]]:
   """(figure, what it is) of the most important results."""
   if r.heldout_bpb is not None:
     yield f"{r.heldout_bpb:.3f}", "bits per byte of held-out text"
@@ -179,9 +179,9 @@ def _tiles(run: record.Record, r: Results) -> Iterator[tuple[str, str]]:
     yield f"{r.tokens_per_s:,.0f}", "training tokens per second (median)"
 
 
-def _table(run: record.Record, r: Results) -> dict[str, dict[str, Any]]:
+def _table(run: run_data.Record, r: Results) -> dict[str, dict[str, Any]]:
   """{group: {what: value}}, without what the run doesn't have."""
-  c, s, rivals = run.config, run.summary, record.rivals(run).items()
+  c, s, rivals = run.config, run.summary, run_data.rivals(run).items()
 
   def size(key: str) -> str | None:
     return f"{plots.count(s[key])} ({s[key]:,})" if s.get(key) else None
@@ -229,7 +229,7 @@ def _table(run: record.Record, r: Results) -> dict[str, dict[str, Any]]:
   }
 
 
-def _time(run: record.Record) -> dict[str, Any]:
+def _time(run: run_data.Record) -> dict[str, Any]:
   """What the time of a run went into, from its first start on."""
   spent = event_log.goodput(run.events)
   total = sum(spent.values())
@@ -286,7 +286,7 @@ def _rows(facts: dict[str, Any]) -> str:
   )
 
 
-def _table_html(run: record.Record, r: Results) -> str:
+def _table_html(run: run_data.Record, r: Results) -> str:
   body = "".join(
       f"<tr><th class=group colspan=2>{group}</th></tr>\n{_rows(facts)}"
       for group, facts in _table(run, r).items()
@@ -308,7 +308,7 @@ def _figure_html(figure: Figure) -> str:
   )
 
 
-def _samples_html(run: record.Record) -> str:
+def _samples_html(run: run_data.Record) -> str:
   rows = [row for row in run.evals if row.get("sample")]
   if not rows:
     return ""
@@ -345,7 +345,7 @@ def _details_html(title: str, facts: dict[str, Any]) -> str:
 
 
 def html_of(
-    run: record.Record, figures: Sequence[Figure], missing: Sequence[str]
+    run: run_data.Record, figures: Sequence[Figure], missing: Sequence[str]
 ) -> str:
   """The whole page.
 
@@ -360,7 +360,7 @@ def html_of(
     missing.append("Samples: no evaluation row has one.")
   violation = {
       name: f"mean {mean:.3f}, highest {top:.3f}"
-      for name, (mean, top) in record.final_violation(run).items()
+      for name, (mean, top) in run_data.final_violation(run).items()
   }
   variant = str(run.config.get("variant", run.name))
   title = html.escape(f"Training run: {variant}")

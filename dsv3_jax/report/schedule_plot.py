@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 
 from dsv3_jax.parallel.pipeline import schedules
 from dsv3_jax.parallel.pipeline import simulate
-from scripts import themes
+from dsv3_jax.report import themes
 
 KINDS = {
     "F": "forward",
