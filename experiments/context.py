@@ -38,7 +38,7 @@ from dsv3_jax.interop import open_run
 from dsv3_jax.parallel import sharding
 from dsv3_jax.trainer import metrics_writer
 from dsv3_jax.trainer import run_args
-from experiments import common
+from experiments import cli
 
 DEPTHS = tuple(np.linspace(0, 1, 11).tolist())
 TOKENS_AT_ONCE = 1 << 15  # of prompts
@@ -163,7 +163,7 @@ def execute(command: run_args.RunArgs) -> None:
     raise InputError("\n".join(dict.fromkeys(problems)))
   from dsv3_jax.trainer import trainer
 
-  common.start_jax(command)
+  cli.start_jax(command)
   done = []
   for phase in planned:
     folder = command.workdir / phase.name
@@ -266,4 +266,4 @@ def _evaluate(
 
 
 if __name__ == "__main__":
-  common.main(VARIANTS, execute)
+  cli.main(VARIANTS, execute)

@@ -32,7 +32,7 @@ from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
 from dsv3_jax.trainer import metrics_writer
 from dsv3_jax.trainer import run_args
-from experiments import common
+from experiments import cli
 
 ARMS = {
     "bf16": ("precision.recipe=bf16",),
@@ -137,7 +137,7 @@ def execute(command: run_args.RunArgs) -> None:
   runs = _runs(command, arms)
   from dsv3_jax.trainer import trainer
 
-  common.start_jax(command)
+  cli.start_jax(command)
   for _, one in runs:
     trainer.execute(one)
     jax.clear_caches()
@@ -220,4 +220,4 @@ def _write(command: run_args.RunArgs, losses: Losses) -> None:
 
 
 if __name__ == "__main__":
-  common.main(presets.PRESETS, execute)
+  cli.main(presets.PRESETS, execute)

@@ -22,7 +22,7 @@ from dsv3_jax.errors import InputError
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.trainer import run_args
-from experiments import common
+from experiments import cli
 
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run",
@@ -94,7 +94,7 @@ def execute(command: run_args.RunArgs) -> None:
   from dsv3_jax.trainer import replay
   from dsv3_jax.trainer import trainer
 
-  common.start_jax(command)
+  cli.start_jax(command)
   if _REPLAY.value is None:
     trainer.execute(command)
   else:
@@ -102,4 +102,4 @@ def execute(command: run_args.RunArgs) -> None:
 
 
 if __name__ == "__main__":
-  common.main(variants(), execute)
+  cli.main(variants(), execute)

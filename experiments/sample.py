@@ -4,7 +4,7 @@
   python -m experiments.sample --workdir=runs/demo \
       --prompts=prompts.jsonl --out=texts.jsonl
 
-With --prompts, many texts at the same time: see `experiments/batch.py`.
+With --prompts, many texts at the same time: see `experiments/batch_generate.py`.
 """
 
 import math
@@ -21,8 +21,8 @@ from dsv3_jax.infer import generate
 from dsv3_jax.infer import serving_mesh
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.trainer import distributed
-from experiments import batch
-from experiments import common
+from experiments import batch_generate
+from experiments import cli
 
 _PROMPT = flags.DEFINE_string("prompt", "", "what the text starts with")
 _PROMPTS = flags.DEFINE_string("prompts", None, "a JSON Lines file of prompts")
@@ -98,7 +98,7 @@ def _ask() -> generate.Ask:
 
 
 def _mesh() -> dict[str, int]:
-  return common.parse_mesh(flags.FLAGS.mesh)[0]
+  return cli.parse_mesh(flags.FLAGS.mesh)[0]
 
 
 def _options() -> generate.Options:
@@ -122,10 +122,10 @@ def _problems() -> list[str]:
   """What is wrong with the flags, whatever the model."""
   problems = [
       f"--{flag.name}: means nothing here"
-      for flag in flags.FLAGS.get_flags_for_module(common.__name__)
+      for flag in flags.FLAGS.get_flags_for_module(cli.__name__)
       if flag.present and flag.name not in _SHARED
   ]
-  problems += common.parse_mesh(flags.FLAGS.mesh)[1]
+  problems += cli.parse_mesh(flags.FLAGS.mesh)[1]
   problems += [
       f"--{flag.name}: means nothing without --mesh"
       for flag in (flags.FLAGS[h.name] for h in (_UNIT, _REDUNDANT, _REBALANCE))
@@ -136,12 +136,12 @@ def _problems() -> list[str]:
   if bool(_PROMPTS.value) != bool(_OUT.value):
     problems.append("--prompts and --out: one needs the other")
   elif _OUT.value:
-    problems += batch.file_problems(*_files())
+    problems += batch_generate.file_problems(*_files())
   if _PROMPTS.value and _PROMPT.value:
     problems.append("--prompt and --prompts: give one of them")
   if _DRAFTS.value < 1:
     problems.append(f"--drafts={_DRAFTS.value}: must be at least 1")
-  return problems + list(map(_of_flag, batch.problems(_settings())))
+  return problems + list(map(_of_flag, batch_generate.problems(_settings())))
 
 
 def _of_flag(problem: str) -> str:
@@ -190,14 +190,14 @@ def _show(writer: generate.Writer) -> None:
   if _SPECULATIVE.value:
     print(
         f"{n} tokens in {time.perf_counter() - start:.1f} s, compiling"
-        f" included; {batch.drafted(writer.engine.stats)}",
+        f" included; {batch_generate.drafted(writer.engine.stats)}",
         file=sys.stderr,
     )
 
 
 def sample() -> None:
   """Writes the texts that the flags ask for."""
-  problems = common.parse_flags(sys.argv)
+  problems = cli.parse_flags(sys.argv)
   if not flags.FLAGS.is_parsed():  # a value of the wrong type
     raise InputError("\n".join(problems))
   problems += _problems()
@@ -205,7 +205,7 @@ def sample() -> None:
     distributed.use_virtual_devices(n, spare_threads=True)
   writer = _found(problems).writer(_options())
   if _PROMPTS.value:
-    batch.write(writer, *_files(), _settings())
+    batch_generate.write(writer, *_files(), _settings())
   else:
     _show(writer)
   if _mesh():
@@ -223,4 +223,4 @@ def _tell_balance(made: engine.Engine) -> None:
 
 
 if __name__ == "__main__":
-  common.run_main(sample)
+  cli.run_main(sample)

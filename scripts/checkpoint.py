@@ -26,7 +26,7 @@ from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.checkpoint import manifest
 from dsv3_jax.errors import InputError
 from dsv3_jax.interop import open_run
-from experiments import common
+from experiments import cli
 
 MODES = "list", "verify", "diff"
 
@@ -195,4 +195,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  common.run_main(main, _describe)
+  cli.run_main(main, _describe)

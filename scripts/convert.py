@@ -47,7 +47,7 @@ from dsv3_jax.model import transformer
 from dsv3_jax.trainer import distributed
 from dsv3_jax.trainer import workdir
 from experiments import allocator
-from experiments import common
+from experiments import cli
 
 _MODE = flags.DEFINE_string("mode", None, "import, export, verify or logits")
 _HF = flags.DEFINE_string("hf", None, "folder of a released checkpoint")
@@ -124,7 +124,7 @@ def _problems() -> list[str]:
       )
     if _FP8.value and (_DTYPE.present or _GGUF.value):
       problems.append("--fp8: goes without --dtype and --gguf")
-  return problems + common.parse_mesh(args.mesh)[1]
+  return problems + cli.parse_mesh(args.mesh)[1]
 
 
 # --- how far it is ---
@@ -310,7 +310,7 @@ def _logits() -> None:
   from dsv3_jax.parallel import device_mesh
 
   tokens, released = _rows(_TOKENS.value), _checked(_opened())
-  sizes, _ = common.parse_mesh(flags.FLAGS.mesh)
+  sizes, _ = cli.parse_mesh(flags.FLAGS.mesh)
   if sizes:
     n_devices = math.prod(sizes.values())
     distributed.use_virtual_devices(n_devices, spare_threads=n_devices > 1)
@@ -411,7 +411,7 @@ def _compare(released: hf_read.Released) -> None:
   with tempfile.TemporaryDirectory() as scratch:
     tokens, out = (str(pathlib.Path(scratch, f)) for f in ("in.npy", "out.npy"))
     np.save(tokens, rows)
-    worker = [sys.executable, "-m", "scripts.transformers_logits"]
+    worker = [sys.executable, "-m", "scripts.bench.transformers_logits"]
     subprocess.run([*worker, str(released.folder), tokens, out], check=True)
     theirs = np.load(out)
   apart = np.abs(ours - theirs).max()
@@ -422,7 +422,7 @@ def _compare(released: hf_read.Released) -> None:
 
 def main() -> None:
   """Does what the flags ask for."""
-  if problems := common.parse_flags(sys.argv) or _problems():
+  if problems := cli.parse_flags(sys.argv) or _problems():
     raise InputError("\n".join(problems))
   modes = {
       "import": _import,
@@ -435,4 +435,4 @@ def main() -> None:
 
 if __name__ == "__main__":
   allocator.keep_large_blocks()
-  common.run_main(main)
+  cli.run_main(main)

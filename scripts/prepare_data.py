@@ -2,7 +2,7 @@
 
   python -m scripts.prepare_data --out=corpus [--domains=prose,go] [--most=40]
 
-Fetches what `scripts/sources.py` names with apt-get and npm (nothing is
+Fetches what `scripts/data_sources.py` names with apt-get and npm (nothing is
 installed and nothing of it is run), and writes a folder for each domain with
 its documents, text.jsonl.gz, and manifest.json: where they come from, their
 licences, sizes and digests. What a domain has twice is left out; of a domain of
@@ -32,7 +32,7 @@ from typing import Any
 from absl import flags
 
 from dsv3_jax.errors import InputError
-from scripts import sources
+from scripts import data_sources
 
 LEAST = 40  # characters of a document; shorter ones are left out
 MANIFEST, TEXT = "manifest.json", "text.jsonl.gz"
@@ -54,7 +54,7 @@ def _run(command: list[str], folder: pathlib.Path) -> None:
     raise InputError(f"{' '.join(command)}: {' '.join(said)}{hint}")
 
 
-def _fetch(source: sources.Source, folder: pathlib.Path) -> pathlib.Path:
+def _fetch(source: data_sources.Source, folder: pathlib.Path) -> pathlib.Path:
   """The file of a package, fetched if it is not there."""
   name = source.package.replace("@", "-")
   pattern = f"{name}_*.deb" if source.client == "apt" else f"{name}.tgz"
@@ -68,7 +68,7 @@ def _fetch(source: sources.Source, folder: pathlib.Path) -> pathlib.Path:
   return found[-1]
 
 
-def _unpack(source: sources.Source, file: pathlib.Path, to: pathlib.Path):
+def _unpack(source: data_sources.Source, file: pathlib.Path, to: pathlib.Path):
   if source.client == "apt":
     _run(["dpkg-deb", "-x", str(file), str(to)], to)
   else:
@@ -77,7 +77,7 @@ def _unpack(source: sources.Source, file: pathlib.Path, to: pathlib.Path):
 
 
 def documents(
-    source: sources.Source, root: pathlib.Path, left_out: collections.Counter
+    source: data_sources.Source, root: pathlib.Path, left_out: collections.Counter
 ) -> Iterator[Document]:
   """Those of the unpacked package, in order of their names."""
   for path in sorted(root.glob(source.files)):
@@ -132,7 +132,7 @@ def _write(found: list[Document], path: pathlib.Path) -> str:
 
 
 def _of_source(
-    source: sources.Source, downloads: pathlib.Path, known: set[bytes]
+    source: data_sources.Source, downloads: pathlib.Path, known: set[bytes]
 ) -> tuple[list[Document], dict[str, Any]]:
   """New documents of a source, and what the manifest says of it."""
   facts = {
@@ -187,7 +187,7 @@ def prepare(out: pathlib.Path, domains: list[str], most: float) -> None:
         print(f"{domain}: there already", flush=True)
         continue
     known, found, facts = set(), [], []
-    for source in sources.SOURCES:
+    for source in data_sources.SOURCES:
       if source.domain == domain:
         print(
             f"{domain}: {source.package} from {source.client}, about"
@@ -222,8 +222,8 @@ def _flags(argv: list[str]) -> flags.FlagValues:
   flags.DEFINE_string("out", "", "the folder to write", flag_values=known)
   flags.DEFINE_list(
       "domains",
-      list(sources.DOMAINS),
-      f"which, of {', '.join(sources.DOMAINS)}",
+      list(data_sources.DOMAINS),
+      f"which, of {', '.join(data_sources.DOMAINS)}",
       flag_values=known,
   )
   flags.DEFINE_float(
@@ -237,9 +237,9 @@ def _flags(argv: list[str]) -> flags.FlagValues:
     if not known.out:
       problems.append("--out is missing: the folder to write")
     for domain in known.domains:
-      if domain not in sources.DOMAINS:
+      if domain not in data_sources.DOMAINS:
         problems.append(
-            f"--domains={domain}: one of {', '.join(sources.DOMAINS)}"
+            f"--domains={domain}: one of {', '.join(data_sources.DOMAINS)}"
         )
   except flags.Error as error:
     problems.append(str(error))

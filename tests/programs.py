@@ -14,7 +14,7 @@ from absl.testing import parameterized
 
 from dsv3_jax.checkpoint import manifest
 from dsv3_jax.trainer import metrics_writer
-from experiments import common
+from experiments import cli
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROSE = "It was a bright cold day, and {} clocks were striking thirteen.\n"
@@ -203,5 +203,5 @@ class Programs(parameterized.TestCase):
         *(self.command(name, mesh, *flags, *more) for flags in who)
     )
     for each in ended:
-      self.assertEqual(each.code, common.OK, each)
+      self.assertEqual(each.code, cli.OK, each)
     return ended

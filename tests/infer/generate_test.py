@@ -24,7 +24,7 @@ from dsv3_jax.infer import engine
 from dsv3_jax.infer import generate
 from dsv3_jax.interop import load_sharded
 from dsv3_jax.interop import open_run
-from experiments import common
+from experiments import cli
 from scripts import convert
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -356,7 +356,7 @@ class FolderTest(parameterized.TestCase):
     cls.run_dir, cls.released = folder / "run", folder / "released"
     _, cls.state, cls.tok = micro.make(cls.run_dir, "optim.ema_decay=0.9")
     arguments = f"--mode=export --workdir={cls.run_dir} --hf={cls.released}"
-    program = functools.partial(common.run_main, convert.main)
+    program = functools.partial(cli.run_main, convert.main)
     code, _, err = testing.command_line(program, *arguments.split())
     assert not code, err
 

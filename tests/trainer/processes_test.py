@@ -16,7 +16,7 @@ from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.config import presets
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.trainer import metrics_writer
-from experiments import common
+from experiments import cli
 
 STEPS = 4
 # What takes longer to compile.
@@ -178,7 +178,7 @@ class MissingTest(absltest.TestCase):
     )
     self.assertLess(time.monotonic() - began, 45)
     for each in ended:
-      self.assertEqual((each.code, each.out), (common.BAD_INPUT, ""), each)
+      self.assertEqual((each.code, each.out), (cli.BAD_INPUT, ""), each)
       self.assertEqual(
           each.err,
           "error: --processes=4: 2 did not join within 5 s; start them, or"

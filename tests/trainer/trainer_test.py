@@ -33,7 +33,7 @@ from dsv3_jax.trainer import run_args
 from dsv3_jax.trainer import step_monitor
 from dsv3_jax.trainer import trainer
 from dsv3_jax.trainer import workdir
-from experiments import common
+from experiments import cli
 
 PROSE = "It was a bright cold day, and {} clocks were striking thirteen.\n"
 
@@ -60,7 +60,7 @@ class CheckedRunTest(absltest.TestCase):
     self.folder = testing.folder(self)
     self.checks = self.patch(replica_check, "check", wraps=replica_check.check)
     self.patch(distributed, "mesh", lambda sizes: device_mesh.mesh(sizes))
-    self.patch(common, "start_jax")
+    self.patch(cli, "start_jax")
 
   def patch(self, *args, **kwargs):
     return self.enter_context(mock.patch.object(*args, **kwargs))
@@ -97,7 +97,7 @@ class CheckedRunTest(absltest.TestCase):
         contextlib.redirect_stdout(io.StringIO()) as out,
         self.assertRaises(SystemExit) as end,
     ):
-      common.run_main(work)
+      cli.run_main(work)
     self.said = out.getvalue()
     return end.exception.code, err.getvalue()
 
@@ -111,7 +111,7 @@ class CheckedRunTest(absltest.TestCase):
     )
 
   def test_devices_that_agree_go_on(self):
-    self.assertEqual(self.train(), (common.OK, ""))
+    self.assertEqual(self.train(), (cli.OK, ""))
     self.assertEqual(self.checks.call_count, 2)
     self.assertEqual(self.left(), ({0, 1, 2, 3, 4}, [1, 2, 3, 4]))
 
@@ -132,7 +132,7 @@ class CheckedRunTest(absltest.TestCase):
       return and_a_fault
 
     code, err = self.train(make_step)
-    self.assertEqual(code, common.INTERNAL)
+    self.assertEqual(code, cli.INTERNAL)
     self.assertEqual(
         err,
         "error: params/head: the copy of devices 0 (process 0) differs from the"

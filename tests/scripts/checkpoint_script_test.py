@@ -11,12 +11,12 @@ from dsv3_jax import config
 from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.checkpoint import manifest
 from dsv3_jax.trainer import exit_codes
-from experiments import common
+from experiments import cli
 from scripts import checkpoint as script
 
 
 def main():
-  common.run_main(script.main)
+  cli.run_main(script.main)
 
 
 class ScriptTest(parameterized.TestCase):

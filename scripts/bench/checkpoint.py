@@ -1,6 +1,6 @@
 """What digests and manifest cost a save, next to orbax alone, in turns.
 
-  python -m scripts.bench_checkpoint [--variant=small] [--rounds=5]
+  python -m scripts.bench.checkpoint [--variant=small] [--rounds=5]
 
 Prints the seconds of each round and the ratio of the medians: `blocking`, until
 training may go on, and `total`, until the checkpoint is finished.
@@ -25,7 +25,7 @@ from dsv3_jax.checkpoint import orbax_io
 from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
 from dsv3_jax.parallel import device_mesh
-from experiments import common
+from experiments import cli
 
 
 def _flags() -> flags.FlagValues:
@@ -123,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  common.run_main(main, _describe)
+  cli.run_main(main, _describe)

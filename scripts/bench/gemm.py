@@ -1,6 +1,6 @@
 """How fast is a product in FP8 on a GPU, and how exact?
 
-  python -m scripts.bench_gemm [--shapes=model] [--rounds=5]
+  python -m scripts.bench.gemm [--shapes=model] [--rounds=5]
 
 For products of 4096 tokens with weights of the model: every backend of
 `products.py` beside a product in BF16, and what it takes to quantize the

@@ -14,7 +14,7 @@ from absl.testing import parameterized
 from dsv3_jax.parallel.pipeline import schedules
 from scripts import schedule as script
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def run(*arguments):

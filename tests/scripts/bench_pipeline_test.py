@@ -9,8 +9,8 @@ from absl.testing import parameterized
 
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.parallel.pipeline import schedules
-from experiments import common
-from scripts import bench_pipeline
+from experiments import cli
+from scripts.bench import pipeline
 
 LAYERS_OF_STAGE = 2
 
@@ -37,10 +37,10 @@ class OrderTest(parameterized.TestCase):
   def test_every_rank_does_what_the_schedule_says(self, name, n_ranks):
     schedule = schedules.SCHEDULES[name](n_ranks, 4)
     n_layers = LAYERS_OF_STAGE * schedule.n_stages
-    run = bench_pipeline.make_run(name, n_layers, 4)
-    sleeper = bench_pipeline.Sleeper(n_ranks, 1e-4)
+    run = pipeline.make_run(name, n_layers, 4)
+    sleeper = pipeline.Sleeper(n_ranks, 1e-4)
     mesh = device_mesh.mesh({"pipe": n_ranks})
-    bench_pipeline.executor(run, mesh, sleeper)()
+    pipeline.executor(run, mesh, sleeper)()
     done = collections.defaultdict(collections.deque)
     for rank, *event in sleeper.events:
       done[rank].append(tuple(event))
@@ -64,15 +64,15 @@ class CommandTest(absltest.TestCase):
         mock.patch.object(sys, "argv", argv),
         self.assertRaisesRegex(ValueError, "(?s)stray.*3 ranks.*5 micro"),
     ):
-      bench_pipeline.main()
+      pipeline.main()
 
   def test_a_wrong_flag_is_bad_input(self):
     with (
         mock.patch.object(sys, "argv", ["bench_pipeline", "--ranks=x"]),
         self.assertRaises(SystemExit) as end,
     ):
-      common.run_main(bench_pipeline.main)
-    self.assertEqual(end.exception.code, common.BAD_INPUT)
+      cli.run_main(pipeline.main)
+    self.assertEqual(end.exception.code, cli.BAD_INPUT)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from dsv3_jax.infer import kvcache
 from dsv3_jax.infer import serving_mesh
 from dsv3_jax.trainer import distributed
 from experiments import allocator
-from scripts import bench_worker
+from scripts.bench import worker
 
 LONGEST_CHUNK = 2048
 
@@ -85,7 +85,7 @@ def _engine(job: dict[str, Any], cfg: config.Model) -> engine.Engine:
   )
 
 
-def prepare(job: dict[str, Any]) -> bench_worker.Task:
+def prepare(job: dict[str, Any]) -> worker.Task:
   """Writes `job["new"]` tokens behind prompts, or one if it is to read only."""
   cfg = config.override(presets.PRESETS[job["shape"]], *job["set"])
   prompts, new = job["prompts"], max(1, job["new"])
@@ -100,9 +100,9 @@ def prepare(job: dict[str, Any]) -> bench_worker.Task:
     assert len(tokens) == len(prompts) * new
     return float(sum(tokens))
 
-  x = jax.random.normal(jax.random.key(1), [bench_worker.PEAK_SIZE] * 2)
+  x = jax.random.normal(jax.random.key(1), [worker.PEAK_SIZE] * 2)
   matmul = jax.jit(jnp.matmul)
-  return bench_worker.Task(
+  return worker.Task(
       step=step,
       matmul=lambda: matmul(x, x).block_until_ready(),
       version=f"jax {jax.__version__}",
@@ -111,4 +111,4 @@ def prepare(job: dict[str, Any]) -> bench_worker.Task:
 
 if __name__ == "__main__":
   allocator.use_mimalloc(keep_freed=False)
-  bench_worker.serve(prepare)
+  worker.serve(prepare)

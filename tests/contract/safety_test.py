@@ -6,7 +6,7 @@ import pathlib
 from absl.testing import absltest
 from absl.testing import parameterized
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 # Formats that hold code, what runs programs, and what opens connections.
 MODULES = frozenset(
     "cloudpickle code codeop ctypes dill ftplib http httpx huggingface_hub"
@@ -35,9 +35,9 @@ ALLOWED = {
     "dsv3_jax/trainer/crash_loop.py": {"socket"},
     "dsv3_jax/trainer/workdir.py": {"socket", "subprocess"},
     # Other programs that the user asks for, with fixed arguments.
-    "scripts/bench.py": {"subprocess"},
-    "scripts/bench_convert.py": {"subprocess"},
-    "scripts/bench_worker.py": {"subprocess"},
+    "scripts/bench/main.py": {"subprocess"},
+    "scripts/bench/convert.py": {"subprocess"},
+    "scripts/bench/worker.py": {"subprocess"},
     "scripts/convert.py": {"subprocess"},
     "scripts/faults.py": {"subprocess"},
     # pip fetches what the user lists, wheels only; they are read as archives.

@@ -40,10 +40,10 @@ from dsv3_jax.trainer import distributed
 from dsv3_jax.trainer import exit_codes
 from dsv3_jax.trainer import run_args
 from dsv3_jax.trainer import trainer
-from experiments import common
+from experiments import cli
 from scripts import convert
 
-convert_main = functools.partial(common.run_main, convert.main)
+convert_main = functools.partial(cli.run_main, convert.main)
 
 
 def converted(mode, **arguments):
@@ -185,7 +185,7 @@ class RoundTripTest(ConvertTest):
     flags = f"--workdir={imported} --prompt=cold --max_tokens=9 --temperature=0"
     out = subprocess.run(
       [*program, *flags.split()],
-      cwd=pathlib.Path(convert.__file__).parents[1],
+      cwd=pathlib.Path(convert.__file__).parents[2],
       check=True,
       capture_output=True,
       text=True,
@@ -444,7 +444,7 @@ class CommandTest(ConvertTest):
       f"--{k}" if v is True else f"--{k}={v}" for k, v in arguments.items()
     ]
     code, _, err = testing.command_line(convert_main, *line)
-    self.assertEqual(code, common.BAD_INPUT)
+    self.assertEqual(code, cli.BAD_INPUT)
     self.assertIn(message, err)
 
   def test_import_into_a_run(self):
@@ -649,8 +649,8 @@ class BenchTest(ConvertTest):
     released.save(released.model(), self.hf)
     arguments = f"--hf={self.hf} --rounds=1 --scratch={self.out}".split()
     done = subprocess.run(
-      [sys.executable, "-m", "scripts.bench_convert", *arguments],
-      cwd=pathlib.Path(convert.__file__).parents[1],
+      [sys.executable, "-m", "scripts.bench.convert", *arguments],
+      cwd=pathlib.Path(convert.__file__).parents[2],
       check=True,
       capture_output=True,
       text=True,

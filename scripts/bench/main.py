@@ -39,7 +39,7 @@ from absl import flags
 
 from dsv3_jax import config
 from dsv3_jax.config import presets
-from scripts import bench_worker
+from scripts.bench import worker as worker_lib
 
 WHAT = ("train", "prefill", "decode")
 SHAPES = ("S", "M", "tiny")
@@ -191,13 +191,13 @@ def take_turns(
     rounds, each with the "steps" that the round had.
   """
   results = {
-      name: bench_worker.ask(worker, jobs[name]) | {"rounds": []}
+      name: worker_lib.ask(worker, jobs[name]) | {"rounds": []}
       for name, worker in workers.items()
   }
   for _ in range(n_rounds):
     for name, worker in workers.items():
       steps = max(1, round(ROUND_S / results[name]["step_s"]))
-      answer = bench_worker.ask(worker, {"steps": steps})
+      answer = worker_lib.ask(worker, {"steps": steps})
       results[name]["rounds"].append(answer | {"steps": steps})
   return results
 
@@ -232,14 +232,14 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
   """Starts a worker for each side; see `take_turns`."""
   root = str(pathlib.Path(__file__).resolve().parents[1])
-  ours = "scripts.bench_jax" if load.what == "train" else "scripts.bench_decode"
+  ours = "scripts.bench.against_jax" if load.what == "train" else "scripts.bench.decode"
   jobs, workers = {}, {}
   with contextlib.ExitStack() as stack:
     for name, side in sides.items():
       settings = *OVERRIDES, f"precision.recipe={side.precision}"
       jobs[name] = job(shape, load, settings)
       command = [side.python, "-m", side.module or ours]
-      worker = bench_worker.start(command, side.env, root)
+      worker = worker_lib.start(command, side.env, root)
       workers[name] = stack.enter_context(worker)
     return take_turns(workers, jobs, n_rounds)
 
@@ -250,7 +250,7 @@ def _sides() -> dict[str, Side]:
   rival = _AGAINST.value
   if rival == "transformers":
     python = os.path.abspath(shutil.which(_RIVAL_PYTHON.value))
-    module = "scripts.bench_transformers"
+    module = "scripts.bench.against_transformers"
     sides[rival] = Side(python, module=module, env=RIVAL_ENV)
   elif rival:
     sides[rival] = Side(precision=rival)
@@ -395,5 +395,6 @@ def main(_: list[str]) -> None:
       print(_show(metric), flush=True)
 
 
-if __name__ == "__main__":
+def run() -> None:
+  """Parses the command line and calls `main`."""
   app.run(main, flags_parser=_parse)

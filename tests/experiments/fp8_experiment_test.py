@@ -17,7 +17,7 @@ from dsv3_jax.trainer import distributed
 from dsv3_jax.trainer import metrics_writer
 from dsv3_jax.trainer import run_args
 from dsv3_jax.trainer import trainer
-from experiments import common
+from experiments import cli
 from experiments import fp8
 
 PROSE = "It was a bright cold day, and {} clocks were striking thirteen.\n"
@@ -136,7 +136,7 @@ class ExecuteTest(parameterized.TestCase):
 
   def test_trains_the_same_run_in_both_and_compares(self):
     self.enter_context(flagsaver.flagsaver(seeds=1, arms=["bf16", "fp8"]))
-    self.enter_context(mock.patch.object(common, "start_jax"))
+    self.enter_context(mock.patch.object(cli, "start_jax"))
     fp8.execute(self.command())
     runs = self.folder / "runs"
     first = {}

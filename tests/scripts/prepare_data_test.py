@@ -15,8 +15,8 @@ from absl.testing import parameterized
 
 from dsv3_jax import config
 from dsv3_jax.data import loader
+from scripts import data_sources
 from scripts import prepare_data
-from scripts import sources
 
 PAGE = """<html><head><title>no</title><style>p {}</style></head><body>
 <nav>menu</nav><h1>Title</h1><p>One &amp;
@@ -43,15 +43,15 @@ def one(extract, text):
 class ExtractTest(parameterized.TestCase):
 
   def test_pages_lose_their_markup(self):
-    text = one(sources.page, PAGE)
+    text = one(data_sources.page, PAGE)
     self.assertEqual(text, "Title\n\nOne &\ntwo three.\n\nFour\n\nfive\n")
-    self.assertEqual(one(sources.help_page, PAGE), "Four\n\nfive\n")
+    self.assertEqual(one(data_sources.help_page, PAGE), "Four\n\nfive\n")
 
   def test_pages_need_not_be_well_formed(self):
-    self.assertEqual(one(sources.page, "a</div></script>b<p>c"), "a\nb\nc\n")
+    self.assertEqual(one(data_sources.page, "a</div></script>b<p>c"), "a\nb\nc\n")
 
   def test_theorems_lose_their_proofs(self):
-    first, second = sources.theorems(DATABASE)
+    first, second = data_sources.theorems(DATABASE)
     self.assertIn("|- x", first)
     self.assertStartsWith(second, "$(\n=-=-=-=-\n  Second")
     self.assertEndsWith(second, "t1 $p |- y $.\n")
@@ -62,14 +62,14 @@ class ExtractTest(parameterized.TestCase):
         {"rhythmic": "R", "paragraphs": ["z"]},
         {"title": "no lines"},
     ]
-    found = list(sources.poems(json.dumps(poems)))
+    found = list(data_sources.poems(json.dumps(poems)))
     self.assertEqual(found, ["T\nA\nx\ny\n", "R\nz\n"])
 
 
 class DocumentsTest(absltest.TestCase):
 
-  def source(self, files, extract=sources.whole):
-    return sources.Source("d", "apt", "p", files, extract, "PD", 1)
+  def source(self, files, extract=data_sources.whole):
+    return data_sources.Source("d", "apt", "p", files, extract, "PD", 1)
 
   def test_files_are_read_in_order_and_what_is_left_out_is_counted(self):
     root = testing.folder(self)
@@ -172,9 +172,9 @@ class PrepareTest(parameterized.TestCase):
       self.assertEmpty(list(pathlib.Path().iterdir()))
 
   def test_sources_are_unique_and_of_known_clients(self):
-    packages = [source.package for source in sources.SOURCES]
+    packages = [source.package for source in data_sources.SOURCES]
     self.assertLen(set(packages), len(packages))
-    clients = {source.client for source in sources.SOURCES}
+    clients = {source.client for source in data_sources.SOURCES}
     self.assertLessEqual(clients, {"apt", "npm", "python"})
 
 

@@ -206,7 +206,7 @@ def run_main(
   sys.exit(code)
 
 
-def start_jax(command: Command) -> None:
+def start_jax(command: run_args.RunArgs) -> None:
   """Joins the other processes, and makes the mesh's devices on a processor.
 
   Call it once, before anything else starts JAX.

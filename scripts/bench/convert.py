@@ -1,6 +1,6 @@
 r"""How fast a released checkpoint is read, next to a plain read of its files.
 
-  python -m scripts.bench_convert --hf=DIR [--rounds=3] [--scratch=DIR]
+  python -m scripts.bench.convert --hf=DIR [--rounds=3] [--scratch=DIR]
 
 Prints a JSON object a round and one of medians: bytes a second of reading the
 files from beginning to end, of loading them into arrays on the devices here
@@ -23,7 +23,7 @@ from absl import flags
 
 from dsv3_jax.errors import InputError
 from experiments import allocator
-from experiments import common
+from experiments import cli
 
 _HF = flags.DEFINE_string("hf", None, "folder of a released checkpoint")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "times that all are measured")
@@ -88,7 +88,7 @@ TASKS = {"read": _read, "load": _load, "import": _import}
 def _measured(task: str, folder: pathlib.Path) -> dict[str, float]:
   """What a process of its own prints."""
   _forget(folder)
-  command = [sys.executable, "-m", "scripts.bench_convert"]
+  command = [sys.executable, "-m", "scripts.bench.convert"]
   command += [f"--hf={folder}", f"--task={task}"]
   if _SCRATCH.value:
     command.append(f"--scratch={_SCRATCH.value}")
@@ -111,7 +111,7 @@ def _round(folder: pathlib.Path) -> dict[str, float]:
 
 def main() -> None:
   """Measures, or does one of the tasks."""
-  problems = common.parse_flags(sys.argv)
+  problems = cli.parse_flags(sys.argv)
   if not _HF.value:
     problems.append("--hf is missing: the folder of a released checkpoint")
   elif not list(pathlib.Path(_HF.value).glob("*.safetensors")):
@@ -142,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  common.run_main(main)
+  cli.run_main(main)

@@ -12,10 +12,10 @@ from absl.testing import absltest
 from absl.testing import flagsaver
 
 from dsv3_jax.trainer import distributed
-from experiments import common
+from experiments import cli
 from experiments import pretrain
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 SLURM = ROOT / "scripts" / "slurm.sh"
 
 # A node list of two, and both processes of a job one after the other.
@@ -45,8 +45,8 @@ def understood(arguments):
   """The command that the arguments stand for; all must be good."""
   with flagsaver.flagsaver():
     flags.FLAGS.unparse_flags()
-    problems = common.parse_flags(["program", *arguments])
-    command, more = common._command(pretrain.variants())
+    problems = cli.parse_flags(["program", *arguments])
+    command, more = cli._command(pretrain.variants())
   assert not problems + more, (arguments, problems + more)
   return command
 

@@ -12,9 +12,9 @@ from absl.testing import parameterized
 
 from dsv3_jax import config
 from dsv3_jax.config import presets
-from scripts import bench
-from scripts import bench_jax
-from scripts import bench_worker
+from scripts.bench import against_jax
+from scripts.bench import main
+from scripts.bench import worker as worker_lib
 
 # A worker whose step sleeps and prints, and whose waiting can be watched.
 FAKE_WORKER = """
@@ -47,25 +47,25 @@ class CostTest(parameterized.TestCase):
   )
   def test_active_weights_are_the_published_ones(self, name, active):
     model = presets.PRESETS[name].model
-    self.assertEqual(bench.active_weights(model) + norm_gains(model), active)
+    self.assertEqual(main.active_weights(model) + norm_gains(model), active)
 
   def test_attention_cost_counts_the_causal_pairs(self):
     model, seq_len = presets.S.model, 7
     pairs = sum(range(1, seq_len + 1))
     mla = model.mla
     per_pair = 2 * model.n_layers * mla.n_heads * (mla.qk_dim + mla.v_dim)
-    linear = 6 * bench.active_weights(model) * seq_len
+    linear = 6 * main.active_weights(model) * seq_len
     self.assertEqual(
-        bench.Load("train", 2, seq_len).flops(model),
+        main.Load("train", 2, seq_len).flops(model),
         2 * (linear + 3 * per_pair * pairs),
     )
 
   @parameterized.parameters(
       # Tokens that pass through the layers, and pairs of them; logits.
-      (bench.Load("prefill", 1, prompt=5), 5, 15, 1),
-      (bench.Load("decode", 1, prompt=5, new=1), 5, 15, 1),
-      (bench.Load("decode", 1, prompt=5, new=3), 5 + 1 + 1, 15 + 6 + 7, 3),
-      (bench.Load("decode", 4, prompt=1, new=2), 4 * 2, 4 * 3, 4 * 2),
+      (main.Load("prefill", 1, prompt=5), 5, 15, 1),
+      (main.Load("decode", 1, prompt=5, new=1), 5, 15, 1),
+      (main.Load("decode", 1, prompt=5, new=3), 5 + 1 + 1, 15 + 6 + 7, 3),
+      (main.Load("decode", 4, prompt=1, new=2), 4 * 2, 4 * 3, 4 * 2),
   )
   def test_inference_costs_what_is_counted_by_hand(
       self, load, n_tokens, pairs, n_logits
@@ -87,8 +87,8 @@ class CostTest(parameterized.TestCase):
     self.assertEqual(
         [
             (load.what, load.batch, load.seq, load.tokens)
-            for what in bench.WHAT
-            for load in bench.loads(what, presets.S)
+            for what in main.WHAT
+            for load in main.loads(what, presets.S)
         ],
         [
             ("train", 8, 512, presets.S.tokens_per_step),
@@ -140,15 +140,15 @@ class FlagsTest(parameterized.TestCase):
 class WorkerTest(parameterized.TestCase):
 
   def start(self, *code):
-    worker = bench_worker.start([sys.executable, *code], {}, ".")
+    worker = worker_lib.start([sys.executable, *code], {}, ".")
     return self.enter_context(worker)
 
   def test_workers_take_turns_and_sleep_in_between(self):
     round_s, step_s = 0.5, 0.1
-    self.enter_context(mock.patch.object(bench, "ROUND_S", round_s))
+    self.enter_context(mock.patch.object(main, "ROUND_S", round_s))
     workers = {name: self.start("-c", FAKE_WORKER) for name in "ab"}
     jobs = {name: {"step_s": step_s} for name in workers}
-    results = bench.take_turns(workers, jobs, n_rounds=2)
+    results = main.take_turns(workers, jobs, n_rounds=2)
     for result in results.values():
       self.assertLen(result["rounds"], 2)
       for answer in result["rounds"]:
@@ -163,37 +163,37 @@ class WorkerTest(parameterized.TestCase):
   def test_a_worker_that_ends_is_an_error(self):
     worker = self.start("-c", "raise SystemExit(3)")
     with self.assertRaisesRegex(RuntimeError, "exit code 3"):
-      bench_worker.ask(worker, {})
+      worker_lib.ask(worker, {})
 
   def test_our_worker_trains_the_shape_that_it_is_given(self):
     small = ("n_layers=2", "d_model=32", "vocab_size=64", "train.batch_size=2")
-    job = {"shape": "S", "set": [*bench.OVERRIDES, *small, "data.seq_len=16"]}
-    task = bench_jax.prepare(job)
+    job = {"shape": "S", "set": [*main.OVERRIDES, *small, "data.seq_len=16"]}
+    task = against_jax.prepare(job)
     # Untrained, every one of the 64 tokens is about equally likely; the
     # balance loss and the spread of the initial logits are far below 0.2.
     self.assertAlmostEqual(task.step(), math.log(64), delta=0.2)
-    self.assertEqual(task.matmul().shape, 2 * (bench_worker.PEAK_SIZE,))
+    self.assertEqual(task.matmul().shape, 2 * (worker_lib.PEAK_SIZE,))
 
   @parameterized.parameters(0, 5)
   def test_our_worker_reads_and_writes_behind_prompts(self, new):
     small = ("n_layers=2", "d_model=32", "vocab_size=64")
     # It chooses how many devices there are, as only a new process can.
-    worker = self.start("-m", "scripts.bench_decode")
-    ready = bench_worker.ask(worker, {
+    worker = self.start("-m", "scripts.bench.decode")
+    ready = worker_lib.ask(worker, {
         "shape": "S",
-        "set": [*bench.OVERRIDES, *small],
+        "set": [*main.OVERRIDES, *small],
         "prompts": [[1, 2, 3], [4, 5, 6]],
         "new": new,
     })
     self.assertEqual(ready["version"], f"jax {jax.__version__}")
-    values = [bench_worker.ask(worker, {"steps": 1})["value"] for _ in "ab"]
+    values = [worker_lib.ask(worker, {"steps": 1})["value"] for _ in "ab"]
     self.assertBetween(values[0], 1, 2 * max(1, new) * 63)
     self.assertEqual(*values)
 
   def test_prompts_are_the_same_for_all_sides(self):
-    load = bench.Load("decode", 2, prompt=3, new=4)
+    load = main.Load("decode", 2, prompt=3, new=4)
     job, other = (
-        bench.job("tiny", load, [f"precision.recipe={precision}"])
+        main.job("tiny", load, [f"precision.recipe={precision}"])
         for precision in ("fp32", "bf16")
     )
     self.assertEqual(np.shape(job["prompts"]), (2, 3))
@@ -206,9 +206,9 @@ class ReportTest(absltest.TestCase):
 
   def test_speed_mfu_and_pairwise_ratios(self):
     cfg = presets.S
-    (load,) = bench.loads("train", cfg)
+    (load,) = main.loads("train", cfg)
     flops = load.flops(cfg.model)
-    ours, theirs, ratio = bench.report(cfg.model, "S", load, self.results())
+    ours, theirs, ratio = main.report(cfg.model, "S", load, self.results())
     self.assertEqual(ours["what"], "train")
     self.assertEqual(ours["tokens_per_s"], cfg.tokens_per_step)
     self.assertEqual(ours["peak_gflops"], theirs["peak_gflops"])
@@ -220,8 +220,8 @@ class ReportTest(absltest.TestCase):
     )
 
   def test_rows_of_decode_say_its_batch_and_count_what_is_written(self):
-    load = bench.Load("decode", 16, prompt=3, new=5)
-    rows = list(bench.report(presets.S.model, "S", load, self.results()))
+    load = main.Load("decode", 16, prompt=3, new=5)
+    rows = list(main.report(presets.S.model, "S", load, self.results()))
     self.assertEqual(
         [row["what"] for row in rows],
         ["decode", "decode_transformers", "decode_ratio_to_transformers"],
@@ -249,7 +249,7 @@ class ReportTest(absltest.TestCase):
             ],
         }
         for name, times, peak in (
-            (bench.OURS, (1.0, 2.0, 4.0), 100.0),
+            (main.OURS, (1.0, 2.0, 4.0), 100.0),
             ("transformers", (2.0, 3.0, 2.0), 200.0),
         )
     }

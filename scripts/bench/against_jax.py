@@ -17,10 +17,10 @@ from dsv3_jax import train
 from dsv3_jax.config import presets
 from dsv3_jax.parallel import device_mesh
 from experiments import allocator
-from scripts import bench_worker
+from scripts.bench import worker
 
 
-def prepare(job: dict[str, Any]) -> bench_worker.Task:
+def prepare(job: dict[str, Any]) -> worker.Task:
   """The train step of preset `job["shape"]` with `job["set"]` applied."""
   cfg = config.override(presets.PRESETS[job["shape"]], *job["set"])
   rng = np.random.default_rng(0)
@@ -40,9 +40,9 @@ def prepare(job: dict[str, Any]) -> bench_worker.Task:
     state, metrics = train_step(state, batch)
     return float(metrics["loss"])
 
-  x = jax.random.normal(jax.random.key(1), [bench_worker.PEAK_SIZE] * 2)
+  x = jax.random.normal(jax.random.key(1), [worker.PEAK_SIZE] * 2)
   matmul = jax.jit(jnp.matmul)
-  return bench_worker.Task(
+  return worker.Task(
       step=step,
       matmul=lambda: matmul(x, x).block_until_ready(),
       version=f"jax {jax.__version__}",
@@ -52,4 +52,4 @@ def prepare(job: dict[str, Any]) -> bench_worker.Task:
 if __name__ == "__main__":
   allocator.use_mimalloc()
   jax.config.update("jax_num_cpu_devices", os.cpu_count())
-  bench_worker.serve(prepare)
+  worker.serve(prepare)

@@ -1,6 +1,6 @@
 """Do pipelines take the time that the simulator predicts?
 
-  python -m scripts.bench_pipeline [--ranks=4] [--microbatches=8] [--ms=50]
+  python -m scripts.bench.pipeline [--ranks=4] [--microbatches=8] [--ms=50]
 
 Runs the executor on layers that sleep: they need no processor, so that all
 ranks work at the same time on any machine, each on one thing at a time. Prints
@@ -32,7 +32,7 @@ from dsv3_jax.parallel.pipeline import executor as executor_lib
 from dsv3_jax.parallel.pipeline import schedules
 from dsv3_jax.parallel.pipeline import simulate
 from dsv3_jax.trainer import distributed
-from experiments import common
+from experiments import cli
 from scripts import layout_matrix
 
 ROUNDS = 3
@@ -212,4 +212,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  common.run_main(main)
+  cli.run_main(main)

@@ -12,7 +12,7 @@ from scripts import faults
 from scripts import layout_matrix
 from scripts import readme
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 MARK = readme.LEAD + "python -m scripts.tables -->"
 
 

@@ -14,7 +14,7 @@ from absl.testing import parameterized
 from dsv3_jax.data import tokenizer
 from dsv3_jax.infer import engine
 from dsv3_jax.infer import generate
-from experiments import batch
+from experiments import batch_generate
 
 MODEL = testing.run("mtp.depth=0").model
 TOK = tokenizer.train(micro.TEXTS, 280)
@@ -69,9 +69,9 @@ class BatchTest(parameterized.TestCase):
     self.prompts = self.folder / "prompts.jsonl"
     self.out = self.folder / "texts.jsonl"
     # They take most of the time.
-    self.enter_context(mock.patch.object(batch, "_bar", mock.MagicMock()))
+    self.enter_context(mock.patch.object(batch_generate, "_bar", mock.MagicMock()))
     self.enter_context(mock.patch.object(os, "fsync"))
-    self.err = self.enter_context(mock.patch.object(batch, "_tell"))
+    self.err = self.enter_context(mock.patch.object(batch_generate, "_tell"))
 
   def put(self, *lines):
     lines = [
@@ -91,7 +91,7 @@ class BatchTest(parameterized.TestCase):
       return stream(asked.append(ask) or ask for ask in asks)
 
     with mock.patch.object(writer, "stream", watched):
-      batch.write(writer, self.prompts, self.out, SETTINGS | settings)
+      batch_generate.write(writer, self.prompts, self.out, SETTINGS | settings)
     return asked
 
   def rows(self, path=None):
@@ -282,7 +282,7 @@ class LineTest(BatchTest):
     self.assertFalse(self.out.exists())
 
   def test_what_is_wrong_with_settings_of_all_lines(self):
-    self.assertEmpty(batch.problems(SETTINGS))
+    self.assertEmpty(batch_generate.problems(SETTINGS))
     wrong = {
         "max_tokens": 0,
         "temperature": float("nan"),
@@ -291,7 +291,7 @@ class LineTest(BatchTest):
         "seed": -1,
         "stop": ("a", ""),
     }
-    found = batch.problems(wrong)
+    found = batch_generate.problems(wrong)
     names = [line.partition("=")[0] for line in found]
     self.assertCountEqual(names, wrong)
 
@@ -337,13 +337,13 @@ class ResumeTest(BatchTest):
     self.assertEqual(kept, {0, 1, 2, 3})
 
   def test_a_row_is_in_the_file_as_soon_as_it_is_there(self):
-    append, seen = batch._append, []
+    append, seen = batch_generate._append, []
 
     def watched(file, row):
       append(file, row)
       seen.append(self.rows(pathlib.Path(file.name))[-1] == row)
 
-    with mock.patch.object(batch, "_append", watched):
+    with mock.patch.object(batch_generate, "_append", watched):
       self.write()
     self.assertEqual(seen, [True] * 10)  # and once more, in order
 
@@ -450,7 +450,7 @@ class ResumeTest(BatchTest):
 class FileTest(BatchTest):
 
   def problems(self):
-    return batch.file_problems(self.prompts, self.out)
+    return batch_generate.file_problems(self.prompts, self.out)
 
   def setUp(self):
     super().setUp()

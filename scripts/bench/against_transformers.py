@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-from scripts import bench_worker
+from scripts.bench import worker
 
 Step = Callable[[], float]
 
@@ -170,12 +170,12 @@ def _decode(job: dict[str, Any]) -> Step:
   return step
 
 
-def prepare(job: dict[str, Any]) -> bench_worker.Task:
+def prepare(job: dict[str, Any]) -> worker.Task:
   """The worker's step of `job["what"]`, on random parameters."""
   makers = {"train": _train, "prefill": _prefill, "decode": _decode}
   step = makers[job["what"]](job)
-  x = torch.randn(bench_worker.PEAK_SIZE, bench_worker.PEAK_SIZE)
-  return bench_worker.Task(
+  x = torch.randn(worker.PEAK_SIZE, worker.PEAK_SIZE)
+  return worker.Task(
       step=step,
       matmul=lambda: x @ x,
       version=(
@@ -185,4 +185,4 @@ def prepare(job: dict[str, Any]) -> bench_worker.Task:
 
 
 if __name__ == "__main__":
-  bench_worker.serve(prepare)
+  worker.serve(prepare)

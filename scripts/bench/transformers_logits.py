@@ -1,6 +1,6 @@
 """Worker of `scripts.convert --mode=verify`: logits by `transformers`.
 
-  python -m scripts.transformers_logits FOLDER TOKENS.npy OUT.npy
+  python -m scripts.bench.transformers_logits FOLDER TOKENS.npy OUT.npy
 """
 
 import pathlib

@@ -29,7 +29,7 @@ from dsv3_jax.interop import open_run
 from dsv3_jax.interop import safetensors as ours
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.parallel import sharding
-from experiments import common
+from experiments import cli
 from experiments import pretrain
 
 FEW = 150
@@ -160,9 +160,9 @@ class SettingsTest(Case):
         continue
       with about(argv=ascii(argv)), flagsaver.flagsaver():
         flags.FLAGS.unparse_flags()
-        problems = common.parse_flags(argv)
+        problems = cli.parse_flags(argv)
         if flags.FLAGS.is_parsed():
-          command, more = common._command(pretrain.variants())
+          command, more = cli._command(pretrain.variants())
           problems += more
         else:
           self.assertTrue(problems)

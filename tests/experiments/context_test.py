@@ -16,7 +16,7 @@ from dsv3_jax.evals import needles
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.trainer import distributed
 from dsv3_jax.trainer import run_args
-from experiments import common
+from experiments import cli
 from experiments import context
 
 TINY = config.override(
@@ -125,7 +125,7 @@ class ExecuteTest(parameterized.TestCase):
   @pytest.mark.slow
   def test_extends_and_asks(self):
     self.enter_context(mock.patch.object(distributed, "mesh", device_mesh.mesh))
-    self.enter_context(mock.patch.object(common, "start_jax"))
+    self.enter_context(mock.patch.object(cli, "start_jax"))
     self.enter_context(mock.patch.object(context, "PHASE_TOKENS", 2560))
     self.enter_context(mock.patch.object(context, "DEPTHS", (0.0, 1.0)))
     self.enter_context(

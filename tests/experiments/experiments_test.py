@@ -31,11 +31,11 @@ from dsv3_jax.trainer import metrics_writer
 from dsv3_jax.trainer import run_args
 from dsv3_jax.trainer import trainer
 from dsv3_jax.trainer import workdir as workdir_lib
-from experiments import common
+from experiments import cli
 from experiments import pretrain
 from experiments import sample
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 PROSE = "It was a bright cold day, and {} clocks were striking thirteen.\n"
 
 
@@ -43,9 +43,9 @@ def refuse(command):
   raise AssertionError(f"{command} should have been refused")
 
 
-pretrain_main = functools.partial(common.main, pretrain.variants())
+pretrain_main = functools.partial(cli.main, pretrain.variants())
 refusing = functools.partial(pretrain_main, refuse)
-sample_main = functools.partial(common.run_main, sample.sample)
+sample_main = functools.partial(cli.run_main, sample.sample)
 
 
 def python(*arguments, **environment):
@@ -88,7 +88,7 @@ class CommandLineTest(parameterized.TestCase):
 
   def assert_refused(self, program, arguments, *messages):
     code, out, err = testing.command_line(program, *arguments)
-    self.assertEqual((code, out), (common.BAD_INPUT, ""), err)
+    self.assertEqual((code, out), (cli.BAD_INPUT, ""), err)
     for line in err.splitlines():
       self.assertStartsWith(line, "error: ")
     for message in messages:
@@ -145,13 +145,13 @@ class CommandLineTest(parameterized.TestCase):
     arguments += ["--set=mla.n_heads=4", "--set=optim.eps=1e-9"]
     seen = []
     with (
-        mock.patch.object(common.allocator, "use_mimalloc"),
+        mock.patch.object(cli.allocator, "use_mimalloc"),
         mock.patch.object(distributed.jax, "config"),
     ):
       code, _, err = testing.command_line(
           lambda: pretrain_main(seen.append), *arguments
       )
-    self.assertEqual((code, err), (common.OK, ""))
+    self.assertEqual((code, err), (cli.OK, ""))
     expected = config.override(
         presets.TINY, "mla.n_heads=4", "optim.eps=1e-9"
     )
@@ -162,12 +162,12 @@ class CommandLineTest(parameterized.TestCase):
     self.assertEqual(command.seed, 3)
 
   @parameterized.parameters(
-      (FloatingPointError("x\ny"), common.NOT_FINITE),
-      (manifest.MissingError("x\ny"), common.NO_CHECKPOINT),
-      (ValueError("x\ny"), common.BAD_INPUT),
+      (FloatingPointError("x\ny"), cli.NOT_FINITE),
+      (manifest.MissingError("x\ny"), cli.NO_CHECKPOINT),
+      (ValueError("x\ny"), cli.BAD_INPUT),
   )
   def test_errors_have_exit_codes(self, error, expected):
-    main = functools.partial(common.run_main, mock.Mock(side_effect=error))
+    main = functools.partial(cli.run_main, mock.Mock(side_effect=error))
     code, _, err = testing.command_line(main)
     self.assertEqual(code, expected)
     self.assertEqual(err, "error: x\nerror: y\n")
@@ -189,12 +189,12 @@ class SampleTest(parameterized.TestCase):
 
   def text(self, *flags):
     code, out, err = self.sample(*flags)
-    self.assertEqual(code, common.OK, err)
+    self.assertEqual(code, cli.OK, err)
     return out, err
 
   def assert_refused(self, flags, *messages, **where):
     code, out, err = self.sample(*flags, **where)
-    self.assertEqual((code, out), (common.BAD_INPUT, ""), err)
+    self.assertEqual((code, out), (cli.BAD_INPUT, ""), err)
     lines = err.splitlines()
     self.assertLen(lines, len(messages), err)
     for line, message in zip(lines, messages, strict=True):
@@ -313,7 +313,7 @@ class SampleTest(parameterized.TestCase):
 
   def test_needs_a_workdir(self):
     code, out, err = testing.command_line(sample_main, "--top_k=-1")
-    self.assertEqual((code, out), (common.BAD_INPUT, ""))
+    self.assertEqual((code, out), (cli.BAD_INPUT, ""))
     self.assertIn("--workdir is missing", err)
     self.assertIn("--top_k=-1", err)
 
@@ -344,11 +344,11 @@ class SampleTest(parameterized.TestCase):
     )
     # Now what the configuration is of has to be read.
     code, out, err = self.sample("--max_tokens=9", workdir=folder)
-    self.assertEqual((code, out), (common.BAD_INPUT, ""))
+    self.assertEqual((code, out), (cli.BAD_INPUT, ""))
     self.assertIn("mtp", err)
     shutil.rmtree(folder / "checkpoints")
     code, out, err = self.sample("--max_tokens=9", workdir=folder)
-    self.assertEqual((code, out), (common.NO_CHECKPOINT, ""))
+    self.assertEqual((code, out), (cli.NO_CHECKPOINT, ""))
     self.assertIn("has no checkpoints yet", err)
 
 
@@ -481,12 +481,12 @@ class StartTest(parameterized.TestCase):
     code, _, err = testing.command_line(
         sample_main, f"--workdir={command.workdir}"
     )
-    self.assertEqual(code, common.NO_CHECKPOINT)
+    self.assertEqual(code, cli.NO_CHECKPOINT)
     self.assertIn("no finished checkpoint", err)
     code, _, err = testing.command_line(
         sample_main, f"--workdir={command.workdir}", "--ema"
     )
-    self.assertEqual(code, common.BAD_INPUT)
+    self.assertEqual(code, cli.BAD_INPUT)
     self.assertIn("has no average, optim.ema_decay is 0", err)
 
 
@@ -616,7 +616,7 @@ class EndToEndTest(absltest.TestCase):
         *settings,
         "--set=d_model=64",
     )
-    self.assertEqual(done.returncode, common.BAD_INPUT)
+    self.assertEqual(done.returncode, cli.BAD_INPUT)
     self.assertIn("has another architecture", done.stderr)
     self.assertIn("embed: '(300, 32)' -> '(300, 64)'", done.stderr)
     self.run_program("scripts.report", folder)

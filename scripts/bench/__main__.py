@@ -1,0 +1,5 @@
+"""Entry point of `python -m scripts.bench`."""
+
+from scripts.bench import main
+
+main.run()
