@@ -40,16 +40,15 @@ class Average:
     leaves, self._structure = jax.tree.flatten(params)
     self._types = [in_host_memory(leaf) for leaf in leaves]
     self._slices = [
-        {
-            key: np.array(part, order="C")
-            for key, part in _slices(leaf).items()
-        }
-        for leaf in leaves
+      {key: np.array(part, order="C") for key, part in _slices(leaf).items()}
+      for leaf in leaves
     ]
     self._thread = concurrent.futures.ThreadPoolExecutor(1)
     self._job = None
 
-  def update(self, step: int, params: param_spec.Params, good: jax.Array) -> None:
+  def update(
+    self, step: int, params: param_spec.Params, good: jax.Array
+  ) -> None:
     """Starts to average in the parameters after a step; does not wait for it.
 
     Waits for the one before, which bounds memory. The parameters may be donated

@@ -7,11 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax import config
-from dsv3_jax import param_spec
+from dsv3_jax import config, param_spec
 from dsv3_jax.errors import InputError
-from dsv3_jax.model import moe
-from dsv3_jax.model import transformer
+from dsv3_jax.model import moe, transformer
 
 IGNORE = -100  # a label without loss
 CHUNK = 1024  # tokens whose logits exist at a time
@@ -35,9 +33,7 @@ class Losses:
   balance: jax.Array  # alpha included, summed over routers
 
 
-def batch(
-    rows: np.ndarray, vocab_size: int, *unpredicted: int
-) -> Batch:
+def batch(rows: np.ndarray, vocab_size: int, *unpredicted: int) -> Batch:
   """The batch of rows [..., T + 1] of consecutive token ids.
 
   Args:
@@ -55,8 +51,8 @@ def batch(
   if bad.any():
     where = tuple(int(i) for i in np.argwhere(bad)[0])
     raise InputError(
-        f"token id {rows[where]} at {where}: must be in [0, {vocab_size}), the"
-        " model's vocabulary"
+      f"token id {rows[where]} at {where}: must be in [0, {vocab_size}), the"
+      " model's vocabulary"
     )
   rows = rows.astype(np.int32)
   labels = rows[..., 1:]
@@ -73,7 +69,7 @@ def token_weights(labels: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def cross_entropy(
-    hidden: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.Array
+  hidden: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.Array
 ) -> jax.Array:
   """Sum of weights * -log softmax(hidden @ head)[labels], in float32.
 
@@ -106,7 +102,7 @@ def _chunks(hidden: jax.Array, *per_token: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _chunk_nll(
-    chunk: tuple[jax.Array, ...], head: jax.Array
+  chunk: tuple[jax.Array, ...], head: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Weighted loss of a chunk, its logits and their log-sum-exp."""
   hidden, labels, weights = chunk
@@ -145,13 +141,13 @@ cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 
 def loss(
-    params: param_spec.Params,
-    bias: jax.Array,
-    data: Batch,
-    weights: jax.Array,
-    mtp_weight: jax.Array | float,
-    cfg: config.Model,
-    **how: Any,
+  params: param_spec.Params,
+  bias: jax.Array,
+  data: Batch,
+  weights: jax.Array,
+  mtp_weight: jax.Array | float,
+  cfg: config.Model,
+  **how: Any,
 ) -> tuple[Losses, moe.Stats]:
   """Main, MTP and balance losses of a batch (eq. 17-25).
 
@@ -177,14 +173,14 @@ def loss(
 
 
 def of_last_layer(
-    params: param_spec.Params,
-    bias: jax.Array,
-    x: jax.Array,
-    data: Batch,
-    weights: jax.Array,
-    mtp_weight: jax.Array | float,
-    cfg: config.Model,
-    **how: Any,
+  params: param_spec.Params,
+  bias: jax.Array,
+  x: jax.Array,
+  data: Batch,
+  weights: jax.Array,
+  mtp_weight: jax.Array | float,
+  cfg: config.Model,
+  **how: Any,
 ) -> tuple[Losses, moe.Stats]:
   """The same from what the last layer returns, [B, T, D], on.
 
@@ -196,13 +192,13 @@ def of_last_layer(
 
 
 def _of_output(
-    params: param_spec.Params,
-    out: transformer.Output,
-    data: Batch,
-    weights: jax.Array,
-    mtp_weight: jax.Array | float,
-    cfg: config.Model,
-    segments: jax.Array | None = None,
+  params: param_spec.Params,
+  out: transformer.Output,
+  data: Batch,
+  weights: jax.Array,
+  mtp_weight: jax.Array | float,
+  cfg: config.Model,
+  segments: jax.Array | None = None,
 ) -> Losses:
 
   def term(hidden, shift):
@@ -211,10 +207,10 @@ def _of_output(
       n = hidden.shape[1]
       weight = jnp.where(segments[:, shift:] == segments[:, :n], weight, 0)
     return cross_entropy(
-        hidden.reshape(-1, cfg.d_model),
-        params["head"],
-        data.labels[:, shift:].reshape(-1),
-        weight.reshape(-1),
+      hidden.reshape(-1, cfg.d_model),
+      params["head"],
+      data.labels[:, shift:].reshape(-1),
+      weight.reshape(-1),
     )
 
   with jax.named_scope("loss"):

@@ -4,19 +4,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsv3_jax import config
-from dsv3_jax import param_spec
+from dsv3_jax import config, param_spec
 
 
 def decayed(params: param_spec.Params) -> param_spec.Params:
   """True where weight decay applies: everywhere but on norm gains."""
   return jax.tree.map_with_path(
-      lambda path, _: not path[-1].key.endswith("norm"), params
+    lambda path, _: not path[-1].key.endswith("norm"), params
   )
 
 
 def store_moments_as(
-    inner: optax.GradientTransformation, dtype: jax.typing.DTypeLike
+  inner: optax.GradientTransformation, dtype: jax.typing.DTypeLike
 ) -> optax.GradientTransformation:
   """Keeps the float leaves of a state in dtype, computes in float32."""
 
@@ -38,9 +37,9 @@ def adamw(cfg: config.Optim) -> optax.GradientTransformation:
   """Clipping by global norm, Adam, decoupled decay; the rate comes later."""
   adam = optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps)
   return optax.chain(
-      optax.clip_by_global_norm(cfg.clip_norm),
-      store_moments_as(adam, cfg.moments),
-      optax.add_decayed_weights(cfg.weight_decay, mask=decayed),
+    optax.clip_by_global_norm(cfg.clip_norm),
+    store_moments_as(adam, cfg.moments),
+    optax.add_decayed_weights(cfg.weight_decay, mask=decayed),
   )
 
 

@@ -68,7 +68,7 @@ def gain(size: int) -> ParamSpec:
 def stack(specs: Specs, n: int, axis: str = "layers") -> Specs:
   """The specs of n layers, stacked along a new leading dim for `lax.scan`."""
   return jax.tree.map(
-      lambda s: dataclasses.replace(s, dims=((axis, n), *s.dims)), specs
+    lambda s: dataclasses.replace(s, dims=((axis, n), *s.dims)), specs
   )
 
 

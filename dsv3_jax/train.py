@@ -2,25 +2,17 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
-from dsv3_jax import config
-from dsv3_jax import ema
-from dsv3_jax import losses
-from dsv3_jax import optim
-from dsv3_jax import param_spec
+from dsv3_jax import config, ema, losses, optim, param_spec
 from dsv3_jax.linear import recipe
-from dsv3_jax.model import moe
-from dsv3_jax.model import router
-from dsv3_jax.model import transformer
-from dsv3_jax.parallel import device_mesh
-from dsv3_jax.parallel import sharding
+from dsv3_jax.model import moe, router, transformer
+from dsv3_jax.parallel import device_mesh, sharding
 from dsv3_jax.parallel.pipeline import executor
 
 Metrics = dict[str, jax.Array]
@@ -43,12 +35,12 @@ def init_state(run: config.Run, key: jax.Array) -> TrainState:
   init_key, run_key = jax.random.split(key)
   params = param_spec.init(transformer.specs(run.model), init_key)
   return TrainState(
-      params=params,
-      opt_state=optim.adamw(run.optim).init(params),
-      router_bias=transformer.router_bias(run.model),
-      step=jnp.zeros((), jnp.int32),
-      skipped=jnp.zeros((), jnp.int32),
-      key=run_key,
+    params=params,
+    opt_state=optim.adamw(run.optim).init(params),
+    router_bias=transformer.router_bias(run.model),
+    step=jnp.zeros((), jnp.int32),
+    skipped=jnp.zeros((), jnp.int32),
+    key=run_key,
   )
 
 
@@ -61,11 +53,11 @@ def shardings(run: config.Run, mesh: jax.sharding.Mesh) -> TrainState:
   params = sharding.layout(run, mesh.shape).specs
   state = _shapes(run)
   opt_state = optax.tree.map_params(
-      optim.adamw(run.optim),
-      lambda _, spec: spec,
-      state.opt_state,
-      params,
-      transform_non_params=lambda _: jax.P(),
+    optim.adamw(run.optim),
+    lambda _, spec: spec,
+    state.opt_state,
+    params,
+    transform_non_params=lambda _: jax.P(),
   )
   specs = jax.tree.map(lambda _: jax.P(), state)
   specs = specs.replace(params=params, opt_state=opt_state)
@@ -73,33 +65,33 @@ def shardings(run: config.Run, mesh: jax.sharding.Mesh) -> TrainState:
 
 
 def abstract_state(
-    run: config.Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
+  run: config.Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
 ) -> TrainState:
   """Shape, type and place of every array of the state; allocates nothing."""
   return jax.tree.map(
-      lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to),
-      _shapes(run),
-      shardings(run, mesh),
+    lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to),
+    _shapes(run),
+    shardings(run, mesh),
   )
 
 
 def make_state(
-    run: config.Run, mesh: jax.sharding.Mesh, seed: int
+  run: config.Run, mesh: jax.sharding.Mesh, seed: int
 ) -> TrainState:
   """The state before the first step, every array born where it belongs."""
   init = jax.jit(
-      init_state, static_argnums=0, out_shardings=shardings(run, mesh)
+    init_state, static_argnums=0, out_shardings=shardings(run, mesh)
   )
   return init(run, jax.random.key(seed))
 
 
 def gradients(
-    state: TrainState,
-    batch: losses.Batch,
-    run: config.Run,
-    mesh: jax.sharding.Mesh | None = None,
+  state: TrainState,
+  batch: losses.Batch,
+  run: config.Run,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[
-    param_spec.Params, losses.Losses, moe.Stats, dict[str, dict[str, jax.Array]]
+  param_spec.Params, losses.Losses, moe.Stats, dict[str, dict[str, jax.Array]]
 ]:
   """Gradient, losses and router statistics of a global batch.
 
@@ -130,10 +122,10 @@ def gradients(
     layout = sharding.layout(run, mesh.shape, micro_batches=n_micro)
     divided = device_mesh.batch_spec(mesh.shape, 1)
     sums, *told, of_weights = jax.shard_map(
-        functools.partial(_local_gradients, run=run, layout=layout),
-        mesh=mesh,
-        in_specs=(layout.specs, jax.P(), jax.P(), divided, divided),
-        out_specs=(layout.trained_specs, jax.P(), jax.P(), jax.P()),
+      functools.partial(_local_gradients, run=run, layout=layout),
+      mesh=mesh,
+      in_specs=(layout.specs, jax.P(), jax.P(), divided, divided),
+      out_specs=(layout.trained_specs, jax.P(), jax.P(), jax.P()),
     )(*args)
   grads, counted = recipe.gradients(sums)
   if of_weights:
@@ -162,12 +154,12 @@ def _local_gradients(params, *args, run, layout):
     sums = executor.gradient_sums(params, *args, run=run, layout=layout)
   else:
     sums = _gradient_sums(
-        params,
-        *args,
-        run=run,
-        n_shards=layout.n_shards,
-        experts=layout.experts,
-        gather=layout.layer,
+      params,
+      *args,
+      run=run,
+      n_shards=layout.n_shards,
+      experts=layout.experts,
+      gather=layout.layer,
     )
   grads, terms, stats = sums
   terms, stats = jax.lax.psum((terms, stats), layout.work_axes)
@@ -175,23 +167,23 @@ def _local_gradients(params, *args, run, layout):
 
 
 def _gradient_sums(
-    params, bias, mtp_weight, batch, weights, *, run, n_shards=1, **how
+  params, bias, mtp_weight, batch, weights, *, run, n_shards=1, **how
 ):
   """Sums over the micro-batches of one device."""
   share = 1.0 / (batch.tokens.shape[0] * n_shards)
 
   def objective(trained, micro, micro_weights):
     terms, stats = losses.loss(
-        recipe.joined(trained, params),
-        bias,
-        micro,
-        micro_weights,
-        mtp_weight,
-        run.model,
-        kept=run.train.activations,
-        segment_start=run.data.segment_start,
-        scan=run.train.scan_layers,
-        **how,
+      recipe.joined(trained, params),
+      bias,
+      micro,
+      micro_weights,
+      mtp_weight,
+      run.model,
+      kept=run.train.activations,
+      segment_start=run.data.segment_start,
+      scan=run.train.scan_layers,
+      **how,
     )
     balance = terms.balance * share
     total = terms.main + mtp_weight * terms.mtp + balance
@@ -199,7 +191,7 @@ def _gradient_sums(
 
   def one(micro):
     grads, (terms, stats) = jax.grad(objective, has_aux=True)(
-        recipe.trained(params), *micro
+      recipe.trained(params), *micro
     )
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
     return grads, terms, stats
@@ -216,11 +208,11 @@ def _gradient_sums(
 
 
 def update(
-    state: TrainState,
-    grads: param_spec.Params,
-    terms: losses.Losses,
-    stats: moe.Stats,
-    run: config.Run,
+  state: TrainState,
+  grads: param_spec.Params,
+  terms: losses.Losses,
+  stats: moe.Stats,
+  run: config.Run,
 ) -> tuple[TrainState, Metrics]:
   """Applies what `gradients` returned.
 
@@ -232,43 +224,43 @@ def update(
   rate = optim.learning_rate(state.step, run)
   speed = optim.bias_speed(state.step, run)
   updates, opt_state = optim.adamw(run.optim).update(
-      grads, state.opt_state, state.params
+    grads, state.opt_state, state.params
   )
   params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
   bias = router.update_bias(state.router_bias, stats.load, speed)
   finite = jnp.isfinite(terms.total) & jnp.isfinite(norm)
   keep = functools.partial(jnp.where, finite)
   new_state = TrainState(
-      params=jax.tree.map(keep, params, state.params),
-      opt_state=jax.tree.map(keep, opt_state, state.opt_state),
-      router_bias=keep(bias, state.router_bias),
-      step=state.step + 1,
-      skipped=state.skipped + ~finite,
-      key=state.key,
+    params=jax.tree.map(keep, params, state.params),
+    opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+    router_bias=keep(bias, state.router_bias),
+    step=state.step + 1,
+    skipped=state.skipped + ~finite,
+    key=state.key,
   )
   return new_state, {
-      "loss": terms.total,
-      "main_loss": terms.main,
-      "mtp_loss": terms.mtp,
-      "balance_loss": terms.balance,
-      "lr": rate,
-      "bias_speed": speed,
-      "mtp_weight": optim.mtp_weight(state.step, run),
-      "grad_norm": norm,
-      "finite": finite,
-      "skipped_steps": new_state.skipped,
-      "load": stats.load,
-      "sent": stats.sent,
-      "max_vio_per_layer": router.max_violation(stats.load),
+    "loss": terms.total,
+    "main_loss": terms.main,
+    "mtp_loss": terms.mtp,
+    "balance_loss": terms.balance,
+    "lr": rate,
+    "bias_speed": speed,
+    "mtp_weight": optim.mtp_weight(state.step, run),
+    "grad_norm": norm,
+    "finite": finite,
+    "skipped_steps": new_state.skipped,
+    "load": stats.load,
+    "sent": stats.sent,
+    "max_vio_per_layer": router.max_violation(stats.load),
   }
 
 
 def train_step(
-    state: TrainState,
-    batch: losses.Batch,
-    *,
-    run: config.Run,
-    mesh: jax.sharding.Mesh | None = None,
+  state: TrainState,
+  batch: losses.Batch,
+  *,
+  run: config.Run,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[TrainState, Metrics]:
   """One optimizer step; pure.
 
@@ -284,7 +276,7 @@ def train_step(
 
 
 def make_step(
-    run: config.Run, mesh: jax.sharding.Mesh | None = None
+  run: config.Run, mesh: jax.sharding.Mesh | None = None
 ) -> Callable[[TrainState, losses.Batch], tuple[TrainState, Metrics]]:
   """The jitted step of a run; the state is donated.
 
@@ -296,7 +288,7 @@ def make_step(
 
 
 def trace_step(
-    run: config.Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
+  run: config.Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
 ) -> jax.stages.Traced:
   """The step of a run, type-checked for a mesh; allocates nothing.
 
@@ -306,14 +298,14 @@ def trace_step(
   spec = device_mesh.batch_spec(mesh.shape, 1)
   shape = run.train.micro_batches, run.train.micro_batch_size, run.data.seq_len
   ids = jax.ShapeDtypeStruct(
-      shape, jnp.int32, sharding=jax.NamedSharding(mesh, spec)
+    shape, jnp.int32, sharding=jax.NamedSharding(mesh, spec)
   )
   batch = losses.Batch(ids, ids)
   return make_step(run, mesh).trace(abstract_state(run, mesh), batch)
 
 
 def place(
-    batch: losses.Batch, n_rows: int, mesh: jax.sharding.Mesh
+  batch: losses.Batch, n_rows: int, mesh: jax.sharding.Mesh
 ) -> losses.Batch:
   """This process' rows [A, B', T] of a batch [A, n_rows, T], on a mesh."""
   return device_mesh.put_rows(batch, n_rows, mesh, dim=1)
@@ -336,14 +328,14 @@ class Hooks:
 
 
 def fit(
-    state: TrainState,
-    run: config.Run,
-    batches: Iterator[losses.Batch],
-    stop: int,
-    *,
-    hooks: Hooks,
-    mesh: jax.sharding.Mesh | None = None,
-    average: ema.Average | None = None,
+  state: TrainState,
+  run: config.Run,
+  batches: Iterator[losses.Batch],
+  stop: int,
+  *,
+  hooks: Hooks,
+  mesh: jax.sharding.Mesh | None = None,
+  average: ema.Average | None = None,
 ) -> TrainState:
   """Trains until `stop` optimizer steps are done, or it may not go on.
 

@@ -21,19 +21,14 @@ import pathlib
 import reprlib
 import sys
 import time
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from typing import IO
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import IO, Any
 
-from rich import console
-from rich import progress
+from rich import console, progress
 
 from dsv3_jax.config import fields
 from dsv3_jax.errors import InputError
-from dsv3_jax.infer import generate
-from dsv3_jax.infer import sampling
+from dsv3_jax.infer import generate, sampling
 from dsv3_jax.infer import stats as stats_lib
 
 Row = dict[str, Any]
@@ -55,9 +50,9 @@ def _is_number(value: Any) -> bool:
 
 def _is_message(value: Any) -> bool:
   return (
-      isinstance(value, dict)
-      and value.keys() == {"role", "content"}
-      and all(map(_is_text, value.values()))
+    isinstance(value, dict)
+    and value.keys() == {"role", "content"}
+    and all(map(_is_text, value.values()))
   )
 
 
@@ -67,20 +62,20 @@ def _list_of(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 # What a line may have: a check of it, and what that wants.
 _FORMS = {
-    "prompt": (_is_text, "a string"),
-    "ids": (_list_of(_is_integer), "a list of integers"),
-    "messages": (
-        _list_of(_is_message),
-        'a list of {"role": ..., "content": ...}',
-    ),
+  "prompt": (_is_text, "a string"),
+  "ids": (_list_of(_is_integer), "a list of integers"),
+  "messages": (
+    _list_of(_is_message),
+    'a list of {"role": ..., "content": ...}',
+  ),
 }
 _SETTINGS = {
-    "max_tokens": (_is_integer, "an integer"),
-    "temperature": (_is_number, "a number"),
-    "top_p": (_is_number, "a number"),
-    "top_k": (_is_integer, "an integer"),
-    "seed": (_is_integer, "an integer"),
-    "stop": (_list_of(_is_text), "a list of strings"),
+  "max_tokens": (_is_integer, "an integer"),
+  "temperature": (_is_number, "a number"),
+  "top_p": (_is_number, "a number"),
+  "top_k": (_is_integer, "an integer"),
+  "seed": (_is_integer, "an integer"),
+  "stop": (_list_of(_is_text), "a list of strings"),
 }
 _KNOWN = _FORMS | _SETTINGS
 
@@ -88,7 +83,7 @@ _KNOWN = _FORMS | _SETTINGS
 def problems(settings: Mapping[str, Any]) -> list[str]:
   """What is wrong with settings that all lines begin with, a line each."""
   found = sampling.problems(
-      *(settings[name] for name in ("temperature", "top_p", "top_k", "seed"))
+    *(settings[name] for name in ("temperature", "top_p", "top_k", "seed"))
   )
   if settings["max_tokens"] < 1:
     found.append(f"max_tokens={settings['max_tokens']}: must be at least 1")
@@ -143,14 +138,14 @@ def _asked(line: bytes, settings: Mapping[str, Any]) -> Row:
   if not isinstance(row, dict):
     raise InputError(f"must be a JSON object, is {reprlib.repr(row)}")
   found = [
-      f"{name!r} is none of {', '.join(_KNOWN)}{fields.nearest(name, _KNOWN)}"
-      for name in row
-      if name not in _KNOWN
+    f"{name!r} is none of {', '.join(_KNOWN)}{fields.nearest(name, _KNOWN)}"
+    for name in row
+    if name not in _KNOWN
   ]
   found += [
-      f"{name}={reprlib.repr(row[name])}: must be {kind}"
-      for name, (good, kind) in _KNOWN.items()
-      if name in row and not good(row[name])
+    f"{name}={reprlib.repr(row[name])}: must be {kind}"
+    for name, (good, kind) in _KNOWN.items()
+    if name in row and not good(row[name])
   ]
   forms = _FORMS.keys() & row.keys()
   if len(forms) != 1:
@@ -165,14 +160,14 @@ def _asked(line: bytes, settings: Mapping[str, Any]) -> Row:
 
 def _ask(asked: Row) -> generate.Ask:
   settings = {name: asked[name] for name in _SETTINGS}
-  prompt, = (asked[form] for form in _FORMS if form in asked)
+  (prompt,) = (asked[form] for form in _FORMS if form in asked)
   for name in ("temperature", "top_p"):
     settings[name] = float(settings[name])
   return generate.Ask(prompt, **settings | {"stop": tuple(settings["stop"])})
 
 
 def _lines(
-    path: pathlib.Path, writer: generate.Writer, settings: Mapping[str, Any]
+  path: pathlib.Path, writer: generate.Writer, settings: Mapping[str, Any]
 ) -> list[_Line]:
   """All lines that are not empty."""
   with _told(f"--prompts={path}"):
@@ -210,7 +205,7 @@ def _rows(path: pathlib.Path) -> Iterator[Row]:
       good = False
     if not good:
       raise InputError(
-          f"--out={path}: line {number} is no row of texts; take another file"
+        f"--out={path}: line {number} is no row of texts; take another file"
       )
     yield row
   if last[: len(_BEGIN)] != _BEGIN[: len(last)]:
@@ -231,8 +226,8 @@ def _done(path: pathlib.Path, lines: list[_Line]) -> dict[int, Row]:
     index = row["index"]
     if {k: v for k, v in row.items() if k in _KNOWN} != asked.get(index):
       raise InputError(
-          f"--out={path}: holds a text of line {index + 1} that was asked for"
-          " otherwise; take another file, or the old prompts and settings"
+        f"--out={path}: holds a text of line {index + 1} that was asked for"
+        " otherwise; take another file, or the old prompts and settings"
       )
     done[index] = row
   return done
@@ -263,20 +258,24 @@ def _written(writer: generate.Writer, todo: list[_Line]) -> Iterator[Row]:
     logprobs.append(round(piece.logprob, 6))
     if piece.ended:
       line = todo[piece.ask]
-      yield {"index": line.index} | line.asked | {
+      yield (
+        {"index": line.index}
+        | line.asked
+        | {
           "text": "".join(texts),
           "ended": piece.ended,
           "tokens": tokens,
           "logprobs": logprobs,
-      }
+        }
+      )
       del parts[piece.ask]
 
 
 def write(
-    writer: generate.Writer,
-    prompts: pathlib.Path,
-    out: pathlib.Path,
-    settings: Mapping[str, Any],
+  writer: generate.Writer,
+  prompts: pathlib.Path,
+  out: pathlib.Path,
+  settings: Mapping[str, Any],
 ) -> None:
   """Writes the texts of all prompts that have none yet.
 
@@ -312,8 +311,8 @@ def write(
     _save(out, rows)
   seconds = time.perf_counter() - start
   _tell(
-      f"{len(todo)} texts, {n_tokens} tokens in {seconds:.1f} s, compiling"
-      " included"
+    f"{len(todo)} texts, {n_tokens} tokens in {seconds:.1f} s, compiling"
+    " included"
   )
   if writer.engine.stats.drafts:
     _tell(drafted(writer.engine.stats))
@@ -323,11 +322,11 @@ def write(
 
 def _bar() -> progress.Progress:
   columns = (
-      progress.TextColumn("texts"),
-      progress.BarColumn(),
-      progress.MofNCompleteColumn(),
-      progress.TextColumn("{task.fields[speed]}"),
-      progress.TimeRemainingColumn(),
+    progress.TextColumn("texts"),
+    progress.BarColumn(),
+    progress.MofNCompleteColumn(),
+    progress.TextColumn("{task.fields[speed]}"),
+    progress.TimeRemainingColumn(),
   )
   return progress.Progress(*columns, console=console.Console(stderr=True))
 
@@ -339,6 +338,6 @@ def _tell(line: str) -> None:
 def drafted(stats: stats_lib.Stats) -> str:
   """What drafts were good for."""
   return (
-      f"of {stats.drafts} drafts {stats.acceptance:.0%} accepted:"
-      f" {stats.calls_per_token:.2f} passes of the main model a token"
+    f"of {stats.drafts} drafts {stats.acceptance:.0%} accepted:"
+    f" {stats.calls_per_token:.2f} passes of the main model a token"
   )

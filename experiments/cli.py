@@ -14,9 +14,7 @@ import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 from absl import flags
@@ -25,15 +23,15 @@ from dsv3_jax import config
 from dsv3_jax.config import fields
 from dsv3_jax.errors import InputError
 from dsv3_jax.interop import weights
-from dsv3_jax.parallel import device_mesh
-from dsv3_jax.parallel import sharding
-from dsv3_jax.trainer import distributed
-from dsv3_jax.trainer import exit_codes
-from dsv3_jax.trainer import heartbeat
-from dsv3_jax.trainer import run_args
+from dsv3_jax.parallel import device_mesh, sharding
+from dsv3_jax.trainer import distributed, exit_codes, heartbeat, run_args
 from experiments import allocator
 
-OK, BAD_INPUT, NOT_FINITE = exit_codes.OK, exit_codes.BAD_INPUT, exit_codes.NOT_FINITE
+OK, BAD_INPUT, NOT_FINITE = (
+  exit_codes.OK,
+  exit_codes.BAD_INPUT,
+  exit_codes.NOT_FINITE,
+)
 NO_CHECKPOINT, INTERNAL = exit_codes.NO_CHECKPOINT, exit_codes.INTERNAL
 
 flags.DEFINE_string("workdir", None, "folder of the run")
@@ -41,33 +39,33 @@ flags.DEFINE_string("variant", None, "which of the experiment's variants")
 flags.DEFINE_integer("seed", 0, "of initialisation and data order")
 flags.DEFINE_integer("steps", None, "where to stop; default: token budget")
 flags.DEFINE_string(
-    "mesh", "", "devices by axis, such as data=2,expert=4; default: all, data"
+  "mesh", "", "devices by axis, such as data=2,expert=4; default: all, data"
 )
 flags.DEFINE_string(
-    "init_from", None, "folder of a run whose parameters a new run begins with"
+  "init_from", None, "folder of a run whose parameters a new run begins with"
 )
 flags.DEFINE_multi_string("set", [], "a setting such as train.tokens=1e6")
 flags.DEFINE_string(
-    "coordinator", "", "HOST:PORT of process 0 of several, or auto"
+  "coordinator", "", "HOST:PORT of process 0 of several, or auto"
 )
 flags.DEFINE_integer("processes", 1, "how many run this command together")
 flags.DEFINE_integer("process", 0, "which of them this is")
 flags.DEFINE_integer("join_timeout", 300, "seconds for all of them to start")
 flags.DEFINE_float(
-    "heartbeat", 10, "seconds without a sign of life of one until all end"
+  "heartbeat", 10, "seconds without a sign of life of one until all end"
 )
 flags.DEFINE_float(
-    "stuck_after", 1800, "seconds without a step until all end; 0: never"
+  "stuck_after", 1800, "seconds without a step until all end; 0: never"
 )
 flags.DEFINE_float("grace", 25, "seconds to save after SIGTERM or SIGINT")
 flags.DEFINE_bool(
-    "deterministic",
-    True,
-    "GPUs add in the same order every time, so that a run ends in the same bits"
-    " however often it is stopped; a little slower",
+  "deterministic",
+  True,
+  "GPUs add in the same order every time, so that a run ends in the same bits"
+  " however often it is stopped; a little slower",
 )
 flags.DEFINE_bool(
-    "retry", False, "start although the starts before failed, one after another"
+  "retry", False, "start although the starts before failed, one after another"
 )
 
 
@@ -98,18 +96,20 @@ def parse_mesh(text: str) -> tuple[dict[str, int], list[str]]:
     if axis not in device_mesh.AXES:
       hint = fields.nearest(axis, device_mesh.AXES)
       problems.append(
-          f"--mesh={part}: axes are {', '.join(device_mesh.AXES)}{hint}"
+        f"--mesh={part}: axes are {', '.join(device_mesh.AXES)}{hint}"
       )
     elif not re.fullmatch("0*[1-9][0-9]{0,8}", size, re.ASCII):
       problems.append(
-          f"--mesh={part}: expected {axis}=N, N from 1 to a billion"
+        f"--mesh={part}: expected {axis}=N, N from 1 to a billion"
       )
     else:
       sizes[axis] = int(size)
   return sizes, problems
 
 
-def _command(variants: Mapping[str, config.Run]) -> tuple[run_args.RunArgs, list[str]]:
+def _command(
+  variants: Mapping[str, config.Run],
+) -> tuple[run_args.RunArgs, list[str]]:
   """The command that the flags ask for, and all that is wrong with it."""
   args = flags.FLAGS
   mesh, problems = parse_mesh(args.mesh)
@@ -130,19 +130,19 @@ def _command(variants: Mapping[str, config.Run]) -> tuple[run_args.RunArgs, list
   stop = total if args.steps is None else args.steps
   if run and not 0 < stop <= total:
     problems.append(
-        f"--steps={stop}: must be in 1 to {total}, the steps of the token"
-        " budget train.tokens"
+      f"--steps={stop}: must be in 1 to {total}, the steps of the token"
+      " budget train.tokens"
     )
   processes = distributed.Processes(
-      args.coordinator, args.processes, args.process, args.join_timeout
+    args.coordinator, args.processes, args.process, args.join_timeout
   )
   patience = heartbeat.Patience(args.heartbeat, args.stuck_after, args.grace)
   problems += processes.problems() + patience.problems()
   n_devices = math.prod(mesh.values())
   if processes.count > 1 and n_devices % processes.count:
     problems.append(
-        f"--mesh={args.mesh}: {n_devices} devices do not divide over"
-        f" --processes={processes.count}"
+      f"--mesh={args.mesh}: {n_devices} devices do not divide over"
+      f" --processes={processes.count}"
     )
   workdir = pathlib.Path(args.workdir) if args.workdir else None
   init_from = pathlib.Path(args.init_from) if args.init_from else None
@@ -150,21 +150,20 @@ def _command(variants: Mapping[str, config.Run]) -> tuple[run_args.RunArgs, list
   # Not `Path.is_dir`, which raises where a name is too long.
   if init_from and not any(os.path.isdir(init_from / part) for part in parts):
     problems.append(
-        f"--init_from={init_from}: neither checkpoints nor imported weights"
-        " there"
+      f"--init_from={init_from}: neither checkpoints nor imported weights there"
     )
   command = run_args.RunArgs(
-      variant=name,
-      run=run,
-      workdir=workdir,
-      seed=args.seed,
-      stop=stop,
-      mesh=mesh,
-      processes=processes,
-      init_from=init_from,
-      patience=patience,
-      retry=args.retry,
-      deterministic=args.deterministic,
+    variant=name,
+    run=run,
+    workdir=workdir,
+    seed=args.seed,
+    stop=stop,
+    mesh=mesh,
+    processes=processes,
+    init_from=init_from,
+    patience=patience,
+    retry=args.retry,
+    deterministic=args.deterministic,
   )
   return command, problems
 
@@ -177,7 +176,7 @@ def _help() -> str:
 
 
 def run_main(
-    main: Callable[[], int | None], describe: Callable[[], str] = _help
+  main: Callable[[], int | None], describe: Callable[[], str] = _help
 ) -> None:
   """Calls main and exits with the code that the error it raises stands for.
 
@@ -198,7 +197,9 @@ def run_main(
     lead = "" if code == exit_codes.PREEMPTED else "error: "
     for line in str(error).splitlines():
       print(f"{lead}{line}", file=sys.stderr)
-  if code not in (OK, exit_codes.PREEMPTED) and jax.distributed.is_initialized():
+  if (
+    code not in (OK, exit_codes.PREEMPTED) and jax.distributed.is_initialized()
+  ):
     # JAX would wait here for the others, which wait for this process.
     sys.stdout.flush()
     sys.stderr.flush()
@@ -213,7 +214,7 @@ def start_jax(command: run_args.RunArgs) -> None:
   """
   n = max(math.prod(command.mesh.values()) // command.processes.count, 1)
   only_sums = command.run.parallel.layout == "replicated" and not any(
-      size > 1 for axis, size in command.mesh.items() if axis != "data"
+    size > 1 for axis, size in command.mesh.items() if axis != "data"
   )
   distributed.use_virtual_devices(n, spare_threads=n > 1 and not only_sums)
   if command.deterministic:
@@ -222,7 +223,8 @@ def start_jax(command: run_args.RunArgs) -> None:
 
 
 def main(
-    variants: Mapping[str, config.Run], execute: Callable[[run_args.RunArgs], int | None]
+  variants: Mapping[str, config.Run],
+  execute: Callable[[run_args.RunArgs], int | None],
 ) -> None:
   """Runs an experiment from the command line.
 

@@ -21,8 +21,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -32,47 +31,43 @@ from dsv3_jax import config
 from dsv3_jax.config import presets
 from dsv3_jax.data import tokenizer
 from dsv3_jax.errors import InputError
-from dsv3_jax.evals import hidden
-from dsv3_jax.evals import needles
+from dsv3_jax.evals import hidden, needles
 from dsv3_jax.interop import open_run
 from dsv3_jax.parallel import sharding
-from dsv3_jax.trainer import metrics_writer
-from dsv3_jax.trainer import run_args
+from dsv3_jax.trainer import metrics_writer, run_args
 from experiments import cli
 
 DEPTHS = tuple(np.linspace(0, 1, 11).tolist())
 TOKENS_AT_ONCE = 1 << 15  # of prompts
 
 VARIANTS = {
-    "tiny": config.override(
-        presets.TINY,
-        "vocab_size=2048",
-        "d_model=128",
-        "n_layers=3",
-        "dense_ffn_dim=256",
-        "mla.n_heads=4",
-        "mla.q_rank=64",
-        "moe.ffn_dim=64",
-        "init_std=0.045",
-        "data.heldout=0.01",
-        "train.tokens=2457600",
-        "train.batch_size=16",
-        "optim.peak_lr=3e-3",
-        "router.bias_speed=0.003",
-        "schedule.warmup_steps=50",
-        "schedule.constant_until=0.8",
-        "checkpoint.every=1000",
-        "evaluate.every=1000",
-        "evaluate.sample_tokens=0",
-    ),
+  "tiny": config.override(
+    presets.TINY,
+    "vocab_size=2048",
+    "d_model=128",
+    "n_layers=3",
+    "dense_ffn_dim=256",
+    "mla.n_heads=4",
+    "mla.q_rank=64",
+    "moe.ffn_dim=64",
+    "init_std=0.045",
+    "data.heldout=0.01",
+    "train.tokens=2457600",
+    "train.batch_size=16",
+    "optim.peak_lr=3e-3",
+    "router.bias_speed=0.003",
+    "schedule.warmup_steps=50",
+    "schedule.constant_until=0.8",
+    "checkpoint.every=1000",
+    "evaluate.every=1000",
+    "evaluate.sample_tokens=0",
+  ),
 }
 # Of an extension.
 PHASE_TOKENS, PHASE_LR, WARMUP_STEPS = 491_520, 1e-3, 5
 
 _LENGTHS = flags.DEFINE_list("lengths", ["2048", "8192"], "tokens, by phase")
-_QUESTIONS = flags.DEFINE_integer(
-    "questions", 4, "for each length and depth"
-)
+_QUESTIONS = flags.DEFINE_integer("questions", 4, "for each length and depth")
 _WITHOUT = flags.DEFINE_bool("without_yarn", False, "also extend without YaRN")
 
 
@@ -90,14 +85,14 @@ def with_yarn(run: config.Run, longest: int) -> config.Run:
   """The run with frequencies for contexts up to a length."""
   short = run.data.seq_len
   return config.override(
-      run,
-      f"model.mla.yarn.factor={longest / short:g}",
-      f"model.mla.yarn.original_len={short}",
+    run,
+    f"model.mla.yarn.factor={longest / short:g}",
+    f"model.mla.yarn.original_len={short}",
   )
 
 
 def phases(
-    run: config.Run, lengths: Sequence[int], without_yarn: bool
+  run: config.Run, lengths: Sequence[int], without_yarn: bool
 ) -> list[Phase]:
   """Pre-training, and one for each length; YaRN is the same in all."""
   found = [Phase("short", "short", run, "")]
@@ -110,13 +105,13 @@ def phases(
       rows = max(PHASE_TOKENS // length, 1)
       size = max(run.train.batch_size * run.data.seq_len // length, 2)
       longer = config.override(
-          base,
-          f"data.seq_len={length}",
-          f"train.batch_size={size}",
-          f"train.tokens={rows // size * size * length}",
-          f"optim.peak_lr={PHASE_LR}",
-          f"schedule.warmup_steps={WARMUP_STEPS}",
-          "schedule.constant_until=0.5",
+        base,
+        f"data.seq_len={length}",
+        f"train.batch_size={size}",
+        f"train.tokens={rows // size * size * length}",
+        f"optim.peak_lr={PHASE_LR}",
+        f"schedule.warmup_steps={WARMUP_STEPS}",
+        "schedule.constant_until=0.5",
       )
       name = f"{kind}-{length}"
       found.append(Phase(name, f"to {length}{suffix}", longer, start))
@@ -143,8 +138,8 @@ def _problems(command: run_args.RunArgs) -> tuple[list[int], list[str]]:
   for text in _LENGTHS.value:
     if not text.isdecimal() or int(text) <= (lengths or [short])[-1]:
       problems.append(
-          f"--lengths={','.join(_LENGTHS.value)}: expected rising numbers of"
-          f" tokens above the {short} of pre-training"
+        f"--lengths={','.join(_LENGTHS.value)}: expected rising numbers of"
+        f" tokens above the {short} of pre-training"
       )
       break
     lengths.append(int(text))
@@ -170,11 +165,11 @@ def execute(command: run_args.RunArgs) -> None:
     text = write_texts(phase.run, command.workdir, command.seed)
     run = config.override(phase.run, f"data.path={text}")
     one = dataclasses.replace(
-        command,
-        run=run,
-        workdir=folder,
-        stop=run.total_steps,
-        init_from=command.workdir / phase.start if phase.start else None,
+      command,
+      run=run,
+      workdir=folder,
+      stop=run.total_steps,
+      init_from=command.workdir / phase.start if phase.start else None,
     )
     trainer.execute(one)
     jax.clear_caches()
@@ -183,7 +178,7 @@ def execute(command: run_args.RunArgs) -> None:
 
 
 def write_texts(
-    run: config.Run, folder: pathlib.Path, seed: int
+  run: config.Run, folder: pathlib.Path, seed: int
 ) -> pathlib.Path:
   """Texts of the length of the run's rows, enough to see each once.
 
@@ -206,7 +201,7 @@ def write_texts(
 
 
 def _models(
-    command: run_args.RunArgs, done: Sequence[Phase], longest: int
+  command: run_args.RunArgs, done: Sequence[Phase], longest: int
 ) -> Iterator[tuple[str, hidden.Model]]:
   """All models to look at, by label."""
   from dsv3_jax.trainer import distributed
@@ -222,11 +217,10 @@ def _models(
 
 
 def _evaluate(
-    command: run_args.RunArgs, done: Sequence[Phase], lengths: Sequence[int]
+  command: run_args.RunArgs, done: Sequence[Phase], lengths: Sequence[int]
 ) -> None:
   """Grids of all models: on screen, as numbers, as a picture and a report."""
-  from dsv3_jax.report import plots
-  from dsv3_jax.report import themes
+  from dsv3_jax.report import plots, themes
   from scripts import report
 
   short = command.run.data.seq_len
@@ -240,27 +234,27 @@ def _evaluate(
   print(f"{'right answers, %':28}" + "".join(f"{n:>8,}" for n in tested))
   for label, model in _models(command, done, lengths[-1]):
     grid = needles.grid(
-        model, tok, tested, DEPTHS, _QUESTIONS.value, TOKENS_AT_ONCE
+      model, tok, tested, DEPTHS, _QUESTIONS.value, TOKENS_AT_ONCE
     )
     grids[label] = grid.tolist()
     shares = "".join(f"{share:>8.1%}" for share in grid.mean(1))
     print(f"{label:28}{shares}", flush=True)
   facts = {
-      "lengths": tested,
-      "depths": DEPTHS,
-      "prompts": _QUESTIONS.value,
-      "right": grids,
+    "lengths": tested,
+    "depths": DEPTHS,
+    "prompts": _QUESTIONS.value,
+    "right": grids,
   }
   text = json.dumps(metrics_writer.plain(facts), indent=2) + "\n"
   last = [phase for phase in done if phase.name.startswith("yarn")][-1]
   for path in (command.workdir, command.workdir / last.name):
     (path / "needles.json").write_text(text)
   draw = functools.partial(
-      plots.needles, lengths=tested, depths=DEPTHS, right=grids
+    plots.needles, lengths=tested, depths=DEPTHS, right=grids
   )
   height = plots.needles_height_in(len(grids))
   (command.workdir / "needles.png").write_bytes(
-      themes.render(draw, themes.LIGHT, height)
+    themes.render(draw, themes.LIGHT, height)
   )
   print(report.write(command.workdir / last.name))
 

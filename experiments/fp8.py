@@ -20,8 +20,7 @@ expects less than 0.25 %, of losses smoothed with an average of weight 0.9.
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -30,16 +29,15 @@ from absl import flags
 from dsv3_jax import config
 from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
-from dsv3_jax.trainer import metrics_writer
-from dsv3_jax.trainer import run_args
+from dsv3_jax.trainer import metrics_writer, run_args
 from experiments import cli
 
 ARMS = {
-    "bf16": ("precision.recipe=bf16",),
-    "fp8": ("precision.recipe=fp8", "precision.gradient_tiles=rows"),
-    "blocks": ("precision.recipe=fp8", "precision.gradient_tiles=blocks"),
-    "again": ("precision.recipe=bf16",),
-    "fp32": ("precision.recipe=fp32",),
+  "bf16": ("precision.recipe=bf16",),
+  "fp8": ("precision.recipe=fp8", "precision.gradient_tiles=rows"),
+  "blocks": ("precision.recipe=fp8", "precision.gradient_tiles=blocks"),
+  "again": ("precision.recipe=bf16",),
+  "fp32": ("precision.recipe=fp32",),
 }
 BASELINE = "bf16"
 SMOOTHING = 0.9  # weight of what was, in the report's curves
@@ -68,9 +66,9 @@ def gaps(losses: Losses) -> Losses:
   """Relative differences of smoothed losses to the baseline's."""
   base = smoothed(losses[BASELINE])
   return {
-      arm: smoothed(loss) / base - 1
-      for arm, loss in losses.items()
-      if arm != BASELINE
+    arm: smoothed(loss) / base - 1
+    for arm, loss in losses.items()
+    if arm != BASELINE
   }
 
 
@@ -81,16 +79,16 @@ def compare(losses: Losses, warmup: int) -> dict[str, dict[str, float]]:
   is not finite makes them NaN.
   """
   out = {
-      arm: {
-          "gap": np.abs(gap.mean(0)[warmup:]).max(),
-          "worst_seed": np.abs(gap[:, warmup:]).max(),
-          "last": gap[:, -1].mean(),
-      }
-      for arm, gap in gaps(losses).items()
+    arm: {
+      "gap": np.abs(gap.mean(0)[warmup:]).max(),
+      "worst_seed": np.abs(gap[:, warmup:]).max(),
+      "last": gap[:, -1].mean(),
+    }
+    for arm, gap in gaps(losses).items()
   }
   return {
-      arm: {name: float(value) for name, value in row.items()}
-      for arm, row in out.items()
+    arm: {name: float(value) for name, value in row.items()}
+    for arm, row in out.items()
   }
 
 
@@ -100,19 +98,17 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> str:
   for arm, row in rows.items():
     within = row["gap"] < BAR
     lines.append(
-        f"{arm:16}{row['gap']:>14.3%}{row['worst_seed']:>10.3%}"
-        f"  {'within' if within else 'NOT within'} {BAR:.2%}"
+      f"{arm:16}{row['gap']:>14.3%}{row['worst_seed']:>10.3%}"
+      f"  {'within' if within else 'NOT within'} {BAR:.2%}"
     )
   return "\n".join(lines)
 
 
 def _problems(
-    run: config.Run, arms: Sequence[str], seed: int, stop: int
+  run: config.Run, arms: Sequence[str], seed: int, stop: int
 ) -> list[str]:
   problems = [
-      f"--arms={arm}: one of {', '.join(ARMS)}"
-      for arm in arms
-      if arm not in ARMS
+    f"--arms={arm}: one of {', '.join(ARMS)}" for arm in arms if arm not in ARMS
   ]
   if BASELINE not in arms:
     problems.append(f"--arms: needs {BASELINE}, which others are compared to")
@@ -120,8 +116,8 @@ def _problems(
     problems.append(f"--seeds={_SEEDS.value}: must be at least 1")
   if stop <= run.schedule.warmup_steps:
     problems.append(
-        f"--steps={stop}: must be more than the"
-        f" {run.schedule.warmup_steps} steps of the warm-up"
+      f"--steps={stop}: must be more than the"
+      f" {run.schedule.warmup_steps} steps of the warm-up"
     )
   return problems
 
@@ -146,31 +142,31 @@ def execute(command: run_args.RunArgs) -> None:
 
 
 def _runs(
-    command: run_args.RunArgs, arms: Sequence[str]
+  command: run_args.RunArgs, arms: Sequence[str]
 ) -> list[tuple[str, run_args.RunArgs]]:
   """An arm and a command for each seed and arm."""
   return [
-      (
-          arm,
-          dataclasses.replace(
-              command,
-              run=_run(command.run, arm),
-              seed=seed,
-              workdir=command.workdir / f"{arm}-{seed}",
-          ),
-      )
-      for seed in range(command.seed, command.seed + _SEEDS.value)
-      for arm in arms
+    (
+      arm,
+      dataclasses.replace(
+        command,
+        run=_run(command.run, arm),
+        seed=seed,
+        workdir=command.workdir / f"{arm}-{seed}",
+      ),
+    )
+    for seed in range(command.seed, command.seed + _SEEDS.value)
+    for arm in arms
   ]
 
 
 def _run(run: config.Run, arm: str) -> config.Run:
   n = run.train.micro_batches * (2 if arm == "again" else 1)
   return config.override(
-      run,
-      *ARMS[arm],
-      f"train.micro_batches={n}",
-      "evaluate.sample_tokens=0",
+    run,
+    *ARMS[arm],
+    f"train.micro_batches={n}",
+    "evaluate.sample_tokens=0",
   )
 
 
@@ -187,34 +183,33 @@ def _losses(runs: Sequence[tuple[str, run_args.RunArgs]]) -> Losses:
 
 def _write(command: run_args.RunArgs, losses: Losses) -> None:
   """The comparison: on screen, as numbers and as a picture."""
-  from dsv3_jax.report import plots
-  from dsv3_jax.report import themes
+  from dsv3_jax.report import plots, themes
 
   warmup = command.run.schedule.warmup_steps
   rows = compare(losses, warmup)
   print(table(rows))
   facts = {
-      "seeds": _SEEDS.value,
-      "steps": command.stop,
-      "warmup_steps": warmup,
-      "arms": rows,
+    "seeds": _SEEDS.value,
+    "steps": command.stop,
+    "warmup_steps": warmup,
+    "arms": rows,
   }
   text = json.dumps(metrics_writer.plain(facts), indent=2) + "\n"
   (command.workdir / "comparison.json").write_text(text)
   picture = themes.render(
-      functools.partial(
-          plots.gaps,
-          x=[
-              command.run.rows_before(done) * command.run.data.seq_len
-              for done in range(1, command.stop + 1)
-          ],
-          curves={arm: smoothed(loss) for arm, loss in losses.items()},
-          gaps=gaps(losses),
-          bar=BAR,
-          warmup=warmup,
-      ),
-      themes.LIGHT,
-      5.2,
+    functools.partial(
+      plots.gaps,
+      x=[
+        command.run.rows_before(done) * command.run.data.seq_len
+        for done in range(1, command.stop + 1)
+      ],
+      curves={arm: smoothed(loss) for arm, loss in losses.items()},
+      gaps=gaps(losses),
+      bar=BAR,
+      warmup=warmup,
+    ),
+    themes.LIGHT,
+    5.2,
   )
   (command.workdir / "loss.png").write_bytes(picture)
 

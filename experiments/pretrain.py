@@ -15,8 +15,7 @@ import math
 import jax
 from absl import flags
 
-from dsv3_jax import config
-from dsv3_jax import train
+from dsv3_jax import config, train
 from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
 from dsv3_jax.model import transformer
@@ -25,16 +24,16 @@ from dsv3_jax.trainer import run_args
 from experiments import cli
 
 _DRY_RUN = flags.DEFINE_bool(
-    "dry_run",
-    False,
-    "print sizes and the plan, with --mesh also whether the step lowers for it;"
-    " allocate and write nothing",
+  "dry_run",
+  False,
+  "print sizes and the plan, with --mesh also whether the step lowers for it;"
+  " allocate and write nothing",
 )
 _REPLAY = flags.DEFINE_integer(
-    "replay_step",
-    None,
-    "do a logged step again, from the newest checkpoint before it, and compare"
-    " it bit by bit; writes nothing",
+  "replay_step",
+  None,
+  "do a logged step again, from the newest checkpoint before it, and compare"
+  " it bit by bit; writes nothing",
 )
 
 
@@ -50,14 +49,14 @@ def dry_run(command: run_args.RunArgs) -> None:
   length = run.data.seq_len
   sizes = [f"{phase.batch_size * length:,}" for phase in run.phases]
   lines = {
-      "main model": f"{counts['main']:,} parameters",
-      "router biases": f"{counts['router_bias']:,}, apart from those",
-      "MTP modules": f"{counts['mtp']:,} more, biases included",
-      "active a token": f"{counts['active']:,} with the output head,"
-      f" {counts['active_no_head']:,} without",
-      "optimizer steps": f"{run.total_steps:,}, of"
-      f" {', '.join(sizes)} tokens each",
-      "token budget": f"{run.train.tokens:,}",
+    "main model": f"{counts['main']:,} parameters",
+    "router biases": f"{counts['router_bias']:,}, apart from those",
+    "MTP modules": f"{counts['mtp']:,} more, biases included",
+    "active a token": f"{counts['active']:,} with the output head,"
+    f" {counts['active_no_head']:,} without",
+    "optimizer steps": f"{run.total_steps:,}, of"
+    f" {', '.join(sizes)} tokens each",
+    "token budget": f"{run.train.tokens:,}",
   }
   if command.mesh:
     lines |= _on_mesh(run, device_mesh.abstract(command.mesh))
@@ -67,19 +66,19 @@ def dry_run(command: run_args.RunArgs) -> None:
 
 
 def _on_mesh(
-    run: config.Run, mesh: jax.sharding.AbstractMesh
+  run: config.Run, mesh: jax.sharding.AbstractMesh
 ) -> dict[str, str]:
   """Type-checks and lowers the train step for devices that need not be here."""
   train.trace_step(run, mesh).lower(lowering_platforms=("cpu", "cuda", "tpu"))
   state = train.abstract_state(run, mesh)
   held = sum(
-      math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-      for leaf in jax.tree.leaves(state)
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(state)
   )
   return {
-      "train step": f"lowers for {mesh.size:,} devices",
-      "state a device": f"{held / 2**30:.2f} GiB, of master weights and"
-      " optimizer moments",
+    "train step": f"lowers for {mesh.size:,} devices",
+    "state a device": f"{held / 2**30:.2f} GiB, of master weights and"
+    " optimizer moments",
   }
 
 
@@ -91,8 +90,7 @@ def execute(command: run_args.RunArgs) -> None:
   if command.workdir is None:
     raise InputError("--workdir is missing: the folder that the run writes to")
   # They pull in what a dry run does not need.
-  from dsv3_jax.trainer import replay
-  from dsv3_jax.trainer import trainer
+  from dsv3_jax.trainer import replay, trainer
 
   cli.start_jax(command)
   if _REPLAY.value is None:

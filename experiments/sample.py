@@ -4,7 +4,7 @@
   python -m experiments.sample --workdir=runs/demo \
       --prompts=prompts.jsonl --out=texts.jsonl
 
-With --prompts, many texts at the same time: see `experiments/batch_generate.py`.
+With --prompts, many texts at a time: see `experiments/batch_generate.py`.
 """
 
 import math
@@ -16,21 +16,18 @@ from typing import Any
 from absl import flags
 
 from dsv3_jax.errors import InputError
-from dsv3_jax.infer import engine
-from dsv3_jax.infer import generate
-from dsv3_jax.infer import serving_mesh
+from dsv3_jax.infer import engine, generate, serving_mesh
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.trainer import distributed
-from experiments import batch_generate
-from experiments import cli
+from experiments import batch_generate, cli
 
 _PROMPT = flags.DEFINE_string("prompt", "", "what the text starts with")
 _PROMPTS = flags.DEFINE_string("prompts", None, "a JSON Lines file of prompts")
 _OUT = flags.DEFINE_string(
-    "out",
-    None,
-    "where their texts go, in JSON Lines",
-    allow_override=True,  # `scripts.convert` has it too
+  "out",
+  None,
+  "where their texts go, in JSON Lines",
+  allow_override=True,  # `scripts.convert` has it too
 )
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 200, "tokens to write")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is greedy")
@@ -38,58 +35,58 @@ _TOP_P = flags.DEFINE_float("top_p", 0.95, "nucleus of the distribution")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "most likely tokens; 0: all")
 _STOP = flags.DEFINE_multi_string("stop", [], "a string that ends the text")
 _SPECULATIVE = flags.DEFINE_bool(
-    "speculative", False, "draft tokens with the MTP module"
+  "speculative", False, "draft tokens with the MTP module"
 )
 _DRAFTS = flags.DEFINE_integer("drafts", 1, "how many at a time")
 _SLOTS = flags.DEFINE_integer("slots", 8, "texts at the same time")
 _MAX_LEN = flags.DEFINE_integer(
-    "max_len", None, f"tokens of prompt and text; default: {generate.MAX_LEN}"
+  "max_len", None, f"tokens of prompt and text; default: {generate.MAX_LEN}"
 )
 _CHUNK = flags.DEFINE_integer("chunk", 512, "tokens of a prompt read at once")
 _COMPUTE = flags.DEFINE_string("compute", "float32", "or bfloat16")
 _EMA = flags.DEFINE_bool("ema", False, "the averaged parameters")
 _UNIT = flags.DEFINE_string(
-    "unit", "decode", "with --mesh, how it divides the model, or prefill"
+  "unit", "decode", "with --mesh, how it divides the model, or prefill"
 )
 _REDUNDANT = flags.DEFINE_integer(
-    "redundant", None, "more slots than experts; default: as many as must be"
+  "redundant", None, "more slots than experts; default: as many as must be"
 )
 _REBALANCE = flags.DEFINE_integer(
-    "rebalance", 0, "cycles after which experts are placed anew; 0: never"
+  "rebalance", 0, "cycles after which experts are placed anew; 0: never"
 )
 # Of a released checkpoint, as for `scripts.convert`.
 _AUTO_MAP = flags.DEFINE_bool(
-    "ignore_auto_map",
-    False,
-    "accept a config.json that names code, which is not run",
-    allow_override=True,
+  "ignore_auto_map",
+  False,
+  "accept a config.json that names code, which is not run",
+  allow_override=True,
 )
 _LINKS = flags.DEFINE_bool(
-    "follow_links", False, "shards may be links", allow_override=True
+  "follow_links", False, "shards may be links", allow_override=True
 )
 
 # Those of all experiments that mean something here.
 _SHARED = ("workdir", "seed", "mesh")
 # Options of `text.Options` that are flags by another name.
 _FLAGS = {
-    "n_slots": "slots",
-    "n_drafts": "drafts",
-    "dtype": "compute",
-    "kind": "unit",
-    "n_redundant": "redundant",
-    "rebalance_every": "rebalance",
+  "n_slots": "slots",
+  "n_drafts": "drafts",
+  "dtype": "compute",
+  "kind": "unit",
+  "n_redundant": "redundant",
+  "rebalance_every": "rebalance",
 }
 
 
 def _settings() -> dict[str, Any]:
   """Of a text, where its prompt does not say otherwise."""
   return {
-      "max_tokens": _MAX_TOKENS.value,
-      "temperature": _TEMPERATURE.value,
-      "top_p": _TOP_P.value,
-      "top_k": _TOP_K.value,
-      "seed": flags.FLAGS.seed,
-      "stop": tuple(_STOP.value),
+    "max_tokens": _MAX_TOKENS.value,
+    "temperature": _TEMPERATURE.value,
+    "top_p": _TOP_P.value,
+    "top_k": _TOP_K.value,
+    "seed": flags.FLAGS.seed,
+    "stop": tuple(_STOP.value),
   }
 
 
@@ -108,28 +105,28 @@ def _options() -> generate.Options:
   if not _PROMPTS.value and n_slots > 0:
     n_slots = device_mesh.extent(mesh, device_mesh.BATCH)
   return generate.Options(
-      dtype=_COMPUTE.value,
-      n_slots=n_slots,
-      max_len=_MAX_LEN.value,
-      chunk=_CHUNK.value,
-      n_drafts=max(_DRAFTS.value, 0) if _SPECULATIVE.value else 0,
-      deployment=deployment,
-      rebalance_every=_REBALANCE.value,
+    dtype=_COMPUTE.value,
+    n_slots=n_slots,
+    max_len=_MAX_LEN.value,
+    chunk=_CHUNK.value,
+    n_drafts=max(_DRAFTS.value, 0) if _SPECULATIVE.value else 0,
+    deployment=deployment,
+    rebalance_every=_REBALANCE.value,
   )
 
 
 def _problems() -> list[str]:
   """What is wrong with the flags, whatever the model."""
   problems = [
-      f"--{flag.name}: means nothing here"
-      for flag in flags.FLAGS.get_flags_for_module(cli.__name__)
-      if flag.present and flag.name not in _SHARED
+    f"--{flag.name}: means nothing here"
+    for flag in flags.FLAGS.get_flags_for_module(cli.__name__)
+    if flag.present and flag.name not in _SHARED
   ]
   problems += cli.parse_mesh(flags.FLAGS.mesh)[1]
   problems += [
-      f"--{flag.name}: means nothing without --mesh"
-      for flag in (flags.FLAGS[h.name] for h in (_UNIT, _REDUNDANT, _REBALANCE))
-      if flag.present and not flags.FLAGS.mesh
+    f"--{flag.name}: means nothing without --mesh"
+    for flag in (flags.FLAGS[h.name] for h in (_UNIT, _REDUNDANT, _REBALANCE))
+    if flag.present and not flags.FLAGS.mesh
   ]
   if not flags.FLAGS.workdir:
     problems.append("--workdir is missing: the folder of a training run")
@@ -160,10 +157,10 @@ def _found(problems: list[str]) -> generate.Found:
   if folder := flags.FLAGS.workdir:
     try:
       found = generate.find(
-          folder,
-          average=_EMA.value,
-          ignore_auto_map=_AUTO_MAP.value,
-          follow_links=_LINKS.value,
+        folder,
+        average=_EMA.value,
+        ignore_auto_map=_AUTO_MAP.value,
+        follow_links=_LINKS.value,
       )
       # Bad settings have been told already.
       asks = [] if problems or _PROMPTS.value else [_ask()]
@@ -189,9 +186,9 @@ def _show(writer: generate.Writer) -> None:
   print()
   if _SPECULATIVE.value:
     print(
-        f"{n} tokens in {time.perf_counter() - start:.1f} s, compiling"
-        f" included; {batch_generate.drafted(writer.engine.stats)}",
-        file=sys.stderr,
+      f"{n} tokens in {time.perf_counter() - start:.1f} s, compiling"
+      f" included; {batch_generate.drafted(writer.engine.stats)}",
+      file=sys.stderr,
     )
 
 
@@ -216,9 +213,9 @@ def _tell_balance(made: engine.Engine) -> None:
   """How even the load of the devices was, each time that experts moved."""
   found = [*made.stats.imbalance, made.imbalance().mean()]
   print(
-      "largest over mean load of the devices, mean over layers: "
-      + ", ".join(f"{value:.2f}" for value in found),
-      file=sys.stderr,
+    "largest over mean load of the devices, mean over layers: "
+    + ", ".join(f"{value:.2f}" for value in found),
+    file=sys.stderr,
   )
 
 

@@ -22,8 +22,7 @@ import rich.table
 from absl import flags
 
 from dsv3_jax import config
-from dsv3_jax.checkpoint import checkpointer
-from dsv3_jax.checkpoint import manifest
+from dsv3_jax.checkpoint import checkpointer, manifest
 from dsv3_jax.errors import InputError
 from dsv3_jax.interop import open_run
 from experiments import cli
@@ -39,7 +38,7 @@ def _open(workdir: pathlib.Path) -> checkpointer.Checkpoints:
 
 
 def _chosen(
-    checkpoints: checkpointer.Checkpoints, step: int | None
+  checkpoints: checkpointer.Checkpoints, step: int | None
 ) -> list[int]:
   """The step asked for, or all that could be checkpoints."""
   there = sorted({*checkpoints.steps(), *checkpoints.problems()})
@@ -64,11 +63,11 @@ def show(checkpoints: checkpointer.Checkpoints) -> None:
       continue
     saved = manifest.read(checkpoints.folder(step))
     table.add_row(
-        str(step),
-        f"{sum(saved.files.values()) / 1e6:,.1f}",
-        str(len(saved.arrays)),
-        str(saved.facts.get("rows", "")),
-        "whole",
+      str(step),
+      f"{sum(saved.files.values()) / 1e6:,.1f}",
+      str(len(saved.arrays)),
+      str(saved.facts.get("rows", "")),
+      "whole",
     )
   for folder in sorted(checkpoints.directory.iterdir()):
     if folder.suffix in (checkpointer.CORRUPT, checkpointer.SUSPECT):
@@ -94,10 +93,10 @@ def verify(checkpoints: checkpointer.Checkpoints, step: int | None) -> None:
 
 
 def diff(
-    checkpoints: checkpointer.Checkpoints,
-    step: int,
-    others: checkpointer.Checkpoints,
-    other_step: int,
+  checkpoints: checkpointer.Checkpoints,
+  step: int,
+  others: checkpointer.Checkpoints,
+  other_step: int,
 ) -> None:
   """Prints what differs between two checkpoints."""
   _chosen(checkpoints, step), _chosen(others, other_step)
@@ -106,16 +105,16 @@ def diff(
   print(f"{checkpoints.folder(step)} -> {others.folder(other_step)}")
   lines = config.difference(_flat(one.facts), _flat(other.facts))
   types = [
-      {name: facts["type"] for name, facts in each.arrays.items()}
-      for each in (one, other)
+    {name: facts["type"] for name, facts in each.arrays.items()}
+    for each in (one, other)
   ]
   lines += config.difference(*types)
   changed = {
-      name
-      for name, facts in one.arrays.items()
-      if name in other.arrays
-      and facts["type"] == other.arrays[name]["type"]
-      and facts["digest"] != other.arrays[name]["digest"]
+    name
+    for name, facts in one.arrays.items()
+    if name in other.arrays
+    and facts["type"] == other.arrays[name]["type"]
+    and facts["digest"] != other.arrays[name]["digest"]
   }
   pairs = zip(checkpoints.arrays(step), others.arrays(other_step), strict=False)
   if types[0] == types[1]:
@@ -132,8 +131,8 @@ def _distance(a: np.ndarray, b: np.ndarray) -> str:
   a, b = a.astype(np.float64), b.astype(np.float64)
   apart, largest = np.abs(a - b).max(), np.abs(a).max()
   return (
-      f"{np.mean(a != b):.1%} of the values differ, by {apart:.3g} at most; the"
-      f" largest is {largest:.3g}"
+    f"{np.mean(a != b):.1%} of the values differ, by {apart:.3g} at most; the"
+    f" largest is {largest:.3g}"
   )
 
 

@@ -20,76 +20,73 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import tokenizers
 from absl import flags
-from rich import console
-from rich import progress
+from rich import console, progress
 
-from dsv3_jax import config
-from dsv3_jax import param_spec
+from dsv3_jax import config, param_spec
 from dsv3_jax.data import tokenizer
 from dsv3_jax.errors import InputError
-from dsv3_jax.interop import hf_config
-from dsv3_jax.interop import hf_mapping
-from dsv3_jax.interop import hf_read
-from dsv3_jax.interop import hf_write
-from dsv3_jax.interop import load_sharded
-from dsv3_jax.interop import open_run
-from dsv3_jax.interop import resumable
-from dsv3_jax.interop import tokenizer_files
-from dsv3_jax.interop import weights
+from dsv3_jax.interop import (
+  hf_config,
+  hf_mapping,
+  hf_read,
+  hf_write,
+  load_sharded,
+  open_run,
+  resumable,
+  tokenizer_files,
+  weights,
+)
 from dsv3_jax.model import transformer
-from dsv3_jax.trainer import distributed
-from dsv3_jax.trainer import workdir
-from experiments import allocator
-from experiments import cli
+from dsv3_jax.trainer import distributed, workdir
+from experiments import allocator, cli
 
 _MODE = flags.DEFINE_string("mode", None, "import, export, verify or logits")
 _HF = flags.DEFINE_string("hf", None, "folder of a released checkpoint")
 _GGUF = flags.DEFINE_string("gguf", None, "file to export to")
 _FP8 = flags.DEFINE_bool("fp8", False, "export linear layers in FP8")
 _DTYPE = flags.DEFINE_string(
-    "dtype",
-    "stored",
-    "of an export: stored (of a run: float32), float32 or bfloat16",
+  "dtype",
+  "stored",
+  "of an export: stored (of a run: float32), float32 or bfloat16",
 )
 _EMA = flags.DEFINE_bool(
-    "ema",
-    False,
-    "export the averaged parameters",
-    allow_override=True,  # `experiments.sample` has it too
+  "ema",
+  False,
+  "export the averaged parameters",
+  allow_override=True,  # `experiments.sample` has it too
 )
 _TOKENS = flags.DEFINE_string("tokens", None, "integers [B, T], .npy")
 _OUT = flags.DEFINE_string("out", None, "file for logits, .npy")
 _MTP_OUT = flags.DEFINE_string("mtp_out", None, "file for the MTP layer's")
 _AUTO_MAP = flags.DEFINE_bool(
-    "ignore_auto_map",
-    False,
-    "accept a config.json that names code, which is not run",
+  "ignore_auto_map",
+  False,
+  "accept a config.json that names code, which is not run",
 )
 _LINKS = flags.DEFINE_bool("follow_links", False, "shards may be links")
 
 _NEEDED = {
-    "import": ("hf", "workdir"),
-    "export": ("workdir",),
-    "verify": (),
-    "logits": ("hf", "tokens", "out"),
+  "import": ("hf", "workdir"),
+  "export": ("workdir",),
+  "verify": (),
+  "logits": ("hf", "tokens", "out"),
 }
 # Flags that mean something in one mode only.
 _OF_MODE = {
-    "gguf": "export",
-    "fp8": "export",
-    "dtype": "export",
-    "ema": "export",
-    "tokens": "logits",
-    "out": "logits",
-    "mtp_out": "logits",
-    "mesh": "logits",
+  "gguf": "export",
+  "fp8": "export",
+  "dtype": "export",
+  "ema": "export",
+  "tokens": "logits",
+  "out": "logits",
+  "mtp_out": "logits",
+  "mesh": "logits",
 }
 PROMPTS = 4, 64  # random ones that `verify` compares logits of: rows, tokens
 CLOSE = 2e-5  # of float32 logits of the size that networks have at first
@@ -100,14 +97,14 @@ def _problems() -> list[str]:
   if mode not in _NEEDED:
     return [f"--mode={mode}: must be one of {', '.join(_NEEDED)}"]
   problems = [
-      f"--{name} is missing: --mode={mode} needs it"
-      for name in _NEEDED[mode]
-      if not args[name].value
+    f"--{name} is missing: --mode={mode} needs it"
+    for name in _NEEDED[mode]
+    if not args[name].value
   ]
   problems += [
-      f"--{name}: means nothing with --mode={mode}"
-      for name, only in _OF_MODE.items()
-      if only != mode and args[name].present
+    f"--{name}: means nothing with --mode={mode}"
+    for name, only in _OF_MODE.items()
+    if only != mode and args[name].present
   ]
   for name in ("out", "mtp_out"):
     path = args[name].value
@@ -120,7 +117,7 @@ def _problems() -> list[str]:
       problems.append("--mode=export needs one of --hf=DIR and --gguf=FILE")
     if _DTYPE.value not in ("stored", "float32", "bfloat16"):
       problems.append(
-          f"--dtype={_DTYPE.value}: must be stored, float32 or bfloat16"
+        f"--dtype={_DTYPE.value}: must be stored, float32 or bfloat16"
       )
     if _FP8.value and (_DTYPE.present or _GGUF.value):
       problems.append("--fp8: goes without --dtype and --gguf")
@@ -134,11 +131,11 @@ def _problems() -> list[str]:
 def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
   """Yields what is to be called with the bytes of each part that is done."""
   columns = (
-      progress.TextColumn(what),
-      progress.BarColumn(),
-      progress.DownloadColumn(),
-      progress.TransferSpeedColumn(),
-      progress.TimeRemainingColumn(),
+    progress.TextColumn(what),
+    progress.BarColumn(),
+    progress.DownloadColumn(),
+    progress.TransferSpeedColumn(),
+    progress.TimeRemainingColumn(),
   )
   with progress.Progress(*columns, console=console.Console(stderr=True)) as bar:
     task = bar.add_task(what, total=total)
@@ -154,9 +151,9 @@ def _say(text: str) -> None:
 
 def _opened() -> hf_read.Released:
   released = hf_read.open_folder(
-      pathlib.Path(_HF.value),
-      ignore_auto_map=_AUTO_MAP.value,
-      follow_links=_LINKS.value,
+    pathlib.Path(_HF.value),
+    ignore_auto_map=_AUTO_MAP.value,
+    follow_links=_LINKS.value,
   )
   for note in released.notes:
     _say(f"note: {note}")
@@ -172,7 +169,7 @@ def _checked(released: hf_read.Released) -> hf_read.Released:
 def _import() -> None:
   released, folder = _checked(_opened()), pathlib.Path(flags.FLAGS.workdir)
   description = workdir.describe(
-      "imported", 0, hf_config.run(released.facts, released.model)
+    "imported", 0, hf_config.run(released.facts, released.model)
   )
   if (folder / open_run.CONFIG).exists():
     raise InputError(f"--workdir={folder}: belongs to a run; take another")
@@ -185,7 +182,9 @@ def _import() -> None:
     if tokenizer_files.TOKENIZER in found:
       _take_tokenizer(target / tokenizer_files.TOKENIZER, folder)
     else:
-      _say(f"note: no {tokenizer_files.TOKENIZER} in {released.folder}: no text yet")
+      _say(
+        f"note: no {tokenizer_files.TOKENIZER} in {released.folder}: no text"
+      )
     workdir.write_config(folder, description)
   except OSError as error:
     raise resumable.disk_error(folder, error) from error
@@ -223,15 +222,15 @@ def _source() -> tuple[hf_write.Source, dict[str, Any]]:
   arrays[hf_mapping.BIAS] = np.asarray(bias)
   if run.model.router.score == "softmax" and arrays[hf_mapping.BIAS].any():
     raise InputError(
-        "router.score=softmax with a bias that is not 0: the format of V2 has"
-        " none; train with router.bias_speed=0"
+      "router.score=softmax with a bias that is not 0: the format of V2 has"
+      " none; train with router.bias_speed=0"
     )
   source = hf_write.Arrays(run.model, arrays)
   facts = hf_config.write(run) | {
-      "torch_dtype": "float32",
-      "bos_token_id": tokenizer.BOS_ID,
-      "eos_token_id": tokenizer.EOS_ID,
-      "pad_token_id": tokenizer.PAD_ID,
+    "torch_dtype": "float32",
+    "bos_token_id": tokenizer.BOS_ID,
+    "eos_token_id": tokenizer.EOS_ID,
+    "pad_token_id": tokenizer.PAD_ID,
   }
   return source, facts
 
@@ -255,7 +254,9 @@ def _export() -> None:
   facts = hf_write.described(facts, form)
   with _bar("export", hf_write.total_bytes(form)) as advance:
     hf_write.export(form, target, facts, advance, beside)
-  _say(f"{target}: {hf_write.total_bytes(form):,} bytes, sums in {hf_read.SUMS}")
+  _say(
+    f"{target}: {hf_write.total_bytes(form):,} bytes, sums in {hf_read.SUMS}"
+  )
 
 
 def _export_gguf(form, facts, folder) -> None:
@@ -283,11 +284,10 @@ def _rows(path: str) -> np.ndarray:
 
 
 def compute_logits(
-    source: load_sharded.Source, run: config.Run, tokens: np.ndarray, mesh: Any
+  source: load_sharded.Source, run: config.Run, tokens: np.ndarray, mesh: Any
 ) -> list[np.ndarray]:
   """Logits in float32, of the main model and of each MTP depth."""
-  from dsv3_jax.evals import hidden
-  from dsv3_jax.evals import logits
+  from dsv3_jax.evals import hidden, logits
   from dsv3_jax.parallel import sharding
 
   if problems := sharding.problems(run, mesh.shape):
@@ -297,8 +297,8 @@ def compute_logits(
   model = hidden.Model(*parts, run, mesh)
   b, t = tokens.shape if tokens.ndim == 2 else (0, 0)
   found = [
-      np.empty((b, max(t - k, 0), run.model.vocab_size), np.float32)
-      for k in range(1 + run.model.mtp.depth)
+    np.empty((b, max(t - k, 0), run.model.vocab_size), np.float32)
+    for k in range(1 + run.model.mtp.depth)
   ]
   for rows, made in logits.of_rows(model, tokens):
     for whole, some in zip(found, made, strict=True):
@@ -396,8 +396,8 @@ def _compare(released: hf_read.Released) -> None:
   memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
   if 3 * 4 * main > memory:  # in float32, by both, and some to work with
     _say(
-        f"note: {main:,} parameters are too many for this machine's memory:"
-        " logits not compared"
+      f"note: {main:,} parameters are too many for this machine's memory:"
+      " logits not compared"
     )
     return
   if released.tile:
@@ -425,10 +425,10 @@ def main() -> None:
   if problems := cli.parse_flags(sys.argv) or _problems():
     raise InputError("\n".join(problems))
   modes = {
-      "import": _import,
-      "export": _export,
-      "verify": _verify,
-      "logits": _logits,
+    "import": _import,
+    "export": _export,
+    "verify": _verify,
+    "logits": _logits,
   }
   modes[_MODE.value]()
 

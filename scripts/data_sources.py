@@ -8,8 +8,7 @@ import dataclasses
 import html.parser
 import json
 import re
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 Extract = Callable[[str], Iterator[str]]  # text of a file to documents
 
@@ -95,69 +94,67 @@ class Source:
 
 
 SOURCES = (
-    Source("prose", "apt", "anarchism", "**/html/*.html", page, "GPL-2+", 11),
-    Source("python", "python", "stdlib", "**/*.py", whole, "PSF-2.0", 31),
+  Source("prose", "apt", "anarchism", "**/html/*.html", page, "GPL-2+", 11),
+  Source("python", "python", "stdlib", "**/*.py", whole, "PSF-2.0", 31),
+  Source("go", "apt", "golang-1.19-src", "**/*.go", whole, "BSD-3-Clause", 70),
+  Source(
+    "docs",
+    "apt",
+    "linux-doc-6.1",
+    "**/Documentation/**/*.rst.gz",
+    whole,
+    "GPL-2",
+    21,
+  ),
+  Source(
+    "docs",
+    "apt",
+    "python3.11-doc",
+    "**/_sources/**/*.txt",
+    whole,
+    "PSF-2.0",
+    11,
+  ),
+  Source(
+    "maths-formal",
+    "apt",
+    "metamath-databases",
+    "**/set.mm",
+    theorems,
+    "CC0-1.0",
+    16,
+  ),
+  Source(
+    "maths-docs",
+    "apt",
+    "maxima-doc",
+    "**/html/*.html",
+    page,
+    "GPL-2+",
+    5,
+  ),
+  Source("maths-docs", "apt", "gap-doc", "**/*.html", page, "GPL-2+", 7),
+  Source("maths-docs", "apt", "pari-doc", "**/*.tex", whole, "GPL-2+", 3),
+  Source(
+    "chinese",
+    "npm",
+    "chinese-poetry@2.0.1",
+    "package/dist/*/poet.*.json",
+    poems,
+    "MIT",
+    80,
+  ),
+  *(
     Source(
-        "go", "apt", "golang-1.19-src", "**/*.go", whole, "BSD-3-Clause", 70
-    ),
-    Source(
-        "docs",
-        "apt",
-        "linux-doc-6.1",
-        "**/Documentation/**/*.rst.gz",
-        whole,
-        "GPL-2",
-        21,
-    ),
-    Source(
-        "docs",
-        "apt",
-        "python3.11-doc",
-        "**/_sources/**/*.txt",
-        whole,
-        "PSF-2.0",
-        11,
-    ),
-    Source(
-        "maths-formal",
-        "apt",
-        "metamath-databases",
-        "**/set.mm",
-        theorems,
-        "CC0-1.0",
-        16,
-    ),
-    Source(
-        "maths-docs",
-        "apt",
-        "maxima-doc",
-        "**/html/*.html",
-        page,
-        "GPL-2+",
-        5,
-    ),
-    Source("maths-docs", "apt", "gap-doc", "**/*.html", page, "GPL-2+", 7),
-    Source("maths-docs", "apt", "pari-doc", "**/*.tex", whole, "GPL-2+", 3),
-    Source(
-        "chinese",
-        "npm",
-        "chinese-poetry@2.0.1",
-        "package/dist/*/poet.*.json",
-        poems,
-        "MIT",
-        80,
-    ),
-    *(
-        Source(
-            "languages",
-            "apt",
-            f"libreoffice-help-{language}",
-            "**/text/**/*.html",
-            help_page,
-            "MPL-2.0",
-            6,
-        )
-        for language in ("de", "fr", "ja", "ru")
-    ),
+      "languages",
+      "apt",
+      f"libreoffice-help-{language}",
+      "**/text/**/*.html",
+      help_page,
+      "MPL-2.0",
+      6,
+    )
+    for language in ("de", "fr", "ja", "ru")
+  ),
 )
 DOMAINS = tuple(dict.fromkeys(source.domain for source in SOURCES))

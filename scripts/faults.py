@@ -14,14 +14,12 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree
-from collections.abc import Iterable
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from absl import flags
 
 from dsv3_jax.errors import InputError
-from scripts import fault_list
-from scripts import readme
+from scripts import fault_list, readme
 
 ROOT = pathlib.Path(__file__).parents[1]
 MARK = "<!-- made by: python -m scripts.faults --readme -->"
@@ -32,7 +30,7 @@ def collected(selection: str) -> list[str]:
   """Names of all tests there are."""
   command = [sys.executable, "-m", "pytest", "--collect-only", "-n", "0"]
   done = subprocess.run(
-      [*command, "-m", selection], cwd=ROOT, capture_output=True, text=True
+    [*command, "-m", selection], cwd=ROOT, capture_output=True, text=True
   )
   names = [line for line in done.stdout.splitlines() if "::" in line]
   if done.returncode:
@@ -63,17 +61,17 @@ def _run(names: Sequence[str]) -> dict[str, str]:
       name = f"tests/{parts[1]}.py::{'::'.join(parts[2:])}::{case.get('name')}"
       kinds = {child.tag for child in case}
       outcomes[name] = (
-          "failed"
-          if kinds & {"failure", "error"}
-          else "skipped"
-          if "skipped" in kinds
-          else "passed"
+        "failed"
+        if kinds & {"failure", "error"}
+        else "skipped"
+        if "skipped" in kinds
+        else "passed"
       )
   return outcomes
 
 
 def row(
-    fault: fault_list.Fault, names: Sequence[str], outcomes: dict[str, str]
+  fault: fault_list.Fault, names: Sequence[str], outcomes: dict[str, str]
 ) -> str:
   """A row of the table, in Markdown."""
   if isinstance(fault.tests, str):
@@ -101,7 +99,7 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
   flags.DEFINE_list("only", [], "faults such as F01", flag_values=known)
   flags.DEFINE_boolean("fast", False, "without slow tests", flag_values=known)
   flags.DEFINE_boolean(
-      "readme", False, "put the table into README.md", flag_values=known
+    "readme", False, "put the table into README.md", flag_values=known
   )
   try:
     _, *stray = known(argv)
@@ -112,8 +110,8 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
     stray += [f"--only={name}" for name in sorted(wrong)]
   if stray:
     raise InputError(
-        f"{' '.join(stray)!r}: flags are --a=b, faults {min(there)} to"
-        f" {max(there)}"
+      f"{' '.join(stray)!r}: flags are --a=b, faults {min(there)} to"
+      f" {max(there)}"
     )
   if known.readme and known.fast:
     raise InputError("--readme is of all tests, --fast leaves some out")

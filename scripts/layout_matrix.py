@@ -21,59 +21,55 @@ import jax
 import numpy as np
 from absl import flags
 
-from dsv3_jax import config
-from dsv3_jax import losses
-from dsv3_jax import optim
-from dsv3_jax import train
+from dsv3_jax import config, losses, optim, train
 from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
-from dsv3_jax.parallel import device_mesh
-from dsv3_jax.parallel import replica_check
+from dsv3_jax.parallel import device_mesh, replica_check
 from dsv3_jax.trainer import distributed
 from scripts import readme
 
 BEGIN = "<!-- made by: python -m scripts.layout_matrix --readme -->"
 STEPS = 3
 RUN = config.override(
-    presets.TINY,
-    "vocab_size=256",
-    "d_model=16",
-    "n_layers=2",
-    "dense_ffn_dim=32",
-    "mla.n_heads=4",
-    "mla.q_rank=8",
-    "mla.kv_rank=8",
-    "mla.nope_dim=4",
-    "mla.rope_dim=4",
-    "mla.v_dim=4",
-    "moe.ffn_dim=8",
-    "router.n_experts=16",
-    "router.top_k=4",
-    "router.n_groups=8",
-    "router.top_groups=4",
-    "init_std=0.2",
-    "data.seq_len=8",
-    "train.tokens=6400",
-    "train.batch_size=16",
-    "train.micro_batches=2",
-    "train.scan_layers=true",
-    "schedule.warmup_steps=2",
-    "optim.clip_norm=0.1",
-    # Adam divides by the size of a gradient: one that is all but 0 would turn
-    # its rounding into a difference of the learning rate.
-    "optim.eps=1e-3",
+  presets.TINY,
+  "vocab_size=256",
+  "d_model=16",
+  "n_layers=2",
+  "dense_ffn_dim=32",
+  "mla.n_heads=4",
+  "mla.q_rank=8",
+  "mla.kv_rank=8",
+  "mla.nope_dim=4",
+  "mla.rope_dim=4",
+  "mla.v_dim=4",
+  "moe.ffn_dim=8",
+  "router.n_experts=16",
+  "router.top_k=4",
+  "router.n_groups=8",
+  "router.top_groups=4",
+  "init_std=0.2",
+  "data.seq_len=8",
+  "train.tokens=6400",
+  "train.batch_size=16",
+  "train.micro_batches=2",
+  "train.scan_layers=true",
+  "schedule.warmup_steps=2",
+  "optim.clip_norm=0.1",
+  # Adam divides by the size of a gradient: one that is all but 0 would turn
+  # its rounding into a difference of the learning rate.
+  "optim.eps=1e-3",
 )
 
 
 # For pipelines: a layer for each stage and micro-batches for all schedules.
 # Larger weights multiply rounding from layer to layer, without a pipeline too.
 DEEP = config.override(
-    RUN,
-    "n_layers=8",
-    "init_std=0.1",
-    "train.tokens=25600",
-    "train.batch_size=64",
-    "train.micro_batches=16",
+  RUN,
+  "n_layers=8",
+  "init_std=0.1",
+  "train.tokens=25600",
+  "train.batch_size=64",
+  "train.micro_batches=16",
 )
 
 
@@ -95,19 +91,19 @@ class Case:
   @property
   def run(self) -> config.Run:
     return config.override(
-        self.base,
-        f"parallel.layout={self.layout}",
-        f"parallel.dispatch={self.dispatch}",
-        *self.settings,
+      self.base,
+      f"parallel.layout={self.layout}",
+      f"parallel.dispatch={self.dispatch}",
+      *self.settings,
     )
 
 
 def _pipeline(
-    mesh: str,
-    schedule: str,
-    layout: str = "zero1",
-    dispatch: str = "auto",
-    settings: tuple[str, ...] = (),
+  mesh: str,
+  schedule: str,
+  layout: str = "zero1",
+  dispatch: str = "auto",
+  settings: tuple[str, ...] = (),
 ) -> Case:
   settings = f"parallel.schedule={schedule}", *settings
   return Case(mesh, layout, dispatch, settings, DEEP)
@@ -116,71 +112,71 @@ def _pipeline(
 # Each axis, layout and way of tokens from device to device but for `gather`;
 # these run in the fast tests.
 QUICK = (
-    Case("data=2"),
-    Case("model=2", "fsdp"),
-    Case("expert=4", "zero1", "one_hop"),
-    Case("node=2,expert=2", "zero1", "two_hop"),
-    Case("node=2,model=2", "replicated", "one_hop"),
-    _pipeline("pipe=4,expert=2", "dualpipe"),
+  Case("data=2"),
+  Case("model=2", "fsdp"),
+  Case("expert=4", "zero1", "one_hop"),
+  Case("node=2,expert=2", "zero1", "two_hop"),
+  Case("node=2,model=2", "replicated", "one_hop"),
+  _pipeline("pipe=4,expert=2", "dualpipe"),
 )
 CASES = (
-    *QUICK,
-    Case("data=2,expert=2", "fsdp", "gather", ("train.remat=block",)),
-    _pipeline("pipe=2", "1f1b", "replicated"),
-    _pipeline("pipe=4", "zb1p"),
-    _pipeline("pipe=2,data=2", "dualpipev", settings=("train.remat=block",)),
-    Case("data=1"),
-    Case("data=4", "fsdp"),
-    Case("data=8", "replicated"),
-    Case("expert=2", "replicated", "gather"),
-    Case("expert=8", "fsdp", "one_hop"),
-    Case("node=2"),
-    Case("node=4", "fsdp", "gather"),
-    Case("model=4", "replicated"),
-    Case("data=2,node=2", "fsdp"),
-    Case("data=4,node=2", "zero1", "gather"),
-    Case("data=2,expert=4", "zero1", "one_hop"),
-    Case("data=4,expert=2", "replicated"),
-    Case("data=2,model=2"),
-    Case("data=4,model=2", "fsdp"),
-    Case("node=2,expert=4", "fsdp", "two_hop"),
-    Case("node=4,expert=2", "replicated", "two_hop"),
-    Case("node=2,expert=2", "fsdp", "gather"),
-    Case("node=2,expert=2", "replicated", "one_hop"),
-    Case("expert=2,model=2", "fsdp"),
-    Case("expert=4,model=2", "zero1", "gather"),
-    Case("node=2,model=4", "fsdp", "one_hop"),
-    Case("data=2,node=2,expert=2"),
-    Case("data=2,node=2,expert=2", "fsdp", "two_hop", ("train.remat=block",)),
-    Case("data=2,expert=2,model=2", "fsdp", "one_hop"),
-    Case("node=2,expert=2,model=2", "zero1", "two_hop"),
-    _pipeline("pipe=1", "1f1b"),
-    _pipeline("pipe=4", "1f1b"),
-    _pipeline("pipe=8", "1f1b"),
-    _pipeline("pipe=2,expert=2", "1f1b"),
-    _pipeline("pipe=4,expert=2", "1f1b"),
-    _pipeline("pipe=8,expert=2", "1f1b"),
-    _pipeline("pipe=2", "zb1p"),
-    _pipeline("pipe=8", "zb1p"),
-    _pipeline("pipe=2,expert=2", "zb1p"),
-    _pipeline("pipe=4,expert=2", "zb1p", "replicated"),
-    _pipeline("pipe=8,expert=2", "zb1p"),
-    _pipeline("pipe=2", "dualpipe", "replicated"),
-    _pipeline("pipe=4", "dualpipe"),
-    _pipeline("pipe=8", "dualpipe"),
-    _pipeline("pipe=2,expert=2", "dualpipe", "zero1", "gather"),
-    _pipeline("pipe=8,expert=2", "dualpipe"),
-    _pipeline("pipe=2,node=2,expert=2", "dualpipe"),
-    _pipeline(
-        "pipe=2,data=2,expert=2", "dualpipe", settings=("train.remat=block",)
-    ),
-    _pipeline("pipe=2,data=2,node=2", "dualpipe"),
-    _pipeline("pipe=1", "dualpipev"),
-    _pipeline("pipe=2", "dualpipev"),
-    _pipeline("pipe=4", "dualpipev"),
-    _pipeline("pipe=1,expert=2", "dualpipev"),
-    _pipeline("pipe=2,expert=2", "dualpipev"),
-    _pipeline("pipe=4,expert=2", "dualpipev"),
+  *QUICK,
+  Case("data=2,expert=2", "fsdp", "gather", ("train.remat=block",)),
+  _pipeline("pipe=2", "1f1b", "replicated"),
+  _pipeline("pipe=4", "zb1p"),
+  _pipeline("pipe=2,data=2", "dualpipev", settings=("train.remat=block",)),
+  Case("data=1"),
+  Case("data=4", "fsdp"),
+  Case("data=8", "replicated"),
+  Case("expert=2", "replicated", "gather"),
+  Case("expert=8", "fsdp", "one_hop"),
+  Case("node=2"),
+  Case("node=4", "fsdp", "gather"),
+  Case("model=4", "replicated"),
+  Case("data=2,node=2", "fsdp"),
+  Case("data=4,node=2", "zero1", "gather"),
+  Case("data=2,expert=4", "zero1", "one_hop"),
+  Case("data=4,expert=2", "replicated"),
+  Case("data=2,model=2"),
+  Case("data=4,model=2", "fsdp"),
+  Case("node=2,expert=4", "fsdp", "two_hop"),
+  Case("node=4,expert=2", "replicated", "two_hop"),
+  Case("node=2,expert=2", "fsdp", "gather"),
+  Case("node=2,expert=2", "replicated", "one_hop"),
+  Case("expert=2,model=2", "fsdp"),
+  Case("expert=4,model=2", "zero1", "gather"),
+  Case("node=2,model=4", "fsdp", "one_hop"),
+  Case("data=2,node=2,expert=2"),
+  Case("data=2,node=2,expert=2", "fsdp", "two_hop", ("train.remat=block",)),
+  Case("data=2,expert=2,model=2", "fsdp", "one_hop"),
+  Case("node=2,expert=2,model=2", "zero1", "two_hop"),
+  _pipeline("pipe=1", "1f1b"),
+  _pipeline("pipe=4", "1f1b"),
+  _pipeline("pipe=8", "1f1b"),
+  _pipeline("pipe=2,expert=2", "1f1b"),
+  _pipeline("pipe=4,expert=2", "1f1b"),
+  _pipeline("pipe=8,expert=2", "1f1b"),
+  _pipeline("pipe=2", "zb1p"),
+  _pipeline("pipe=8", "zb1p"),
+  _pipeline("pipe=2,expert=2", "zb1p"),
+  _pipeline("pipe=4,expert=2", "zb1p", "replicated"),
+  _pipeline("pipe=8,expert=2", "zb1p"),
+  _pipeline("pipe=2", "dualpipe", "replicated"),
+  _pipeline("pipe=4", "dualpipe"),
+  _pipeline("pipe=8", "dualpipe"),
+  _pipeline("pipe=2,expert=2", "dualpipe", "zero1", "gather"),
+  _pipeline("pipe=8,expert=2", "dualpipe"),
+  _pipeline("pipe=2,node=2,expert=2", "dualpipe"),
+  _pipeline(
+    "pipe=2,data=2,expert=2", "dualpipe", settings=("train.remat=block",)
+  ),
+  _pipeline("pipe=2,data=2,node=2", "dualpipe"),
+  _pipeline("pipe=1", "dualpipev"),
+  _pipeline("pipe=2", "dualpipev"),
+  _pipeline("pipe=4", "dualpipev"),
+  _pipeline("pipe=1,expert=2", "dualpipev"),
+  _pipeline("pipe=2,expert=2", "dualpipev"),
+  _pipeline("pipe=4,expert=2", "dualpipev"),
 )
 
 
@@ -252,9 +248,9 @@ def _expected(run: config.Run) -> dict[str, Any]:
 
 def _worst(actual: Any, expected: Any) -> float:
   differences = jax.tree.map(
-      lambda a, b: float(np.abs(a - b).max() / np.abs(b).max()),
-      actual,
-      expected,
+    lambda a, b: float(np.abs(a - b).max() / np.abs(b).max()),
+    actual,
+    expected,
   )
   return max(jax.tree.leaves(differences))
 
@@ -266,25 +262,25 @@ def measure(case: Case) -> Differences:
   names = ("loss", "gradients", "norm", "update", "params")
   same = map(np.array_equal, actual["counts"], expected["counts"])
   return Differences(
-      **{name: _worst(actual[name], expected[name]) for name in names},
-      counts_equal=all(same),
-      diverged=actual["diverged"],
+    **{name: _worst(actual[name], expected[name]) for name in names},
+    counts_equal=all(same),
+    diverged=actual["diverged"],
   )
 
 
 # --- the table ---
 
 HEAD = (
-    "mesh",
-    "layout",
-    "dispatch",
-    "loss",
-    "gradients",
-    "norm",
-    "update",
-    "parameters",
-    "counts, bias",
-    "copies",
+  "mesh",
+  "layout",
+  "dispatch",
+  "loss",
+  "gradients",
+  "norm",
+  "update",
+  "parameters",
+  "counts, bias",
+  "copies",
 )
 
 
@@ -304,9 +300,9 @@ def row(case: Case, found: Differences) -> str:
   *values, counts_equal, diverged = dataclasses.astuple(found)
   equal = [counts_equal, not diverged]
   return readme.row(
-      *names(case),
-      *map(_power, values),
-      *("equal" if same else "DIFFER" for same in equal),
+    *names(case),
+    *map(_power, values),
+    *("equal" if same else "DIFFER" for same in equal),
   )
 
 
@@ -325,7 +321,7 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
   known = flags.FlagValues()
   flags.DEFINE_boolean("help", False, "show this help", flag_values=known)
   flags.DEFINE_boolean(
-      "readme", False, "put the table into README.md", flag_values=known
+    "readme", False, "put the table into README.md", flag_values=known
   )
   try:
     _, *stray = known(argv)

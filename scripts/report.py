@@ -12,17 +12,13 @@ import functools
 import os
 import pathlib
 import sys
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from absl import flags
 from matplotlib.figure import Figure
 
 from dsv3_jax.errors import InputError
-from dsv3_jax.report import html
-from dsv3_jax.report import plots
-from dsv3_jax.report import run_data
-from dsv3_jax.report import themes
+from dsv3_jax.report import html, plots, run_data, themes
 from dsv3_jax.trainer import exit_codes
 
 SNAPSHOTS = 4  # heat maps of expert load
@@ -55,9 +51,9 @@ def _losses(run: run_data.Record) -> Picture | str:
   caption = "Every step faint, a running mean over 2% of the run solid."
   if "MTP" in curves:
     caption += (
-        " MTP is the loss of the multi-token prediction modules: they predict"
-        " one token further and are given one token more, so the two can be"
-        " alike."
+      " MTP is the loss of the multi-token prediction modules: they predict"
+      " one token further and are given one token more, so the two can be"
+      " alike."
     )
   points = {}
   if (heldout := run_data.column(run.evals, "heldout_loss")) is not None:
@@ -65,15 +61,15 @@ def _losses(run: run_data.Record) -> Picture | str:
     points["held-out text, next token"] = at, heldout
     caption += " Held-out text is never trained on."
   return Picture(
-      name="loss",
-      title="Loss",
-      caption=caption,
-      draw=functools.partial(
-          plots.losses,
-          x=run_data.column(run.steps, "tokens"),
-          curves=curves,
-          points=points,
-      ),
+    name="loss",
+    title="Loss",
+    caption=caption,
+    draw=functools.partial(
+      plots.losses,
+      x=run_data.column(run.steps, "tokens"),
+      curves=curves,
+      points=points,
+    ),
   )
 
 
@@ -84,19 +80,19 @@ def _bits_per_byte(run: run_data.Record) -> Picture | str:
   rivals = run_data.rivals(run)
   x = run_data.tokens_at(run, [row["step"] for row in run.evals])
   caption = (
-      "How well the model would compress held-out text; lower is better, and"
-      " the tokenizer has no influence on it."
+    "How well the model would compress held-out text; lower is better, and"
+    " the tokenizer has no influence on it."
   )
   if rivals:
     caption += (
-        " Dashed: what these programs need for the same bytes after the same"
-        " training text."
+      " Dashed: what these programs need for the same bytes after the same"
+      " training text."
     )
   return Picture(
-      name="bits_per_byte",
-      title="Bits per byte",
-      caption=caption,
-      draw=functools.partial(plots.bits_per_byte, x=x, y=bits, rivals=rivals),
+    name="bits_per_byte",
+    title="Bits per byte",
+    caption=caption,
+    draw=functools.partial(plots.bits_per_byte, x=x, y=bits, rivals=rivals),
   )
 
 
@@ -105,19 +101,19 @@ def _max_violation(run: run_data.Record) -> Picture | str:
   if not vio.size:
     return "MaxVio: no row has it; without MoE layers there is none."
   return Picture(
-      name="max_violation",
-      title="Balance of the experts",
-      caption=(
-          "MaxVio: how far the busiest expert of a layer is above its even"
-          " share of a step's tokens, as a part of that share; running mean"
-          " over 2% of the run. At 0, all experts have the same load."
-      ),
-      draw=functools.partial(
-          plots.max_violation,
-          x=run_data.column(run.steps, "tokens")[at],
-          vio=vio,
-          names=run_data.router_names(run, vio.shape[1]),
-      ),
+    name="max_violation",
+    title="Balance of the experts",
+    caption=(
+      "MaxVio: how far the busiest expert of a layer is above its even"
+      " share of a step's tokens, as a part of that share; running mean"
+      " over 2% of the run. At 0, all experts have the same load."
+    ),
+    draw=functools.partial(
+      plots.max_violation,
+      x=run_data.column(run.steps, "tokens")[at],
+      vio=vio,
+      names=run_data.router_names(run, vio.shape[1]),
+    ),
   )
 
 
@@ -129,21 +125,21 @@ def _load_maps(run: run_data.Record) -> Picture | str:
   names = run_data.router_names(run, shares.shape[1])
   rows = -(-len(shown) // 2)
   return Picture(
-      name="expert_load",
-      title="Load of every expert",
-      caption=(
-          "Share of a layer's tokens that each expert received in one step,"
-          " relative to an even share. Blue experts were idle, orange ones"
-          " busy; an evenly used layer fades into the page. Layers count from"
-          " 0, dense ones have no experts."
-      ),
-      draw=functools.partial(
-          plots.load_maps,
-          shares=shares[shown],
-          titles=[f"step {run.steps[at[i]]['step']:,}" for i in shown],
-          names=names,
-      ),
-      height_in=1.2 + rows * (0.8 + 0.16 * min(16, len(names))),
+    name="expert_load",
+    title="Load of every expert",
+    caption=(
+      "Share of a layer's tokens that each expert received in one step,"
+      " relative to an even share. Blue experts were idle, orange ones"
+      " busy; an evenly used layer fades into the page. Layers count from"
+      " 0, dense ones have no experts."
+    ),
+    draw=functools.partial(
+      plots.load_maps,
+      shares=shares[shown],
+      titles=[f"step {run.steps[at[i]]['step']:,}" for i in shown],
+      names=names,
+    ),
+    height_in=1.2 + rows * (0.8 + 0.16 * min(16, len(names))),
   )
 
 
@@ -154,17 +150,17 @@ def _load_over_time(run: run_data.Record) -> Picture | str:
   n = shares.shape[1]
   shown = min(n, plots.PANELS)
   return Picture(
-      name="expert_load_over_time",
-      title="Load over time",
-      caption="The same shares through the whole run, a panel a layer."
-      + (f" {shown} of {n} layers are shown." if shown < n else ""),
-      draw=functools.partial(
-          plots.load_over_time,
-          x=run_data.column(run.steps, "tokens")[at],
-          shares=shares,
-          names=run_data.router_names(run, n),
-      ),
-      height_in=1.2 + 1.35 * -(-shown // 2),
+    name="expert_load_over_time",
+    title="Load over time",
+    caption="The same shares through the whole run, a panel a layer."
+    + (f" {shown} of {n} layers are shown." if shown < n else ""),
+    draw=functools.partial(
+      plots.load_over_time,
+      x=run_data.column(run.steps, "tokens")[at],
+      shares=shares,
+      names=run_data.router_names(run, n),
+    ),
+    height_in=1.2 + 1.35 * -(-shown // 2),
   )
 
 
@@ -174,67 +170,67 @@ def _placement(run: run_data.Record) -> Picture | str:
   names = run_data.router_names(run, len(found.placed))
   n, each = found.n_devices, found.n_experts // found.n_devices
   means, worst = zip(
-      *(
-          (f"{y.mean():.3f}", f"{y.max():.3f} ({names[y.argmax()]})")
-          for y in (found.in_order, found.placed)
-      ),
-      strict=True,
+    *(
+      (f"{y.mean():.3f}", f"{y.max():.3f} ({names[y.argmax()]})")
+      for y in (found.in_order, found.placed)
+    ),
+    strict=True,
   )
   return Picture(
-      name="expert_placement",
-      title="Placement of the experts",
-      caption=(
-          f"Load of the busiest of {n} devices that share a layer's"
-          f" {found.n_experts} experts when the model serves, relative to the"
-          " mean of the devices; at 1, none waits for another. Loads are means"
-          f" over the last quarter of the run. In order there are {each}"
-          f" experts on each device. Placed by load there are {each + 1}:"
-          f" busy experts have replicas, {n} in all. The mean over layers goes"
-          f" from {means[0]} to {means[1]}, the highest from {worst[0]} to"
-          f" {worst[1]}."
-      ),
-      draw=functools.partial(
-          plots.placement,
-          in_order=found.in_order,
-          placed=found.placed,
-          names=names,
-      ),
-      height_in=1.2 + 0.22 * min(16, len(names)),
+    name="expert_placement",
+    title="Placement of the experts",
+    caption=(
+      f"Load of the busiest of {n} devices that share a layer's"
+      f" {found.n_experts} experts when the model serves, relative to the"
+      " mean of the devices; at 1, none waits for another. Loads are means"
+      f" over the last quarter of the run. In order there are {each}"
+      f" experts on each device. Placed by load there are {each + 1}:"
+      f" busy experts have replicas, {n} in all. The mean over layers goes"
+      f" from {means[0]} to {means[1]}, the highest from {worst[0]} to"
+      f" {worst[1]}."
+    ),
+    draw=functools.partial(
+      plots.placement,
+      in_order=found.in_order,
+      placed=found.placed,
+      names=names,
+    ),
+    height_in=1.2 + 0.22 * min(16, len(names)),
   )
 
 
 def _schedules(run: run_data.Record) -> Picture | str:
   keys = {
-      "learning rate": "lr",
-      "step of the router bias": "bias_speed",
-      "weight of the MTP loss": "mtp_weight",
+    "learning rate": "lr",
+    "step of the router bias": "bias_speed",
+    "weight of the MTP loss": "mtp_weight",
   }
   if not (curves := _curves(run, keys)):
     return "Schedules: no row has a learning rate."
   x = run_data.column(run.steps, "tokens")
   return Picture(
-      name="schedules",
-      title="Schedules",
-      caption="What was set from outside, by the number of tokens seen.",
-      draw=functools.partial(plots.panels, x=x, curves=curves, noisy=False),
-      height_in=0.6 + 1.35 * len(curves),
+    name="schedules",
+    title="Schedules",
+    caption="What was set from outside, by the number of tokens seen.",
+    draw=functools.partial(plots.panels, x=x, curves=curves, noisy=False),
+    height_in=0.6 + 1.35 * len(curves),
   )
 
 
 def _throughput(run: run_data.Record) -> Picture | str:
   keys = {
-      "training tokens per second": "tokens_per_s",
-      "norm of the gradient before clipping": "grad_norm",
+    "training tokens per second": "tokens_per_s",
+    "norm of the gradient before clipping": "grad_norm",
   }
   if not (curves := _curves(run, keys)):
     return "Throughput: no row has tokens_per_s."
   x = run_data.column(run.steps, "tokens")
   return Picture(
-      name="throughput",
-      title="Throughput and gradients",
-      caption="Every step faint, a running mean over 2% of the run solid.",
-      draw=functools.partial(plots.panels, x=x, curves=curves, noisy=True),
-      height_in=0.6 + 1.35 * len(curves),
+    name="throughput",
+    title="Throughput and gradients",
+    caption="Every step faint, a running mean over 2% of the run solid.",
+    draw=functools.partial(plots.panels, x=x, curves=curves, noisy=True),
+    height_in=0.6 + 1.35 * len(curves),
   )
 
 
@@ -246,31 +242,31 @@ def _needles(run: run_data.Record) -> list[Picture]:
   facts = {key: run.needles[key] for key in keys}
   n_models = len(facts["right"])
   return [
-      Picture(
-          name="needles",
-          title="Needles in a haystack",
-          caption=(
-              "Facts hidden at some depth of a context and asked for at its"
-              " end: the share of right answers, by length of the context."
-          ),
-          draw=functools.partial(plots.needles, **facts),
-          height_in=plots.needles_height_in(n_models),
-      )
+    Picture(
+      name="needles",
+      title="Needles in a haystack",
+      caption=(
+        "Facts hidden at some depth of a context and asked for at its"
+        " end: the share of right answers, by length of the context."
+      ),
+      draw=functools.partial(plots.needles, **facts),
+      height_in=plots.needles_height_in(n_models),
+    )
   ]
 
 
 def pictures(run: run_data.Record) -> list[Picture | str]:
   """The pictures of a run, in order; a sentence stands for one it lacks."""
   return [
-      _losses(run),
-      _bits_per_byte(run),
-      _max_violation(run),
-      _load_maps(run),
-      _load_over_time(run),
-      _placement(run),
-      _schedules(run),
-      _throughput(run),
-      *_needles(run),
+    _losses(run),
+    _bits_per_byte(run),
+    _max_violation(run),
+    _load_maps(run),
+    _load_over_time(run),
+    _placement(run),
+    _schedules(run),
+    _throughput(run),
+    *_needles(run),
   ]
 
 
@@ -320,7 +316,7 @@ def _parse(argv: Sequence[str]) -> str | None:
   """
   known = flags.FlagValues()
   flags.DEFINE_string(
-      "workdir", None, "folder of a training run", flag_values=known
+    "workdir", None, "folder of a training run", flag_values=known
   )
   flags.DEFINE_boolean("help", False, "show this help", flag_values=known)
   try:

@@ -12,16 +12,13 @@ import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from absl import flags
 
 from dsv3_jax.config import fields
 from dsv3_jax.errors import InputError
-from dsv3_jax.parallel.pipeline import lockstep
-from dsv3_jax.parallel.pipeline import schedules
-from dsv3_jax.parallel.pipeline import simulate
+from dsv3_jax.parallel.pipeline import lockstep, schedules, simulate
 from dsv3_jax.report import schedule_plot
 
 TIMES = ("F", "B", "W", "FB")
@@ -45,16 +42,16 @@ def _exact(time: float) -> float:
   return round(time, 9)
 
 
-def as_json(
-    schedule: schedules.Schedule, timeline: simulate.Timeline
-) -> str:
+def as_json(schedule: schedules.Schedule, timeline: simulate.Timeline) -> str:
   """One object; its lists have an entry a rank."""
-  return json.dumps({
+  return json.dumps(
+    {
       "ops": schedule.names(),
       "makespan": _exact(timeline.makespan),
       "idle": [_exact(time) for time in timeline.idle],
       "peak_activations": timeline.peak_activations,
-  })
+    }
+  )
 
 
 def _label(cell: schedules.Cell) -> str:
@@ -62,31 +59,31 @@ def _label(cell: schedules.Cell) -> str:
 
 
 def as_text(
-    schedule: schedules.Schedule,
-    timeline: simulate.Timeline,
-    times: simulate.Times,
+  schedule: schedules.Schedule,
+  timeline: simulate.Timeline,
+  times: simulate.Times,
 ) -> str:
   """A table of time and ranks, and what it comes to."""
   lines = [
-      f"{schedule.name}: {schedule.n_ranks} ranks,"
-      f" {schedule.n_micro} micro-batches; kind, direction : micro-batch",
-      "",
-      *_table(schedule, timeline),
-      "",
-      *_ranks(schedule, timeline),
-      "",
-      *_totals(schedule, timeline, times),
+    f"{schedule.name}: {schedule.n_ranks} ranks,"
+    f" {schedule.n_micro} micro-batches; kind, direction : micro-batch",
+    "",
+    *_table(schedule, timeline),
+    "",
+    *_ranks(schedule, timeline),
+    "",
+    *_totals(schedule, timeline, times),
   ]
   return "\n".join(line.rstrip() for line in lines)
 
 
 def _table(
-    schedule: schedules.Schedule, timeline: simulate.Timeline
+  schedule: schedules.Schedule, timeline: simulate.Timeline
 ) -> Iterator[str]:
   """A line for each time at which a cell starts or a rank falls idle."""
   cells = [
-      (rank, _exact(start), _exact(end), _label(cell))
-      for rank, start, end, cell in timeline.cells(schedule)
+    (rank, _exact(start), _exact(end), _label(cell))
+    for rank, start, end, cell in timeline.cells(schedule)
   ]
   edges = {time for _, start, end, _ in cells for time in (start, end)}
   *moments, _ = sorted(edges)
@@ -103,7 +100,7 @@ def _table(
 
 
 def _ranks(
-    schedule: schedules.Schedule, timeline: simulate.Timeline
+  schedule: schedules.Schedule, timeline: simulate.Timeline
 ) -> Iterator[str]:
   yield f"{'rank':>7}  {'stages':8}{'idle':>8}{'peak activations':>18}"
   for rank, stages in enumerate(schedule.stages):
@@ -113,15 +110,15 @@ def _ranks(
 
 
 def _totals(
-    schedule: schedules.Schedule,
-    timeline: simulate.Timeline,
-    times: simulate.Times,
+  schedule: schedules.Schedule,
+  timeline: simulate.Timeline,
+  times: simulate.Times,
 ) -> Iterator[str]:
   formula = simulate.bubble(schedule.name, schedule.n_ranks, times)
   idle, makespan = max(timeline.idle), timeline.makespan
   yield (
-      f"makespan {makespan:g}, of which a rank is idle {_exact(idle):g} at most"
-      f" ({idle / makespan:.1%})"
+    f"makespan {makespan:g}, of which a rank is idle {_exact(idle):g} at most"
+    f" ({idle / makespan:.1%})"
   )
   yield f"bubble by the formula, without communication: {_exact(formula):g}"
   yield f"{len(lockstep.ticks(schedule))} ticks in lock-step"
@@ -134,12 +131,12 @@ def _flags() -> flags.FlagValues:
   """Of this command only, whoever imports it; numbers are checked later."""
   known = flags.FlagValues()
   for name, default, told in (
-      ("schedule", "dualpipe", f"one of {', '.join(schedules.SCHEDULES)}"),
-      ("ranks", "8", "pipeline ranks"),
-      ("microbatches", "20", "of a step, over both directions"),
-      ("times", "", "such as F=1,B=2,W=1,FB=3; B includes W, FB is a pair"),
-      ("comm", "0", "time that a result takes from rank to rank"),
-      ("png", "", "file to draw the schedule into"),
+    ("schedule", "dualpipe", f"one of {', '.join(schedules.SCHEDULES)}"),
+    ("ranks", "8", "pipeline ranks"),
+    ("microbatches", "20", "of a step, over both directions"),
+    ("times", "", "such as F=1,B=2,W=1,FB=3; B includes W, FB is a pair"),
+    ("comm", "0", "time that a result takes from rank to rank"),
+    ("png", "", "file to draw the schedule into"),
   ):
     flags.DEFINE_string(name, default, told, flag_values=known)
   for name, told in (("json", "print JSON"), ("help", "show this help")):
@@ -166,7 +163,7 @@ def _number(text: str, kind: type, what: str, problems: list[str]):
 
 
 def _times(
-    known: flags.FlagValues, problems: list[str]
+  known: flags.FlagValues, problems: list[str]
 ) -> simulate.Times | None:
   """The times asked for, or None and more problems."""
   found, n_before = {}, len(problems)
@@ -186,12 +183,12 @@ def _times(
 
 
 def _schedule(
-    known: flags.FlagValues, problems: list[str]
+  known: flags.FlagValues, problems: list[str]
 ) -> schedules.Schedule | None:
   """The schedule asked for, or None and more problems."""
   sizes = [
-      _number(known[flag].value, int, f"--{flag}={known[flag].value}", problems)
-      for flag in ("ranks", "microbatches")
+    _number(known[flag].value, int, f"--{flag}={known[flag].value}", problems)
+    for flag in ("ranks", "microbatches")
   ]
   if None in sizes:
     if known.schedule not in schedules.SCHEDULES:

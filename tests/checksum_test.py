@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax import checksum
 from dsv3_jax.parallel import device_mesh
@@ -30,7 +29,6 @@ def expected(array):
 
 
 class DigestTest(parameterized.TestCase):
-
   @parameterized.parameters("float32", "bfloat16", "int32", "uint8", "uint32")
   def test_is_what_its_definition_says(self, dtype):
     rng = np.random.default_rng(0)
@@ -39,7 +37,7 @@ class DigestTest(parameterized.TestCase):
     found = jax.jit(checksum.of)(a)
     self.assertEqual(found.tolist(), expected(a))
     self.assertEqual(
-        checksum.text(found), "".join(f"{part:08x}" for part in expected(a))
+      checksum.text(found), "".join(f"{part:08x}" for part in expected(a))
     )
 
   @parameterized.parameters((), (0,), (1,), (2, 0, 3))

@@ -9,11 +9,8 @@ import signal
 import sys
 import time
 
-from dsv3_jax.checkpoint import checkpointer
-from dsv3_jax.checkpoint import manifest
-from dsv3_jax.checkpoint import orbax_io
-from dsv3_jax.trainer import batches
-from dsv3_jax.trainer import heartbeat
+from dsv3_jax.checkpoint import checkpointer, manifest, orbax_io
+from dsv3_jax.trainer import batches, heartbeat
 
 
 def die():
@@ -48,14 +45,14 @@ def at(module, name, n, fault, after=False):
 def main():
   _, point, n, *flags = sys.argv
   where = {
-      "compile": (heartbeat.Lifeline, "may_go_on", die),
-      "step": (heartbeat.Lifeline, "may_go_on", die),
-      "arrays": (orbax_io, "named", die),
-      "manifest": (manifest, "write", die),
-      "rename": (manifest, "write", die, True),
-      "remove": (checkpointer, "_remove", die),
-      "fail": (heartbeat.Lifeline, "may_go_on", fail),
-      "hang": (heartbeat.Lifeline, "may_go_on", hang),
+    "compile": (heartbeat.Lifeline, "may_go_on", die),
+    "step": (heartbeat.Lifeline, "may_go_on", die),
+    "arrays": (orbax_io, "named", die),
+    "manifest": (manifest, "write", die),
+    "rename": (manifest, "write", die, True),
+    "remove": (checkpointer, "_remove", die),
+    "fail": (heartbeat.Lifeline, "may_go_on", fail),
+    "hang": (heartbeat.Lifeline, "may_go_on", hang),
   }
   if point == "removing":
     checkpointer.shutil.rmtree = lambda *_, **__: die()

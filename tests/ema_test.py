@@ -8,12 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
-from dsv3_jax import config
-from dsv3_jax import ema
-from dsv3_jax import train
+from dsv3_jax import config, ema, train
 from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.parallel import device_mesh
 
@@ -25,7 +22,7 @@ def placed(seed=0, spec=("data", None)):
   """Two parameters on two devices, one divided, one on both."""
   mesh = device_mesh.mesh({"data": 2})
   w = jax.device_put(
-      testing.normal(4, 6, seed=seed), jax.NamedSharding(mesh, jax.P(*spec))
+    testing.normal(4, 6, seed=seed), jax.NamedSharding(mesh, jax.P(*spec))
   )
   gain = testing.normal(5, seed=seed + 100)
   whole = jax.NamedSharding(mesh, jax.P())
@@ -38,14 +35,11 @@ def reference(seeds):
   average = params[0]
   for step, new in enumerate(params[1:], start=1):
     d = min(DECAY, (1 + step) / (10 + step))
-    average = jax.tree.map(
-        lambda a, b, d=d: d * a + (1 - d) * b, average, new
-    )
+    average = jax.tree.map(lambda a, b, d=d: d * a + (1 - d) * b, average, new)
   return average
 
 
 class AverageTest(parameterized.TestCase):
-
   def average(self, params):
     made = ema.Average(params, DECAY)
     self.addCleanup(made.close)
@@ -116,7 +110,7 @@ class AverageTest(parameterized.TestCase):
     average = self.average(placed(0))
     average.update(1, placed(1), jnp.array(False))
     testing.assert_same(
-        jax.device_get(average.params()), jax.device_get(placed(0))
+      jax.device_get(average.params()), jax.device_get(placed(0))
     )
 
   def test_what_was_handed_out_does_not_change(self):
@@ -139,7 +133,7 @@ class AverageTest(parameterized.TestCase):
     average.update(1, placed(1), GOOD)
     run = testing.run()
     checkpoints = checkpointer.Checkpoints(
-        testing.folder(self) / "checkpoints", config.Checkpoint()
+      testing.folder(self) / "checkpoints", config.Checkpoint()
     )
     self.addCleanup(checkpoints.close)
     state = testing.state(run)
@@ -148,7 +142,7 @@ class AverageTest(parameterized.TestCase):
     abstract = train.abstract_state(run, device_mesh.mesh({}))
     like = jax.tree.map(ema.in_host_memory, placed(0, (None, "data")))
     restored, _ = checkpoints.restore_parameters(
-        0, abstract.replace(params=like), average=True
+      0, abstract.replace(params=like), average=True
     )
     self.assertEqual(restored["w"].sharding, like["w"].sharding)
     testing.assert_same(*map(jax.device_get, (restored, average.params())))
@@ -156,14 +150,13 @@ class AverageTest(parameterized.TestCase):
     for a, spec in ((average, ("data", None)), (other, (None, "data"))):
       a.update(2, placed(2, spec), GOOD)
     testing.assert_same(
-        jax.device_get(average.params()), jax.device_get(other.params())
+      jax.device_get(average.params()), jax.device_get(other.params())
     )
     # The state does not know of it.
     checkpoints.restore(0, abstract)
 
 
 class DecayTest(absltest.TestCase):
-
   def test_rises_to_its_value(self):
     self.assertEqual(ema.decay_at(1, 0.999), 2 / 11)
     self.assertEqual(ema.decay_at(10**6, 0.999), 0.999)

@@ -5,12 +5,12 @@ import functools
 import re
 
 _KIND = (
-    r"\b(all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all"
-    r"|collective-permute)(-start)?\("
+  r"\b(all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all"
+  r"|collective-permute)(-start)?\("
 )
 _CALLED = (
-    r"(?:body|condition|to_apply|calls|true_computation|false_computation)"
-    r"=%?([\w.\-]+)"
+  r"(?:body|condition|to_apply|calls|true_computation|false_computation)"
+  r"=%?([\w.\-]+)"
 )
 
 
@@ -26,8 +26,9 @@ class Op:
     """Groups of devices that it speaks in, if it is a collective."""
     if not re.search(_KIND, self.text):
       return set()
-    return set(re.findall(r"(?:replica_groups|source_target_pairs)=\S+",
-                          self.text))
+    return set(
+      re.findall(r"(?:replica_groups|source_target_pairs)=\S+", self.text)
+    )
 
   @property
   def called(self) -> list[str]:
@@ -45,7 +46,7 @@ def computations(text: str) -> dict[str, list[Op]]:
       head = re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
       ops = found.setdefault(head[1], []) if head else None
     elif ops is not None and (
-        op := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)", line)
+      op := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)", line)
     ):
       ops.append(Op(op[1], op[2]))
   return found
@@ -79,8 +80,8 @@ def meetings(text: str) -> list[tuple[str, str]]:
         if needing & set(re.findall(r"[\w.\-]+", inputs)):
           needing.add(op.name)
       found += [
-          (loop.name, op.name)
-          for j, op, also in speaking
-          if j > i and op.name not in needing and also & in_loop
+        (loop.name, op.name)
+        for j, op, also in speaking
+        if j > i and op.name not in needing and also & in_loop
       ]
   return found

@@ -24,18 +24,18 @@ def main(path, prompt, n):
   params.flash_attn_type = off
   params.verbosity = -1
   server = xllamacpp.Server(params)
-  answer = server.handle_completions({
-    "prompt": json.loads(prompt) if prompt.startswith("[") else prompt,
-    "temperature": 0,
-    "n_predict": int(n),
-    "logprobs": 1,
-    "ignore_eos": True,
-  })
+  answer = server.handle_completions(
+    {
+      "prompt": json.loads(prompt) if prompt.startswith("[") else prompt,
+      "temperature": 0,
+      "n_predict": int(n),
+      "logprobs": 1,
+      "ignore_eos": True,
+    }
+  )
   answer = json.loads(answer) if isinstance(answer, str) else answer
   (choice,) = answer["choices"]
-  tokens = [
-    (t["id"], t["logprob"]) for t in choice["logprobs"]["content"]
-  ]
+  tokens = [(t["id"], t["logprob"]) for t in choice["logprobs"]["content"]]
   print(json.dumps({"text": choice["text"], "tokens": tokens}))
 
 

@@ -5,12 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import reference
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax import losses
-from dsv3_jax.model import moe
-from dsv3_jax.model import transformer
+from dsv3_jax.model import moe, transformer
 
 VOCAB = 37
 

@@ -5,12 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
-from dsv3_jax import config
-from dsv3_jax import optim
-from dsv3_jax import param_spec
+from dsv3_jax import config, optim, param_spec
 from dsv3_jax.config import presets
 from dsv3_jax.model import transformer
 
@@ -28,15 +25,15 @@ class LearningRateTest(parameterized.TestCase):
   # Section 4.2; the cosine's values are worked out by hand.
 
   @parameterized.parameters(
-      (0, 2.2e-4 / 2000),
-      (999, 1.1e-4),
-      (1999, 2.2e-4),
-      (2000, 2.2e-4),
-      (step_at(10e12) - 1, 2.2e-4),
-      (step_at(14.3e12), 2.2e-5),
-      (step_at(14.633e12) - 1, 2.2e-5),
-      (step_at(14.633e12), 7.3e-6),
-      (V3.total_steps - 1, 7.3e-6),
+    (0, 2.2e-4 / 2000),
+    (999, 1.1e-4),
+    (1999, 2.2e-4),
+    (2000, 2.2e-4),
+    (step_at(10e12) - 1, 2.2e-4),
+    (step_at(14.3e12), 2.2e-5),
+    (step_at(14.633e12) - 1, 2.2e-5),
+    (step_at(14.633e12), 7.3e-6),
+    (V3.total_steps - 1, 7.3e-6),
   )
   def test_flat_parts_and_warm_up(self, step, expected):
     rate = optim.learning_rate(step, V3)
@@ -44,9 +41,9 @@ class LearningRateTest(parameterized.TestCase):
     np.testing.assert_allclose(rate, expected, rtol=8 * testing.EPS)
 
   @parameterized.parameters(
-      (1.075e12, 1.9100e-4, 5e-9),
-      (2.15e12, 1.2100e-4, 5e-9),
-      (3.225e12, 5.0996e-5, 5e-10),
+    (1.075e12, 1.9100e-4, 5e-9),
+    (2.15e12, 1.2100e-4, 5e-9),
+    (3.225e12, 5.0996e-5, 5e-10),
   )
   def test_cosine(self, after, expected, half_digit):
     step = step_at(10e12 + after)
@@ -63,25 +60,24 @@ class LearningRateTest(parameterized.TestCase):
 
   def test_no_warm_up_and_no_decay(self):
     run = testing.run(
-        "schedule.warmup_steps=0",
-        "schedule.constant_until=1",
-        "schedule.decay_until=1",
-        "schedule.tail_from=1",
+      "schedule.warmup_steps=0",
+      "schedule.constant_until=1",
+      "schedule.decay_until=1",
+      "schedule.tail_from=1",
     )
     for step in (0, run.total_steps - 1):
       np.testing.assert_allclose(
-          optim.learning_rate(step, run), run.optim.peak_lr, rtol=testing.EPS
+        optim.learning_rate(step, run), run.optim.peak_lr, rtol=testing.EPS
       )
 
 
 class ProgressTest(absltest.TestCase):
-
   def test_is_the_share_of_rows(self):
     run = testing.run(
-        "train.micro_batches=4",
-        "train.first_batch_size=2",
-        "train.ramp_sizes=3",
-        "schedule.ramp_until=0.5",
+      "train.micro_batches=4",
+      "train.first_batch_size=2",
+      "train.ramp_sizes=3",
+      "schedule.ramp_until=0.5",
     )
     self.assertLen(run.phases, 4)
     steps = range(run.total_steps + 1)
@@ -92,10 +88,9 @@ class ProgressTest(absltest.TestCase):
 
 
 class SwitchTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      (optim.bias_speed, 14.3e12, 0.001, 0.0),
-      (optim.mtp_weight, 10e12, 0.3, 0.1),
+    (optim.bias_speed, 14.3e12, 0.001, 0.0),
+    (optim.mtp_weight, 10e12, 0.3, 0.1),
   )
   def test_switches_once(self, schedule, at, early, late):
     step = step_at(at)
@@ -105,19 +100,18 @@ class SwitchTest(parameterized.TestCase):
 
 
 class DecayTest(parameterized.TestCase):
-
   @parameterized.parameters("v3_671b", "v2_lite_16b")
   def test_spares_norm_gains_alone(self, name):
     specs = transformer.specs(presets.PRESETS[name].model)
     spared = {
-        path
-        for path, decayed in param_spec.paths(optim.decayed(specs)).items()
-        if not decayed
+      path
+      for path, decayed in param_spec.paths(optim.decayed(specs)).items()
+      if not decayed
     }
     gains = {
-        path
-        for path, spec in param_spec.paths(specs).items()
-        if spec.axes[-1] == "norm"
+      path
+      for path, spec in param_spec.paths(specs).items()
+      if spec.axes[-1] == "norm"
     }
     self.assertEqual(spared, gains)
     self.assertGreater(len(gains), 4)
@@ -126,8 +120,8 @@ class DecayTest(parameterized.TestCase):
 class AdamWTest(parameterized.TestCase):
   PARAMS = {"w": np.array([[1.0, -2.0]]), "norm": np.array([0.5])}
   GRADS = (
-      {"w": np.array([[3.0, -4.0]]), "norm": np.array([12.0])},  # norm 13
-      {"w": np.array([[0.1, 0.2]]), "norm": np.array([-0.3])},  # not clipped
+    {"w": np.array([[3.0, -4.0]]), "norm": np.array([12.0])},  # norm 13
+    {"w": np.array([[0.1, 0.2]]), "norm": np.array([-0.3])},  # not clipped
   )
 
   def test_two_steps_by_hand(self):
@@ -139,7 +133,7 @@ class AdamWTest(parameterized.TestCase):
     clips = (0.5, 1.0)
     for t, (grads, clip) in enumerate(zip(self.GRADS, clips, strict=True), 1):
       updates, state = adamw.update(
-          jax.tree.map(jnp.float32, grads), state, params
+        jax.tree.map(jnp.float32, grads), state, params
       )
       expected = {}
       for name, g in grads.items():

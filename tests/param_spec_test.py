@@ -8,19 +8,21 @@ from absl.testing import absltest
 from dsv3_jax import param_spec
 
 TREE = {
-    "embed": param_spec.weight(0.5, vocab=40, embed=50),
-    "block": {"norm": param_spec.gain(7), "up": param_spec.weight(0.1, embed=7, ffn=3)},
+  "embed": param_spec.weight(0.5, vocab=40, embed=50),
+  "block": {
+    "norm": param_spec.gain(7),
+    "up": param_spec.weight(0.1, embed=7, ffn=3),
+  },
 }
 KEY = jax.random.key(1)
 
 
 class SchemaTest(absltest.TestCase):
-
   def test_a_parameter_is_drawn_by_its_name(self):
     before = param_spec.paths(param_spec.init(TREE, KEY))
     more = TREE | {
-        "block": {"a": param_spec.weight(1.0, embed=2, ffn=2)} | TREE["block"],
-        "zz": param_spec.gain(3),
+      "block": {"a": param_spec.weight(1.0, embed=2, ffn=2)} | TREE["block"],
+      "zz": param_spec.gain(3),
     }
     after = param_spec.paths(param_spec.init(more, KEY))
     self.assertEqual(after.keys() - before.keys(), {"block/a", "zz"})

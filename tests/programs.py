@@ -21,41 +21,41 @@ PROSE = "It was a bright cold day, and {} clocks were striking thirteen.\n"
 TIMEOUT_S = 300  # of all that a test starts; nothing here can hang for ever
 # A model that compiles in seconds.
 SETTINGS = (
-    "vocab_size=300",
-    "d_model=16",
-    "n_layers=1",
-    "n_dense_layers=0",
-    "mtp.depth=0",
-    "mla.n_heads=2",
-    "mla.q_rank=8",
-    "mla.kv_rank=8",
-    "mla.nope_dim=4",
-    "mla.rope_dim=4",
-    "mla.v_dim=4",
-    "moe.ffn_dim=8",
-    "router.n_experts=8",
-    "router.top_k=2",
-    "init_std=0.1",
-    "data.seq_len=8",
-    "train.batch_size=8",
-    "train.micro_batches=2",
-    "train.tokens=2560",
-    "schedule.warmup_steps=2",
-    "checkpoint.every=2",
-    "checkpoint.keep=9",
-    "evaluate.sample_tokens=0",
-    "parallel.layout=zero1",
-    "parallel.check_every=2",
+  "vocab_size=300",
+  "d_model=16",
+  "n_layers=1",
+  "n_dense_layers=0",
+  "mtp.depth=0",
+  "mla.n_heads=2",
+  "mla.q_rank=8",
+  "mla.kv_rank=8",
+  "mla.nope_dim=4",
+  "mla.rope_dim=4",
+  "mla.v_dim=4",
+  "moe.ffn_dim=8",
+  "router.n_experts=8",
+  "router.top_k=2",
+  "init_std=0.1",
+  "data.seq_len=8",
+  "train.batch_size=8",
+  "train.micro_batches=2",
+  "train.tokens=2560",
+  "schedule.warmup_steps=2",
+  "checkpoint.every=2",
+  "checkpoint.keep=9",
+  "evaluate.sample_tokens=0",
+  "parallel.layout=zero1",
+  "parallel.check_every=2",
 )
 
 
 def environment():
   """What programs are started with: a quick compiler, and no allocator."""
   env = os.environ | {
-      "JAX_PLATFORMS": "cpu",
-      "LD_PRELOAD": "",  # one start instead of two
-      "XLA_FLAGS": "--xla_backend_optimization_level=0",
-      "PYTHONPATH": str(ROOT),
+    "JAX_PLATFORMS": "cpu",
+    "LD_PRELOAD": "",  # one start instead of two
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "PYTHONPATH": str(ROOT),
   }
   env.pop("NPROC", None)  # the program's own choice is tested
   return env
@@ -80,12 +80,12 @@ class Started:
       self._files.append([tempfile.TemporaryFile("w+") for _ in range(2)])
       out, err = self._files[-1]
       process = subprocess.Popen(
-          [sys.executable, *command],
-          cwd=ROOT,
-          env=environment(),
-          stdout=out,
-          stderr=err,
-          **popen,
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment(),
+        stdout=out,
+        stderr=err,
+        **popen,
       )
       self.processes.append(process)
 
@@ -136,12 +136,12 @@ def members(n):
   """The flags of each of n processes."""
   port = testing.free_port()
   return [
-      (
-          f"--coordinator=127.0.0.1:{port}",
-          f"--processes={n}",
-          f"--process={i}",
-      )
-      for i in range(n)
+    (
+      f"--coordinator=127.0.0.1:{port}",
+      f"--processes={n}",
+      f"--process={i}",
+    )
+    for i in range(n)
   ]
 
 
@@ -149,8 +149,8 @@ def rows(folder):
   """The rows of a run, without what depends on the time."""
   with contextlib.suppress(FileNotFoundError):
     return [
-        {key: value for key, value in row.items() if key != "tokens_per_s"}
-        for row in metrics_writer.read(folder / metrics_writer.METRICS)
+      {key: value for key, value in row.items() if key != "tokens_per_s"}
+      for row in metrics_writer.read(folder / metrics_writer.METRICS)
     ]
   return []
 
@@ -186,21 +186,21 @@ class Programs(parameterized.TestCase):
 
   def command(self, name, mesh, *more):
     return [
-        "-m",
-        "experiments.pretrain",
-        "--variant=tiny",
-        f"--workdir={self.root / name}",
-        f"--mesh={mesh}",
-        f"--steps={self.STEPS}",
-        *(f"--set={setting}" for setting in self.settings),
-        *more,
+      "-m",
+      "experiments.pretrain",
+      "--variant=tiny",
+      f"--workdir={self.root / name}",
+      f"--mesh={mesh}",
+      f"--steps={self.STEPS}",
+      *(f"--set={setting}" for setting in self.settings),
+      *more,
     ]
 
   def train(self, name, mesh, *more, n=1):
     """Trains in n processes, each of which must end well."""
     who = members(n) if n > 1 else [()]
     ended = together(
-        *(self.command(name, mesh, *flags, *more) for flags in who)
+      *(self.command(name, mesh, *flags, *more) for flags in who)
     )
     for each in ended:
       self.assertEqual(each.code, cli.OK, each)

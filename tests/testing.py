@@ -16,10 +16,7 @@ import numpy as np
 from absl import flags
 from absl.testing import flagsaver
 
-from dsv3_jax import config
-from dsv3_jax import optim
-from dsv3_jax import param_spec
-from dsv3_jax import train
+from dsv3_jax import config, optim, param_spec, train
 from dsv3_jax.checkpoint import manifest
 from dsv3_jax.model import transformer
 

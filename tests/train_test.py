@@ -8,12 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
-from dsv3_jax import losses
-from dsv3_jax import param_spec
-from dsv3_jax import train
+from dsv3_jax import losses, param_spec, train
 from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.data import loader
 from dsv3_jax.model import router
@@ -49,7 +46,6 @@ def batch_of(run=RUN, seed=0):
 
 
 class InitTest(absltest.TestCase):
-
   def test_mtp_modules_change_no_other_parameter(self):
     key = jax.random.key(7)
     with_mtp = train.init_state(RUN, key)
@@ -65,7 +61,6 @@ class InitTest(absltest.TestCase):
 
 
 class StepTest(absltest.TestCase):
-
   def test_moves_everything_that_it_should(self):
     before = testing.host(testing.state(RUN))
     state, metrics = compiled_step()(first_state(), placed())
@@ -113,12 +108,11 @@ class StepTest(absltest.TestCase):
 
 
 class SplitTest(parameterized.TestCase):
-
   @staticmethod
   @functools.cache
   def gradients(remat, micro_batches):
     run = testing.run(
-        f"train.remat={remat}", f"train.micro_batches={micro_batches}"
+      f"train.remat={remat}", f"train.micro_batches={micro_batches}"
     )
     state = testing.state(RUN)
     bias = 0.01 * testing.normal(*state.router_bias.shape, seed=3)
@@ -130,9 +124,9 @@ class SplitTest(parameterized.TestCase):
     return grads, terms, stats.load, bias
 
   @parameterized.parameters(
-      ("block", 2),
-      ("none", 4),
-      ("none", 8),
+    ("block", 2),
+    ("none", 4),
+    ("none", 8),
   )
   def test_no_way_to_compute_a_step_changes_a_decision(self, *way):
     grads, terms, load, bias = self.gradients(*way)
@@ -145,13 +139,10 @@ class SplitTest(parameterized.TestCase):
 
 
 class ResumeTest(absltest.TestCase):
-
   def test_n_steps_and_n_more_are_2n_steps(self):
     n = 3
     step = compiled_step()
-    self.enter_context(
-        mock.patch.object(train, "make_step", lambda *_: step)
-    )
+    self.enter_context(mock.patch.object(train, "make_step", lambda *_: step))
     folder = testing.folder(self)
     text = folder / "text.txt"
     text.write_text("".join(PROSE.format(i) for i in range(100)))
@@ -167,20 +158,18 @@ class ResumeTest(absltest.TestCase):
           yield batch
 
       state = train.fit(
-          state,
-          run,
-          batches(),
-          stop,
-          hooks=train.Hooks(
-              lambda *_: None, None, lambda *_: None, save
-          ),
+        state,
+        run,
+        batches(),
+        stop,
+        hooks=train.Hooks(lambda *_: None, None, lambda *_: None, save),
       )
       return state, np.array(fed)
 
     whole, all_fed = fit(first_state(), 2 * n)
 
     store = functools.partial(
-        checkpointer.Checkpoints, folder / "checkpoints", run.checkpoint
+      checkpointer.Checkpoints, folder / "checkpoints", run.checkpoint
     )
     checkpoints = store()
     save = lambda state: checkpoints.save(state, {})
@@ -194,16 +183,15 @@ class ResumeTest(absltest.TestCase):
 
     testing.assert_same(testing.host(parts), testing.host(whole))
     np.testing.assert_array_equal(
-        np.concatenate([first_fed, second_fed]), all_fed
+      np.concatenate([first_fed, second_fed]), all_fed
     )
     self.assertFalse(np.array_equal(first_fed, second_fed))
 
 
 class FitTest(absltest.TestCase):
-
   def test_reports_each_step_before_what_follows_it(self):
     run = testing.run(
-        "checkpoint.every=2", "evaluate.every=3", "parallel.check_every=4"
+      "checkpoint.every=2", "evaluate.every=3", "parallel.check_every=4"
     )
     done = itertools.count(1)
     calls = []
@@ -214,16 +202,16 @@ class FitTest(absltest.TestCase):
 
     with mock.patch.object(train, "make_step", lambda *_: fake_step):
       train.fit(
-          mock.Mock(step=0),
-          run,
-          itertools.count(1),
-          5,
-          hooks=train.Hooks(
-              lambda step, metrics: calls.append(("report", step, metrics)),
-              check=lambda _: calls.append("check"),
-              evaluate=lambda _: calls.append("evaluate"),
-              save=lambda _: calls.append("save"),
-          ),
+        mock.Mock(step=0),
+        run,
+        itertools.count(1),
+        5,
+        hooks=train.Hooks(
+          lambda step, metrics: calls.append(("report", step, metrics)),
+          check=lambda _: calls.append("check"),
+          evaluate=lambda _: calls.append("evaluate"),
+          save=lambda _: calls.append("save"),
+        ),
       )
     reports = [call[1:] for call in calls if call[0] == "report"]
     self.assertEqual(reports, [(i, i) for i in range(1, 6)])

@@ -10,11 +10,8 @@ it: what happens in between is noticed, wherever it happens.
 import os
 import pathlib
 import shutil
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Sequence
-from typing import Any
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -22,12 +19,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
-from dsv3_jax import checksum
-from dsv3_jax import config
-from dsv3_jax import param_spec
-from dsv3_jax import train
-from dsv3_jax.checkpoint import manifest
-from dsv3_jax.checkpoint import orbax_io
+from dsv3_jax import checksum, config, param_spec, train
+from dsv3_jax.checkpoint import manifest, orbax_io
 from dsv3_jax.errors import InputError
 
 DamagedError, MissingError = manifest.DamagedError, manifest.MissingError
@@ -57,10 +50,10 @@ class Checkpoints:
     self._saving: int | None = None  # step
     self._finish: Callable[[pathlib.Path], None] = lambda folder: None
     self._saver = ocp.AsyncCheckpointer(
-        ocp.PyTreeCheckpointHandler(),
-        async_options=ocp.options.AsyncOptions(
-            post_finalization_callback=self._finalize
-        ),
+      ocp.PyTreeCheckpointHandler(),
+      async_options=ocp.options.AsyncOptions(
+        post_finalization_callback=self._finalize
+      ),
     )
 
   def folder(self, step: int) -> pathlib.Path:
@@ -106,10 +99,10 @@ class Checkpoints:
     return found
 
   def save(
-      self,
-      state: train.TrainState,
-      facts: dict[str, Any],
-      average: param_spec.Params | None = None,
+    self,
+    state: train.TrainState,
+    facts: dict[str, Any],
+    average: param_spec.Params | None = None,
   ) -> None:
     """Starts saving the state, and the parameters' average, under its step.
 
@@ -129,16 +122,16 @@ class Checkpoints:
 
     def finish(folder):
       arrays = {
-          name: {"type": of, "digest": checksum.text(digests[name])}
-          for name, of in types.items()
+        name: {"type": of, "digest": checksum.text(digests[name])}
+        for name, of in types.items()
       }
       manifest.write(folder, step, arrays, facts)
 
     self._saving, self._finish = step, finish
     self._raising(
-        lambda: self._saver.save(
-            self.folder(step), args=ocp.args.PyTreeSave(orbax_io.named(leaves))
-        )
+      lambda: self._saver.save(
+        self.folder(step), args=ocp.args.PyTreeSave(orbax_io.named(leaves))
+      )
     )
 
   def _finalize(self) -> None:
@@ -185,8 +178,8 @@ class Checkpoints:
         shutil.rmtree(left, ignore_errors=True)
     good = self.steps()
     raise SaveError(
-        f"checkpoint {self.folder(step)} could not be saved: {problem}; the"
-        f" newest good one is {good[-1] if good else 'none'}"
+      f"checkpoint {self.folder(step)} could not be saved: {problem}; the"
+      f" newest good one is {good[-1] if good else 'none'}"
     )
 
   def _remove_old(self) -> None:
@@ -247,15 +240,15 @@ class Checkpoints:
       InputError: it is of another architecture; names what differs.
     """
     template = jax.tree.map(
-        lambda s, to: s.update(sharding=to.sharding),
-        jax.eval_shape(_raw, like),
-        like,
+      lambda s, to: s.update(sharding=to.sharding),
+      jax.eval_shape(_raw, like),
+      like,
     )
     state = self._restore(step, {"state": template})["state"]
     return state.replace(key=jax.random.wrap_key_data(state.key))
 
   def restore_parameters(
-      self, step: int, like: train.TrainState, *, average: bool = False
+    self, step: int, like: train.TrainState, *, average: bool = False
   ) -> tuple[param_spec.Params, jax.Array]:
     """Parameters and router bias of a step; nothing else is read.
 
@@ -286,8 +279,8 @@ class Checkpoints:
     here = {name: orbax_io.type_of(leaf) for name, leaf in names.items()}
     if changes := config.difference(there, here):
       raise InputError(
-          f"{folder} is of another architecture (there -> here):\n"
-          + "\n".join(f"  {line}" for line in changes)
+        f"{folder} is of another architecture (there -> here):\n"
+        + "\n".join(f"  {line}" for line in changes)
       )
     found = self._read(folder, names, saved)
     return jax.tree.unflatten(jax.tree.structure(like), found.values())
@@ -312,15 +305,15 @@ class Checkpoints:
     for name, facts in saved.items():
       dtype, _, shape = facts["type"].rstrip("]").partition("[")
       like = jax.ShapeDtypeStruct(
-          tuple(map(int, filter(None, shape.split(",")))), dtype, sharding=place
+        tuple(map(int, filter(None, shape.split(",")))), dtype, sharding=place
       )
       yield name, self._read(folder, {name: like}, saved)[name]
 
   def _read(
-      self,
-      folder: pathlib.Path,
-      like: dict[str, jax.ShapeDtypeStruct],
-      saved: dict[str, dict[str, Any]],
+    self,
+    folder: pathlib.Path,
+    like: dict[str, jax.ShapeDtypeStruct],
+    saved: dict[str, dict[str, Any]],
   ) -> dict[str, jax.Array]:
     """Arrays by name, with the digests that they were saved with."""
     arrays = {}
@@ -331,18 +324,18 @@ class Checkpoints:
     problem = orbax_io.problem_of(read)
     _agree(problem and f"{folder} cannot be read: {problem}")
     wrong = [
-        name
-        for name, found in _start_digests(arrays).items()
-        if checksum.text(found) != saved[name]["digest"]
+      name
+      for name, found in _start_digests(arrays).items()
+      if checksum.text(found) != saved[name]["digest"]
     ]
     if wrong:
       raise DamagedError(
-          f"{folder} is damaged: not what was saved: {', '.join(wrong)}"
+        f"{folder} is damaged: not what was saved: {', '.join(wrong)}"
       )
     return arrays
 
   def newest(
-      self, load: Callable[[int], T], *, set_aside: bool
+    self, load: Callable[[int], T], *, set_aside: bool
   ) -> tuple[int, T] | None:
     """What `load` returns of the newest step for which it is not damaged.
 
@@ -371,8 +364,7 @@ class Checkpoints:
           self.set_aside(step, CORRUPT)
     if problems:
       raise MissingError(
-          f"{self.directory}: no checkpoint can be used:\n"
-          + "\n".join(problems)
+        f"{self.directory}: no checkpoint can be used:\n" + "\n".join(problems)
       )
     return None
 
@@ -417,9 +409,9 @@ def _start_digests(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
   found = {}
   for lead in ("state/", "average/"):  # which may be on other devices
     on_devices = {
-        name: jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
-        for name, leaf in leaves.items()
-        if name.startswith(lead)
+      name: jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
+      for name, leaf in leaves.items()
+      if name.startswith(lead)
     }
     found |= _digests(on_devices)
   return found

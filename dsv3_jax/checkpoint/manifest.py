@@ -63,10 +63,10 @@ def _expect(value: Any, kind: type) -> None:
 
 
 def write(
-    folder: pathlib.Path,
-    step: int,
-    arrays: dict[str, dict[str, Any]],
-    facts: dict[str, Any],
+  folder: pathlib.Path,
+  step: int,
+  arrays: dict[str, dict[str, Any]],
+  facts: dict[str, Any],
 ) -> None:
   """Adds the manifest to a folder in which all else has been written."""
   found = Manifest(step, arrays, facts, _files(folder))
@@ -95,21 +95,21 @@ def read(folder: pathlib.Path) -> Manifest:
       raise DamagedError(f"{path}: is not as it was written")
     if version != VERSION:
       raise DamagedError(
-          f"{path}: of version {version}; this program reads {VERSION}"
+        f"{path}: of version {version}; this program reads {VERSION}"
       )
     listed = Manifest(**body)
     there = _files(folder)
   except FileNotFoundError as error:
     raise DamagedError(
-        f"{folder}: has no {NAME}: half written or half copied, or made by"
-        " another program"
+      f"{folder}: has no {NAME}: half written or half copied, or made by"
+      " another program"
     ) from error
   except (
-      OSError,
-      KeyError,
-      TypeError,
-      AttributeError,
-      RecursionError,
+    OSError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
   ) as error:
     raise DamagedError(f"{path}: cannot be read: {error!r}") from error
   except DamagedError:
@@ -119,10 +119,10 @@ def read(folder: pathlib.Path) -> Manifest:
   if folder.name != str(listed.step):
     raise DamagedError(f"{folder}: holds step {listed.step}")
   lines = [
-      f"{folder / name}: {there.get(name, 'no')} bytes,"
-      f" {listed.files.get(name, 'none')} were written"
-      for name in sorted(there.keys() | listed.files.keys())
-      if there.get(name) != listed.files.get(name)
+    f"{folder / name}: {there.get(name, 'no')} bytes,"
+    f" {listed.files.get(name, 'none')} were written"
+    for name in sorted(there.keys() | listed.files.keys())
+    if there.get(name) != listed.files.get(name)
   ]
   if lines:
     raise DamagedError("\n".join(lines))

@@ -6,8 +6,7 @@ import pathlib
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -26,7 +25,7 @@ def type_of(a: Any) -> str:
 
 
 def read(
-    folder: pathlib.Path, like: dict[str, jax.ShapeDtypeStruct]
+  folder: pathlib.Path, like: dict[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
   """Some of the arrays of a folder, by name, of the types and places given.
 
@@ -36,12 +35,12 @@ def read(
   item = named(like)
   # Not `Checkpointer`: it would wait for a process in which this fails.
   found = ocp.PyTreeCheckpointHandler().restore(
-      folder,
-      args=ocp.args.PyTreeRestore(
-          item=item,
-          restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-          partial_restore=True,
-      ),
+    folder,
+    args=ocp.args.PyTreeRestore(
+      item=item,
+      restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+      partial_restore=True,
+    ),
   )
   arrays = {name: found[key] for name, key in zip(like, item, strict=True)}
   for name, array in arrays.items():
@@ -78,5 +77,5 @@ def silence() -> None:
   warnings.filterwarnings("ignore", "coroutine .* never awaited")
   logging.getLogger("asyncio").disabled = True
   logging.getLogger("absl").addFilter(
-      lambda record: not (record.exc_info and "orbax" in record.pathname)
+    lambda record: not (record.exc_info and "orbax" in record.pathname)
   )

@@ -4,8 +4,7 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Iterable
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from dsv3_jax.errors import InputError
@@ -15,11 +14,11 @@ LARGEST = 2**53
 
 
 def number(
-    default: Any = dataclasses.MISSING,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
+  default: Any = dataclasses.MISSING,
+  *,
+  low: float | None = None,
+  high: float | None = None,
+  above: float | None = None,
 ) -> Any:
   """A numeric field with low <= value <= high and value > above.
 
@@ -32,7 +31,7 @@ def number(
 def choice(default: str, *others: str) -> Any:
   """A text field that must be one of the values given."""
   return dataclasses.field(
-      default=default, metadata={"choices": (default, *others)}
+    default=default, metadata={"choices": (default, *others)}
   )
 
 

@@ -7,8 +7,7 @@ import math
 from collections.abc import Iterator
 
 from dsv3_jax.config import fields
-from dsv3_jax.config.fields import choice
-from dsv3_jax.config.fields import number
+from dsv3_jax.config.fields import choice, number
 
 
 @fields.checked
@@ -45,8 +44,8 @@ class MLA:
   def relations(self) -> Iterator[str]:
     if self.rope_dim % 2:
       yield (
-          f"MLA.rope_dim={self.rope_dim}: must be even, components rotate in"
-          f" pairs; try {self.rope_dim + 1}"
+        f"MLA.rope_dim={self.rope_dim}: must be even, components rotate in"
+        f" pairs; try {self.rope_dim + 1}"
       )
 
   @property
@@ -80,20 +79,20 @@ class Router:
     if experts % groups:
       fits = [g for g in range(1, experts + 1) if experts % g == 0]
       yield (
-          f"Router.n_groups={groups}: must divide n_experts={experts}; "
-          f"{', '.join(map(str, fits))} do"
+        f"Router.n_groups={groups}: must divide n_experts={experts}; "
+        f"{', '.join(map(str, fits))} do"
       )
     elif self.top_groups > groups:
       yield (
-          f"Router.top_groups={self.top_groups}: must be at most"
-          f" n_groups={groups}"
+        f"Router.top_groups={self.top_groups}: must be at most"
+        f" n_groups={groups}"
       )
     elif self.top_k > self.top_groups * (experts // groups):
       yield (
-          f"Router.top_k={self.top_k}: must be at most"
-          f" {self.top_groups * (experts // groups)}, the experts in"
-          f" top_groups={self.top_groups} of n_groups={groups} groups of"
-          f" n_experts={experts}"
+        f"Router.top_k={self.top_k}: must be at most"
+        f" {self.top_groups * (experts // groups)}, the experts in"
+        f" top_groups={self.top_groups} of n_groups={groups} groups of"
+        f" n_experts={experts}"
       )
 
 
@@ -134,8 +133,8 @@ class Model:
   def relations(self) -> Iterator[str]:
     if self.n_dense_layers > self.n_layers:
       yield (
-          f"Model.n_dense_layers={self.n_dense_layers}: must be at most"
-          f" n_layers={self.n_layers}"
+        f"Model.n_dense_layers={self.n_dense_layers}: must be at most"
+        f" n_layers={self.n_layers}"
       )
 
   @property

@@ -49,7 +49,7 @@ def _parse(text: str, kind: type) -> Any:
 
 
 def _assignments(
-    known: dict[str, Any], texts: Sequence[str]
+  known: dict[str, Any], texts: Sequence[str]
 ) -> tuple[dict[str, Any], list[str]]:
   """Parses `path=value` texts to ({path: value}, problems)."""
   values, problems = {}, []
@@ -73,7 +73,7 @@ def _assignments(
 
 
 def _rebuild(
-    cfg: Any, values: dict[str, Any], prefix: str, problems: list[str]
+  cfg: Any, values: dict[str, Any], prefix: str, problems: list[str]
 ) -> Any:
   """The config with values replaced, or None where a part is not valid."""
   changes = {}
@@ -112,7 +112,7 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
   """One line for each setting that differs between two `leaves` dicts."""
   missing = "(not there)"
   return [
-      f"{path}: {old.get(path, missing)!r} -> {new.get(path, missing)!r}"
-      for path in sorted(old.keys() | new.keys())
-      if old.get(path, missing) != new.get(path, missing)
+    f"{path}: {old.get(path, missing)!r} -> {new.get(path, missing)!r}"
+    for path in sorted(old.keys() | new.keys())
+    if old.get(path, missing) != new.get(path, missing)
   ]

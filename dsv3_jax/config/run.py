@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterator
 
 from dsv3_jax.config import fields
-from dsv3_jax.config.fields import choice
-from dsv3_jax.config.fields import number
+from dsv3_jax.config.fields import choice, number
 from dsv3_jax.config.model import Model
 
 
@@ -42,8 +41,8 @@ class Data:
       good = name and name[0] != "." and "/" not in name and _is_weight(part)
       if names.count(name) > 1 or not good:
         yield (
-            f"Data.domains={self.domains!r}: {part!r} must be name=weight, such"
-            " as prose=2; each name once and in Data.path, the weight above 0"
+          f"Data.domains={self.domains!r}: {part!r} must be name=weight, such"
+          " as prose=2; each name once and in Data.path, the weight above 0"
         )
 
   @property
@@ -97,21 +96,21 @@ class Schedule:
   def relations(self) -> Iterator[str]:
     if not self.constant_until <= self.decay_until <= self.tail_from:
       yield (
-          "Schedule: constant_until, decay_until, tail_from must not fall, got"
-          f" {self.constant_until:g}, {self.decay_until:g}, {self.tail_from:g}"
+        "Schedule: constant_until, decay_until, tail_from must not fall, got"
+        f" {self.constant_until:g}, {self.decay_until:g}, {self.tail_from:g}"
       )
 
 
 # What a layer can keep for its backward pass, see `model/remat.py`:
 ACTIVATIONS = (
-    "norm",  # what RMSNorms return
-    "latents",  # what the down-projections of the attention return
-    "up",  # its queries, keys and values
-    "attention",  # what it mixes, and the log-sum-exp of its scores
-    "residual",  # the stream between attention and feed-forward
-    "routing",  # affinities, and the experts chosen
-    "sent",  # what arrives from other devices for the experts here
-    "hidden",  # gates and ups of a feed-forward
+  "norm",  # what RMSNorms return
+  "latents",  # what the down-projections of the attention return
+  "up",  # its queries, keys and values
+  "attention",  # what it mixes, and the log-sum-exp of its scores
+  "residual",  # the stream between attention and feed-forward
+  "routing",  # affinities, and the experts chosen
+  "sent",  # what arrives from other devices for the experts here
+  "hidden",  # gates and ups of a feed-forward
 )
 
 
@@ -142,28 +141,28 @@ class Train:
   def relations(self) -> Iterator[str]:
     for name in self._named - set(ACTIVATIONS):
       yield (
-          f"Train.kept={self.kept!r}: {name!r} is none of"
-          f" {', '.join(ACTIVATIONS)}{fields.nearest(name, ACTIVATIONS)}"
+        f"Train.kept={self.kept!r}: {name!r} is none of"
+        f" {', '.join(ACTIVATIONS)}{fields.nearest(name, ACTIVATIONS)}"
       )
     if self.batch_size % self.micro_batches:
       yield (
-          f"Train.micro_batches={self.micro_batches}: must divide"
-          f" batch_size={self.batch_size}"
+        f"Train.micro_batches={self.micro_batches}: must divide"
+        f" batch_size={self.batch_size}"
       )
     elif self.first_batch_size % self.micro_batch_size:
       yield (
-          f"Train.first_batch_size={self.first_batch_size}: must be a multiple"
-          f" of the {self.micro_batch_size} sequences of a micro-batch"
+        f"Train.first_batch_size={self.first_batch_size}: must be a multiple"
+        f" of the {self.micro_batch_size} sequences of a micro-batch"
       )
     if self.spike_skip and not self.spike_factor > 1:
       yield (
-          f"Train.spike_skip={self.spike_skip}: needs a spike_factor above 1,"
-          f" got {self.spike_factor:g}"
+        f"Train.spike_skip={self.spike_skip}: needs a spike_factor above 1,"
+        f" got {self.spike_factor:g}"
       )
     if self.first_batch_size > self.batch_size:
       yield (
-          f"Train.first_batch_size={self.first_batch_size}: must be at most"
-          f" batch_size={self.batch_size}"
+        f"Train.first_batch_size={self.first_batch_size}: must be at most"
+        f" batch_size={self.batch_size}"
       )
 
   @property
@@ -209,7 +208,7 @@ class Parallel:
 
   layout: str = choice("zero1", "fsdp", "replicated")
   dispatch: str = choice(
-      "auto", "gather", "one_hop", "two_hop", "ragged_one_hop", "ragged_two_hop"
+    "auto", "gather", "one_hop", "two_hop", "ragged_one_hop", "ragged_two_hop"
   )
   # An exchange of tokens goes in `many` rounds of a little more rows than
   # balanced routing needs, usually one, or in `one` of the rows there can be;
@@ -269,32 +268,32 @@ class Run:
   def relations(self) -> Iterator[str]:
     if self.model.mtp.depth >= self.data.seq_len:
       yield (
-          f"Data.seq_len={self.data.seq_len}: must be above MTP.depth="
-          f"{self.model.mtp.depth}, or no position has a target that far ahead"
+        f"Data.seq_len={self.data.seq_len}: must be above MTP.depth="
+        f"{self.model.mtp.depth}, or no position has a target that far ahead"
       )
     longest = self.model.mla.yarn.max_len
     if self.data.seq_len > longest:
       yield (
-          f"Data.seq_len={self.data.seq_len}: must be at most {longest:g}, what"
-          " model.mla.yarn extends to: factor * original_len"
+        f"Data.seq_len={self.data.seq_len}: must be at most {longest:g}, what"
+        " model.mla.yarn extends to: factor * original_len"
       )
     if self.evaluate.ema and not self.optim.ema_decay:
       yield "Evaluate.ema=True: needs an average, optim.ema_decay above 0"
     ramp, first = self.schedule.ramp_until, self.train.first_batch_size
     if bool(ramp) != bool(first):
       yield (
-          f"Schedule.ramp_until={ramp:g} and Train.first_batch_size={first}: a"
-          " batch that grows needs both, one that does not neither"
+        f"Schedule.ramp_until={ramp:g} and Train.first_batch_size={first}: a"
+        " batch that grows needs both, one that does not neither"
       )
     if self.train.tokens < self.tokens_per_step:
       yield (
-          f"Train.tokens={self.train.tokens}: must be at least one step of"
-          f" batch_size * seq_len = {self.tokens_per_step} tokens"
+        f"Train.tokens={self.train.tokens}: must be at least one step of"
+        f" batch_size * seq_len = {self.tokens_per_step} tokens"
       )
     elif self.schedule.warmup_steps > self.total_steps:
       yield (
-          f"Schedule.warmup_steps={self.schedule.warmup_steps}: must be at most"
-          f" the {self.total_steps} steps of the token budget"
+        f"Schedule.warmup_steps={self.schedule.warmup_steps}: must be at most"
+        f" the {self.total_steps} steps of the token budget"
       )
 
   @property
@@ -306,9 +305,9 @@ class Run:
   def phases(self) -> tuple[Phase, ...]:
     """Steps by batch size: linear in tokens, a few sizes (section 4.2)."""
     first, full, n = (
-        self.train.first_batch_size,
-        self.train.batch_size,
-        self.train.ramp_sizes if self.train.first_batch_size else 0,
+      self.train.first_batch_size,
+      self.train.batch_size,
+      self.train.ramp_sizes if self.train.first_batch_size else 0,
     )
     micro = self.train.micro_batch_size
     ramp = self.schedule.ramp_until * self.train.tokens / self.data.seq_len

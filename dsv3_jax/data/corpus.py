@@ -14,8 +14,7 @@ import lzma
 import os
 import pathlib
 import zlib
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from absl import logging
 
@@ -26,8 +25,8 @@ NOVELS = pathlib.Path(__file__).parent / "novels"
 WHOLE_DOCUMENTS = 20  # from so many on, documents are held out whole
 _LINE_BREAK_BYTES = 4096  # how far a cut may move to end on a line break
 _ALLOWED = (
-    "allowed: a UTF-8 text file, .gz, .jsonl or .jsonl.gz, a directory of"
-    " them, or nothing for the two novels"
+  "allowed: a UTF-8 text file, .gz, .jsonl or .jsonl.gz, a directory of"
+  " them, or nothing for the two novels"
 )
 
 
@@ -58,7 +57,7 @@ def documents(path: str, on_bad_text: str) -> list[Document]:
   """
   if on_bad_text not in ("error", "replace", "skip"):
     raise InputError(
-        f"data.on_bad_text={on_bad_text!r}: must be error, replace or skip"
+      f"data.on_bad_text={on_bad_text!r}: must be error, replace or skip"
     )
   counts = collections.Counter()
   found = []
@@ -86,7 +85,7 @@ def _files(path: str) -> list[tuple[str, pathlib.Path]]:
     beside = root.parent.iterdir() if os.path.isdir(root.parent) else ()
     hint = fields.nearest(root.name, (file.name for file in beside))
     raise InputError(
-        f"data.path={path!r}: no such file or directory{hint}; {_ALLOWED}"
+      f"data.path={path!r}: no such file or directory{hint}; {_ALLOWED}"
     )
   return sorted((f.relative_to(root).as_posix(), f) for f in _walk(root))
 
@@ -107,7 +106,7 @@ def _unreadable(error: OSError) -> None:
 
 
 def _read(
-    name: str, file: pathlib.Path, policy: str, counts: collections.Counter
+  name: str, file: pathlib.Path, policy: str, counts: collections.Counter
 ) -> Iterator[Document]:
   """The documents of one file."""
   try:
@@ -125,11 +124,11 @@ def _read(
 
 
 def _read_lines(
-    name: str,
-    file: pathlib.Path,
-    raw: bytes,
-    policy: str,
-    counts: collections.Counter,
+  name: str,
+  file: pathlib.Path,
+  raw: bytes,
+  policy: str,
+  counts: collections.Counter,
 ) -> Iterator[Document]:
   """The documents of a .jsonl file; blank lines are none."""
   start = 0
@@ -145,7 +144,7 @@ def _read_lines(
       raise InputError(f"{where}: not JSON: {error}") from error
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
       raise InputError(
-          f'{where}: expected an object {{"text": "..."}}, got {text[:60]!r}'
+        f'{where}: expected an object {{"text": "..."}}, got {text[:60]!r}'
       )
     # JSON may spell what UTF-8 cannot hold; as bytes it meets the same rule.
     inner = record["text"].encode("utf-8", "surrogatepass")
@@ -155,15 +154,15 @@ def _read_lines(
 
 
 def _text(
-    raw: bytes, where: str, start: int, policy: str, counts: collections.Counter
+  raw: bytes, where: str, start: int, policy: str, counts: collections.Counter
 ) -> str | None:
   """Decodes bytes that begin at offset `start`; None: to be left out."""
   bad = _first_bad(raw)
   if bad is not None:
     if policy == "error":
       raise InputError(
-          f"{where}: byte {raw[bad]:#04x} at offset {start + bad} is not UTF-8"
-          " text; data.on_bad_text=replace or =skip goes on without it"
+        f"{where}: byte {raw[bad]:#04x} at offset {start + bad} is not UTF-8"
+        " text; data.on_bad_text=replace or =skip goes on without it"
       )
     if policy == "skip":
       counts["documents of bad text left out"] += 1
@@ -187,7 +186,7 @@ def _first_bad(raw: bytes) -> int | None:
 
 
 def split(
-    documents: Sequence[Document], heldout: float
+  documents: Sequence[Document], heldout: float
 ) -> tuple[list[Document], list[Document]]:
   """Splits documents into those to train on and those held out.
 
@@ -207,16 +206,16 @@ def split(
   if not train or not held:
     n_bytes = len(text_bytes(documents))
     raise InputError(
-        f"data.heldout={heldout}: of {n_bytes} bytes of text in"
-        f" {len(documents)} documents this leaves nothing to"
-        f" {'evaluate' if train else 'train'} on; choose another share or add"
-        " text"
+      f"data.heldout={heldout}: of {n_bytes} bytes of text in"
+      f" {len(documents)} documents this leaves nothing to"
+      f" {'evaluate' if train else 'train'} on; choose another share or add"
+      " text"
     )
   return train, held
 
 
 def _split_whole(
-    documents: Sequence[Document], heldout: float
+  documents: Sequence[Document], heldout: float
 ) -> tuple[list[Document], list[Document]]:
   sizes = [len(document.text.encode()) for document in documents]
   left = heldout * sum(sizes)
@@ -234,7 +233,7 @@ def _split_whole(
 
 
 def _split_end(
-    documents: Sequence[Document], heldout: float
+  documents: Sequence[Document], heldout: float
 ) -> tuple[list[Document], list[Document]]:
   total = len(text_bytes(documents))
   left = total - round(heldout * total)  # bytes to train on
@@ -285,10 +284,10 @@ def compression_bits_per_byte(train: bytes, heldout: bytes) -> dict[str, float]:
   that a model's bits per byte stand against.
   """
   compressors = {
-      "bzip2 -9": lambda raw: bz2.compress(raw, 9),
-      "xz -9e": lambda raw: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
+    "bzip2 -9": lambda raw: bz2.compress(raw, 9),
+    "xz -9e": lambda raw: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
   }
   return {
-      name: 8 * (len(run(train + heldout)) - len(run(train))) / len(heldout)
-      for name, run in compressors.items()
+    name: 8 * (len(run(train + heldout)) - len(run(train))) / len(heldout)
+    for name, run in compressors.items()
   }

@@ -8,20 +8,14 @@ import concurrent.futures
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
 import tokenizers
 
 from dsv3_jax import config
-from dsv3_jax.data import corpus
-from dsv3_jax.data import packing
-from dsv3_jax.data import token_file
-from dsv3_jax.data import tokenizer
+from dsv3_jax.data import corpus, packing, token_file, tokenizer
 from dsv3_jax.errors import InputError
 
 
@@ -37,7 +31,7 @@ def order(rows: packing.Rows, seed: int) -> grain.MapDataset:
 
 
 def mixture(
-    sources: Sequence[packing.Rows], weights: Sequence[float], seed: int
+  sources: Sequence[packing.Rows], weights: Sequence[float], seed: int
 ) -> grain.MapDataset:
   """Rows of several sources, each in an `order`, as often as weights say."""
   if len(sources) == 1:
@@ -47,7 +41,7 @@ def mixture(
 
 
 def batch(
-    ordered: grain.MapDataset, index: Sequence[int]
+  ordered: grain.MapDataset, index: Sequence[int]
 ) -> dict[str, np.ndarray]:
   """Some rows of an order.
 
@@ -63,7 +57,7 @@ def batch(
 
 
 def batches(
-    ordered: grain.MapDataset, indices: Iterable[Sequence[int]]
+  ordered: grain.MapDataset, indices: Iterable[Sequence[int]]
 ) -> Iterator[dict[str, np.ndarray]]:
   """`batch` of each of the indices, one read ahead in a thread."""
   # Not grain's own prefetch: its thread aborts an interpreter that exits.
@@ -78,7 +72,7 @@ def batches(
 
 
 def heldout_windows(
-    tokens: np.ndarray, seq_len: int
+  tokens: np.ndarray, seq_len: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Windows in which each held-out token but the first is a target once.
 
@@ -164,16 +158,16 @@ class Prepared:
     for domain in self.domains:
       lead = f"{domain.name}/" if domain.name else ""
       found |= {
-          f"{lead}train_text": domain.train.corpus_digest,
-          f"{lead}heldout_text": domain.heldout.corpus_digest,
-          f"{lead}train_tokens": domain.train.tokens_digest,
-          f"{lead}heldout_tokens": domain.heldout.tokens_digest,
+        f"{lead}train_text": domain.train.corpus_digest,
+        f"{lead}heldout_text": domain.heldout.corpus_digest,
+        f"{lead}train_tokens": domain.train.tokens_digest,
+        f"{lead}heldout_tokens": domain.heldout.tokens_digest,
       }
     return found
 
 
 def texts(
-    data: config.Data,
+  data: config.Data,
 ) -> dict[str, tuple[list[corpus.Document], list[corpus.Document]]]:
   """Documents to train on and those held out, by domain.
 
@@ -186,21 +180,21 @@ def texts(
   if missing:
     there = sorted(os.listdir(root)) if os.path.isdir(root) else []
     raise InputError(
-        f"data.domains: {', '.join(missing)} not in data.path={data.path!r},"
-        f" which {'has ' + ', '.join(there) if there else 'is no such folder'};"
-        " scripts/prepare_data.py makes such a corpus"
+      f"data.domains: {', '.join(missing)} not in data.path={data.path!r},"
+      f" which {'has ' + ', '.join(there) if there else 'is no such folder'};"
+      " scripts/prepare_data.py makes such a corpus"
     )
   return {
-      name: corpus.split(corpus.documents(path, data.on_bad_text), data.heldout)
-      for name, path in (paths or {"": data.path}).items()
+    name: corpus.split(corpus.documents(path, data.on_bad_text), data.heldout)
+    for name, path in (paths or {"": data.path}).items()
   }
 
 
 def prepare(
-    data: config.Data,
-    vocab_size: int,
-    directory: pathlib.Path,
-    learned: pathlib.Path | None = None,
+  data: config.Data,
+  vocab_size: int,
+  directory: pathlib.Path,
+  learned: pathlib.Path | None = None,
 ) -> Prepared:
   """Reads the corpus, and makes or reuses its tokenizer and token files.
 
@@ -224,29 +218,29 @@ def prepare(
     folder = directory / name
     folder.mkdir(exist_ok=True, parents=True)
     train_file = token_file.pack(
-        train, folder / "train.bin", tok, vocab_size, **rates
+      train, folder / "train.bin", tok, vocab_size, **rates
     )
     rows = packing.Rows(train_file, data.seq_len)
     file = token_file.pack(heldout, folder / "heldout.bin", tok, vocab_size)
     domains.append(
-        Domain(
-            name,
-            data.weights.get(name, 1.0),
-            train_file,
-            rows,
-            file,
-            np.asarray(file.open(), np.int32),
-        )
+      Domain(
+        name,
+        data.weights.get(name, 1.0),
+        train_file,
+        rows,
+        file,
+        np.asarray(file.open(), np.int32),
+      )
     )
   return Prepared(tok, tuple(domains))
 
 
 def _tokenizer(
-    data: config.Data,
-    parts: Mapping[str, tuple[list[corpus.Document], list[corpus.Document]]],
-    vocab_size: int,
-    directory: pathlib.Path,
-    learned: pathlib.Path | None,
+  data: config.Data,
+  parts: Mapping[str, tuple[list[corpus.Document], list[corpus.Document]]],
+  vocab_size: int,
+  directory: pathlib.Path,
+  learned: pathlib.Path | None,
 ) -> tokenizers.Tokenizer:
   """The released one, that of the directory, or one learned on text."""
   path = directory / "tokenizer.json"

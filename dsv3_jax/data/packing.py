@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from dsv3_jax.data import token_file
-from dsv3_jax.data import tokenizer
+from dsv3_jax.data import token_file, tokenizer
 from dsv3_jax.errors import InputError
 
 
 def pieces(
-    starts: np.ndarray, lengths: np.ndarray, size: int
+  starts: np.ndarray, lengths: np.ndarray, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Documents cut to `size` tokens at most: first tokens and lengths."""
   step = max(size - 1, 1)
@@ -64,9 +63,9 @@ class Rows:
   def __init__(self, file: token_file.TokenFile, seq_len: int):
     if file.n_tokens <= seq_len:
       raise InputError(
-          f"data.seq_len={seq_len}: must be at most {file.n_tokens - 1}, as"
-          f" {file.path} has {file.n_tokens} tokens and a row is seq_len + 1;"
-          " lower it or add text"
+        f"data.seq_len={seq_len}: must be at most {file.n_tokens - 1}, as"
+        f" {file.path} has {file.n_tokens} tokens and a row is seq_len + 1;"
+        " lower it or add text"
       )
     self._file, self._seq_len, self._tokens = file, seq_len, None
     # No text can spell BOS: it begins a document and is nowhere else.
@@ -92,10 +91,10 @@ class Rows:
       self._tokens = self._file.open()
     here = slice(self._first[row], self._first[row + 1])
     parts = [
-        self._tokens[start : start + length]
-        for start, length in zip(
-            self._starts[here], self._lengths[here], strict=True
-        )
+      self._tokens[start : start + length]
+      for start, length in zip(
+        self._starts[here], self._lengths[here], strict=True
+      )
     ]
     tokens = np.full(self._seq_len + 1, tokenizer.PAD_ID, np.int32)
     joined = np.concatenate(parts)

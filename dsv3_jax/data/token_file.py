@@ -9,18 +9,14 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tokenizers
 from absl import logging
 
-from dsv3_jax.data import corpus
-from dsv3_jax.data import tokenize
-from dsv3_jax.data import tokenizer
+from dsv3_jax.data import corpus, tokenize, tokenizer
 from dsv3_jax.errors import InputError
 
 
@@ -46,13 +42,13 @@ class TokenFile:
 
 
 def pack(
-    documents: Sequence[corpus.Document],
-    path: pathlib.Path,
-    tok: tokenizers.Tokenizer,
-    vocab_size: int,
-    *,
-    fim_rate: float = 0.0,
-    split_rate: float = 0.0,
+  documents: Sequence[corpus.Document],
+  path: pathlib.Path,
+  tok: tokenizers.Tokenizer,
+  vocab_size: int,
+  *,
+  fim_rate: float = 0.0,
+  split_rate: float = 0.0,
 ) -> TokenFile:
   """Writes the documents' tokens to `path`, or reuses what is there.
 
@@ -66,12 +62,12 @@ def pack(
   """
   rates = {"fim_rate": fim_rate, "split_rate": split_rate}
   inputs = rates | {
-      "corpus_digest": corpus.digest(documents),
-      "tokenizer_digest": tokenizer.digest(tok),
-      "vocab_size": vocab_size,
-      "dtype": "uint16" if vocab_size <= 1 << 16 else "uint32",
-      "n_documents": len(documents),
-      "text_bytes": len(corpus.text_bytes(documents)),
+    "corpus_digest": corpus.digest(documents),
+    "tokenizer_digest": tokenizer.digest(tok),
+    "vocab_size": vocab_size,
+    "dtype": "uint16" if vocab_size <= 1 << 16 else "uint32",
+    "n_documents": len(documents),
+    "text_bytes": len(corpus.text_bytes(documents)),
   }
   known = _manifest(path)
   if known is not None:
@@ -81,7 +77,7 @@ def pack(
       return known
     logging.warning("%s: missing or damaged, packing the text again", path)
   size, digest = _write(
-      path, tokenize.encode(documents, tok, **rates), inputs, vocab_size
+    path, tokenize.encode(documents, tok, **rates), inputs, vocab_size
   )
   result = TokenFile(path=path, **inputs, n_tokens=size, tokens_digest=digest)
   manifest = dataclasses.asdict(result)
@@ -105,23 +101,23 @@ def _manifest(path: pathlib.Path) -> TokenFile | None:
     return TokenFile(path=path, **json.loads(manifest.read_text()))
   except (ValueError, TypeError, RecursionError) as error:
     raise InputError(
-        f"{manifest}: not a manifest of tokens ({error}); remove"
-        f" {path.parent} to prepare the data again"
+      f"{manifest}: not a manifest of tokens ({error}); remove"
+      f" {path.parent} to prepare the data again"
     ) from error
 
 
 def _refuse_changes(
-    path: pathlib.Path, inputs: dict[str, Any], known: TokenFile
+  path: pathlib.Path, inputs: dict[str, Any], known: TokenFile
 ) -> None:
   changes = [
-      f"{key} was {getattr(known, key)}, is {value}"
-      for key, value in inputs.items()
-      if getattr(known, key) != value
+    f"{key} was {getattr(known, key)}, is {value}"
+    for key, value in inputs.items()
+    if getattr(known, key) != value
   ]
   if changes:
     raise InputError(
-        f"{path}: the data changed since this run began"
-        f" ({'; '.join(changes)}); restore it, or start in another workdir"
+      f"{path}: the data changed since this run began"
+      f" ({'; '.join(changes)}); restore it, or start in another workdir"
     )
 
 
@@ -129,8 +125,8 @@ def _refuse_size(path: pathlib.Path, known: TokenFile) -> None:
   n_tokens = path.stat().st_size // np.dtype(known.dtype).itemsize
   if known.n_tokens != n_tokens or not isinstance(known.n_tokens, int):
     raise InputError(
-        f"{manifest_path(path)}: n_tokens is {known.n_tokens!r}, {path} holds"
-        f" {n_tokens}; remove {path.parent} to prepare the data again"
+      f"{manifest_path(path)}: n_tokens is {known.n_tokens!r}, {path} holds"
+      f" {n_tokens}; remove {path.parent} to prepare the data again"
     )
 
 
@@ -147,16 +143,16 @@ def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
   bad = np.flatnonzero((ids < 0) | (ids >= vocab_size))
   if bad.size:
     raise InputError(
-        f"{where}: token id {ids.flat[bad[0]]} at offset {bad[0]}; allowed:"
-        f" 0 to {vocab_size - 1}"
+      f"{where}: token id {ids.flat[bad[0]]} at offset {bad[0]}; allowed:"
+      f" 0 to {vocab_size - 1}"
     )
 
 
 def _write(
-    path: pathlib.Path,
-    encoded: Iterable[tuple[str, np.ndarray]],
-    inputs: dict[str, Any],
-    vocab_size: int,
+  path: pathlib.Path,
+  encoded: Iterable[tuple[str, np.ndarray]],
+  inputs: dict[str, Any],
+  vocab_size: int,
 ) -> tuple[int, str]:
   """Writes ids; returns their number and the sha256 of the bytes."""
   size, digest = 0, hashlib.sha256()

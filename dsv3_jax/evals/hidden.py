@@ -8,12 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from dsv3_jax import config
-from dsv3_jax import param_spec
+from dsv3_jax import config, param_spec
 from dsv3_jax.linear import recipe
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import device_mesh
-from dsv3_jax.parallel import sharding
+from dsv3_jax.parallel import device_mesh, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,43 +32,41 @@ Score = Callable[..., jax.Array]
 def _local(params, bias, tokens, data, *, score, run, layout):
   main = config.override(run.model, "mtp.depth=0")
   params = recipe.compute_params(
-      params, transformer.specs(run.model), run.precision, layout.slices
+    params, transformer.specs(run.model), run.precision, layout.slices
   )
   params = layout.step(params)
   out = transformer.forward(
-      params,
-      bias[: main.n_routers],
-      tokens,
-      main,
-      segment_start=run.data.segment_start,
-      experts=layout.experts,
-      gather=layout.layer,
+    params,
+    bias[: main.n_routers],
+    tokens,
+    main,
+    segment_start=run.data.segment_start,
+    experts=layout.experts,
+    gather=layout.layer,
   )
   found = score(out.hidden, params["head"], *data)
   return found if found.ndim else jax.lax.psum(found, layout.batch_axes)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("score", "per_row", "run", "mesh")
-)
+@functools.partial(jax.jit, static_argnames=("score", "per_row", "run", "mesh"))
 def _scored(params, bias, tokens, data, *, score, per_row, run, mesh):
   layout = sharding.layout(run, mesh.shape, staged=False)
   divided = device_mesh.batch_spec(mesh.shape, 0, device_mesh.ROWS)
   return jax.shard_map(
-      functools.partial(_local, score=score, run=run, layout=layout),
-      mesh=mesh,
-      in_specs=(layout.specs, jax.P(), divided, (divided,) * len(data)),
-      out_specs=divided if per_row else jax.P(),
+    functools.partial(_local, score=score, run=run, layout=layout),
+    mesh=mesh,
+    in_specs=(layout.specs, jax.P(), divided, (divided,) * len(data)),
+    out_specs=divided if per_row else jax.P(),
   )(params, bias, tokens, data)
 
 
 def scores(
-    model: Model,
-    score: Score,
-    per_row: bool,
-    tokens: np.ndarray,
-    *data: np.ndarray,
-    batch_size: int,
+  model: Model,
+  score: Score,
+  per_row: bool,
+  tokens: np.ndarray,
+  *data: np.ndarray,
+  batch_size: int,
 ) -> list[Any]:
   """What a function makes of hidden states, batch by batch.
 
@@ -89,8 +85,8 @@ def scores(
   size = -(-size // n_shards) * n_shards
   padding = -len(tokens) % size
   whole = [
-      np.pad(a, ((0, padding), *((0, 0),) * (a.ndim - 1)))
-      for a in (tokens, *data)
+    np.pad(a, ((0, padding), *((0, 0),) * (a.ndim - 1)))
+    for a in (tokens, *data)
   ]
   found = []
   for i in range(0, len(whole[0]), size):
@@ -98,14 +94,14 @@ def scores(
     here = tuple(a[i : i + size][own] for a in whole)
     here = device_mesh.put_rows(here, size, mesh, axes=device_mesh.ROWS)
     made = _scored(
-        model.params,
-        model.bias,
-        here[0],
-        here[1:],
-        score=score,
-        per_row=per_row,
-        run=model.run,
-        mesh=mesh,
+      model.params,
+      model.bias,
+      here[0],
+      here[1:],
+      score=score,
+      per_row=per_row,
+      run=model.run,
+      mesh=mesh,
     )
     found.append(made)
   return found

@@ -21,23 +21,23 @@ class Likelihood:
   def row(self, suffix: str) -> dict[str, float]:
     """Loss a token, and bits per byte of the text."""
     return {
-        f"heldout_loss{suffix}": self.nats / self.n_targets,
-        f"heldout_bpb{suffix}": self.nats / math.log(2) / self.n_bytes,
+      f"heldout_loss{suffix}": self.nats / self.n_targets,
+      f"heldout_bpb{suffix}": self.nats / math.log(2) / self.n_bytes,
     }
 
 
 def _nll(hidden, head, labels, mask):
   """Sum of -log p over the labels [B, T] that the mask selects."""
   return losses.cross_entropy(
-      hidden.reshape(-1, hidden.shape[-1]),
-      head,
-      labels.reshape(-1),
-      mask.reshape(-1),
+    hidden.reshape(-1, hidden.shape[-1]),
+    head,
+    labels.reshape(-1),
+    mask.reshape(-1),
   )
 
 
 def heldout(
-    model: hidden_lib.Model, rows: np.ndarray, mask: np.ndarray, n_bytes: int
+  model: hidden_lib.Model, rows: np.ndarray, mask: np.ndarray, n_bytes: int
 ) -> Likelihood:
   """Of windows of a text.
 
@@ -48,13 +48,13 @@ def heldout(
     n_bytes: UTF-8 bytes of the text that the scored targets spell.
   """
   sums = hidden_lib.scores(
-      model,
-      _nll,
-      False,
-      rows[:, :-1],
-      rows[:, 1:],
-      mask.astype(np.float32),
-      batch_size=model.run.evaluate.batch_size,
+    model,
+    _nll,
+    False,
+    rows[:, :-1],
+    rows[:, 1:],
+    mask.astype(np.float32),
+    batch_size=model.run.evaluate.batch_size,
   )
   return Likelihood(float(sum(sums)), int(mask.sum()), n_bytes)
 

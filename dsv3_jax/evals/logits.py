@@ -10,23 +10,22 @@ from dsv3_jax.errors import InputError
 from dsv3_jax.evals import hidden
 from dsv3_jax.linear import recipe
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import device_mesh
-from dsv3_jax.parallel import sharding
+from dsv3_jax.parallel import device_mesh, sharding
 
 
 def _local(params, bias, tokens, *, run, layout):
   params = recipe.compute_params(
-      params, transformer.specs(run.model), run.precision, layout.slices
+    params, transformer.specs(run.model), run.precision, layout.slices
   )
   params = layout.step(params)
   out = transformer.forward(
-      params,
-      bias,
-      tokens,
-      run.model,
-      segment_start=run.data.segment_start,
-      experts=layout.experts,
-      gather=layout.layer,
+    params,
+    bias,
+    tokens,
+    run.model,
+    segment_start=run.data.segment_start,
+    experts=layout.experts,
+    gather=layout.layer,
   )
   states = out.hidden, *out.mtp_hidden
   return tuple(transformer.logits(params, state) for state in states)
@@ -37,15 +36,15 @@ def _logits(params, bias, tokens, *, run, mesh):
   layout = sharding.layout(run, mesh.shape, staged=False)
   divided = device_mesh.batch_spec(mesh.shape, 0, device_mesh.ROWS)
   return jax.shard_map(
-      functools.partial(_local, run=run, layout=layout),
-      mesh=mesh,
-      in_specs=(layout.specs, jax.P(), divided),
-      out_specs=(divided,) * (1 + run.model.mtp.depth),
+    functools.partial(_local, run=run, layout=layout),
+    mesh=mesh,
+    in_specs=(layout.specs, jax.P(), divided),
+    out_specs=(divided,) * (1 + run.model.mtp.depth),
   )(params, bias, tokens)
 
 
 def of_rows(
-    model: hidden.Model, tokens: np.ndarray
+  model: hidden.Model, tokens: np.ndarray
 ) -> Iterator[tuple[slice, tuple[np.ndarray, ...]]]:
   """Logits of a few rows at a time, as many as the mesh divides.
 
@@ -61,20 +60,23 @@ def of_rows(
   Raises:
     InputError: tokens that the model does not have, or too few.
   """
-  cfg, size = model.run.model, device_mesh.extent(model.mesh.shape, device_mesh.ROWS)
+  cfg, size = (
+    model.run.model,
+    device_mesh.extent(model.mesh.shape, device_mesh.ROWS),
+  )
   if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
     raise InputError(
-        f"tokens: {tokens.dtype} {tokens.shape}, must be integers [B, T]"
+      f"tokens: {tokens.dtype} {tokens.shape}, must be integers [B, T]"
     )
   if tokens.shape[1] <= cfg.mtp.depth:
     raise InputError(
-        f"tokens: {tokens.shape[1]} in a row, must be above the MTP depth of"
-        f" {cfg.mtp.depth}"
+      f"tokens: {tokens.shape[1]} in a row, must be above the MTP depth of"
+      f" {cfg.mtp.depth}"
     )
   if tokens.size and not 0 <= tokens.min() <= tokens.max() < cfg.vocab_size:
     raise InputError(
-        f"tokens: {tokens.min()} to {tokens.max()}, must be in"
-        f" [0, {cfg.vocab_size})"
+      f"tokens: {tokens.min()} to {tokens.max()}, must be in"
+      f" [0, {cfg.vocab_size})"
     )
   for first in range(0, len(tokens), size):
     rows = tokens[first : first + size].astype(np.int32)
@@ -82,6 +84,6 @@ def of_rows(
     rows = np.pad(rows, ((0, size - n), (0, 0)))
     rows = device_mesh.put_rows(rows, size, model.mesh, axes=device_mesh.ROWS)
     found = _logits(
-        model.params, model.bias, rows, run=model.run, mesh=model.mesh
+      model.params, model.bias, rows, run=model.run, mesh=model.mesh
     )
     yield slice(first, first + n), tuple(np.asarray(a)[:n] for a in found)

@@ -9,39 +9,37 @@ for, at some depth, a few of other kinds, and the question at its end.
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from dsv3_jax.data import corpus
-from dsv3_jax.data import tokenizer
+from dsv3_jax.data import corpus, tokenizer
 from dsv3_jax.errors import InputError
 from dsv3_jax.evals import hidden as hidden_lib
 
 SECRETS = {
-    kind: tuple(words.split())
-    for kind, words in {
-        "colour": "amber azure beige black brown cream green grey ivory lilac"
-        " ochre olive pink purple teal white",
-        "metal": "brass bronze chrome cobalt copper gold iron lead mercury"
-        " nickel pewter silver steel tin titanium zinc",
-        "fruit": "apple apricot banana cherry fig grape guava kiwi lemon lime"
-        " mango melon orange papaya peach plum",
-        "bird": "crane crow dove duck eagle falcon finch goose heron owl parrot"
-        " pigeon raven robin stork swan",
-        "tree": "alder ash aspen beech birch cedar cypress elm fir hazel larch"
-        " maple oak pine poplar willow",
-        "river": "Amazon Amur Congo Danube Ebro Elbe Ganges Indus Loire Mekong"
-        " Niger Nile Rhine Seine Thames Volga",
-        "city": "Athens Berlin Cairo Delhi Dublin Geneva Lima Lisbon London"
-        " Madrid Oslo Paris Prague Rome Tokyo Vienna",
-        "animal": "badger bear camel deer donkey fox goat hare horse lion mouse"
-        " otter rabbit sheep tiger wolf",
-    }.items()
+  kind: tuple(words.split())
+  for kind, words in {
+    "colour": "amber azure beige black brown cream green grey ivory lilac"
+    " ochre olive pink purple teal white",
+    "metal": "brass bronze chrome cobalt copper gold iron lead mercury"
+    " nickel pewter silver steel tin titanium zinc",
+    "fruit": "apple apricot banana cherry fig grape guava kiwi lemon lime"
+    " mango melon orange papaya peach plum",
+    "bird": "crane crow dove duck eagle falcon finch goose heron owl parrot"
+    " pigeon raven robin stork swan",
+    "tree": "alder ash aspen beech birch cedar cypress elm fir hazel larch"
+    " maple oak pine poplar willow",
+    "river": "Amazon Amur Congo Danube Ebro Elbe Ganges Indus Loire Mekong"
+    " Niger Nile Rhine Seine Thames Volga",
+    "city": "Athens Berlin Cairo Delhi Dublin Geneva Lima Lisbon London"
+    " Madrid Oslo Paris Prague Rome Tokyo Vienna",
+    "animal": "badger bear camel deer donkey fox goat hare horse lion mouse"
+    " otter rabbit sheep tiger wolf",
+  }.items()
 }
 HAY = 32  # different sentences
 OTHERS = 3  # needles of a prompt that are not asked for
@@ -103,10 +101,10 @@ class Prompt:
 
 
 def prompt(
-    rng: np.random.Generator,
-    length: int,
-    depth: float,
-    size: Callable[[str], int] = size,
+  rng: np.random.Generator,
+  length: int,
+  depth: float,
+  size: Callable[[str], int] = size,
 ) -> Prompt:
   """A prompt of about some length, answer included, never more.
 
@@ -141,11 +139,11 @@ def _all_right(hidden, head, start, answer):
 
 
 def found(
-    model: hidden_lib.Model,
-    tok: tokenizers.Tokenizer,
-    prompts: Sequence[Prompt],
-    length: int,
-    batch_size: int,
+  model: hidden_lib.Model,
+  tok: tokenizers.Tokenizer,
+  prompts: Sequence[Prompt],
+  length: int,
+  batch_size: int,
 ) -> np.ndarray:
   """Whether greedy decoding answers each of the prompts right [R] bool.
 
@@ -161,7 +159,7 @@ def found(
   """
   encode = lambda text: tok.encode(text, add_special_tokens=False).ids
   rows = [
-      ([tokenizer.BOS_ID, *encode(p.text)], encode(p.answer)) for p in prompts
+    ([tokenizer.BOS_ID, *encode(p.text)], encode(p.answer)) for p in prompts
   ]
   longest = max(len(text) + len(answer) for text, answer in rows)
   if longest > length:
@@ -174,18 +172,18 @@ def found(
     tokens[i, : len(text) + len(answer)] = text + answer
     answers[i, : len(answer)] = answer
   right = hidden_lib.scores(
-      model, _all_right, True, tokens, starts, answers, batch_size=batch_size
+    model, _all_right, True, tokens, starts, answers, batch_size=batch_size
   )
   return np.concatenate(jax.device_get(right))[: len(rows)] > 0
 
 
 def grid(
-    model: hidden_lib.Model,
-    tok: tokenizers.Tokenizer,
-    lengths: Sequence[int],
-    depths: Sequence[float],
-    n_prompts: int,
-    tokens_at_once: int,
+  model: hidden_lib.Model,
+  tok: tokenizers.Tokenizer,
+  lengths: Sequence[int],
+  depths: Sequence[float],
+  n_prompts: int,
+  tokens_at_once: int,
 ) -> np.ndarray:
   """Shares of prompts answered right [lengths, depths]."""
 
@@ -196,14 +194,14 @@ def grid(
   shares = []
   for length in lengths:
     prompts = [
-        prompt(
-            np.random.default_rng([length, i, j]),
-            length - SPARE,
-            depth,
-            n_tokens,
-        )
-        for i, depth in enumerate(depths)
-        for j in range(n_prompts)
+      prompt(
+        np.random.default_rng([length, i, j]),
+        length - SPARE,
+        depth,
+        n_tokens,
+      )
+      for i, depth in enumerate(depths)
+      for j in range(n_prompts)
     ]
     rows = max(tokens_at_once // length, 1)
     right = found(model, tok, prompts, length, rows)

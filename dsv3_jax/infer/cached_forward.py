@@ -10,16 +10,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax import config
-from dsv3_jax import param_spec
-from dsv3_jax.infer import inference_params
-from dsv3_jax.infer import kvcache
+from dsv3_jax import config, param_spec
+from dsv3_jax.infer import inference_params, kvcache
 from dsv3_jax.model import experts as experts_lib
-from dsv3_jax.model import layers
-from dsv3_jax.model import mla
-from dsv3_jax.model import moe
-from dsv3_jax.model import mtp
-from dsv3_jax.model import swiglu
+from dsv3_jax.model import layers, mla, moe, mtp, swiglu
 
 FEW = 8  # choices of experts for which sorting does not pay
 
@@ -33,12 +27,12 @@ def local_experts(n_slots: int) -> moe.Experts:
 
 
 def _block(
-    p: param_spec.Params,
-    x: jax.Array,
-    kept: jax.Array,
-    start: jax.Array,
-    cfg: config.Model,
-    how: "How",
+  p: param_spec.Params,
+  x: jax.Array,
+  kept: jax.Array,
+  start: jax.Array,
+  cfg: config.Model,
+  how: "How",
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
   """A layer's output, its cache, and the load [E] of its experts."""
   h = layers.rms_norm(p["mla_norm"], x, cfg.norm_eps)
@@ -66,12 +60,12 @@ ABSORBED = How()
 
 
 def read(
-    params: inference_params.Served,
-    cache: kvcache.Cache,
-    tokens: jax.Array,
-    start: jax.Array,
-    cfg: config.Model,
-    how: How = ABSORBED,
+  params: inference_params.Served,
+  cache: kvcache.Cache,
+  tokens: jax.Array,
+  start: jax.Array,
+  cfg: config.Model,
+  how: How = ABSORBED,
 ) -> tuple[jax.Array, kvcache.Cache, jax.Array]:
   """Reads the next tokens of every slot with the main model.
 
@@ -99,13 +93,13 @@ def read(
 
 
 def read_mtp(
-    params: inference_params.Served,
-    cache: kvcache.Cache,
-    hidden: jax.Array,
-    ahead: jax.Array,
-    start: jax.Array,
-    cfg: config.Model,
-    how: How = ABSORBED,
+  params: inference_params.Served,
+  cache: kvcache.Cache,
+  hidden: jax.Array,
+  ahead: jax.Array,
+  start: jax.Array,
+  cfg: config.Model,
+  how: How = ABSORBED,
 ) -> tuple[jax.Array, jax.Array, kvcache.Cache, jax.Array]:
   """The same with the first MTP module (section 2.2).
 
@@ -118,7 +112,7 @@ def read_mtp(
     States after its own norm, which the head reads, [B, T, D]; the states that
     a further module would read; the cache; load of its experts, [E] int32.
   """
-  kept, = cache["mtp"]
+  (kept,) = cache["mtp"]
 
   def block(p, x, bias):
     del bias  # with the others
@@ -126,12 +120,14 @@ def read_mtp(
     return x, told
 
   out, onward, (kept, load) = mtp.module(
-      params["mtp"][0], None, hidden, params["embed"][ahead], cfg, block
+    params["mtp"][0], None, hidden, params["embed"][ahead], cfg, block
   )
   return out, onward, cache | {"mtp": (kept,)}, load
 
 
-def final(params: inference_params.Served, x: jax.Array, cfg: config.Model) -> jax.Array:
+def final(
+  params: inference_params.Served, x: jax.Array, cfg: config.Model
+) -> jax.Array:
   """The final norm of states [..., D]."""
   return layers.rms_norm(params["norm"], x, cfg.norm_eps)
 
@@ -142,6 +138,6 @@ def logits(params: inference_params.Served, hidden: jax.Array) -> jax.Array:
   # As columns, really turned: the product is much faster so on CPU.
   columns = jax.lax.optimization_barrier(rows.T)
   found = jnp.matmul(
-      params["head"], columns, preferred_element_type=jnp.float32
+    params["head"], columns, preferred_element_type=jnp.float32
   )
   return found.T.reshape(*hidden.shape[:-1], -1)

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax import config
-from dsv3_jax.infer import cached_forward
-from dsv3_jax.infer import kvcache
-from dsv3_jax.infer import sampling
-from dsv3_jax.infer import serving_mesh
-from dsv3_jax.infer import speculation
+from dsv3_jax.infer import (
+  cached_forward,
+  kvcache,
+  sampling,
+  serving_mesh,
+  speculation,
+)
 from dsv3_jax.model import mla
 
 
@@ -37,7 +39,9 @@ Program = Callable[..., tuple[speculation.State, Any, jax.Array]]
 
 
 @functools.cache
-def cycle(cfg: config.Model, unit: serving_mesh.Unit | None, mode: str) -> Program:
+def cycle(
+  cfg: config.Model, unit: serving_mesh.Unit | None, mode: str
+) -> Program:
   """`speculation.cycle` of all slots, on one device or on a unit's.
 
   Returns:
@@ -58,7 +62,9 @@ def grow(state: speculation.State, n: int) -> speculation.State:
 
 
 @functools.cache
-def prefill(cfg: config.Model, unit: serving_mesh.Unit | None, mode: str) -> Program:
+def prefill(
+  cfg: config.Model, unit: serving_mesh.Unit | None, mode: str
+) -> Program:
   """Reads a chunk of prompts.
 
   Returns:
@@ -79,11 +85,13 @@ def _read_chunk(params, state, chunk, cfg, mode, experts):
   """Reads a chunk of one prompt into a slot, and draws what follows it."""
   start, how, (n,), (slot,) = chunk.start, chunk.how, chunk.n, chunk.slot
   row = jax.tree.map(
-      lambda a: jax.lax.dynamic_slice_in_dim(a, slot, 1), state.cache
+    lambda a: jax.lax.dynamic_slice_in_dim(a, slot, 1), state.cache
   )
   valid = jnp.arange(chunk.tokens.shape[1])[None] < n
   read = cached_forward.How(mla.chunk, valid, experts)
-  x, row, load = cached_forward.read(params, row, chunk.tokens, start, cfg, read)
+  x, row, load = cached_forward.read(
+    params, row, chunk.tokens, start, cfg, read
+  )
   last = jax.lax.dynamic_slice_in_dim(x, jnp.maximum(n - 1, 0), 1, axis=1)
   normed = cached_forward.final(params, last, cfg)
   logits = cached_forward.logits(params, normed)
@@ -102,16 +110,16 @@ def _read_chunk(params, state, chunk, cfg, mode, experts):
     # here, is read again with it in the first cycle.
     states = speculation.mtp_input(x, cached_forward.final(params, x, cfg), cfg)
     _, _, row, _ = cached_forward.read_mtp(
-        params, row, states, chunk.ahead, start, cfg, read
+      params, row, states, chunk.ahead, start, cfg, read
     )
     of_last = speculation.mtp_input(last, normed, cfg)
     hidden = put(hidden, jnp.pad(of_last, (*places, (0, 0))))
   state = state.replace(
-      cache=jax.tree.map(put, state.cache, row),
-      tokens=put(state.tokens, jnp.pad(token, places)),
-      n=put(state.n, jnp.ones_like(start)),
-      start=put(state.start, start + n - 1),
-      hidden=hidden,
-      how=jax.tree.map(put, state.how, how),
+    cache=jax.tree.map(put, state.cache, row),
+    tokens=put(state.tokens, jnp.pad(token, places)),
+    n=put(state.n, jnp.ones_like(start)),
+    start=put(state.start, start + n - 1),
+    hidden=hidden,
+    how=jax.tree.map(put, state.how, how),
   )
   return state, (token, speculation.logprobs(logits, token)), load

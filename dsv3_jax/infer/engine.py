@@ -8,9 +8,7 @@ a request gets depends on its prompt, settings and seed alone.
 import collections
 import dataclasses
 import functools
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,16 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax import config
-from dsv3_jax.errors import InputError
-from dsv3_jax.errors import NotFiniteError
-from dsv3_jax.infer import compiled
-from dsv3_jax.infer import eplb
-from dsv3_jax.infer import inference_params
-from dsv3_jax.infer import kvcache
-from dsv3_jax.infer import sampling
-from dsv3_jax.infer import serving_mesh
-from dsv3_jax.infer import speculation
-from dsv3_jax.infer import stats
+from dsv3_jax.errors import InputError, NotFiniteError
+from dsv3_jax.infer import (
+  compiled,
+  eplb,
+  inference_params,
+  kvcache,
+  sampling,
+  serving_mesh,
+  speculation,
+  stats,
+)
 
 STOP, LENGTH = "stop", "length"  # why a text ended
 MANY = 100  # loads on devices that are added up on the host
@@ -70,17 +69,17 @@ class Engine:
   """Writes the texts of requests, `n_slots` at a time."""
 
   def __init__(
-      self,
-      params: inference_params.Served,
-      cfg: config.Model,
-      *,
-      n_slots: int = 8,
-      max_len: int = 4096,
-      chunk: int = 512,
-      n_drafts: int = 0,
-      unit: serving_mesh.Unit | None = None,
-      placed: eplb.Placement | None = None,
-      rebalance_every: int = 0,
+    self,
+    params: inference_params.Served,
+    cfg: config.Model,
+    *,
+    n_slots: int = 8,
+    max_len: int = 4096,
+    chunk: int = 512,
+    n_drafts: int = 0,
+    unit: serving_mesh.Unit | None = None,
+    placed: eplb.Placement | None = None,
+    rebalance_every: int = 0,
   ):
     """An engine with an empty cache.
 
@@ -106,8 +105,8 @@ class Engine:
       problems.append("unit and placed: one needs the other")
     if rebalance_every < 0 or (rebalance_every and not unit):
       problems.append(
-          f"rebalance_every={rebalance_every}: must be at least 0, and 0 where"
-          " no unit has experts to place"
+        f"rebalance_every={rebalance_every}: must be at least 0, and 0 where"
+        " no unit has experts to place"
       )
     if problems:
       raise InputError("\n".join(problems))
@@ -119,8 +118,8 @@ class Engine:
     self._n_shards = unit.n_shards if unit else 1
     # By mode. A look at the configuration for each call would take its time.
     self._cycle, self._prefill = (
-        functools.cache(functools.partial(program, cfg, unit))
-        for program in (compiled.cycle, compiled.prefill)
+      functools.cache(functools.partial(program, cfg, unit))
+      for program in (compiled.cycle, compiled.prefill)
     )
     self._free = list(range(n_slots))[::-1]
     self._active: dict[int, _Active] = {}
@@ -145,13 +144,13 @@ class Engine:
     if request.max_tokens < 1:
       found.append(f"max_tokens={request.max_tokens}: must be at least 1")
     found += sampling.problems(
-        request.temperature, request.top_p, request.top_k, request.seed
+      request.temperature, request.top_p, request.top_k, request.seed
     )
     if (need := self._need(request)) > self.max_len:
       found.append(
-          f"prompt of {ids.size} tokens with max_tokens={request.max_tokens}:"
-          f" needs {need} positions of the cache, which has at most"
-          f" max_len={self.max_len}"
+        f"prompt of {ids.size} tokens with max_tokens={request.max_tokens}:"
+        f" needs {need} positions of the cache, which has at most"
+        f" max_len={self.max_len}"
       )
     return found
 
@@ -170,7 +169,7 @@ class Engine:
   def cancel(self, number: int) -> None:
     """Ends a request early; no further event is of it."""
     self._waiting = collections.deque(
-        pair for pair in self._waiting if pair[0] != number
+      pair for pair in self._waiting if pair[0] != number
     )
     for slot, active in list(self._active.items()):
       if active.number == number:
@@ -265,14 +264,12 @@ class Engine:
     b, k, dtype = self.n_slots, self.n_drafts, self._params["embed"].dtype
     zeros = jnp.zeros((b, k + 1), jnp.int32)
     state = speculation.State(
-        cache=kvcache.empty(
-            kvcache.specs(self.cfg, b, n, dtype, drafting=k > 0)
-        ),
-        tokens=zeros,
-        n=jnp.ones(b, jnp.int32),
-        start=jnp.zeros(b, jnp.int32),
-        hidden=jnp.zeros((b, k + 1, self.cfg.d_model), dtype) if k else None,
-        how=jax.tree.map(jnp.asarray, sampling.joined([(0, 1, 0, 0)] * b)),
+      cache=kvcache.empty(kvcache.specs(self.cfg, b, n, dtype, drafting=k > 0)),
+      tokens=zeros,
+      n=jnp.ones(b, jnp.int32),
+      start=jnp.zeros(b, jnp.int32),
+      hidden=jnp.zeros((b, k + 1, self.cfg.d_model), dtype) if k else None,
+      how=jax.tree.map(jnp.asarray, sampling.joined([(0, 1, 0, 0)] * b)),
     )
     return self._put(state)
 
@@ -303,20 +300,20 @@ class Engine:
     for start in range(0, longest, self.chunk):
       chunk = self._chunk(admitted, start)
       self._state, first, load = program(
-          self._params, self._state, self._put(chunk)
+        self._params, self._state, self._put(chunk)
       )
       self._pending.append(load)
       done = [
-          shard
-          for shard, request in requests.items()
-          if start < len(request.prompt) <= start + self.chunk
+        shard
+        for shard, request in requests.items()
+        if start < len(request.prompt) <= start + self.chunk
       ]
       if done:
         tokens, logprobs = jax.device_get(first)
       for shard in done:
         self.stats.prompt_tokens += len(requests[shard].prompt)
         events += self._written(
-            admitted[shard].slot, tokens[shard], logprobs[shard]
+          admitted[shard].slot, tokens[shard], logprobs[shard]
         )
     return events
 
@@ -324,8 +321,8 @@ class Engine:
     """Tokens of prompts from a position on."""
     n_rows, size = self._n_shards, self.n_slots // self._n_shards
     here = {
-        shard: a.request.prompt[start : start + self.chunk + 1]
-        for shard, a in admitted.items()
+      shard: a.request.prompt[start : start + self.chunk + 1]
+      for shard, a in admitted.items()
     }
     n = np.zeros(n_rows, np.int32)
     for shard, ids in here.items():
@@ -338,12 +335,12 @@ class Engine:
       slot[shard] = active.slot % size
       how[shard] = _how(active.request)
     return compiled.Chunk(
-        tokens=ids[:, :-1],
-        ahead=ids[:, 1:],
-        start=np.full(n_rows, start, np.int32),
-        n=n,
-        slot=slot,
-        how=sampling.joined(how),
+      tokens=ids[:, :-1],
+      ahead=ids[:, 1:],
+      start=np.full(n_rows, start, np.int32),
+      n=n,
+      slot=slot,
+      how=sampling.joined(how),
     )
 
   def _start(self) -> tuple[dict[int, _Active], speculation.Written] | None:
@@ -353,16 +350,16 @@ class Engine:
     """
     running = self._running[0] if self._running else {}
     active = {
-        slot: a
-        for slot, a in self._active.items()
-        if a.written + (running.get(slot) is a) < a.request.max_tokens
+      slot: a
+      for slot, a in self._active.items()
+      if a.written + (running.get(slot) is a) < a.request.max_tokens
     }
     if not active:
       return None
     program = self._cycle(_mode(a.request for a in active.values()))
     in_use = np.isin(np.arange(self.n_slots), list(active))
     self._state, written, load = program(
-        self._params, self._state, self._put(in_use)
+      self._params, self._state, self._put(in_use)
     )
     self._pending.append(load)
     self.stats.cycles += 1
@@ -371,7 +368,7 @@ class Engine:
     return active, written
 
   def _told(
-      self, active: dict[int, _Active], written: speculation.Written
+    self, active: dict[int, _Active], written: speculation.Written
   ) -> list[Event]:
     """What a cycle wrote of the texts that are still wanted."""
     written = jax.device_get(written)
@@ -388,20 +385,20 @@ class Engine:
       self.stats.drafts += self.n_drafts
       self.stats.accepted += int(n) - 1
       events += self._written(
-          slot, written.tokens[slot, :n], written.logprobs[slot, :n]
+        slot, written.tokens[slot, :n], written.logprobs[slot, :n]
       )
     return events
 
   def _written(
-      self, slot: int, tokens: np.ndarray, logprobs: np.ndarray
+    self, slot: int, tokens: np.ndarray, logprobs: np.ndarray
   ) -> list[Event]:
     """Tokens of a slot as events, up to the end of its text."""
     active, events = self._active[slot], []
     for token, logprob in zip(tokens.tolist(), logprobs.tolist(), strict=True):
       if not logprob <= 0:
         raise NotFiniteError(
-            f"request {active.number}: the log-probability of token {token} is"
-            f" {logprob}: the model's parameters are not finite, or too large"
+          f"request {active.number}: the log-probability of token {token} is"
+          f" {logprob}: the model's parameters are not finite, or too large"
         )
       active.written += 1
       ended = ""
@@ -417,7 +414,7 @@ class Engine:
 
 
 def _problems(
-    cfg: config.Model, n_slots: int, max_len: int, chunk: int, n_drafts: int
+  cfg: config.Model, n_slots: int, max_len: int, chunk: int, n_drafts: int
 ) -> list[str]:
   found = []
   for name, value in (("n_slots", n_slots), ("max_len", max_len)):
@@ -426,19 +423,19 @@ def _problems(
   longest = cfg.mla.yarn.max_len
   if max_len > longest:
     found.append(
-        f"max_len={max_len}: must be at most {longest:g}, what mla.yarn"
-        " extends to"
+      f"max_len={max_len}: must be at most {longest:g}, what mla.yarn"
+      " extends to"
     )
   if chunk < kvcache.MIN_LENGTH or chunk & (chunk - 1):
     found.append(
-        f"chunk={chunk}: must be a power of two, at least {kvcache.MIN_LENGTH}"
+      f"chunk={chunk}: must be a power of two, at least {kvcache.MIN_LENGTH}"
     )
   if n_drafts < 0:
     found.append(f"n_drafts={n_drafts}: must be at least 0")
   elif n_drafts and not cfg.mtp.depth:
     found.append(
-        f"n_drafts={n_drafts}: the model has no MTP module to draft with"
-        " (mtp.depth=0)"
+      f"n_drafts={n_drafts}: the model has no MTP module to draft with"
+      " (mtp.depth=0)"
     )
   return found
 

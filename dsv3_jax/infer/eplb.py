@@ -38,8 +38,8 @@ class Placement:
     load = _checked("load", load, 2)
     if load.shape != self.count.shape:
       raise ValueError(
-          f"load has shape {load.shape}: must be {self.count.shape}, the layers"
-          " and experts that were placed"
+        f"load has shape {load.shape}: must be {self.count.shape}, the layers"
+        " and experts that were placed"
       )
     n_layers, n_slots = self.expert.shape
     _must_divide(n_devices=n_devices, n_replicas=n_slots)
@@ -79,7 +79,7 @@ def pack(weights: np.ndarray, n_bins: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def replicate(
-    weights: np.ndarray, n_replicas: int
+  weights: np.ndarray, n_replicas: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Gives each expert one replica, and more to the heaviest.
 
@@ -111,12 +111,12 @@ def replicate(
 
 
 def place(
-    load: np.ndarray,
-    *,
-    n_replicas: int,
-    n_devices: int,
-    n_groups: int = 1,
-    n_nodes: int = 1,
+  load: np.ndarray,
+  *,
+  n_replicas: int,
+  n_devices: int,
+  n_groups: int = 1,
+  n_nodes: int = 1,
 ) -> Placement:
   """Replicates and packs the experts of each layer.
 
@@ -148,8 +148,7 @@ def place(
   if n_groups % n_nodes:
     n_groups = n_nodes = 1
   layers = [
-      _place_layer(row, n_replicas, n_devices, n_groups, n_nodes)
-      for row in load
+    _place_layer(row, n_replicas, n_devices, n_groups, n_nodes) for row in load
   ]
   expert, rank = np.stack(layers, axis=1)
   return _placement(expert, rank, n_experts)
@@ -163,7 +162,7 @@ def identity(n_layers: int, n_experts: int) -> Placement:
   """
   if n_layers < 1 or n_experts < 1:
     raise ValueError(
-        f"n_layers={n_layers}, n_experts={n_experts}: must be at least 1"
+      f"n_layers={n_layers}, n_experts={n_experts}: must be at least 1"
     )
   expert = np.tile(np.arange(n_experts), (n_layers, 1))
   return _placement(expert, np.zeros_like(expert), n_experts)
@@ -179,17 +178,15 @@ def imbalance(loads: np.ndarray) -> np.ndarray:
   """
   loads = _checked("loads", loads, max(1, np.ndim(loads)))
   mean = loads.mean(-1)
-  return np.divide(
-      loads.max(-1), mean, out=np.ones_like(mean), where=mean > 0
-  )
+  return np.divide(loads.max(-1), mean, out=np.ones_like(mean), where=mean > 0)
 
 
 def _place_layer(
-    load: np.ndarray,
-    n_replicas: int,
-    n_devices: int,
-    n_groups: int,
-    n_nodes: int,
+  load: np.ndarray,
+  n_replicas: int,
+  n_devices: int,
+  n_groups: int,
+  n_nodes: int,
 ) -> tuple[np.ndarray, np.ndarray]:
   """What each slot holds, [R], and which replica of it, [R], from load [E]."""
   of_groups = np.arange(load.size).reshape(n_groups, -1)
@@ -210,7 +207,7 @@ def _in_order(chosen: np.ndarray, place: np.ndarray) -> np.ndarray:
 
 
 def _placement(
-    expert: np.ndarray, rank: np.ndarray, n_experts: int
+  expert: np.ndarray, rank: np.ndarray, n_experts: int
 ) -> Placement:
   """From the expert [L, R] of each slot and which replica [L, R] of it."""
   n_layers, n_slots = expert.shape
@@ -227,8 +224,8 @@ def _checked(name: str, values: np.ndarray, n_dims: int) -> np.ndarray:
   values = np.asarray(values, np.float64)
   if values.ndim != n_dims or not values.size:
     raise ValueError(
-        f"{name} has shape {values.shape}: must have {n_dims} dim(s), none of"
-        " them 0"
+      f"{name} has shape {values.shape}: must have {n_dims} dim(s), none of"
+      " them 0"
     )
   bad = values[~(np.isfinite(values) & (values >= 0))]
   if bad.size:
@@ -243,7 +240,7 @@ def _must_divide(**numbers: int) -> None:
     raise ValueError(f"{name}={divisor}: must be at least 1")
   if number % divisor:
     raise ValueError(
-        f"{other}={number}: must be a multiple of {name}={divisor}"
+      f"{other}={number}: must be a multiple of {name}={divisor}"
     )
 
 
@@ -251,5 +248,5 @@ def _must_hold_all(n_replicas: int, n_experts: int) -> None:
   """Raises a ValueError unless there is a replica for every expert."""
   if n_replicas < n_experts:
     raise ValueError(
-        f"n_replicas={n_replicas}: must be at least n_experts={n_experts}"
+      f"n_replicas={n_replicas}: must be at least n_experts={n_experts}"
     )

@@ -1,41 +1,35 @@
 """Text from the folder of a run, or of a released checkpoint.
 
-  writer = text.load("runs/demo")
-  for piece in writer.write("It is a truth", max_tokens=50):
-    print(piece, end="", flush=True)
+writer = text.load("runs/demo")
+for piece in writer.write("It is a truth", max_tokens=50):
+  print(piece, end="", flush=True)
 """
 
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import tokenizers
 
-from dsv3_jax import config
-from dsv3_jax import param_spec
-from dsv3_jax.data import chat
-from dsv3_jax.data import tokenizer
+from dsv3_jax import config, param_spec
+from dsv3_jax.data import chat, tokenizer
 from dsv3_jax.errors import InputError
 from dsv3_jax.infer import engine as engine_lib
-from dsv3_jax.infer import inference_params
-from dsv3_jax.infer import serving_mesh
-from dsv3_jax.interop import hf_config
-from dsv3_jax.interop import hf_read
-from dsv3_jax.interop import load_sharded
-from dsv3_jax.interop import open_run
-from dsv3_jax.interop import tokenizer_files
+from dsv3_jax.infer import inference_params, serving_mesh
+from dsv3_jax.interop import (
+  hf_config,
+  hf_read,
+  load_sharded,
+  open_run,
+  tokenizer_files,
+)
 from dsv3_jax.linear import recipe as recipe_lib
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import device_mesh
-from dsv3_jax.parallel import sharding
+from dsv3_jax.parallel import device_mesh, sharding
 
 MAX_LEN = 4096
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}  # and recipes
@@ -125,13 +119,13 @@ class Writer:
     if "" in ask.stop:
       raise InputError("stop: a stop string must not be empty")
     made = engine_lib.Request(
-        prompt=encode(self.tok, ask.prompt),
-        max_tokens=ask.max_tokens,
-        temperature=ask.temperature,
-        top_p=ask.top_p,
-        top_k=ask.top_k,
-        seed=ask.seed,
-        stop=(tokenizer.EOS_ID,),
+      prompt=encode(self.tok, ask.prompt),
+      max_tokens=ask.max_tokens,
+      temperature=ask.temperature,
+      top_p=ask.top_p,
+      top_k=ask.top_k,
+      seed=ask.seed,
+      stop=(tokenizer.EOS_ID,),
     )
     if problems := self.engine.problems(made):
       raise InputError("\n".join(problems))
@@ -257,7 +251,9 @@ class Found:
     made = _served(params, bias, cfg=cfg, recipe=DTYPES[options.dtype])
     if options.deployment:
       unit = serving_mesh.unit(options.deployment, cfg)
-      made = serving_mesh.place(made, serving_mesh.first_placement(unit, cfg), unit, cfg)
+      made = serving_mesh.place(
+        made, serving_mesh.first_placement(unit, cfg), unit, cfg
+      )
     return Writer(self._engine(made, options), self.tok)
 
   def _cfg(self, options: Options) -> config.Model:
@@ -267,7 +263,7 @@ class Found:
     return config.override(self.model, "mtp.depth=0")
 
   def _engine(
-      self, params: inference_params.Served, options: Options
+    self, params: inference_params.Served, options: Options
   ) -> engine_lib.Engine:
     cfg, max_len, unit = self._cfg(options), options.max_len, None
     if max_len is None:
@@ -275,24 +271,24 @@ class Found:
     if options.deployment:
       unit = serving_mesh.unit(options.deployment, cfg)
     return engine_lib.Engine(
-        params,
-        cfg,
-        n_slots=options.n_slots,
-        max_len=max_len,
-        chunk=options.chunk,
-        n_drafts=options.n_drafts,
-        unit=unit,
-        placed=unit and serving_mesh.first_placement(unit, cfg),
-        rebalance_every=options.rebalance_every,
+      params,
+      cfg,
+      n_slots=options.n_slots,
+      max_len=max_len,
+      chunk=options.chunk,
+      n_drafts=options.n_drafts,
+      unit=unit,
+      placed=unit and serving_mesh.first_placement(unit, cfg),
+      rebalance_every=options.rebalance_every,
     )
 
 
 def find(
-    folder: str | pathlib.Path,
-    *,
-    average: bool = False,
-    ignore_auto_map: bool = False,
-    follow_links: bool = False,
+  folder: str | pathlib.Path,
+  *,
+  average: bool = False,
+  ignore_auto_map: bool = False,
+  follow_links: bool = False,
 ) -> Found:
   """Looks at a folder.
 
@@ -311,7 +307,7 @@ def find(
     if average:
       raise InputError(f"{folder}: a released checkpoint has no average")
     source = hf_read.open_folder(
-        folder, ignore_auto_map=ignore_auto_map, follow_links=follow_links
+      folder, ignore_auto_map=ignore_auto_map, follow_links=follow_links
     )
     path, model = folder / tokenizer_files.TOKENIZER, source.model
     read = functools.partial(_read_released, source)
@@ -325,7 +321,7 @@ def find(
 
 
 def load(
-    folder: str | pathlib.Path, *, average: bool = False, **options: Any
+  folder: str | pathlib.Path, *, average: bool = False, **options: Any
 ) -> Writer:
   """A writer with the model of a folder; options are those of `Options`.
 
@@ -343,7 +339,7 @@ def is_released(folder: pathlib.Path) -> bool:
 
 
 def _read_released(
-    source: hf_read.Released, mesh: jax.sharding.Mesh, drafting: bool
+  source: hf_read.Released, mesh: jax.sharding.Mesh, drafting: bool
 ) -> Parameters:
   source = source if drafting else source.main_only()
   run = hf_config.run(source.facts, source.model)

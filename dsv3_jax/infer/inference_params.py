@@ -11,15 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax import config
-from dsv3_jax import param_spec
-from dsv3_jax.model import mla
-from dsv3_jax.model import transformer
+from dsv3_jax import config, param_spec
+from dsv3_jax.model import mla, transformer
 
 Served = dict[str, Any]
 
 
-def params(params: param_spec.Params, bias: jax.Array, cfg: config.Model) -> Served:
+def params(
+  params: param_spec.Params, bias: jax.Array, cfg: config.Model
+) -> Served:
   """{"embed", "norm", "head" [C, D], "layers", "mtp"}.
 
   The head is turned: products of a few rows with it are several times faster
@@ -32,13 +32,13 @@ def params(params: param_spec.Params, bias: jax.Array, cfg: config.Model) -> Ser
   """
   n_moe = cfg.n_moe_layers
   stacks = (
-      ("dense", cfg.n_dense_layers, None),
-      ("moe", n_moe, bias[:n_moe]),
+    ("dense", cfg.n_dense_layers, None),
+    ("moe", n_moe, bias[:n_moe]),
   )
   layers = [
-      _layer(jax.tree.map(lambda a, i=i: a[i], params[kind]), i, biases, cfg)
-      for kind, n, biases in stacks
-      for i in range(n)
+    _layer(jax.tree.map(lambda a, i=i: a[i], params[kind]), i, biases, cfg)
+    for kind, n, biases in stacks
+    for i in range(n)
   ]
   modules = []
   for i in range(cfg.mtp.depth):
@@ -46,16 +46,16 @@ def params(params: param_spec.Params, bias: jax.Array, cfg: config.Model) -> Ser
     module["block"] = _layer(module["block"], i, bias[n_moe:], cfg)
     modules.append(module)
   return {
-      "embed": params["embed"],
-      "norm": params["norm"],
-      "head": jnp.swapaxes(params["head"], 0, 1),
-      "layers": tuple(layers),
-      "mtp": tuple(modules),
+    "embed": params["embed"],
+    "norm": params["norm"],
+    "head": jnp.swapaxes(params["head"], 0, 1),
+    "layers": tuple(layers),
+    "mtp": tuple(modules),
   }
 
 
 def _layer(
-    p: param_spec.Params, i: int, bias: jax.Array | None, cfg: config.Model
+  p: param_spec.Params, i: int, bias: jax.Array | None, cfg: config.Model
 ) -> param_spec.Params:
   p = p | {"mla": mla.served(p["mla"], cfg.mla)}
   return p if bias is None else p | {"bias": bias[i]}
@@ -71,26 +71,28 @@ def specs(cfg: config.Model) -> param_spec.Specs:
   def layer(stacked, routed):
     p = jax.tree.map(bare, stacked)
     p = p | {"mla": mla.served_specs(p["mla"], cfg.mla)}
-    bias = param_spec.ParamSpec((("scores", router),), jax.nn.initializers.zeros)
+    bias = param_spec.ParamSpec(
+      (("scores", router),), jax.nn.initializers.zeros
+    )
     return p | {"bias": bias} if routed else p
 
   layers = [
-      layer(tree[kind], kind == "moe")
-      for kind, n in (("dense", cfg.n_dense_layers), ("moe", cfg.n_moe_layers))
-      for _ in range(n)
+    layer(tree[kind], kind == "moe")
+    for kind, n in (("dense", cfg.n_dense_layers), ("moe", cfg.n_moe_layers))
+    for _ in range(n)
   ]
   modules = [
-      jax.tree.map(bare, tree["mtp"])
-      | {"block": layer(tree["mtp"]["block"], True)}
-      for _ in range(cfg.mtp.depth)
+    jax.tree.map(bare, tree["mtp"])
+    | {"block": layer(tree["mtp"]["block"], True)}
+    for _ in range(cfg.mtp.depth)
   ]
   head = tree["head"]
   return {
-      "embed": tree["embed"],
-      "norm": tree["norm"],
-      "head": dataclasses.replace(head, dims=head.dims[::-1]),
-      "layers": tuple(layers),
-      "mtp": tuple(modules),
+    "embed": tree["embed"],
+    "norm": tree["norm"],
+    "head": dataclasses.replace(head, dims=head.dims[::-1]),
+    "layers": tuple(layers),
+    "mtp": tuple(modules),
   }
 
 
@@ -106,11 +108,13 @@ def mixtures(tree: Any) -> list[Any]:
 def with_mixtures(tree: Any, new: Sequence[Any]) -> Any:
   """The same tree with others in their place."""
   rest = iter(new)
-  blocks = iter([
+  blocks = iter(
+    [
       block | {"ffn": next(rest)} if "bias" in block else block
       for block in _blocks(tree)
-  ])
+    ]
+  )
   return tree | {
-      "layers": tuple(next(blocks) for _ in tree["layers"]),
-      "mtp": tuple(m | {"block": next(blocks)} for m in tree["mtp"]),
+    "layers": tuple(next(blocks) for _ in tree["layers"]),
+    "mtp": tuple(m | {"block": next(blocks)} for m in tree["mtp"]),
   }

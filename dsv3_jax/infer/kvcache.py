@@ -7,8 +7,7 @@ that all heads share, R + H numbers (arXiv:2412.19437, section 2.1.1).
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax import config
-from dsv3_jax import param_spec
+from dsv3_jax import config, param_spec
 
 MIN_LENGTH = 16  # positions
 
@@ -16,12 +15,12 @@ Cache = dict[str, tuple[jax.Array, ...]]  # of `specs`
 
 
 def specs(
-    cfg: config.Model,
-    n_slots: int,
-    length: int,
-    dtype: jax.typing.DTypeLike,
-    *,
-    drafting: bool = False,
+  cfg: config.Model,
+  n_slots: int,
+  length: int,
+  dtype: jax.typing.DTypeLike,
+  *,
+  drafting: bool = False,
 ) -> param_spec.Specs:
   """Its arrays: {"main": one a layer} and, for MTP drafts, {"mtp": one}.
 
@@ -33,13 +32,13 @@ def specs(
     drafting: with what the MTP module needs that drafts.
   """
   layer = param_spec.ParamSpec(
-      (
-          ("slots", n_slots),
-          ("positions", length),
-          ("latent", cfg.mla.kv_rank + cfg.mla.rope_dim),
-      ),
-      jax.nn.initializers.zeros,
-      jnp.dtype(dtype),
+    (
+      ("slots", n_slots),
+      ("positions", length),
+      ("latent", cfg.mla.kv_rank + cfg.mla.rope_dim),
+    ),
+    jax.nn.initializers.zeros,
+    jnp.dtype(dtype),
   )
   tree = {"main": (layer,) * cfg.n_layers}
   return tree | {"mtp": (layer,)} if drafting else tree

@@ -37,21 +37,19 @@ def joined(rows: Sequence[tuple[float, float, int, int]]) -> Settings:
 
 
 def problems(
-    temperature: float, top_p: float, top_k: int, seed: int
+  temperature: float, top_p: float, top_k: int, seed: int
 ) -> list[str]:
   """What is wrong with settings, a line each."""
   found = []
   if not 0 <= temperature <= LARGEST:
     found.append(
-        f"temperature={temperature}: must be at least 0, and at most"
-        f" {LARGEST:.0e}"
+      f"temperature={temperature}: must be at least 0, and at most"
+      f" {LARGEST:.0e}"
     )
   if not 0 < top_p <= 1:
     found.append(f"top_p={top_p}: must be above 0 and at most 1")
   if not 0 <= top_k < 2**31:
-    found.append(
-        f"top_k={top_k}: must be in [0, 2^31), where 0 is no limit"
-    )
+    found.append(f"top_k={top_k}: must be in [0, 2^31), where 0 is no limit")
   if not 0 <= seed < 2**32:
     found.append(f"seed={seed}: must be in [0, 2^32)")
   return found
@@ -76,9 +74,7 @@ def most_likely(scores: jax.Array) -> jax.Array:
   return jnp.where(scores == top, index, last).min(-1)
 
 
-def probabilities(
-    logits: jax.Array, how: Settings, mode: str
-) -> jax.Array:
+def probabilities(logits: jax.Array, how: Settings, mode: str) -> jax.Array:
   """What tokens are drawn from, [B, T, C] of logits [B, T, C].
 
   Temperature first, then the top_k most likely, then the fewest of those whose
@@ -94,7 +90,7 @@ def probabilities(
   if mode == GREEDY:
     return one
   temperature, top_p, top_k = (
-      a[:, None, None] for a in (how.temperature, how.top_p, how.top_k)
+    a[:, None, None] for a in (how.temperature, how.top_p, how.top_k)
   )
   logits = logits / jnp.where(temperature > 0, temperature, 1)
   if mode == CUT:
@@ -117,7 +113,7 @@ def _keys(seed: jax.Array, position: jax.Array, purpose: int) -> jax.Array:
 
   def key(seed, position):
     return jax.random.fold_in(
-        jax.random.fold_in(jax.random.key(seed), position), purpose
+      jax.random.fold_in(jax.random.key(seed), position), purpose
     )
 
   return jax.vmap(jax.vmap(key, (None, 0)))(seed, position)
@@ -130,11 +126,11 @@ def uniform(seed: jax.Array, position: jax.Array, purpose: int) -> jax.Array:
 
 
 def draw(
-    p: jax.Array,
-    seed: jax.Array,
-    position: jax.Array,
-    purpose: int,
-    mode: str,
+  p: jax.Array,
+  seed: jax.Array,
+  position: jax.Array,
+  purpose: int,
+  mode: str,
 ) -> jax.Array:
   """Tokens [B, T] int32 drawn from probabilities.
 

@@ -11,31 +11,26 @@ are among the routed ones, chosen by every token.
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax import config
-from dsv3_jax import param_spec
+from dsv3_jax import config, param_spec
 from dsv3_jax.errors import InputError
-from dsv3_jax.infer import eplb
-from dsv3_jax.infer import inference_params
+from dsv3_jax.infer import eplb, inference_params
 from dsv3_jax.model import moe
-from dsv3_jax.parallel import device_mesh
-from dsv3_jax.parallel import dispatch
-from dsv3_jax.parallel import sharding
+from dsv3_jax.parallel import device_mesh, dispatch, sharding
 
 GROUP = (*device_mesh.EXPERTS, "model")  # one copy of all experts is over these
 DISPATCH = ("gather", "one_hop", "two_hop")
 
 _COMMON = (
-    ("slots", device_mesh.BATCH),
-    ("experts", GROUP),
-    ("heads", ("model",)),
+  ("slots", device_mesh.BATCH),
+  ("experts", GROUP),
+  ("heads", ("model",)),
 )
 # Dense layers are whole on each device for prefill: they are few.
 PREFILL = sharding.Rules(divided=_COMMON)
@@ -104,14 +99,14 @@ def unit(wanted: Deployment, cfg: config.Model) -> Unit:
     raise InputError(f"kind={wanted.kind}: must be one of {', '.join(RULES)}")
   if wanted.dispatch not in DISPATCH:
     raise InputError(
-        f"dispatch={wanted.dispatch}: must be one of {', '.join(DISPATCH)}"
+      f"dispatch={wanted.dispatch}: must be one of {', '.join(DISPATCH)}"
     )
   made = Unit(
-      mesh=device_mesh.mesh(wanted.mesh),
-      rules=RULES[wanted.kind],
-      n_replicas=0,
-      dispatch=wanted.dispatch,
-      shared_routed=wanted.kind == "decode",
+    mesh=device_mesh.mesh(wanted.mesh),
+    rules=RULES[wanted.kind],
+    n_replicas=0,
+    dispatch=wanted.dispatch,
+    shared_routed=wanted.kind == "decode",
   )
   n, more = made.n_experts(cfg), wanted.n_redundant
   fewest = -n % made.n_devices
@@ -119,35 +114,33 @@ def unit(wanted: Deployment, cfg: config.Model) -> Unit:
     more = fewest
   elif more < 0 or (n + more) % made.n_devices:
     raise InputError(
-        f"n_redundant={more}: with {n} experts on {made.n_devices} devices it"
-        f" must be {fewest} or so many {made.n_devices}s more"
+      f"n_redundant={more}: with {n} experts on {made.n_devices} devices it"
+      f" must be {fewest} or so many {made.n_devices}s more"
     )
   return dataclasses.replace(made, n_replicas=n + more)
 
 
-def problems(
-    unit: Unit, cfg: config.Model, n_slots: int
-) -> list[str]:
+def problems(unit: Unit, cfg: config.Model, n_slots: int) -> list[str]:
   """What does not divide evenly over a unit, a line each."""
   sizes, found = unit.mesh.shape, []
   divided = dict(unit.rules.divided)
   for name, size, axes in (
-      (f"n_slots={n_slots}", n_slots, device_mesh.BATCH),
-      (f"mla.n_heads={cfg.mla.n_heads}", cfg.mla.n_heads, ("model",)),
-      (f"n_replicas={unit.n_replicas}", unit.n_replicas, GROUP),
-      (
-          f"dense_ffn_dim={cfg.dense_ffn_dim}",
-          cfg.dense_ffn_dim,
-          divided.get("ffn", ()),
-      ),
+    (f"n_slots={n_slots}", n_slots, device_mesh.BATCH),
+    (f"mla.n_heads={cfg.mla.n_heads}", cfg.mla.n_heads, ("model",)),
+    (f"n_replicas={unit.n_replicas}", unit.n_replicas, GROUP),
+    (
+      f"dense_ffn_dim={cfg.dense_ffn_dim}",
+      cfg.dense_ffn_dim,
+      divided.get("ffn", ()),
+    ),
   ):
     if size % (n := device_mesh.extent(sizes, axes)):
       over = " x ".join(f"{axis}={sizes[axis]}" for axis in axes)
       found.append(f"{name}: must be a multiple of {n}, the devices {over}")
   if unit.n_replicas < unit.n_experts(cfg):
     found.append(
-        f"n_replicas={unit.n_replicas}: must be at least"
-        f" {unit.n_experts(cfg)}, the experts to be placed"
+      f"n_replicas={unit.n_replicas}: must be at least"
+      f" {unit.n_experts(cfg)}, the experts to be placed"
     )
   return found
 
@@ -160,8 +153,8 @@ def _shared_as_experts(ffn: param_spec.Params, n: int) -> param_spec.Params:
   gate_up, down = ffn["shared"]["gate_up"], ffn["shared"]["down"]
   d, pair, width = gate_up.shape
   return {
-      "gate_up": jnp.moveaxis(gate_up.reshape(d, pair, n, width // n), 2, 0),
-      "down": down.reshape(n, width // n, d),
+    "gate_up": jnp.moveaxis(gate_up.reshape(d, pair, n, width // n), 2, 0),
+    "down": down.reshape(n, width // n, d),
   }
 
 
@@ -171,12 +164,12 @@ def _logical(ffn: param_spec.Params, n_shared: int) -> param_spec.Params:
     return ffn["experts"]
   shared = _shared_as_experts(ffn, n_shared)
   return jax.tree.map(
-      lambda a, b: jnp.concatenate([a, b]), ffn["experts"], shared
+    lambda a, b: jnp.concatenate([a, b]), ffn["experts"], shared
   )
 
 
 def _tables(
-    unit: Unit, placed: eplb.Placement, layer: int
+  unit: Unit, placed: eplb.Placement, layer: int
 ) -> dict[str, jax.Array]:
   """Where the replicas of a layer's experts are; a shape for all placements."""
   replicas, count = placed.replicas[layer], placed.count[layer]
@@ -188,18 +181,18 @@ def _tables(
 
 @functools.partial(jax.jit, static_argnames="to")
 def _taken(
-    experts: param_spec.Params, index: jax.Array, to: jax.sharding.NamedSharding
+  experts: param_spec.Params, index: jax.Array, to: jax.sharding.NamedSharding
 ) -> param_spec.Params:
   """Experts by their index, divided over devices."""
   return jax.tree.map(lambda a: a.at[index].get(out_sharding=to), experts)
 
 
 def _moved(
-    unit: Unit,
-    experts: param_spec.Params,
-    index: np.ndarray,
-    placed: eplb.Placement,
-    layer: int,
+  unit: Unit,
+  experts: param_spec.Params,
+  index: np.ndarray,
+  placed: eplb.Placement,
+  layer: int,
 ) -> param_spec.Params:
   """The experts that a placement wants, and its tables."""
   axes = device_mesh.used(unit.mesh.shape, GROUP)
@@ -209,10 +202,10 @@ def _moved(
 
 
 def place(
-    params: inference_params.Served,
-    placed: eplb.Placement,
-    unit: Unit,
-    cfg: config.Model,
+  params: inference_params.Served,
+  placed: eplb.Placement,
+  unit: Unit,
+  cfg: config.Model,
 ) -> inference_params.Served:
   """The parameters of a unit, every device with its part.
 
@@ -243,7 +236,7 @@ def place(
   rest = jax.tree.map(put, rest, rest_specs)
   ffns = zip(inference_params.mixtures(rest), found, strict=True)
   return inference_params.with_mixtures(
-      rest, [ffn | {"experts": experts} for ffn, experts in ffns]
+    rest, [ffn | {"experts": experts} for ffn, experts in ffns]
   )
 
 
@@ -251,20 +244,20 @@ def _without_placed(tree: Any, unit: Unit, cfg: config.Model) -> Any:
   """A served tree without experts that have their places in a placement."""
   placed = ("experts", "shared") if unit.n_shared(cfg) else ("experts",)
   return inference_params.with_mixtures(
-      tree,
-      [
-          {name: p for name, p in ffn.items() if name not in placed}
-          for ffn in inference_params.mixtures(tree)
-      ],
+    tree,
+    [
+      {name: p for name, p in ffn.items() if name not in placed}
+      for ffn in inference_params.mixtures(tree)
+    ],
   )
 
 
 def move(
-    params: inference_params.Served,
-    old: eplb.Placement,
-    new: eplb.Placement,
-    unit: Unit,
-    cfg: config.Model,
+  params: inference_params.Served,
+  old: eplb.Placement,
+  new: eplb.Placement,
+  unit: Unit,
+  cfg: config.Model,
 ) -> inference_params.Served:
   """The parameters in another placement; experts travel between devices.
 
@@ -283,7 +276,7 @@ def move(
 
 
 def best_placement(
-    load: np.ndarray, unit: Unit, cfg: config.Model
+  load: np.ndarray, unit: Unit, cfg: config.Model
 ) -> eplb.Placement:
   """The placement for a load [n, E] of routed experts.
 
@@ -294,11 +287,11 @@ def best_placement(
   n_shared, n_nodes = unit.n_shared(cfg), unit.mesh.shape["node"]
   load = np.where(load.any(-1, keepdims=True), load, 1)
   return eplb.place(
-      unit.load(load, cfg),
-      n_replicas=unit.n_replicas,
-      n_devices=unit.n_devices,
-      n_groups=1 if n_shared else cfg.router.n_groups,
-      n_nodes=n_nodes,
+    unit.load(load, cfg),
+    n_replicas=unit.n_replicas,
+    n_devices=unit.n_devices,
+    n_groups=1 if n_shared else cfg.router.n_groups,
+    n_nodes=n_nodes,
   )
 
 
@@ -309,16 +302,16 @@ def first_placement(unit: Unit, cfg: config.Model) -> eplb.Placement:
 
 
 def _check(
-    placed: eplb.Placement,
-    unit: Unit,
-    cfg: config.Model,
-    n_layers: int,
+  placed: eplb.Placement,
+  unit: Unit,
+  cfg: config.Model,
+  n_layers: int,
 ) -> None:
   there = *placed.count.shape, placed.expert.shape[1]
   here = n_layers, unit.n_experts(cfg), unit.n_replicas
   if there != here:
     raise InputError(
-        f"a placement of (layers, experts, slots) {there}: must be {here}"
+      f"a placement of (layers, experts, slots) {there}: must be {here}"
     )
 
 
@@ -328,29 +321,27 @@ def _check(
 def experts(unit: Unit, cfg: config.Model) -> moe.Experts:
   """The routed experts of a unit."""
   sizes = unit.mesh.shape
-  inner = dispatch.experts(
-      unit.dispatch, sizes, cfg.router, group=GROUP
-  )
+  inner = dispatch.experts(unit.dispatch, sizes, cfg.router, group=GROUP)
   return moe.Experts(
-      functools.partial(
-          _ffn,
-          inner=inner.ffn,
-          n_shared=unit.n_shared(cfg),
-          axes=device_mesh.used(sizes, (*device_mesh.BATCH, "model")),
-      )
+    functools.partial(
+      _ffn,
+      inner=inner.ffn,
+      n_shared=unit.n_shared(cfg),
+      axes=device_mesh.used(sizes, (*device_mesh.BATCH, "model")),
+    )
   )
 
 
 def _ffn(
-    p: param_spec.Params,
-    x: jax.Array,
-    chosen: jax.Array,
-    gates: jax.Array,
-    n_slots: int | None = None,
-    *,
-    inner: Callable[..., jax.Array],
-    n_shared: int,
-    axes: tuple[str, ...],
+  p: param_spec.Params,
+  x: jax.Array,
+  chosen: jax.Array,
+  gates: jax.Array,
+  n_slots: int | None = None,
+  *,
+  inner: Callable[..., jax.Array],
+  n_shared: int,
+  axes: tuple[str, ...],
 ) -> jax.Array:
   """Sends each token to one replica of each of its experts.
 
@@ -385,7 +376,7 @@ def _group_size(axes: tuple[str, ...]) -> int:
 
 
 def _with_shared(
-    chosen: jax.Array, gates: jax.Array, n_experts: int, n_shared: int
+  chosen: jax.Array, gates: jax.Array, n_experts: int, n_shared: int
 ) -> tuple[jax.Array, jax.Array]:
   """Choices [M, K + n_shared] of placed experts, n_experts: none; gates."""
   n_routed = n_experts - n_shared
@@ -398,7 +389,7 @@ def _with_shared(
 
 
 def _own_part(
-    x: jax.Array, chosen: jax.Array, gates: jax.Array, none: int
+  x: jax.Array, chosen: jax.Array, gates: jax.Array, none: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """This device's share of the rows; what pads them chooses no expert."""
   n, i = jax.lax.axis_size("model"), jax.lax.axis_index("model")
@@ -431,5 +422,5 @@ def mapped(f: Callable[..., Any], unit: Unit | None) -> Callable[..., Any]:
 
   # What comes in is where its types say.
   return jax.shard_map(
-      local, mesh=unit.mesh, out_specs=(unit.batch, unit.batch, jax.P())
+    local, mesh=unit.mesh, out_specs=(unit.batch, unit.batch, jax.P())
   )

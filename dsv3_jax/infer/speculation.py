@@ -23,10 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax import config
-from dsv3_jax.infer import cached_forward
-from dsv3_jax.infer import inference_params
-from dsv3_jax.infer import kvcache
-from dsv3_jax.infer import sampling
+from dsv3_jax.infer import cached_forward, inference_params, kvcache, sampling
 from dsv3_jax.model import moe
 
 
@@ -64,12 +61,12 @@ def _at(a: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _draft(
-    params: inference_params.Served,
-    state: State,
-    active: jax.Array,
-    cfg: config.Model,
-    mode: str,
-    experts: moe.Experts | None,
+  params: inference_params.Served,
+  state: State,
+  active: jax.Array,
+  cfg: config.Model,
+  mode: str,
+  experts: moe.Experts | None,
 ) -> tuple[jax.Array, jax.Array, kvcache.Cache, jax.Array]:
   """Drafts [B, k], what each was drawn from [B, k, C], cache, load [1, E]."""
   n_drafts = state.tokens.shape[1] - 1
@@ -77,7 +74,7 @@ def _draft(
   valid = jnp.arange(n_drafts + 1)[None] < state.n[:, None]
   how = cached_forward.How(valid=valid & active[:, None], experts=experts)
   out, onward, cache, load = read(
-      state.cache, state.hidden, state.tokens, state.start, how=how
+    state.cache, state.hidden, state.tokens, state.start, how=how
   )
   out, onward = _at(out, state.n - 1), _at(onward, state.n - 1)
   position = state.start + state.n  # of the last known token
@@ -86,10 +83,12 @@ def _draft(
   for i in range(n_drafts):
     if i:
       out, onward, cache, more = read(
-          cache, onward, tokens[-1], position + i - 1, how=how
+        cache, onward, tokens[-1], position + i - 1, how=how
       )
       load = load + more
-    q = sampling.probabilities(cached_forward.logits(params, out), state.how, mode)
+    q = sampling.probabilities(
+      cached_forward.logits(params, out), state.how, mode
+    )
     ahead = position[:, None] + i + 1
     purpose = sampling.DRAFT
     tokens.append(sampling.draw(q, state.how.seed, ahead, purpose, mode))
@@ -99,12 +98,12 @@ def _draft(
 
 
 def judge(
-    p: jax.Array,
-    q: jax.Array,
-    drafts: jax.Array,
-    how: sampling.Settings,
-    position: jax.Array,
-    mode: str,
+  p: jax.Array,
+  q: jax.Array,
+  drafts: jax.Array,
+  how: sampling.Settings,
+  position: jax.Array,
+  mode: str,
 ) -> tuple[jax.Array, jax.Array]:
   """Keeps the drafts up to the first that is rejected, and adds one token.
 
@@ -126,8 +125,8 @@ def judge(
   k = drafts.shape[1]
   at = position[:, None] + jnp.arange(k + 1)[None]
   chosen = [
-      jnp.take_along_axis(a, drafts[..., None], axis=-1)[..., 0]
-      for a in (p[:, :k], q)
+    jnp.take_along_axis(a, drafts[..., None], axis=-1)[..., 0]
+    for a in (p[:, :k], q)
   ]
   u = sampling.uniform(how.seed, at[:, :k], sampling.ACCEPT)
   kept = u * chosen[1] < chosen[0]
@@ -136,7 +135,7 @@ def judge(
   # Where p and q differ by rounding alone there may be nothing left.
   more = jnp.where(more.any(-1, keepdims=True), more, p)
   final = sampling.draw(
-      _at(more, n), how.seed, _at(at, n), sampling.FINAL, mode
+    _at(more, n), how.seed, _at(at, n), sampling.FINAL, mode
   )
   tokens = jnp.pad(drafts, ((0, 0), (0, 1)))
   place = jnp.arange(k + 1)[None]
@@ -144,12 +143,12 @@ def judge(
 
 
 def cycle(
-    params: inference_params.Served,
-    state: State,
-    active: jax.Array,
-    cfg: config.Model,
-    mode: str,
-    experts: moe.Experts | None = None,
+  params: inference_params.Served,
+  state: State,
+  active: jax.Array,
+  cfg: config.Model,
+  mode: str,
+  experts: moe.Experts | None = None,
 ) -> tuple[State, Written, jax.Array]:
   """One cycle of all slots.
 
@@ -174,12 +173,12 @@ def cycle(
   tokens = jnp.concatenate([last, drafts], axis=1)
   valid = jnp.broadcast_to(active[:, None], tokens.shape)
   x, cache, load = cached_forward.read(
-      params,
-      cache,
-      tokens,
-      position,
-      cfg,
-      cached_forward.How(valid=valid, experts=experts),
+    params,
+    cache,
+    tokens,
+    position,
+    cfg,
+    cached_forward.How(valid=valid, experts=experts),
   )
   load = jnp.concatenate([load, *loads])
   hidden = cached_forward.final(params, x, cfg)
@@ -193,18 +192,16 @@ def cycle(
     tokens = sampling.draw(p, how.seed, ahead[:, None], purpose, mode)
     n = jnp.ones_like(position)
   state = State(
-      cache=cache,
-      tokens=tokens,
-      n=n,
-      start=position,
-      hidden=mtp_input(x, hidden, cfg) if n_drafts else None,
-      how=how,
+    cache=cache,
+    tokens=tokens,
+    n=n,
+    start=position,
+    hidden=mtp_input(x, hidden, cfg) if n_drafts else None,
+    how=how,
   )
   return state, Written(tokens, n, logprobs(logits, tokens)), load
 
 
-def mtp_input(
-    x: jax.Array, normed: jax.Array, cfg: config.Model
-) -> jax.Array:
+def mtp_input(x: jax.Array, normed: jax.Array, cfg: config.Model) -> jax.Array:
   """The main model's state that the MTP module reads."""
   return normed if cfg.mtp.hidden == "post_norm" else x

@@ -10,48 +10,43 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import gguf
 import numpy as np
 import tokenizers
 
 from dsv3_jax import config
-from dsv3_jax.data import chat
-from dsv3_jax.data import tokenizer
+from dsv3_jax.data import chat, tokenizer
 from dsv3_jax.errors import InputError
-from dsv3_jax.interop import hf_mapping
-from dsv3_jax.interop import hf_read
-from dsv3_jax.interop import hf_write
-from dsv3_jax.interop import resumable
+from dsv3_jax.interop import hf_mapping, hf_read, hf_write, resumable
 
 _ARCHITECTURE = gguf.MODEL_ARCH.DEEPSEEK2
 _T = gguf.MODEL_TENSOR
 # By a parameter's path without the kind of its layer.
 _TENSORS = {
-    "embed": _T.TOKEN_EMBD,
-    "norm": _T.OUTPUT_NORM,
-    "head": _T.OUTPUT,
-    "mla_norm": _T.ATTN_NORM,
-    "mla/q": _T.ATTN_Q,
-    "mla/q_down": _T.ATTN_Q_A,
-    "mla/q_norm": _T.ATTN_Q_A_NORM,
-    "mla/q_up": _T.ATTN_Q_B,
-    "mla/kv_down": _T.ATTN_KV_A_MQA,
-    "mla/kv_norm": _T.ATTN_KV_A_NORM,
-    "mla/out": _T.ATTN_OUT,
-    "ffn_norm": _T.FFN_NORM,
-    "ffn/router": _T.FFN_GATE_INP,
-    "ffn/down": _T.FFN_DOWN,
-    "ffn/shared/down": _T.FFN_DOWN_SHEXP,
-    "ffn/experts/down": _T.FFN_DOWN_EXP,
-    hf_mapping.BIAS: _T.FFN_EXP_PROBS_B,
+  "embed": _T.TOKEN_EMBD,
+  "norm": _T.OUTPUT_NORM,
+  "head": _T.OUTPUT,
+  "mla_norm": _T.ATTN_NORM,
+  "mla/q": _T.ATTN_Q,
+  "mla/q_down": _T.ATTN_Q_A,
+  "mla/q_norm": _T.ATTN_Q_A_NORM,
+  "mla/q_up": _T.ATTN_Q_B,
+  "mla/kv_down": _T.ATTN_KV_A_MQA,
+  "mla/kv_norm": _T.ATTN_KV_A_NORM,
+  "mla/out": _T.ATTN_OUT,
+  "ffn_norm": _T.FFN_NORM,
+  "ffn/router": _T.FFN_GATE_INP,
+  "ffn/down": _T.FFN_DOWN,
+  "ffn/shared/down": _T.FFN_DOWN_SHEXP,
+  "ffn/experts/down": _T.FFN_DOWN_EXP,
+  hf_mapping.BIAS: _T.FFN_EXP_PROBS_B,
 }
 _PAIRS = {
-    "ffn/gate_up": (_T.FFN_GATE, _T.FFN_UP),
-    "ffn/shared/gate_up": (_T.FFN_GATE_SHEXP, _T.FFN_UP_SHEXP),
-    "ffn/experts/gate_up": (_T.FFN_GATE_EXP, _T.FFN_UP_EXP),
+  "ffn/gate_up": (_T.FFN_GATE, _T.FFN_UP),
+  "ffn/shared/gate_up": (_T.FFN_GATE_SHEXP, _T.FFN_UP_SHEXP),
+  "ffn/experts/gate_up": (_T.FFN_GATE_EXP, _T.FFN_UP_EXP),
 }
 _SPLIT = {"mla/kv_up": (_T.ATTN_K_B, _T.ATTN_V_B)}
 # Files must have these in float32, and all that is no matrix.
@@ -75,19 +70,19 @@ def problems(model: config.Model) -> list[str]:
   found = []
   if not model.mla.q_rank and model.n_layers not in (26, 27):
     found.append(
-        f"mla.q_rank=0 with n_layers={model.n_layers}: llama.cpp expects"
-        " compressed queries of all but V2-Lite (27 layers) and Moonlight's"
-        " like; export to --hf instead"
+      f"mla.q_rank=0 with n_layers={model.n_layers}: llama.cpp expects"
+      " compressed queries of all but V2-Lite (27 layers) and Moonlight's"
+      " like; export to --hf instead"
     )
   if model.norm_eps != model.mla.norm_eps:
     found.append(
-        f"norm_eps={model.norm_eps:g}, mla.norm_eps={model.mla.norm_eps:g}:"
-        " llama.cpp takes one number for both"
+      f"norm_eps={model.norm_eps:g}, mla.norm_eps={model.mla.norm_eps:g}:"
+      " llama.cpp takes one number for both"
     )
   if model.router.score == "softmax" and model.router.n_groups > 1:
     found.append(
-        f"router.n_groups={model.router.n_groups} with router.score=softmax:"
-        " llama.cpp ranks groups by their two best experts, V2 by the best"
+      f"router.n_groups={model.router.n_groups} with router.score=softmax:"
+      " llama.cpp ranks groups by their two best experts, V2 by the best"
     )
   if not model.moe.n_shared:
     found.append("moe.n_shared=0: llama.cpp expects shared experts")
@@ -132,7 +127,7 @@ def _tensors(form: hf_write.Form) -> Iterator[_Tensor]:
       kinds = _PAIRS.get(within) or (_TENSORS[within],)
       for i, kind in enumerate(kinds):
         make = lambda s=stack, i=i, lead=lead, d=dtype: _stacked(
-            form, s, i, lead, d
+          form, s, i, lead, d
         )
         yield _Tensor(named(kind), (*lead, *first.shape), dtype, make)
 
@@ -152,8 +147,8 @@ def _stacked(form, stack, i, lead, dtype) -> np.ndarray:
 
 def _head_shapes(mla: config.MLA) -> tuple[tuple[int, ...], ...]:
   return (
-      (mla.n_heads, mla.kv_rank, mla.nope_dim),
-      (mla.n_heads, mla.v_dim, mla.kv_rank),
+    (mla.n_heads, mla.kv_rank, mla.nope_dim),
+    (mla.n_heads, mla.v_dim, mla.kv_rank),
   )
 
 
@@ -166,7 +161,7 @@ def _by_head(form, block, mla) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _describe_model(
-    writer: gguf.GGUFWriter, model: config.Model, max_len: int
+  writer: gguf.GGUFWriter, model: config.Model, max_len: int
 ) -> None:
   mla, router = model.mla, model.router
   writer.add_vocab_size(model.vocab_size)
@@ -210,7 +205,7 @@ def _describe_model(
 
 
 def _describe_tokens(
-    writer: gguf.GGUFWriter, tok: tokenizers.Tokenizer, n_rows: int
+  writer: gguf.GGUFWriter, tok: tokenizers.Tokenizer, n_rows: int
 ) -> None:
   """The tokenizer, with a name for every row of the embedding."""
   facts = json.loads(tok.to_str())
@@ -232,7 +227,7 @@ def _describe_tokens(
   writer.add_token_list([ids.get(i, f"[PAD{i}]") for i in range(n_rows)])
   writer.add_token_types([kind(i) for i in range(n_rows)])
   writer.add_token_merges(
-      [m if isinstance(m, str) else " ".join(m) for m in merges]
+    [m if isinstance(m, str) else " ".join(m) for m in merges]
   )
   writer.add_bos_token_id(tokenizer.BOS_ID)
   writer.add_eos_token_id(tokenizer.EOS_ID)
@@ -248,11 +243,11 @@ def total_bytes(form: hf_write.Form) -> int:
 
 
 def write(
-    form: hf_write.Form,
-    tok: tokenizers.Tokenizer,
-    path: pathlib.Path,
-    max_len: int,
-    advance: Callable[[int], None],
+  form: hf_write.Form,
+  tok: tokenizers.Tokenizer,
+  path: pathlib.Path,
+  max_len: int,
+  advance: Callable[[int], None],
 ) -> None:
   """Writes a file, complete or not at all.
 

@@ -14,42 +14,41 @@ from collections.abc import Iterable
 import jax
 import numpy as np
 
-from dsv3_jax import config
-from dsv3_jax import param_spec
+from dsv3_jax import config, param_spec
 from dsv3_jax.model import transformer
 
 BIAS = "router_bias"  # as the path of a parameter
 SCALES = "_scale_inv"  # a tensor's scales have its name and this; they multiply
 
 _LAYER = {
-    "mla_norm": "input_layernorm",
-    "mla/q": "self_attn.q_proj",
-    "mla/q_down": "self_attn.q_a_proj",
-    "mla/q_norm": "self_attn.q_a_layernorm",
-    "mla/q_up": "self_attn.q_b_proj",
-    "mla/kv_down": "self_attn.kv_a_proj_with_mqa",
-    "mla/kv_norm": "self_attn.kv_a_layernorm",
-    "mla/kv_up": "self_attn.kv_b_proj",
-    "mla/out": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn/router": "mlp.gate",
+  "mla_norm": "input_layernorm",
+  "mla/q": "self_attn.q_proj",
+  "mla/q_down": "self_attn.q_a_proj",
+  "mla/q_norm": "self_attn.q_a_layernorm",
+  "mla/q_up": "self_attn.q_b_proj",
+  "mla/kv_down": "self_attn.kv_a_proj_with_mqa",
+  "mla/kv_norm": "self_attn.kv_a_layernorm",
+  "mla/kv_up": "self_attn.kv_b_proj",
+  "mla/out": "self_attn.o_proj",
+  "ffn_norm": "post_attention_layernorm",
+  "ffn/router": "mlp.gate",
 }
 _FFN = {
-    "ffn": "mlp",
-    "ffn/shared": "mlp.shared_experts",
-    "ffn/experts": "mlp.experts.{expert}",
+  "ffn": "mlp",
+  "ffn/shared": "mlp.shared_experts",
+  "ffn/experts": "mlp.experts.{expert}",
 }
 _PROJECTIONS = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 _MTP = {
-    "embed_norm": "enorm",
-    "hidden_norm": "hnorm",
-    "proj": "eh_proj",
-    "norm": "shared_head.norm",
+  "embed_norm": "enorm",
+  "hidden_norm": "hnorm",
+  "proj": "eh_proj",
+  "norm": "shared_head.norm",
 }
 _WHOLE = {
-    "embed": "model.embed_tokens.weight",
-    "norm": "model.norm.weight",
-    "head": "lm_head.weight",
+  "embed": "model.embed_tokens.weight",
+  "norm": "model.norm.weight",
+  "head": "lm_head.weight",
 }
 # What an MTP layer repeats of the main model.
 _COPIES = {"embed_tokens": "embed", "shared_head.head": "head"}
@@ -112,7 +111,7 @@ def _names(path: str, index: tuple[int, ...], cfg: config.Model) -> list[str]:
 
 
 def _of_parameter(
-    path: str, spec: param_spec.ParamSpec, cfg: config.Model
+  path: str, spec: param_spec.ParamSpec, cfg: config.Model
 ) -> Iterable[Block]:
   n = spec.n_stack
   dims = spec.shape[n:]
@@ -120,13 +119,13 @@ def _of_parameter(
   for index in np.ndindex(spec.shape[:n]):
     whole = not index
     yield Block(
-        path,
-        index,
-        dims[:n_in],
-        dims[n_in:],
-        (_WHOLE[path],) if whole else tuple(_names(path, index, cfg)),
-        -1 if whole else _layer_of(path, index[0], cfg),
-        spec.n_in > 0 and path != "mtp/proj",
+      path,
+      index,
+      dims[:n_in],
+      dims[n_in:],
+      (_WHOLE[path],) if whole else tuple(_names(path, index, cfg)),
+      -1 if whole else _layer_of(path, index[0], cfg),
+      spec.n_in > 0 and path != "mtp/proj",
     )
 
 
@@ -143,9 +142,9 @@ def of_model(cfg: config.Model) -> tuple[Block, ...]:
   """All blocks of a model, in the order of layers."""
   specs = param_spec.paths(transformer.specs(cfg))
   found = [
-      block
-      for path, spec in specs.items()
-      for block in _of_parameter(path, spec, cfg)
+    block
+    for path, spec in specs.items()
+    for block in _of_parameter(path, spec, cfg)
   ]
   found += _of_bias(cfg)
   # An expert's tensors one after the other.
@@ -161,9 +160,9 @@ def count(cfg: config.Model) -> int:
 def copies(cfg: config.Model) -> dict[str, str]:
   """Tensors of MTP layers that repeat one of the main model, and which."""
   return {
-      f"model.layers.{cfg.n_layers + i}.{copy}.weight": _WHOLE[path]
-      for i in range(cfg.mtp.depth)
-      for copy, path in _COPIES.items()
+    f"model.layers.{cfg.n_layers + i}.{copy}.weight": _WHOLE[path]
+    for i in range(cfg.mtp.depth)
+    for copy, path in _COPIES.items()
   }
 
 
@@ -220,10 +219,10 @@ def _numbers(dtype: np.dtype) -> np.ndarray:
 
 
 def dequantized(
-    values: np.ndarray,
-    scales: np.ndarray,
-    row_tiles: np.ndarray,
-    column_tiles: np.ndarray,
+  values: np.ndarray,
+  scales: np.ndarray,
+  row_tiles: np.ndarray,
+  column_tiles: np.ndarray,
 ) -> np.ndarray:
   """values * scales in float32.
 

@@ -9,18 +9,14 @@ import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Iterable
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from dsv3_jax import config
 from dsv3_jax.errors import InputError
-from dsv3_jax.interop import hf_config
-from dsv3_jax.interop import hf_mapping
-from dsv3_jax.interop import resumable
-from dsv3_jax.interop import safetensors
+from dsv3_jax.interop import hf_config, hf_mapping, resumable, safetensors
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -74,7 +70,7 @@ class Released:
     return hashlib.sha256("\n".join(seen).encode()).hexdigest()
 
   def stored(
-      self, block: hf_mapping.Block
+    self, block: hf_mapping.Block
   ) -> tuple[np.ndarray, np.ndarray | None]:
     """A block as the parameter has it, and its scales if it is in FP8.
 
@@ -85,7 +81,9 @@ class Released:
     values = values if block.table else hf_mapping.turned(values)
     return values, self._scales(block)
 
-  def part(self, block: hf_mapping.Block, inner: hf_mapping.Slices) -> np.ndarray:
+  def part(
+    self, block: hf_mapping.Block, inner: hf_mapping.Slices
+  ) -> np.ndarray:
     """Some of a block's numbers; of FP8, what they stand for in float32.
 
     Args:
@@ -113,15 +111,15 @@ class Released:
     return len(block.inputs) + (len(block.names) > 1)
 
   def _joined(
-      self, block: hf_mapping.Block, rows: slice, columns: slice
+    self, block: hf_mapping.Block, rows: slice, columns: slice
   ) -> np.ndarray:
     """Rows of each of a block's tensors, one below the other."""
     tensors = [self.tensors[name] for name in block.names]
     if len(tensors) == 1:
       return safetensors.read(tensors[0], rows, columns)
     n, width = (
-        len(range(size)[s])
-        for size, s in zip(block.shape, (rows, columns), strict=True)
+      len(range(size)[s])
+      for size, s in zip(block.shape, (rows, columns), strict=True)
     )
     out = np.empty((len(tensors), n, width), tensors[0].dtype)
     for one, tensor in zip(out, tensors, strict=True):
@@ -137,10 +135,10 @@ class Released:
 
 
 def open_folder(
-    folder: pathlib.Path,
-    *,
-    ignore_auto_map: bool = False,
-    follow_links: bool = False,
+  folder: pathlib.Path,
+  *,
+  ignore_auto_map: bool = False,
+  follow_links: bool = False,
 ) -> Released:
   """Looks at names, shapes and types of everything in a folder.
 
@@ -158,29 +156,31 @@ def open_folder(
   if problems:
     raise InputError("\n".join(problems))
   notes = [
-      f"{CONFIG}: {key}={facts[key]!r} is not known here and not used"
-      for key in sorted(facts.keys() - hf_config.KNOWN)
+    f"{CONFIG}: {key}={facts[key]!r} is not known here and not used"
+    for key in sorted(facts.keys() - hf_config.KNOWN)
   ]
   if model.mtp.depth and _last_layer(tensors) < model.n_layers:
     notes.append(
-        f"{CONFIG}: num_nextn_predict_layers={model.mtp.depth}, but no tensor"
-        f" begins with model.layers.{model.n_layers}.: read as a model without"
-        " MTP layers"
+      f"{CONFIG}: num_nextn_predict_layers={model.mtp.depth}, but no tensor"
+      f" begins with model.layers.{model.n_layers}.: read as a model without"
+      " MTP layers"
     )
     model = config.override(model, "mtp.depth=0")
   # Before they are all listed.
   if (n := hf_mapping.count(model)) > 2 * len(tensors) + 1000:
     raise InputError(
-        f"{folder}: {CONFIG} describes a model of {n:,} tensors or more, there"
-        f" are {len(tensors):,}"
+      f"{folder}: {CONFIG} describes a model of {n:,} tensors or more, there"
+      f" are {len(tensors):,}"
     )
   if problems := list(_account(tensors, model, tile)):
     raise InputError("\n".join(f"{folder}: {line}" for line in problems))
-  biases = [b.names[0] for b in hf_mapping.of_model(model) if b.path == hf_mapping.BIAS]
+  biases = [
+    b.names[0] for b in hf_mapping.of_model(model) if b.path == hf_mapping.BIAS
+  ]
   if biases and tensors[biases[0]].dtype != F32:
     notes.append(
-        f"{biases[0]} and the others are {tensors[biases[0]].dtype}: whoever"
-        " wrote them has rounded them; DeepSeek's are float32"
+      f"{biases[0]} and the others are {tensors[biases[0]].dtype}: whoever"
+      " wrote them has rounded them; DeepSeek's are float32"
     )
   return Released(folder, facts, model, tensors, tile, tuple(notes))
 
@@ -191,9 +191,9 @@ def _facts(folder: pathlib.Path, ignore_auto_map: bool) -> dict[str, Any]:
   facts = resumable.read_object(folder / CONFIG)
   if "auto_map" in facts and not ignore_auto_map:
     raise InputError(
-        f"{folder / CONFIG}: auto_map names code that comes with the"
-        " checkpoint; it is never run here. If the model is DeepSeek-V3's"
-        " architecture without it, say --ignore_auto_map"
+      f"{folder / CONFIG}: auto_map names code that comes with the"
+      " checkpoint; it is never run here. If the model is DeepSeek-V3's"
+      " architecture without it, say --ignore_auto_map"
     )
   return facts
 
@@ -205,10 +205,10 @@ def _shards(folder: pathlib.Path) -> dict[str, str]:
     if not isinstance(names, dict) or not names:
       raise InputError(f"{folder / INDEX}: has no weight_map")
     bad = [
-        f"{folder / INDEX}: {name}: {file!r} must be a file of this folder,"
-        " *.safetensors"
-        for name, file in names.items()
-        if not _is_shard(file)
+      f"{folder / INDEX}: {name}: {file!r} must be a file of this folder,"
+      " *.safetensors"
+      for name, file in names.items()
+      if not _is_shard(file)
     ]
     if bad:
       raise InputError("\n".join(bad))
@@ -218,23 +218,23 @@ def _shards(folder: pathlib.Path) -> dict[str, str]:
   pickles = [p.name for p in folder.iterdir() if p.suffix in _PICKLES]
   if pickles:
     raise InputError(
-        f"{folder}: offers {', '.join(sorted(pickles))} only: pickles can run"
-        " code and are never read here. Convert them with the software that"
-        " wrote them: model.save_pretrained(FOLDER, safe_serialization=True)"
+      f"{folder}: offers {', '.join(sorted(pickles))} only: pickles can run"
+      " code and are never read here. Convert them with the software that"
+      " wrote them: model.save_pretrained(FOLDER, safe_serialization=True)"
     )
   raise InputError(f"{folder}: has neither {INDEX} nor {SINGLE}")
 
 
 def _is_shard(file: Any) -> bool:
   return (
-      isinstance(file, str)
-      and file.endswith(".safetensors")
-      and not set(file) & set("/\\\0")
+    isinstance(file, str)
+    and file.endswith(".safetensors")
+    and not set(file) & set("/\\\0")
   )
 
 
 def _tensors(
-    folder: pathlib.Path, follow_links: bool
+  folder: pathlib.Path, follow_links: bool
 ) -> tuple[dict[str, safetensors.Tensor], list[str]]:
   """All tensors of all shards by name, and what is wrong with the shards."""
   weight_map = _shards(folder)
@@ -247,8 +247,8 @@ def _tensors(
     path = folder / file
     if path.is_symlink() and not follow_links:
       problems.append(
-          f"{path}: is a link to {path.readlink()}; if you trust what it leads"
-          " to, as in a download cache, say --follow_links"
+        f"{path}: is a link to {path.readlink()}; if you trust what it leads"
+        " to, as in a download cache, say --follow_links"
       )
       continue
     try:
@@ -266,7 +266,7 @@ def _tensors(
   for name, home in weight_map.items():
     if name and home in headers and name not in headers[home]:
       problems.append(
-          f"{folder / home}: {name}: missing, the index has it there"
+        f"{folder / home}: {name}: missing, the index has it there"
       )
   return tensors, problems
 
@@ -278,9 +278,9 @@ def _last_layer(names: Iterable[str]) -> int:
 
 
 def _account(
-    tensors: dict[str, safetensors.Tensor],
-    model: config.Model,
-    tile: tuple[int, int] | None,
+  tensors: dict[str, safetensors.Tensor],
+  model: config.Model,
+  tile: tuple[int, int] | None,
 ) -> Iterator[str]:
   """What is missing, left over, or of another shape or type."""
   left, dtypes = dict(tensors), {}
@@ -296,8 +296,8 @@ def _account(
       allowed = (F32, BF16, E4M3) if fp8 else (F32, BF16)
       if tensor.dtype not in allowed:
         yield (
-            f"{name}: dtype {tensor.dtype}, must be"
-            f" {' or '.join(map(str, allowed))}"
+          f"{name}: dtype {tensor.dtype}, must be"
+          f" {' or '.join(map(str, allowed))}"
         )
       first = dtypes.setdefault(block.path, (name, tensor.dtype))
       if tensor.dtype != first[1]:
@@ -317,9 +317,9 @@ def _account(
 
 
 def _account_scales(
-    name: str,
-    shape: tuple[int, int],
-    left: dict[str, safetensors.Tensor],
+  name: str,
+  shape: tuple[int, int],
+  left: dict[str, safetensors.Tensor],
 ) -> Iterator[str]:
   scales = left.pop(name + hf_mapping.SCALES, None)
   if scales is None:
@@ -329,8 +329,8 @@ def _account_scales(
     yield f"{name + hf_mapping.SCALES}: shape {scales.shape}, must be {shape}"
   if scales.dtype not in _SCALES:
     yield (
-        f"{name + hf_mapping.SCALES}: dtype {scales.dtype}, must be"
-        f" {' or '.join(map(str, _SCALES))}"
+      f"{name + hf_mapping.SCALES}: dtype {scales.dtype}, must be"
+      f" {' or '.join(map(str, _SCALES))}"
     )
 
 

@@ -10,21 +10,15 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from typing import Any
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax import config
 from dsv3_jax.errors import InputError
-from dsv3_jax.interop import hf_mapping
-from dsv3_jax.interop import hf_read
-from dsv3_jax.interop import resumable
-from dsv3_jax.interop import safetensors
+from dsv3_jax.interop import hf_mapping, hf_read, resumable, safetensors
 from dsv3_jax.linear import quantize
 
 JOURNAL = ".export.jsonl"
@@ -41,7 +35,7 @@ class Source(Protocol):
   def dtype(self, block: hf_mapping.Block) -> np.dtype: ...
   def scales_dtype(self, block: hf_mapping.Block) -> np.dtype | None: ...
   def stored(
-      self, block: hf_mapping.Block
+    self, block: hf_mapping.Block
   ) -> tuple[np.ndarray, np.ndarray | None]: ...
   def fingerprint(self) -> str: ...
 
@@ -94,14 +88,19 @@ class Form:
       return hf_read.E4M3, hf_read.F32
     return hf_read.BF16, None
 
-  def tensors(self, block: hf_mapping.Block) -> Iterator[tuple[str, np.ndarray]]:
+  def tensors(
+    self, block: hf_mapping.Block
+  ) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a block, in the order of `shapes`."""
     values, scales = self.source.stored(block)
     if self.kind != "stored" and scales is not None:
       tall, wide = self.source.tile
       rows = np.arange(block.shape[1]) // wide
       columns = hf_mapping.tiles_of(block, slice(None), tall)
-      values, scales = hf_mapping.dequantized(values, scales, rows, columns), None
+      values, scales = (
+        hf_mapping.dequantized(values, scales, rows, columns),
+        None,
+      )
     dtype, scales_dtype = self.dtypes(block)
     if scales_dtype is None:
       values = values.astype(dtype, copy=False)
@@ -151,7 +150,7 @@ def _items(form: Form) -> list[tuple[hf_mapping.Block, safetensors.Shapes]]:
 
 def _n_bytes(shapes: safetensors.Shapes) -> int:
   return sum(
-      math.prod(shape) * dtype.itemsize for dtype, shape in shapes.values()
+    math.prod(shape) * dtype.itemsize for dtype, shape in shapes.values()
   )
 
 
@@ -179,21 +178,21 @@ def described(facts: dict[str, Any], form: Form) -> dict[str, Any]:
     facts.pop(key, None)
   if form.kind == "fp8":
     facts["quantization_config"] = {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "weight_block_size": list(TILE),
+      "quant_method": "fp8",
+      "fmt": "e4m3",
+      "activation_scheme": "dynamic",
+      "weight_block_size": list(TILE),
     }
   dtype = "float32" if form.kind == "float32" else "bfloat16"
   return facts | {"torch_dtype": dtype}
 
 
 def export(
-    form: Form,
-    folder: pathlib.Path,
-    facts: dict[str, Any],
-    advance: Callable[[int], None],
-    beside: Callable[[], Any],
+  form: Form,
+  folder: pathlib.Path,
+  facts: dict[str, Any],
+  advance: Callable[[int], None],
+  beside: Callable[[], Any],
 ) -> None:
   """Writes a checkpoint; an interrupted call's finished shards are kept.
 
@@ -210,7 +209,7 @@ def export(
   """
   if (folder / hf_read.INDEX).exists() or (folder / hf_read.SINGLE).exists():
     raise InputError(
-        f"{folder}: holds a checkpoint already; take another folder"
+      f"{folder}: holds a checkpoint already; take another folder"
     )
   try:
     folder.mkdir(parents=True, exist_ok=True)
@@ -230,8 +229,8 @@ def _write(form, folder, facts, advance, beside):
   items = _items(form)
   shards = _shards(items)
   names = [
-      f"model-{i:05}-of-{len(shards):05}.safetensors"
-      for i in range(1, len(shards) + 1)
+    f"model-{i:05}-of-{len(shards):05}.safetensors"
+    for i in range(1, len(shards) + 1)
   ]
   if not journal.begun:
     if left := sorted(p.name for p in folder.iterdir()):
@@ -255,9 +254,13 @@ def _write(form, folder, facts, advance, beside):
   sums = "".join(f"{journal.done[name]}  {name}\n" for name in names)
   resumable.write_text(folder / hf_read.SUMS, sums)
   beside()
-  resumable.write_text(folder / hf_read.CONFIG, json.dumps(facts, indent=2) + "\n")
+  resumable.write_text(
+    folder / hf_read.CONFIG, json.dumps(facts, indent=2) + "\n"
+  )
   index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-  resumable.write_text(folder / hf_read.INDEX, json.dumps(index, indent=2) + "\n")
+  resumable.write_text(
+    folder / hf_read.INDEX, json.dumps(index, indent=2) + "\n"
+  )
   journal.path.unlink()
 
 
@@ -270,8 +273,10 @@ def _write_shard(form, path, items, shapes, advance) -> str:
     block, wanted = item
     found = dict(form.tensors(block))
     # A copy has another name, and no scales.
-    return found if wanted.keys() <= found.keys() else dict(
-        zip(wanted, found.values(), strict=True)
+    return (
+      found
+      if wanted.keys() <= found.keys()
+      else dict(zip(wanted, found.values(), strict=True))
     )
 
   with path.open("wb") as file:

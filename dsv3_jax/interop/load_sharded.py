@@ -3,16 +3,13 @@
 import concurrent.futures
 import math
 from collections.abc import Iterator
-from typing import Any
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from dsv3_jax import config
-from dsv3_jax import param_spec
-from dsv3_jax.interop import hf_mapping
-from dsv3_jax.interop import resumable
+from dsv3_jax import config, param_spec
+from dsv3_jax.interop import hf_mapping, resumable
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import sharding
 
@@ -24,7 +21,9 @@ class Source(Protocol):
 
   model: config.Model
 
-  def part(self, block: hf_mapping.Block, inner: hf_mapping.Slices) -> np.ndarray:
+  def part(
+    self, block: hf_mapping.Block, inner: hf_mapping.Slices
+  ) -> np.ndarray:
     """Some of a block's numbers, see `hf.Released.part`."""
 
   def cheap_dim(self, block: hf_mapping.Block) -> int | None:
@@ -32,10 +31,10 @@ class Source(Protocol):
 
 
 def load(
-    source: Source,
-    layout: sharding.Layout,
-    mesh: jax.sharding.Mesh,
-    dtype: Any,
+  source: Source,
+  layout: sharding.Layout,
+  mesh: jax.sharding.Mesh,
+  dtype: Any,
 ) -> tuple[param_spec.Params, jax.Array]:
   """Parameters and router bias; a device's slices are all that is read for it.
 
@@ -60,7 +59,7 @@ def load(
         key = str(index)
         if key not in made:
           made[key] = _assembled(
-              source, found[path], shapes[path], index, dtype, pool
+            source, found[path], shapes[path], index, dtype, pool
           )
         return made[key]
 
@@ -70,10 +69,10 @@ def load(
     # Some of them beside each other, or the disk waits for the last piece.
     with concurrent.futures.ThreadPoolExecutor(2) as some:
       params = jax.tree.map_with_path(
-          lambda path, spec: some.submit(
-              placed, param_spec.name(path), spec, dtype
-          ),
-          layout.specs,
+        lambda path, spec: some.submit(
+          placed, param_spec.name(path), spec, dtype
+        ),
+        layout.specs,
       )
     params = jax.tree.map(lambda future: future.result(), params)
     bias = transformer.router_bias(model)
@@ -86,7 +85,7 @@ def load(
 
 
 def _pieces(
-    source: Source, block: hf_mapping.Block, inner: hf_mapping.Slices
+  source: Source, block: hf_mapping.Block, inner: hf_mapping.Slices
 ) -> Iterator[tuple[hf_mapping.Slices, hf_mapping.Slices]]:
   """Pieces of a part of a block: where they are in the block, and in the part.
 
@@ -102,8 +101,8 @@ def _pieces(
   for start in range(0, len(rows), step):
     own = rows[start : start + step]
     yield (
-        (*inner[:dim], slice(own.start, own.stop), *inner[dim + 1 :]),
-        (*whole[:dim], slice(start, start + step), *whole[dim + 1 :]),
+      (*inner[:dim], slice(own.start, own.stop), *inner[dim + 1 :]),
+      (*whole[:dim], slice(start, start + step), *whole[dim + 1 :]),
     )
 
 

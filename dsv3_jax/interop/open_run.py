@@ -7,8 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dsv3_jax import config
-from dsv3_jax import param_spec
+from dsv3_jax import config, param_spec
 from dsv3_jax.checkpoint import manifest
 from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
@@ -31,7 +30,7 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
       raise ValueError
   except OSError as error:
     raise InputError(
-        f"{workdir}: holds no run, {path.name} is missing"
+      f"{workdir}: holds no run, {path.name} is missing"
     ) from error
   except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise InputError(f"{path}: is not the configuration of a run") from error
@@ -46,11 +45,11 @@ def run_of(facts: dict[str, Any]) -> config.Run:
 
 
 def newest(
-    folder: pathlib.Path,
-    run: config.Run,
-    mesh: jax.sharding.Mesh,
-    *,
-    average: bool = False,
+  folder: pathlib.Path,
+  run: config.Run,
+  mesh: jax.sharding.Mesh,
+  *,
+  average: bool = False,
 ) -> tuple[param_spec.Params, jax.Array]:
   """Parameters and router bias, where the run's layout has them.
 
@@ -92,17 +91,19 @@ def newest(
 
 
 def _imported(
-    source: weights.Weights, run: config.Run, mesh: jax.sharding.Mesh
+  source: weights.Weights, run: config.Run, mesh: jax.sharding.Mesh
 ) -> tuple[param_spec.Params, jax.Array]:
   if source.model != run.model:
     changes = config.difference(
-        config.leaves(source.model), config.leaves(run.model)
+      config.leaves(source.model), config.leaves(run.model)
     )
     raise InputError(
-        f"{source.folder}: is of another model (there -> here):\n"
-        + "\n".join(changes)
+      f"{source.folder}: is of another model (there -> here):\n"
+      + "\n".join(changes)
     )
   from dsv3_jax.interop import load_sharded
   from dsv3_jax.parallel import sharding
 
-  return load_sharded.load(source, sharding.layout(run, mesh.shape), mesh, np.float32)
+  return load_sharded.load(
+    source, sharding.layout(run, mesh.shape), mesh, np.float32
+  )

@@ -7,11 +7,8 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
-from typing import Any
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 from dsv3_jax.errors import InputError
 from dsv3_jax.interop import safetensors
@@ -23,7 +20,7 @@ IN_FLIGHT = 1 << 28  # bytes of pieces being worked on, unless one is larger
 
 
 def in_order(
-    work: Callable[[T], R], pieces: Iterable[T], n_bytes: Callable[[T], int]
+  work: Callable[[T], R], pieces: Iterable[T], n_bytes: Callable[[T], int]
 ) -> Iterator[tuple[T, R]]:
   """Pieces and what became of them, several worked on at once.
 
@@ -72,20 +69,20 @@ class Journal:
         self.done |= entry.get("done", {})
       other = self.begun and entries[0]["source"] != source
     except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
+      ValueError,
+      KeyError,
+      TypeError,
+      AttributeError,
+      RecursionError,
     ) as error:
       raise InputError(
-          f"{path}: is not what an earlier try wrote ({error!r}); remove the"
-          " folder"
+        f"{path}: is not what an earlier try wrote ({error!r}); remove the"
+        " folder"
       ) from error
     if other:
       raise InputError(
-          f"{path.parent}: holds part of something else; remove the folder, or"
-          " take another"
+        f"{path.parent}: holds part of something else; remove the folder, or"
+        " take another"
       )
 
   def begin(self) -> None:
@@ -136,8 +133,8 @@ def check_room(folder: pathlib.Path, n_bytes: int) -> None:
   free = shutil.disk_usage(folder).free
   if n_bytes > free:
     raise InputError(
-        f"{folder}: disk full: {n_bytes:,} bytes are to be written, {free:,}"
-        " are free"
+      f"{folder}: disk full: {n_bytes:,} bytes are to be written, {free:,}"
+      " are free"
     )
 
 

@@ -19,22 +19,22 @@ import numpy as np
 from dsv3_jax.errors import InputError
 
 DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U64": np.dtype(np.uint64),
-    "U32": np.dtype(np.uint32),
-    "U16": np.dtype(np.uint16),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
+  "F64": np.dtype(np.float64),
+  "F32": np.dtype(np.float32),
+  "F16": np.dtype(np.float16),
+  "BF16": np.dtype(ml_dtypes.bfloat16),
+  "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+  "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+  "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+  "I64": np.dtype(np.int64),
+  "I32": np.dtype(np.int32),
+  "I16": np.dtype(np.int16),
+  "I8": np.dtype(np.int8),
+  "U64": np.dtype(np.uint64),
+  "U32": np.dtype(np.uint32),
+  "U16": np.dtype(np.uint16),
+  "U8": np.dtype(np.uint8),
+  "BOOL": np.dtype(np.bool_),
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes, as of the format
@@ -78,8 +78,8 @@ def header(path: pathlib.Path) -> dict[str, Tensor]:
   for name, tensor in found.items():
     if tensor.offset != end:
       raise InputError(
-          f"{path}: bad header: {name} begins at byte {tensor.offset - start},"
-          f" what is before it ends at {end - start}"
+        f"{path}: bad header: {name} begins at byte {tensor.offset - start},"
+        f" what is before it ends at {end - start}"
       )
     end += tensor.n_bytes
   if end != size:
@@ -99,8 +99,8 @@ def _head(path: pathlib.Path) -> tuple[bytes, int]:
   except OSError as error:
     raise InputError(f"{path}: cannot be read: {error}") from error
   raise InputError(
-      f"{path}: truncated, or no safetensors file: {size} bytes, the first of"
-      f" which announce a header of {length}"
+    f"{path}: truncated, or no safetensors file: {size} bytes, the first of"
+    f" which announce a header of {length}"
   )
 
 
@@ -113,9 +113,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   return found
 
 
-def _tensor(
-    path: pathlib.Path, start: int, name: str, facts: Any
-) -> Tensor:
+def _tensor(path: pathlib.Path, start: int, name: str, facts: Any) -> Tensor:
   """A tensor as its entry in a header describes it."""
   problem = InputError(f"{path}: bad header: {name}: {facts!r}"[:500])
   if not isinstance(facts, dict):
@@ -136,10 +134,10 @@ def _tensor(
 
 
 def read(
-    tensor: Tensor,
-    rows: slice = slice(None),
-    columns: slice = slice(None),
-    out: np.ndarray | None = None,
+  tensor: Tensor,
+  rows: slice = slice(None),
+  columns: slice = slice(None),
+  out: np.ndarray | None = None,
 ) -> np.ndarray:
   """Rows and columns of a matrix, or rows of an array of any rank.
 
@@ -204,23 +202,23 @@ def _fill(file: int, array: np.ndarray, offset: int) -> None:
 
 
 def plan(
-    path: pathlib.Path, tensors: Shapes
+  path: pathlib.Path, tensors: Shapes
 ) -> tuple[bytes, dict[str, Tensor]]:
   """The header of a file of tensors in this order, and where each will be."""
   facts, end = {"__metadata__": {"format": "pt"}}, 0
   for name, (dtype, shape) in tensors.items():
     begin, end = end, end + math.prod(shape) * dtype.itemsize
     facts[name] = {
-        "dtype": CODES[dtype],
-        "shape": list(shape),
-        "data_offsets": [begin, end],
+      "dtype": CODES[dtype],
+      "shape": list(shape),
+      "data_offsets": [begin, end],
     }
   text = json.dumps(facts, separators=(",", ":")).encode()
   text += b" " * (-len(text) % 8)  # the bytes of tensors are aligned
   start = 8 + len(text)
   places = {
-      name: Tensor(path, start + facts[name]["data_offsets"][0], *kind)
-      for name, kind in tensors.items()
+    name: Tensor(path, start + facts[name]["data_offsets"][0], *kind)
+    for name, kind in tensors.items()
   }
   return len(text).to_bytes(8, "little") + text, places
 

@@ -12,19 +12,20 @@ import json
 import math
 import pathlib
 import zlib
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from dsv3_jax import config
 from dsv3_jax.errors import InputError
-from dsv3_jax.interop import hf_config
-from dsv3_jax.interop import hf_mapping
-from dsv3_jax.interop import hf_read
-from dsv3_jax.interop import resumable
-from dsv3_jax.interop import safetensors
+from dsv3_jax.interop import (
+  hf_config,
+  hf_mapping,
+  hf_read,
+  resumable,
+  safetensors,
+)
 
 FOLDER, INDEX, JOURNAL = "weights", "index.json", "journal.jsonl"
 _VALUES, _SCALES = "values", "scales"
@@ -76,7 +77,7 @@ class Weights:
     return hashlib.sha256(text.encode()).hexdigest()
 
   def stored(
-      self, block: hf_mapping.Block
+    self, block: hf_mapping.Block
   ) -> tuple[np.ndarray, np.ndarray | None]:
     """As of `hf.Released.stored`; InputError where it has changed since."""
     values, scales = self._read(block, slice(None))
@@ -85,7 +86,7 @@ class Weights:
     return values, scales
 
   def _read(
-      self, block: hf_mapping.Block, ins: slice
+    self, block: hf_mapping.Block, ins: slice
   ) -> tuple[np.ndarray, np.ndarray | None]:
     """Inputs of a block with all their outputs, and all scales."""
     files = self.tensors[block.path]
@@ -96,7 +97,7 @@ class Weights:
     return values, safetensors.read(_own(files[_SCALES], block, shape))
 
   def intact(
-      self, block: hf_mapping.Block, values: np.ndarray, scales: np.ndarray | None
+    self, block: hf_mapping.Block, values: np.ndarray, scales: np.ndarray | None
   ) -> bool:
     """Whether the numbers of a whole block are those that were imported."""
     return _digest(values, scales) == self.digests[block.names[0]]
@@ -106,7 +107,9 @@ class Weights:
     at = "".join(f"[{i}]" for i in block.index)
     return f"{_file(self.folder, block.path)}: {block.path}{at}: damaged"
 
-  def part(self, block: hf_mapping.Block, inner: hf_mapping.Slices) -> np.ndarray:
+  def part(
+    self, block: hf_mapping.Block, inner: hf_mapping.Slices
+  ) -> np.ndarray:
     """As of `hf.Released.part`, but inputs are read with all their outputs.
 
     Raises:
@@ -126,14 +129,13 @@ class Weights:
     values = hf_mapping.part(block, whole, values)
     return values[(*(slice(None),) * n, *inner[n:])]
 
-
   def cheap_dim(self, block: hf_mapping.Block) -> None:
     """Blocks are read whole: their checksum is compared then."""
     del block
 
 
 def _own(
-    tensor: safetensors.Tensor, block: hf_mapping.Block, shape: tuple[int, ...]
+  tensor: safetensors.Tensor, block: hf_mapping.Block, shape: tuple[int, ...]
 ) -> safetensors.Tensor:
   """A block's share of a parameter's file."""
   stack = tensor.shape[: len(block.index)]
@@ -156,9 +158,9 @@ _COMMIT = 1 << 30  # bytes between entries of the journal
 
 
 def import_released(
-    source: hf_read.Released,
-    folder: pathlib.Path,
-    advance: Callable[[int], None],
+  source: hf_read.Released,
+  folder: pathlib.Path,
+  advance: Callable[[int], None],
 ) -> None:
   """Copies a released checkpoint, block by block, in the order of its files.
 
@@ -192,7 +194,7 @@ def _copy(source, folder, advance):
       safetensors.create(_file(folder, path), kinds)
     journal.begin()
   tensors = {
-      path: safetensors.header(_file(folder, path)) for path in _shapes(source)
+    path: safetensors.header(_file(folder, path)) for path in _shapes(source)
   }
 
   def copy(block):
@@ -217,10 +219,10 @@ def _copy(source, folder, advance):
     advance(source.n_bytes(block))
   journal.add(digests, files)
   facts = {
-      "source": source.fingerprint(),
-      "config": source.facts,
-      "mtp_depth": source.model.mtp.depth,
-      "digests": journal.done,
+    "source": source.fingerprint(),
+    "config": source.facts,
+    "mtp_depth": source.model.mtp.depth,
+    "digests": journal.done,
   }
   resumable.write_text(folder / INDEX, json.dumps(facts))
   journal.path.unlink()
@@ -230,7 +232,7 @@ def _facts(folder: pathlib.Path) -> dict[str, Any]:
   """What the index says."""
   if not (folder / INDEX).exists():
     raise InputError(
-        f"{folder}: holds no complete checkpoint; run the import again"
+      f"{folder}: holds no complete checkpoint; run the import again"
     )
   return resumable.read_object(folder / INDEX)
 
@@ -249,8 +251,8 @@ def open_weights(folder: pathlib.Path) -> Weights:
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise InputError(f"{folder / INDEX}: cannot be read: {error}") from error
   found = {
-      path: safetensors.header(_file(folder, path))
-      for path in sorted({b.path for b in hf_mapping.of_model(model)})
+    path: safetensors.header(_file(folder, path))
+    for path in sorted({b.path for b in hf_mapping.of_model(model)})
   }
   weights = Weights(folder, source, model, tile, found, digests)
   problems = []
@@ -260,17 +262,15 @@ def open_weights(folder: pathlib.Path) -> Weights:
       problems.append(f"{_file(folder, path)}: holds {there}, must be {kinds}")
   missing = {b.names[0] for b in hf_mapping.of_model(model)} ^ digests.keys()
   problems += [
-      f"{folder / INDEX}: {name}: a digest without block, or the reverse"
-      for name in sorted(missing)
+    f"{folder / INDEX}: {name}: a digest without block, or the reverse"
+    for name in sorted(missing)
   ]
   if problems:
     raise InputError("\n".join(problems))
   return weights
 
 
-def damaged(
-    weights: Weights, advance: Callable[[int], None]
-) -> Iterator[str]:
+def damaged(weights: Weights, advance: Callable[[int], None]) -> Iterator[str]:
   """Blocks whose bytes are not those that were imported."""
 
   def look(block):

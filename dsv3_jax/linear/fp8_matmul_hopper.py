@@ -49,12 +49,12 @@ def supported() -> bool:
 
 
 def blocked(
-    a: quantize.Tiled,
-    b: quantize.Tiled,
-    dtype: jax.typing.DTypeLike = jnp.float32,
-    *,
-    tuning: Tuning = Tuning(),
-    interpret: Any = None,
+  a: quantize.Tiled,
+  b: quantize.Tiled,
+  dtype: jax.typing.DTypeLike = jnp.float32,
+  *,
+  tuning: Tuning = Tuning(),
+  interpret: Any = None,
 ) -> jax.Array:
   """a @ b, [M, K] and [K, N] to [M, N].
 
@@ -72,11 +72,11 @@ def blocked(
   (m, k), n = a.bits.shape, b.bits.shape[1]
   if a.tile[1] != SLICE or b.tile[0] != SLICE:
     raise NotImplementedError(
-        f"tiles {a.tile} and {b.tile}: the sum must be cut into {SLICE}"
+      f"tiles {a.tile} and {b.tile}: the sum must be cut into {SLICE}"
     )
   if {a.bits.dtype, b.bits.dtype} != {jnp.dtype(jnp.uint8)}:
     raise NotImplementedError(
-        f"{a.bits.dtype} and {b.bits.dtype}: both must be bytes of E4M3"
+      f"{a.bits.dtype} and {b.bits.dtype}: both must be bytes of E4M3"
     )
   if not m * n * k:
     raise NotImplementedError(f"nothing to multiply: {m} x {k} x {n}")
@@ -138,13 +138,13 @@ def _call(a, b, of_rows, of_columns, plan, dtype):
   processors = getattr(jax.devices()[0], "core_count", PROCESSORS)
   workers = max(1, min(processors, rows * columns) // pair)
   return plgpu.kernel(
-      functools.partial(_kernel, plan=plan),
-      out_type=jax.ShapeDtypeStruct((m, n), dtype),
-      grid=(workers,),
-      grid_names=("worker",),
-      num_threads=GROUPS + 1,
-      thread_name="group",
-      **how,
+    functools.partial(_kernel, plan=plan),
+    out_type=jax.ShapeDtypeStruct((m, n), dtype),
+    grid=(workers,),
+    grid_names=("worker",),
+    num_threads=GROUPS + 1,
+    thread_name="group",
+    **how,
   )(a, b, of_rows, of_columns)
 
 
@@ -157,7 +157,7 @@ def _in_shared_memory(dtype: jax.typing.DTypeLike) -> tuple:
 def _pipeline(plan: _Plan, slices: int, pair: int):
   """Brings slices of both operands and of their scales."""
   matrix = functools.partial(
-      plgpu.BlockSpec, transforms=_in_shared_memory(quantize.E4M3)
+    plgpu.BlockSpec, transforms=_in_shared_memory(quantize.E4M3)
   )
   of_a = matrix((TILE, SLICE), lambda k: (0, k))
   of_scales = plgpu.BlockSpec((1, TILE), lambda k: (k, 0))
@@ -167,13 +167,13 @@ def _pipeline(plan: _Plan, slices: int, pair: int):
     shared = ("pair",) if pair > 1 else ()
     of_b = matrix((TILE, SLICE), lambda k: (0, k), collective_axes=shared)
   return functools.partial(
-      plgpu.emit_pipeline_warp_specialized,
-      grid=(slices,),
-      in_specs=[of_a, of_b, of_scales, of_scales],
-      memory_registers=40,
-      max_concurrent_steps=min(plan.tuning.stages, slices),
-      wg_axis="group",
-      num_compute_wgs=GROUPS,
+    plgpu.emit_pipeline_warp_specialized,
+    grid=(slices,),
+    in_specs=[of_a, of_b, of_scales, of_scales],
+    memory_registers=40,
+    max_concurrent_steps=min(plan.tuning.stages, slices),
+    wg_axis="group",
+    num_compute_wgs=GROUPS,
   )
 
 
@@ -231,11 +231,11 @@ def _kernel(a, b, of_rows, of_columns, out, *, plan):
 
     add = lambda _, *refs: _add(plan, own, *refs)
     pipeline(add, compute_context=compute)(
-        a.at[here],
-        b.at[:, there] if plan.interpret else b.at[there],
-        of_rows.at[:, here],
-        of_columns.at[:, there],
-        allocations=held,
+      a.at[here],
+      b.at[:, there] if plan.interpret else b.at[there],
+      of_rows.at[:, here],
+      of_columns.at[:, there],
+      allocations=held,
     )
 
   def work(held, leaving):
@@ -254,7 +254,7 @@ def _kernel(a, b, of_rows, of_columns, out, *, plan):
   # Held for all tiles: else groups would wait for each other between them.
   unused = lambda *_: None
   held = pipeline(unused, compute_context=unused).get_allocations(
-      a, b, of_rows, of_columns
+    a, b, of_rows, of_columns
   )
   layout = _in_shared_memory(out.dtype)
   leaving = plgpu.SMEM((GROUPS, ROWS, TILE), out.dtype, transforms=layout)

@@ -19,10 +19,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax import config
-from dsv3_jax import varying
-from dsv3_jax.linear import quantize
-from dsv3_jax.linear import scaled_matmul
+from dsv3_jax import config, varying
+from dsv3_jax.linear import quantize, scaled_matmul
 
 CLASSES = ("activation", "gradient")  # tensors whose tiles are counted
 
@@ -91,7 +89,7 @@ def multiplied_out(w: Weight) -> Weight:
 
 
 def rows(
-    x: jax.Array, w: Weight, scales: str = "", tile_rows: int = 1
+  x: jax.Array, w: Weight, scales: str = "", tile_rows: int = 1
 ) -> tuple[Rows, jax.Array | None]:
   """x [M, K] as left operand of a product with a weight, and what was counted.
 
@@ -108,7 +106,7 @@ def rows(
 
 
 def gradient_rows(
-    dy: jax.Array, w: Weight, scales: str = ""
+  dy: jax.Array, w: Weight, scales: str = ""
 ) -> tuple[Rows, jax.Array | None]:
   """The same of gradients, whose tiles the recipe may make square."""
   square = isinstance(w, Fp8) and w.how.gradient_tiles == "blocks"
@@ -136,7 +134,7 @@ def input_gradient(dy: Rows, w: Weight, n_in: int = 1) -> jax.Array:
 
 
 def weight_gradient(
-    x: Rows, dy: Rows, w: Weight, scales: str = ""
+  x: Rows, dy: Rows, w: Weight, scales: str = ""
 ) -> jax.Array:
   """x.T @ dy, [M, K] and [M, N] to [K, N] f32.
 
@@ -149,7 +147,7 @@ def weight_gradient(
   if not isinstance(w, Fp8):
     # Stated so that no operand is transposed first; autodiff makes dw.T.
     return jax.lax.dot_general(
-        x, dy, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+      x, dy, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
     )
   x, dy = (_columns(a, w.how, scales or w.how.scales) for a in (x, dy))
   return scaled_matmul.product(x.transpose(), dy, w.how.backend)
@@ -160,7 +158,7 @@ def _columns(x: Rows, how: config.Precision, scales: str) -> quantize.Tiled:
 
 
 def gradient(
-    w: Weight, dw: jax.Array, counted: list[jax.Array | None]
+  w: Weight, dw: jax.Array, counted: list[jax.Array | None]
 ) -> Weight:
   """The cotangent of a weight: its gradient, and what was counted.
 
@@ -173,12 +171,12 @@ def gradient(
   if not isinstance(w, Fp8):
     return dw.astype(w.dtype)
   return w.replace(
-      trained=Trained(dw, jnp.stack(counted)), bits=None, scales=None
+    trained=Trained(dw, jnp.stack(counted)), bits=None, scales=None
   )
 
 
 def linear(
-    x: jax.Array, w: Weight, n_in: int = 1, *, keep_input: bool = False
+  x: jax.Array, w: Weight, n_in: int = 1, *, keep_input: bool = False
 ) -> jax.Array:
   """Contracts the last n_in dims of x with the first of w; the rest follows.
 

@@ -8,7 +8,6 @@ hand, not from earlier steps.
 What is not finite stays so: it makes its tile's scale and values NaN or inf.
 """
 
-
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -91,7 +90,7 @@ def scale(magnitude: jax.Array, kind: str, largest: float) -> jax.Array:
   bits = jax.lax.bitcast_convert_type(s, jnp.int32)
   up = (bits + 0x7FFFFF) & 0x7F800000  # a mantissa of 0 with the next exponent
   return jnp.where(
-      jnp.isfinite(s), jax.lax.bitcast_convert_type(up, jnp.float32), s
+    jnp.isfinite(s), jax.lax.bitcast_convert_type(up, jnp.float32), s
   )
 
 
@@ -179,7 +178,7 @@ def tile_counts(largest: jax.Array) -> jax.Array:
 
 
 def element_counts(
-    x: jax.Array, bits: jax.Array, scales: jax.Array
+  x: jax.Array, bits: jax.Array, scales: jax.Array
 ) -> jax.Array:
   """The last three of `COUNTED`; scales are those of elements."""
   scaled = x.astype(jnp.float32) / scales

@@ -2,16 +2,13 @@
 
 import fnmatch
 import math
-from collections.abc import Callable
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax import config
-from dsv3_jax import param_spec
-from dsv3_jax import varying
+from dsv3_jax import config, param_spec, varying
 from dsv3_jax.linear import linear as linear_lib
 from dsv3_jax.linear import quantize
 
@@ -21,10 +18,10 @@ Slices = tuple[tuple[int, tuple[str, ...]], ...]  # (dim, mesh axes) of a leaf
 
 
 def compute_params(
-    params: param_spec.Params,
-    specs: param_spec.Specs,
-    how: config.Precision,
-    slices: Any = None,
+  params: param_spec.Params,
+  specs: param_spec.Specs,
+  how: config.Precision,
+  slices: Any = None,
 ) -> param_spec.Params:
   """Parameters as the forward pass reads them, made once an optimizer step.
 
@@ -58,9 +55,7 @@ def fp8_paths(specs: param_spec.Specs, how: config.Precision) -> frozenset[str]:
     return frozenset()
   linear = [path for path, spec in param_spec.paths(specs).items() if spec.n_in]
   return frozenset(
-      path
-      for pattern in how.patterns
-      for path in fnmatch.filter(linear, pattern)
+    path for pattern in how.patterns for path in fnmatch.filter(linear, pattern)
   )
 
 
@@ -70,24 +65,27 @@ def problems(specs: param_spec.Specs, how: config.Precision) -> list[str]:
     return []
   linear = {p: spec for p, spec in param_spec.paths(specs).items() if spec.n_in}
   found = [
-      f"Precision.fp8={pattern!r}: names no weight of a linear layer; there are"
-      f" {', '.join(linear)}"
-      for pattern in how.patterns or ("",)
-      if not fnmatch.filter(linear, pattern)
+    f"Precision.fp8={pattern!r}: names no weight of a linear layer; there are"
+    f" {', '.join(linear)}"
+    for pattern in how.patterns or ("",)
+    if not fnmatch.filter(linear, pattern)
   ]
   sizes = {path: min(linear[path].matrix) for path in fp8_paths(specs, how)}
   path = min(sizes, key=sizes.get, default=None)
   if path and sizes[path] < how.tile:
     found.append(
-        f"Precision.tile={how.tile}: {path} has {sizes[path]} rows or columns,"
-        f" which is less; set precision.tile to {sizes[path]} or less, or name"
-        " in precision.fp8 what is larger"
+      f"Precision.tile={how.tile}: {path} has {sizes[path]} rows or columns,"
+      f" which is less; set precision.tile to {sizes[path]} or less, or name"
+      " in precision.fp8 what is larger"
     )
   return found
 
 
 def _fp8(
-    w: jax.Array, spec: param_spec.ParamSpec, how: config.Precision, slices: Slices
+  w: jax.Array,
+  spec: param_spec.ParamSpec,
+  how: config.Precision,
+  slices: Slices,
 ) -> linear_lib.Fp8:
   """A weight, or the slice of one that is here, with its copy in E4M3."""
   flat, largest, spread = _measured(w, spec, how.tile, slices)
@@ -101,10 +99,10 @@ def _fp8(
 
 
 def weight_counts(
-    params: param_spec.Params,
-    specs: param_spec.Specs,
-    how: config.Precision,
-    slices: Any = None,
+  params: param_spec.Params,
+  specs: param_spec.Specs,
+  how: config.Precision,
+  slices: Any = None,
 ) -> dict[str, jax.Array]:
   """What quantization does to each weight in FP8: by path, [6] f32.
 
@@ -123,8 +121,8 @@ def weight_counts(
     flat, largest, spread = _measured(w, spec, how.tile, slices)
     scales = spread(quantize.scale(largest, how.scales, quantize.LARGEST))
     parts = (
-        quantize.tile_counts(largest),
-        quantize.element_counts(flat, quantize.encode(flat, scales), scales),
+      quantize.tile_counts(largest),
+      quantize.element_counts(flat, quantize.encode(flat, scales), scales),
     )
     # The devices that hold slices of a block agree on its magnitude.
     whole = [_sum(part) for part in parts]
@@ -142,7 +140,7 @@ def _sum(x: jax.Array) -> jax.Array:
 
 
 def _measured(
-    w: jax.Array, spec: param_spec.ParamSpec, tile: int, slices: Slices
+  w: jax.Array, spec: param_spec.ParamSpec, tile: int, slices: Slices
 ) -> tuple[jax.Array, jax.Array, Callable[[jax.Array], jax.Array]]:
   """A weight as matrices, the largest magnitude of each block, and a function
   from numbers of blocks to numbers of elements.
@@ -170,10 +168,10 @@ def _measured(
 
 
 def _blocks(
-    shape: tuple[int, ...],
-    dims: range,
-    inside: Mapping[int, tuple[str, ...]],
-    tile: int,
+  shape: tuple[int, ...],
+  dims: range,
+  inside: Mapping[int, tuple[str, ...]],
+  tile: int,
 ) -> tuple[jax.Array, int]:
   """The block of each row, or column, that is here, and how many there are.
 
@@ -211,7 +209,7 @@ def joined(new: Any, params: param_spec.Params) -> param_spec.Params:
 
 
 def gradients(
-    of_trained: Any,
+  of_trained: Any,
 ) -> tuple[param_spec.Params, dict[str, dict[str, jax.Array]]]:
   """Gradients of the masters, and what was counted by class and path.
 
@@ -224,15 +222,15 @@ def gradients(
   """
   is_leaf = lambda leaf: isinstance(leaf, linear_lib.Trained)
   masters = jax.tree.map(
-      lambda g: g.master if is_leaf(g) else g, of_trained, is_leaf=is_leaf
+    lambda g: g.master if is_leaf(g) else g, of_trained, is_leaf=is_leaf
   )
   counts = {
-      param_spec.name(path): leaf.counts
-      for path, leaf in jax.tree.leaves_with_path(of_trained, is_leaf=is_leaf)
-      if is_leaf(leaf)
+    param_spec.name(path): leaf.counts
+    for path, leaf in jax.tree.leaves_with_path(of_trained, is_leaf=is_leaf)
+    if is_leaf(leaf)
   }
   by_class = {
-      kind: {path: n[..., i, :] for path, n in counts.items()}
-      for i, kind in enumerate(linear_lib.CLASSES)
+    kind: {path: n[..., i, :] for path, n in counts.items()}
+    for i, kind in enumerate(linear_lib.CLASSES)
   }
   return masters, by_class if counts else {}

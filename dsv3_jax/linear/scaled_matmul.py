@@ -54,9 +54,9 @@ def exact(a: quantize.Tiled, b: quantize.Tiled) -> jax.Array:
   for i in range(-(-k // size)):
     here = slice(i * size, (i + 1) * size)
     part = jnp.matmul(
-        a.values[:, here].astype(jnp.bfloat16),
-        b.values[here].astype(jnp.bfloat16),
-        preferred_element_type=jnp.float32,
+      a.values[:, here].astype(jnp.bfloat16),
+      b.values[here].astype(jnp.bfloat16),
+      preferred_element_type=jnp.float32,
     )
     of_rows = quantize.spread(a.scales[:, i : i + 1], (a.tile[0], 1), shape)
     of_columns = quantize.spread(b.scales[i : i + 1], (1, b.tile[1]), shape)
@@ -69,7 +69,7 @@ def dequantized(a: quantize.Tiled, b: Operand) -> jax.Array:
   if isinstance(b, quantize.Tiled):
     b = quantize.dequantize(b, dtype())
   return jnp.matmul(
-      quantize.dequantize(a, b.dtype), b, preferred_element_type=jnp.float32
+    quantize.dequantize(a, b.dtype), b, preferred_element_type=jnp.float32
   )
 
 

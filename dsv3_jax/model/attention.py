@@ -15,8 +15,7 @@ leading dims of both its operands. Both are much faster on CPU.
 """
 
 import functools
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -44,10 +43,10 @@ def _blocks(t: int) -> list[tuple[int, int]]:
 
 
 def _over_chunks(
-    chunk: Callable[[Any, jax.Array | int, int], tuple[Any, Any]],
-    carry: Any,
-    start: int,
-    end: int,
+  chunk: Callable[[Any, jax.Array | int, int], tuple[Any, Any]],
+  carry: Any,
+  start: int,
+  end: int,
 ) -> tuple[Any, Any]:
   """Runs chunk(carry, first query, how many) -> carry, parts over a block.
 
@@ -80,11 +79,11 @@ def _concatenated(found: list[Any]) -> Any:
 
 
 def _mask(
-    scores: jax.Array,
-    fill: float,
-    start: int,
-    first: jax.Array | int,
-    segments: jax.Array | None,
+  scores: jax.Array,
+  fill: float,
+  start: int,
+  first: jax.Array | int,
+  segments: jax.Array | None,
 ) -> jax.Array:
   """Scores [N, S, T] of queries from `first` on: `fill` where a key is later.
 
@@ -104,11 +103,11 @@ def _mask(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: jax.Array | None = None,
-    e5m6_columns: int = 0,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  segments: jax.Array | None = None,
+  e5m6_columns: int = 0,
 ) -> jax.Array:
   """Attention of q and k [B, N, T, X], v [B, N, T, V]; q already scaled.
 
@@ -166,7 +165,7 @@ def _attend_bwd(e5m6_columns, residuals, dout):
         dk, dv = carry
         q_here, dout_here = (_slice(a, first, n, 1) for a in (q, dout))
         lse_here, mean_here = (
-            _slice(a, first, n, 1)[:, None] for a in (lse, mean)
+          _slice(a, first, n, 1)[:, None] for a in (lse, mean)
         )
         scores = _dot("NSX,NTX->NST", k[:, :end], q_here)
         weights = jnp.exp(scores - lse_here)
@@ -204,10 +203,10 @@ attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def extend(
-    q: jax.Array,
-    kept: jax.Array,
-    start: jax.Array,
-    expand: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+  q: jax.Array,
+  kept: jax.Array,
+  start: jax.Array,
+  expand: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
 ) -> jax.Array:
   """Attention of new queries to all that a cache holds up to each of them.
 
@@ -228,7 +227,7 @@ def extend(
   n, size = min(CHUNK, n_queries), min(KEYS, length)
   if n_queries % n:
     raise ValueError(
-        f"{n_queries} queries: must be at most {CHUNK} or a multiple of it"
+      f"{n_queries} queries: must be at most {CHUNK} or a multiple of it"
     )
 
   def sequence(args):
@@ -249,8 +248,8 @@ def extend(
           scores = jnp.where(seen[None], scores, -jnp.inf)
         joined = _with_keys([_slice(a, i * n, n, -1) for a in state], scores, v)
         return tuple(
-            jax.lax.dynamic_update_slice_in_dim(a, b, i * n, a.ndim - 1)
-            for a, b in zip(state, joined, strict=True)
+          jax.lax.dynamic_update_slice_in_dim(a, b, i * n, a.ndim - 1)
+          for a, b in zip(state, joined, strict=True)
         )
 
       n_chunks = n_queries // n
@@ -261,16 +260,16 @@ def extend(
       whole = jnp.where(ragged, n_chunks, jnp.minimum(-(-end // n), n_chunks))
       whole = jnp.maximum(whole, before)
       masked, free = (
-          functools.partial(chunk, masked=mask) for mask in (True, False)
+        functools.partial(chunk, masked=mask) for mask in (True, False)
       )
       state = jax.lax.fori_loop(before, whole, masked, state)
       return jax.lax.fori_loop(whole, n_chunks, free, state)
 
     heads = q.shape[0]
     state = (
-        jnp.full_like(q, -jnp.inf, jnp.float32, (heads, n_queries)),
-        jnp.zeros_like(q, jnp.float32, (heads, n_queries)),
-        jnp.zeros_like(q, jnp.float32, (heads, values.shape[1], n_queries)),
+      jnp.full_like(q, -jnp.inf, jnp.float32, (heads, n_queries)),
+      jnp.zeros_like(q, jnp.float32, (heads, n_queries)),
+      jnp.zeros_like(q, jnp.float32, (heads, values.shape[1], n_queries)),
     )
     end = jnp.minimum(start + n_queries, length)
     state = jax.lax.fori_loop(0, -(-end // size), block, state)
@@ -282,7 +281,7 @@ def extend(
 
 
 def _with_keys(
-    state: Sequence[jax.Array], scores: jax.Array, v: jax.Array
+  state: Sequence[jax.Array], scores: jax.Array, v: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """A softmax over some keys and its mixture, with more keys.
 

@@ -20,11 +20,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax import param_spec
-from dsv3_jax import varying
+from dsv3_jax import param_spec, varying
 from dsv3_jax.linear import linear
-from dsv3_jax.model import remat
-from dsv3_jax.model import swiglu
+from dsv3_jax.model import remat, swiglu
 
 MIN_BLOCK = 8  # rows
 # On CPU what a block computes stays in cache; elsewhere a block must keep a
@@ -34,7 +32,7 @@ KEPT = 1.25  # rows whose hidden state is kept, in rows expected
 
 
 def dense_ffn(
-    p: param_spec.Params, x: jax.Array, chosen: jax.Array, gates: jax.Array
+  p: param_spec.Params, x: jax.Array, chosen: jax.Array, gates: jax.Array
 ) -> jax.Array:
   """Reference: every expert on every token, unchosen ones weighted by 0."""
   n_experts = p["down"].shape[0]
@@ -47,20 +45,20 @@ def dense_ffn(
 
 
 def few_ffn(
-    p: param_spec.Params,
-    x: jax.Array,
-    chosen: jax.Array,
-    gates: jax.Array,
-    n_slots: int | None = None,
+  p: param_spec.Params,
+  x: jax.Array,
+  chosen: jax.Array,
+  gates: jax.Array,
+  n_slots: int | None = None,
 ) -> jax.Array:
   """The same for very few tokens: slot by slot, sorting nothing."""
   del n_slots
   n_experts, k = p["down"].shape[0], chosen.shape[1]
   leaves, structure = jax.tree.flatten(
-      (p["gate_up"], p["down"], x, gates.astype(x.dtype))
+    (p["gate_up"], p["down"], x, gates.astype(x.dtype))
   )
   gate_up, down, x, gates = jax.tree.unflatten(
-      structure, varying.alike(*leaves)
+    structure, varying.alike(*leaves)
   )
   gates = jnp.where(chosen < n_experts, gates, 0)
 
@@ -105,7 +103,7 @@ class _Plan:
 
 
 def _plan(
-    n_tokens: int, k: int, n_experts: int, n_slots: int, apart: bool = False
+  n_tokens: int, k: int, n_experts: int, n_slots: int, apart: bool = False
 ) -> _Plan:
   half = max(int(n_slots / n_experts / 2), 1)  # of the mean load
   on_cpu = jax.default_backend() == "cpu"
@@ -146,13 +144,13 @@ def _layout(chosen: jax.Array, n_experts: int, plan: _Plan) -> _Layout:
 
 
 def grouped_ffn(
-    p: param_spec.Params,
-    x: jax.Array,
-    chosen: jax.Array,
-    gates: jax.Array,
-    n_slots: int | None = None,
-    *,
-    apart: bool = False,
+  p: param_spec.Params,
+  x: jax.Array,
+  chosen: jax.Array,
+  gates: jax.Array,
+  n_slots: int | None = None,
+  *,
+  apart: bool = False,
 ) -> jax.Array:
   """What each token's experts make of it; see the module.
 
@@ -167,10 +165,10 @@ def grouped_ffn(
   """
   n_experts = p["down"].shape[0]
   leaves, structure = jax.tree.flatten(
-      (p["gate_up"], p["down"], x, gates.astype(x.dtype))
+    (p["gate_up"], p["down"], x, gates.astype(x.dtype))
   )
   gate_up, down, x, gates = jax.tree.unflatten(
-      structure, varying.alike(*leaves)
+    structure, varying.alike(*leaves)
   )
   if not chosen.size:
     return jnp.zeros_like(x)
@@ -229,8 +227,8 @@ def _dweights(gate_up, down, rows, gate, h, dh, dy):
   """Those of the weights, in float32."""
   act = swiglu.activation(h, gate)
   return (
-      linear.weight_gradient(rows, dh, gate_up, "power_of_two"),
-      linear.weight_gradient(act, dy, down, "power_of_two"),
+    linear.weight_gradient(rows, dh, gate_up, "power_of_two"),
+    linear.weight_gradient(act, dy, down, "power_of_two"),
   )
 
 
@@ -343,11 +341,11 @@ def _ffn_bwd(plan, residuals, dout):
     carry = over(add_all, (dx, dgates, *dweights, of_dh))
     dx, dgates, dgate_up, ddown, of_dh = carry
   return (
-      linear.gradient(weights[0], dgate_up, [of_x, of_dh]),
-      linear.gradient(weights[1], ddown, [of_act, of_dy]),
-      dx,
-      dgates.reshape(gates.shape),
-      None,
+    linear.gradient(weights[0], dgate_up, [of_x, of_dh]),
+    linear.gradient(weights[1], ddown, [of_act, of_dy]),
+    dx,
+    dgates.reshape(gates.shape),
+    None,
   )
 
 

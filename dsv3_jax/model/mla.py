@@ -6,14 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax import config
-from dsv3_jax import param_spec
-from dsv3_jax import varying
+from dsv3_jax import config, param_spec, varying
 from dsv3_jax.linear import linear
-from dsv3_jax.model import attention
-from dsv3_jax.model import layers
-from dsv3_jax.model import remat
-from dsv3_jax.model import rope
+from dsv3_jax.model import attention, layers, remat, rope
 
 
 def specs(cfg: config.MLA, d: int, std: float) -> param_spec.Specs:
@@ -21,27 +16,27 @@ def specs(cfg: config.MLA, d: int, std: float) -> param_spec.Specs:
   n, q, r = cfg.n_heads, cfg.q_rank, cfg.kv_rank
   if q:
     query = {
-        "q_down": param_spec.linear(std, embed=d, q_rank=q),
-        "q_norm": param_spec.gain(q),
-        "q_up": param_spec.linear(std, q_rank=q, heads=n, qk=cfg.qk_dim),
+      "q_down": param_spec.linear(std, embed=d, q_rank=q),
+      "q_norm": param_spec.gain(q),
+      "q_up": param_spec.linear(std, q_rank=q, heads=n, qk=cfg.qk_dim),
     }
   else:
     query = {"q": param_spec.linear(std, embed=d, heads=n, qk=cfg.qk_dim)}
   return query | {
-      "kv_down": param_spec.linear(std, embed=d, kv_rank=r + cfg.rope_dim),
-      "kv_norm": param_spec.gain(r),
-      "kv_up": param_spec.linear(
-          std, kv_rank=r, heads=n, kv=cfg.nope_dim + cfg.v_dim
-      ),
-      "out": param_spec.linear(std, 2, heads=n, v=cfg.v_dim, embed=d),
+    "kv_down": param_spec.linear(std, embed=d, kv_rank=r + cfg.rope_dim),
+    "kv_norm": param_spec.gain(r),
+    "kv_up": param_spec.linear(
+      std, kv_rank=r, heads=n, kv=cfg.nope_dim + cfg.v_dim
+    ),
+    "out": param_spec.linear(std, 2, heads=n, v=cfg.v_dim, embed=d),
   }
 
 
 def queries(
-    p: param_spec.Params,
-    x: jax.Array,
-    angle: jax.Array,
-    cfg: config.MLA,
+  p: param_spec.Params,
+  x: jax.Array,
+  angle: jax.Array,
+  cfg: config.MLA,
 ) -> tuple[jax.Array, jax.Array]:
   """Nope [B, T, N, P] and rotated rope [B, T, N, H] parts (eq. 6-9)."""
   if cfg.q_rank:
@@ -55,10 +50,10 @@ def queries(
 
 
 def latents(
-    p: param_spec.Params,
-    x: jax.Array,
-    angle: jax.Array,
-    cfg: config.MLA,
+  p: param_spec.Params,
+  x: jax.Array,
+  angle: jax.Array,
+  cfg: config.MLA,
 ) -> tuple[jax.Array, jax.Array]:
   """What a cache holds: latent [B, T, R] and rotated key [B, T, H] (eq. 1, 3).
 
@@ -76,20 +71,20 @@ def _frequencies(cfg: config.MLA) -> np.ndarray:
   if yarn.factor == 1:
     return rope.frequencies(cfg.rope_dim, cfg.rope_theta)
   return rope.yarn_frequencies(
-      cfg.rope_dim,
-      cfg.rope_theta,
-      factor=yarn.factor,
-      original_len=yarn.original_len,
-      beta_fast=yarn.beta_fast,
-      beta_slow=yarn.beta_slow,
+    cfg.rope_dim,
+    cfg.rope_theta,
+    factor=yarn.factor,
+    original_len=yarn.original_len,
+    beta_fast=yarn.beta_fast,
+    beta_slow=yarn.beta_slow,
   )
 
 
 def mla(
-    p: param_spec.Params,
-    x: jax.Array,
-    cfg: config.MLA,
-    segments: jax.Array | None = None,
+  p: param_spec.Params,
+  x: jax.Array,
+  cfg: config.MLA,
+  segments: jax.Array | None = None,
 ) -> jax.Array:
   """Attention of a whole sequence from position 0, [B, T, D] -> [B, T, D].
 
@@ -100,7 +95,7 @@ def mla(
   q_nope, q_rope = queries(p, x, angle, cfg)
   latent, k_rope = latents(p, x, angle, cfg)
   k_nope, v = jnp.split(
-      linear.linear(latent, p["kv_up"]), [cfg.nope_dim], axis=-1
+    linear.linear(latent, p["kv_up"]), [cfg.nope_dim], axis=-1
   )
   k_rope = jnp.broadcast_to(k_rope[:, :, None], q_rope.shape)
   q = jnp.concatenate([q_nope, q_rope], axis=-1) / cfg.divisor
@@ -128,8 +123,8 @@ def served(p: param_spec.Params, cfg: config.MLA) -> param_spec.Params:
   up_k, up_v = jnp.split(p["kv_up"], [cfg.nope_dim], axis=-1)
   rest = {name: w for name, w in p.items() if name != "kv_up"}
   return rest | {
-      "up_k": jnp.einsum("RNP->NPR", up_k),
-      "up_v": jnp.einsum("RNV->NRV", up_v),
+    "up_k": jnp.einsum("RNP->NPR", up_k),
+    "up_v": jnp.einsum("RNV->NRV", up_v),
   }
 
 
@@ -141,13 +136,13 @@ def served_specs(tree: param_spec.Specs, cfg: config.MLA) -> param_spec.Specs:
   to_k = heads, ("qk", cfg.nope_dim), rank
   to_v = heads, rank, ("v", cfg.v_dim)
   return rest | {
-      name: dataclasses.replace(up, dims=dims)
-      for name, dims in (("up_k", to_k), ("up_v", to_v))
+    name: dataclasses.replace(up, dims=dims)
+    for name, dims in (("up_k", to_k), ("up_v", to_v))
   }
 
 
 def _written(
-    kept: jax.Array, new: jax.Array, positions: jax.Array
+  kept: jax.Array, new: jax.Array, positions: jax.Array
 ) -> jax.Array:
   """kept [B, S, C] with new [B, T, C] at positions [B, T] that are in it."""
   if positions.size == 1:
@@ -161,11 +156,11 @@ def _written(
 
 
 def _new(
-    p: param_spec.Params,
-    x: jax.Array,
-    kept: jax.Array,
-    start: jax.Array,
-    cfg: config.MLA,
+  p: param_spec.Params,
+  x: jax.Array,
+  kept: jax.Array,
+  start: jax.Array,
+  cfg: config.MLA,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """Queries of new tokens, their positions, and the cache with them written.
 
@@ -180,11 +175,11 @@ def _new(
 
 
 def absorbed(
-    p: param_spec.Params,
-    x: jax.Array,
-    kept: jax.Array,
-    start: jax.Array,
-    cfg: config.MLA,
+  p: param_spec.Params,
+  x: jax.Array,
+  kept: jax.Array,
+  start: jax.Array,
+  cfg: config.MLA,
 ) -> tuple[jax.Array, jax.Array]:
   """Attention of a few new tokens, without expanding the cache.
 
@@ -208,10 +203,10 @@ def absorbed(
   # fast on CPU when it is long.
   columns = jnp.einsum("BTNC->BCTN", q.astype(kept.dtype))
   scores = jnp.einsum(
-      "BSC,BCTN->BSTN",
-      kept,
-      jax.lax.optimization_barrier(columns),
-      preferred_element_type=jnp.float32,
+    "BSC,BCTN->BSTN",
+    kept,
+    jax.lax.optimization_barrier(columns),
+    preferred_element_type=jnp.float32,
   )
   key = jnp.arange(kept.shape[1])
   visible = key[None, :, None] <= positions[:, None]
@@ -223,11 +218,11 @@ def absorbed(
 
 
 def chunk(
-    p: param_spec.Params,
-    x: jax.Array,
-    kept: jax.Array,
-    start: jax.Array,
-    cfg: config.MLA,
+  p: param_spec.Params,
+  x: jax.Array,
+  kept: jax.Array,
+  start: jax.Array,
+  cfg: config.MLA,
 ) -> tuple[jax.Array, jax.Array]:
   """Attention of many new tokens: the form for prefill.
 

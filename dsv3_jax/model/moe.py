@@ -7,12 +7,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax import config
-from dsv3_jax import param_spec
-from dsv3_jax import varying
+from dsv3_jax import config, param_spec, varying
 from dsv3_jax.model import experts as experts_lib
-from dsv3_jax.model import router
-from dsv3_jax.model import swiglu
+from dsv3_jax.model import router, swiglu
 
 
 def _none_sent(chosen: jax.Array) -> jax.Array:
@@ -46,10 +43,10 @@ def specs(cfg: config.Model) -> param_spec.Specs:
   """Router centroids, routed experts and the shared experts as one FFN."""
   d, f, std = cfg.d_model, cfg.moe.ffn_dim, cfg.init_std
   tree = {
-      "router": param_spec.weight(std, embed=d, scores=cfg.router.n_experts),
-      "experts": param_spec.stack(
-          swiglu.specs(d, f, std), cfg.router.n_experts, "experts"
-      ),
+    "router": param_spec.weight(std, embed=d, scores=cfg.router.n_experts),
+    "experts": param_spec.stack(
+      swiglu.specs(d, f, std), cfg.router.n_experts, "experts"
+    ),
   }
   if cfg.moe.n_shared:
     tree["shared"] = swiglu.specs(d, cfg.moe.n_shared * f, std)
@@ -57,12 +54,12 @@ def specs(cfg: config.Model) -> param_spec.Specs:
 
 
 def moe(
-    p: param_spec.Params,
-    x: jax.Array,
-    bias: jax.Array,
-    cfg: config.Model,
-    experts: Experts = LOCAL,
-    valid: jax.Array | None = None,
+  p: param_spec.Params,
+  x: jax.Array,
+  bias: jax.Array,
+  cfg: config.Model,
+  experts: Experts = LOCAL,
+  valid: jax.Array | None = None,
 ) -> tuple[jax.Array, Stats]:
   """One mixture layer; no token is ever dropped.
 
@@ -86,10 +83,10 @@ def moe(
     k = cfg.router.top_k
     chosen = routing.experts.reshape(-1, k)
     y = experts.ffn(
-        p["experts"],
-        x.reshape(-1, x.shape[-1]),
-        chosen,
-        routing.gates.reshape(-1, k),
+      p["experts"],
+      x.reshape(-1, x.shape[-1]),
+      chosen,
+      routing.gates.reshape(-1, k),
     )
     y = varying.total(y, "model").reshape(x.shape)
   if "shared" in p:

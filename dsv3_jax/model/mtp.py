@@ -6,32 +6,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax import config
-from dsv3_jax import param_spec
+from dsv3_jax import config, param_spec
 from dsv3_jax.linear import linear
-from dsv3_jax.model import layers
-from dsv3_jax.model import remat
+from dsv3_jax.model import layers, remat
 
 
 def specs(cfg: config.Model, block: param_spec.Specs) -> param_spec.Specs:
   """One module around the transformer block given (eq. 21-22)."""
   d = cfg.d_model
   return {
-      "embed_norm": param_spec.gain(d),
-      "hidden_norm": param_spec.gain(d),
-      "proj": param_spec.linear(cfg.init_std, pair=2 * d, embed=d),
-      "block": block,
-      "norm": param_spec.gain(d),
+    "embed_norm": param_spec.gain(d),
+    "hidden_norm": param_spec.gain(d),
+    "proj": param_spec.linear(cfg.init_std, pair=2 * d, embed=d),
+    "block": block,
+    "norm": param_spec.gain(d),
   }
 
 
 def module(
-    p: param_spec.Params,
-    bias: jax.Array,
-    hidden: jax.Array,
-    ahead: jax.Array,
-    cfg: config.Model,
-    block: Callable[..., tuple[jax.Array, Any]],
+  p: param_spec.Params,
+  bias: jax.Array,
+  hidden: jax.Array,
+  ahead: jax.Array,
+  cfg: config.Model,
+  block: Callable[..., tuple[jax.Array, Any]],
 ) -> tuple[jax.Array, jax.Array, Any]:
   """One depth (eq. 21-22).
 
@@ -49,11 +47,11 @@ def module(
     State after the module's own norm, the state for the next depth, stats.
   """
   joined = jnp.concatenate(
-      [
-          layers.rms_norm(p["embed_norm"], ahead, cfg.norm_eps),
-          layers.rms_norm(p["hidden_norm"], hidden, cfg.norm_eps),
-      ],
-      axis=-1,
+    [
+      layers.rms_norm(p["embed_norm"], ahead, cfg.norm_eps),
+      layers.rms_norm(p["hidden_norm"], hidden, cfg.norm_eps),
+    ],
+    axis=-1,
   )
   x = remat.named(linear.linear(joined, p["proj"]), "residual")
   x, stats = block(p["block"], x, bias)
@@ -62,12 +60,12 @@ def module(
 
 
 def predict(
-    params: param_spec.Params,
-    bias: jax.Array,
-    hidden: jax.Array,
-    tokens: jax.Array,
-    cfg: config.Model,
-    one: Callable[..., tuple[jax.Array, jax.Array, Any]],
+  params: param_spec.Params,
+  bias: jax.Array,
+  hidden: jax.Array,
+  tokens: jax.Array,
+  cfg: config.Model,
+  one: Callable[..., tuple[jax.Array, jax.Array, Any]],
 ) -> tuple[tuple[jax.Array, ...], list[Any]]:
   """Chains the D modules; each keeps the causal order of the one before.
 

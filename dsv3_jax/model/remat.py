@@ -22,13 +22,13 @@ def named(x: Any, name: str) -> Any:
   """x, arrays that a layer may keep under a name."""
   if name not in config.ACTIVATIONS:
     raise ValueError(
-        f"activation {name!r}: must be one of {', '.join(config.ACTIVATIONS)}"
+      f"activation {name!r}: must be one of {', '.join(config.ACTIVATIONS)}"
     )
   return jax.tree.map(lambda a: ad_checkpoint.checkpoint_name(a, name), x)
 
 
 def keeping(
-    kept: Kept, layer: Callable[..., Any], *, in_loop: bool = False
+  kept: Kept, layer: Callable[..., Any], *, in_loop: bool = False
 ) -> Callable[..., Any]:
   """The layer, of which a backward pass has its arguments and what is kept.
 

@@ -14,13 +14,13 @@ def frequencies(dim: int, theta: float) -> np.ndarray:
 
 
 def yarn_frequencies(
-    dim: int,
-    theta: float,
-    *,
-    factor: float,
-    original_len: int,
-    beta_fast: float = 32.0,
-    beta_slow: float = 1.0,
+  dim: int,
+  theta: float,
+  *,
+  factor: float,
+  original_len: int,
+  beta_fast: float = 32.0,
+  beta_slow: float = 1.0,
 ) -> np.ndarray:
   """Frequencies after YaRN extension by `factor` (arXiv:2309.00071, sec. 3.2).
 
@@ -30,8 +30,10 @@ def yarn_frequencies(
   """
 
   def pair_turning(turns):
-    return dim * math.log(original_len / (turns * 2 * math.pi)) / (
-        2 * math.log(theta)
+    return (
+      dim
+      * math.log(original_len / (turns * 2 * math.pi))
+      / (2 * math.log(theta))
     )
 
   low = max(math.floor(pair_turning(beta_fast)), 0)
@@ -66,6 +68,6 @@ def rotate(x: jax.Array, angle: jax.Array) -> jax.Array:
 
 
 rotate.defvjp(
-    lambda x, angle: (rotate(x, angle), angle),
-    lambda angle, dy: (rotate(dy, -angle), None),
+  lambda x, angle: (rotate(x, angle), angle),
+  lambda angle, dy: (rotate(dy, -angle), None),
 )

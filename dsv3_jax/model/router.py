@@ -24,7 +24,7 @@ class Routing:
 
 
 def select(
-    scores: jax.Array, bias: jax.Array, cfg: config.Router
+  scores: jax.Array, bias: jax.Array, cfg: config.Router
 ) -> tuple[jax.Array, jax.Array]:
   """Top-k experts and their gates (eq. 12-16).
 
@@ -61,7 +61,7 @@ def select(
 
 
 def route(
-    w: jax.Array, x: jax.Array, bias: jax.Array, cfg: config.Router
+  w: jax.Array, x: jax.Array, bias: jax.Array, cfg: config.Router
 ) -> Routing:
   """Routes x [B, T, D] with centroids w [D, E]; all in float32."""
   affinity = linear.linear(x.astype(jnp.float32), w.astype(jnp.float32))
@@ -87,7 +87,7 @@ def _multi_hot(experts: jax.Array, n_experts: int) -> jax.Array:
 
 
 def balance_loss(
-    scores: jax.Array, experts: jax.Array, cfg: config.Router
+  scores: jax.Array, experts: jax.Array, cfg: config.Router
 ) -> jax.Array:
   """Sequence-wise balance loss, mean over sequences (eq. 17-20).
 
@@ -104,7 +104,7 @@ def balance_loss(
 
 
 def update_bias(
-    bias: jax.Array, load: jax.Array, speed: jax.Array | float
+  bias: jax.Array, load: jax.Array, speed: jax.Array | float
 ) -> jax.Array:
   """Raises the bias of underloaded experts by speed, lowers the overloaded.
 

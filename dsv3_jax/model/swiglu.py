@@ -9,8 +9,7 @@ output of each row there.
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax import param_spec
-from dsv3_jax import varying
+from dsv3_jax import param_spec, varying
 from dsv3_jax.linear import linear
 from dsv3_jax.model import remat
 
@@ -18,15 +17,15 @@ from dsv3_jax.model import remat
 def specs(d: int, f: int, std: float) -> param_spec.Specs:
   """Gate and up projections side by side, then down."""
   return {
-      "gate_up": param_spec.linear(std, embed=d, pair=2, ffn=f),
-      "down": param_spec.linear(std, ffn=f, embed=d),
+    "gate_up": param_spec.linear(std, embed=d, pair=2, ffn=f),
+    "down": param_spec.linear(std, ffn=f, embed=d),
   }
 
 
 def swiglu(p: param_spec.Params, x: jax.Array) -> jax.Array:
   """[..., D] -> [..., D]."""
   leaves, structure = jax.tree.flatten(
-      (p["gate_up"], p["down"], x.reshape(-1, x.shape[-1]))
+    (p["gate_up"], p["down"], x.reshape(-1, x.shape[-1]))
   )
   args = jax.tree.unflatten(structure, varying.alike(*leaves))
   return varying.total(_swiglu(*args).reshape(x.shape), "model")
@@ -40,7 +39,7 @@ def activation(h: jax.Array, scale: jax.Array | None = None) -> jax.Array:
 
 
 def activation_gradient(
-    h: jax.Array, dact: jax.Array, scale: jax.Array | None = None
+  h: jax.Array, dact: jax.Array, scale: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array | None]:
   """Gradients of h and of scale, from that of the activation."""
   a, b = jnp.split(h, 2, axis=-1)
@@ -81,9 +80,9 @@ def _swiglu_bwd(residuals, dy):
   dx = linear.input_gradient(left, gate_up).astype(dy.dtype)
   dgate_up = linear.weight_gradient(x, dh, gate_up)
   return (
-      linear.gradient(gate_up, dgate_up, [of_x, of_dh]),
-      linear.gradient(down, ddown, [of_act, of_dy]),
-      dx,
+    linear.gradient(gate_up, dgate_up, [of_x, of_dh]),
+    linear.gradient(down, ddown, [of_act, of_dy]),
+    dx,
   )
 
 

@@ -7,14 +7,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax import config
-from dsv3_jax import param_spec
-from dsv3_jax.model import layers
-from dsv3_jax.model import mla
-from dsv3_jax.model import moe
-from dsv3_jax.model import mtp
-from dsv3_jax.model import remat
-from dsv3_jax.model import swiglu
+from dsv3_jax import config, param_spec
+from dsv3_jax.model import layers, mla, moe, mtp, remat, swiglu
 
 
 @flax.struct.dataclass
@@ -29,10 +23,10 @@ class Output:
 def block_specs(cfg: config.Model, ffn: param_spec.Specs) -> param_spec.Specs:
   """A pre-norm block around the feed-forward given."""
   return {
-      "mla_norm": param_spec.gain(cfg.d_model),
-      "mla": mla.specs(cfg.mla, cfg.d_model, cfg.init_std),
-      "ffn_norm": param_spec.gain(cfg.d_model),
-      "ffn": ffn,
+    "mla_norm": param_spec.gain(cfg.d_model),
+    "mla": mla.specs(cfg.mla, cfg.d_model, cfg.init_std),
+    "ffn_norm": param_spec.gain(cfg.d_model),
+    "ffn": ffn,
   }
 
 
@@ -41,9 +35,9 @@ def specs(cfg: config.Model) -> param_spec.Specs:
   d, c, std = cfg.d_model, cfg.vocab_size, cfg.init_std
   dense = swiglu.specs(d, cfg.dense_ffn_dim, std)
   tree = {
-      "embed": param_spec.weight(std, vocab=c, embed=d),
-      "norm": param_spec.gain(d),
-      "head": param_spec.weight(std, embed=d, vocab=c),
+    "embed": param_spec.weight(std, vocab=c, embed=d),
+    "norm": param_spec.gain(d),
+    "head": param_spec.weight(std, embed=d, vocab=c),
   }
   if cfg.n_dense_layers:
     block = block_specs(cfg, dense)
@@ -63,10 +57,10 @@ def router_bias(cfg: config.Model) -> jax.Array:
 
 
 def dense_block(
-    p: param_spec.Params,
-    x: jax.Array,
-    cfg: config.Model,
-    segments: jax.Array | None = None,
+  p: param_spec.Params,
+  x: jax.Array,
+  cfg: config.Model,
+  segments: jax.Array | None = None,
 ) -> jax.Array:
   """h += MLA(norm(h)); h += SwiGLU(norm(h))."""
   x = _attention(p, x, cfg, segments)
@@ -75,12 +69,12 @@ def dense_block(
 
 
 def moe_block(
-    p: param_spec.Params,
-    x: jax.Array,
-    bias: jax.Array,
-    cfg: config.Model,
-    experts: moe.Experts,
-    segments: jax.Array | None = None,
+  p: param_spec.Params,
+  x: jax.Array,
+  bias: jax.Array,
+  cfg: config.Model,
+  experts: moe.Experts,
+  segments: jax.Array | None = None,
 ) -> tuple[jax.Array, moe.Stats]:
   """h += MLA(norm(h)); h += MoE(norm(h)); and what the mixture tells."""
   x = _attention(p, x, cfg, segments)
@@ -90,10 +84,10 @@ def moe_block(
 
 
 def _attention(
-    p: param_spec.Params,
-    x: jax.Array,
-    cfg: config.Model,
-    segments: jax.Array | None,
+  p: param_spec.Params,
+  x: jax.Array,
+  cfg: config.Model,
+  segments: jax.Array | None,
 ) -> jax.Array:
   with jax.named_scope("mla"):
     h = layers.rms_norm(p["mla_norm"], x, cfg.norm_eps)
@@ -119,16 +113,16 @@ def as_stored(kind: str, p: param_spec.Params) -> param_spec.Params:
 
 
 def forward(
-    params: param_spec.Params,
-    bias: jax.Array,
-    tokens: jax.Array,
-    cfg: config.Model,
-    *,
-    kept: remat.Kept = None,
-    scan: bool = True,
-    segment_start: int | None = None,
-    experts: moe.Experts = moe.LOCAL,
-    gather: Callable[[str, param_spec.Params], param_spec.Params] = as_stored,
+  params: param_spec.Params,
+  bias: jax.Array,
+  tokens: jax.Array,
+  cfg: config.Model,
+  *,
+  kept: remat.Kept = None,
+  scan: bool = True,
+  segment_start: int | None = None,
+  experts: moe.Experts = moe.LOCAL,
+  gather: Callable[[str, param_spec.Params], param_spec.Params] = as_stored,
 ) -> Output:
   """Hidden states of the main model and of every MTP depth.
 
@@ -169,15 +163,15 @@ def forward(
     x, told = over_layers(mixture, x, layer)
     stats.append(told)
   out = predict(
-      params,
-      bias[cfg.n_moe_layers :],
-      x,
-      tokens,
-      cfg,
-      kept=kept,
-      segment_start=segment_start,
-      experts=experts,
-      gather=gather,
+    params,
+    bias[cfg.n_moe_layers :],
+    x,
+    tokens,
+    cfg,
+    kept=kept,
+    segment_start=segment_start,
+    experts=experts,
+    gather=gather,
   )
   stats.append(out.stats)
   return out.replace(stats=_joined(stats))
@@ -197,16 +191,16 @@ def embed(params: param_spec.Params, tokens: jax.Array) -> jax.Array:
 
 
 def predict(
-    params: param_spec.Params,
-    bias: jax.Array,
-    x: jax.Array,
-    tokens: jax.Array,
-    cfg: config.Model,
-    *,
-    kept: remat.Kept = None,
-    segment_start: int | None = None,
-    experts: moe.Experts = moe.LOCAL,
-    gather: Callable[[str, param_spec.Params], param_spec.Params] = as_stored,
+  params: param_spec.Params,
+  bias: jax.Array,
+  x: jax.Array,
+  tokens: jax.Array,
+  cfg: config.Model,
+  *,
+  kept: remat.Kept = None,
+  segment_start: int | None = None,
+  experts: moe.Experts = moe.LOCAL,
+  gather: Callable[[str, param_spec.Params], param_spec.Params] = as_stored,
 ) -> Output:
   """What follows the last layer: the final norm and the MTP modules.
 
@@ -253,10 +247,10 @@ def _joined(stats: list[moe.Stats]) -> moe.Stats:
 def logits(params: param_spec.Params, hidden: jax.Array) -> jax.Array:
   """Next-token logits [..., C] in float32 of hidden states [..., D]."""
   return jnp.einsum(
-      "...D,DC->...C",
-      hidden,
-      params["head"],
-      preferred_element_type=jnp.float32,
+    "...D,DC->...C",
+    hidden,
+    params["head"],
+    preferred_element_type=jnp.float32,
   )
 
 
@@ -278,9 +272,9 @@ def parameter_counts(cfg: config.Model) -> dict[str, int]:
     idle = routed * (e - router.top_k) // e
   embed = param_spec.count({"embed": tree["embed"]})
   return {
-      "main": total - unique,
-      "router_bias": cfg.n_moe_layers * e,
-      "mtp": unique + cfg.mtp.depth * e,
-      "active": total - unique - idle - embed,
-      "active_no_head": total - unique - idle - 2 * embed,
+    "main": total - unique,
+    "router_bias": cfg.n_moe_layers * e,
+    "mtp": unique + cfg.mtp.depth * e,
+    "active": total - unique - idle - embed,
+    "active_no_head": total - unique - idle - 2 * embed,
   }

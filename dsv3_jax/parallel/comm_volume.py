@@ -13,11 +13,11 @@ from dsv3_jax.parallel import device_mesh
 
 
 def copies(
-    chosen: jax.Array,
-    *,
-    sizes: Mapping[str, int],
-    cfg: config.Router,
-    form: str,
+  chosen: jax.Array,
+  *,
+  sizes: Mapping[str, int],
+  cfg: config.Router,
+  form: str,
 ) -> jax.Array:
   """Copies of this device's tokens that cross nodes, and that stay in one.
 
@@ -33,11 +33,11 @@ def copies(
   n_nodes, n_places = (sizes.get(axis, 1) for axis in device_mesh.EXPERTS)
   n_here = cfg.n_experts // (n_nodes * n_places)
   node, place = (
-      jax.lax.axis_index(axis) if sizes.get(axis, 1) > 1 else 0
-      for axis in device_mesh.EXPERTS
+    jax.lax.axis_index(axis) if sizes.get(axis, 1) > 1 else 0
+    for axis in device_mesh.EXPERTS
   )
   reached = jax.nn.one_hot(
-      chosen // n_here, n_nodes * n_places, dtype=jnp.bool_
+    chosen // n_here, n_nodes * n_places, dtype=jnp.bool_
   ).any(1)
   reached = reached.reshape(-1, n_nodes, n_places)
   if form == "gather":
@@ -72,6 +72,6 @@ def bytes_sent(sent: np.ndarray, run: config.Run) -> dict[str, int]:
   copy = there + back + 8 * model.router.top_k
   copies = sent.sum(0, dtype=np.int64)
   return {
-      axis: int(n) * copy
-      for axis, n in zip(device_mesh.EXPERTS, copies, strict=True)
+    axis: int(n) * copy
+    for axis, n in zip(device_mesh.EXPERTS, copies, strict=True)
   }

@@ -29,10 +29,10 @@ def mesh(sizes: Mapping[str, int]) -> jax.sharding.Mesh:
   needed, devices = math.prod(shape), jax.devices()
   if needed > len(devices):
     raise InputError(
-        f"mesh {dict(sizes)}: needs {needed} devices, there are {len(devices)}"
+      f"mesh {dict(sizes)}: needs {needed} devices, there are {len(devices)}"
     )
   return jax.make_mesh(
-      shape, AXES, axis_types=_EXPLICIT, devices=devices[:needed]
+    shape, AXES, axis_types=_EXPLICIT, devices=devices[:needed]
   )
 
 
@@ -61,14 +61,14 @@ def spec(*dims: tuple[str, ...]) -> jax.P:
 
 
 def batch_spec(
-    sizes: Mapping[str, int], dim: int, axes: tuple[str, ...] = BATCH
+  sizes: Mapping[str, int], dim: int, axes: tuple[str, ...] = BATCH
 ) -> jax.P:
   """The partition of an array whose dim runs over the sequences of a batch."""
   return spec(*[()] * dim, used(sizes, axes))
 
 
 def own_rows(
-    n: int, devices: jax.sharding.Mesh, axes: tuple[str, ...] = BATCH
+  n: int, devices: jax.sharding.Mesh, axes: tuple[str, ...] = BATCH
 ) -> list[int]:
   """Which of n rows, divided over mesh axes, this process' devices hold."""
   sharding = jax.NamedSharding(devices, batch_spec(devices.shape, 0, axes))
@@ -77,11 +77,11 @@ def own_rows(
 
 
 def put_rows(
-    tree,
-    n: int,
-    devices: jax.sharding.Mesh,
-    dim: int = 0,
-    axes: tuple[str, ...] = BATCH,
+  tree,
+  n: int,
+  devices: jax.sharding.Mesh,
+  dim: int = 0,
+  axes: tuple[str, ...] = BATCH,
 ):
   """Arrays of this process' `own_rows` of n along dim, as global ones."""
   sharding = jax.NamedSharding(devices, batch_spec(devices.shape, dim, axes))

@@ -19,25 +19,18 @@ there can be: see `manual.after` for what its runtime does to loops that send.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax import config
-from dsv3_jax import param_spec
-from dsv3_jax import varying
-from dsv3_jax.linear import linear
-from dsv3_jax.linear import quantize
-from dsv3_jax.linear import recipe
+from dsv3_jax import config, param_spec, varying
+from dsv3_jax.linear import linear, quantize, recipe
 from dsv3_jax.model import experts as experts_lib
-from dsv3_jax.model import moe
-from dsv3_jax.model import remat
-from dsv3_jax.parallel import comm_volume
-from dsv3_jax.parallel import device_mesh
+from dsv3_jax.model import moe, remat
+from dsv3_jax.parallel import comm_volume, device_mesh
 
 SLACK = 1.25  # rows of a round, in rows that balanced routing needs
 
@@ -46,13 +39,13 @@ Axes = tuple[str, ...]
 
 
 def experts(
-    form: str,
-    sizes: Mapping[str, int],
-    cfg: config.Router,
-    *,
-    rounds: str = "auto",
-    apart: bool = False,
-    group: Axes = device_mesh.EXPERTS,
+  form: str,
+  sizes: Mapping[str, int],
+  cfg: config.Router,
+  *,
+  rounds: str = "auto",
+  apart: bool = False,
+  group: Axes = device_mesh.EXPERTS,
 ) -> moe.Experts:
   """The routed experts of a mesh.
 
@@ -83,7 +76,7 @@ def experts(
     sent = moe.LOCAL.sent
   if form == "gather":
     return moe.Experts(
-        functools.partial(_gathered, axes=axes, inner=local), sent
+      functools.partial(_gathered, axes=axes, inner=local), sent
     )
   exchange = functools.partial(_exchange, apart=apart)
   if rounds == "auto":
@@ -128,8 +121,8 @@ def _send(way, tile, x, where):
 
 
 _send.defvjp(
-    lambda way, tile, x, where: (_spread(way, tile, x, where), where),
-    lambda way, _, where, dy: (way.collect(dy, where), None),
+  lambda way, tile, x, where: (_spread(way, tile, x, where), where),
+  lambda way, _, where, dy: (way.collect(dy, where), None),
 )
 
 
@@ -140,8 +133,8 @@ def _combine(way, tile, y, where):
 
 
 _combine.defvjp(
-    lambda way, _, y, where: (way.collect(y, where), where),
-    lambda way, tile, where, dx: (_spread(way, tile, dx, where), None),
+  lambda way, _, y, where: (way.collect(y, where), where),
+  lambda way, tile, where, dx: (_spread(way, tile, dx, where), None),
 )
 
 
@@ -170,14 +163,14 @@ def _owned(chosen: jax.Array, device: jax.Array, n: int) -> jax.Array:
 
 
 def _gathered(
-    p: param_spec.Params,
-    x: jax.Array,
-    chosen: jax.Array,
-    gates: jax.Array,
-    n_slots: int | None = None,
-    *,
-    axes: Axes,
-    inner: Ffn,
+  p: param_spec.Params,
+  x: jax.Array,
+  chosen: jax.Array,
+  gates: jax.Array,
+  n_slots: int | None = None,
+  *,
+  axes: Axes,
+  inner: Ffn,
 ) -> jax.Array:
   n, way = p["down"].shape[0], _Everyone(axes)
   chosen_all = remat.named(way.spread(chosen, None), "sent")
@@ -205,10 +198,10 @@ def _ragged_swap(rows: jax.Array, counts: jax.Array, axes: Axes) -> jax.Array:
   mine = jnp.full_like(starts, capacity) * jax.lax.axis_index(axes)
   theirs = _padded_swap(counts, counts, axes)
   out = jax.lax.ragged_all_to_all(
-      flat,
-      jnp.zeros_like(flat),
-      *varying.alike(starts, counts, mine, theirs),
-      axis_name=axes,
+    flat,
+    jnp.zeros_like(flat),
+    *varying.alike(starts, counts, mine, theirs),
+    axis_name=axes,
   )
   return out.reshape(rows.shape)
 
@@ -257,7 +250,7 @@ class _Plan:
 
 
 def _capacity(
-    n_rows: int, n_slots: int, size: int, fanout: int, slack: float = SLACK
+  n_rows: int, n_slots: int, size: int, fanout: int, slack: float = SLACK
 ) -> int:
   """Rows of a round for one destination, of n_rows with n_slots choices.
 
@@ -270,7 +263,7 @@ def _capacity(
 
 
 def _plan(
-    chosen: jax.Array, n_experts: int, size: int, capacity: int, group: Axes
+  chosen: jax.Array, n_experts: int, size: int, capacity: int, group: Axes
 ) -> _Plan:
   """Queues for `size` destinations of n_experts each."""
   n_rows = chosen.shape[0]
@@ -287,15 +280,15 @@ def _plan(
 
 
 def _exchange(
-    hop: _Hop,
-    p: param_spec.Params,
-    x: jax.Array,
-    chosen: jax.Array,
-    gates: jax.Array,
-    n_slots: int | None = None,
-    *,
-    inner: Ffn = experts_lib.grouped_ffn,
-    apart: bool = False,
+  hop: _Hop,
+  p: param_spec.Params,
+  x: jax.Array,
+  chosen: jax.Array,
+  gates: jax.Array,
+  n_slots: int | None = None,
+  *,
+  inner: Ffn = experts_lib.grouped_ffn,
+  apart: bool = False,
 ) -> jax.Array:
   """Rows go to those that hold their experts; `inner` runs on what arrives."""
   if not chosen.size:
@@ -305,9 +298,7 @@ def _exchange(
   n_slots = n_slots or chosen.size
   size, n_experts = jax.lax.axis_size(hop.axes), p["down"].shape[0]
   capacity = _capacity(len(x), n_slots, size, hop.fanout, hop.slack)
-  plan = _plan(
-      chosen, n_experts * hop.n_devices, size, capacity, hop.group
-  )
+  plan = _plan(chosen, n_experts * hop.n_devices, size, capacity, hop.group)
   one = functools.partial(_round, hop, inner, capacity, n_slots)
   # As all else that one pass may keep for another.
   rounds = varying.vary(plan.rounds, varying.varying(x))

@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax import checksum
-from dsv3_jax import param_spec
-from dsv3_jax import varying
+from dsv3_jax import checksum, param_spec, varying
 from dsv3_jax.parallel import device_mesh
 
 
@@ -29,9 +27,9 @@ def check(tree: Any, mesh: jax.sharding.Mesh) -> None:
   leaves = param_spec.paths(tree)
   digests = np.asarray(_digests(list(leaves.values()), mesh))
   found = [
-      line
-      for i, (name, leaf) in enumerate(leaves.items())
-      for line in _differences(name, leaf, digests[:, i], mesh)
+    line
+    for i, (name, leaf) in enumerate(leaves.items())
+    for line in _differences(name, leaf, digests[:, i], mesh)
   ]
   if found:
     raise DivergedError("\n".join(found))
@@ -42,18 +40,20 @@ def _digests(leaves: list[jax.Array], mesh: jax.sharding.Mesh) -> jax.Array:
   """Digests of what each device holds of each leaf, [devices, leaves, 2]."""
 
   def local(leaves):
-    own = jnp.stack([
-        varying.vary(checksum.of(leaf), device_mesh.AXES) for leaf in leaves
-    ])
+    own = jnp.stack(
+      [varying.vary(checksum.of(leaf), device_mesh.AXES) for leaf in leaves]
+    )
     return own[None]
 
-  of_devices = jax.shard_map(local, mesh=mesh, out_specs=jax.P(device_mesh.AXES))
+  of_devices = jax.shard_map(
+    local, mesh=mesh, out_specs=jax.P(device_mesh.AXES)
+  )
   whole = jax.NamedSharding(mesh, jax.P())
   return jax.reshard(of_devices(leaves), whole)
 
 
 def _differences(
-    name: str, leaf: jax.Array, digests: np.ndarray, mesh: jax.sharding.Mesh
+  name: str, leaf: jax.Array, digests: np.ndarray, mesh: jax.sharding.Mesh
 ) -> list[str]:
   """A line for each part of a leaf of which there are several versions."""
   versions = collections.defaultdict(lambda: collections.defaultdict(list))

@@ -9,21 +9,15 @@ what is sliced) or layer by layer (FSDP).
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
-from dsv3_jax import config
-from dsv3_jax import param_spec
-from dsv3_jax import varying
-from dsv3_jax.linear import linear
-from dsv3_jax.linear import recipe
-from dsv3_jax.model import moe
-from dsv3_jax.model import transformer
-from dsv3_jax.parallel import device_mesh
-from dsv3_jax.parallel import dispatch
+from dsv3_jax import config, param_spec, varying
+from dsv3_jax.linear import linear, recipe
+from dsv3_jax.model import moe, transformer
+from dsv3_jax.parallel import device_mesh, dispatch
 from dsv3_jax.parallel.pipeline import schedules
 from dsv3_jax.parallel.pipeline import stages as stages_lib
 
@@ -34,18 +28,18 @@ class Rules:
 
   # (logical axis, mesh axes that divide it)
   divided: tuple[tuple[str, tuple[str, ...]], ...] = (
-      ("experts", device_mesh.EXPERTS),
-      ("heads", ("model",)),
-      ("ffn", ("model",)),
+    ("experts", device_mesh.EXPERTS),
+    ("heads", ("model",)),
+    ("ffn", ("model",)),
   )
   slices: tuple[str, ...] = ()  # mesh axes that slice what is not divided
   by_layer: bool = False  # slices become whole a layer at a time
 
 
 LAYOUTS = {
-    "replicated": Rules(),
-    "zero1": Rules(slices=device_mesh.ROWS),
-    "fsdp": Rules(slices=device_mesh.ROWS, by_layer=True),
+  "replicated": Rules(),
+  "zero1": Rules(slices=device_mesh.ROWS),
+  "fsdp": Rules(slices=device_mesh.ROWS, by_layer=True),
 }
 
 
@@ -73,8 +67,8 @@ class Placement:
   def inside_stage(self) -> "Placement":
     """The same without the slices over `pipe`."""
     slices = (
-        (dim, tuple(axis for axis in axes if axis != "pipe"))
-        for dim, axes in self.slices
+      (dim, tuple(axis for axis in axes if axis != "pipe"))
+      for dim, axes in self.slices
     )
     return Placement(self.dims, tuple((d, axes) for d, axes in slices if axes))
 
@@ -85,7 +79,7 @@ class Placement:
 
 
 def placement(
-    param: param_spec.ParamSpec, rules: Rules, sizes: Mapping[str, int]
+  param: param_spec.ParamSpec, rules: Rules, sizes: Mapping[str, int]
 ) -> Placement:
   """Where a parameter is on a mesh.
 
@@ -100,9 +94,9 @@ def placement(
     dims.append(tuple(a for a in axes if a not in taken))
     taken.update(axes)
   slices = {
-      i: ()
-      for i, (axis, _) in enumerate(param.dims)
-      if not dims[i] and axis != "layers"
+    i: ()
+    for i, (axis, _) in enumerate(param.dims)
+    if not dims[i] and axis != "layers"
   }
   for axis in device_mesh.used(sizes, rules.slices):
     for i in slices if axis not in taken else ():
@@ -138,7 +132,7 @@ def _parts(w: linear.Weight | linear.Trained, place: Placement) -> Any:
 
 
 def _map(
-    f: Callable[[jax.Array, Placement], jax.Array], params: Any, places: Any
+  f: Callable[[jax.Array, Placement], jax.Array], params: Any, places: Any
 ) -> Any:
   """f of every array and its place."""
   is_weight = lambda leaf: isinstance(leaf, (linear.Fp8, linear.Trained))
@@ -213,8 +207,8 @@ class Layout:
       return varying.vary(move(kind, place, a), self.work_axes)
 
     return {
-        kind: _map(functools.partial(leaf, kind), p, self.places[kind])
-        for kind, p in params.items()
+      kind: _map(functools.partial(leaf, kind), p, self.places[kind])
+      for kind, p in params.items()
     }
 
   def layer(self, kind: str, p: param_spec.Params) -> param_spec.Params:
@@ -243,17 +237,17 @@ class Layout:
       return jax.lax.psum(g, tuple(sorted(rest)))
 
     return {
-        kind: _map(functools.partial(leaf, kind), g, self.places[kind])
-        for kind, g in gradients.items()
+      kind: _map(functools.partial(leaf, kind), g, self.places[kind])
+      for kind, g in gradients.items()
     }
 
 
 def layout(
-    run: config.Run,
-    sizes: Mapping[str, int],
-    *,
-    staged: bool = True,
-    micro_batches: int | None = None,
+  run: config.Run,
+  sizes: Mapping[str, int],
+  *,
+  staged: bool = True,
+  micro_batches: int | None = None,
 ) -> Layout:
   """The layout of a run on a mesh of these sizes by axis.
 
@@ -268,26 +262,24 @@ def layout(
   specs = transformer.specs(run.model)
   if staged and run.parallel.schedule != "none":
     schedule = schedules.SCHEDULES[run.parallel.schedule](
-        sizes.get("pipe", 1), micro_batches or run.train.micro_batches
+      sizes.get("pipe", 1), micro_batches or run.train.micro_batches
     )
   return Layout(
-      places=jax.tree.map(
-          lambda param: placement(param, rules, sizes), specs
-      ),
-      fp8=recipe.fp8_paths(specs, run.precision),
-      rules=rules,
-      sizes=sizes,
-      batch_axes=device_mesh.used(
-          sizes, device_mesh.BATCH if schedule else device_mesh.ROWS
-      ),
-      stages=stages_lib.stages(schedule, run.model) if schedule else None,
-      experts=dispatch.experts(
-          run.parallel.dispatch,
-          sizes,
-          run.model.router,
-          rounds=run.parallel.rounds,
-          apart=schedule is not None,
-      ),
+    places=jax.tree.map(lambda param: placement(param, rules, sizes), specs),
+    fp8=recipe.fp8_paths(specs, run.precision),
+    rules=rules,
+    sizes=sizes,
+    batch_axes=device_mesh.used(
+      sizes, device_mesh.BATCH if schedule else device_mesh.ROWS
+    ),
+    stages=stages_lib.stages(schedule, run.model) if schedule else None,
+    experts=dispatch.experts(
+      run.parallel.dispatch,
+      sizes,
+      run.model.router,
+      rounds=run.parallel.rounds,
+      apart=schedule is not None,
+    ),
   )
 
 
@@ -296,19 +288,19 @@ def problems(run: config.Run, sizes: Mapping[str, int]) -> list[str]:
   model, found = run.model, []
   sequences = run.train.micro_batch_size
   for name, size, axes in (
-      ("sequences of a micro-batch", sequences, device_mesh.BATCH),
-      ("routed experts", model.router.n_experts, device_mesh.EXPERTS),
-      ("heads", model.mla.n_heads, ("model",)),
-      ("dense_ffn_dim", model.dense_ffn_dim, ("model",)),
-      ("moe.ffn_dim", model.moe.ffn_dim, ("model",)),
+    ("sequences of a micro-batch", sequences, device_mesh.BATCH),
+    ("routed experts", model.router.n_experts, device_mesh.EXPERTS),
+    ("heads", model.mla.n_heads, ("model",)),
+    ("dense_ffn_dim", model.dense_ffn_dim, ("model",)),
+    ("moe.ffn_dim", model.moe.ffn_dim, ("model",)),
   ):
     n = device_mesh.extent(sizes, axes)
     if size % n:
       over = " x ".join(f"{a}={sizes.get(a, 1)}" for a in axes)
       fits = [i for i in range(1, size + 1) if size % i == 0]
       found.append(
-          f"--mesh: {over} devices must divide the {size} {name};"
-          f" {', '.join(map(str, fits))} do"
+        f"--mesh: {over} devices must divide the {size} {name};"
+        f" {', '.join(map(str, fits))} do"
       )
   specs = transformer.specs(model)
   found += recipe.problems(specs, run.precision)
@@ -333,51 +325,47 @@ def _fp8_problems(run: config.Run, sizes: Mapping[str, int]) -> list[str]:
       size = math.prod(size for _, size in part[start:]) // n
       if size % tile:
         return [
-            f"--mesh: model={n} leaves {size} of {path} to a device, which"
-            f" precision.tile={tile} does not divide: tiles would differ;"
-            " choose a tile that does, or model=1"
+          f"--mesh: model={n} leaves {size} of {path} to a device, which"
+          f" precision.tile={tile} does not divide: tiles would differ;"
+          " choose a tile that does, or model=1"
         ]
   return []
 
 
-def _pipeline_problems(
-    run: config.Run, sizes: Mapping[str, int]
-) -> list[str]:
+def _pipeline_problems(run: config.Run, sizes: Mapping[str, int]) -> list[str]:
   name, n_ranks = run.parallel.schedule, sizes.get("pipe", 1)
   if name == "none":
     if n_ranks == 1:
       return []
     return [
-        f"--mesh: pipe={n_ranks} needs a parallel.schedule; one of"
-        f" {', '.join(schedules.SCHEDULES)}"
+      f"--mesh: pipe={n_ranks} needs a parallel.schedule; one of"
+      f" {', '.join(schedules.SCHEDULES)}"
     ]
   micro, n_layers = run.train.micro_batch_size, run.model.n_layers
-  known = schedules.problems(
-      name, n_ranks, run.train.micro_batches, n_layers
-  )
+  known = schedules.problems(name, n_ranks, run.train.micro_batches, n_layers)
   found = list(known)
   for phase in run.phases[:-1]:
     n_micro = phase.batch_size // micro
     for line in schedules.problems(name, n_ranks, n_micro, n_layers):
       if line not in known:
         found.append(
-            f"{line}; these are the {phase.batch_size} sequences, {micro} a"
-            " micro-batch, of steps while the batch grows: see"
-            " train.first_batch_size"
+          f"{line}; these are the {phase.batch_size} sequences, {micro} a"
+          " micro-batch, of steps while the batch grows: see"
+          " train.first_batch_size"
         )
   if sizes.get("model", 1) > 1:
     found.append(
-        f"--mesh: model={sizes['model']} with parallel.schedule={name}: layers"
-        " of a stage are not divided; leave model at 1"
+      f"--mesh: model={sizes['model']} with parallel.schedule={name}: layers"
+      " of a stage are not divided; leave model at 1"
     )
   if run.data.segment_mask:
     found.append(
-        f"data.segment_mask=true with parallel.schedule={name}: stages do not"
-        " know segments; leave one of them out"
+      f"data.segment_mask=true with parallel.schedule={name}: stages do not"
+      " know segments; leave one of them out"
     )
   if LAYOUTS[run.parallel.layout].by_layer:
     found.append(
-        f"parallel.layout={run.parallel.layout} with parallel.schedule={name}:"
-        " a stage's layers are whole for a step; zero1 or replicated do"
+      f"parallel.layout={run.parallel.layout} with parallel.schedule={name}:"
+      " a stage's layers are whole for a step; zero1 or replicated do"
     )
   return found

@@ -3,16 +3,13 @@
 import base64
 import dataclasses
 import html
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from dsv3_jax.report import plots
-from dsv3_jax.report import run_data
-from dsv3_jax.trainer import event_log
-from dsv3_jax.trainer import metrics_writer
+from dsv3_jax.report import plots, run_data
+from dsv3_jax.trainer import event_log, metrics_writer
 
 SAMPLES = 6  # most samples of text that are shown
 
@@ -125,14 +122,14 @@ def results(run: run_data.Record) -> Results:
   violation = run_data.final_violation(run)
   worst = max(violation, key=lambda name: violation[name][0], default=None)
   return Results(
-      steps=run.steps[-1]["step"],
-      budget=run_data.budget_steps(run),
-      tokens=run.steps[-1]["tokens"],
-      tokens_per_s=None if rate is None else float(np.nanmedian(rate)),
-      loss=None if loss is None else float(np.nanmean(loss)),
-      heldout_loss=final.get("heldout_loss"),
-      heldout_bpb=final.get("heldout_bpb"),
-      worst=None if worst is None else (worst, violation[worst][0]),
+    steps=run.steps[-1]["step"],
+    budget=run_data.budget_steps(run),
+    tokens=run.steps[-1]["tokens"],
+    tokens_per_s=None if rate is None else float(np.nanmedian(rate)),
+    loss=None if loss is None else float(np.nanmean(loss)),
+    heldout_loss=final.get("heldout_loss"),
+    heldout_bpb=final.get("heldout_bpb"),
+    worst=None if worst is None else (worst, violation[worst][0]),
   )
 
 
@@ -190,42 +187,42 @@ def _table(run: run_data.Record, r: Results) -> dict[str, dict[str, Any]]:
     return seconds(s[key]) if s.get(key) is not None else None
 
   groups = {
-      "Model": {
-          "Variant": c.get("variant"),
-          "Parameters": size("parameters"),
-          "Active for a token": size("active_parameters"),
-          "Layers": _layers(c),
-          "Experts": _experts(c),
-          "Vocabulary": c.get("model.vocab_size"),
-      },
-      "Training": {
-          "Steps": f"{r.steps:,}" + (f" of {r.budget:,}" if r.budget else ""),
-          "Tokens": f"{plots.count(r.tokens)} ({r.tokens:,})",
-          "Batch": _batch(c),
-          "Time, training": time("train_seconds"),
-          "Time, compiling": time("compile_seconds"),
-          "Tokens per second (median)": _digits(r.tokens_per_s, 0),
-          "Seed": c.get("seed"),
-      },
-      "Time of all starts": _time(run),
-      "Result": {
-          "Training loss, last tenth (nats per token)": _digits(r.loss, 4),
-          "Held-out loss (nats per token)": _digits(r.heldout_loss, 4),
-          "Held-out bits per byte": _digits(r.heldout_bpb, 3),
-          **{f"{name}, same bytes": _digits(b, 3) for name, b in rivals},
-          "MaxVio of the least even layer, last tenth": (
-              r.worst and f"{r.worst[1]:.3f} ({r.worst[0]})"
-          ),
-          "Steps skipped": run.steps[-1].get("skipped_steps"),
-      },
-      "Environment": {
-          key.removeprefix("versions.").replace("_", " "): value
-          for key, value in run.env.items()
-      },
+    "Model": {
+      "Variant": c.get("variant"),
+      "Parameters": size("parameters"),
+      "Active for a token": size("active_parameters"),
+      "Layers": _layers(c),
+      "Experts": _experts(c),
+      "Vocabulary": c.get("model.vocab_size"),
+    },
+    "Training": {
+      "Steps": f"{r.steps:,}" + (f" of {r.budget:,}" if r.budget else ""),
+      "Tokens": f"{plots.count(r.tokens)} ({r.tokens:,})",
+      "Batch": _batch(c),
+      "Time, training": time("train_seconds"),
+      "Time, compiling": time("compile_seconds"),
+      "Tokens per second (median)": _digits(r.tokens_per_s, 0),
+      "Seed": c.get("seed"),
+    },
+    "Time of all starts": _time(run),
+    "Result": {
+      "Training loss, last tenth (nats per token)": _digits(r.loss, 4),
+      "Held-out loss (nats per token)": _digits(r.heldout_loss, 4),
+      "Held-out bits per byte": _digits(r.heldout_bpb, 3),
+      **{f"{name}, same bytes": _digits(b, 3) for name, b in rivals},
+      "MaxVio of the least even layer, last tenth": (
+        r.worst and f"{r.worst[1]:.3f} ({r.worst[0]})"
+      ),
+      "Steps skipped": run.steps[-1].get("skipped_steps"),
+    },
+    "Environment": {
+      key.removeprefix("versions.").replace("_", " "): value
+      for key, value in run.env.items()
+    },
   }
   return {
-      group: {k: v for k, v in facts.items() if v is not None}
-      for group, facts in groups.items()
+    group: {k: v for k, v in facts.items() if v is not None}
+    for group, facts in groups.items()
   }
 
 
@@ -237,12 +234,12 @@ def _time(run: run_data.Record) -> dict[str, Any]:
     return {}
   starts = [event for event in run.events if event["event"] == "start"]
   return {
-      "Starts": len(starts),
-      **{
-          name.capitalize(): f"{seconds(s)} ({s / total:.1%})"
-          for name, s in spent.items()
-          if s
-      },
+    "Starts": len(starts),
+    **{
+      name.capitalize(): f"{seconds(s)} ({s / total:.1%})"
+      for name, s in spent.items()
+      if s
+    },
   }
 
 
@@ -280,31 +277,31 @@ def _batch(c: dict[str, Any]) -> str | None:
 
 def _rows(facts: dict[str, Any]) -> str:
   return "".join(
-      f"<tr><th scope=row>{html.escape(str(key))}</th>"
-      f"<td>{html.escape(shown(value))}</td></tr>\n"
-      for key, value in facts.items()
+    f"<tr><th scope=row>{html.escape(str(key))}</th>"
+    f"<td>{html.escape(shown(value))}</td></tr>\n"
+    for key, value in facts.items()
   )
 
 
 def _table_html(run: run_data.Record, r: Results) -> str:
   body = "".join(
-      f"<tr><th class=group colspan=2>{group}</th></tr>\n{_rows(facts)}"
-      for group, facts in _table(run, r).items()
-      if facts
+    f"<tr><th class=group colspan=2>{group}</th></tr>\n{_rows(facts)}"
+    for group, facts in _table(run, r).items()
+    if facts
   )
   return f"<h2>The run</h2>\n<table>\n{body}</table>\n"
 
 
 def _figure_html(figure: Figure) -> str:
   light, dark = (
-      "data:image/png;base64," + base64.b64encode(png).decode()
-      for png in (figure.light, figure.dark)
+    "data:image/png;base64," + base64.b64encode(png).decode()
+    for png in (figure.light, figure.dark)
   )
   return (
-      f"<h2>{figure.title}</h2>\n<figure><div class=scroll><picture>"
-      f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-      f'<img alt="{html.escape(figure.title)}" src="{light}"></picture></div>\n'
-      f"<figcaption>{html.escape(figure.caption)}</figcaption></figure>\n"
+    f"<h2>{figure.title}</h2>\n<figure><div class=scroll><picture>"
+    f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+    f'<img alt="{html.escape(figure.title)}" src="{light}"></picture></div>\n'
+    f"<figcaption>{html.escape(figure.caption)}</figcaption></figure>\n"
   )
 
 
@@ -323,8 +320,8 @@ def _samples_html(run: run_data.Record) -> str:
   some = len(chosen) < len(rows)
   note = f"{len(chosen)} of {len(rows)} samples. " if some else ""
   return (
-      f"<h2>Samples</h2>\n<p class=note>{note}Text that the model wrote at"
-      f" evaluations.</p>\n{''.join(parts)}"
+    f"<h2>Samples</h2>\n<p class=note>{note}Text that the model wrote at"
+    f" evaluations.</p>\n{''.join(parts)}"
   )
 
 
@@ -339,13 +336,13 @@ def _details_html(title: str, facts: dict[str, Any]) -> str:
   if not facts:
     return ""
   return (
-      f"<details><summary><h2>{title}</h2></summary>\n"
-      f"<table>\n{_rows(facts)}</table></details>\n"
+    f"<details><summary><h2>{title}</h2></summary>\n"
+    f"<table>\n{_rows(facts)}</table></details>\n"
   )
 
 
 def html_of(
-    run: run_data.Record, figures: Sequence[Figure], missing: Sequence[str]
+  run: run_data.Record, figures: Sequence[Figure], missing: Sequence[str]
 ) -> str:
   """The whole page.
 
@@ -359,30 +356,30 @@ def html_of(
   if not any(row.get("sample") for row in run.evals):
     missing.append("Samples: no evaluation row has one.")
   violation = {
-      name: f"mean {mean:.3f}, highest {top:.3f}"
-      for name, (mean, top) in run_data.final_violation(run).items()
+    name: f"mean {mean:.3f}, highest {top:.3f}"
+    for name, (mean, top) in run_data.final_violation(run).items()
   }
   variant = str(run.config.get("variant", run.name))
   title = html.escape(f"Training run: {variant}")
   tiles = "".join(
-      f"<div class=tile><b>{html.escape(figure)}</b>"
-      f"<span>{html.escape(what)}</span></div>\n"
-      for figure, what in _tiles(run, r)
+    f"<div class=tile><b>{html.escape(figure)}</b>"
+    f"<span>{html.escape(what)}</span></div>\n"
+    for figure, what in _tiles(run, r)
   )
   return (
-      '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-      '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-      f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-      f"<h1>{title}</h1>\n"
-      f"<p class=sub>workdir {html.escape(run.name)}</p>\n"
-      f"<p>{html.escape(_summary(run, r))}</p>\n"
-      f"<div class=tiles>\n{tiles}</div>\n"
-      + "".join(map(_figure_html, figures))
-      + _samples_html(run)
-      + _table_html(run, r)
-      + _list_html("Not in this report", missing)
-      + _details_html("MaxVio of every layer, last tenth", violation)
-      + _details_html("All settings", run.config)
-      + _details_html("All of summary.json", run.summary)
-      + "</body>\n</html>\n"
+    '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+    f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+    f"<h1>{title}</h1>\n"
+    f"<p class=sub>workdir {html.escape(run.name)}</p>\n"
+    f"<p>{html.escape(_summary(run, r))}</p>\n"
+    f"<div class=tiles>\n{tiles}</div>\n"
+    + "".join(map(_figure_html, figures))
+    + _samples_html(run)
+    + _table_html(run, r)
+    + _list_html("Not in this report", missing)
+    + _details_html("MaxVio of every layer, last tenth", violation)
+    + _details_html("All settings", run.config)
+    + _details_html("All of summary.json", run.summary)
+    + "</body>\n</html>\n"
   )

@@ -5,15 +5,13 @@ sets to those of a theme, so the same picture exists for light and dark pages.
 Nothing here knows of files or of runs.
 """
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import matplotlib.ticker
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import BoundaryNorm
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 PANELS = 12  # most layers that are shown with a panel of their own
@@ -65,10 +63,10 @@ def _trend(axes: Axes, x: np.ndarray, y: np.ndarray, label: str) -> None:
 
 
 def losses(
-    figure: Figure,
-    x: np.ndarray,
-    curves: Mapping[str, np.ndarray],
-    points: Mapping[str, tuple[np.ndarray, np.ndarray]],
+  figure: Figure,
+  x: np.ndarray,
+  curves: Mapping[str, np.ndarray],
+  points: Mapping[str, tuple[np.ndarray, np.ndarray]],
 ) -> None:
   """Losses of every step, as trends, and of evaluations, as points.
 
@@ -89,12 +87,12 @@ def losses(
 
 
 def gaps(
-    figure: Figure,
-    x: np.ndarray,
-    curves: Mapping[str, np.ndarray],
-    gaps: Mapping[str, np.ndarray],
-    bar: float,
-    warmup: int,
+  figure: Figure,
+  x: np.ndarray,
+  curves: Mapping[str, np.ndarray],
+  gaps: Mapping[str, np.ndarray],
+  bar: float,
+  warmup: int,
 ) -> None:
   """Losses of several runs, and below how far they are from the first.
 
@@ -129,7 +127,7 @@ def gaps(
 
 
 def bits_per_byte(
-    figure: Figure, x: np.ndarray, y: np.ndarray, rivals: Mapping[str, float]
+  figure: Figure, x: np.ndarray, y: np.ndarray, rivals: Mapping[str, float]
 ) -> None:
   """Held-out bits per byte, and what other compressors need as lines."""
   axes = figure.subplots()
@@ -149,7 +147,7 @@ def bits_per_byte(
 
 
 def max_violation(
-    figure: Figure, x: np.ndarray, vio: np.ndarray, names: Sequence[str]
+  figure: Figure, x: np.ndarray, vio: np.ndarray, names: Sequence[str]
 ) -> None:
   """Running mean of MaxVio [steps, routers], a line a router, by depth."""
   axes = figure.subplots()
@@ -162,7 +160,7 @@ def max_violation(
     axes.plot(x, smooth(column, window), color=colour, marker=marker, lw=1.5)
   norm = BoundaryNorm(np.arange(n + 1) - 0.5, n)
   scale = matplotlib.cm.ScalarMappable(
-      norm, matplotlib.colors.ListedColormap(colours)
+    norm, matplotlib.colors.ListedColormap(colours)
   )
   bar = figure.colorbar(scale, ax=axes, aspect=25, pad=0.02)
   shown = np.arange(0, n, -(-n // 16))
@@ -176,10 +174,10 @@ def max_violation(
 
 
 def load_maps(
-    figure: Figure,
-    shares: np.ndarray,
-    titles: Sequence[str],
-    names: Sequence[str],
+  figure: Figure,
+  shares: np.ndarray,
+  titles: Sequence[str],
+  names: Sequence[str],
 ) -> None:
   """Heat maps of expert load [times, routers, experts], 1 where it is even."""
   times, routers, _ = shares.shape
@@ -187,7 +185,7 @@ def load_maps(
   grid = figure.subplots(-(-times // columns), columns, squeeze=False)
   for axes, share, title in zip(grid.flat, shares, titles, strict=False):
     image = axes.imshow(
-        share, vmin=0, vmax=2, aspect="auto", interpolation="nearest"
+      share, vmin=0, vmax=2, aspect="auto", interpolation="nearest"
     )
     axes.set_title(title, loc="left")
     axes.tick_params(length=0)
@@ -205,7 +203,7 @@ def load_maps(
 
 
 def load_over_time(
-    figure: Figure, x: np.ndarray, shares: np.ndarray, names: Sequence[str]
+  figure: Figure, x: np.ndarray, shares: np.ndarray, names: Sequence[str]
 ) -> None:
   """One heat map a router: experts upwards, tokens to the right.
 
@@ -222,7 +220,7 @@ def load_over_time(
   experts = np.arange(shares.shape[-1])
   for axes, i in zip(grid.flat, shown, strict=False):
     image = axes.pcolormesh(
-        x, experts, shares[:, i].T, vmin=0, vmax=2, shading="nearest"
+      x, experts, shares[:, i].T, vmin=0, vmax=2, shading="nearest"
     )
     axes.set_title(names[i], loc="left")
     axes.tick_params(length=0)
@@ -241,17 +239,17 @@ def load_over_time(
 
 def _share_bar(figure: Figure, image: object, grid: np.ndarray) -> None:
   bar = figure.colorbar(
-      image, ax=grid, location="top", extend="max", aspect=45, shrink=0.7
+    image, ax=grid, location="top", extend="max", aspect=45, shrink=0.7
   )
   bar.set_ticks([0, 0.5, 1, 1.5, 2])
   bar.set_label("load of an expert (1: its even share)")
 
 
 def placement(
-    figure: Figure,
-    in_order: np.ndarray,
-    placed: np.ndarray,
-    names: Sequence[str],
+  figure: Figure,
+  in_order: np.ndarray,
+  placed: np.ndarray,
+  names: Sequence[str],
 ) -> None:
   """Load of the busiest device, before and after, a line a router.
 
@@ -286,10 +284,10 @@ def needles_height_in(n: int) -> float:
 
 
 def needles(
-    figure: Figure,
-    lengths: Sequence[int],
-    depths: Sequence[float],
-    right: Mapping[str, Sequence[Sequence[float]]],
+  figure: Figure,
+  lengths: Sequence[int],
+  depths: Sequence[float],
+  right: Mapping[str, Sequence[Sequence[float]]],
 ) -> None:
   """A heat map a model: context to the right, depth of the needle downwards.
 
@@ -300,8 +298,8 @@ def needles(
     right: shares of right answers [lengths, depths], by model.
   """
   colours = [
-      matplotlib.rcParams["axes.facecolor"],
-      matplotlib.rcParams["axes.prop_cycle"].by_key()["color"][0],
+    matplotlib.rcParams["axes.facecolor"],
+    matplotlib.rcParams["axes.prop_cycle"].by_key()["color"][0],
   ]
   ramp = LinearSegmentedColormap.from_list("found", colours)
   columns = min(len(right), 2)
@@ -309,7 +307,7 @@ def needles(
   grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
   for axes, (label, shares) in zip(grid.flat, right.items(), strict=False):
     image = axes.imshow(
-        np.transpose(shares), cmap=ramp, vmin=0, vmax=1, aspect="auto"
+      np.transpose(shares), cmap=ramp, vmin=0, vmax=1, aspect="auto"
     )
     axes.set_title(label, loc="left")
     axes.tick_params(length=0)
@@ -335,11 +333,11 @@ def spread(n: int, most: int) -> list[int]:
 
 
 def panels(
-    figure: Figure,
-    x: np.ndarray,
-    curves: Mapping[str, np.ndarray],
-    *,
-    noisy: bool,
+  figure: Figure,
+  x: np.ndarray,
+  curves: Mapping[str, np.ndarray],
+  *,
+  noisy: bool,
 ) -> None:
   """Curves of different units, one above the other.
 

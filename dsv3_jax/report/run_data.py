@@ -11,8 +11,7 @@ import numpy as np
 
 from dsv3_jax.errors import InputError
 from dsv3_jax.infer import eplb
-from dsv3_jax.trainer import event_log
-from dsv3_jax.trainer import metrics_writer
+from dsv3_jax.trainer import event_log, metrics_writer
 
 LAST = 0.1  # "at the end" is this share of the steps
 LAST_LOADS = 0.25  # experts are placed for the loads of this share of them
@@ -87,8 +86,8 @@ def read(workdir: str | os.PathLike) -> Record:
   path = workdir / metrics_writer.METRICS
   if not path.is_file():
     raise InputError(
-        f"--workdir={workdir}: has no {metrics_writer.METRICS}; expected the workdir"
-        " of a training run"
+      f"--workdir={workdir}: has no {metrics_writer.METRICS}; expected the"
+      " workdir of a training run"
     )
   rows = metrics_writer.read(path)
   steps = [row for row in rows if "loss" in row]
@@ -97,15 +96,15 @@ def read(workdir: str | os.PathLike) -> Record:
   missing = []
   settings = _read_object(workdir / "config.json", missing)
   return Record(
-      name=workdir.name,
-      steps=steps,
-      evals=[row for row in rows if "heldout_loss" in row],
-      config={k.removeprefix("settings."): v for k, v in settings.items()},
-      env=_read_object(workdir / "env.json", missing),
-      summary=_read_object(workdir / "summary.json", missing),
-      needles=_needles(workdir / "needles.json"),
-      events=event_log.read(workdir),
-      missing=tuple(missing),
+    name=workdir.name,
+    steps=steps,
+    evals=[row for row in rows if "heldout_loss" in row],
+    config={k.removeprefix("settings."): v for k, v in settings.items()},
+    env=_read_object(workdir / "env.json", missing),
+    summary=_read_object(workdir / "summary.json", missing),
+    needles=_needles(workdir / "needles.json"),
+    events=event_log.read(workdir),
+    missing=tuple(missing),
   )
 
 
@@ -147,9 +146,9 @@ def final_violation(run: Record) -> dict[str, tuple[float, float]]:
     return {}
   names = router_names(run, vio.shape[1])
   return {
-      name: (float(np.nanmean(column)), float(np.nanmax(column)))
-      for name, column in zip(names, vio.T, strict=True)
-      if np.isfinite(column).any()
+    name: (float(np.nanmean(column)), float(np.nanmax(column)))
+    for name, column in zip(names, vio.T, strict=True)
+    if np.isfinite(column).any()
   }
 
 
@@ -172,11 +171,11 @@ def balance(run: Record) -> Balance | None:
   if (n := _devices(n_experts)) < 2:
     return None
   in_order, placed = (
-      eplb.imbalance(where.loads(mean, n))
-      for where in (
-          eplb.identity(n_layers, n_experts),
-          eplb.place(mean, n_replicas=n_experts + n, n_devices=n),
-      )
+    eplb.imbalance(where.loads(mean, n))
+    for where in (
+      eplb.identity(n_layers, n_experts),
+      eplb.place(mean, n_replicas=n_experts + n, n_devices=n),
+    )
   )
   return Balance(n, n_experts, in_order, placed)
 
@@ -191,9 +190,9 @@ def rivals(run: Record) -> dict[str, float]:
   """Bits per byte that other compressors need for the held-out text."""
   known = {"bzip2 -9": "bzip2_bpb", "xz -9e": "xz_bpb"}
   return {
-      name: run.summary[key]
-      for name, key in known.items()
-      if run.summary.get(key) is not None
+    name: run.summary[key]
+    for name, key in known.items()
+    if run.summary.get(key) is not None
   }
 
 

@@ -10,18 +10,16 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
-from matplotlib.patches import Patch
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 
-from dsv3_jax.parallel.pipeline import schedules
-from dsv3_jax.parallel.pipeline import simulate
+from dsv3_jax.parallel.pipeline import schedules, simulate
 from dsv3_jax.report import themes
 
 KINDS = {
-    "F": "forward",
-    "B": "backward",
-    "I": "input gradient",
-    "W": "weight gradient",
+  "F": "forward",
+  "B": "backward",
+  "I": "input gradient",
+  "W": "weight gradient",
 }
 ROW_IN = 0.42  # from rank to rank
 THICK = 0.9  # of a cell, in rows
@@ -34,9 +32,9 @@ Colour = tuple[float, float, float]
 
 
 def png(
-    schedule: schedules.Schedule,
-    timeline: simulate.Timeline,
-    theme: themes.Theme = themes.LIGHT,
+  schedule: schedules.Schedule,
+  timeline: simulate.Timeline,
+  theme: themes.Theme = themes.LIGHT,
 ) -> bytes:
   """The picture as PNG bytes."""
   shortest = min(end - start for _, start, end, _ in timeline.cells(schedule))
@@ -44,18 +42,18 @@ def png(
   width_in = min(max(width_in, themes.WIDTH_IN), WIDEST_IN)
   unit_in = (width_in - LABELS_IN) / timeline.makespan
   return themes.render(
-      lambda figure: _draw(figure, schedule, timeline, unit_in),
-      theme,
-      1.5 + ROW_IN * schedule.n_ranks,
-      width_in,
+    lambda figure: _draw(figure, schedule, timeline, unit_in),
+    theme,
+    1.5 + ROW_IN * schedule.n_ranks,
+    width_in,
   )
 
 
 def _draw(
-    figure: Figure,
-    schedule: schedules.Schedule,
-    timeline: simulate.Timeline,
-    unit_in: float,
+  figure: Figure,
+  schedule: schedules.Schedule,
+  timeline: simulate.Timeline,
+  unit_in: float,
 ) -> None:
   axes = figure.subplots()
   edge = {"edgecolor": matplotlib.rcParams["figure.facecolor"], "lw": 0.8}
@@ -73,7 +71,7 @@ def _draw(
 
 
 def _number(
-    axes: Axes, n: int, at: tuple[float, float], width_in: float, color: Colour
+  axes: Axes, n: int, at: tuple[float, float], width_in: float, color: Colour
 ) -> None:
   size = min(7.0, width_in * POINTS / (0.7 * len(str(n))))
   if size > 3:  # smaller ones cannot be read
@@ -93,7 +91,7 @@ def _colours(op: schedules.Op) -> tuple[Colour, Colour]:
   series = settings["axes.prop_cycle"].by_key()["color"]
   hue = to_rgb(series[list(KINDS).index(op.kind)])
   paper, ink = (
-      to_rgb(settings[name]) for name in ("figure.facecolor", "text.color")
+    to_rgb(settings[name]) for name in ("figure.facecolor", "text.color")
   )
   if op.direction == 0:
     return hue, paper
@@ -102,12 +100,12 @@ def _colours(op: schedules.Op) -> tuple[Colour, Colour]:
 
 
 def _frame(
-    axes: Axes, schedule: schedules.Schedule, timeline: simulate.Timeline
+  axes: Axes, schedule: schedules.Schedule, timeline: simulate.Timeline
 ) -> None:
   """All around the cells."""
   labels = [
-      f"rank {rank}  [{', '.join(map(str, stages))}]"
-      for rank, stages in enumerate(schedule.stages)
+    f"rank {rank}  [{', '.join(map(str, stages))}]"
+    for rank, stages in enumerate(schedule.stages)
   ]
   axes.set_xlim(0, timeline.makespan)
   axes.set_ylim(schedule.n_ranks - 0.5, -0.5)
@@ -116,10 +114,10 @@ def _frame(
   axes.spines["left"].set_visible(False)
   axes.set_xlabel("time")
   axes.set_title(
-      f"{schedule.name}: {schedule.n_ranks} ranks [their stages],"
-      f" {schedule.n_micro} micro-batches; makespan {timeline.makespan:g},"
-      f" idle at most {max(timeline.idle):g}",
-      loc="left",
+    f"{schedule.name}: {schedule.n_ranks} ranks [their stages],"
+    f" {schedule.n_micro} micro-batches; makespan {timeline.makespan:g},"
+    f" idle at most {max(timeline.idle):g}",
+    loc="left",
   )
 
 
@@ -128,23 +126,23 @@ def _legend(figure: Figure, schedule: schedules.Schedule) -> None:
   kinds = {op.kind for cell in schedule.cells[0] for op in cell}
   directions = range(len(schedule.streams))
   entries = {
-      name: tuple(
-          Patch(fc=_colours(schedules.Op(kind, direction, 0))[0])
-          for direction in directions
-      )
-      for kind, name in KINDS.items()
-      if kind in kinds
+    name: tuple(
+      Patch(fc=_colours(schedules.Op(kind, direction, 0))[0])
+      for direction in directions
+    )
+    for kind, name in KINDS.items()
+    if kind in kinds
   }
   title = None
   if len(directions) > 1:
     entries["overlapped"] = (Patch(**_joined()),)
     title = "direction 0 dark, direction 1 pale"
   figure.legend(
-      entries.values(),
-      entries.keys(),
-      handler_map={tuple: HandlerTuple(ndivide=None, pad=0)},
-      loc="outside lower center",
-      ncols=len(entries),
-      columnspacing=1.4,
-      title=title,
+    entries.values(),
+    entries.keys(),
+    handler_map={tuple: HandlerTuple(ndivide=None, pad=0)},
+    loc="outside lower center",
+    ncols=len(entries),
+    columnspacing=1.4,
+    title=title,
   )

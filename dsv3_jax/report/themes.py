@@ -27,22 +27,22 @@ class Theme:
 
 
 LIGHT = Theme(
-    paper="#ffffff",
-    ink="#2b3036",
-    grid="#e3e6ea",
-    series=("#0072b2", "#d55e00", "#009e73", "#7a5195"),
-    low=("#8fc1e3", "#1f77b4", "#08305b"),
-    high=("#f6b98a", "#d8601a", "#6b2400"),
-    shares="expert-share-light",
+  paper="#ffffff",
+  ink="#2b3036",
+  grid="#e3e6ea",
+  series=("#0072b2", "#d55e00", "#009e73", "#7a5195"),
+  low=("#8fc1e3", "#1f77b4", "#08305b"),
+  high=("#f6b98a", "#d8601a", "#6b2400"),
+  shares="expert-share-light",
 )
 DARK = Theme(
-    paper="#1b1f24",
-    ink="#d5dae0",
-    grid="#333a43",
-    series=("#56b4e9", "#f0913a", "#35c79a", "#c79ae0"),
-    low=("#1f4f7a", "#3f97d8", "#c4e4ff"),
-    high=("#7a3f12", "#ec8a3c", "#ffe0bf"),
-    shares="expert-share-dark",
+  paper="#1b1f24",
+  ink="#d5dae0",
+  grid="#333a43",
+  series=("#56b4e9", "#f0913a", "#35c79a", "#c79ae0"),
+  low=("#1f4f7a", "#3f97d8", "#c4e4ff"),
+  high=("#7a3f12", "#ec8a3c", "#ffe0bf"),
+  shares="expert-share-dark",
 )
 
 
@@ -58,31 +58,31 @@ _register_shares(DARK)
 
 
 def render(
-    draw: Callable[[Figure], None],
-    theme: Theme,
-    height_in: float,
-    width_in: float = WIDTH_IN,
+  draw: Callable[[Figure], None],
+  theme: Theme,
+  height_in: float,
+  width_in: float = WIDTH_IN,
 ) -> bytes:
   """A drawing as PNG bytes."""
   settings = {
-      "figure.facecolor": theme.paper,
-      "axes.facecolor": theme.paper,
-      "axes.edgecolor": theme.ink,
-      "axes.labelcolor": theme.ink,
-      "text.color": theme.ink,
-      "xtick.color": theme.ink,
-      "ytick.color": theme.ink,
-      "grid.color": theme.grid,
-      "axes.prop_cycle": matplotlib.cycler(color=theme.series),
-      "image.cmap": theme.shares,
-      "font.size": 10,
-      "axes.titlesize": 10,
-      "axes.spines.top": False,
-      "axes.spines.right": False,
-      "axes.linewidth": 0.8,
-      "axes.axisbelow": True,
-      "legend.frameon": False,
-      "lines.linewidth": 1.8,
+    "figure.facecolor": theme.paper,
+    "axes.facecolor": theme.paper,
+    "axes.edgecolor": theme.ink,
+    "axes.labelcolor": theme.ink,
+    "text.color": theme.ink,
+    "xtick.color": theme.ink,
+    "ytick.color": theme.ink,
+    "grid.color": theme.grid,
+    "axes.prop_cycle": matplotlib.cycler(color=theme.series),
+    "image.cmap": theme.shares,
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
   }
   with matplotlib.rc_context(settings):
     figure = Figure(figsize=(width_in, height_in), layout="constrained")

@@ -8,11 +8,8 @@ from collections.abc import Iterator
 import grain
 import jax
 
-from dsv3_jax import config
-from dsv3_jax import losses
-from dsv3_jax import train
-from dsv3_jax.data import loader
-from dsv3_jax.data import tokenizer
+from dsv3_jax import config, losses, train
+from dsv3_jax.data import loader, tokenizer
 from dsv3_jax.parallel import device_mesh
 
 
@@ -39,7 +36,7 @@ class Feed:
     return loader.batch(self._order, self.sequences(step))["row"].tolist()
 
   def batches(
-      self, first_step: int, mesh: jax.sharding.Mesh
+    self, first_step: int, mesh: jax.sharding.Mesh
   ) -> Iterator[losses.Batch]:
     """Batches [A, B, T] of optimizer steps from first_step on.
 

@@ -7,23 +7,19 @@ import os
 import pathlib
 import socket
 import sys
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 from absl import logging
 
-from dsv3_jax.checkpoint import checkpointer
-from dsv3_jax.checkpoint import manifest
-from dsv3_jax.trainer import event_log
-from dsv3_jax.trainer import exit_codes
-from dsv3_jax.trainer import metrics_writer
-from dsv3_jax.trainer import run_args
+from dsv3_jax.checkpoint import checkpointer, manifest
+from dsv3_jax.trainer import event_log, exit_codes, metrics_writer, run_args
 
 FATAL = "fatal.txt"
 
+
 def clean(
-    command: run_args.RunArgs, checkpoints: checkpointer.Checkpoints
+  command: run_args.RunArgs, checkpoints: checkpointer.Checkpoints
 ) -> None:
   """Removes what a kill left, and goes a checkpoint back where starts fail."""
   for line in checkpoints.clean():
@@ -38,16 +34,16 @@ def clean(
     ends = [event for event in events if event["event"] == "end"]
     last = ends[-1]["text"] if ends else "killed"
     raise manifest.MissingError(
-        f"--workdir={command.workdir}: {n} starts in a row failed before there"
-        f" was a checkpoint after step {reached}, the last with: {last}. When"
-        " the cause is mended, --retry starts from the newest checkpoint"
+      f"--workdir={command.workdir}: {n} starts in a row failed before there"
+      f" was a checkpoint after step {reached}, the last with: {last}. When"
+      " the cause is mended, --retry starts from the newest checkpoint"
     )
   for step in steps[len(older) :]:
     aside = checkpoints.set_aside(step, checkpointer.SUSPECT)
     logging.error(
-        "%d starts failed before there was a checkpoint after step %d: going"
-        " back to step %d; %s keeps the other",
-        *(n, reached, older[-1], aside),
+      "%d starts failed before there was a checkpoint after step %d: going"
+      " back to step %d; %s keeps the other",
+      *(n, reached, older[-1], aside),
     )
 
 
@@ -86,10 +82,10 @@ def steps_up_to(folder: pathlib.Path, step: int) -> list[metrics_writer.Row]:
 
 @contextlib.contextmanager
 def recorded(
-    command: run_args.RunArgs,
-    first: int,
-    began: float,
-    watch: event_log.Stopwatch,
+  command: run_args.RunArgs,
+  first: int,
+  began: float,
+  watch: event_log.Stopwatch,
 ) -> Iterator[Callable[..., None]]:
   """What adds to the history, which gets the start and the end."""
   if jax.process_index():
@@ -99,13 +95,13 @@ def recorded(
   metrics = folder / metrics_writer.METRICS
   record = functools.partial(event_log.add, folder)
   record(
-      "start",
-      step=first,
-      began=began,
-      seen_at=metrics.stat().st_mtime if metrics.exists() else 0.0,
-      again=command.retry,
-      host=socket.gethostname(),
-      process=os.getpid(),
+    "start",
+    step=first,
+    began=began,
+    seen_at=metrics.stat().st_mtime if metrics.exists() else 0.0,
+    again=command.retry,
+    host=socket.gethostname(),
+    process=os.getpid(),
   )
   code, text = exit_codes.OK, ""
   try:

@@ -12,8 +12,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -50,14 +49,14 @@ class Processes:
     _, colon, port = self.coordinator.rpartition(":")
     if self.coordinator != "auto" and not (colon and port.isdecimal()):
       found.append(
-          f"--coordinator={self.coordinator}: expected HOST:PORT or auto"
+        f"--coordinator={self.coordinator}: expected HOST:PORT or auto"
       )
     if self.count < 1:
       found.append(f"--processes={self.count}: must be at least 1")
     elif not 0 <= self.index < self.count:
       found.append(
-          f"--process={self.index}: must be in 0 to {self.count - 1}, below"
-          f" --processes={self.count}"
+        f"--process={self.index}: must be in 0 to {self.count - 1}, below"
+        f" --processes={self.count}"
       )
     if self.timeout_s < 1:
       found.append(f"--join_timeout={self.timeout_s}: must be at least 1 s")
@@ -81,10 +80,10 @@ class Processes:
       raise InputError(problem)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
-        self.coordinator,
-        self.count,
-        self.index,
-        initialization_timeout=self.timeout_s,
+      self.coordinator,
+      self.count,
+      self.index,
+      initialization_timeout=self.timeout_s,
     )
 
 
@@ -115,8 +114,8 @@ def _call(who: Processes, address: tuple[str, int], deadline: float) -> str:
       except TimeoutError:
         names = ", ".join(map(str, sorted(missing)))
         problem = (
-            f"--processes={who.count}: {names} did not join within"
-            f" {who.timeout_s} s; start them, or raise --join_timeout"
+          f"--processes={who.count}: {names} did not join within"
+          f" {who.timeout_s} s; start them, or raise --join_timeout"
         )
         break
       except (OSError, ValueError, TypeError):  # not one of ours
@@ -148,8 +147,8 @@ def _answer(who: Processes, address: tuple[str, int], deadline: float) -> str:
     except (OSError, ValueError):
       if time.monotonic() >= deadline:
         return (
-            f"--coordinator={who.coordinator}: process 0 did not answer within"
-            f" {who.timeout_s} s"
+          f"--coordinator={who.coordinator}: process 0 did not answer within"
+          f" {who.timeout_s} s"
         )
       time.sleep(0.1)
 
@@ -194,8 +193,8 @@ def first_does(work: Callable[[], Any]) -> None:
     code = int(multihost_utils.broadcast_one_to_all(np.int32(code)))
   if code and error is None:
     kinds = {
-        exit_codes.BAD_INPUT: InputError,
-        exit_codes.NO_CHECKPOINT: manifest.MissingError,
+      exit_codes.BAD_INPUT: InputError,
+      exit_codes.NO_CHECKPOINT: manifest.MissingError,
     }
     error = kinds.get(code, RuntimeError)("process 0 failed; see its output")
   if error:
@@ -217,6 +216,6 @@ def mesh(sizes: Mapping[str, int]) -> jax.sharding.Mesh:
   rest = product // sizes.get("data", 1)
   fits = f"data={n}" if n % rest else f"data={n // rest} with the others kept"
   raise InputError(
-      f"--mesh={given}: multiplies to {product}, and there are {n} devices;"
-      f" {fits} would fit"
+    f"--mesh={given}: multiplies to {product}, and there are {n} devices;"
+    f" {fits} would fit"
   )

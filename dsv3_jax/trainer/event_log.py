@@ -19,8 +19,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from dsv3_jax.trainer import exit_codes
-from dsv3_jax.trainer import metrics_writer
+from dsv3_jax.trainer import exit_codes, metrics_writer
 
 FILE = "events.jsonl"
 TRIES = 3  # failed starts in a row, before an older checkpoint is taken
@@ -90,7 +89,7 @@ class Stopwatch:
 
   since: float = dataclasses.field(default_factory=time.monotonic)
   seconds: dict[str, float] = dataclasses.field(
-      default_factory=lambda: dict.fromkeys(KINDS, 0.0)
+    default_factory=lambda: dict.fromkeys(KINDS, 0.0)
   )
 
   def lap(self, kind: str) -> float:

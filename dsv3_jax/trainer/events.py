@@ -9,8 +9,7 @@ import time
 from collections.abc import Mapping
 
 from tensorboardX import event_file_writer
-from tensorboardX.proto import event_pb2
-from tensorboardX.proto import summary_pb2
+from tensorboardX.proto import event_pb2, summary_pb2
 
 
 class Events:

@@ -3,8 +3,7 @@
 import errno
 
 from dsv3_jax.checkpoint import manifest
-from dsv3_jax.errors import InputError
-from dsv3_jax.errors import NotFiniteError
+from dsv3_jax.errors import InputError, NotFiniteError
 from dsv3_jax.parallel import replica_check
 
 OK, BAD_INPUT, NOT_FINITE, NO_CHECKPOINT = 0, 2, 3, 4
@@ -12,8 +11,8 @@ INTERNAL, PREEMPTED, STUCK = 70, 75, 124
 
 # Of the storage: full, read-only, broken.
 _STORAGE = {
-    getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "ESTALE")
+  getattr(errno, name)
+  for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "ESTALE")
 }
 # Of a path that somebody gave: forbidden, without end, through a file.
 _PATH = {errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP, errno.ENOTDIR}
@@ -43,14 +42,14 @@ class SpikeError(RuntimeError):
 
 
 _CODES = {
-    PreemptedError: PREEMPTED,
-    manifest.MissingError: NO_CHECKPOINT,
-    InputError: BAD_INPUT,
-    NotFiniteError: NOT_FINITE,
-    SpikeError: NOT_FINITE,
-    manifest.SaveError: INTERNAL,
-    replica_check.DivergedError: INTERNAL,
-    MismatchError: INTERNAL,
+  PreemptedError: PREEMPTED,
+  manifest.MissingError: NO_CHECKPOINT,
+  InputError: BAD_INPUT,
+  NotFiniteError: NOT_FINITE,
+  SpikeError: NOT_FINITE,
+  manifest.SaveError: INTERNAL,
+  replica_check.DivergedError: INTERNAL,
+  MismatchError: INTERNAL,
 }
 
 

@@ -25,8 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dsv3_jax.errors import InputError
-from dsv3_jax.trainer import exit_codes
-from dsv3_jax.trainer import preemption
+from dsv3_jax.trainer import exit_codes, preemption
 
 BEAT_S = 1.0
 TEXT = 2000  # characters of an error that others are told
@@ -46,13 +45,13 @@ class Patience:
   def problems(self) -> list[str]:
     """What is wrong with it, a line each."""
     return [
-        f"--{flag}={value:g}: must be at least {low:g} s"
-        for flag, value, low in (
-            ("heartbeat", self.heartbeat_s, 2 * BEAT_S),
-            ("stuck_after", self.stuck_s, 0),
-            ("grace", self.grace_s, 0),
-        )
-        if not value >= low
+      f"--{flag}={value:g}: must be at least {low:g} s"
+      for flag, value, low in (
+        ("heartbeat", self.heartbeat_s, 2 * BEAT_S),
+        ("stuck_after", self.stuck_s, 0),
+        ("grace", self.grace_s, 0),
+      )
+      if not value >= low
     ]
 
 
@@ -114,7 +113,7 @@ class Lifeline:
     return self
 
   def __exit__(
-      self, kind: type | None, error: BaseException | None, _: Any
+    self, kind: type | None, error: BaseException | None, _: Any
   ) -> None:
     if error and self._count > 1 and exit_codes.code_of(error) is None:
       # Where another process has gone, this is what it led to; the thread is
@@ -200,8 +199,8 @@ class Lifeline:
           channel = socket.create_connection(address, timeout=patience)
         except OSError as error:
           raise InputError(
-              f"process 0 does not answer at {host}:{port}, where it hears from"
-              f" the others: {error}"
+            f"process 0 does not answer at {host}:{port}, where it hears from"
+            f" the others: {error}"
           ) from error
         self._peers[0] = _Peer(channel, 0)
         self._peers[0].send(hello=self._index, token=token)
@@ -214,8 +213,8 @@ class Lifeline:
         channel, _ = server.accept()
       except TimeoutError:
         raise InputError(
-            f"{_names(missing)}: no connection to process 0 within"
-            f" {self._patience.heartbeat_s:g} s"
+          f"{_names(missing)}: no connection to process 0 within"
+          f" {self._patience.heartbeat_s:g} s"
         ) from None
       channel.settimeout(self._patience.heartbeat_s)
       try:
@@ -239,9 +238,9 @@ class Lifeline:
         before, now = now, time.monotonic()
         if self._peers and now - before > self._patience.heartbeat_s:
           self._end(
-              exit_codes.INTERNAL,
-              f"process {self._index}, this one, was stopped for"
-              f" {now - before:.0f} s; the others did not wait{_AGAIN}",
+            exit_codes.INTERNAL,
+            f"process {self._index}, this one, was stopped for"
+            f" {now - before:.0f} s; the others did not wait{_AGAIN}",
           )
         for key, _ in ready:
           if key.data is None:
@@ -292,7 +291,7 @@ class Lifeline:
   def _lose(self, peer: _Peer, how: str) -> None:
     step = self._steps[peer.index]
     self._end(
-        exit_codes.INTERNAL, f"process {peer.index} {how}, at step {step}{_AGAIN}"
+      exit_codes.INTERNAL, f"process {peer.index} {how}, at step {step}{_AGAIN}"
     )
 
   def _look_for_stuck(self, now: float) -> None:

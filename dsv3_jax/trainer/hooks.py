@@ -6,29 +6,21 @@ from typing import Any
 
 import jax
 
-from dsv3_jax import config
-from dsv3_jax import ema
-from dsv3_jax import train
+from dsv3_jax import config, ema, train
 from dsv3_jax.checkpoint import checkpointer
-from dsv3_jax.data import loader
-from dsv3_jax.data import tokenizer
-from dsv3_jax.evals import hidden
-from dsv3_jax.evals import likelihood
-from dsv3_jax.infer import engine
-from dsv3_jax.infer import inference_params
-from dsv3_jax.parallel import device_mesh
-from dsv3_jax.parallel import replica_check
-from dsv3_jax.trainer import batches
-from dsv3_jax.trainer import event_log
-from dsv3_jax.trainer import heartbeat
+from dsv3_jax.data import loader, tokenizer
+from dsv3_jax.evals import hidden, likelihood
+from dsv3_jax.infer import engine, inference_params
+from dsv3_jax.parallel import device_mesh, replica_check
+from dsv3_jax.trainer import batches, event_log, heartbeat
 
 
 def facts(source: batches.Feed, step: int) -> dict[str, Any]:
   """What a checkpoint holds beside the state."""
   return {
-      "data": source.data.digests | {"seed": source.seed},
-      "model": config.leaves(source.run.model),
-      "rows": source.sequences(step).start,  # read next
+    "data": source.data.digests | {"seed": source.seed},
+    "model": config.leaves(source.run.model),
+    "rows": source.sequences(step).start,  # read next
   }
 
 
@@ -105,35 +97,33 @@ class Aside:
     self.watch.lap("saving")
     if jax.process_index() == 0 and done not in self.checkpoints.steps():
       raise checkpointer.SaveError(
-          f"{self.checkpoints.folder(done)}: the last step is not saved"
+        f"{self.checkpoints.folder(done)}: the last step is not saved"
       )
 
 
 def _heldout(
-    state: train.TrainState,
-    data: loader.Prepared,
-    run: config.Run,
-    mesh: jax.sharding.Mesh,
+  state: train.TrainState,
+  data: loader.Prepared,
+  run: config.Run,
+  mesh: jax.sharding.Mesh,
 ) -> dict[str, float]:
   model = hidden.Model(state.params, state.router_bias, run, mesh)
   found = {}
   for domain in data.domains:
-    rows, mask = loader.heldout_windows(
-        domain.heldout_tokens, run.data.seq_len
-    )
+    rows, mask = loader.heldout_windows(domain.heldout_tokens, run.data.seq_len)
     if run.data.segment_mask:
       mask &= rows[:, 1:] != run.data.segment_start
     found[domain.name] = likelihood.heldout(
-        model, rows, mask, domain.heldout.text_bytes
+      model, rows, mask, domain.heldout.text_bytes
     )
   return likelihood.joined(found)
 
 
 def _sample(
-    state: train.TrainState,
-    tok: Any,
-    run: config.Run,
-    mesh: jax.sharding.Mesh,
+  state: train.TrainState,
+  tok: Any,
+  run: config.Run,
+  mesh: jax.sharding.Mesh,
 ) -> str:
   """Text that process 0 lets the model write from nothing, on one device."""
   parts = state.params, state.router_bias, state.step
@@ -143,15 +133,18 @@ def _sample(
     return ""
   model = config.override(run.model, "mtp.depth=0")
   writer = engine.Engine(
-      inference_params.params(params, bias, model), model, n_slots=1, max_len=n + 1
+    inference_params.params(params, bias, model),
+    model,
+    n_slots=1,
+    max_len=n + 1,
   )
   request = engine.Request(
-      [tokenizer.BOS_ID],
-      max_tokens=n,
-      temperature=0.8,
-      top_p=0.95,
-      seed=int(step),
-      stop=(tokenizer.EOS_ID,),
+    [tokenizer.BOS_ID],
+    max_tokens=n,
+    temperature=0.8,
+    top_p=0.95,
+    seed=int(step),
+    stop=(tokenizer.EOS_ID,),
   )
   events = writer.run([request])
   return tok.decode([e.token for e in events if e.ended != engine.STOP])

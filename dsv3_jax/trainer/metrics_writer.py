@@ -14,8 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from typing import Any
-from typing import TextIO
+from typing import Any, TextIO
 
 from dsv3_jax.trainer import events
 
@@ -112,8 +111,8 @@ def duration(seconds: float) -> str:
 def printable(text: str) -> str:
   """A text whose characters that cannot be shown are replaced."""
   return "".join(
-      c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}"
-      for c in text
+    c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}"
+    for c in text
   )
 
 
@@ -158,11 +157,11 @@ class Logbook:
   """
 
   def __init__(
-      self,
-      workdir: str | os.PathLike,
-      total_steps: int,
-      done_steps: int = 0,
-      stream: TextIO | None = None,
+    self,
+    workdir: str | os.PathLike,
+    total_steps: int,
+    done_steps: int = 0,
+    stream: TextIO | None = None,
   ):
     """Opens the files, first cutting them back to the step resumed from.
 
@@ -179,9 +178,9 @@ class Logbook:
     self._metrics = open(workdir / METRICS, "a", encoding="utf-8")
     self._log = open(workdir / LOG, "a", encoding="utf-8")
     self._events = events.Events(
-        workdir / EVENTS,
-        first_step=done_steps + 1 if done_steps else 0,
-        suffix=f".{os.getpid()}.{done_steps}",
+      workdir / EVENTS,
+      first_step=done_steps + 1 if done_steps else 0,
+      suffix=f".{os.getpid()}.{done_steps}",
     )
     self._stream = stream or sys.stdout
     self._live = self._stream.isatty() and os.environ.get("TERM") != "dumb"

@@ -56,8 +56,8 @@ class Listener:
     over.daemon = True
     over.start()
     say(
-        f"{name}: saving, then leaving, in {self._grace_s:g} s at most; again:"
-        " leaving at once"
+      f"{name}: saving, then leaving, in {self._grace_s:g} s at most; again:"
+      " leaving at once"
     )
     self._told()
     if again := self._next():

@@ -1,16 +1,15 @@
 """What quantization to FP8 did, as numbers of a row and in words."""
 
-from collections.abc import Iterator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from dsv3_jax.linear import quantize
 
 _OF = {
-    "zero": "tiles",
-    "saturated": "elements",
-    "underflow": "elements",
+  "zero": "tiles",
+  "saturated": "elements",
+  "underflow": "elements",
 }
 
 

@@ -6,19 +6,20 @@ from typing import Any
 import jax
 
 from dsv3_jax import train
-from dsv3_jax.checkpoint import checkpointer
-from dsv3_jax.checkpoint import manifest
+from dsv3_jax.checkpoint import checkpointer, manifest
 from dsv3_jax.errors import InputError
-from dsv3_jax.trainer import batches
-from dsv3_jax.trainer import distributed
-from dsv3_jax.trainer import event_log
-from dsv3_jax.trainer import exit_codes
-from dsv3_jax.trainer import heartbeat
-from dsv3_jax.trainer import metrics_writer
-from dsv3_jax.trainer import run_args
-from dsv3_jax.trainer import step_monitor
-from dsv3_jax.trainer import trainer
-from dsv3_jax.trainer import workdir
+from dsv3_jax.trainer import (
+  batches,
+  distributed,
+  event_log,
+  exit_codes,
+  heartbeat,
+  metrics_writer,
+  run_args,
+  step_monitor,
+  trainer,
+  workdir,
+)
 
 _OF_TIME = {"tokens_per_s"}
 
@@ -41,7 +42,7 @@ class _Compared(metrics_writer.Silent):
       self.n += 1
       if logged[key] != row[key]:
         self.found.append(
-            f"step {step}: {key} was {logged[key]}, is {row[key]}"
+          f"step {step}: {key} was {logged[key]}, is {row[key]}"
         )
 
 
@@ -63,7 +64,7 @@ def execute(command: run_args.RunArgs, step: int) -> None:
 def _replay(command: run_args.RunArgs, step: int) -> None:
   run, folder = command.run, command.workdir
   workdir.check_same(
-      folder, workdir.describe(command.variant, command.seed, run)
+    folder, workdir.describe(command.variant, command.seed, run)
   )
   mesh = distributed.mesh(command.mesh)
   rows = metrics_writer.read(folder / metrics_writer.METRICS)
@@ -81,36 +82,36 @@ def _replay(command: run_args.RunArgs, step: int) -> None:
   source = dataclasses.replace(source, left_out=left_out)
   book, nothing = _Compared(logged), lambda *_, **__: None
   report = step_monitor.Reporter(
-      book, source, command.stop, nothing, event_log.Stopwatch()
+    book, source, command.stop, nothing, event_log.Stopwatch()
   )
   train.fit(
-      state,
-      run,
-      source.batches(first, mesh),
-      step,
-      hooks=train.Hooks(report.step, nothing, nothing, nothing),
-      mesh=mesh,
+    state,
+    run,
+    source.batches(first, mesh),
+    step,
+    hooks=train.Hooks(report.step, nothing, nothing, nothing),
+    mesh=mesh,
   )
   if book.found:
     raise exit_codes.MismatchError(
-        "\n".join(book.found)
-        + "\na device that computes wrongly; or another number or kind of"
-        " devices, another layout, another version, --nodeterministic on GPUs"
+      "\n".join(book.found)
+      + "\na device that computes wrongly; or another number or kind of"
+      " devices, another layout, another version, --nodeterministic on GPUs"
     )
   if jax.process_index() == 0:
     print(
-        f"steps {first + 1} to {step} again, from checkpoint {first}: all"
-        f" {book.n} numbers are those logged, bit for bit"
+      f"steps {first + 1} to {step} again, from checkpoint {first}: all"
+      f" {book.n} numbers are those logged, bit for bit"
     )
 
 
 def _before(
-    checkpoints: checkpointer.Checkpoints, step: int, like: train.TrainState
+  checkpoints: checkpointer.Checkpoints, step: int, like: train.TrainState
 ) -> Any:
   steps = [s for s in checkpoints.steps() if s < step]
   if not steps:
     raise manifest.MissingError(
-        f"{checkpoints.directory}: no checkpoint from before step {step};"
-        " checkpoint.keep_every keeps some for good"
+      f"{checkpoints.directory}: no checkpoint from before step {step};"
+      " checkpoint.keep_every keeps some for good"
     )
   return checkpoints.restore(steps[-1], like)

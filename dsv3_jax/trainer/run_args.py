@@ -4,8 +4,7 @@ import dataclasses
 import pathlib
 
 from dsv3_jax import config
-from dsv3_jax.trainer import distributed
-from dsv3_jax.trainer import heartbeat
+from dsv3_jax.trainer import distributed, heartbeat
 
 
 @dataclasses.dataclass(frozen=True)

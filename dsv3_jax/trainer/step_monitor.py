@@ -2,8 +2,7 @@
 
 import collections
 import statistics
-from collections.abc import Callable
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -11,11 +10,13 @@ import jax
 from dsv3_jax import train
 from dsv3_jax.errors import NotFiniteError
 from dsv3_jax.parallel import comm_volume
-from dsv3_jax.trainer import batches
-from dsv3_jax.trainer import event_log
-from dsv3_jax.trainer import exit_codes
-from dsv3_jax.trainer import metrics_writer
-from dsv3_jax.trainer import quantization
+from dsv3_jax.trainer import (
+  batches,
+  event_log,
+  exit_codes,
+  metrics_writer,
+  quantization,
+)
 
 LOADS = 60  # times in a run that the loads of all experts are written
 IDS = 64  # rows that are named where a step is bad
@@ -27,13 +28,13 @@ class Reporter:
   """Turns the metrics of steps into rows of the logbook."""
 
   def __init__(
-      self,
-      book: metrics_writer.Logbook | metrics_writer.Silent,
-      source: batches.Feed,
-      stop: int,
-      record: Callable[..., None],
-      watch: event_log.Stopwatch,
-      before: Iterable[metrics_writer.Row] = (),
+    self,
+    book: metrics_writer.Logbook | metrics_writer.Silent,
+    source: batches.Feed,
+    stop: int,
+    record: Callable[..., None],
+    watch: event_log.Stopwatch,
+    before: Iterable[metrics_writer.Row] = (),
   ):
     """Begins before the first step of this start.
 
@@ -51,7 +52,7 @@ class Reporter:
     self._bad_in_a_row = 0
     self._started = False
     self._recent = {
-        key: collections.deque(maxlen=RECENT) for key in ("loss", "grad_norm")
+      key: collections.deque(maxlen=RECENT) for key in ("loss", "grad_norm")
     }
     for row in before:
       self._spike(row)
@@ -77,10 +78,10 @@ class Reporter:
       self._bad(row, "was skipped: loss or gradient not finite")
     if self._bad_in_a_row > self._run.train.max_bad_steps:
       raise NotFiniteError(
-          f"{self._bad_in_a_row} steps in a row up to step {done} were not"
-          " finite; the newest checkpoint is from before them. Lower"
-          " optim.peak_lr, or look at the data of these steps:"
-          f" {event_log.FILE} lists their rows, --replay_step does one again"
+        f"{self._bad_in_a_row} steps in a row up to step {done} were not"
+        " finite; the newest checkpoint is from before them. Lower"
+        " optim.peak_lr, or look at the data of these steps:"
+        f" {event_log.FILE} lists their rows, --replay_step does one again"
       )
     if jump := self._spike(row):
       self._bad(row, jump)
@@ -88,7 +89,7 @@ class Reporter:
         raise exit_codes.SpikeError(done, f"step {done} {jump}")
 
   def _row(
-      self, done: int, metrics: train.Metrics, seconds: float
+    self, done: int, metrics: train.Metrics, seconds: float
   ) -> metrics_writer.Row:
     run = self._run
     length = run.data.seq_len
@@ -126,9 +127,9 @@ class Reporter:
     step = row["step"] - 1
     read, ids = self._source.sequences(step), self._source.ids(step)
     self._book.note(
-        f"step {row['step']} {why}; it read sequences {read.start} to"
-        f" {read.stop - 1} of the run, rows {', '.join(map(str, ids[:IDS]))}"
-        + (", ..." if len(ids) > IDS else "")
+      f"step {row['step']} {why}; it read sequences {read.start} to"
+      f" {read.stop - 1} of the run, rows {', '.join(map(str, ids[:IDS]))}"
+      + (", ..." if len(ids) > IDS else "")
     )
     facts: dict[str, Any] = {key: row[key] for key in self._recent}
     self._record("bad", step=row["step"], why=why, rows=ids, **facts)

@@ -9,40 +9,36 @@ from typing import Any
 
 import jax
 
-from dsv3_jax import config
-from dsv3_jax import ema
-from dsv3_jax import param_spec
-from dsv3_jax import train
-from dsv3_jax.checkpoint import checkpointer
-from dsv3_jax.checkpoint import manifest
-from dsv3_jax.data import corpus
-from dsv3_jax.data import loader
-from dsv3_jax.errors import InputError
-from dsv3_jax.errors import NotFiniteError
+from dsv3_jax import config, ema, param_spec, train
+from dsv3_jax.checkpoint import checkpointer, manifest
+from dsv3_jax.data import corpus, loader
+from dsv3_jax.errors import InputError, NotFiniteError
 from dsv3_jax.interop import open_run
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import sharding
-from dsv3_jax.trainer import batches
-from dsv3_jax.trainer import crash_loop
-from dsv3_jax.trainer import distributed
-from dsv3_jax.trainer import event_log
-from dsv3_jax.trainer import exit_codes
-from dsv3_jax.trainer import heartbeat
-from dsv3_jax.trainer import hooks
-from dsv3_jax.trainer import metrics_writer
-from dsv3_jax.trainer import run_args
-from dsv3_jax.trainer import step_monitor
-from dsv3_jax.trainer import workdir
+from dsv3_jax.trainer import (
+  batches,
+  crash_loop,
+  distributed,
+  event_log,
+  exit_codes,
+  heartbeat,
+  hooks,
+  metrics_writer,
+  run_args,
+  step_monitor,
+  workdir,
+)
 
 SPIKES = 3  # times that other data is tried after one checkpoint
 RIVALS_BYTES = 1 << 25  # most text that other compressors are given
 
 
 def _start(
-    command: run_args.RunArgs,
-    checkpoints: checkpointer.Checkpoints,
-    source: batches.Feed,
-    mesh: jax.sharding.Mesh,
+  command: run_args.RunArgs,
+  checkpoints: checkpointer.Checkpoints,
+  source: batches.Feed,
+  mesh: jax.sharding.Mesh,
 ) -> tuple[train.TrainState, ema.Average | None]:
   """State and average of the newest good checkpoint, or fresh ones, saved.
 
@@ -59,8 +55,8 @@ def _start(
     for what in ("model", "data"):
       if changes := config.difference(saved[what], facts[what]):
         raise InputError(
-            f"the {what} is not that of {checkpoints.folder(step)} (there ->"
-            " here):\n" + "\n".join(f"  {line}" for line in changes)
+          f"the {what} is not that of {checkpoints.folder(step)} (there ->"
+          " here):\n" + "\n".join(f"  {line}" for line in changes)
         )
     state = checkpoints.restore(step, like)
     return state, _average(run, checkpoints, state)
@@ -70,8 +66,8 @@ def _start(
   metrics = command.workdir / metrics_writer.METRICS
   if metrics.exists() and metrics_writer.read(metrics):
     raise manifest.MissingError(
-        f"{command.workdir} holds metrics of a run but no checkpoint under"
-        f" {checkpoints.directory}; restore it, or start in a new --workdir"
+      f"{command.workdir} holds metrics of a run but no checkpoint under"
+      f" {checkpoints.directory}; restore it, or start in a new --workdir"
     )
   state = train.make_state(run, mesh, command.seed)
   if command.init_from:
@@ -82,7 +78,7 @@ def _start(
 
 
 def _with_parameters(
-    state: train.TrainState, command: run_args.RunArgs, mesh: jax.sharding.Mesh
+  state: train.TrainState, command: run_args.RunArgs, mesh: jax.sharding.Mesh
 ) -> train.TrainState:
   """The state with parameters and router bias of another run's newest step.
 
@@ -92,24 +88,24 @@ def _with_parameters(
   folder = command.init_from
   facts = open_run.read_config(folder)
   source = config.override(
-      open_run.run_of(facts),
-      f"parallel.layout={command.run.parallel.layout}",
+    open_run.run_of(facts),
+    f"parallel.layout={command.run.parallel.layout}",
   )
   of = lambda run: {
-      path: str(spec.shape)
-      for path, spec in param_spec.paths(transformer.specs(run.model)).items()
+    path: str(spec.shape)
+    for path, spec in param_spec.paths(transformer.specs(run.model)).items()
   }
   if changes := config.difference(of(source), of(command.run)):
     raise InputError(
-        f"--init_from={folder} has another architecture (there -> here):\n"
-        + "\n".join(f"  {line}" for line in changes)
+      f"--init_from={folder} has another architecture (there -> here):\n"
+      + "\n".join(f"  {line}" for line in changes)
     )
   params, bias = open_run.newest(folder, source, mesh)
   return state.replace(params=params, router_bias=bias)
 
 
 def _book(
-    folder: pathlib.Path, stop: int, first: int
+  folder: pathlib.Path, stop: int, first: int
 ) -> metrics_writer.Logbook | metrics_writer.Silent:
   if jax.process_index():
     return metrics_writer.Silent()
@@ -126,7 +122,7 @@ def read_data(command: run_args.RunArgs) -> loader.Prepared:
 
 
 def _prepare(
-    command: run_args.RunArgs, stack: contextlib.ExitStack
+  command: run_args.RunArgs, stack: contextlib.ExitStack
 ) -> loader.Prepared:
   """The workdir and the data in it, written by process 0, which locks it."""
 
@@ -149,13 +145,13 @@ def _problems(command: run_args.RunArgs, mesh: jax.sharding.Mesh) -> list[str]:
   form = run.parallel.dispatch
   if form.startswith("ragged") and jax.default_backend() == "cpu":
     problems.append(
-        f"parallel.dispatch={form}: not on CPU;"
-        f" {form.removeprefix('ragged_')} is the same with padding"
+      f"parallel.dispatch={form}: not on CPU;"
+      f" {form.removeprefix('ragged_')} is the same with padding"
     )
   if run.checkpoint.on_error == "continue" and jax.process_count() > 1:
     problems.append(
-        "checkpoint.on_error=continue: one process alone can; the others would"
-        " wait for the one that failed"
+      "checkpoint.on_error=continue: one process alone can; the others would"
+      " wait for the one that failed"
     )
   return problems
 
@@ -186,10 +182,10 @@ def execute(command: run_args.RunArgs) -> None:
 
 
 def _train(
-    command: run_args.RunArgs,
-    line: heartbeat.Lifeline,
-    stack: contextlib.ExitStack,
-    spikes: Sequence[exit_codes.SpikeError],
+  command: run_args.RunArgs,
+  line: heartbeat.Lifeline,
+  stack: contextlib.ExitStack,
+  spikes: Sequence[exit_codes.SpikeError],
 ) -> None:
   run, folder, began = command.run, command.workdir, time.time()
   mesh = distributed.mesh(command.mesh)
@@ -207,39 +203,43 @@ def _train(
   source = _from_step(source, checkpoints, first, spikes)
   rows = crash_loop.steps_up_to(folder, first)
   watch = event_log.Stopwatch()
-  record = stack.enter_context(crash_loop.recorded(command, first, began, watch))
+  record = stack.enter_context(
+    crash_loop.recorded(command, first, began, watch)
+  )
   book = stack.enter_context(_book(folder, command.stop, first))
   book.note(
-      f"{command.variant}: {first} of {command.stop} steps done,"
-      f" {data.n_tokens:,} tokens of text an epoch, {data.padding:.2%}"
-      " padding in rows"
+    f"{command.variant}: {first} of {command.stop} steps done,"
+    f" {data.n_tokens:,} tokens of text an epoch, {data.padding:.2%}"
+    " padding in rows"
   )
-  report = step_monitor.Reporter(book, source, command.stop, record, watch, rows)
+  report = step_monitor.Reporter(
+    book, source, command.stop, record, watch, rows
+  )
   beside = hooks.Aside(
-      source, mesh, checkpoints, book, record, watch, line, average
+    source, mesh, checkpoints, book, record, watch, line, average
   )
   state = train.fit(
-      state,
-      run,
-      source.batches(first, mesh),
-      command.stop,
-      hooks=train.Hooks(
-          report.step,
-          beside.check,
-          beside.evaluate,
-          beside.save,
-          beside.may_go_on,
-      ),
-      mesh=mesh,
-      average=average,
+    state,
+    run,
+    source.batches(first, mesh),
+    command.stop,
+    hooks=train.Hooks(
+      report.step,
+      beside.check,
+      beside.evaluate,
+      beside.save,
+      beside.may_go_on,
+    ),
+    mesh=mesh,
+    average=average,
   )
   done = int(state.step)
   line.may_go_on(done, last=True)
   beside.finish(done)
   if done < command.stop:
     raise exit_codes.PreemptedError(
-        f"told to leave after step {done}, which is saved; the same command"
-        " goes on from there"
+      f"told to leave after step {done}, which is saved; the same command"
+      " goes on from there"
     )
   if first < command.stop and jax.process_index() == 0:
     summary = _summary(run, data) | beside.heldout
@@ -250,10 +250,10 @@ def _train(
 
 
 def _from_step(
-    source: batches.Feed,
-    checkpoints: checkpointer.Checkpoints,
-    first: int,
-    spikes: Sequence[exit_codes.SpikeError],
+  source: batches.Feed,
+  checkpoints: checkpointer.Checkpoints,
+  first: int,
+  spikes: Sequence[exit_codes.SpikeError],
 ) -> batches.Feed:
   """The data from a checkpoint on, without what is around the last spike.
 
@@ -268,8 +268,8 @@ def _from_step(
   here = [spike for spike in spikes if spike.back_to == first]
   if len(here) > SPIKES:
     raise NotFiniteError(
-        f"{here[-1]}; with other data after step {first} it was no better"
-        f" {SPIKES} times. Lower optim.peak_lr"
+      f"{here[-1]}; with other data after step {first} it was no better"
+      f" {SPIKES} times. Lower optim.peak_lr"
     )
   for spike in here:
     until = spike.step + run.train.spike_skip
@@ -278,9 +278,9 @@ def _from_step(
 
 
 def _average(
-    run: config.Run,
-    checkpoints: checkpointer.Checkpoints,
-    state: train.TrainState,
+  run: config.Run,
+  checkpoints: checkpointer.Checkpoints,
+  state: train.TrainState,
 ) -> ema.Average | None:
   """The average of the parameters, from where the state stands."""
   if not run.optim.ema_decay:
@@ -290,7 +290,7 @@ def _average(
     return ema.Average(state.params, run.optim.ema_decay)
   in_host = jax.tree.map(ema.in_host_memory, state.params)
   params, _ = checkpoints.restore_parameters(
-      step, state.replace(params=in_host), average=True
+    step, state.replace(params=in_host), average=True
   )
   return ema.Average(params, run.optim.ema_decay)
 
@@ -299,16 +299,16 @@ def _summary(run: config.Run, data: loader.Prepared) -> dict[str, Any]:
   """Figures of the model and of the text, for the report."""
   counts = transformer.parameter_counts(run.model)
   facts = {
-      "parameters": counts["main"] + counts["mtp"],
-      "active_parameters": counts["active"],
-      "train_bytes": data.train_bytes,
-      "heldout_bytes": data.heldout_bytes,
+    "parameters": counts["main"] + counts["mtp"],
+    "active_parameters": counts["active"],
+    "train_bytes": data.train_bytes,
+    "heldout_bytes": data.heldout_bytes,
   }
   if data.train_bytes > RIVALS_BYTES:
     return facts
   train, heldout = (
-      b"".join(map(corpus.text_bytes, documents))
-      for documents in zip(*loader.texts(run.data).values(), strict=True)
+    b"".join(map(corpus.text_bytes, documents))
+    for documents in zip(*loader.texts(run.data).values(), strict=True)
   )
   rivals = corpus.compression_bits_per_byte(train, heldout)
   return facts | {"bzip2_bpb": rivals["bzip2 -9"], "xz_bpb": rivals["xz -9e"]}

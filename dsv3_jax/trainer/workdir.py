@@ -60,7 +60,7 @@ def claim(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
       return
   except OSError as error:
     raise InputError(
-        f"--workdir={workdir}: cannot be written: {error}"
+      f"--workdir={workdir}: cannot be written: {error}"
     ) from error
   check_same(workdir, facts)
 
@@ -76,17 +76,19 @@ def check_same(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
   for name, value in config.defaults(config.Run).items():
     there.setdefault(f"settings.{name}", value)
   changes = [
-      line
-      for line in config.difference(there, here)
-      if not line.startswith(_HARMLESS)
+    line
+    for line in config.difference(there, here)
+    if not line.startswith(_HARMLESS)
   ]
   if changes:
     raise InputError(
-        "\n".join([
-            f"--workdir={workdir} belongs to another configuration; take"
-            " another folder or the old settings (there -> here):",
-            *(f"  {line.removeprefix('settings.')}" for line in changes),
-        ])
+      "\n".join(
+        [
+          f"--workdir={workdir} belongs to another configuration; take"
+          " another folder or the old settings (there -> here):",
+          *(f"  {line.removeprefix('settings.')}" for line in changes),
+        ]
+      )
     )
 
 
@@ -111,8 +113,8 @@ def lock(workdir: pathlib.Path) -> Iterator[None]:
     except BlockingIOError as error:
       file.seek(0)
       raise InputError(
-          f"--workdir={workdir}: {file.read().strip() or 'another process'} is"
-          " at work there; wait for it, or take another folder"
+        f"--workdir={workdir}: {file.read().strip() or 'another process'} is"
+        " at work there; wait for it, or take another folder"
       ) from error
     except OSError as error:  # not every shared file system has locks
       logging.warning("%s: cannot be locked: %s", workdir, error)
@@ -136,16 +138,16 @@ def _revision() -> str:
 def write_environment(workdir: pathlib.Path) -> None:
   """Writes env.json: versions, devices, git revision."""
   _write(
-      workdir / ENV,
-      {
-          "python": platform.python_version(),
-          "jax": jax.__version__,
-          "jaxlib": jaxlib.__version__,
-          "platform": platform.platform(),
-          "processors": os.cpu_count(),
-          "devices": [d.device_kind for d in jax.devices()],
-          "revision": _revision(),
-      },
+    workdir / ENV,
+    {
+      "python": platform.python_version(),
+      "jax": jax.__version__,
+      "jaxlib": jaxlib.__version__,
+      "platform": platform.platform(),
+      "processors": os.cpu_count(),
+      "devices": [d.device_kind for d in jax.devices()],
+      "revision": _revision(),
+    },
   )
 
 

@@ -11,9 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax import config
-from dsv3_jax import losses
-from dsv3_jax import train
+from dsv3_jax import config, losses, train
 from dsv3_jax.config import presets
 from dsv3_jax.parallel import device_mesh
 from experiments import allocator
@@ -43,9 +41,9 @@ def prepare(job: dict[str, Any]) -> worker.Task:
   x = jax.random.normal(jax.random.key(1), [worker.PEAK_SIZE] * 2)
   matmul = jax.jit(jnp.matmul)
   return worker.Task(
-      step=step,
-      matmul=lambda: matmul(x, x).block_until_ready(),
-      version=f"jax {jax.__version__}",
+    step=step,
+    matmul=lambda: matmul(x, x).block_until_ready(),
+    version=f"jax {jax.__version__}",
   )
 
 

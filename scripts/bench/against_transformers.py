@@ -18,40 +18,40 @@ Step = Callable[[], float]
 
 
 def model_config(
-    settings: dict[str, Any], n_positions: int, **options: Any
+  settings: dict[str, Any], n_positions: int, **options: Any
 ) -> transformers.DeepseekV3Config:
   """Their configuration of a run given as `config.leaves`, without MTP."""
   model = {
-      path.removeprefix("model."): value
-      for path, value in settings.items()
-      if path.startswith("model.")
+    path.removeprefix("model."): value
+    for path, value in settings.items()
+    if path.startswith("model.")
   }
   return transformers.DeepseekV3Config(
-      vocab_size=model["vocab_size"],
-      hidden_size=model["d_model"],
-      num_hidden_layers=model["n_layers"],
-      first_k_dense_replace=model["n_dense_layers"],
-      intermediate_size=model["dense_ffn_dim"],
-      num_attention_heads=model["mla.n_heads"],
-      num_key_value_heads=model["mla.n_heads"],
-      q_lora_rank=model["mla.q_rank"] or None,
-      kv_lora_rank=model["mla.kv_rank"],
-      qk_nope_head_dim=model["mla.nope_dim"],
-      qk_rope_head_dim=model["mla.rope_dim"],
-      v_head_dim=model["mla.v_dim"],
-      n_shared_experts=model["moe.n_shared"],
-      moe_intermediate_size=model["moe.ffn_dim"],
-      n_routed_experts=model["router.n_experts"],
-      num_experts_per_tok=model["router.top_k"],
-      n_group=model["router.n_groups"],
-      topk_group=model["router.top_groups"],
-      routed_scaling_factor=model["router.scale"],
-      norm_topk_prob=model["router.renormalize"],
-      rms_norm_eps=model["norm_eps"],
-      initializer_range=model["init_std"],
-      max_position_embeddings=n_positions,
-      num_mtp_layers=0,
-      **options,
+    vocab_size=model["vocab_size"],
+    hidden_size=model["d_model"],
+    num_hidden_layers=model["n_layers"],
+    first_k_dense_replace=model["n_dense_layers"],
+    intermediate_size=model["dense_ffn_dim"],
+    num_attention_heads=model["mla.n_heads"],
+    num_key_value_heads=model["mla.n_heads"],
+    q_lora_rank=model["mla.q_rank"] or None,
+    kv_lora_rank=model["mla.kv_rank"],
+    qk_nope_head_dim=model["mla.nope_dim"],
+    qk_rope_head_dim=model["mla.rope_dim"],
+    v_head_dim=model["mla.v_dim"],
+    n_shared_experts=model["moe.n_shared"],
+    moe_intermediate_size=model["moe.ffn_dim"],
+    n_routed_experts=model["router.n_experts"],
+    num_experts_per_tok=model["router.top_k"],
+    n_group=model["router.n_groups"],
+    topk_group=model["router.top_groups"],
+    routed_scaling_factor=model["router.scale"],
+    norm_topk_prob=model["router.renormalize"],
+    rms_norm_eps=model["norm_eps"],
+    initializer_range=model["init_std"],
+    max_position_embeddings=n_positions,
+    num_mtp_layers=0,
+    **options,
   )
 
 
@@ -60,21 +60,21 @@ def _train(job: dict[str, Any]) -> Step:
   settings = job["settings"]
   torch.manual_seed(0)
   model = transformers.DeepseekV3ForCausalLM(
-      model_config(
-          settings,
-          settings["data.seq_len"],
-          use_cache=False,
-          attn_implementation="eager",
-          experts_implementation="grouped_mm",
-      )
+    model_config(
+      settings,
+      settings["data.seq_len"],
+      use_cache=False,
+      attn_implementation="eager",
+      experts_implementation="grouped_mm",
+    )
   ).train()
   optimizer = torch.optim.AdamW(
-      model.parameters(),
-      lr=settings["optim.peak_lr"],
-      betas=(settings["optim.beta1"], settings["optim.beta2"]),
-      eps=settings["optim.eps"],
-      weight_decay=settings["optim.weight_decay"],
-      fused=True,
+    model.parameters(),
+    lr=settings["optim.peak_lr"],
+    betas=(settings["optim.beta1"], settings["optim.beta2"]),
+    eps=settings["optim.eps"],
+    weight_decay=settings["optim.weight_decay"],
+    fused=True,
   )
   compiled = torch.compile(model)
   shape = (settings["train.batch_size"], settings["data.seq_len"] + 1)
@@ -85,7 +85,7 @@ def _train(job: dict[str, Any]) -> Step:
     loss = compiled(input_ids=inputs, labels=labels, shift_labels=labels).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(
-        model.parameters(), settings["optim.clip_norm"]
+      model.parameters(), settings["optim.clip_norm"]
     )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -95,17 +95,17 @@ def _train(job: dict[str, Any]) -> Step:
 
 
 def _reader(
-    settings: dict[str, Any], n_positions: int, use_cache: bool
+  settings: dict[str, Any], n_positions: int, use_cache: bool
 ) -> transformers.DeepseekV3ForCausalLM:
   torch.manual_seed(0)
   model = transformers.DeepseekV3ForCausalLM(
-      model_config(
-          settings,
-          n_positions,
-          use_cache=use_cache,
-          attn_implementation="sdpa",
-          experts_implementation="grouped_mm",
-      )
+    model_config(
+      settings,
+      n_positions,
+      use_cache=use_cache,
+      attn_implementation="sdpa",
+      experts_implementation="grouped_mm",
+    )
   )
   return model.eval().requires_grad_(False)
 
@@ -141,13 +141,13 @@ def _decode(job: dict[str, Any]) -> Step:
   # The last new token is not read any more.
   starts = [0, *range(n, length - 1)]
   places = [
-      torch.arange(i, i + 1 if i else n).repeat(n_texts, 1) for i in starts
+    torch.arange(i, i + 1 if i else n).repeat(n_texts, 1) for i in starts
   ]
 
   @_compiled
   def following(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     logits = model(
-        input_ids=ids, position_ids=positions, cache=cache, logits_to_keep=1
+      input_ids=ids, position_ids=positions, cache=cache, logits_to_keep=1
     ).logits
     return logits[:, -1].argmax(-1, keepdim=True)
 
@@ -176,11 +176,11 @@ def prepare(job: dict[str, Any]) -> worker.Task:
   step = makers[job["what"]](job)
   x = torch.randn(worker.PEAK_SIZE, worker.PEAK_SIZE)
   return worker.Task(
-      step=step,
-      matmul=lambda: x @ x,
-      version=(
-          f"transformers {transformers.__version__}, torch {torch.__version__}"
-      ),
+    step=step,
+    matmul=lambda: x @ x,
+    version=(
+      f"transformers {transformers.__version__}, torch {torch.__version__}"
+    ),
   )
 
 

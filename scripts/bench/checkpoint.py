@@ -17,11 +17,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import flags
 
-from dsv3_jax import config
-from dsv3_jax import param_spec
-from dsv3_jax import train
-from dsv3_jax.checkpoint import checkpointer
-from dsv3_jax.checkpoint import orbax_io
+from dsv3_jax import config, param_spec, train
+from dsv3_jax.checkpoint import checkpointer, orbax_io
 from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
 from dsv3_jax.parallel import device_mesh
@@ -31,12 +28,8 @@ from experiments import cli
 def _flags() -> flags.FlagValues:
   known = flags.FlagValues()
   names = list(presets.PRESETS)
-  flags.DEFINE_enum(
-      "variant", "small", names, "whose state", flag_values=known
-  )
-  flags.DEFINE_integer(
-      "rounds", 5, "of each", lower_bound=1, flag_values=known
-  )
+  flags.DEFINE_enum("variant", "small", names, "whose state", flag_values=known)
+  flags.DEFINE_integer("rounds", 5, "of each", lower_bound=1, flag_values=known)
   return known
 
 
@@ -62,7 +55,6 @@ class _Plain:
 
 
 class _Ours:
-
   def __init__(self, folder: pathlib.Path):
     self.folder = folder / "ours"
 

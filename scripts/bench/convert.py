@@ -22,8 +22,7 @@ import time
 from absl import flags
 
 from dsv3_jax.errors import InputError
-from experiments import allocator
-from experiments import cli
+from experiments import allocator, cli
 
 _HF = flags.DEFINE_string("hf", None, "folder of a released checkpoint")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "times that all are measured")
@@ -53,11 +52,8 @@ def _load(folder: pathlib.Path) -> float:
   import jax
   import numpy as np
 
-  from dsv3_jax.interop import hf_config
-  from dsv3_jax.interop import hf_read
-  from dsv3_jax.interop import load_sharded
-  from dsv3_jax.parallel import device_mesh
-  from dsv3_jax.parallel import sharding
+  from dsv3_jax.interop import hf_config, hf_read, load_sharded
+  from dsv3_jax.parallel import device_mesh, sharding
 
   released = hf_read.open_folder(folder)
   run = hf_config.run(released.facts, released.model)
@@ -70,8 +66,7 @@ def _load(folder: pathlib.Path) -> float:
 
 
 def _import(folder: pathlib.Path) -> float:
-  from dsv3_jax.interop import hf_read
-  from dsv3_jax.interop import weights
+  from dsv3_jax.interop import hf_read, weights
 
   target = pathlib.Path(_SCRATCH.value)
   start = time.perf_counter()
@@ -136,7 +131,7 @@ def main() -> None:
     rounds.append(_round(folder))
     print(json.dumps(rounds[-1]), flush=True)
   medians = {
-      name: statistics.median(r[name] for r in rounds) for name in rounds[0]
+    name: statistics.median(r[name] for r in rounds) for name in rounds[0]
   }
   print(json.dumps({"median": medians}))
 

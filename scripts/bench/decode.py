@@ -16,10 +16,7 @@ import numpy as np
 
 from dsv3_jax import config
 from dsv3_jax.config import presets
-from dsv3_jax.infer import engine
-from dsv3_jax.infer import inference_params
-from dsv3_jax.infer import kvcache
-from dsv3_jax.infer import serving_mesh
+from dsv3_jax.infer import engine, inference_params, kvcache, serving_mesh
 from dsv3_jax.trainer import distributed
 from experiments import allocator
 from scripts.bench import worker
@@ -28,7 +25,7 @@ LONGEST_CHUNK = 2048
 
 
 def _deployment(
-    job: dict[str, Any], cfg: config.Model
+  job: dict[str, Any], cfg: config.Model
 ) -> serving_mesh.Deployment | None:
   """How it is fastest on the cores of one processor; None: on one device.
 
@@ -75,13 +72,13 @@ def _engine(job: dict[str, Any], cfg: config.Model) -> engine.Engine:
   else:
     params = jax.device_put(_params(cfg))
   return engine.Engine(
-      params,
-      cfg,
-      n_slots=n,
-      max_len=longest + max(1, job["new"]),
-      chunk=kvcache.bucket(longest, LONGEST_CHUNK),
-      unit=unit,
-      placed=placed,
+    params,
+    cfg,
+    n_slots=n,
+    max_len=longest + max(1, job["new"]),
+    chunk=kvcache.bucket(longest, LONGEST_CHUNK),
+    unit=unit,
+    placed=placed,
   )
 
 
@@ -91,8 +88,7 @@ def prepare(job: dict[str, Any]) -> worker.Task:
   prompts, new = job["prompts"], max(1, job["new"])
   writer = _engine(job, cfg.model)
   requests = [
-      engine.Request(prompt=ids, max_tokens=new, temperature=0)
-      for ids in prompts
+    engine.Request(prompt=ids, max_tokens=new, temperature=0) for ids in prompts
   ]
 
   def step() -> float:
@@ -103,9 +99,9 @@ def prepare(job: dict[str, Any]) -> worker.Task:
   x = jax.random.normal(jax.random.key(1), [worker.PEAK_SIZE] * 2)
   matmul = jax.jit(jnp.matmul)
   return worker.Task(
-      step=step,
-      matmul=lambda: matmul(x, x).block_until_ready(),
-      version=f"jax {jax.__version__}",
+    step=step,
+    matmul=lambda: matmul(x, x).block_until_ready(),
+    version=f"jax {jax.__version__}",
   )
 
 

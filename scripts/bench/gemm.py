@@ -16,27 +16,25 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 from absl import flags
 
-from dsv3_jax.linear import fp8_matmul_hopper
+from dsv3_jax.linear import fp8_matmul_hopper, scaled_matmul
 from dsv3_jax.linear import quantize as quantize_lib
-from dsv3_jax.linear import scaled_matmul
 
 # Tokens, inputs, outputs.
 SHAPES = {
-    "model": (
-        (4096, 7168, 2048),
-        (4096, 2048, 7168),
-        (4096, 7168, 1536),
-        (4096, 1536, 24_576),
-        (4096, 16_384, 7168),
-    ),
-    "tiny": ((128, 256, 128),),
+  "model": (
+    (4096, 7168, 2048),
+    (4096, 2048, 7168),
+    (4096, 7168, 1536),
+    (4096, 1536, 24_576),
+    (4096, 16_384, 7168),
+  ),
+  "tiny": ((128, 256, 128),),
 }
 BATCH_S = 0.05  # of a turn: enough work that starting it does not count
 
@@ -54,7 +52,7 @@ def _relative(a: jax.Array, b: jax.Array) -> float:
 
 
 def _calls(
-    x: jax.Array, w: jax.Array
+  x: jax.Array, w: jax.Array
 ) -> tuple[dict[str, Callable[[], jax.Array]], dict[str, str]]:
   """What is timed, by name, and why what is missing can't be."""
   a = jax.jit(lambda x: quantize_lib.quantize(x, (1, 128)))(x)
@@ -62,18 +60,20 @@ def _calls(
   matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
   quantize = jax.jit(lambda x: quantize_lib.quantize(x, (1, 128)).bits)
   calls = {
-      "bf16": functools.partial(jax.jit(matmul), x, w),
-      "quantize": functools.partial(quantize, x),
+    "bf16": functools.partial(jax.jit(matmul), x, w),
+    "quantize": functools.partial(quantize, x),
   }
   missing = {}
   ways = {
-      "dequantized": scaled_matmul.dequantized,
-      "exact": scaled_matmul.exact,
-      "kernel": fp8_matmul_hopper.blocked,
-      "kernel_unpaired": functools.partial(
-          fp8_matmul_hopper.blocked, tuning=fp8_matmul_hopper.Tuning(paired=False)
-      ),
-      "kernel_to_bf16": functools.partial(fp8_matmul_hopper.blocked, dtype=jnp.bfloat16),
+    "dequantized": scaled_matmul.dequantized,
+    "exact": scaled_matmul.exact,
+    "kernel": fp8_matmul_hopper.blocked,
+    "kernel_unpaired": functools.partial(
+      fp8_matmul_hopper.blocked, tuning=fp8_matmul_hopper.Tuning(paired=False)
+    ),
+    "kernel_to_bf16": functools.partial(
+      fp8_matmul_hopper.blocked, dtype=jnp.bfloat16
+    ),
   }
   for name, way in ways.items():
     try:
@@ -94,8 +94,8 @@ def measure(m: int, k: int, n: int, n_rounds: int) -> Iterator[dict]:
   exactly = functools.partial(jnp.matmul, precision="highest")
   true = jax.jit(exactly)(x.astype(jnp.float32), w.astype(jnp.float32))
   held = [
-      quantize_lib.dequantize(quantize_lib.quantize(v, tile), jnp.float32)
-      for v, tile in ((x, (1, 128)), (w, (128, 128)))
+    quantize_lib.dequantize(quantize_lib.quantize(v, tile), jnp.float32)
+    for v, tile in ((x, (1, 128)), (w, (128, 128)))
   ]
   quantized = jax.jit(exactly)(*held)
   turns = {}
@@ -114,9 +114,9 @@ def measure(m: int, k: int, n: int, n_rounds: int) -> Iterator[dict]:
       ratios = [b / a for a, b in zip(found, times["bf16"], strict=True)]
       made = calls[name]()
       line |= {
-          "tflops": round(2 * m * k * n / median_s / 1e12, 3),
-          "speed_to_bf16": round(statistics.median(ratios), 3),
-          "error": _relative(made, true),
+        "tflops": round(2 * m * k * n / median_s / 1e12, 3),
+        "speed_to_bf16": round(statistics.median(ratios), 3),
+        "error": _relative(made, true),
       }
       if name != "bf16":
         line["rounding"] = _relative(made, quantized)
@@ -128,7 +128,7 @@ def measure(m: int, k: int, n: int, n_rounds: int) -> Iterator[dict]:
 def _flags(argv: list[str]) -> flags.FlagValues:
   known = flags.FlagValues()
   flags.DEFINE_enum(
-      "shapes", "model", sorted(SHAPES), "which products", flag_values=known
+    "shapes", "model", sorted(SHAPES), "which products", flag_values=known
   )
   flags.DEFINE_integer("rounds", 5, "turns of each", 1, flag_values=known)
   try:

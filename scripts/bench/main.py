@@ -28,14 +28,11 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from absl import app
-from absl import flags
+from absl import app, flags
 
 from dsv3_jax import config
 from dsv3_jax.config import presets
@@ -53,9 +50,9 @@ OURS = "dsv3_jax"
 OVERRIDES = ("mtp.depth=0",)  # transformers is without MTP
 # Keeps freed memory: getting it back from the system costs torch page faults.
 RIVAL_ENV = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "100000000000",
-    "MALLOC_TOP_PAD_": "67108864",
+  "MALLOC_MMAP_MAX_": "0",
+  "MALLOC_TRIM_THRESHOLD_": "100000000000",
+  "MALLOC_TOP_PAD_": "67108864",
 }
 
 _WHAT = flags.DEFINE_list("what", ["train"], f"Any of: {', '.join(WHAT)}.")
@@ -63,12 +60,12 @@ _SHAPE = flags.DEFINE_enum("shape", "S", SHAPES, "Model and batch.")
 _JSON = flags.DEFINE_bool("json", False, "One JSON object a line.")
 _PRECISION = flags.DEFINE_enum("precision", "fp32", PRECISIONS, "Of ours.")
 _AGAINST = flags.DEFINE_enum(
-    "against", None, RIVALS, "Another program, or ours in another precision."
+  "against", None, RIVALS, "Another program, or ours in another precision."
 )
 _RIVAL_PYTHON = flags.DEFINE_string(
-    "rival_python",
-    sys.executable,
-    "Interpreter that has torch and transformers.",
+  "rival_python",
+  sys.executable,
+  "Interpreter that has torch and transformers.",
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds each.", lower_bound=1)
 
@@ -85,19 +82,19 @@ def active_weights(model: config.Model) -> int:
   mla, d = model.mla, model.d_model
   q = mla.n_heads * mla.qk_dim
   attention = (
-      (mla.q_rank * (d + q) if mla.q_rank else d * q)
-      + d * (mla.kv_rank + mla.rope_dim)
-      + mla.kv_rank * mla.n_heads * (mla.nope_dim + mla.v_dim)
-      + mla.n_heads * mla.v_dim * d
+    (mla.q_rank * (d + q) if mla.q_rank else d * q)
+    + d * (mla.kv_rank + mla.rope_dim)
+    + mla.kv_rank * mla.n_heads * (mla.nope_dim + mla.v_dim)
+    + mla.n_heads * mla.v_dim * d
   )
   dense = 3 * d * model.dense_ffn_dim
   experts = model.router.top_k + model.moe.n_shared
   moe = d * model.router.n_experts + experts * 3 * d * model.moe.ffn_dim
   return (
-      model.n_layers * attention
-      + model.n_dense_layers * dense
-      + model.n_moe_layers * moe
-      + d * model.vocab_size
+    model.n_layers * attention
+    + model.n_dense_layers * dense
+    + model.n_moe_layers * moe
+    + d * model.vocab_size
   )
 
 
@@ -175,9 +172,9 @@ def loads(what: str, cfg: config.Run) -> list[Load]:
 
 
 def take_turns(
-    workers: dict[str, subprocess.Popen],
-    jobs: dict[str, dict[str, Any]],
-    n_rounds: int,
+  workers: dict[str, subprocess.Popen],
+  jobs: dict[str, dict[str, Any]],
+  n_rounds: int,
 ) -> dict[str, dict[str, Any]]:
   """Prepares the workers one after the other, then lets them take turns.
 
@@ -191,8 +188,8 @@ def take_turns(
     rounds, each with the "steps" that the round had.
   """
   results = {
-      name: worker_lib.ask(worker, jobs[name]) | {"rounds": []}
-      for name, worker in workers.items()
+    name: worker_lib.ask(worker, jobs[name]) | {"rounds": []}
+    for name, worker in workers.items()
   }
   for _ in range(n_rounds):
     for name, worker in workers.items():
@@ -218,21 +215,25 @@ def job(shape: str, load: Load, settings: Sequence[str]) -> dict[str, Any]:
   rng = np.random.default_rng(0)
   prompts = rng.integers(cfg.model.vocab_size, size=(load.batch, load.prompt))
   return {
-      "shape": shape,
-      "set": settings,
-      "settings": config.leaves(cfg),
-      "what": load.what,
-      "prompts": [] if load.what == "train" else prompts.tolist(),
-      "new": load.new,
+    "shape": shape,
+    "set": settings,
+    "settings": config.leaves(cfg),
+    "what": load.what,
+    "prompts": [] if load.what == "train" else prompts.tolist(),
+    "new": load.new,
   }
 
 
 def measure(
-    shape: str, load: Load, sides: dict[str, Side], n_rounds: int
+  shape: str, load: Load, sides: dict[str, Side], n_rounds: int
 ) -> dict[str, dict[str, Any]]:
   """Starts a worker for each side; see `take_turns`."""
   root = str(pathlib.Path(__file__).resolve().parents[1])
-  ours = "scripts.bench.against_jax" if load.what == "train" else "scripts.bench.decode"
+  ours = (
+    "scripts.bench.against_jax"
+    if load.what == "train"
+    else "scripts.bench.decode"
+  )
   jobs, workers = {}, {}
   with contextlib.ExitStack() as stack:
     for name, side in sides.items():
@@ -262,25 +263,24 @@ def _sides() -> dict[str, Side]:
 
 def _tokens_per_s(load: Load, result: dict[str, Any]) -> list[float]:
   return [
-      round(load.tokens * r["steps"] / r["seconds"], 1)
-      for r in result["rounds"]
+    round(load.tokens * r["steps"] / r["seconds"], 1) for r in result["rounds"]
   ]
 
 
 def _idle_cpu(result: dict[str, Any]) -> float:
   """Processors that a worker kept busy while it waited for its turns."""
   cpu, clock = (
-      sum(r[field] for r in result["rounds"])
-      for field in ("idle_cpu_s", "idle_s")
+    sum(r[field] for r in result["rounds"])
+    for field in ("idle_cpu_s", "idle_s")
   )
   return round(cpu / clock, 3)
 
 
 def report(
-    model: config.Model,
-    shape: str,
-    load: Load,
-    results: dict[str, dict[str, Any]],
+  model: config.Model,
+  shape: str,
+  load: Load,
+  results: dict[str, dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:
   """Yields a metric each: ours, then the rival and the ratio if there is one.
 
@@ -293,31 +293,29 @@ def report(
   for name, result in results.items():
     tokens_per_s = statistics.median(speeds[name])
     yield {
-        "what": load.what if name == OURS else f"{load.what}_{name}",
-        "shape": shape,
-        "batch": load.batch,
-        "seq": load.seq,
-        "tokens_per_s": tokens_per_s,
-        "mfu": round(tokens_per_s * flops / (peak * 1e9), 4),
-        "peak_gflops": round(peak, 1),
-        "peak_rss_mib": round(result["rounds"][-1]["peak_rss_mib"]),
-        "compile_s": round(result["compile_s"], 1),
-        "rounds": speeds[name],
-        "version": result["version"],
+      "what": load.what if name == OURS else f"{load.what}_{name}",
+      "shape": shape,
+      "batch": load.batch,
+      "seq": load.seq,
+      "tokens_per_s": tokens_per_s,
+      "mfu": round(tokens_per_s * flops / (peak * 1e9), 4),
+      "peak_gflops": round(peak, 1),
+      "peak_rss_mib": round(result["rounds"][-1]["peak_rss_mib"]),
+      "compile_s": round(result["compile_s"], 1),
+      "rounds": speeds[name],
+      "version": result["version"],
     }
   for name in results.keys() - {OURS}:
-    ratios = [
-        a / b for a, b in zip(speeds[OURS], speeds[name], strict=True)
-    ]
+    ratios = [a / b for a, b in zip(speeds[OURS], speeds[name], strict=True)]
     yield {
-        "what": f"{load.what}_ratio_to_{name}",
-        "shape": shape,
-        "batch": load.batch,
-        "min": round(min(ratios), 3),
-        "median": round(statistics.median(ratios), 3),
-        "max": round(max(ratios), 3),
-        "rounds": [round(ratio, 3) for ratio in ratios],
-        "idle_cpu": {side: _idle_cpu(x) for side, x in results.items()},
+      "what": f"{load.what}_ratio_to_{name}",
+      "shape": shape,
+      "batch": load.batch,
+      "min": round(min(ratios), 3),
+      "median": round(statistics.median(ratios), 3),
+      "max": round(max(ratios), 3),
+      "rounds": [round(ratio, 3) for ratio in ratios],
+      "idle_cpu": {side: _idle_cpu(x) for side, x in results.items()},
     }
 
 
@@ -362,8 +360,8 @@ def _problems(arguments: Sequence[str]) -> Iterator[str]:
     yield f"--rival_python={_RIVAL_PYTHON.value}: no such program"
   elif subprocess.run(imports, capture_output=True, check=False).returncode:
     yield (
-        f"--rival_python={python}: cannot import torch and transformers; give"
-        " an interpreter that can"
+      f"--rival_python={python}: cannot import torch and transformers; give"
+      " an interpreter that can"
     )
   if not shutil.which(os.environ.get("CXX", "g++")):
     yield "--against=transformers: torch.compile needs a C++ compiler, g++"

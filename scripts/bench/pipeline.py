@@ -21,16 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from dsv3_jax import config
-from dsv3_jax import losses
-from dsv3_jax import train
-from dsv3_jax import varying
+from dsv3_jax import config, losses, train, varying
 from dsv3_jax.errors import InputError
 from dsv3_jax.model import moe
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.parallel.pipeline import executor as executor_lib
-from dsv3_jax.parallel.pipeline import schedules
-from dsv3_jax.parallel.pipeline import simulate
+from dsv3_jax.parallel.pipeline import schedules, simulate
 from dsv3_jax.trainer import distributed
 from experiments import cli
 from scripts import layout_matrix
@@ -63,10 +59,10 @@ class Sleeper:
   def _call(self, kind: str, *args: jax.Array) -> jax.Array:
     """0, after a while."""
     zero = jax.pure_callback(
-        functools.partial(self._sleep, kind),
-        jax.ShapeDtypeStruct((), jnp.float32),
-        jax.lax.axis_index("pipe"),
-        *args,
+      functools.partial(self._sleep, kind),
+      jax.ShapeDtypeStruct((), jnp.float32),
+      jax.lax.axis_index("pipe"),
+      *args,
     )
     return varying.vary(zero, sorted(varying.varying(args[-1])))
 
@@ -91,9 +87,9 @@ class Sleeper:
     work.defvjp(forward, backward)
     zeros = jnp.zeros_like(bias[0])
     stats = moe.Stats(
-        load=zeros.astype(jnp.int32),
-        balance=zeros.sum(),
-        sent=zeros[:2].astype(jnp.int32),
+      load=zeros.astype(jnp.int32),
+      balance=zeros.sum(),
+      sent=zeros[:2].astype(jnp.int32),
     )
     return (work(p["ffn"]["router"], bias[0, 0], x), stats.balance), stats
 
@@ -101,28 +97,28 @@ class Sleeper:
 def make_run(schedule: str, n_layers: int, n_micro: int) -> config.Run:
   """Layers of one kind, one sequence a micro-batch."""
   return config.override(
-      layout_matrix.RUN,
-      "mtp.depth=0",
-      "n_dense_layers=0",
-      f"n_layers={n_layers}",
-      "data.seq_len=4",
-      f"train.batch_size={n_micro}",
-      f"train.micro_batches={n_micro}",
-      f"parallel.schedule={schedule}",
+    layout_matrix.RUN,
+    "mtp.depth=0",
+    "n_dense_layers=0",
+    f"n_layers={n_layers}",
+    "data.seq_len=4",
+    f"train.batch_size={n_micro}",
+    f"train.micro_batches={n_micro}",
+    f"parallel.schedule={schedule}",
   )
 
 
 def inputs(
-    run: config.Run, mesh: jax.sharding.Mesh
+  run: config.Run, mesh: jax.sharding.Mesh
 ) -> tuple[train.TrainState, losses.Batch]:
   """Micro-batch i holds tokens i, whose embeddings are i; layer i a bias i."""
   state = train.init_state(run, jax.random.key(0))
   count = lambda a: np.broadcast_to(
-      np.arange(a.shape[0], dtype=np.float32)[:, None], a.shape
+    np.arange(a.shape[0], dtype=np.float32)[:, None], a.shape
   )
   state = state.replace(
-      params=state.params | {"embed": count(state.params["embed"])},
-      router_bias=count(state.router_bias),
+    params=state.params | {"embed": count(state.params["embed"])},
+    router_bias=count(state.router_bias),
   )
   state = jax.device_put(state, train.shardings(run, mesh))
   n_micro = run.train.micro_batches
@@ -146,7 +142,7 @@ def executor(run: config.Run, mesh: jax.sharding.Mesh, sleeper: Sleeper):
 
 
 def measure(
-    name: str, n_ranks: int, n_layers: int, n_micro: int, seconds: float
+  name: str, n_ranks: int, n_layers: int, n_micro: int, seconds: float
 ) -> dict[str, Any]:
   """A line of the output, but for the ratio."""
   mesh = device_mesh.mesh({"pipe": n_ranks})
@@ -163,12 +159,12 @@ def measure(
   # The layers of a pair run one after the other here.
   times = simulate.Times(F=unit, B=2 * unit, W=unit, FB=3 * unit)
   return {
-      "schedule": name,
-      "ranks": n_ranks,
-      "microbatches": n_micro,
-      "seconds": statistics.median(spent),
-      "lockstep": simulate.lockstep_makespan(schedule, times),
-      "simulated": simulate.simulate(schedule, times).makespan,
+    "schedule": name,
+    "ranks": n_ranks,
+    "microbatches": n_micro,
+    "seconds": statistics.median(spent),
+    "lockstep": simulate.lockstep_makespan(schedule, times),
+    "simulated": simulate.simulate(schedule, times).makespan,
   }
 
 
@@ -180,9 +176,9 @@ def _flags(argv: list[str]) -> flags.FlagValues:
   """
   known = flags.FlagValues()
   for name, default, meaning in (
-      ("ranks", 4, "pipeline ranks, even"),
-      ("microbatches", 8, "of a step, even, two or more for each rank"),
-      ("ms", 50, "that a layer sleeps for each of F, I and W"),
+    ("ranks", 4, "pipeline ranks, even"),
+    ("microbatches", 8, "of a step, even, two or more for each rank"),
+    ("ms", 50, "that a layer sleeps for each of F, I and W"),
   ):
     flags.DEFINE_integer(name, default, meaning, 1, flag_values=known)
   try:

@@ -1,6 +1,6 @@
 """Worker of `scripts.convert --mode=verify`: logits by `transformers`.
 
-  python -m scripts.bench.transformers_logits FOLDER TOKENS.npy OUT.npy
+python -m scripts.bench.transformers_logits FOLDER TOKENS.npy OUT.npy
 """
 
 import pathlib
@@ -16,10 +16,10 @@ def main(folder: str, tokens: str, out: str) -> None:
   transformers.logging.set_verbosity_error()
   transformers.logging.disable_progress_bar()
   config = transformers.AutoConfig.from_pretrained(
-      folder, trust_remote_code=False
+    folder, trust_remote_code=False
   )
   model = transformers.AutoModelForCausalLM.from_pretrained(
-      folder, config=config, dtype=torch.float32, trust_remote_code=False
+    folder, config=config, dtype=torch.float32, trust_remote_code=False
   )
   rows = torch.from_numpy(np.load(tokens)).long()
   with torch.no_grad():

@@ -13,11 +13,8 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
-from typing import Any
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 PEAK_SIZE = 2048  # square matrices, large enough that a matmul is at its peak
 PEAK_REPEATS = 4
@@ -59,10 +56,10 @@ def _round(task: Task, steps: int) -> dict[str, float]:
   values = [task.step() for _ in range(steps)]
   seconds = time.perf_counter() - start
   return {
-      "seconds": seconds,
-      "value": values[-1],
-      "peak_gflops": _peak_gflops(task.matmul),
-      "peak_rss_mib": _peak_rss_mib(),
+    "seconds": seconds,
+    "value": values[-1],
+    "peak_gflops": _peak_gflops(task.matmul),
+    "peak_rss_mib": _peak_rss_mib(),
   }
 
 
@@ -81,30 +78,32 @@ def serve(prepare: Callable[[dict[str, Any]], Task]) -> None:
 
   task = prepare(json.loads(sys.stdin.readline()))
   first_s, _, step_s = (_seconds(task.step) for _ in range(3))
-  clock, cpu = answer({
+  clock, cpu = answer(
+    {
       "version": task.version,
       "compile_s": max(0.0, first_s - step_s),
       "step_s": step_s,
-  })
+    }
+  )
   for line in sys.stdin:
     idle = {
-        "idle_s": time.perf_counter() - clock,
-        "idle_cpu_s": time.process_time() - cpu,
+      "idle_s": time.perf_counter() - clock,
+      "idle_cpu_s": time.process_time() - cpu,
     }
     clock, cpu = answer(_round(task, json.loads(line)["steps"]) | idle)
 
 
 def start(
-    command: Sequence[str], env: Mapping[str, str], cwd: str
+  command: Sequence[str], env: Mapping[str, str], cwd: str
 ) -> subprocess.Popen:
   """Starts a worker; as a context manager it ends the worker on leaving."""
   return subprocess.Popen(
-      command,
-      env=os.environ | env,
-      cwd=cwd,
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      text=True,
+    command,
+    env=os.environ | env,
+    cwd=cwd,
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
   )
 
 
@@ -121,7 +120,7 @@ def ask(worker: subprocess.Popen, message: dict[str, Any]) -> dict[str, Any]:
     line = ""
   if not line:
     raise RuntimeError(
-        f"worker {' '.join(worker.args)} ended with exit code {worker.wait()};"
-        " its error is above"
+      f"worker {' '.join(worker.args)} ended with exit code {worker.wait()};"
+      " its error is above"
     )
   return json.loads(line)

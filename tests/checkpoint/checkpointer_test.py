@@ -12,13 +12,10 @@ import numpy as np
 import pytest
 import testing
 from absl import logging
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
-from dsv3_jax import config
-from dsv3_jax import train
-from dsv3_jax.checkpoint import checkpointer
-from dsv3_jax.checkpoint import manifest
+from dsv3_jax import config, train
+from dsv3_jax.checkpoint import checkpointer, manifest
 from dsv3_jax.parallel import device_mesh
 
 RUN = testing.run("optim.moments=bfloat16")
@@ -46,10 +43,10 @@ def damages(path):
   """Ways to damage a file, by name."""
   size = path.stat().st_size
   return {
-      "halved": lambda: os.truncate(path, size // 2),
-      "zeroed": lambda: path.write_bytes(bytes(size)),
-      "emptied": lambda: path.write_bytes(b""),
-      "deleted": path.unlink,
+    "halved": lambda: os.truncate(path, size // 2),
+    "zeroed": lambda: path.write_bytes(bytes(size)),
+    "emptied": lambda: path.write_bytes(b""),
+    "deleted": path.unlink,
   }
 
 
@@ -67,7 +64,6 @@ def files(folder):
 
 
 class Case(parameterized.TestCase):
-
   def open(self, folder, **settings):
     store = checkpointer.Checkpoints(folder, config.Checkpoint(**settings))
     self.addCleanup(store.close)
@@ -84,13 +80,12 @@ class Case(parameterized.TestCase):
     """Every bit and the facts."""
     state = store.restore(step, like())
     testing.assert_same(
-        testing.host(state), testing.host(noisy_state(step=step))
+      testing.host(state), testing.host(noisy_state(step=step))
     )
     self.assertEqual(store.facts(step), FACTS)
 
 
 class SaveTest(Case):
-
   def test_restores_every_bit_and_the_facts(self):
     store = self.saved(40)
     self.assertEqual(store.steps(), [40])
@@ -99,24 +94,24 @@ class SaveTest(Case):
   def test_the_restored_key_draws_the_same(self):
     state = self.saved(1).restore(1, like())
     np.testing.assert_array_equal(
-        jax.random.bits(state.key), jax.random.bits(jax.random.key(9))
+      jax.random.bits(state.key), jax.random.bits(jax.random.key(9))
     )
 
   def test_restores_parameters_alone(self):
     state = noisy_state(step=1)
     found = self.saved(1).restore_parameters(1, like())
-    testing.assert_same(*jax.device_get(
-        (found, (state.params, state.router_bias))
-    ))
+    testing.assert_same(
+      *jax.device_get((found, (state.params, state.router_bias)))
+    )
 
   def test_restores_the_average(self):
     average = noisy_state(step=7).params
     store = self.saved(1, average=average)
     found, bias = store.restore_parameters(1, like(), average=True)
     testing.assert_same(*jax.device_get((found, average)))
-    testing.assert_same(*jax.device_get(
-        (bias, noisy_state(step=1).router_bias)
-    ))
+    testing.assert_same(
+      *jax.device_get((bias, noisy_state(step=1).router_bias))
+    )
 
   def test_says_that_there_is_no_average(self):
     with self.assertRaisesRegex(ValueError, "average/params/.*not there"):
@@ -146,13 +141,12 @@ class SaveTest(Case):
 
 
 class RefuseTest(Case):
-
   @parameterized.parameters(
-      ("mla.q_rank=0", r"state/params/.*mla/q_down.*'float32\[.*not there"),
-      ("mtp.depth=0", r"state/params/mtp.*not there"),
-      ("mtp.depth=2", r"state/params/mtp.*float32\[1,.* -> 'float32\[2,"),
-      ("router.n_experts=16", r"state/router_bias: 'float32\[.,8\]' -> "),
-      ("optim.moments=float32", r"opt_state.*'bfloat16\[.*' -> 'float32\["),
+    ("mla.q_rank=0", r"state/params/.*mla/q_down.*'float32\[.*not there"),
+    ("mtp.depth=0", r"state/params/mtp.*not there"),
+    ("mtp.depth=2", r"state/params/mtp.*float32\[1,.* -> 'float32\[2,"),
+    ("router.n_experts=16", r"state/router_bias: 'float32\[.,8\]' -> "),
+    ("optim.moments=float32", r"opt_state.*'bfloat16\[.*' -> 'float32\["),
   )
   def test_another_architecture(self, change, line):
     store = self.saved(1)
@@ -204,14 +198,14 @@ class RefuseTest(Case):
     self.assertRegex(store.problems()[1], "of version 2; .* reads 1")
 
   @parameterized.parameters(
-      ({"step": "1"}, "'1' where int is expected"),
-      ({"step": True}, "True where int is expected"),
-      ({"arrays": []}, r"\[\] where dict is expected"),
-      ({"arrays": {"a": {"type": "float32[2]"}}}, "digest"),
-      ({"arrays": {"a": {"type": "[2", "digest": ""}}}, "no type of an array"),
-      ({"files": {"d": "7"}}, "'7' where int is expected"),
-      ({"facts": None}, "None where dict is expected"),
-      ({"more": 1}, "more"),
+    ({"step": "1"}, "'1' where int is expected"),
+    ({"step": True}, "True where int is expected"),
+    ({"arrays": []}, r"\[\] where dict is expected"),
+    ({"arrays": {"a": {"type": "float32[2]"}}}, "digest"),
+    ({"arrays": {"a": {"type": "[2", "digest": ""}}}, "no type of an array"),
+    ({"files": {"d": "7"}}, "'7' where int is expected"),
+    ({"facts": None}, "None where dict is expected"),
+    ({"more": 1}, "more"),
   )
   def test_a_manifest_that_somebody_else_made(self, change, message):
     store = self.saved(1)
@@ -309,7 +303,7 @@ class DamageTest(Case):
     path.unlink()
     manifest.write(store.folder(2), 2, saved.arrays, saved.facts)
     with self.assertRaisesRegex(
-        checkpointer.DamagedError, "2 is damaged: .*: state/params/head$"
+      checkpointer.DamagedError, "2 is damaged: .*: state/params/head$"
     ):
       store.restore(2, like())
 
@@ -357,17 +351,14 @@ class FailedSaveTest(Case):
     lift = self.limit(2000)
     for step in (2, 3, 4):
       with self.assertRaisesRegex(
-          checkpointer.SaveError,
-          f"checkpoints/{step} could not be saved: .*; the newest good one is"
-          " 1$",
+        checkpointer.SaveError,
+        f"checkpoints/{step} could not be saved: .*; the newest good one is 1$",
       ):
         store.save(noisy_state(step=step), FACTS)
         while store.check() is None:
           pass
       self.assertEqual(store.steps(), [1])
-      self.assertEqual(
-          [path.name for path in store.directory.iterdir()], ["1"]
-      )
+      self.assertEqual([path.name for path in store.directory.iterdir()], ["1"])
     lift()
     self.assert_restores(store, 1)
     store.save(noisy_state(step=5), FACTS)

@@ -2,8 +2,7 @@ import dataclasses
 import math
 
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax import config
 from dsv3_jax.config import presets

@@ -13,39 +13,31 @@ import pytest
 import safetensors.numpy
 import testing
 from absl import flags
-from absl.testing import absltest
-from absl.testing import flagsaver
-from absl.testing import parameterized
+from absl.testing import absltest, flagsaver, parameterized
 
-from dsv3_jax import config
-from dsv3_jax import train
-from dsv3_jax.checkpoint import checkpointer
-from dsv3_jax.checkpoint import manifest
+from dsv3_jax import config, train
+from dsv3_jax.checkpoint import checkpointer, manifest
 from dsv3_jax.config import presets
-from dsv3_jax.data import corpus
-from dsv3_jax.data import token_file
-from dsv3_jax.data import tokenizer
+from dsv3_jax.data import corpus, token_file, tokenizer
 from dsv3_jax.interop import open_run
 from dsv3_jax.interop import safetensors as ours
-from dsv3_jax.parallel import device_mesh
-from dsv3_jax.parallel import sharding
-from experiments import cli
-from experiments import pretrain
+from dsv3_jax.parallel import device_mesh, sharding
+from experiments import cli, pretrain
 
 FEW = 150
 VALUES = (
-    *("0", "-1", "1", "2", "7", "64", "1e3", "1e-9", "1e999", "-1e999", "nan"),
-    *("inf", "", " ", "None", "true", "True", "maybe", "0x10", "1_000", "3.5"),
-    *("\N{ARABIC-INDIC DIGIT THREE}", "9" * 40, "9" * 400, "9" * 5000),
-    *("bf16", "fp8", "zero1", "dualpipe", "a=1", "a=1,b=2", "../x"),
-    *("\0", "\ud800", "1;2"),
+  *("0", "-1", "1", "2", "7", "64", "1e3", "1e-9", "1e999", "-1e999", "nan"),
+  *("inf", "", " ", "None", "true", "True", "maybe", "0x10", "1_000", "3.5"),
+  *("\N{ARABIC-INDIC DIGIT THREE}", "9" * 40, "9" * 400, "9" * 5000),
+  *("bf16", "fp8", "zero1", "dualpipe", "a=1", "a=1,b=2", "../x"),
+  *("\0", "\ud800", "1;2"),
 )
 FIELDS = "version", "step", "arrays", "facts", "files", "another"
 OBJECTS = (
-    *(None, True, 0, 1, 3, 3.0, -1, 1 << 80, "", "3", [], [3], {}, {"": {}}),
-    *({"d": 4}, {"d": 4.0}, {"d": "4"}, {"d": None}, {"a": {"type": "int8[]"}}),
-    *({"a": {"type": "float32[2]", "digest": "0"}}, {"a": {"digest": "0"}}),
-    *({"a": {"type": 3, "digest": "0"}}, {"a": {"type": "2", "digest": "0"}}),
+  *(None, True, 0, 1, 3, 3.0, -1, 1 << 80, "", "3", [], [3], {}, {"": {}}),
+  *({"d": 4}, {"d": 4.0}, {"d": "4"}, {"d": None}, {"a": {"type": "int8[]"}}),
+  *({"a": {"type": "float32[2]", "digest": "0"}}, {"a": {"digest": "0"}}),
+  *({"a": {"type": 3, "digest": "0"}}, {"a": {"type": "2", "digest": "0"}}),
 )
 MESHES = "data expert node pipe model dta =".split()
 
@@ -85,7 +77,6 @@ def about(**what):
 
 
 class Case(parameterized.TestCase):
-
   def taken(self, work):
     """What work returns; None where it refuses, which it does in words."""
     try:
@@ -149,9 +140,9 @@ class SettingsTest(Case):
     for _ in range(n):
       name = names[rng.integers(len(names))]
       mesh = ",".join(
-          f"{MESHES[rng.integers(len(MESHES))]}"
-          f"={VALUES[rng.integers(len(VALUES))]}"
-          for _ in range(rng.integers(3))
+        f"{MESHES[rng.integers(len(MESHES))]}"
+        f"={VALUES[rng.integers(len(VALUES))]}"
+        for _ in range(rng.integers(3))
       )
       flag = ("--", "-", "")[rng.integers(3)] + name
       argv = ["program", f"--mesh={mesh}", "--variant=tiny"]
@@ -186,9 +177,9 @@ class FilesTest(Case):
   """Text to train on, safetensors, checkpoints and what is beside them."""
 
   TEXTS = (
-      ("a.txt", "It was a bright day.\n\nÄ \u4f60\u597d \N{PARTY POPPER}\n"),
-      ("a.jsonl", '{"text": "one"}\n{"text": "tw\\u00f6", "n": 1}\n'),
-      ("a.txt.gz", "It was a bright cold day.\n"),
+    ("a.txt", "It was a bright day.\n\nÄ \u4f60\u597d \N{PARTY POPPER}\n"),
+    ("a.jsonl", '{"text": "one"}\n{"text": "tw\\u00f6", "n": 1}\n'),
+    ("a.txt.gz", "It was a bright cold day.\n"),
   )
 
   def content(self, name, text):
@@ -222,9 +213,9 @@ class FilesTest(Case):
     rng = np.random.default_rng(seed)
     path = testing.folder(self) / "a.safetensors"
     arrays = {
-        "w": np.arange(12, dtype=np.float32).reshape(3, 4),
-        "b.bias": np.ones(3, np.float16),
-        "n": np.arange(5),
+      "w": np.arange(12, dtype=np.float32).reshape(3, 4),
+      "b.bias": np.ones(3, np.float16),
+      "n": np.arange(5),
     }
     good = safetensors.numpy.save(arrays, {"format": "np"})
     refused = 0
@@ -267,11 +258,9 @@ class FilesTest(Case):
       store = checkpointer.Checkpoints(root / "bad", cfg)
       with about(path=str(path)):
         step, restored = store.newest(
-            lambda step, s=store: s.restore(step, like), set_aside=True
+          lambda step, s=store: s.restore(step, like), set_aside=True
         )
-        testing.assert_same(
-            testing.host(restored), testing.host(states[step])
-        )
+        testing.assert_same(testing.host(restored), testing.host(states[step]))
         self.assertEqual(store.facts(step), {"rows": step})
         found[step] += 1
       store.close()
@@ -282,9 +271,9 @@ class FilesTest(Case):
     rng = np.random.default_rng(seed)
     folder = testing.folder(self)
     facts = {
-        "variant": "tiny",
-        "seed": 0,
-        "settings": config.leaves(presets.TINY),
+      "variant": "tiny",
+      "seed": 0,
+      "settings": config.leaves(presets.TINY),
     }
     good = json.dumps(facts, indent=1).encode()
     for _ in range(n):

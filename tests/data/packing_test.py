@@ -6,14 +6,11 @@ import tempfile
 import time
 
 import numpy as np
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax import config
-from dsv3_jax.data import loader
-from dsv3_jax.data import packing
+from dsv3_jax.data import loader, packing, tokenizer
 from dsv3_jax.data import token_file as token_file_lib
-from dsv3_jax.data import tokenizer
 
 
 def token_file(path, lengths):
@@ -22,17 +19,17 @@ def token_file(path, lengths):
   tokens = np.concatenate(documents).astype(np.uint16)
   tokens.tofile(path)
   return token_file_lib.TokenFile(
-      path=path,
-      corpus_digest="",
-      tokenizer_digest="",
-      vocab_size=1 << 16,
-      fim_rate=0.0,
-      split_rate=0.0,
-      dtype="uint16",
-      n_tokens=len(tokens),
-      n_documents=len(lengths),
-      text_bytes=len(tokens),
-      tokens_digest="",
+    path=path,
+    corpus_digest="",
+    tokenizer_digest="",
+    vocab_size=1 << 16,
+    fim_rate=0.0,
+    split_rate=0.0,
+    dtype="uint16",
+    n_tokens=len(tokens),
+    n_documents=len(lengths),
+    text_bytes=len(tokens),
+    tokens_digest="",
   )
 
 
@@ -51,7 +48,6 @@ def naive(lengths, size):
 
 
 class BestFitTest(parameterized.TestCase):
-
   def test_golden(self):
     lengths = np.array([4, 8, 1, 4, 2, 1, 6])
     # 8 | 6 + 2 | 4 + 4 | 1 + 1
@@ -84,34 +80,30 @@ class BestFitTest(parameterized.TestCase):
 
 
 class PiecesTest(parameterized.TestCase):
-
-  @parameterized.product(
-      n=(2, 3, 8, 9, 10, 16, 17, 18, 100), size=(2, 3, 9)
-  )
+  @parameterized.product(n=(2, 3, 8, 9, 10, 16, 17, 18, 100), size=(2, 3, 9))
   def test_each_token_but_the_first_is_a_target_once(self, n, size):
     starts, lengths = packing.pieces(np.array([5]), np.array([n]), size)
     targets = [
-        i
-        for start, length in zip(starts, lengths, strict=True)
-        for i in range(start + 1, start + length)
+      i
+      for start, length in zip(starts, lengths, strict=True)
+      for i in range(start + 1, start + length)
     ]
     self.assertEqual(targets, list(range(6, 5 + n)))
     self.assertBetween(lengths.min(), 2, size)
     self.assertLessEqual(lengths.max(), size)
 
   def test_only_documents_longer_than_a_row_are_cut(self):
-    starts, lengths = packing.pieces(np.array([0, 9, 17]), np.array([9, 8, 10]), 9)
+    starts, lengths = packing.pieces(
+      np.array([0, 9, 17]), np.array([9, 8, 10]), 9
+    )
     self.assertEqual(starts.tolist(), [0, 9, 17, 25])
     self.assertEqual(lengths.tolist(), [9, 8, 9, 2])
 
 
 class RowsTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
-    self.root = pathlib.Path(
-        self.enter_context(tempfile.TemporaryDirectory())
-    )
+    self.root = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
 
   def rows(self, lengths, seq_len):
     return packing.Rows(token_file(self.root / "train.bin", lengths), seq_len)
@@ -121,12 +113,12 @@ class RowsTest(parameterized.TestCase):
     got = sorted(read[i]["tokens"].tolist() for i in range(len(read)))
     pad = tokenizer.PAD_ID
     self.assertEqual(
-        got,
-        [
-            [0, 3, 4, *[pad] * 6],
-            [0, 3, 4, 5, 6, 0, 3, 4, 5],
-            [0, 3, 4, 5, 6, 7, 8, 9, 10],
-        ],
+      got,
+      [
+        [0, 3, 4, *[pad] * 6],
+        [0, 3, 4, 5, 6, 0, 3, 4, 5],
+        [0, 3, 4, 5, 6, 7, 8, 9, 10],
+      ],
     )
     self.assertEqual(read.padding, 6 / 27)
     self.assertEqual(read[0]["tokens"].dtype, np.int32)
@@ -136,7 +128,7 @@ class RowsTest(parameterized.TestCase):
     read[0]
     self.assertIsNone(pickle.loads(pickle.dumps(read))._tokens)
     np.testing.assert_array_equal(
-        pickle.loads(pickle.dumps(read))[3]["tokens"], read[3]["tokens"]
+      pickle.loads(pickle.dumps(read))[3]["tokens"], read[3]["tokens"]
     )
 
   @parameterized.parameters((8, 8, False), (9, 8, True), (2, 1, True))
@@ -145,7 +137,7 @@ class RowsTest(parameterized.TestCase):
       self.assertLen(self.rows([n_tokens], seq_len), 1)
     else:
       with self.assertRaisesRegex(
-          ValueError, "seq_len=8: must be at most 7, as .* has 8 tokens"
+        ValueError, "seq_len=8: must be at most 7, as .* has 8 tokens"
       ):
         self.rows([n_tokens], seq_len)
 

@@ -5,23 +5,18 @@ import pathlib
 import tempfile
 
 import numpy as np
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
-from dsv3_jax.data import corpus
-from dsv3_jax.data import token_file
-from dsv3_jax.data import tokenize
-from dsv3_jax.data import tokenizer
+from dsv3_jax.data import corpus, token_file, tokenize, tokenizer
 
 DOCUMENTS = [
-    corpus.Document("a", "It is a truth.\n\nUniversally acknowledged,\n"),
-    corpus.Document("b", "漢字 " * 5),
-    corpus.Document("c", "\n"),
+  corpus.Document("a", "It is a truth.\n\nUniversally acknowledged,\n"),
+  corpus.Document("b", "漢字 " * 5),
+  corpus.Document("c", "\n"),
 ]
 
 
 class PackTest(parameterized.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -44,13 +39,13 @@ class PackTest(parameterized.TestCase):
     np.testing.assert_array_equal(starts, [0, *ends[:-1] + 1])
     self.assertEqual(ends[-1], len(tokens) - 1)
     texts = [
-        self.tok.decode(tokens[start + 1 : end])
-        for start, end in zip(starts, ends, strict=True)
+      self.tok.decode(tokens[start + 1 : end])
+      for start, end in zip(starts, ends, strict=True)
     ]
     self.assertEqual(texts, [d.text for d in DOCUMENTS])
 
   @parameterized.parameters(
-      (300, "uint16"), (65_536, "uint16"), (65_537, "uint32")
+    (300, "uint16"), (65_536, "uint16"), (65_537, "uint32")
   )
   def test_dtype_fits_the_vocabulary(self, vocab_size, dtype):
     file = self.pack(vocab_size=vocab_size)
@@ -63,7 +58,7 @@ class PackTest(parameterized.TestCase):
     file = self.pack()
     self.assertEqual(file.n_documents, len(DOCUMENTS))
     self.assertEqual(
-        file.text_bytes, sum(len(d.text.encode()) for d in DOCUMENTS)
+      file.text_bytes, sum(len(d.text.encode()) for d in DOCUMENTS)
     )
     manifest = json.loads(token_file.manifest_path(self.path).read_text())
     self.assertEqual(manifest["n_tokens"], file.n_tokens)
@@ -77,28 +72,26 @@ class PackTest(parameterized.TestCase):
 
   def test_second_start_does_not_encode(self):
     first = self.pack()
-    with absltest.mock.patch.object(
-        tokenize, "encode", side_effect=KeyError
-    ):
+    with absltest.mock.patch.object(tokenize, "encode", side_effect=KeyError):
       self.assertEqual(self.pack(), first)
 
   @parameterized.named_parameters(
-      ("corpus", dict(documents=DOCUMENTS[:2]), "corpus_digest was"),
-      ("order", dict(documents=DOCUMENTS[::-1]), "corpus_digest was"),
-      ("fim", dict(fim_rate=0.5), "fim_rate was 0.0, is 0.5"),
-      ("split", dict(split_rate=0.5), "split_rate was 0.0, is 0.5"),
-      ("vocab", dict(vocab_size=301), "vocab_size was 300, is 301"),
-      (
-          "tokenizer",
-          dict(tok=tokenizer.train(["x"], 300)),
-          "tokenizer_digest was",
-      ),
+    ("corpus", dict(documents=DOCUMENTS[:2]), "corpus_digest was"),
+    ("order", dict(documents=DOCUMENTS[::-1]), "corpus_digest was"),
+    ("fim", dict(fim_rate=0.5), "fim_rate was 0.0, is 0.5"),
+    ("split", dict(split_rate=0.5), "split_rate was 0.0, is 0.5"),
+    ("vocab", dict(vocab_size=301), "vocab_size was 300, is 301"),
+    (
+      "tokenizer",
+      dict(tok=tokenizer.train(["x"], 300)),
+      "tokenizer_digest was",
+    ),
   )
   def test_change_since_the_run_began_is_refused(self, change, message):
     self.pack()
     before = self.path.read_bytes()
     with self.assertRaisesRegex(
-        ValueError, f"train.bin: the data changed since .*{message}"
+      ValueError, f"train.bin: the data changed since .*{message}"
     ):
       self.pack(**change)
     self.assertEqual(self.path.read_bytes(), before)
@@ -135,7 +128,7 @@ class PackTest(parameterized.TestCase):
     encoded = tokenize.encode(DOCUMENTS, self.tok)
     largest = max(max(ids) for _, ids in encoded)
     with self.assertRaisesRegex(
-        ValueError, rf"a: token id \d+ at offset \d+; allowed: 0 to {100 - 1}"
+      ValueError, rf"a: token id \d+ at offset \d+; allowed: 0 to {100 - 1}"
     ):
       self.pack(vocab_size=100)
     self.assertEmpty(list(self.path.parent.iterdir()))
@@ -143,12 +136,11 @@ class PackTest(parameterized.TestCase):
 
 
 class CheckIdsTest(parameterized.TestCase):
-
   @parameterized.named_parameters(
-      ("above", [[0, 1], [10, 3]], "id 10 at offset 2"),
-      ("negative", [0, -1], "id -1 at offset 1"),
-      ("ignored_label", [-100, 0], "id -100 at offset 0"),
-      ("float", [0.0, 1.0], "must be integers, got float64"),
+    ("above", [[0, 1], [10, 3]], "id 10 at offset 2"),
+    ("negative", [0, -1], "id -1 at offset 1"),
+    ("ignored_label", [-100, 0], "id -100 at offset 0"),
+    ("float", [0.0, 1.0], "must be integers, got float64"),
   )
   def test_refused(self, ids, message):
     with self.assertRaisesRegex(ValueError, f"file.npy: .*{message}"):

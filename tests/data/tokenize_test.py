@@ -3,17 +3,13 @@
 import re
 
 import numpy as np
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
-from dsv3_jax.data import corpus
-from dsv3_jax.data import tokenize
-from dsv3_jax.data import tokenizer
+from dsv3_jax.data import corpus, tokenize, tokenizer
 
 TEXT = "if x:\n  y = f(x).\n\n  # 漢字, naïve\nreturn [y]\r\n"
 DOCUMENTS = [
-    corpus.Document(str(i), f"{TEXT[i % 9 :]} number {i}!\n")
-    for i in range(2000)
+  corpus.Document(str(i), f"{TEXT[i % 9 :]} number {i}!\n") for i in range(2000)
 ]
 
 
@@ -22,7 +18,6 @@ def ids_of(documents, tok, **how):
 
 
 class EncodeTest(parameterized.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -31,18 +26,18 @@ class EncodeTest(parameterized.TestCase):
   def test_cutting_long_texts_changes_no_id(self):
     rng = np.random.default_rng(0)
     parts = [
-        "a",
-        "Z",
-        "\n",
-        "\r",
-        " ",
-        "\t",
-        ".",
-        "7",
-        "漢",
-        "é",
-        "\u0301",
-        "'",
+      "a",
+      "Z",
+      "\n",
+      "\r",
+      " ",
+      "\t",
+      ".",
+      "7",
+      "漢",
+      "é",
+      "\u0301",
+      "'",
     ]
     text = "".join(rng.choice(parts, size=20_000))
     tok = tokenizer.train([text], 600)  # has merges of such strings
@@ -63,12 +58,12 @@ class EncodeTest(parameterized.TestCase):
   def told(self, ids):
     """The text of a document told out of order, put in order again."""
     special = [
-        self.tok.token_to_id(name)
-        for name in (
-            tokenizer.FIM_BEGIN,
-            tokenizer.FIM_HOLE,
-            tokenizer.FIM_END,
-        )
+      self.tok.token_to_id(name)
+      for name in (
+        tokenizer.FIM_BEGIN,
+        tokenizer.FIM_HOLE,
+        tokenizer.FIM_END,
+      )
     ]
     self.assertEqual((ids[0], ids[1]), (tokenizer.BOS_ID, special[0]))
     self.assertEqual(ids[-1], tokenizer.EOS_ID)

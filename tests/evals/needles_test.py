@@ -6,15 +6,12 @@ import jax
 import numpy as np
 import reference
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax.data import tokenizer
-from dsv3_jax.evals import hidden
-from dsv3_jax.evals import needles
+from dsv3_jax.evals import hidden, needles
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import device_mesh
-from dsv3_jax.parallel import sharding
+from dsv3_jax.parallel import device_mesh, sharding
 
 NEEDLE = re.compile(r"Remember the (\w+) (\w+)\.")
 ANSWER = re.compile(r"Recall the (\w+) (\w+)\.")
@@ -26,7 +23,6 @@ def rng(seed=0):
 
 
 class TextsTest(parameterized.TestCase):
-
   def test_kinds_and_secrets_differ(self):
     secrets = [word for words in needles.SECRETS.values() for word in words]
     self.assertLen(set(secrets) | set(needles.SECRETS), len(secrets) + 8)
@@ -72,19 +68,18 @@ class TextsTest(parameterized.TestCase):
 
   def test_prompts_are_those_of_the_seed(self):
     self.assertEqual(
-        needles.prompt(rng(1), 90, 0.5), needles.prompt(rng(1), 90, 0.5)
+      needles.prompt(rng(1), 90, 0.5), needles.prompt(rng(1), 90, 0.5)
     )
     self.assertNotEqual(
-        needles.prompt(rng(1), 90, 0.5), needles.prompt(rng(2), 90, 0.5)
+      needles.prompt(rng(1), 90, 0.5), needles.prompt(rng(2), 90, 0.5)
     )
 
 
 class FoundTest(absltest.TestCase):
-
   def setUp(self):
     super().setUp()
     self.tok = tokenizer.train(
-        [needles.training_text(rng(i), 200) for i in range(4)], 600
+      [needles.training_text(rng(i), 200) for i in range(4)], 600
     )
     self.params = testing.draw(transformer.specs(RUN.model))
     self.bias = testing.normal(RUN.model.n_routers, 8, seed=1, scale=0.1)
@@ -115,16 +110,15 @@ class FoundTest(absltest.TestCase):
       prompts += [needles.Prompt(text, answer), needles.Prompt(text, " Rome")]
     # Decoded text may be encoded otherwise: then it is another answer.
     right = [
-        self.tok.encode(p.answer).ids == self.guesses(
-            p.text, len(self.tok.encode(p.answer).ids)
-        )
-        for p in prompts
+      self.tok.encode(p.answer).ids
+      == self.guesses(p.text, len(self.tok.encode(p.answer).ids))
+      for p in prompts
     ]
     self.assertIn(True, right)
     self.assertIn(False, right)
     for n_devices in (1, 2):
       found = needles.found(
-          self.model(n_devices), self.tok, prompts, 128, batch_size=4
+        self.model(n_devices), self.tok, prompts, 128, batch_size=4
       )
       np.testing.assert_array_equal(found, right)
 

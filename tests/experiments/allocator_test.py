@@ -23,14 +23,13 @@ def _run(**env):
   inherited = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
   command = [sys.executable, "-c", PROGRAM, "--flag=a b"]
   done = subprocess.run(
-      command, env=inherited | env, capture_output=True, text=True, check=True
+    command, env=inherited | env, capture_output=True, text=True, check=True
   )
   return done.stdout.splitlines()
 
 
 @unittest.skipUnless(sys.platform.startswith("linux"), "Linux alone preloads")
 class UseMimallocTest(absltest.TestCase):
-
   def test_starts_once_more_with_the_same_arguments(self):
     self.assertEqual(_run(), ["start", "start", "--flag=a b True"])
 
@@ -40,7 +39,7 @@ class UseMimallocTest(absltest.TestCase):
   def test_does_nothing_without_the_package(self):
     missing = allocator.importlib.metadata.PackageNotFoundError
     find = mock.patch.object(
-        allocator.importlib.metadata, "distribution", side_effect=missing
+      allocator.importlib.metadata, "distribution", side_effect=missing
     )
     with find, mock.patch.dict(os.environ, clear=True):
       allocator.use_mimalloc()  # or this test would never end

@@ -8,23 +8,21 @@ from unittest import mock
 
 import micro
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax.data import tokenizer
-from dsv3_jax.infer import engine
-from dsv3_jax.infer import generate
+from dsv3_jax.infer import engine, generate
 from experiments import batch_generate
 
 MODEL = testing.run("mtp.depth=0").model
 TOK = tokenizer.train(micro.TEXTS, 280)
 SETTINGS = {
-    "max_tokens": 3,
-    "temperature": 0.5,
-    "top_p": 1.0,
-    "top_k": 0,
-    "seed": 7,
-    "stop": (),
+  "max_tokens": 3,
+  "temperature": 0.5,
+  "top_p": 1.0,
+  "top_k": 0,
+  "seed": 7,
+  "stop": (),
 }
 
 
@@ -62,21 +60,22 @@ class Author(engine.Engine):
 
 
 class BatchTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     self.folder = testing.folder(self)
     self.prompts = self.folder / "prompts.jsonl"
     self.out = self.folder / "texts.jsonl"
     # They take most of the time.
-    self.enter_context(mock.patch.object(batch_generate, "_bar", mock.MagicMock()))
+    self.enter_context(
+      mock.patch.object(batch_generate, "_bar", mock.MagicMock())
+    )
     self.enter_context(mock.patch.object(os, "fsync"))
     self.err = self.enter_context(mock.patch.object(batch_generate, "_tell"))
 
   def put(self, *lines):
     lines = [
-        line if isinstance(line, bytes) else json.dumps(line).encode()
-        for line in lines
+      line if isinstance(line, bytes) else json.dumps(line).encode()
+      for line in lines
     ]
     self.prompts.write_bytes(b"".join(line + b"\n" for line in lines))
 
@@ -100,38 +99,37 @@ class BatchTest(parameterized.TestCase):
 
 
 class LineTest(BatchTest):
-
   def test_every_form_and_every_setting(self):
     messages = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "你好?"},
+      {"role": "system", "content": "Be brief."},
+      {"role": "user", "content": "你好?"},
     ]
     own = {
-        "max_tokens": 20,
-        "temperature": 0,
-        "top_p": 0.5,
-        "top_k": 4,
-        "seed": 1,
-        "stop": ["e", "q"],
+      "max_tokens": 20,
+      "temperature": 0,
+      "top_p": 0.5,
+      "top_k": 4,
+      "seed": 1,
+      "stop": ["e", "q"],
     }
     self.put(
-        {"prompt": "It was"},
-        {"ids": [0, 70, 5]},
-        {"messages": messages},
-        {"prompt": ""} | own,
-        {"prompt": "It was"},
+      {"prompt": "It was"},
+      {"ids": [0, 70, 5]},
+      {"messages": messages},
+      {"prompt": ""} | own,
+      {"prompt": "It was"},
     )
     asked = self.write(stop=("zz",))
     given = SETTINGS | {"stop": ("zz",)}
     self.assertEqual(
-        asked,
-        [
-            generate.Ask("It was", **given),
-            generate.Ask([0, 70, 5], **given | {"seed": 8}),
-            generate.Ask(messages, **given | {"seed": 9}),
-            generate.Ask("", **own | {"stop": ("e", "q")}),
-            generate.Ask("It was", **given | {"seed": 11}),
-        ],
+      asked,
+      [
+        generate.Ask("It was", **given),
+        generate.Ask([0, 70, 5], **given | {"seed": 8}),
+        generate.Ask(messages, **given | {"seed": 9}),
+        generate.Ask("", **own | {"stop": ("e", "q")}),
+        generate.Ask("It was", **given | {"seed": 11}),
+      ],
     )
     forms = [("prompt", "It was"), ("ids", [0, 70, 5]), ("messages", messages)]
     rows = self.rows()
@@ -141,7 +139,7 @@ class LineTest(BatchTest):
       head = {"index": index, form: value} | given
       head |= {"seed": 7 + index, "stop": ["zz"]}
       self.assertEqual(
-          list(row), [*head, "text", "ended", "tokens", "logprobs"]
+        list(row), [*head, "text", "ended", "tokens", "logprobs"]
       )
       self.assertEqual({name: row[name] for name in head}, head)
     self.assertEqual({k: rows[3][k] for k in own}, own)
@@ -157,7 +155,7 @@ class LineTest(BatchTest):
       self.assertEqual(row["text"], TOK.decode(tokens))
       self.assertEqual(row["ended"], pieces[-1].ended)
       self.assertEqual(
-          row["logprobs"], [round(piece.logprob, 6) for piece in pieces]
+        row["logprobs"], [round(piece.logprob, 6) for piece in pieces]
       )
     ends = {row["ended"] for row in self.rows()}
     self.assertEqual(ends, {engine.STOP, engine.LENGTH})
@@ -177,61 +175,61 @@ class LineTest(BatchTest):
     self.assertEqual([ask.seed for ask in asked], [2**32 - 2, 2**32 - 1, 0])
 
   BAD = (
-      (b"{", "Expecting"),
-      (b"prompt", "Expecting value"),
-      (b'{"prompt": "a"} {}', "Extra data"),
-      (b'{"prompt": "", "top_k": 1099511627776}', "top_k=1099511627776: must"),
-      (b'{"prompt": "\xff"}', "can't decode byte 0xff"),
-      (b'{"prompt": "\xed\xa0\x80"}', "surrogates not allowed"),
-      (b'{"prompt": "\\ud800"}', "surrogates not allowed"),
-      (b'{"prompt": "", "stop": ["\\udfff"]}', "surrogates not allowed"),
-      (b"[" * 100_000, "recursion depth"),
-      (b'{"prompt": ' + b"[" * 800 + b"]" * 800 + b"}", "prompt=[[[["),
-      (b'{"ids": [1], "seed": 1' + b"0" * 9999 + b"}", "4300 digits"),
-      ("cold", "must be a JSON object, is 'cold'"),
-      ([{"prompt": "a"}], "must be a JSON object, is [{"),
-      (None, "must be a JSON object, is None"),
-      ({}, "must have one of prompt, ids, messages, has 0"),
-      ({"max_tokens": 3}, "must have one of prompt, ids, messages, has 0"),
-      ({"prompt": "", "ids": [1]}, "must have one of prompt, ids, messages"),
-      ({"prompt": "", "tmperature": 1}, "did you mean 'temperature'?"),
-      ({"prompt": 1}, "prompt=1: must be a string"),
-      ({"prompt": None}, "prompt=None: must be a string"),
-      ({"prompt": ["a"]}, "prompt=['a']: must be a string"),
-      ({"ids": "1"}, "ids='1': must be a list of integers"),
-      ({"ids": [1, True]}, "ids=[1, True]: must be a list of integers"),
-      ({"ids": [1.0]}, "ids=[1.0]: must be a list of integers"),
-      ({"ids": []}, "prompt: is empty"),
-      ({"ids": [1, 300]}, "token id 300 must be in [0, 300)"),
-      ({"ids": [-1]}, "token id -1 must be in [0, 300)"),
-      ({"ids": [10**30]}, ""),
-      ({"ids": [1] * 62}, "needs 65 positions"),
-      ({"prompt": "x" * 62}, "needs 66 positions"),
-      ({"messages": []}, "prompt: is empty"),
-      ({"messages": {"role": "user", "content": ""}}, "must be a list of {"),
-      ({"messages": [{"role": "user"}]}, "must be a list of {\"role\""),
-      ({"messages": [{"role": "user", "content": 1}]}, "must be a list of {"),
-      ({"messages": [{"role": "tool", "content": ""}]}, "role='tool': must"),
-      ({"prompt": "", "max_tokens": 0}, "max_tokens=0: must be at least 1"),
-      ({"prompt": "", "max_tokens": True}, "max_tokens=True: must be an int"),
-      ({"prompt": "", "max_tokens": 2.0}, "max_tokens=2.0: must be an int"),
-      ({"prompt": "", "max_tokens": None}, "max_tokens=None: must be an int"),
-      ({"prompt": "", "max_tokens": 10**99}, "positions of the cache"),
-      ({"prompt": "", "temperature": -1}, "temperature=-1.0: must be at least"),
-      ({"prompt": "", "temperature": float("nan")}, "temperature=nan: must be"),
-      ({"prompt": "", "temperature": float("inf")}, "temperature=inf: must be"),
-      ({"prompt": "", "temperature": 10**400}, "too large"),
-      ({"prompt": "", "temperature": "1"}, "temperature='1': must be a number"),
-      ({"prompt": "", "top_p": 0}, "top_p=0.0: must be above 0"),
-      ({"prompt": "", "top_p": 1.5}, "top_p=1.5: must be above 0 and at most"),
-      ({"prompt": "", "top_p": False}, "top_p=False: must be a number"),
-      ({"prompt": "", "top_k": -1}, "top_k=-1: must be in"),
-      ({"prompt": "", "top_k": 0.5}, "top_k=0.5: must be an integer"),
-      ({"prompt": "", "seed": -1}, "seed=-1: must be in [0, 2^32)"),
-      ({"prompt": "", "seed": 2**32}, "seed=4294967296: must be in"),
-      ({"prompt": "", "stop": "a"}, "stop='a': must be a list of strings"),
-      ({"prompt": "", "stop": [1]}, "stop=[1]: must be a list of strings"),
-      ({"prompt": "", "stop": ["a", ""]}, "stop string must not be empty"),
+    (b"{", "Expecting"),
+    (b"prompt", "Expecting value"),
+    (b'{"prompt": "a"} {}', "Extra data"),
+    (b'{"prompt": "", "top_k": 1099511627776}', "top_k=1099511627776: must"),
+    (b'{"prompt": "\xff"}', "can't decode byte 0xff"),
+    (b'{"prompt": "\xed\xa0\x80"}', "surrogates not allowed"),
+    (b'{"prompt": "\\ud800"}', "surrogates not allowed"),
+    (b'{"prompt": "", "stop": ["\\udfff"]}', "surrogates not allowed"),
+    (b"[" * 100_000, "recursion depth"),
+    (b'{"prompt": ' + b"[" * 800 + b"]" * 800 + b"}", "prompt=[[[["),
+    (b'{"ids": [1], "seed": 1' + b"0" * 9999 + b"}", "4300 digits"),
+    ("cold", "must be a JSON object, is 'cold'"),
+    ([{"prompt": "a"}], "must be a JSON object, is [{"),
+    (None, "must be a JSON object, is None"),
+    ({}, "must have one of prompt, ids, messages, has 0"),
+    ({"max_tokens": 3}, "must have one of prompt, ids, messages, has 0"),
+    ({"prompt": "", "ids": [1]}, "must have one of prompt, ids, messages"),
+    ({"prompt": "", "tmperature": 1}, "did you mean 'temperature'?"),
+    ({"prompt": 1}, "prompt=1: must be a string"),
+    ({"prompt": None}, "prompt=None: must be a string"),
+    ({"prompt": ["a"]}, "prompt=['a']: must be a string"),
+    ({"ids": "1"}, "ids='1': must be a list of integers"),
+    ({"ids": [1, True]}, "ids=[1, True]: must be a list of integers"),
+    ({"ids": [1.0]}, "ids=[1.0]: must be a list of integers"),
+    ({"ids": []}, "prompt: is empty"),
+    ({"ids": [1, 300]}, "token id 300 must be in [0, 300)"),
+    ({"ids": [-1]}, "token id -1 must be in [0, 300)"),
+    ({"ids": [10**30]}, ""),
+    ({"ids": [1] * 62}, "needs 65 positions"),
+    ({"prompt": "x" * 62}, "needs 66 positions"),
+    ({"messages": []}, "prompt: is empty"),
+    ({"messages": {"role": "user", "content": ""}}, "must be a list of {"),
+    ({"messages": [{"role": "user"}]}, 'must be a list of {"role"'),
+    ({"messages": [{"role": "user", "content": 1}]}, "must be a list of {"),
+    ({"messages": [{"role": "tool", "content": ""}]}, "role='tool': must"),
+    ({"prompt": "", "max_tokens": 0}, "max_tokens=0: must be at least 1"),
+    ({"prompt": "", "max_tokens": True}, "max_tokens=True: must be an int"),
+    ({"prompt": "", "max_tokens": 2.0}, "max_tokens=2.0: must be an int"),
+    ({"prompt": "", "max_tokens": None}, "max_tokens=None: must be an int"),
+    ({"prompt": "", "max_tokens": 10**99}, "positions of the cache"),
+    ({"prompt": "", "temperature": -1}, "temperature=-1.0: must be at least"),
+    ({"prompt": "", "temperature": float("nan")}, "temperature=nan: must be"),
+    ({"prompt": "", "temperature": float("inf")}, "temperature=inf: must be"),
+    ({"prompt": "", "temperature": 10**400}, "too large"),
+    ({"prompt": "", "temperature": "1"}, "temperature='1': must be a number"),
+    ({"prompt": "", "top_p": 0}, "top_p=0.0: must be above 0"),
+    ({"prompt": "", "top_p": 1.5}, "top_p=1.5: must be above 0 and at most"),
+    ({"prompt": "", "top_p": False}, "top_p=False: must be a number"),
+    ({"prompt": "", "top_k": -1}, "top_k=-1: must be in"),
+    ({"prompt": "", "top_k": 0.5}, "top_k=0.5: must be an integer"),
+    ({"prompt": "", "seed": -1}, "seed=-1: must be in [0, 2^32)"),
+    ({"prompt": "", "seed": 2**32}, "seed=4294967296: must be in"),
+    ({"prompt": "", "stop": "a"}, "stop='a': must be a list of strings"),
+    ({"prompt": "", "stop": [1]}, "stop=[1]: must be a list of strings"),
+    ({"prompt": "", "stop": ["a", ""]}, "stop string must not be empty"),
   )
 
   def test_bad_lines_are_told_and_the_rest_goes_on(self):
@@ -241,7 +239,7 @@ class LineTest(BatchTest):
     rows = self.rows()
     self.assertEqual([row["index"] for row in rows], list(range(len(lines))))
     for (line, message), row, good in zip(
-        self.BAD, rows[::2], rows[1::2], strict=True
+      self.BAD, rows[::2], rows[1::2], strict=True
     ):
       with self.subTest(str(line)[:60]):
         self.assertEqual(row.keys(), {"index", "error"})
@@ -250,7 +248,7 @@ class LineTest(BatchTest):
         self.assertLess(len(row["error"]), 400)
         self.assertIn("text", good)
     self.err.assert_called_with(
-        f"{len(self.BAD)} lines had an error, see their rows"
+      f"{len(self.BAD)} lines had an error, see their rows"
     )
 
   def test_all_that_is_wrong_with_a_line(self):
@@ -261,10 +259,10 @@ class LineTest(BatchTest):
   def test_a_line_ends_with_a_line_feed_and_with_nothing_else(self):
     odd = "a\u2028b\u2029c\x85d"
     self.prompts.write_bytes(
-        b"\xef\xbb\xbf"
-        + json.dumps({"prompt": odd}, ensure_ascii=False).encode()
-        + b'\r\n\n \t\r\n{"prompt":\r"e"}\n{"prompt": "\x0b"}\n'
-        + b'{"prompt": "\\u000b"}'
+      b"\xef\xbb\xbf"
+      + json.dumps({"prompt": odd}, ensure_ascii=False).encode()
+      + b'\r\n\n \t\r\n{"prompt":\r"e"}\n{"prompt": "\x0b"}\n'
+      + b'{"prompt": "\\u000b"}'
     )
     asked = self.write()
     self.assertEqual([ask.prompt for ask in asked], [odd, "e", "\x0b"])
@@ -284,12 +282,12 @@ class LineTest(BatchTest):
   def test_what_is_wrong_with_settings_of_all_lines(self):
     self.assertEmpty(batch_generate.problems(SETTINGS))
     wrong = {
-        "max_tokens": 0,
-        "temperature": float("nan"),
-        "top_p": 2,
-        "top_k": -1,
-        "seed": -1,
-        "stop": ("a", ""),
+      "max_tokens": 0,
+      "temperature": float("nan"),
+      "top_p": 2,
+      "top_k": -1,
+      "seed": -1,
+      "stop": ("a", ""),
     }
     found = batch_generate.problems(wrong)
     names = [line.partition("=")[0] for line in found]
@@ -297,7 +295,6 @@ class LineTest(BatchTest):
 
 
 class ResumeTest(BatchTest):
-
   def setUp(self):
     super().setUp()
     self.lines = [{"prompt": c} for c in "abcd"]
@@ -394,11 +391,11 @@ class ResumeTest(BatchTest):
     self.assertEqual(self.out.read_bytes(), before)
 
   @parameterized.parameters(
-      (0, {"prompt": "b"}),
-      (0, {"ids": [1]}),
-      (0, {"prompt": "a", "max_tokens": 4}),
-      (0, {"prompt": 7}),
-      (4, b""),
+    (0, {"prompt": "b"}),
+    (0, {"ids": [1]}),
+    (0, {"prompt": "a", "max_tokens": 4}),
+    (0, {"prompt": 7}),
+    (4, b""),
   )
   def test_other_prompts_are_refused(self, index, line):
     self.write()
@@ -407,12 +404,12 @@ class ResumeTest(BatchTest):
     self.assert_refused(f"holds a text of line {index + 1} that was asked")
 
   @parameterized.parameters(
-      {"max_tokens": 4},
-      {"temperature": 0.25},
-      {"top_p": 0.5},
-      {"top_k": 1},
-      {"seed": 6},
-      {"stop": ("a",)},
+    {"max_tokens": 4},
+    {"temperature": 0.25},
+    {"top_p": 0.5},
+    {"top_k": 1},
+    {"seed": 6},
+    {"stop": ("a",)},
   )
   def test_other_settings_are_refused(self, **settings):
     self.write()
@@ -426,21 +423,21 @@ class ResumeTest(BatchTest):
     self.assert_refused("texts.jsonl: line 2 is no row of texts")
 
   @parameterized.parameters(
-      b"precious",
-      b'{"index' + b"es",
-      b'[{"index": 0, "text": "a"}]',
-      b"precious\n",
-      b"\xff\n",
-      b"\n",
-      b"[]\n",
-      b"[" * 100_000 + b"\n",
-      b'{"text": "a"}\n',
-      b'{"index": 0}\n',
-      b'{"index": "0", "text": "a"}\n',
-      b'{"index": true, "text": "a"}\n',
-      b'{"index": [0], "text": "a"}\n',
-      b'{"index": 2, "text": "a"}\n',
-      b'{"index": 9, "text": "a"}\n',
+    b"precious",
+    b'{"index' + b"es",
+    b'[{"index": 0, "text": "a"}]',
+    b"precious\n",
+    b"\xff\n",
+    b"\n",
+    b"[]\n",
+    b"[" * 100_000 + b"\n",
+    b'{"text": "a"}\n',
+    b'{"index": 0}\n',
+    b'{"index": "0", "text": "a"}\n',
+    b'{"index": true, "text": "a"}\n',
+    b'{"index": [0], "text": "a"}\n',
+    b'{"index": 2, "text": "a"}\n',
+    b'{"index": 9, "text": "a"}\n',
   )
   def test_what_is_no_file_of_texts_is_left_alone(self, content):
     self.out.write_bytes(content)
@@ -448,7 +445,6 @@ class ResumeTest(BatchTest):
 
 
 class FileTest(BatchTest):
-
   def problems(self):
     return batch_generate.file_problems(self.prompts, self.out)
 

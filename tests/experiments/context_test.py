@@ -6,42 +6,37 @@ from unittest import mock
 import pytest
 import testing
 from absl import flags
-from absl.testing import absltest
-from absl.testing import flagsaver
-from absl.testing import parameterized
+from absl.testing import absltest, flagsaver, parameterized
 
 from dsv3_jax import config
 from dsv3_jax.data import corpus
 from dsv3_jax.evals import needles
 from dsv3_jax.parallel import device_mesh
-from dsv3_jax.trainer import distributed
-from dsv3_jax.trainer import run_args
-from experiments import cli
-from experiments import context
+from dsv3_jax.trainer import distributed, run_args
+from experiments import cli, context
 
 TINY = config.override(
-    context.VARIANTS["tiny"],
-    "d_model=16",
-    "n_layers=2",
-    "dense_ffn_dim=16",
-    "mla.n_heads=2",
-    "mla.q_rank=8",
-    "mla.kv_rank=8",
-    "moe.ffn_dim=8",
-    "router.n_experts=4",
-    "router.top_k=2",
-    "router.n_groups=1",
-    "router.top_groups=1",
-    "mtp.depth=0",
-    "data.seq_len=128",
-    "train.batch_size=4",
-    "train.tokens=2560",
-    "schedule.warmup_steps=1",
+  context.VARIANTS["tiny"],
+  "d_model=16",
+  "n_layers=2",
+  "dense_ffn_dim=16",
+  "mla.n_heads=2",
+  "mla.q_rank=8",
+  "mla.kv_rank=8",
+  "moe.ffn_dim=8",
+  "router.n_experts=4",
+  "router.top_k=2",
+  "router.n_groups=1",
+  "router.top_groups=1",
+  "mtp.depth=0",
+  "data.seq_len=128",
+  "train.batch_size=4",
+  "train.tokens=2560",
+  "schedule.warmup_steps=1",
 )
 
 
 class PhasesTest(absltest.TestCase):
-
   def test_yarn_is_the_same_in_all_phases(self):
     run = context.VARIANTS["tiny"]
     short, *longer = context.phases(run, [2048, 8192], without_yarn=False)
@@ -57,14 +52,13 @@ class PhasesTest(absltest.TestCase):
     found = context.phases(context.VARIANTS["tiny"], [2048], without_yarn=True)
     yarn, plain = found[1:]
     changes = config.difference(
-        config.leaves(plain.run), config.leaves(yarn.run)
+      config.leaves(plain.run), config.leaves(yarn.run)
     )
     self.assertLen(changes, 2)
     self.assertEqual(plain.start, "short")
 
 
 class ExecuteTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     self.enter_context(flagsaver.flagsaver())
@@ -73,27 +67,27 @@ class ExecuteTest(parameterized.TestCase):
 
   def command(self, **changes):
     values = {
-        "variant": "tiny",
-        "run": TINY,
-        "workdir": self.folder / "runs",
-        "seed": 3,
-        "stop": 5,
-        "mesh": {"data": 1},
-        "processes": distributed.Processes(),
+      "variant": "tiny",
+      "run": TINY,
+      "workdir": self.folder / "runs",
+      "seed": 3,
+      "stop": 5,
+      "mesh": {"data": 1},
+      "processes": distributed.Processes(),
     }
     return run_args.RunArgs(**values | changes)
 
   @parameterized.parameters(
-      ({"lengths": ["128"]}, "--lengths=128: expected rising"),
-      ({"lengths": ["512", "256"]}, "--lengths=512,256: expected rising"),
-      ({"lengths": ["1k"]}, "--lengths=1k: expected rising"),
-      ({"lengths": []}, "--lengths: needs at least one"),
-      ({"questions": 0}, "--questions=0"),
+    ({"lengths": ["128"]}, "--lengths=128: expected rising"),
+    ({"lengths": ["512", "256"]}, "--lengths=512,256: expected rising"),
+    ({"lengths": ["1k"]}, "--lengths=1k: expected rising"),
+    ({"lengths": []}, "--lengths: needs at least one"),
+    ({"questions": 0}, "--questions=0"),
   )
   def test_refuses(self, flags, message):
     with (
-        flagsaver.flagsaver(**flags),
-        self.assertRaisesRegex(ValueError, message),
+      flagsaver.flagsaver(**flags),
+      self.assertRaisesRegex(ValueError, message),
     ):
       context.execute(self.command())
 
@@ -103,10 +97,10 @@ class ExecuteTest(parameterized.TestCase):
     self.assertFalse((self.folder / "runs").exists())
 
   @parameterized.parameters(
-      ({"workdir": None}, "--workdir is missing"),
-      ({"stop": 3}, "--steps: phases end"),
-      ({"init_from": "runs"}, "--init_from: this experiment"),
-      ({"run": config.override(TINY, "data.path=x")}, "data.path: this"),
+    ({"workdir": None}, "--workdir is missing"),
+    ({"stop": 3}, "--steps: phases end"),
+    ({"init_from": "runs"}, "--init_from: this experiment"),
+    ({"run": config.override(TINY, "data.path=x")}, "data.path: this"),
   )
   def test_refuses_commands(self, changes, message):
     with self.assertRaisesRegex(ValueError, message):
@@ -129,15 +123,15 @@ class ExecuteTest(parameterized.TestCase):
     self.enter_context(mock.patch.object(context, "PHASE_TOKENS", 2560))
     self.enter_context(mock.patch.object(context, "DEPTHS", (0.0, 1.0)))
     self.enter_context(
-        flagsaver.flagsaver(lengths=["256"], questions=1, without_yarn=True)
+      flagsaver.flagsaver(lengths=["256"], questions=1, without_yarn=True)
     )
     with mock.patch.object(context, "WARMUP_STEPS", 1):
       context.execute(self.command())
     facts = json.loads((self.folder / "runs" / "needles.json").read_text())
     self.assertEqual(facts["lengths"], [128, 256])
     self.assertEqual(
-        list(facts["right"]),
-        ["short", "YaRN, not trained", "to 256", "to 256, without YaRN"],
+      list(facts["right"]),
+      ["short", "YaRN, not trained", "to 256", "to 256, without YaRN"],
     )
     last = self.folder / "runs" / "yarn-256"
     self.assertIn("Needles in a haystack", (last / "report.html").read_text())

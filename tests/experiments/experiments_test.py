@@ -15,25 +15,16 @@ import micro
 import numpy as np
 import pytest
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
-from dsv3_jax import config
-from dsv3_jax import losses
-from dsv3_jax import train
-from dsv3_jax.checkpoint import checkpointer
-from dsv3_jax.checkpoint import manifest
+from dsv3_jax import config, losses, train
+from dsv3_jax.checkpoint import checkpointer, manifest
 from dsv3_jax.config import presets
 from dsv3_jax.interop import open_run
 from dsv3_jax.parallel import device_mesh
-from dsv3_jax.trainer import distributed
-from dsv3_jax.trainer import metrics_writer
-from dsv3_jax.trainer import run_args
-from dsv3_jax.trainer import trainer
+from dsv3_jax.trainer import distributed, metrics_writer, run_args, trainer
 from dsv3_jax.trainer import workdir as workdir_lib
-from experiments import cli
-from experiments import pretrain
-from experiments import sample
+from experiments import cli, pretrain, sample
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROSE = "It was a bright cold day, and {} clocks were striking thirteen.\n"
@@ -52,30 +43,29 @@ def python(*arguments, **environment):
   """A program's result; at full optimisation, unlike the tests."""
   env = os.environ | {"XLA_FLAGS": ""} | environment
   return subprocess.run(
-      [sys.executable, "-m", *arguments],
-      cwd=ROOT,
-      env=env,
-      capture_output=True,
-      text=True,
-      check=False,
+    [sys.executable, "-m", *arguments],
+    cwd=ROOT,
+    env=env,
+    capture_output=True,
+    text=True,
+    check=False,
   )
 
 
 class TraceTest(parameterized.TestCase):
-
   @parameterized.parameters(*pretrain.variants())
   def test_a_step_of_every_variant_traces(self, name):
     run = pretrain.variants()[name]
     state = jax.eval_shape(
-        functools.partial(train.init_state, run), jax.random.key(0)
+      functools.partial(train.init_state, run), jax.random.key(0)
     )
     micro = run.train.batch_size // run.train.micro_batches
     shape = (run.train.micro_batches, micro, run.data.seq_len)
     ids = jax.ShapeDtypeStruct(shape, np.int32)
     after, metrics = jax.eval_shape(
-        functools.partial(train.train_step, run=run),
-        state,
-        losses.Batch(ids, ids),
+      functools.partial(train.train_step, run=run),
+      state,
+      losses.Batch(ids, ids),
     )
     shapes = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)
     self.assertEqual(shapes(after), shapes(state))
@@ -85,7 +75,6 @@ class TraceTest(parameterized.TestCase):
 
 
 class CommandLineTest(parameterized.TestCase):
-
   def assert_refused(self, program, arguments, *messages):
     code, out, err = testing.command_line(program, *arguments)
     self.assertEqual((code, out), (cli.BAD_INPUT, ""), err)
@@ -96,23 +85,23 @@ class CommandLineTest(parameterized.TestCase):
     return err
 
   @parameterized.parameters(
-      ("--varient=tiny", "unknown flag '--varient=tiny'", "--variant?"),
-      ("tiny", "stray argument 'tiny'"),
-      ("--steps=ten", "steps", "ten"),
-      ("--steps=0", "--steps=0: must be in 1 to "),
-      ("--steps=1000000000", "--steps=1000000000: must be in 1 to "),
-      ("--seed=-1", "--seed=-1: must be in [0, 2^32)"),
-      ("--variant=tinny", "--variant=tinny: one of", "did you mean 'tiny'"),
-      ("--mesh=dota=1", "--mesh=dota=1", "did you mean 'data'"),
-      ("--mesh=data=0", "--mesh=data=0"),
-      ("--mesh=data=999", "--mesh: data=999 x node=1 x expert=1 devices must"),
-      ("--set=optim.peak_lr=nan", "Optim.peak_lr=nan: must be finite"),
-      ("--set=optim.peak_lr=-1", "Optim.peak_lr=-1.0: must be above 0"),
-      ("--set=router.top_k=99", "Router.top_k=99: must be at most 8"),
-      ("--set=router.n_groups=5", "Router.n_groups=5: must divide"),
-      ("--set=mla.rope_dim=7", "MLA.rope_dim=7: must be even"),
-      ("--set=data.seq_len=1", "Data.seq_len=1: must be above MTP.depth=1"),
-      ("--set=router.bais_speed=0", "did you mean 'router.bias_speed'"),
+    ("--varient=tiny", "unknown flag '--varient=tiny'", "--variant?"),
+    ("tiny", "stray argument 'tiny'"),
+    ("--steps=ten", "steps", "ten"),
+    ("--steps=0", "--steps=0: must be in 1 to "),
+    ("--steps=1000000000", "--steps=1000000000: must be in 1 to "),
+    ("--seed=-1", "--seed=-1: must be in [0, 2^32)"),
+    ("--variant=tinny", "--variant=tinny: one of", "did you mean 'tiny'"),
+    ("--mesh=dota=1", "--mesh=dota=1", "did you mean 'data'"),
+    ("--mesh=data=0", "--mesh=data=0"),
+    ("--mesh=data=999", "--mesh: data=999 x node=1 x expert=1 devices must"),
+    ("--set=optim.peak_lr=nan", "Optim.peak_lr=nan: must be finite"),
+    ("--set=optim.peak_lr=-1", "Optim.peak_lr=-1.0: must be above 0"),
+    ("--set=router.top_k=99", "Router.top_k=99: must be at most 8"),
+    ("--set=router.n_groups=5", "Router.n_groups=5: must divide"),
+    ("--set=mla.rope_dim=7", "MLA.rope_dim=7: must be even"),
+    ("--set=data.seq_len=1", "Data.seq_len=1: must be above MTP.depth=1"),
+    ("--set=router.bais_speed=0", "did you mean 'router.bias_speed'"),
   )
   def test_refuses(self, argument, *messages):
     self.assert_refused(refusing, [argument], *messages)
@@ -127,16 +116,16 @@ class CommandLineTest(parameterized.TestCase):
 
   def test_lists_all_problems_at_once(self):
     err = self.assert_refused(
-        refusing,
-        ["--wrokdir=x", "stray", "--seed=-1", "--mesh=a=1"]
-        + ["--set=optim.eps=0", "--set=mla.n_heads=0", "--set=no"],
-        "--wrokdir",
-        "stray",
-        "--seed",
-        "--mesh=a=1",
-        "Optim.eps",
-        "MLA.n_heads",
-        "'no'",
+      refusing,
+      ["--wrokdir=x", "stray", "--seed=-1", "--mesh=a=1"]
+      + ["--set=optim.eps=0", "--set=mla.n_heads=0", "--set=no"],
+      "--wrokdir",
+      "stray",
+      "--seed",
+      "--mesh=a=1",
+      "Optim.eps",
+      "MLA.n_heads",
+      "'no'",
     )
     self.assertLen(err.splitlines(), 7)
 
@@ -145,16 +134,14 @@ class CommandLineTest(parameterized.TestCase):
     arguments += ["--set=mla.n_heads=4", "--set=optim.eps=1e-9"]
     seen = []
     with (
-        mock.patch.object(cli.allocator, "use_mimalloc"),
-        mock.patch.object(distributed.jax, "config"),
+      mock.patch.object(cli.allocator, "use_mimalloc"),
+      mock.patch.object(distributed.jax, "config"),
     ):
       code, _, err = testing.command_line(
-          lambda: pretrain_main(seen.append), *arguments
+        lambda: pretrain_main(seen.append), *arguments
       )
     self.assertEqual((code, err), (cli.OK, ""))
-    expected = config.override(
-        presets.TINY, "mla.n_heads=4", "optim.eps=1e-9"
-    )
+    expected = config.override(presets.TINY, "mla.n_heads=4", "optim.eps=1e-9")
     (command,) = seen
     self.assertEqual(command.run, expected)
     self.assertEqual(command.workdir, pathlib.Path("w"))
@@ -162,9 +149,9 @@ class CommandLineTest(parameterized.TestCase):
     self.assertEqual(command.seed, 3)
 
   @parameterized.parameters(
-      (FloatingPointError("x\ny"), cli.NOT_FINITE),
-      (manifest.MissingError("x\ny"), cli.NO_CHECKPOINT),
-      (ValueError("x\ny"), cli.BAD_INPUT),
+    (FloatingPointError("x\ny"), cli.NOT_FINITE),
+    (manifest.MissingError("x\ny"), cli.NO_CHECKPOINT),
+    (ValueError("x\ny"), cli.BAD_INPUT),
   )
   def test_errors_have_exit_codes(self, error, expected):
     main = functools.partial(cli.run_main, mock.Mock(side_effect=error))
@@ -174,7 +161,6 @@ class CommandLineTest(parameterized.TestCase):
 
 
 class SampleTest(parameterized.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -184,7 +170,7 @@ class SampleTest(parameterized.TestCase):
 
   def sample(self, *flags, workdir=None):
     return testing.command_line(
-        sample_main, f"--workdir={workdir or self.folder}", *flags
+      sample_main, f"--workdir={workdir or self.folder}", *flags
     )
 
   def text(self, *flags):
@@ -234,13 +220,12 @@ class SampleTest(parameterized.TestCase):
       found.append(out.read_text())
       out.unlink()
     rows, others = (
-        [json.loads(line) for line in content.splitlines()]
-        for content in found
+      [json.loads(line) for line in content.splitlines()] for content in found
     )
     for row, other in zip(rows, others, strict=True):
       # Sums over more rows round in another order.
       np.testing.assert_allclose(
-          row.pop("logprobs", 0), other.pop("logprobs", 0), atol=2e-6
+        row.pop("logprobs", 0), other.pop("logprobs", 0), atol=2e-6
       )
     self.assertEqual(rows, others)
     self.assertEqual([row["index"] for row in rows], list(range(6)))
@@ -253,62 +238,62 @@ class SampleTest(parameterized.TestCase):
       self.assertEqual(out.read_text(), found[0])
 
   @parameterized.parameters(
-      (("--max_tokens=0",), "--max_tokens=0: must be at least 1"),
-      (("--temperature=-1",), "--temperature=-1.0: must be at least 0"),
-      (("--temperature=nan",), "--temperature=nan: must be at least 0"),
-      (("--temperature=inf",), "--temperature=inf: must be at least 0"),
-      (("--temperature=hot",), "--temperature=hot"),
-      (("--top_p=0",), "--top_p=0.0: must be above 0"),
-      (("--top_p=1.5",), "--top_p=1.5: must be above 0 and at most 1"),
-      (("--top_p=nan",), "--top_p=nan: must be above 0"),
-      (("--top_k=-1",), "--top_k=-1: must be in"),
-      (("--seed=-1",), "--seed=-1: must be in [0, 2^32)"),
-      (("--stop=",), "--stop=: a stop string must not be empty"),
-      (("--drafts=0",), "--drafts=0: must be at least 1"),
-      (("--drafts=-1", "--speculative"), "--drafts=-1: must be at least 1"),
-      (("--slots=0",), "--slots=0: must be at least 1"),
-      (("--max_len=0",), "--max_len=0: must be at least 1"),
-      (("--chunk=100",), "--chunk=100: must be a power of two, at least 16"),
-      (("--chunk=8",), "--chunk=8: must be a power of two, at least 16"),
-      (("--compute=float16",), "--compute=float16: must be one of float32, b"),
-      (("--prompts=x",), "--prompts and --out: one needs the other"),
-      (("--out=x",), "--prompts and --out: one needs the other"),
-      (("--prompt_=x",), "unknown flag '--prompt_=x'; did you mean --prompt?"),
-      (("cold",), "stray argument 'cold'"),
-      (("--set=d_model=3",), "--set: means nothing here"),
-      (
-          ("--prompt=It was", "--max_tokens=5000"),
-          "prompt of 3 tokens with max_tokens=5000: needs 5003 positions of the"
-          " cache, which has at most max_len=4096",
-      ),
-      (("--prompt=cold", "--max_len=20"), "needs 203 positions of the cache"),
-      (("--prompt=\udcff",), "--prompt: is not Unicode text"),
+    (("--max_tokens=0",), "--max_tokens=0: must be at least 1"),
+    (("--temperature=-1",), "--temperature=-1.0: must be at least 0"),
+    (("--temperature=nan",), "--temperature=nan: must be at least 0"),
+    (("--temperature=inf",), "--temperature=inf: must be at least 0"),
+    (("--temperature=hot",), "--temperature=hot"),
+    (("--top_p=0",), "--top_p=0.0: must be above 0"),
+    (("--top_p=1.5",), "--top_p=1.5: must be above 0 and at most 1"),
+    (("--top_p=nan",), "--top_p=nan: must be above 0"),
+    (("--top_k=-1",), "--top_k=-1: must be in"),
+    (("--seed=-1",), "--seed=-1: must be in [0, 2^32)"),
+    (("--stop=",), "--stop=: a stop string must not be empty"),
+    (("--drafts=0",), "--drafts=0: must be at least 1"),
+    (("--drafts=-1", "--speculative"), "--drafts=-1: must be at least 1"),
+    (("--slots=0",), "--slots=0: must be at least 1"),
+    (("--max_len=0",), "--max_len=0: must be at least 1"),
+    (("--chunk=100",), "--chunk=100: must be a power of two, at least 16"),
+    (("--chunk=8",), "--chunk=8: must be a power of two, at least 16"),
+    (("--compute=float16",), "--compute=float16: must be one of float32, b"),
+    (("--prompts=x",), "--prompts and --out: one needs the other"),
+    (("--out=x",), "--prompts and --out: one needs the other"),
+    (("--prompt_=x",), "unknown flag '--prompt_=x'; did you mean --prompt?"),
+    (("cold",), "stray argument 'cold'"),
+    (("--set=d_model=3",), "--set: means nothing here"),
+    (
+      ("--prompt=It was", "--max_tokens=5000"),
+      "prompt of 3 tokens with max_tokens=5000: needs 5003 positions of the"
+      " cache, which has at most max_len=4096",
+    ),
+    (("--prompt=cold", "--max_len=20"), "needs 203 positions of the cache"),
+    (("--prompt=\udcff",), "--prompt: is not Unicode text"),
   )
   def test_refuses(self, flags, message):
     self.assert_refused(flags, message)
 
   def test_lists_all_problems_at_once(self):
     self.assert_refused(
-        "--temperature=-1 --top_p=2 --top_k=-2 --seed=-3 --max_tokens=-4"
-        " --stop= --drafts=0 --slots=0 --max_len=-5 --chunk=3 --compute=int8"
-        " --prompts=/nowhere/p --out=/nowhere/o --prompt=x --nothing=1"
-        " --steps=3".split(),
-        "unknown flag '--nothing=1'",
-        "--steps: means nothing here",
-        "--prompts=/nowhere/p: there is no such file",
-        "--out=/nowhere/o: there is no such folder",
-        "--prompt and --prompts: give one of them",
-        "--drafts=0",
-        "--temperature=-1.0",
-        "--top_p=2.0",
-        "--top_k=-2",
-        "--seed=-3",
-        "--max_tokens=-4",
-        "--stop=",
-        "--compute=int8",
-        "--slots=0",
-        "--max_len=-5",
-        "--chunk=3",
+      "--temperature=-1 --top_p=2 --top_k=-2 --seed=-3 --max_tokens=-4"
+      " --stop= --drafts=0 --slots=0 --max_len=-5 --chunk=3 --compute=int8"
+      " --prompts=/nowhere/p --out=/nowhere/o --prompt=x --nothing=1"
+      " --steps=3".split(),
+      "unknown flag '--nothing=1'",
+      "--steps: means nothing here",
+      "--prompts=/nowhere/p: there is no such file",
+      "--out=/nowhere/o: there is no such folder",
+      "--prompt and --prompts: give one of them",
+      "--drafts=0",
+      "--temperature=-1.0",
+      "--top_p=2.0",
+      "--top_k=-2",
+      "--seed=-3",
+      "--max_tokens=-4",
+      "--stop=",
+      "--compute=int8",
+      "--slots=0",
+      "--max_len=-5",
+      "--chunk=3",
     )
 
   def test_needs_a_workdir(self):
@@ -319,10 +304,10 @@ class SampleTest(parameterized.TestCase):
 
   def test_a_folder_that_is_no_run(self):
     self.assert_refused(
-        ["--top_k=-1"],
-        "--top_k=-1: must be in",
-        "/nowhere: holds no run",
-        workdir="/nowhere",
+      ["--top_k=-1"],
+      "--top_k=-1: must be in",
+      "/nowhere: holds no run",
+      workdir="/nowhere",
     )
 
   def test_what_the_model_has_not(self):
@@ -331,16 +316,16 @@ class SampleTest(parameterized.TestCase):
     path = folder / open_run.CONFIG
     facts = json.loads(path.read_text())
     facts["settings"] |= {
-        "model.mtp.depth": 0,
-        "model.mla.yarn.factor": 2,
-        "model.mla.yarn.original_len": 50,
+      "model.mtp.depth": 0,
+      "model.mla.yarn.factor": 2,
+      "model.mla.yarn.original_len": 50,
     }
     path.write_text(json.dumps(facts))
     self.assert_refused(
-        ["--speculative", "--max_len=101"],
-        "--max_len=101: must be at most 100",
-        "--drafts=1: the model has no MTP module",
-        workdir=folder,
+      ["--speculative", "--max_len=101"],
+      "--max_len=101: must be at most 100",
+      "--drafts=1: the model has no MTP module",
+      workdir=folder,
     )
     # Now what the configuration is of has to be read.
     code, out, err = self.sample("--max_tokens=9", workdir=folder)
@@ -353,7 +338,6 @@ class SampleTest(parameterized.TestCase):
 
 
 class WorkdirTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     self.folder = testing.folder(self) / "run"
@@ -363,9 +347,9 @@ class WorkdirTest(parameterized.TestCase):
 
   def contents(self):
     return {
-        path: path.read_bytes()
-        for path in self.folder.rglob("*")
-        if path.is_file()
+      path: path.read_bytes()
+      for path in self.folder.rglob("*")
+      if path.is_file()
     }
 
   def test_the_same_configuration_may_go_on(self):
@@ -378,7 +362,9 @@ class WorkdirTest(parameterized.TestCase):
   def test_a_run_from_before_a_setting_may_go_on_with_its_default(self):
     del self.facts["settings"]["data.fim_rate"]
     (self.folder / open_run.CONFIG).write_text(json.dumps(self.facts))
-    workdir_lib.claim(self.folder, workdir_lib.describe("tiny", 0, presets.TINY))
+    workdir_lib.claim(
+      self.folder, workdir_lib.describe("tiny", 0, presets.TINY)
+    )
     run = config.override(presets.TINY, "data.fim_rate=0.1")
     with self.assertRaisesRegex(ValueError, "data.fim_rate: 0.0 -> 0.1"):
       workdir_lib.claim(self.folder, workdir_lib.describe("tiny", 0, run))
@@ -391,12 +377,12 @@ class WorkdirTest(parameterized.TestCase):
     title, *lines = str(caught.exception).splitlines()
     self.assertIn(str(self.folder), title)
     self.assertEqual(
-        lines,
-        [
-            "  seed: 0 -> 1",
-            "  model.mla.n_heads: 6 -> 3",
-            "  optim.eps: 1e-08 -> 1e-09",
-        ],
+      lines,
+      [
+        "  seed: 0 -> 1",
+        "  model.mla.n_heads: 6 -> 3",
+        "  optim.eps: 1e-08 -> 1e-09",
+      ],
     )
     self.assertEqual(self.contents(), before)
 
@@ -404,7 +390,7 @@ class WorkdirTest(parameterized.TestCase):
     facts = open_run.read_config(self.folder)
     self.assertEqual(open_run.run_of(facts), presets.TINY)
     run = config.override(
-        presets.V2_LITE_16B, "data.path=a b=c", "optim.moments=float32"
+      presets.V2_LITE_16B, "data.path=a b=c", "optim.moments=float32"
     )
     facts = json.loads(json.dumps(workdir_lib.describe("x", 0, run)))
     self.assertEqual(open_run.run_of(facts), run)
@@ -429,7 +415,6 @@ class WorkdirTest(parameterized.TestCase):
 
 
 class StartTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     self.root = testing.folder(self)
@@ -445,9 +430,9 @@ class StartTest(parameterized.TestCase):
     return run_args.RunArgs("tiny", run, folder, seed, 4, mesh, alone)
 
   @parameterized.parameters(
-      ("missing.txt", None, "missing.txt"),
-      ("empty.txt", b"", "there is no text"),
-      ("bad.txt", b"good \xff bad", "UTF-8"),
+    ("missing.txt", None, "missing.txt"),
+    ("empty.txt", b"", "there is no text"),
+    ("bad.txt", b"good \xff bad", "UTF-8"),
   )
   def test_bad_text_is_refused_and_claims_no_folder(self, name, raw, message):
     path = self.root / name
@@ -476,37 +461,36 @@ class StartTest(parameterized.TestCase):
     workdir_lib.write_config(command.workdir, facts)
     (command.workdir / "checkpoints").mkdir()
     trainer.stream.prepare(
-        command.run.data, command.run.model.vocab_size, command.workdir / "data"
+      command.run.data, command.run.model.vocab_size, command.workdir / "data"
     )
     code, _, err = testing.command_line(
-        sample_main, f"--workdir={command.workdir}"
+      sample_main, f"--workdir={command.workdir}"
     )
     self.assertEqual(code, cli.NO_CHECKPOINT)
     self.assertIn("no finished checkpoint", err)
     code, _, err = testing.command_line(
-        sample_main, f"--workdir={command.workdir}", "--ema"
+      sample_main, f"--workdir={command.workdir}", "--ema"
     )
     self.assertEqual(code, cli.BAD_INPUT)
     self.assertIn("has no average, optim.ema_decay is 0", err)
 
 
 class DryRunTest(absltest.TestCase):
-
   def test_prints_exact_counts_without_starting_jax(self):
     # A backend that does not exist: starting one would fail.
     done = python(
-        "experiments.pretrain",
-        "--variant=v3_671b",
-        "--dry_run",
-        JAX_PLATFORMS="none_such",
+      "experiments.pretrain",
+      "--variant=v3_671b",
+      "--dry_run",
+      JAX_PLATFORMS="none_such",
     )
     self.assertEqual((done.returncode, done.stderr), (0, ""))
     for count in (
-        "671,026,404,352",
-        "14,848",
-        "11,610,068,224",
-        "36,625,603,584",
-        "35,698,924,544",
+      "671,026,404,352",
+      "14,848",
+      "11,610,068,224",
+      "36,625,603,584",
+      "35,698,924,544",
     ):
       self.assertIn(count, done.stdout)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -516,27 +500,27 @@ class DryRunTest(absltest.TestCase):
 @pytest.mark.slow
 class EndToEndTest(absltest.TestCase):
   SETTINGS = (
-      "vocab_size=300",
-      "d_model=32",
-      "n_layers=2",
-      "dense_ffn_dim=32",
-      "mla.n_heads=2",
-      "moe.ffn_dim=16",
-      "data.seq_len=32",
-      "train.batch_size=4",
-      "train.micro_batches=2",
-      "train.tokens=4096",
-      "schedule.warmup_steps=2",
-      # Three steps of two sequences, then four.
-      "train.first_batch_size=2",
-      "train.ramp_sizes=1",
-      "schedule.ramp_until=0.04",
-      "train.remat=selective",
-      "optim.ema_decay=0.9",
-      "checkpoint.every=4",
-      "evaluate.every=4",
-      "evaluate.ema=true",
-      "evaluate.sample_tokens=8",
+    "vocab_size=300",
+    "d_model=32",
+    "n_layers=2",
+    "dense_ffn_dim=32",
+    "mla.n_heads=2",
+    "moe.ffn_dim=16",
+    "data.seq_len=32",
+    "train.batch_size=4",
+    "train.micro_batches=2",
+    "train.tokens=4096",
+    "schedule.warmup_steps=2",
+    # Three steps of two sequences, then four.
+    "train.first_batch_size=2",
+    "train.ramp_sizes=1",
+    "schedule.ramp_until=0.04",
+    "train.remat=selective",
+    "optim.ema_decay=0.9",
+    "checkpoint.every=4",
+    "evaluate.every=4",
+    "evaluate.ema=true",
+    "evaluate.sample_tokens=8",
   )
 
   def run_program(self, *arguments):
@@ -553,18 +537,16 @@ class EndToEndTest(absltest.TestCase):
     def pretrain(name, steps, *more):
       folder = f"--workdir={root / name}"
       self.run_program(
-          "experiments.pretrain",
-          "--variant=tiny",
-          folder,
-          f"--steps={steps}",
-          *settings,
-          *more,
+        "experiments.pretrain",
+        "--variant=tiny",
+        folder,
+        f"--steps={steps}",
+        *settings,
+        *more,
       )
 
     def state(name):
-      run = config.override(
-          presets.TINY, *self.SETTINGS, f"data.path={text}"
-      )
+      run = config.override(presets.TINY, *self.SETTINGS, f"data.path={text}")
       folder = root / name / "checkpoints"
       checkpoints = checkpointer.Checkpoints(folder, run.checkpoint)
       self.addCleanup(checkpoints.close)
@@ -583,8 +565,8 @@ class EndToEndTest(absltest.TestCase):
     self.assertEqual(facts, whole_facts)
     self.assertEqual(facts["rows"], 3 * 2 + 5 * 4)
     rows = [
-        metrics_writer.read(root / name / metrics_writer.METRICS)
-        for name in ("parts", "whole")
+      metrics_writer.read(root / name / metrics_writer.METRICS)
+      for name in ("parts", "whole")
     ]
     losses_of = lambda rows: [row["loss"] for row in rows if "loss" in row]
     self.assertLen(losses_of(rows[0]), 8)
@@ -595,12 +577,12 @@ class EndToEndTest(absltest.TestCase):
     prompt = "It was a"
     folder = f"--workdir={root / 'parts'}"
     out = self.run_program(
-        "experiments.sample", folder, f"--prompt={prompt}", "--max_tokens=9"
+      "experiments.sample", folder, f"--prompt={prompt}", "--max_tokens=9"
     )
     self.assertStartsWith(out, prompt)
     self.assertGreater(len(out.strip()), len(prompt))
     out = self.run_program(
-        "experiments.sample", folder, f"--prompt={prompt}", "--ema"
+      "experiments.sample", folder, f"--prompt={prompt}", "--ema"
     )
     self.assertStartsWith(out, prompt)
     yarn = "mla.yarn.factor=4", "mla.yarn.original_len=32", "data.seq_len=64"
@@ -609,12 +591,12 @@ class EndToEndTest(absltest.TestCase):
     (first, *_) = metrics_writer.read(root / "longer" / metrics_writer.METRICS)
     self.assertLess(first["main_loss"], rows[0][0]["main_loss"] - 0.1)
     done = python(
-        "experiments.pretrain",
-        "--variant=tiny",
-        f"--workdir={root / 'other'}",
-        f"--init_from={root / 'parts'}",
-        *settings,
-        "--set=d_model=64",
+      "experiments.pretrain",
+      "--variant=tiny",
+      f"--workdir={root / 'other'}",
+      f"--init_from={root / 'parts'}",
+      *settings,
+      "--set=d_model=64",
     )
     self.assertEqual(done.returncode, cli.BAD_INPUT)
     self.assertIn("has another architecture", done.stderr)

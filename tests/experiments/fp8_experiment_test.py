@@ -6,39 +6,33 @@ from unittest import mock
 import numpy as np
 import testing
 from absl import flags
-from absl.testing import absltest
-from absl.testing import flagsaver
-from absl.testing import parameterized
+from absl.testing import absltest, flagsaver, parameterized
 
 from dsv3_jax import config
 from dsv3_jax.config import presets
 from dsv3_jax.parallel import device_mesh
-from dsv3_jax.trainer import distributed
-from dsv3_jax.trainer import metrics_writer
-from dsv3_jax.trainer import run_args
-from dsv3_jax.trainer import trainer
-from experiments import cli
-from experiments import fp8
+from dsv3_jax.trainer import distributed, metrics_writer, run_args, trainer
+from experiments import cli, fp8
 
 PROSE = "It was a bright cold day, and {} clocks were striking thirteen.\n"
 SMALL = config.override(
-    presets.TINY,
-    "vocab_size=300",
-    "d_model=32",
-    "n_layers=2",
-    "dense_ffn_dim=32",
-    "mla.n_heads=2",
-    "mla.q_rank=32",
-    "mla.kv_rank=32",
-    "moe.ffn_dim=16",
-    "precision.tile=16",
-    "precision.counters=true",
-    "data.seq_len=32",
-    "train.batch_size=4",
-    "train.tokens=640",
-    "schedule.warmup_steps=2",
-    "checkpoint.every=5",
-    "evaluate.every=5",
+  presets.TINY,
+  "vocab_size=300",
+  "d_model=32",
+  "n_layers=2",
+  "dense_ffn_dim=32",
+  "mla.n_heads=2",
+  "mla.q_rank=32",
+  "mla.kv_rank=32",
+  "moe.ffn_dim=16",
+  "precision.tile=16",
+  "precision.counters=true",
+  "data.seq_len=32",
+  "train.batch_size=4",
+  "train.tokens=640",
+  "schedule.warmup_steps=2",
+  "checkpoint.every=5",
+  "evaluate.every=5",
 )
 
 
@@ -47,7 +41,6 @@ def losses(**arms):
 
 
 class CompareTest(parameterized.TestCase):
-
   def test_smoothed_is_a_mean_with_weights_that_decay(self):
     loss = np.random.default_rng(0).normal(size=(2, 30))
     found = fp8.smoothed(loss)
@@ -84,7 +77,6 @@ class CompareTest(parameterized.TestCase):
 
 
 class ExecuteTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     self.enter_context(flagsaver.flagsaver())
@@ -97,25 +89,25 @@ class ExecuteTest(parameterized.TestCase):
 
   def command(self, stop=5, **changes):
     values = {
-        "variant": "tiny",
-        "run": self.run_config,
-        "workdir": self.folder / "runs",
-        "seed": 3,
-        "stop": stop,
-        "mesh": {"data": 1},
-        "processes": distributed.Processes(),
+      "variant": "tiny",
+      "run": self.run_config,
+      "workdir": self.folder / "runs",
+      "seed": 3,
+      "stop": stop,
+      "mesh": {"data": 1},
+      "processes": distributed.Processes(),
     }
     return run_args.RunArgs(**values | changes)
 
   @parameterized.parameters(
-      ({"arms": ["bf16", "fp9"]}, "--arms=fp9: one of bf16, fp8"),
-      ({"arms": ["fp8"]}, "--arms: needs bf16"),
-      ({"seeds": 0}, "--seeds=0"),
+    ({"arms": ["bf16", "fp9"]}, "--arms=fp9: one of bf16, fp8"),
+    ({"arms": ["fp8"]}, "--arms: needs bf16"),
+    ({"seeds": 0}, "--seeds=0"),
   )
   def test_refuses(self, flags, message):
     with (
-        flagsaver.flagsaver(**flags),
-        self.assertRaisesRegex(ValueError, message),
+      flagsaver.flagsaver(**flags),
+      self.assertRaisesRegex(ValueError, message),
     ):
       fp8.execute(self.command())
 
@@ -156,22 +148,21 @@ class ExecuteTest(parameterized.TestCase):
     self.assertEqual(facts["warmup_steps"], 2)
     self.assertLess(facts["arms"]["fp8"]["gap"], 0.01)
     self.assertStartsWith(
-        (runs / "loss.png").read_bytes().hex(), b"\x89PNG".hex()
+      (runs / "loss.png").read_bytes().hex(), b"\x89PNG".hex()
     )
-
 
   def test_what_is_not_finite_is_told_with_its_path(self):
     run = config.override(
-        self.run_config,
-        "precision.recipe=fp8",
-        "optim.peak_lr=1e30",
-        "train.max_bad_steps=0",
+      self.run_config,
+      "precision.recipe=fp8",
+      "optim.peak_lr=1e30",
+      "train.max_bad_steps=0",
     )
     with self.assertRaisesRegex(FloatingPointError, "not finite"):
       trainer.execute(self.command(run=run))
     log = (self.folder / "runs" / "log.txt").read_text()
     self.assertRegex(
-        log, r"(?m)step \d: moe/\S+, layer 0: \d+ tiles of the \w+ are not"
+      log, r"(?m)step \d: moe/\S+, layer 0: \d+ tiles of the \w+ are not"
     )
     self.assertRegex(log, r"step \d was skipped")
 

@@ -5,17 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import reference
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax import param_spec
-from dsv3_jax.infer import cached_forward
-from dsv3_jax.infer import inference_params
-from dsv3_jax.infer import kvcache
-from dsv3_jax.infer import speculation
-from dsv3_jax.model import experts
-from dsv3_jax.model import mla
-from dsv3_jax.model import transformer
+from dsv3_jax.infer import (
+  cached_forward,
+  inference_params,
+  kvcache,
+  speculation,
+)
+from dsv3_jax.model import experts, mla, transformer
 
 VOCAB, LENGTH = 61, 9
 FORMS = {"absorbed": mla.absorbed, "chunk": mla.chunk}
@@ -24,11 +23,11 @@ FORMS = {"absorbed": mla.absorbed, "chunk": mla.chunk}
 LAYER_TERMS = 465 + 2 * 16
 # Row 1 falls behind row 0, and reads some positions again.
 PIECES = (
-    ("chunk", (0, 0), 4),
-    ("absorbed", (4, 1), 1),
-    ("absorbed", (5, 2), 1),
-    ("chunk", (5, 3), 4),
-    ("chunk", (5, 5), 4),
+  ("chunk", (0, 0), 4),
+  ("absorbed", (4, 1), 1),
+  ("absorbed", (5, 2), 1),
+  ("chunk", (5, 3), 4),
+  ("chunk", (5, 5), 4),
 )
 
 
@@ -57,18 +56,17 @@ def unread(cfg, drafting=False):
 
 
 class ReadTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      ("n_dense_layers=1",),
-      (
-          "n_layers=1",
-          "n_dense_layers=0",
-          "mla.q_rank=0",
-          "mla.yarn.factor=5",
-          "mla.yarn.original_len=400",
-          "mtp.depth=0",
-      ),
-      ("n_layers=1", "n_dense_layers=1", "mtp.depth=0"),
+    ("n_dense_layers=1",),
+    (
+      "n_layers=1",
+      "n_dense_layers=0",
+      "mla.q_rank=0",
+      "mla.yarn.factor=5",
+      "mla.yarn.original_len=400",
+      "mtp.depth=0",
+    ),
+    ("n_layers=1", "n_dense_layers=1", "mtp.depth=0"),
   )
   def test_any_pieces_give_the_logits_of_a_full_pass(self, *settings):
     cfg, params, bias = model(*settings)
@@ -87,7 +85,7 @@ class ReadTest(parameterized.TestCase):
     terms = cfg.n_layers * LAYER_TERMS + 64
     for form, start, size in PIECES:
       logits, cache = read(
-          params, cache, at(tokens, start, size), np.int32(start), form
+        params, cache, at(tokens, start, size), np.int32(start), form
       )
       self.assertEqual(logits.dtype, np.float32)
       testing.assert_close(logits, at(expected, start, size), terms)
@@ -104,11 +102,13 @@ class ReadTest(parameterized.TestCase):
     def read(params, cache, valid):
       how = cached_forward.How(mla.chunk, valid)
       start = jnp.zeros(2, jnp.int32)
-      x, cache, load = cached_forward.read(params, cache, tokens, start, cfg, how)
+      x, cache, load = cached_forward.read(
+        params, cache, tokens, start, cfg, how
+      )
       hidden = cached_forward.final(params, x, cfg)
       ahead = jnp.roll(tokens, -1, 1)
       *_, more = cached_forward.read_mtp(
-          params, cache, hidden, ahead, start, cfg, how
+        params, cache, hidden, ahead, start, cfg, how
       )
       return hidden, load, more
 
@@ -132,10 +132,10 @@ class ReadTest(parameterized.TestCase):
     params = inference_params.params(params, bias, cfg)
     piece = testing.tokens(2, 3, vocab_size=VOCAB)
     jax.eval_shape(
-        lambda cache: cached_forward.read(
-            params, cache, piece, jnp.zeros(2, jnp.int32), cfg, how
-        ),
-        unread(cfg),
+      lambda cache: cached_forward.read(
+        params, cache, piece, jnp.zeros(2, jnp.int32), cfg, how
+      ),
+      unread(cfg),
     )
     self.assertEqual(seen, [((6, 64), (6, 4))])
 
@@ -147,48 +147,49 @@ class ReadTest(parameterized.TestCase):
 
 
 class MtpTest(absltest.TestCase):
-
   def test_any_pieces_give_the_states_of_a_full_pass(self):
     cfg, params, bias = model(
-        "n_layers=1", "n_dense_layers=1", "mtp.depth=2", "mtp.hidden=pre_norm"
+      "n_layers=1", "n_dense_layers=1", "mtp.depth=2", "mtp.hidden=pre_norm"
     )
     tokens = testing.tokens(2, LENGTH + 2, vocab_size=VOCAB)
     state = testing.normal(2, LENGTH + 2, cfg.d_model, seed=4)
     states, *_ = reference.mtp(
-        *reference.f64((params, bias, state)), tokens, cfg
+      *reference.f64((params, bias, state)), tokens, cfg
     )
     expected, of_next = states[0], reference.f64(params["mtp"]["norm"][0])
-    params, cache = inference_params.params(params, bias, cfg), unread(cfg, True)
+    params, cache = (
+      inference_params.params(params, bias, cfg),
+      unread(cfg, True),
+    )
     main = cache["main"]
 
     def read(params, cache, state, ahead, start, form):
       how = cached_forward.How(FORMS[form])
       return cached_forward.read_mtp(
-          params, cache, state, ahead, start, cfg, how
+        params, cache, state, ahead, start, cfg, how
       )[:3]
 
     read = jax.jit(read, static_argnames="form")
     terms = 2 * 64 + LAYER_TERMS
     for form, start, size in PIECES:
       out, onward, cache = read(
-          params,
-          cache,
-          at(state, start, size),
-          at(tokens[:, 1:], start, size),
-          np.int32(start),
-          form,
+        params,
+        cache,
+        at(state, start, size),
+        at(tokens[:, 1:], start, size),
+        np.int32(start),
+        form,
       )
       due = at(expected, start, size)
       testing.assert_close(out, due, terms)
       # What a further module would read has not had its norm.
       self.assertGreater(np.abs(onward - out).max(), 0.1)
       normed = reference.rms_norm(
-          of_next, np.asarray(onward, np.float64), cfg.norm_eps
+        of_next, np.asarray(onward, np.float64), cfg.norm_eps
       )
       testing.assert_close(normed, due, terms)
     for before, after in zip(main, cache["main"], strict=True):
       np.testing.assert_array_equal(before, after)
-
 
   def test_reads_the_state_that_it_was_trained_with(self):
     x, normed = np.zeros(3), np.ones(3)
@@ -198,21 +199,22 @@ class MtpTest(absltest.TestCase):
 
 
 class ServedTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      ("n_dense_layers=1", "mtp.depth=2"),
-      ("n_dense_layers=0", "mla.q_rank=0", "mtp.depth=0"),
-      ("n_dense_layers=2", "moe.n_shared=0"),
+    ("n_dense_layers=1", "mtp.depth=2"),
+    ("n_dense_layers=0", "mla.q_rank=0", "mtp.depth=0"),
+    ("n_dense_layers=2", "moe.n_shared=0"),
   )
   def test_specs_are_of_the_parameters(self, *settings):
     cfg, params, bias = model(*settings)
-    made = jax.eval_shape(lambda p, b: inference_params.params(p, b, cfg), params, bias)
+    made = jax.eval_shape(
+      lambda p, b: inference_params.params(p, b, cfg), params, bias
+    )
     expected = param_spec.abstract(inference_params.specs(cfg))
     self.assertEqual(
-        param_spec.paths(jax.tree.map(lambda a: (a.shape, str(a.dtype)), made)),
-        param_spec.paths(
-            jax.tree.map(lambda a: (a.shape, str(a.dtype)), expected)
-        ),
+      param_spec.paths(jax.tree.map(lambda a: (a.shape, str(a.dtype)), made)),
+      param_spec.paths(
+        jax.tree.map(lambda a: (a.shape, str(a.dtype)), expected)
+      ),
     )
 
   def test_layers_and_modules_are_in_order(self):

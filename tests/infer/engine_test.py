@@ -11,15 +11,11 @@ import numpy as np
 import pytest
 import reference
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
-from sampling_test import distribution
-from sampling_test import joint
-from sampling_test import p_value
+from absl.testing import absltest, parameterized
+from sampling_test import distribution, joint, p_value
 
 from dsv3_jax import config
-from dsv3_jax.infer import engine
-from dsv3_jax.infer import inference_params
+from dsv3_jax.infer import engine, inference_params
 from dsv3_jax.infer import stats as stats_lib
 from dsv3_jax.model import transformer
 
@@ -30,16 +26,16 @@ MORE = 3  # the most drafts
 TERMS = 2 * (16 + 8 + 16 + 2 * MAX_LEN + 8 + 8 + 16 + 16 + 24) + 16
 # Lengths of prompts and of texts. The first makes the cache as long as it gets.
 LENGTHS = (
-    (40, 20),
-    (1, 5),
-    (16, 12),
-    (2, 1),
-    (31, 9),
-    (17, 14),
-    (32, 7),
-    (33, 9),
-    (15, 16),
-    (2, 14),
+  (40, 20),
+  (1, 5),
+  (16, 12),
+  (2, 1),
+  (31, 9),
+  (17, 14),
+  (32, 7),
+  (33, 9),
+  (15, 16),
+  (2, 14),
 )
 
 
@@ -57,7 +53,7 @@ def requests(**settings):
 def model(*assignments):
   """A model whose texts vary, and whose drafts are often, not always, kept."""
   cfg = config.override(
-      testing.run().model, f"vocab_size={VOCAB}", *assignments
+    testing.run().model, f"vocab_size={VOCAB}", *assignments
   )
   params, d = testing.draw(transformer.specs(cfg)), cfg.d_model
   # The MTP module goes on from a token as the main model does from its own.
@@ -65,8 +61,8 @@ def model(*assignments):
   module["proj"] = module["proj"].at[:, :d].add(0.12 * jnp.eye(d)[None])
   depth = cfg.mtp.depth
   module["block"], module["norm"] = jax.tree.map(
-      lambda a: jnp.repeat(a, depth, axis=0),
-      (params["moe"], params["norm"][None]),
+    lambda a: jnp.repeat(a, depth, axis=0),
+    (params["moe"], params["norm"][None]),
   )
   # Attention to few positions, which counts; logits that are far apart.
   for p in (params["dense"], params["moe"], module["block"]):
@@ -84,12 +80,12 @@ def parameters(*assignments):
 
 def make(n_drafts=0, n_slots=SLOTS, assignments=(), params=None):
   return engine.Engine(
-      params or parameters(*assignments),
-      model(*assignments)[0],
-      n_slots=n_slots,
-      max_len=MAX_LEN,
-      chunk=CHUNK,
-      n_drafts=n_drafts,
+    params or parameters(*assignments),
+    model(*assignments)[0],
+    n_slots=n_slots,
+    max_len=MAX_LEN,
+    chunk=CHUNK,
+    n_drafts=n_drafts,
   )
 
 
@@ -109,8 +105,7 @@ def run(made, asked):
 def greedy():
   """Texts of `requests`, and some tokens more each, without drafts."""
   longer = [
-      dataclasses.replace(r, max_tokens=r.max_tokens + MORE)
-      for r in requests()
+    dataclasses.replace(r, max_tokens=r.max_tokens + MORE) for r in requests()
   ]
   return run(make(), longer)
 
@@ -118,7 +113,7 @@ def greedy():
 def due():
   """Texts of `requests`."""
   return [
-      text[: r.max_tokens] for r, text in zip(requests(), greedy(), strict=True)
+    text[: r.max_tokens] for r, text in zip(requests(), greedy(), strict=True)
   ]
 
 
@@ -126,7 +121,7 @@ def due():
 def _full(text):
   cfg, params, bias = model()
   hidden, *_ = reference.forward(
-      *reference.f64((params, bias)), np.array([text]), cfg
+    *reference.f64((params, bias)), np.array([text]), cfg
   )
   return hidden[0], hidden[0] @ reference.f64(params["head"])
 
@@ -163,11 +158,11 @@ def kept_drafts(prompt, text, max_tokens, k):
     read, states, drafts = tokens[:known], hidden[: known - 1], []
     for _ in range(k):
       (found,), *_ = reference.mtp(
-          params,
-          bias[cfg.n_moe_layers :],
-          states[None],
-          np.array([read]),
-          cfg,
+        params,
+        bias[cfg.n_moe_layers :],
+        states[None],
+        np.array([read]),
+        cfg,
       )
       drafts.append(best(found[0, -1] @ params["head"]))
       read, states = [*read, drafts[-1]], np.append(states, found[0, -1:], 0)
@@ -194,11 +189,11 @@ def next_tokens(prompt, length):
       # The same whatever comes later.
       here = logits[(slice(None),) * i + (0,) * (length - 1 - i) + (i,)]
       p, close = map(
-          np.array,
-          zip(
-              *(distribution(z, *settings) for z in here.reshape(-1, c)),
-              strict=True,
-          ),
+        np.array,
+        zip(
+          *(distribution(z, *settings) for z in here.reshape(-1, c)),
+          strict=True,
+        ),
       )
       assert close.min() > 1e-4, "rounding decides what is cut"
       joined = joined[..., None] * p.reshape(here.shape)
@@ -208,7 +203,6 @@ def next_tokens(prompt, length):
 
 
 class GreedyTest(parameterized.TestCase):
-
   def test_takes_the_most_likely_token_each_time(self):
     for r, text in zip(requests(), greedy(), strict=True):
       _, logits = full(r.prompt, text)
@@ -227,7 +221,7 @@ class GreedyTest(parameterized.TestCase):
       here = logits[len(r.prompt) - 1 :]
       log_p = np.log(reference.softmax(here))
       for z, row, token, got in zip(
-          here, log_p, due()[i], found[i], strict=False
+        here, log_p, due()[i], found[i], strict=False
       ):
         # An error of a logit, and of their sum.
         error = 2 * TERMS * testing.EPS * np.abs(z).max()
@@ -263,8 +257,8 @@ class GreedyTest(parameterized.TestCase):
     asked = requests()
     stops = [(text[len(text) // 2], VOCAB + 5) for text in due()]
     asked = [
-        dataclasses.replace(r, stop=stop)
-        for r, stop in zip(asked, stops, strict=True)
+      dataclasses.replace(r, stop=stop)
+      for r, stop in zip(asked, stops, strict=True)
     ]
     events = list(make(n_drafts).run(asked))
     for i, (text, (stop, _)) in enumerate(zip(due(), stops, strict=True)):
@@ -281,7 +275,7 @@ class GreedyTest(parameterized.TestCase):
     made.cancel(0)
     cycles, rows = made.stats.cycles, made.stats.rows
     number = made.submit(requests()[3])
-    event, = made.step()
+    (event,) = made.step()
     self.assertEqual((event.request, event.ended), (number, engine.LENGTH))
     self.assertEqual([event.token], due()[3])
     self.assertEqual((made.stats.cycles, made.stats.rows), (cycles, rows))
@@ -297,9 +291,9 @@ class GreedyTest(parameterized.TestCase):
     for r, text in zip(asked, due(), strict=True):
       # The last token of a text is not read.
       *_, load, _ = reference.forward(
-          *reference.f64((params, bias)),
-          np.array([[*r.prompt, *text[:-1]]]),
-          cfg,
+        *reference.f64((params, bias)),
+        np.array([[*r.prompt, *text[:-1]]]),
+        cfg,
       )
       expected = expected + load[: cfg.n_moe_layers]
     main, ahead = np.split(made.load, [cfg.n_moe_layers])
@@ -310,7 +304,6 @@ class GreedyTest(parameterized.TestCase):
 
 
 class QueueTest(absltest.TestCase):
-
   def test_texts_are_taken_when_there_is_room(self):
     taken, ended = [], 0
 
@@ -368,18 +361,17 @@ class QueueTest(absltest.TestCase):
 
 
 SETTINGS = (
-    dict(temperature=1, top_p=0.9),
-    dict(temperature=0.7, top_k=3),
-    dict(temperature=1.4, top_p=0.8, top_k=5),
+  dict(temperature=1, top_p=0.9),
+  dict(temperature=0.7, top_k=3),
+  dict(temperature=1.4, top_p=0.8, top_k=5),
 )
 
 
 class SampledTest(parameterized.TestCase):
-
   def asked(self):
     return [
-        dataclasses.replace(r, seed=100 + i, **SETTINGS[i % 3])
-        for i, r in enumerate(requests())
+      dataclasses.replace(r, seed=100 + i, **SETTINGS[i % 3])
+      for i, r in enumerate(requests())
     ]
 
   @parameterized.parameters(0, 2)
@@ -424,10 +416,10 @@ class SampledTest(parameterized.TestCase):
 def check_distribution(test, made, n, settings, prompt=(3, 6), length=3):
   """The first tokens of n texts for each settings against whole passes."""
   asked = [
-      engine.Request(prompt, length, seed=seed, **how)
-      for seed, how in zip(
-          range(n * len(settings)), itertools.cycle(settings), strict=False
-      )
+    engine.Request(prompt, length, seed=seed, **how)
+    for seed, how in zip(
+      range(n * len(settings)), itertools.cycle(settings), strict=False
+    )
   ]
   # The cache as long as in other tests.
   made.submit(dataclasses.replace(requests()[0], **settings[0]))
@@ -437,9 +429,9 @@ def check_distribution(test, made, n, settings, prompt=(3, 6), length=3):
   exact = next_tokens(prompt, length)
   for i, how in enumerate(settings):
     here = found[i :: len(settings)]
-    expected = exact((
-        how["temperature"], how.get("top_p", 1), how.get("top_k", 0)
-    ))
+    expected = exact(
+      (how["temperature"], how.get("top_p", 1), how.get("top_k", 0))
+    )
     # Together, and each two, which have fewer values.
     for places in ((0, 1, 2), (0, 1), (1, 2), (0, 2)):
       counts = joint(*here[:, places].T, size=VOCAB)
@@ -451,7 +443,6 @@ def check_distribution(test, made, n, settings, prompt=(3, 6), length=3):
 
 
 class DraftsTest(absltest.TestCase):
-
   def test_greedy_texts_are_those_without(self):
     check_drafts(self, make(2))
 
@@ -470,8 +461,8 @@ def check_drafts(test, made):
   asked, k, stats = requests(), made.n_drafts, made.stats
   test.assertEqual(run(made, asked), due())
   cycles = [
-      kept_drafts(r.prompt, text, r.max_tokens, k)
-      for r, text in zip(asked, greedy(), strict=True)
+    kept_drafts(r.prompt, text, r.max_tokens, k)
+    for r, text in zip(asked, greedy(), strict=True)
   ]
   kept = sum(map(sum, cycles))
   test.assertEqual(stats.accepted, kept)
@@ -481,14 +472,12 @@ def check_drafts(test, made):
   test.assertEqual(stats.prompt_tokens, sum(n for n, _ in LENGTHS))
   test.assertBetween(stats.cycles, stats.rows / SLOTS, stats.rows - SLOTS)
   test.assertAlmostEqual(stats.acceptance, kept / stats.drafts)
-  test.assertAlmostEqual(
-      stats.calls_per_token, 1 / (1 + k * stats.acceptance)
-  )
+  test.assertAlmostEqual(stats.calls_per_token, 1 / (1 + k * stats.acceptance))
   # A text that may go on after a cycle has one more, which is not told of.
   more = [
-      text[-1] + 1
-      for r, text in zip(asked, cycles, strict=True)
-      if text and sum(n + 1 for n in text[:-1]) + 2 < r.max_tokens
+    text[-1] + 1
+    for r, text in zip(asked, cycles, strict=True)
+    if text and sum(n + 1 for n in text[:-1]) + 2 < r.max_tokens
   ]
   test.assertEqual(stats.spare, len(more))
   rows = stats.rows + stats.spare
@@ -505,7 +494,6 @@ def check_drafts(test, made):
 
 @pytest.mark.slow
 class MoreDraftsTest(parameterized.TestCase):
-
   @parameterized.parameters(1, 3)
   def test_greedy_texts_are_those_without(self, k):
     check_drafts(self, make(k))
@@ -527,20 +515,19 @@ class MoreDraftsTest(parameterized.TestCase):
 
 @pytest.mark.slow
 class MoreSlotsTest(parameterized.TestCase):
-
   @parameterized.parameters(1, 2, 17)
   def test_texts_do_not_depend_on_how_many_there_are(self, n_slots):
     self.assertEqual(run(make(n_slots=n_slots), requests()), due())
     asked = [
-        dataclasses.replace(r, seed=i, **SETTINGS[i % 3])
-        for i, r in enumerate(requests())
+      dataclasses.replace(r, seed=i, **SETTINGS[i % 3])
+      for i, r in enumerate(requests())
     ]
     found = run(make(n_slots=n_slots), asked)
     self.assertEqual(found, run(make(), asked))
 
   def test_parameters_in_bfloat16(self):
     params = jax.tree.map(
-        lambda a: a if a.ndim == 1 else a.astype(jnp.bfloat16), parameters()
+      lambda a: a if a.ndim == 1 else a.astype(jnp.bfloat16), parameters()
     )
     made = make(1, params=params)
     lengths = [len(text) for text in run(made, requests())]
@@ -548,18 +535,17 @@ class MoreSlotsTest(parameterized.TestCase):
 
 
 class RefusalTest(parameterized.TestCase):
-
   def engine(self, *assignments, **options):
     cfg = config.override(model()[0], *assignments)
     return engine.Engine(parameters(), cfg, **options)
 
   @parameterized.parameters(
-      (dict(n_slots=0), "n_slots=0: must be at least 1"),
-      (dict(max_len=0), "max_len=0: must be at least 1"),
-      (dict(chunk=0), "chunk=0: must be a power of two, at least 16"),
-      (dict(chunk=8), "chunk=8: must be a power of two, at least 16"),
-      (dict(chunk=48), "chunk=48: must be a power of two, at least 16"),
-      (dict(n_drafts=-1), "n_drafts=-1: must be at least 0"),
+    (dict(n_slots=0), "n_slots=0: must be at least 1"),
+    (dict(max_len=0), "max_len=0: must be at least 1"),
+    (dict(chunk=0), "chunk=0: must be a power of two, at least 16"),
+    (dict(chunk=8), "chunk=8: must be a power of two, at least 16"),
+    (dict(chunk=48), "chunk=48: must be a power of two, at least 16"),
+    (dict(n_drafts=-1), "n_drafts=-1: must be at least 0"),
   )
   def test_refuses_a_size(self, options, message):
     with self.assertRaises(ValueError) as caught:
@@ -568,7 +554,7 @@ class RefusalTest(parameterized.TestCase):
 
   def test_refuses_drafts_without_a_module(self):
     with self.assertRaisesRegex(
-        ValueError, r"^n_drafts=1: .* no MTP module .*mtp.depth=0"
+      ValueError, r"^n_drafts=1: .* no MTP module .*mtp.depth=0"
     ):
       self.engine("mtp.depth=0", n_drafts=1)
     self.engine("mtp.depth=0", n_drafts=0)
@@ -576,7 +562,7 @@ class RefusalTest(parameterized.TestCase):
   def test_refuses_what_yarn_does_not_reach(self):
     yarn = "mla.yarn.factor=2.5", "mla.yarn.original_len=8"
     with self.assertRaisesRegex(
-        ValueError, "^max_len=21: must be at most 20, what mla.yarn extends to$"
+      ValueError, "^max_len=21: must be at most 20, what mla.yarn extends to$"
     ):
       self.engine(*yarn, max_len=21)
     self.engine(*yarn, max_len=20)
@@ -584,7 +570,7 @@ class RefusalTest(parameterized.TestCase):
   @parameterized.parameters(-1, 5)
   def test_refuses_to_place_experts_of_one_device(self, every):
     with self.assertRaisesRegex(
-        ValueError, f"^rebalance_every={every}: must be at least 0, and 0 where"
+      ValueError, f"^rebalance_every={every}: must be at least 0, and 0 where"
     ):
       self.engine(rebalance_every=every)
 
@@ -594,23 +580,23 @@ class RefusalTest(parameterized.TestCase):
     self.assertLen(str(caught.exception).splitlines(), 4)
 
   @parameterized.parameters(
-      (dict(prompt=()), "prompt: is empty; at least one token is needed"),
-      (dict(prompt=(3, 8)), "prompt: token id 8 must be in [0, 8)"),
-      (dict(prompt=(3, -1, 9)), "prompt: token id -1 must be in [0, 8)"),
-      (
-          dict(prompt=(1.5,)),
-          "prompt: token ids must be integers of 64 bits at most",
-      ),
-      (dict(max_tokens=0), "max_tokens=0: must be at least 1"),
-      (dict(max_tokens=-3), "max_tokens=-3: must be at least 1"),
-      (
-          dict(temperature=-1),
-          "temperature=-1: must be at least 0, and at most 1e+30",
-      ),
-      (dict(top_p=0), "top_p=0: must be above 0 and at most 1"),
-      (dict(top_k=-1), "top_k=-1: must be in [0, 2^31), where 0 is no limit"),
-      (dict(seed=-1), "seed=-1: must be in [0, 2^32)"),
-      (dict(seed=2**32), "seed=4294967296: must be in [0, 2^32)"),
+    (dict(prompt=()), "prompt: is empty; at least one token is needed"),
+    (dict(prompt=(3, 8)), "prompt: token id 8 must be in [0, 8)"),
+    (dict(prompt=(3, -1, 9)), "prompt: token id -1 must be in [0, 8)"),
+    (
+      dict(prompt=(1.5,)),
+      "prompt: token ids must be integers of 64 bits at most",
+    ),
+    (dict(max_tokens=0), "max_tokens=0: must be at least 1"),
+    (dict(max_tokens=-3), "max_tokens=-3: must be at least 1"),
+    (
+      dict(temperature=-1),
+      "temperature=-1: must be at least 0, and at most 1e+30",
+    ),
+    (dict(top_p=0), "top_p=0: must be above 0 and at most 1"),
+    (dict(top_k=-1), "top_k=-1: must be in [0, 2^31), where 0 is no limit"),
+    (dict(seed=-1), "seed=-1: must be in [0, 2^32)"),
+    (dict(seed=2**32), "seed=4294967296: must be in [0, 2^32)"),
   )
   def test_refuses_a_request(self, changes, message):
     asked = dataclasses.replace(request(0, 3, 4), **changes)
@@ -629,11 +615,11 @@ class RefusalTest(parameterized.TestCase):
     fits = request(0, 40, MAX_LEN - 40 - n_drafts)
     self.assertEqual(made.problems(fits), [])
     more = dataclasses.replace(fits, max_tokens=fits.max_tokens + 1)
-    problem, = made.problems(more)
+    (problem,) = made.problems(more)
     self.assertRegex(
-        problem,
-        f"prompt of 40 tokens with max_tokens={more.max_tokens}: needs 65"
-        f" positions .* at most max_len={MAX_LEN}",
+      problem,
+      f"prompt of 40 tokens with max_tokens={more.max_tokens}: needs 65"
+      f" positions .* at most max_len={MAX_LEN}",
     )
 
   def test_names_all_problems_of_a_request(self):
@@ -644,7 +630,7 @@ class RefusalTest(parameterized.TestCase):
     bad = jnp.full_like(parameters()["embed"], np.nan)
     made = make(params=parameters() | {"embed": bad})
     with self.assertRaisesRegex(
-        FloatingPointError, "^request 0: the log-probability of token .* is nan"
+      FloatingPointError, "^request 0: the log-probability of token .* is nan"
     ):
       run(made, requests())
 

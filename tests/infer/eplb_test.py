@@ -5,40 +5,39 @@ import math
 
 import chex
 import numpy as np
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax.infer import eplb
 
 # Loads of two layers, and what slots hold, printed beside the published code.
 GOLDEN_LOAD = [
-    [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
-    [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27],
+  [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
+  [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27],
 ]
 GOLDEN_EXPERT = [
-    [5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1],
-    [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1],
+  [5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1],
+  [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1],
 ]
 SMALL = dict(n_replicas=16, n_devices=8, n_groups=4, n_nodes=2)
 
 # Deployments: experts, then how they are placed.
 GLOBAL = (
-    (12, dict(n_replicas=16, n_devices=8)),
-    (12, dict(n_replicas=12, n_devices=4)),
-    (12, dict(n_replicas=20, n_devices=20)),
-    (12, dict(n_replicas=40, n_devices=4)),
-    (12, dict(n_replicas=18, n_devices=6, n_groups=4, n_nodes=3)),
-    (1, dict(n_replicas=6, n_devices=3)),
-    (7, dict(n_replicas=9, n_devices=1)),
-    (1, dict(n_replicas=1, n_devices=1)),
+  (12, dict(n_replicas=16, n_devices=8)),
+  (12, dict(n_replicas=12, n_devices=4)),
+  (12, dict(n_replicas=20, n_devices=20)),
+  (12, dict(n_replicas=40, n_devices=4)),
+  (12, dict(n_replicas=18, n_devices=6, n_groups=4, n_nodes=3)),
+  (1, dict(n_replicas=6, n_devices=3)),
+  (7, dict(n_replicas=9, n_devices=1)),
+  (1, dict(n_replicas=1, n_devices=1)),
 )
 HIERARCHICAL = (
-    (12, SMALL),
-    (12, dict(n_replicas=12, n_devices=6, n_groups=6, n_nodes=3)),
-    (16, dict(n_replicas=24, n_devices=8, n_groups=4, n_nodes=4)),
-    (16, dict(n_replicas=20, n_devices=2, n_groups=8, n_nodes=1)),
-    # As in section 3.4.1: four nodes of eight, nine experts a device.
-    (256, dict(n_replicas=288, n_devices=32, n_groups=8, n_nodes=4)),
+  (12, SMALL),
+  (12, dict(n_replicas=12, n_devices=6, n_groups=6, n_nodes=3)),
+  (16, dict(n_replicas=24, n_devices=8, n_groups=4, n_nodes=4)),
+  (16, dict(n_replicas=20, n_devices=2, n_groups=8, n_nodes=1)),
+  # As in section 3.4.1: four nodes of eight, nine experts a device.
+  (256, dict(n_replicas=288, n_devices=32, n_groups=8, n_nodes=4)),
 )
 
 
@@ -59,7 +58,6 @@ def compositions(total, parts):
 
 
 class GoldenTest(absltest.TestCase):
-
   def test_is_the_published_example(self):
     placed = eplb.place(GOLDEN_LOAD, **SMALL)
     np.testing.assert_array_equal(placed.expert, GOLDEN_EXPERT)
@@ -67,11 +65,11 @@ class GoldenTest(absltest.TestCase):
   def test_has_the_replicas_of_the_published_example(self):
     placed = eplb.place(GOLDEN_LOAD, **SMALL)
     np.testing.assert_array_equal(
-        placed.count,
-        [
-            [1, 2, 1, 1, 2, 2, 1, 1, 1, 1, 2, 1],
-            [1, 2, 1, 1, 1, 2, 2, 1, 2, 1, 1, 1],
-        ],
+      placed.count,
+      [
+        [1, 2, 1, 1, 2, 2, 1, 1, 1, 1, 2, 1],
+        [1, 2, 1, 1, 1, 2, 2, 1, 2, 1, 1, 1],
+      ],
     )
     self.assertEqual(placed.replicas.shape, (2, 12, 2))
     # Experts 5 and 6 of the first layer.
@@ -79,52 +77,51 @@ class GoldenTest(absltest.TestCase):
 
 
 class PackTest(parameterized.TestCase):
-
   @parameterized.named_parameters(
-      # In order: 5 | ; | 4 ; | 4 3 ; 5 3 | ; | 4 3 2 ; 5 3 1 |.
-      dict(
-          testcase_name="to_the_lightest",
-          weights=[5, 4, 3, 3, 2, 1],
-          n_bins=2,
-          bins=[0, 1, 1, 0, 1, 0],
-          places=[0, 0, 1, 1, 2, 2],
-      ),
-      dict(
-          testcase_name="by_weight_not_by_index",
-          weights=[1, 2, 3, 4],
-          n_bins=2,
-          bins=[0, 1, 1, 0],
-          places=[1, 1, 0, 0],
-      ),
-      # The last one finds the lighter bin full.
-      dict(
-          testcase_name="with_room",
-          weights=[10, 1, 1, 1],
-          n_bins=2,
-          bins=[0, 1, 1, 0],
-          places=[0, 0, 1, 1],
-      ),
-      dict(
-          testcase_name="ties_to_the_lower",
-          weights=[1] * 6,
-          n_bins=3,
-          bins=[0, 1, 2, 0, 1, 2],
-          places=[0, 0, 0, 1, 1, 1],
-      ),
-      dict(
-          testcase_name="one_each_in_their_own_order",
-          weights=[1, 3, 2],
-          n_bins=3,
-          bins=[0, 1, 2],
-          places=[0, 0, 0],
-      ),
-      dict(
-          testcase_name="one_bin_by_decreasing_weight",
-          weights=[1, 3, 2],
-          n_bins=1,
-          bins=[0, 0, 0],
-          places=[2, 0, 1],
-      ),
+    # In order: 5 | ; | 4 ; | 4 3 ; 5 3 | ; | 4 3 2 ; 5 3 1 |.
+    dict(
+      testcase_name="to_the_lightest",
+      weights=[5, 4, 3, 3, 2, 1],
+      n_bins=2,
+      bins=[0, 1, 1, 0, 1, 0],
+      places=[0, 0, 1, 1, 2, 2],
+    ),
+    dict(
+      testcase_name="by_weight_not_by_index",
+      weights=[1, 2, 3, 4],
+      n_bins=2,
+      bins=[0, 1, 1, 0],
+      places=[1, 1, 0, 0],
+    ),
+    # The last one finds the lighter bin full.
+    dict(
+      testcase_name="with_room",
+      weights=[10, 1, 1, 1],
+      n_bins=2,
+      bins=[0, 1, 1, 0],
+      places=[0, 0, 1, 1],
+    ),
+    dict(
+      testcase_name="ties_to_the_lower",
+      weights=[1] * 6,
+      n_bins=3,
+      bins=[0, 1, 2, 0, 1, 2],
+      places=[0, 0, 0, 1, 1, 1],
+    ),
+    dict(
+      testcase_name="one_each_in_their_own_order",
+      weights=[1, 3, 2],
+      n_bins=3,
+      bins=[0, 1, 2],
+      places=[0, 0, 0],
+    ),
+    dict(
+      testcase_name="one_bin_by_decreasing_weight",
+      weights=[1, 3, 2],
+      n_bins=1,
+      bins=[0, 0, 0],
+      places=[2, 0, 1],
+    ),
   )
   def test_items_go(self, weights, n_bins, bins, places):
     chosen, place = eplb.pack(weights, n_bins)
@@ -135,8 +132,8 @@ class PackTest(parameterized.TestCase):
   def test_fills_every_place_of_every_bin_once(self, n_bins, seed):
     chosen, place = eplb.pack(uniform(12, seed=seed), n_bins)
     self.assertCountEqual(
-        zip(chosen, place, strict=True),
-        itertools.product(range(n_bins), range(12 // n_bins)),
+      zip(chosen, place, strict=True),
+      itertools.product(range(n_bins), range(12 // n_bins)),
     )
 
   @parameterized.parameters(*range(20))
@@ -155,37 +152,36 @@ class PackTest(parameterized.TestCase):
 
 
 class ReplicateTest(parameterized.TestCase):
-
   @parameterized.named_parameters(
-      # 6 4 1; 3 4 1; 3 2 1; 2 2 1.
-      dict(
-          testcase_name="the_heaviest",
-          weights=[6, 4, 1],
-          expert=[0, 1, 2, 0, 1, 0],
-          rank=[0, 0, 0, 1, 1, 2],
-          count=[3, 2, 1],
-      ),
-      dict(
-          testcase_name="the_lower_of_two",
-          weights=[1, 2, 2],
-          expert=[0, 1, 2, 1],
-          rank=[0, 0, 0, 1],
-          count=[1, 2, 1],
-      ),
-      dict(
-          testcase_name="none_more",
-          weights=[1, 3, 2],
-          expert=[0, 1, 2],
-          rank=[0, 0, 0],
-          count=[1, 1, 1],
-      ),
-      dict(
-          testcase_name="the_first_without_load",
-          weights=[0, 0],
-          expert=[0, 1, 0, 0],
-          rank=[0, 0, 1, 2],
-          count=[3, 1],
-      ),
+    # 6 4 1; 3 4 1; 3 2 1; 2 2 1.
+    dict(
+      testcase_name="the_heaviest",
+      weights=[6, 4, 1],
+      expert=[0, 1, 2, 0, 1, 0],
+      rank=[0, 0, 0, 1, 1, 2],
+      count=[3, 2, 1],
+    ),
+    dict(
+      testcase_name="the_lower_of_two",
+      weights=[1, 2, 2],
+      expert=[0, 1, 2, 1],
+      rank=[0, 0, 0, 1],
+      count=[1, 2, 1],
+    ),
+    dict(
+      testcase_name="none_more",
+      weights=[1, 3, 2],
+      expert=[0, 1, 2],
+      rank=[0, 0, 0],
+      count=[1, 1, 1],
+    ),
+    dict(
+      testcase_name="the_first_without_load",
+      weights=[0, 0],
+      expert=[0, 1, 0, 0],
+      rank=[0, 0, 1, 2],
+      count=[3, 1],
+    ),
   )
   def test_gives_more_to(self, weights, expert, rank, count):
     actual = eplb.replicate(weights, len(expert))
@@ -208,7 +204,6 @@ class ReplicateTest(parameterized.TestCase):
 
 
 class PlaceTest(parameterized.TestCase):
-
   @parameterized.product(deployment=GLOBAL + HIERARCHICAL, power=(0, 1, 6))
   def test_says_the_same_of_slots_and_of_experts(self, deployment, power):
     n_experts, how = deployment
@@ -246,9 +241,7 @@ class PlaceTest(parameterized.TestCase):
   def test_packs_groups_into_nodes_by_their_load(self):
     # Groups of 2 experts and load 9, 8, 2 and 1: the first joins the last.
     load = [[4, 5, 8, 0, 1, 1, 0, 1]]
-    placed = eplb.place(
-        load, n_replicas=8, n_devices=8, n_groups=4, n_nodes=2
-    )
+    placed = eplb.place(load, n_replicas=8, n_devices=8, n_groups=4, n_nodes=2)
     np.testing.assert_array_equal(placed.expert, [[0, 1, 6, 7, 2, 3, 4, 5]])
 
   def test_is_global_where_nodes_do_not_divide_groups(self):
@@ -256,16 +249,14 @@ class PlaceTest(parameterized.TestCase):
     whole = eplb.place(load, n_replicas=24, n_devices=12)
     for n_groups, n_nodes in ((1, 4), (4, 3), (3, 2), (2, 4)):
       placed = eplb.place(
-          load,
-          n_replicas=24,
-          n_devices=12,
-          n_groups=n_groups,
-          n_nodes=n_nodes,
+        load,
+        n_replicas=24,
+        n_devices=12,
+        n_groups=n_groups,
+        n_nodes=n_nodes,
       )
       chex.assert_trees_all_equal(vars(placed), vars(whole))
-    other = eplb.place(
-        load, n_replicas=24, n_devices=12, n_groups=4, n_nodes=2
-    )
+    other = eplb.place(load, n_replicas=24, n_devices=12, n_groups=4, n_nodes=2)
     self.assertFalse(np.array_equal(other.expert, whole.expert))
 
   def test_with_one_slot_a_device_adds_replicas_and_moves_nothing(self):
@@ -305,19 +296,18 @@ class PlaceTest(parameterized.TestCase):
 
 
 class LoadsTest(parameterized.TestCase):
-
   def test_by_hand(self):
     placed = eplb.Placement(
-        expert=np.int32([[0, 1, 2, 0], [1, 1, 0, 2]]),
-        replicas=np.int32(
-            [[[0, 3], [1, -1], [2, -1]], [[2, -1], [0, 1], [3, -1]]]
-        ),
-        count=np.int32([[2, 1, 1], [1, 2, 1]]),
+      expert=np.int32([[0, 1, 2, 0], [1, 1, 0, 2]]),
+      replicas=np.int32(
+        [[[0, 3], [1, -1], [2, -1]], [[2, -1], [0, 1], [3, -1]]]
+      ),
+      count=np.int32([[2, 1, 1], [1, 2, 1]]),
     )
     load = np.int32([[6, 1, 2], [5, 4, 7]])
     np.testing.assert_array_equal(placed.loads(load, 2), [[4, 5], [4, 12]])
     np.testing.assert_array_equal(
-        placed.loads(load, 4), [[3, 1, 2, 3], [2, 2, 5, 7]]
+      placed.loads(load, 4), [[3, 1, 2, 3], [2, 2, 5, 7]]
     )
     np.testing.assert_array_equal(placed.loads(load, 1), [[9], [16]])
 
@@ -334,9 +324,7 @@ class LoadsTest(parameterized.TestCase):
         replicas = placed.replicas[layer, expert]
         replicas = replicas[replicas >= 0]
         turns = replicas[np.arange(n_tokens) % len(replicas)]
-        received += np.bincount(
-            turns // per_device, minlength=how["n_devices"]
-        )
+        received += np.bincount(turns // per_device, minlength=how["n_devices"])
       np.testing.assert_array_equal(received, expected)
 
   @parameterized.parameters(0, 1, 2)
@@ -370,9 +358,7 @@ class LoadsTest(parameterized.TestCase):
     load = zipf(3, 256)
     placed = eplb.place(load, n_replicas=320, n_devices=320)
     after = placed.loads(load, 320)
-    np.testing.assert_array_equal(
-        after.max(-1), (load / placed.count).max(-1)
-    )
+    np.testing.assert_array_equal(after.max(-1), (load / placed.count).max(-1))
     before = eplb.identity(3, 256).loads(load, 256)
     ratio = eplb.imbalance(before) / eplb.imbalance(after)
     self.assertGreater(ratio.min(), 10)
@@ -389,34 +375,31 @@ class LoadsTest(parameterized.TestCase):
 
   def test_imbalance_is_the_largest_over_the_mean(self):
     loads = [[[1, 1, 1, 1], [4, 0, 0, 0]], [[0, 0, 0, 0], [1, 2, 2, 3]]]
-    np.testing.assert_array_equal(
-        eplb.imbalance(loads), [[1, 4], [1, 1.5]]
-    )
+    np.testing.assert_array_equal(eplb.imbalance(loads), [[1, 4], [1, 1.5]])
     self.assertEqual(eplb.imbalance([3, 1]), 1.5)
     self.assertEqual(eplb.imbalance([0, 0]), 1)
 
 
 class RefusalTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      (dict(n_replicas=11), "n_replicas=11: must be at least n_experts=12"),
-      (
-          dict(n_replicas=15),
-          "n_replicas=15: must be a multiple of n_devices=8",
-      ),
-      (dict(n_nodes=3), "n_devices=8: must be a multiple of n_nodes=3"),
-      (dict(n_groups=5), "n_experts=12: must be a multiple of n_groups=5"),
-      (dict(n_devices=0), "n_devices=0: must be at least 1"),
-      (dict(n_nodes=-2), "n_nodes=-2: must be at least 1"),
-      (dict(n_groups=0), "n_groups=0: must be at least 1"),
-      (
-          dict(load=np.ones(12)),
-          r"load has shape \(12,\): must have 2 dim\(s\), none of them 0",
-      ),
-      (dict(load=np.ones((2, 0))), r"load has shape \(2, 0\): must have 2"),
-      (dict(load=[[1] * 11 + [-2]]), "load holds -2.0: must be finite and at"),
-      (dict(load=[[np.nan] * 12]), "load holds nan: must be finite and at"),
-      (dict(load=[[np.inf] * 12]), "load holds inf: must be finite and at"),
+    (dict(n_replicas=11), "n_replicas=11: must be at least n_experts=12"),
+    (
+      dict(n_replicas=15),
+      "n_replicas=15: must be a multiple of n_devices=8",
+    ),
+    (dict(n_nodes=3), "n_devices=8: must be a multiple of n_nodes=3"),
+    (dict(n_groups=5), "n_experts=12: must be a multiple of n_groups=5"),
+    (dict(n_devices=0), "n_devices=0: must be at least 1"),
+    (dict(n_nodes=-2), "n_nodes=-2: must be at least 1"),
+    (dict(n_groups=0), "n_groups=0: must be at least 1"),
+    (
+      dict(load=np.ones(12)),
+      r"load has shape \(12,\): must have 2 dim\(s\), none of them 0",
+    ),
+    (dict(load=np.ones((2, 0))), r"load has shape \(2, 0\): must have 2"),
+    (dict(load=[[1] * 11 + [-2]]), "load holds -2.0: must be finite and at"),
+    (dict(load=[[np.nan] * 12]), "load holds nan: must be finite and at"),
+    (dict(load=[[np.inf] * 12]), "load holds inf: must be finite and at"),
   )
   def test_of_a_placement(self, changed, message):
     how = {"load": GOLDEN_LOAD, **SMALL, **changed}
@@ -424,72 +407,72 @@ class RefusalTest(parameterized.TestCase):
       eplb.place(**how)
 
   @parameterized.named_parameters(
-      (
-          "bins",
-          lambda: eplb.pack([1, 2, 3], 2),
-          "n_items=3: must be a multiple of n_bins=2",
-      ),
-      ("no_bin", lambda: eplb.pack([1], 0), "n_bins=0: must be at least"),
-      (
-          "rows",
-          lambda: eplb.pack([[1]], 1),
-          r"weights has shape \(1, 1\): must have 1 dim",
-      ),
-      (
-          "heavy",
-          lambda: eplb.pack([1, np.inf], 1),
-          "weights holds inf: must be finite",
-      ),
-      (
-          "replicas",
-          lambda: eplb.replicate([1, 2], 1),
-          "n_replicas=1: must be at least n_experts=2",
-      ),
-      (
-          "light",
-          lambda: eplb.replicate([1, -1], 2),
-          "weights holds -1.0: must be finite",
-      ),
-      (
-          "layers",
-          lambda: eplb.identity(0, 4),
-          "n_layers=0, n_experts=4: must be at least 1",
-      ),
-      (
-          "experts",
-          lambda: eplb.identity(4, 0),
-          "n_layers=4, n_experts=0: must be at least 1",
-      ),
-      (
-          "shape",
-          lambda: eplb.identity(2, 4).loads(np.ones((1, 4)), 2),
-          r"load has shape \(1, 4\): must be \(2, 4\)",
-      ),
-      (
-          "load",
-          lambda: eplb.identity(1, 2).loads([[1, np.nan]], 2),
-          "load holds nan: must be finite",
-      ),
-      (
-          "devices",
-          lambda: eplb.identity(2, 4).loads(np.ones((2, 4)), 3),
-          "n_replicas=4: must be a multiple of n_devices=3",
-      ),
-      (
-          "scalar",
-          lambda: eplb.imbalance(3.0),
-          r"loads has shape \(\): must have 1 dim",
-      ),
-      (
-          "nothing",
-          lambda: eplb.imbalance(np.ones((2, 0))),
-          r"loads has shape \(2, 0\): must have 2 dim",
-      ),
-      (
-          "negative",
-          lambda: eplb.imbalance([2, -1]),
-          "loads holds -1.0: must be finite",
-      ),
+    (
+      "bins",
+      lambda: eplb.pack([1, 2, 3], 2),
+      "n_items=3: must be a multiple of n_bins=2",
+    ),
+    ("no_bin", lambda: eplb.pack([1], 0), "n_bins=0: must be at least"),
+    (
+      "rows",
+      lambda: eplb.pack([[1]], 1),
+      r"weights has shape \(1, 1\): must have 1 dim",
+    ),
+    (
+      "heavy",
+      lambda: eplb.pack([1, np.inf], 1),
+      "weights holds inf: must be finite",
+    ),
+    (
+      "replicas",
+      lambda: eplb.replicate([1, 2], 1),
+      "n_replicas=1: must be at least n_experts=2",
+    ),
+    (
+      "light",
+      lambda: eplb.replicate([1, -1], 2),
+      "weights holds -1.0: must be finite",
+    ),
+    (
+      "layers",
+      lambda: eplb.identity(0, 4),
+      "n_layers=0, n_experts=4: must be at least 1",
+    ),
+    (
+      "experts",
+      lambda: eplb.identity(4, 0),
+      "n_layers=4, n_experts=0: must be at least 1",
+    ),
+    (
+      "shape",
+      lambda: eplb.identity(2, 4).loads(np.ones((1, 4)), 2),
+      r"load has shape \(1, 4\): must be \(2, 4\)",
+    ),
+    (
+      "load",
+      lambda: eplb.identity(1, 2).loads([[1, np.nan]], 2),
+      "load holds nan: must be finite",
+    ),
+    (
+      "devices",
+      lambda: eplb.identity(2, 4).loads(np.ones((2, 4)), 3),
+      "n_replicas=4: must be a multiple of n_devices=3",
+    ),
+    (
+      "scalar",
+      lambda: eplb.imbalance(3.0),
+      r"loads has shape \(\): must have 1 dim",
+    ),
+    (
+      "nothing",
+      lambda: eplb.imbalance(np.ones((2, 0))),
+      r"loads has shape \(2, 0\): must have 2 dim",
+    ),
+    (
+      "negative",
+      lambda: eplb.imbalance([2, -1]),
+      "loads holds -1.0: must be finite",
+    ),
   )
   def test_of(self, call, message):
     with self.assertRaisesRegex(ValueError, f"^{message}"):

@@ -13,17 +13,13 @@ import jax.numpy as jnp
 import micro
 import numpy as np
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax import config
 from dsv3_jax.checkpoint import manifest
-from dsv3_jax.data import chat
-from dsv3_jax.data import tokenizer
-from dsv3_jax.infer import engine
-from dsv3_jax.infer import generate
-from dsv3_jax.interop import load_sharded
-from dsv3_jax.interop import open_run
+from dsv3_jax.data import chat, tokenizer
+from dsv3_jax.infer import engine, generate
+from dsv3_jax.interop import load_sharded, open_run
 from experiments import cli
 from scripts import convert
 
@@ -65,10 +61,12 @@ class Scripted:
       ends = [""] * (len(tokens) - 1) + [ended]
       number = self.submitted
       self.submitted += 1
-      events.append([
+      events.append(
+        [
           engine.Event(number, token, -token / 8, end)
           for token, end in zip(tokens, ends, strict=True)
-      ])
+        ]
+      )
     for turn in itertools.zip_longest(*events):
       yield from filter(None, turn)
 
@@ -84,7 +82,6 @@ def shown(tok, ids, *stops, ended=engine.LENGTH):
 
 
 class CharactersTest(parameterized.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -94,12 +91,12 @@ class CharactersTest(parameterized.TestCase):
     return ids_of(self.tok, written)
 
   @parameterized.parameters(
-      CHINESE,
-      EMOJI,
-      "naïve — “quotes”… 한국어",
-      "a\ufffdb\ufffd\ufffd",
-      "\n \u2028\u0000",
-      CHINESE + EMOJI,
+    CHINESE,
+    EMOJI,
+    "naïve — “quotes”… 한국어",
+    "a\ufffdb\ufffd\ufffd",
+    "\n \u2028\u0000",
+    CHINESE + EMOJI,
   )
   def test_a_text_comes_in_whole_characters(self, written):
     ids = self.ids(written)
@@ -160,30 +157,29 @@ class CharactersTest(parameterized.TestCase):
 
 
 class StopTest(parameterized.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
     cls.tok = learned()
 
   @parameterized.parameters(
-      # In the middle, and across tokens.
-      ("one END two", ["END"], "one ", engine.STOP),
-      ("one END", ["END"], "one ", engine.STOP),
-      ("END", ["END"], "", engine.STOP),
-      # Begins again within itself.
-      ("aab", ["ab"], "a", engine.STOP),
-      ("xababac", ["abac"], "xab", engine.STOP),
-      ("aaaab", ["aab"], "aa", engine.STOP),
-      # What is complete first.
-      ("abcd", ["bc", "abcd"], "a", engine.STOP),
-      ("abcd", ["bcd", "abcd"], "", engine.STOP),
-      ("abce", ["abcd", "ce"], "ab", engine.STOP),
-      # Never complete: all is shown.
-      ("one EN", ["END"], "one EN", engine.LENGTH),
-      ("one ENd two", ["END"], "one ENd two", engine.LENGTH),
-      ("abab", ["ababa", "bb"], "abab", engine.LENGTH),
-      ("abc", [], "abc", engine.LENGTH),
+    # In the middle, and across tokens.
+    ("one END two", ["END"], "one ", engine.STOP),
+    ("one END", ["END"], "one ", engine.STOP),
+    ("END", ["END"], "", engine.STOP),
+    # Begins again within itself.
+    ("aab", ["ab"], "a", engine.STOP),
+    ("xababac", ["abac"], "xab", engine.STOP),
+    ("aaaab", ["aab"], "aa", engine.STOP),
+    # What is complete first.
+    ("abcd", ["bc", "abcd"], "a", engine.STOP),
+    ("abcd", ["bcd", "abcd"], "", engine.STOP),
+    ("abce", ["abcd", "ce"], "ab", engine.STOP),
+    # Never complete: all is shown.
+    ("one EN", ["END"], "one EN", engine.LENGTH),
+    ("one ENd two", ["END"], "one ENd two", engine.LENGTH),
+    ("abab", ["ababa", "bb"], "abab", engine.LENGTH),
+    ("abc", [], "abc", engine.LENGTH),
   )
   def test_ends_before_a_stop_string(self, written, stops, expected, ended):
     found = pieces(BYTES, ids_of(BYTES, written), *stops)
@@ -213,8 +209,8 @@ class StopTest(parameterized.TestCase):
     for _ in range(200):
       written = "".join(rng.choices("ab", k=12))
       stops = [
-          "".join(rng.choices("ab", k=rng.randrange(1, 6)))
-          for _ in range(rng.randrange(1, 4))
+        "".join(rng.choices("ab", k=rng.randrange(1, 6)))
+        for _ in range(rng.randrange(1, 4))
       ]
       found = shown(BYTES, ids_of(BYTES, written), *stops)
       begins = {stop[:n] for stop in stops for n in range(len(stop))}
@@ -233,7 +229,6 @@ class StopTest(parameterized.TestCase):
 
 
 class StreamTest(parameterized.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -273,7 +268,7 @@ class StreamTest(parameterized.TestCase):
 
   def test_a_request_is_what_was_asked(self):
     made = generate.Writer(Scripted(), self.tok).request(
-        generate.Ask("cold", 3, 0.5, 0.25, 7, 9, ("a",))
+      generate.Ask("cold", 3, 0.5, 0.25, 7, 9, ("a",))
     )
     ids = generate.encode(self.tok, "cold")
     ends = (tokenizer.EOS_ID,)
@@ -281,7 +276,6 @@ class StreamTest(parameterized.TestCase):
 
 
 class EncodeTest(parameterized.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -311,22 +305,22 @@ class EncodeTest(parameterized.TestCase):
 
 
 ASKS = tuple(
-    generate.Ask(
-        prompt,
-        max_tokens=n,
-        temperature=1 + n / 20,
-        top_p=0.9,
-        seed=n,
-        stop=stop,
-    )
-    for prompt, n, stop in (
-        ("It was", 20, ()),
-        ([0, 70, 71], 7, ()),
-        ([{"role": "user", "content": "cold"}], 12, ()),
-        ("", 1, ()),
-        ("a", 19, ("e", "a")),
-        ("a", 18, ()),
-    )
+  generate.Ask(
+    prompt,
+    max_tokens=n,
+    temperature=1 + n / 20,
+    top_p=0.9,
+    seed=n,
+    stop=stop,
+  )
+  for prompt, n, stop in (
+    ("It was", 20, ()),
+    ([0, 70, 71], 7, ()),
+    ([{"role": "user", "content": "cold"}], 12, ()),
+    ("", 1, ()),
+    ("a", 19, ("e", "a")),
+    ("a", 18, ()),
+  )
 )
 
 
@@ -336,13 +330,13 @@ def written(stream):
   for piece in stream:
     found.setdefault(piece.ask, []).append(piece)
   return [
-      (
-          "".join(p.text for p in found[ask]),
-          [p.token for p in found[ask]],
-          [p.logprob for p in found[ask]],
-          found[ask][-1].ended,
-      )
-      for ask in sorted(found)
+    (
+      "".join(p.text for p in found[ask]),
+      [p.token for p in found[ask]],
+      [p.logprob for p in found[ask]],
+      found[ask][-1].ended,
+    )
+    for ask in sorted(found)
   ]
 
 
@@ -362,7 +356,6 @@ class FolderTest(parameterized.TestCase):
 
 
 class WriterTest(FolderTest):
-
   def load(self, folder):
     return generate.load(folder, n_slots=2, max_len=32, chunk=16)
 
@@ -395,7 +388,6 @@ class WriterTest(FolderTest):
 
 
 class LoadTest(FolderTest):
-
   def served(self, folder, **options):
     """What the engine of a folder is made with."""
     with mock.patch.object(generate.engine_lib, "Engine") as made:
@@ -408,7 +400,7 @@ class LoadTest(FolderTest):
     seen = mock.patch.object(load_sharded, "load", wraps=load_sharded.load)
     with seen as load:
       params, cfg, options = self.served(
-          getattr(self, folder), n_drafts=n_drafts
+        getattr(self, folder), n_drafts=n_drafts
       )
     self.assertEqual(options["n_drafts"], n_drafts)
     self.assertEqual(cfg.mtp.depth, bool(n_drafts))
@@ -499,7 +491,6 @@ class LoadTest(FolderTest):
 
 
 class BadRunTest(parameterized.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -520,7 +511,7 @@ class BadRunTest(parameterized.TestCase):
     path = self.folder / "config.json"
     facts = json.loads(path.read_text())
     facts["settings"] |= {
-        name.replace("__", "."): value for name, value in settings.items()
+      name.replace("__", "."): value for name, value in settings.items()
     }
     path.write_text(json.dumps(facts))
 
@@ -555,16 +546,16 @@ class BadRunTest(parameterized.TestCase):
   def test_a_damaged_checkpoint(self):
     shutil.rmtree(self.folder / "checkpoints" / "0" / "d")
     with self.assertRaisesRegex(
-        manifest.MissingError,
-        "(?s)no checkpoint can be used:.*/0/d/.* no bytes",
+      manifest.MissingError,
+      "(?s)no checkpoint can be used:.*/0/d/.* no bytes",
     ):
       generate.load(self.folder)
 
   @parameterized.parameters(
-      ({"model__mla__q_rank": 0}, "another architecture.*moe/mla/q_down"),
-      ({"model__mtp__depth": 1}, "another architecture.*mtp"),
-      ({"model__mla__n_hands": 2}, "mla.n_hands: .*did you mean.*n_heads"),
-      ({"model__d_model": "wide"}, "model.d_model='wide': expected int"),
+    ({"model__mla__q_rank": 0}, "another architecture.*moe/mla/q_down"),
+    ({"model__mtp__depth": 1}, "another architecture.*mtp"),
+    ({"model__mla__n_hands": 2}, "mla.n_hands: .*did you mean.*n_heads"),
+    ({"model__d_model": "wide"}, "model.d_model='wide': expected int"),
   )
   def test_another_configuration_than_the_checkpoint(self, changes, message):
     self.configure(**changes)

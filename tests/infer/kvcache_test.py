@@ -3,8 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax import param_spec
 from dsv3_jax.config import presets
@@ -14,10 +13,10 @@ from dsv3_jax.infer import kvcache
 class SpecsTest(parameterized.TestCase):
   # Bytes of a position in BF16: layers, then rank and rotated key, two each.
   @parameterized.parameters(
-      ("v3_671b", False, 70_272),  # 61 * (512 + 64) * 2
-      ("v3_671b", True, 71_424),  # the MTP module is one layer more
-      ("v2_236b", False, 69_120),
-      ("v2_lite_16b", False, 31_104),
+    ("v3_671b", False, 70_272),  # 61 * (512 + 64) * 2
+    ("v3_671b", True, 71_424),  # the MTP module is one layer more
+    ("v2_236b", False, 69_120),
+    ("v2_lite_16b", False, 31_104),
   )
   def test_bytes_of_a_position_are_those_published(self, name, drafting, n):
     cfg = presets.PRESETS[name].model
@@ -44,7 +43,6 @@ class SpecsTest(parameterized.TestCase):
 
 
 class CacheTest(parameterized.TestCase):
-
   @parameterized.parameters("float32", "bfloat16")
   def test_is_empty_at_first(self, dtype):
     tree = kvcache.specs(testing.tiny(), 2, 5, dtype, drafting=True)
@@ -56,8 +54,15 @@ class CacheTest(parameterized.TestCase):
     self.assertLen(cache["main"], 4)
 
   @parameterized.parameters(
-      (1, 16), (15, 16), (16, 16), (17, 32), (32, 32), (33, 64), (64, 64),
-      (65, 100), (100, 100),
+    (1, 16),
+    (15, 16),
+    (16, 16),
+    (17, 32),
+    (32, 32),
+    (33, 64),
+    (64, 64),
+    (65, 100),
+    (100, 100),
   )
   def test_lengths_are_few_and_enough(self, n, expected):
     self.assertEqual(kvcache.bucket(n, 100), expected)
@@ -69,7 +74,7 @@ class CacheTest(parameterized.TestCase):
     grown = kvcache.grow(cache, 9)
     self.assertEqual(kvcache.length(grown), 9)
     for name, before in zip(("main", "mtp"), kept, strict=True):
-      after, = grown[name]
+      (after,) = grown[name]
       np.testing.assert_array_equal(after[:, :4], before)
       np.testing.assert_array_equal(after[:, 4:], np.zeros((3, 5, 6)))
     same = kvcache.grow(cache, 4)

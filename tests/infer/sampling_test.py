@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import reference
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax.infer import sampling
 
@@ -66,7 +65,7 @@ def p_value(counts, p, least=5):
   n = max(enough, (expected < least).sum())
   groups = [order[:n], *order[n:, None]]
   found, due = (
-      np.array([a[g].sum() for g in groups]) for a in (counts, expected)
+    np.array([a[g].sum() for g in groups]) for a in (counts, expected)
   )
   assert len(groups) > 1, "nothing to compare"
   statistic = ((found - due) ** 2 / due).sum()
@@ -80,15 +79,14 @@ def joint(*columns, size):
 
 
 class MostLikelyTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      ([3, 1, 2], 0),
-      ([1, 2, 3], 2),
-      ([1, 3, 3], 1),  # of equals the first
-      ([2, 2, 2], 0),
-      ([-np.inf, -np.inf, -5], 2),
-      ([-np.inf, -np.inf, -np.inf], 0),
-      ([1, np.inf, 2], 1),
+    ([3, 1, 2], 0),
+    ([1, 2, 3], 2),
+    ([1, 3, 3], 1),  # of equals the first
+    ([2, 2, 2], 0),
+    ([-np.inf, -np.inf, -5], 2),
+    ([-np.inf, -np.inf, -np.inf], 0),
+    ([1, np.inf, 2], 1),
   )
   def test_is_the_first_of_the_largest(self, scores, expected):
     scores = np.float32([[scores]])
@@ -99,7 +97,7 @@ class MostLikelyTest(parameterized.TestCase):
   def test_is_argmax(self):
     scores = testing.normal(5, 3, 40).round(1)  # with ties
     np.testing.assert_array_equal(
-        sampling.most_likely(scores), np.argmax(scores, -1)
+      sampling.most_likely(scores), np.argmax(scores, -1)
     )
 
   def test_is_a_token_even_where_scores_are_none(self):
@@ -110,15 +108,14 @@ class MostLikelyTest(parameterized.TestCase):
 
 
 class ModeTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      ([(0, 1, 0)], sampling.GREEDY),
-      ([(0, 0.5, 3), (0, 1, 0)], sampling.GREEDY),
-      ([(1, 1, 0)], sampling.PLAIN),
-      ([(0, 0.5, 3), (0.1, 1, 0)], sampling.PLAIN),
-      ([(1, 1, 0), (1, 0.99, 0)], sampling.CUT),
-      ([(1, 1, 1)], sampling.CUT),
-      ([], sampling.GREEDY),
+    ([(0, 1, 0)], sampling.GREEDY),
+    ([(0, 0.5, 3), (0, 1, 0)], sampling.GREEDY),
+    ([(1, 1, 0)], sampling.PLAIN),
+    ([(0, 0.5, 3), (0.1, 1, 0)], sampling.PLAIN),
+    ([(1, 1, 0), (1, 0.99, 0)], sampling.CUT),
+    ([(1, 1, 1)], sampling.CUT),
+    ([], sampling.GREEDY),
   )
   def test_is_what_the_rows_need(self, rows, expected):
     self.assertEqual(sampling.mode(rows), expected)
@@ -127,20 +124,20 @@ class ModeTest(parameterized.TestCase):
 class ProbabilitiesTest(parameterized.TestCase):
   # Each alone, both cuts together in both orders of severity, and none.
   SETTINGS = (
-      (0, 1, 0),
-      (0, 0.5, 2),
-      (1, 1, 0),
-      (0.3, 1, 0),
-      (2.5, 1, 0),
-      (1, 0.6, 0),
-      (0.5, 0.9, 0),
-      (2, 0.05, 0),
-      (1, 1, 1),
-      (0.7, 1, 4),
-      (1, 1, 50),
-      (1, 0.9, 6),
-      (3, 0.4, 9),
-      (1.3, 0.99, 3),
+    (0, 1, 0),
+    (0, 0.5, 2),
+    (1, 1, 0),
+    (0.3, 1, 0),
+    (2.5, 1, 0),
+    (1, 0.6, 0),
+    (0.5, 0.9, 0),
+    (2, 0.05, 0),
+    (1, 1, 1),
+    (0.7, 1, 4),
+    (1, 1, 50),
+    (1, 0.9, 6),
+    (3, 0.4, 9),
+    (1.3, 0.99, 3),
   )
   T, C = 5, 11
 
@@ -150,7 +147,7 @@ class ProbabilitiesTest(parameterized.TestCase):
     found = probabilities(logits, how, sampling.CUT)
     self.assertEqual(found.dtype, np.float32)
     for row, settings, p in zip(
-        np.float64(logits), self.SETTINGS, found, strict=True
+      np.float64(logits), self.SETTINGS, found, strict=True
     ):
       for z, got in zip(row, p, strict=True):
         expected, close = distribution(z, *settings)
@@ -176,10 +173,10 @@ class ProbabilitiesTest(parameterized.TestCase):
   def test_of_equally_likely_tokens_the_first_are_kept(self):
     logits = np.float32([[[1, 0, 1, 1, 0]]])
     for settings, expected in (
-        ((0, 1, 0), [1, 0, 0, 0, 0]),
-        ((1, 1, 2), [1, 0, 1, 0, 0]),
-        ((1, 0.5, 0), [1, 0, 1, 0, 0]),
-        ((1, 1, 4), [1, 1 / np.e, 1, 1, 0]),
+      ((0, 1, 0), [1, 0, 0, 0, 0]),
+      ((1, 1, 2), [1, 0, 1, 0, 0]),
+      ((1, 0.5, 0), [1, 0, 1, 0, 0]),
+      ((1, 1, 4), [1, 1 / np.e, 1, 1, 0]),
     ):
       p = probabilities(logits, rows_of([settings]), sampling.CUT)[0, 0]
       np.testing.assert_allclose(p, np.array(expected) / sum(expected), 1e-6)
@@ -207,9 +204,9 @@ class ProbabilitiesTest(parameterized.TestCase):
   def test_rows_have_settings_of_their_own(self):
     logits = testing.normal(1, self.T, self.C, scale=2)
     together = probabilities(
-        np.repeat(logits, len(self.SETTINGS), 0),
-        rows_of(self.SETTINGS),
-        sampling.CUT,
+      np.repeat(logits, len(self.SETTINGS), 0),
+      rows_of(self.SETTINGS),
+      sampling.CUT,
     )
     for settings, p in zip(self.SETTINGS, together, strict=True):
       alone = probabilities(logits, rows_of([settings]), sampling.CUT)
@@ -228,20 +225,20 @@ class DrawTest(parameterized.TestCase):
     """Tokens [SEEDS, POSITIONS], of p [C]."""
     shape = self.SEEDS, self.POSITIONS
     return np.asarray(
-        draw(
-            jnp.broadcast_to(jnp.float32(p), (*shape, len(p))),
-            jnp.arange(self.SEEDS, dtype=jnp.uint32),
-            jnp.broadcast_to(jnp.arange(self.POSITIONS), shape),
-            purpose,
-            mode,
-        )
+      draw(
+        jnp.broadcast_to(jnp.float32(p), (*shape, len(p))),
+        jnp.arange(self.SEEDS, dtype=jnp.uint32),
+        jnp.broadcast_to(jnp.arange(self.POSITIONS), shape),
+        purpose,
+        mode,
+      )
     )
 
   # The second is not of sum 1, the third has what never comes.
   @parameterized.parameters(
-      ((0.3, 0.1, 0.05, 0.35, 0.2),),
-      ((3e-5, 1e-5, 5e-6, 4e-5),),
-      ((0, 0.7, 0, 0.299, 0.001, 0),),
+    ((0.3, 0.1, 0.05, 0.35, 0.2),),
+    ((3e-5, 1e-5, 5e-6, 4e-5),),
+    ((0, 0.7, 0, 0.299, 0.001, 0),),
   )
   def test_draws_as_often_as_it_should(self, *p):
     tokens = self.drawn(*p)
@@ -254,13 +251,13 @@ class DrawTest(parameterized.TestCase):
     tokens, draft = self.drawn(p), self.drawn(p, sampling.DRAFT)
     both = np.outer(p, p)
     for name, a, b in (
-        ("positions", tokens[:, ::2], tokens[:, 1::2]),
-        ("seeds", tokens[::2], tokens[1::2]),
-        # Another purpose, also at the next position.
-        ("purposes", tokens, draft),
-        ("places", tokens[:, 1:], draft[:, :-1]),
-        # seed + position is not what counts.
-        ("diagonals", tokens[1:, :-1], tokens[:-1, 1:]),
+      ("positions", tokens[:, ::2], tokens[:, 1::2]),
+      ("seeds", tokens[::2], tokens[1::2]),
+      # Another purpose, also at the next position.
+      ("purposes", tokens, draft),
+      ("places", tokens[:, 1:], draft[:, :-1]),
+      # seed + position is not what counts.
+      ("diagonals", tokens[1:, :-1], tokens[:-1, 1:]),
     ):
       with self.subTest(name):
         self.assertGreater(p_value(joint(a, b, size=4), both), 1e-4)
@@ -269,9 +266,9 @@ class DrawTest(parameterized.TestCase):
     p = np.array([0.3, 0.1, 0.25, 0.35])
     shape = self.SEEDS, self.POSITIONS
     u = uniform(
-        jnp.arange(self.SEEDS, dtype=jnp.uint32),
-        jnp.broadcast_to(jnp.arange(self.POSITIONS), shape),
-        sampling.ACCEPT,
+      jnp.arange(self.SEEDS, dtype=jnp.uint32),
+      jnp.broadcast_to(jnp.arange(self.POSITIONS), shape),
+      sampling.ACCEPT,
     )
     self.assertEqual((u.shape, u.dtype), (shape, np.float32))
     self.assertBetween(float(u.min()), 0, float(u.max()))
@@ -292,26 +289,26 @@ class DrawTest(parameterized.TestCase):
     for b in range(5):
       row = slice(b, b + 1)
       np.testing.assert_array_equal(
-          draw(p[row], seed[row], position[row]), tokens[row]
+        draw(p[row], seed[row], position[row]), tokens[row]
       )
       for t in range(6):
         place = row, slice(t, t + 1)
         np.testing.assert_array_equal(
-            draw(p[place], seed[row], position[place]), tokens[place]
+          draw(p[place], seed[row], position[place]), tokens[place]
         )
 
   def test_without_temperature_nothing_is_random(self):
     p = np.float32([[[0.4, 0.6, 0]]])
     tokens = {
-        int(
-            draw(
-                p,
-                np.uint32([seed]),
-                np.int32([[7]]),
-                mode=sampling.GREEDY,
-            )[0, 0]
-        )
-        for seed in range(20)
+      int(
+        draw(
+          p,
+          np.uint32([seed]),
+          np.int32([[7]]),
+          mode=sampling.GREEDY,
+        )[0, 0]
+      )
+      for seed in range(20)
     }
     self.assertEqual(tokens, {1})
     # Among rows that are random it is a one.
@@ -319,28 +316,27 @@ class DrawTest(parameterized.TestCase):
 
 
 class SettingsTest(parameterized.TestCase):
-
   def test_are_joined_in_order(self):
     rows = [(0.5, 0.9, 3, 2**32 - 1), (0, 1, 0, 7)]
     how = sampling.joined(rows)
     fields = how.temperature, how.top_p, how.top_k, how.seed
     self.assertEqual(
-        [str(a.dtype) for a in fields],
-        ["float32", "float32", "int32", "uint32"],
+      [str(a.dtype) for a in fields],
+      ["float32", "float32", "int32", "uint32"],
     )
     for column, values in zip(fields, zip(*rows, strict=True), strict=True):
       np.testing.assert_allclose(column, values, 1e-7)
 
   @parameterized.parameters(
-      (0, 1, 0, 0), (1e9, 1e-9, 10**6, 2**32 - 1), (0.7, 0.9, 50, 1)
+    (0, 1, 0, 0), (1e9, 1e-9, 10**6, 2**32 - 1), (0.7, 0.9, 50, 1)
   )
   def test_these_are_good(self, *settings):
     self.assertEqual(sampling.problems(*settings), [])
 
   @parameterized.parameters(
-      (-0.1, "temperature=-0.1: must be at least 0, and at most 1e+30"),
-      (float("inf"), "temperature=inf: must be at least 0, and at most 1e+30"),
-      (float("nan"), "temperature=nan: must be at least 0, and at most 1e+30"),
+    (-0.1, "temperature=-0.1: must be at least 0, and at most 1e+30"),
+    (float("inf"), "temperature=inf: must be at least 0, and at most 1e+30"),
+    (float("nan"), "temperature=nan: must be at least 0, and at most 1e+30"),
   )
   def test_refuses_a_temperature(self, value, message):
     self.assertEqual(sampling.problems(value, 1, 0, 0), [message])
@@ -348,17 +344,17 @@ class SettingsTest(parameterized.TestCase):
   @parameterized.parameters(0, -1, 1.01, float("nan"))
   def test_refuses_a_share(self, value):
     self.assertEqual(
-        sampling.problems(1, value, 0, 0),
-        [f"top_p={value}: must be above 0 and at most 1"],
+      sampling.problems(1, value, 0, 0),
+      [f"top_p={value}: must be above 0 and at most 1"],
     )
 
   def test_refuses_the_others_and_names_all(self):
     self.assertEqual(
-        sampling.problems(1, 1, -1, 2**32),
-        [
-            "top_k=-1: must be in [0, 2^31), where 0 is no limit",
-            "seed=4294967296: must be in [0, 2^32)",
-        ],
+      sampling.problems(1, 1, -1, 2**32),
+      [
+        "top_k=-1: must be in [0, 2^31), where 0 is no limit",
+        "seed=4294967296: must be in [0, 2^32)",
+      ],
     )
     self.assertLen(sampling.problems(-1, 0, -1, -1), 4)
 

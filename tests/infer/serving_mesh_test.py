@@ -13,20 +13,13 @@ import numpy as np
 import pytest
 import reference
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
-from dsv3_jax import config
-from dsv3_jax import param_spec
+from dsv3_jax import config, param_spec
 from dsv3_jax.config import presets
-from dsv3_jax.infer import engine
-from dsv3_jax.infer import eplb
-from dsv3_jax.infer import inference_params
-from dsv3_jax.infer import serving_mesh
-from dsv3_jax.model import swiglu
-from dsv3_jax.model import transformer
-from dsv3_jax.parallel import device_mesh
-from dsv3_jax.parallel import sharding
+from dsv3_jax.infer import engine, eplb, inference_params, serving_mesh
+from dsv3_jax.model import swiglu, transformer
+from dsv3_jax.parallel import device_mesh, sharding
 
 VOCAB, E = 61, 16
 SLOTS, CHUNK, MAX_LEN = 4, 16, 32
@@ -36,9 +29,9 @@ PROMPTS, WRITTEN = (20, 5, 3, 24, 1, 16), 6
 # One of them takes the most likely token. All draw from a cut distribution, so
 # that there is one program for them.
 SETTINGS = (
-    dict(temperature=1, top_p=0.9),
-    dict(temperature=1, top_k=1),
-    dict(temperature=0.7, top_p=0.9, top_k=8),
+  dict(temperature=1, top_p=0.9),
+  dict(temperature=1, top_k=1),
+  dict(temperature=0.7, top_p=0.9, top_k=8),
 )
 # Of a layer of the tiny model, see transformer_test; the products with the
 # latent, of 16, twice more. Then the head.
@@ -50,21 +43,21 @@ TOLERANCE = 30 * 8 * testing.EPS * 4
 SMALL = {"node": 2, "expert": 2}
 CUBE = {"node": 2, "expert": 2, "model": 2}
 MESHES = (
-    {},
-    SMALL,
-    {"expert": 2, "model": 2},
-    {"data": 2, "expert": 2, "model": 2},
-    CUBE,
+  {},
+  SMALL,
+  {"expert": 2, "model": 2},
+  {"data": 2, "expert": 2, "model": 2},
+  CUBE,
 )
 
 
 def unit(sizes, kind, dispatch, shared, n_redundant):
   made = serving_mesh.Unit(
-      mesh=device_mesh.mesh(sizes),
-      rules=serving_mesh.RULES[kind],
-      n_replicas=0,
-      dispatch=dispatch,
-      shared_routed=shared,
+    mesh=device_mesh.mesh(sizes),
+    rules=serving_mesh.RULES[kind],
+    n_replicas=0,
+    dispatch=dispatch,
+    shared_routed=shared,
   )
   n = E + shared + n_redundant
   return dataclasses.replace(made, n_replicas=n + -n % made.n_devices)
@@ -104,13 +97,13 @@ def parameters(skew=0.1):
 
 def requests(settings=SETTINGS, prompts=PROMPTS):
   return [
-      engine.Request(
-          testing.tokens(n, vocab_size=VOCAB, seed=i).tolist(),
-          WRITTEN,
-          seed=i,
-          **settings[i % len(settings)],
-      )
-      for i, n in enumerate(prompts)
+    engine.Request(
+      testing.tokens(n, vocab_size=VOCAB, seed=i).tolist(),
+      WRITTEN,
+      seed=i,
+      **settings[i % len(settings)],
+    )
+    for i, n in enumerate(prompts)
   ]
 
 
@@ -123,7 +116,7 @@ def make(used=None, n_drafts=0, *, skew=0.1, params=None, placed=None, **more):
     params = serving_mesh.place(params, placed, used, cfg)
   sizes = dict(n_slots=SLOTS, max_len=MAX_LEN, chunk=CHUNK) | more
   return engine.Engine(
-      params, cfg, n_drafts=n_drafts, unit=used, placed=placed, **sizes
+    params, cfg, n_drafts=n_drafts, unit=used, placed=placed, **sizes
   )
 
 
@@ -175,21 +168,20 @@ def full():
 
 
 class TextsTest(parameterized.TestCase):
-
   @parameterized.named_parameters(
-      ("prefill", prefill_unit, 0),
-      ("decode", decode_unit, 1),
-      (
-          "texts_and_heads_apart",
-          lambda: unit(
-              {"data": 2, "expert": 2, "model": 2},
-              "decode",
-              "one_hop",
-              False,
-              2,
-          ),
-          0,
+    ("prefill", prefill_unit, 0),
+    ("decode", decode_unit, 1),
+    (
+      "texts_and_heads_apart",
+      lambda: unit(
+        {"data": 2, "expert": 2, "model": 2},
+        "decode",
+        "one_hop",
+        False,
+        2,
       ),
+      0,
+    ),
   )
   def test_are_those_of_one_device(self, used, n_drafts):
     assert_same_texts(run(make(used(), n_drafts)), of_one_device(n_drafts))
@@ -233,7 +225,7 @@ def cases():
   """(name, unit, drafts, greedy) of every mesh and all that is beside it."""
   forms = "gather", "one_hop", "two_hop"
   for sizes, kind, dispatch, shared in itertools.product(
-      MESHES, serving_mesh.RULES, forms, (False, True)
+    MESHES, serving_mesh.RULES, forms, (False, True)
   ):
     n_hops = forms.index(dispatch)
     # One device has nothing to send, and two hops are of two axes.
@@ -242,14 +234,16 @@ def cases():
     # So that each of two of these meets each of another two.
     greedy = (n_hops + (kind == "decode")) % 2
     n_drafts = (greedy + shared) % 2
-    name = "_".join([
+    name = "_".join(
+      [
         *(f"{axis}{n}" for axis, n in sizes.items()),
         kind,
         dispatch,
         "shared_placed" if shared else "routed_placed",
         f"{n_drafts}_drafts",
         "greedy" if greedy else "drawn",
-    ])
+      ]
+    )
     used = functools.partial(unit, sizes, kind, dispatch, shared, 3)
     yield name, used, n_drafts, greedy
 
@@ -264,7 +258,6 @@ def growing(n_drafts, greedy):
 
 @pytest.mark.slow
 class AllUnitsTest(parameterized.TestCase):
-
   @parameterized.named_parameters(*cases())
   def test_texts_are_those_of_one_device(self, used, n_drafts, greedy):
     asked, expected = growing(n_drafts, greedy)
@@ -273,7 +266,6 @@ class AllUnitsTest(parameterized.TestCase):
 
 
 class ReplicasTest(parameterized.TestCase):
-
   ROUTER = config.Router(n_experts=5, top_k=1, n_groups=1, top_groups=1)
   CFG = dataclasses.replace(testing.TINY, router=ROUTER)
   # Four replicas of the first expert, one of each other.
@@ -281,28 +273,32 @@ class ReplicasTest(parameterized.TestCase):
 
   def slots_of(self, sizes, dispatch, chosen):
     """The slot that each row [M] was sent to, 8: none, by what it returned."""
-    used = serving_mesh.Unit(device_mesh.mesh(sizes), serving_mesh.PREFILL, 8, dispatch)
+    used = serving_mesh.Unit(
+      device_mesh.mesh(sizes), serving_mesh.PREFILL, 8, dispatch
+    )
     one = testing.draw(swiglu.specs(6, 4, 0.1))
     factor = np.arange(1, 9, dtype=np.float32)
     p = {
-        "gate_up": np.tile(one["gate_up"], (8, 1, 1, 1)),
-        # Otherwise the same: a row comes back times its slot and one.
-        "down": factor[:, None, None] * np.asarray(one["down"]),
+      "gate_up": np.tile(one["gate_up"], (8, 1, 1, 1)),
+      # Otherwise the same: a row comes back times its slot and one.
+      "down": factor[:, None, None] * np.asarray(one["down"]),
     }
     put = lambda tree, axes: jax.device_put(
-        tree,
-        jax.NamedSharding(used.mesh, jax.P(device_mesh.used(sizes, axes))),
+      tree,
+      jax.NamedSharding(used.mesh, jax.P(device_mesh.used(sizes, axes))),
     )
     tables = {
-        "replicas": np.maximum(self.PLACED.replicas[0], 0),
-        "count": self.PLACED.count[0],
+      "replicas": np.maximum(self.PLACED.replicas[0], 0),
+      "count": self.PLACED.count[0],
     }
     p = put(p, serving_mesh.GROUP) | put(tables, ())
     x = np.asarray(testing.normal(len(chosen), 6))
     chosen = np.int32(chosen)[:, None]
     gates = np.ones(chosen.shape, np.float32)
     ffn = jax.shard_map(
-        serving_mesh.experts(used, self.CFG).ffn, out_specs=used.batch, mesh=used.mesh
+      serving_mesh.experts(used, self.CFG).ffn,
+      out_specs=used.batch,
+      mesh=used.mesh,
     )
     y = jax.jit(ffn)(p, *put((x, chosen, gates), device_mesh.BATCH))
     unit_y = reference.swiglu(reference.f64(one), np.float64(x))
@@ -312,7 +308,7 @@ class ReplicasTest(parameterized.TestCase):
     return np.where(slot > 0, slot - 1, 8)
 
   @parameterized.parameters(
-      ({}, "gather"), (CUBE, "gather"), (SMALL, "one_hop")
+    ({}, "gather"), (CUBE, "gather"), (SMALL, "one_hop")
   )
   def test_rows_go_to_all_replicas_of_what_they_chose(self, sizes, dispatch):
     n_shards = device_mesh.extent(sizes, device_mesh.BATCH)
@@ -329,10 +325,10 @@ class ReplicasTest(parameterized.TestCase):
       self.assertLessEqual(np.ptp(counts), sizes.get("model", 1))
 
   @parameterized.parameters(
-      (SMALL, "gather"), ({"expert": 2, "model": 2}, "one_hop")
+    (SMALL, "gather"), ({"expert": 2, "model": 2}, "one_hop")
   )
   def test_devices_with_few_rows_begin_with_different_ones(
-      self, sizes, dispatch
+    self, sizes, dispatch
   ):
     # A row for each device: with `model`, two of the same shard.
     slot = self.slots_of(sizes, dispatch, [0] * 4)
@@ -417,7 +413,7 @@ class RebalanceTest(parameterized.TestCase):
   def test_comes_every_few_cycles(self):
     made = make(prefill_unit(), skew=self.SKEW, rebalance_every=3)
     with mock.patch.object(
-        serving_mesh, "best_placement", wraps=serving_mesh.best_placement
+      serving_mesh, "best_placement", wraps=serving_mesh.best_placement
     ) as best:
       found = run(made)
     assert_same_texts(found, of_one_device(skew=self.SKEW))
@@ -439,11 +435,11 @@ class RebalanceTest(parameterized.TestCase):
     used, (cfg, *_) = used(), model()
     rng = np.random.default_rng(0)
     old, new = (
-        serving_mesh.best_placement(rng.gamma(0.5, size=(2, E)), used, cfg)
-        for _ in range(2)
+      serving_mesh.best_placement(rng.gamma(0.5, size=(2, E)), used, cfg)
+      for _ in range(2)
     )
     moved = serving_mesh.move(
-        serving_mesh.place(parameters(), old, used, cfg), old, new, used, cfg
+      serving_mesh.place(parameters(), old, used, cfg), old, new, used, cfg
     )
     expected = serving_mesh.place(parameters(), new, used, cfg)
     shardings = lambda tree: jax.tree.map(lambda a: a.sharding, tree)
@@ -452,7 +448,6 @@ class RebalanceTest(parameterized.TestCase):
 
 
 class PlaceTest(parameterized.TestCase):
-
   def held(self, array):
     """The shapes of what devices hold of it."""
     return {shard.data.shape for shard in array.addressable_shards}
@@ -482,8 +477,9 @@ class PlaceTest(parameterized.TestCase):
     placed = serving_mesh.first_placement(used, cfg)
     params = serving_mesh.place(parameters(), placed, used, cfg)
     dense, mixture = params["layers"]
-    self.assertEqual(self.held(mixture["ffn"]["experts"]["down"]),
-                     {(2, 32, 64)})
+    self.assertEqual(
+      self.held(mixture["ffn"]["experts"]["down"]), {(2, 32, 64)}
+    )
     self.assertEqual(self.held(mixture["ffn"]["shared"]["down"]), {(32, 64)})
     self.assertEqual(self.held(mixture["mla"]["up_k"]), {(2, 16, 16)})
     self.assertEqual(self.held(dense["ffn"]["gate_up"]), {(64, 2, 128)})
@@ -495,20 +491,25 @@ class PlaceTest(parameterized.TestCase):
     placed = serving_mesh.best_placement(load, used, cfg)
     params = serving_mesh.place(parameters(), placed, used, cfg)
     for layer, (ffn, there) in enumerate(
-        zip(inference_params.mixtures(params), inference_params.mixtures(parameters()), strict=True)
+      zip(
+        inference_params.mixtures(params),
+        inference_params.mixtures(parameters()),
+        strict=True,
+      )
     ):
       for name in ("gate_up", "down"):
         # The shared expert is the last.
         every = np.concatenate(
-            [there["experts"][name], there["shared"][name][None]]
+          [there["experts"][name], there["shared"][name][None]]
         )
         np.testing.assert_array_equal(
-            ffn["experts"][name], every[placed.expert[layer]]
+          ffn["experts"][name], every[placed.expert[layer]]
         )
 
   def test_several_shared_experts_are_the_shared_feed_forward(self):
-    cfg = testing.tiny("n_layers=1", "n_dense_layers=0", "moe.n_shared=3",
-                       "mtp.depth=0")
+    cfg = testing.tiny(
+      "n_layers=1", "n_dense_layers=0", "moe.n_shared=3", "mtp.depth=0"
+    )
     params = testing.draw(inference_params.specs(cfg))
     used = unit({}, "decode", "gather", True, 2)
     used = dataclasses.replace(used, n_replicas=E + 3)
@@ -517,7 +518,7 @@ class PlaceTest(parameterized.TestCase):
     experts = {n: experts["experts"][n][E:] for n in ("gate_up", "down")}
     x = np.float64(testing.normal(5, 64))
     expected = reference.swiglu(
-        reference.f64(params["layers"][0]["ffn"]["shared"]), x
+      reference.f64(params["layers"][0]["ffn"]["shared"]), x
     )
     every = np.tile([0, 1, 2], (5, 1)), np.ones((5, 3))
     found = reference.expert_ffn(reference.f64(experts), x, *every)
@@ -526,25 +527,25 @@ class PlaceTest(parameterized.TestCase):
     np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
 
   @parameterized.parameters(
-      # Layers, experts and slots of a placement.
-      (1, 16, 20),
-      (3, 16, 20),
-      (2, 17, 20),
-      (2, 15, 20),
-      (2, 16, 16),
-      (2, 16, 24),
+    # Layers, experts and slots of a placement.
+    (1, 16, 20),
+    (3, 16, 20),
+    (2, 17, 20),
+    (2, 15, 20),
+    (2, 16, 16),
+    (2, 16, 24),
   )
   def test_refuses_a_placement_of_another_shape(self, n_layers, n_experts, n):
     cfg, *_ = model()
     used = prefill_unit()
     fits = serving_mesh.first_placement(used, cfg)
     other = eplb.place(
-        np.ones((n_layers, n_experts)), n_replicas=n, n_devices=4
+      np.ones((n_layers, n_experts)), n_replicas=n, n_devices=4
     )
     params = serving_mesh.place(parameters(), fits, used, cfg)
     message = (
-        rf"^a placement of \(layers, experts, slots\) \({n_layers},"
-        rf" {n_experts}, {n}\): must be \(2, 16, 20\)$"
+      rf"^a placement of \(layers, experts, slots\) \({n_layers},"
+      rf" {n_experts}, {n}\): must be \(2, 16, 20\)$"
     )
     with self.assertRaisesRegex(ValueError, message):
       serving_mesh.place(parameters(), other, used, cfg)
@@ -553,7 +554,6 @@ class PlaceTest(parameterized.TestCase):
 
 
 class BestPlacementTest(parameterized.TestCase):
-
   def groups_on_nodes(self, placed, n_groups):
     """[layers, groups] on how many nodes of two there are experts of each."""
     n_layers, n = placed.expert.shape
@@ -596,68 +596,76 @@ class BestPlacementTest(parameterized.TestCase):
     np.testing.assert_array_equal(found.expert[1], first.expert[1])
     self.assertFalse((found.expert[0] == first.expert[0]).all())
     np.testing.assert_array_equal(
-        eplb.imbalance(first.loads(np.ones((2, E)), 4)),
-        [first.loads(np.ones((2, E)), 4)[0].max() / 4] * 2,
+      eplb.imbalance(first.loads(np.ones((2, E)), 4)),
+      [first.loads(np.ones((2, E)), 4)[0].max() / 4] * 2,
     )
 
 
 class RefusalTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      (
-          {"data": 3, "expert": 2},
-          dict(n_replicas=18),
-          ["n_slots=4: must be a multiple of 6, the devices"
-           " data=3 x node=1 x expert=2"],
-      ),
-      (
-          {"model": 3},
-          dict(n_replicas=18, rules=serving_mesh.PREFILL),
-          ["mla.n_heads=4: must be a multiple of 3, the devices model=3"],
-      ),
-      (
-          {"model": 3},
-          dict(n_replicas=18),
-          ["mla.n_heads=4: must be a multiple of 3, the devices model=3",
-           "dense_ffn_dim=128: must be a multiple of 3, the devices model=3"],
-      ),
-      (
-          CUBE,
-          dict(n_replicas=20),
-          ["n_replicas=20: must be a multiple of 8, the devices"
-           " node=2 x expert=2 x model=2"],
-      ),
-      (
-          CUBE,
-          dict(n_replicas=8),
-          ["n_replicas=8: must be at least 16, the experts to be placed"],
-      ),
-      (
-          CUBE,
-          dict(n_replicas=16, shared_routed=True),
-          ["n_replicas=16: must be at least 17, the experts to be placed"],
-      ),
-      (CUBE, dict(n_replicas=16), []),
-      (CUBE, dict(n_replicas=24, shared_routed=True), []),
+    (
+      {"data": 3, "expert": 2},
+      dict(n_replicas=18),
+      [
+        "n_slots=4: must be a multiple of 6, the devices"
+        " data=3 x node=1 x expert=2"
+      ],
+    ),
+    (
+      {"model": 3},
+      dict(n_replicas=18, rules=serving_mesh.PREFILL),
+      ["mla.n_heads=4: must be a multiple of 3, the devices model=3"],
+    ),
+    (
+      {"model": 3},
+      dict(n_replicas=18),
+      [
+        "mla.n_heads=4: must be a multiple of 3, the devices model=3",
+        "dense_ffn_dim=128: must be a multiple of 3, the devices model=3",
+      ],
+    ),
+    (
+      CUBE,
+      dict(n_replicas=20),
+      [
+        "n_replicas=20: must be a multiple of 8, the devices"
+        " node=2 x expert=2 x model=2"
+      ],
+    ),
+    (
+      CUBE,
+      dict(n_replicas=8),
+      ["n_replicas=8: must be at least 16, the experts to be placed"],
+    ),
+    (
+      CUBE,
+      dict(n_replicas=16, shared_routed=True),
+      ["n_replicas=16: must be at least 17, the experts to be placed"],
+    ),
+    (CUBE, dict(n_replicas=16), []),
+    (CUBE, dict(n_replicas=24, shared_routed=True), []),
   )
   def test_names_what_does_not_divide(self, sizes, options, expected):
     cfg, *_ = model()
     used = serving_mesh.Unit(
-        **{"mesh": device_mesh.abstract(sizes), "rules": serving_mesh.DECODE} | options
+      **{"mesh": device_mesh.abstract(sizes), "rules": serving_mesh.DECODE}
+      | options
     )
     self.assertEqual(serving_mesh.problems(used, cfg, SLOTS), expected)
 
   def test_an_engine_names_all_of_them(self):
     cfg, *_ = model()
-    used = serving_mesh.Unit(device_mesh.abstract({"expert": 3}), serving_mesh.DECODE, 16)
+    used = serving_mesh.Unit(
+      device_mesh.abstract({"expert": 3}), serving_mesh.DECODE, 16
+    )
     with self.assertRaises(ValueError) as caught:
       engine.Engine(parameters(), cfg, n_slots=4, n_drafts=-1, unit=used)
     found = str(caught.exception)
     for said in (
-        "n_drafts=-1",
-        "n_slots=4: must be a multiple of 3",
-        "n_replicas=16: must be a multiple of 3",
-        "unit and placed: one needs the other",
+      "n_drafts=-1",
+      "n_slots=4: must be a multiple of 3",
+      "n_replicas=16: must be a multiple of 3",
+      "unit and placed: one needs the other",
     ):
       self.assertIn(said, found)
 
@@ -668,17 +676,16 @@ class RefusalTest(parameterized.TestCase):
 
 
 class DeploymentTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      # Slots: at least 16 routed experts, and for decode a shared one.
-      (SMALL, "decode", None, 20),
-      (SMALL, "decode", 3, 20),
-      (SMALL, "decode", 7, 24),
-      (SMALL, "prefill", None, 16),
-      (SMALL, "prefill", 8, 24),
-      (CUBE, "decode", None, 24),
-      ({}, "decode", None, 17),
-      ({}, "prefill", 5, 21),
+    # Slots: at least 16 routed experts, and for decode a shared one.
+    (SMALL, "decode", None, 20),
+    (SMALL, "decode", 3, 20),
+    (SMALL, "decode", 7, 24),
+    (SMALL, "prefill", None, 16),
+    (SMALL, "prefill", 8, 24),
+    (CUBE, "decode", None, 24),
+    ({}, "decode", None, 17),
+    ({}, "prefill", 5, 21),
   )
   def test_makes_a_unit(self, sizes, kind, n_redundant, n):
     cfg, *_ = model()
@@ -693,21 +700,21 @@ class DeploymentTest(parameterized.TestCase):
     self.assertEmpty(serving_mesh.problems(found, cfg, SLOTS))
 
   @parameterized.parameters(
-      (dict(kind="train"), "kind=train: must be one of prefill, decode"),
-      (
-          dict(dispatch="mail"),
-          "dispatch=mail: must be one of gather, one_hop, two_hop",
-      ),
-      (
-          dict(n_redundant=4),
-          "n_redundant=4: with 17 experts on 4 devices it must be 3 or so many"
-          " 4s more",
-      ),
-      (
-          dict(n_redundant=-1),
-          "n_redundant=-1: with 17 experts on 4 devices it must be 3 or so"
-          " many 4s more",
-      ),
+    (dict(kind="train"), "kind=train: must be one of prefill, decode"),
+    (
+      dict(dispatch="mail"),
+      "dispatch=mail: must be one of gather, one_hop, two_hop",
+    ),
+    (
+      dict(n_redundant=4),
+      "n_redundant=4: with 17 experts on 4 devices it must be 3 or so many"
+      " 4s more",
+    ),
+    (
+      dict(n_redundant=-1),
+      "n_redundant=-1: with 17 experts on 4 devices it must be 3 or so"
+      " many 4s more",
+    ),
   )
   def test_refuses(self, options, message):
     cfg, *_ = model()
@@ -724,11 +731,13 @@ class PublishedTest(parameterized.TestCase):
   def divided(self, used):
     """The mesh axes of parameters by path, those of dims that have some."""
     found = {}
-    for path, spec in param_spec.paths(inference_params.specs(self.CFG)).items():
+    for path, spec in param_spec.paths(
+      inference_params.specs(self.CFG)
+    ).items():
       place = sharding.placement(spec, used.rules, used.mesh.shape)
       axes = (axis for axis, _ in spec.dims)
       found[path] = {
-          name: dim for name, dim in zip(axes, place.dims, strict=True) if dim
+        name: dim for name, dim in zip(axes, place.dims, strict=True) if dim
       }
     return found
 
@@ -748,7 +757,7 @@ class PublishedTest(parameterized.TestCase):
   def test_decode_has_an_expert_a_device(self):
     sizes = {"node": 40, "expert": 2, "model": 4}
     used = serving_mesh.Unit(
-        device_mesh.abstract(sizes), serving_mesh.DECODE, 320, shared_routed=True
+      device_mesh.abstract(sizes), serving_mesh.DECODE, 320, shared_routed=True
     )
     self.assertEmpty(serving_mesh.problems(used, self.CFG, 80))
     self.assertEqual((used.n_devices, used.n_shards), (320, 80))
@@ -760,7 +769,9 @@ class PublishedTest(parameterized.TestCase):
 
   def test_prefill_has_nine_experts_a_device(self):
     sizes = {"node": 4, "expert": 2, "model": 4}
-    used = serving_mesh.Unit(device_mesh.abstract(sizes), serving_mesh.PREFILL, 288, "two_hop")
+    used = serving_mesh.Unit(
+      device_mesh.abstract(sizes), serving_mesh.PREFILL, 288, "two_hop"
+    )
     self.assertEmpty(serving_mesh.problems(used, self.CFG, 8))
     self.assertEqual((used.n_devices, used.n_shards), (32, 8))
     self.check(used, {})

@@ -6,14 +6,10 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl.testing import absltest
-from absl.testing import parameterized
-from sampling_test import joint
-from sampling_test import p_value
-from sampling_test import probabilities
+from absl.testing import absltest, parameterized
+from sampling_test import joint, p_value, probabilities
 
-from dsv3_jax.infer import sampling
-from dsv3_jax.infer import speculation
+from dsv3_jax.infer import sampling, speculation
 
 DRAWS = 100_000
 
@@ -27,7 +23,7 @@ def same_rows(n, temperature, top_p, top_k):
   """Settings of n rows that differ in their seeds."""
   columns = np.float32(temperature), np.float32(top_p), np.int32(top_k)
   return sampling.Settings(
-      *(jnp.full(n, c) for c in columns), jnp.arange(n, dtype=jnp.uint32)
+    *(jnp.full(n, c) for c in columns), jnp.arange(n, dtype=jnp.uint32)
   )
 
 
@@ -56,11 +52,11 @@ def markov_cycle(p, q, last, how, position, k, mode):
   for i in range(k):
     given.append(q[known[-1]])
     drawn = sampling.draw(
-        given[-1][:, None],
-        how.seed,
-        position[:, None] + i,
-        sampling.DRAFT,
-        mode,
+      given[-1][:, None],
+      how.seed,
+      position[:, None] + i,
+      sampling.DRAFT,
+      mode,
     )
     known.append(drawn[:, 0])
   target = p[jnp.stack(known, 1)]
@@ -78,9 +74,7 @@ def texts_of(p, q, how, k, mode, length):
   found, n = np.zeros((b, length), np.int32), np.zeros(b, np.int32)
   last = np.zeros(b, np.int32)
   for _ in range(length):
-    tokens, new = map(
-        np.asarray, markov_cycle(p, q, last, how, n + 1, k, mode)
-    )
+    tokens, new = map(np.asarray, markov_cycle(p, q, last, how, n + 1, k, mode))
     row, place = np.nonzero(np.arange(k + 1) < new[:, None])
     here = n[row] + place < length
     row, place = row[here], place[here]
@@ -93,10 +87,10 @@ def texts_of(p, q, how, k, mode, length):
 class JudgeTest(parameterized.TestCase):
   # (temperature, top_p, top_k), drafts, size of the vocabulary.
   CASES = (
-      ((1, 1, 0), 1, 5),
-      ((0.6, 1, 0), 2, 5),
-      ((2, 0.9, 0), 2, 5),
-      ((1.3, 0.95, 3), 2, 5),
+    ((1, 1, 0), 1, 5),
+    ((0.6, 1, 0), 2, 5),
+    ((2, 0.9, 0), 2, 5),
+    ((1.3, 0.95, 3), 2, 5),
   )
 
   @parameterized.parameters(*CASES)
@@ -147,12 +141,12 @@ class JudgeTest(parameterized.TestCase):
     how = same_rows(DRAWS, 1, 1, 0)
     for draft, share in ((0, 0.2), (1, 1), (2, 1)):
       tokens, n = judge(
-          np.broadcast_to(p, (DRAWS, 2, 3)),
-          np.broadcast_to(q, (DRAWS, 1, 3)),
-          np.full((DRAWS, 1), draft, np.int32),
-          how,
-          np.ones(DRAWS, np.int32),
-          sampling.PLAIN,
+        np.broadcast_to(p, (DRAWS, 2, 3)),
+        np.broadcast_to(q, (DRAWS, 1, 3)),
+        np.full((DRAWS, 1), draft, np.int32),
+        how,
+        np.ones(DRAWS, np.int32),
+        sampling.PLAIN,
       )
       tokens, kept = np.asarray(tokens), np.asarray(n) == 2
       error = 5 * np.sqrt(share * (1 - share) / DRAWS)
@@ -167,12 +161,12 @@ class JudgeTest(parameterized.TestCase):
     # A p of too small a sum has nowhere more than q.
     p = np.float32([0.25, 0.15, 0.1, 0])
     tokens, n = judge(
-        np.broadcast_to(p, (DRAWS, 2, 4)),
-        np.broadcast_to(2 * p, (DRAWS, 1, 4)),
-        np.zeros((DRAWS, 1), np.int32),
-        same_rows(DRAWS, 1, 1, 0),
-        np.ones(DRAWS, np.int32),
-        sampling.PLAIN,
+      np.broadcast_to(p, (DRAWS, 2, 4)),
+      np.broadcast_to(2 * p, (DRAWS, 1, 4)),
+      np.zeros((DRAWS, 1), np.int32),
+      same_rows(DRAWS, 1, 1, 0),
+      np.ones(DRAWS, np.int32),
+      sampling.PLAIN,
     )
     drawn = np.asarray(tokens)[np.asarray(n) == 1, 0]
     self.assertBetween(len(drawn), 0.4 * DRAWS, 0.6 * DRAWS)
@@ -184,35 +178,35 @@ class JudgeTest(parameterized.TestCase):
     zero = lambda seed, position, purpose: jnp.zeros(position.shape)
     with mock.patch.object(sampling, "uniform", zero):
       tokens, n = speculation.judge(
-          np.stack([p, p]),
-          np.stack([q[:1], p[:1]]),
-          np.int32([[0], [1]]),
-          same_rows(2, 1, 1, 0),
-          np.int32([3, 3]),
-          sampling.PLAIN,
+        np.stack([p, p]),
+        np.stack([q[:1], p[:1]]),
+        np.int32([[0], [1]]),
+        same_rows(2, 1, 1, 0),
+        np.int32([3, 3]),
+        sampling.PLAIN,
       )
     self.assertEqual(n.tolist(), [1, 2])
     self.assertEqual(tokens[:, 0].tolist(), [1, 1])
 
   # Ones in place of probabilities: of the target, then drafts.
   @parameterized.parameters(
-      ((3, 1, 4), (3, 1), (3, 1, 4)),
-      ((3, 1, 4), (3, 2), (3, 1)),
-      ((3, 1, 4), (2, 1), (3,)),
-      ((0, 0, 0), (0, 0), (0, 0, 0)),
-      ((0, 5, 2), (5, 5), (0,)),
+    ((3, 1, 4), (3, 1), (3, 1, 4)),
+    ((3, 1, 4), (3, 2), (3, 1)),
+    ((3, 1, 4), (2, 1), (3,)),
+    ((0, 0, 0), (0, 0), (0, 0, 0)),
+    ((0, 5, 2), (5, 5), (0,)),
   )
   def test_without_temperature_it_compares(self, target, drafts, expected):
     one = lambda tokens: np.eye(6, dtype=np.float32)[list(tokens)][None]
     how = same_rows(1, 0, 1, 0)
     for mode in (sampling.GREEDY, sampling.PLAIN):
       tokens, n = judge(
-          one(target),
-          one(drafts),
-          np.int32([drafts]),
-          how,
-          np.int32([7]),
-          mode,
+        one(target),
+        one(drafts),
+        np.int32([drafts]),
+        how,
+        np.int32([7]),
+        mode,
       )
       self.assertEqual(int(n[0]), len(expected))
       self.assertEqual(tuple(tokens[0, : int(n[0])].tolist()), expected)
@@ -232,7 +226,6 @@ class JudgeTest(parameterized.TestCase):
 
 
 class LogprobsTest(absltest.TestCase):
-
   def test_are_of_the_softmax(self):
     logits = np.log(np.float32([[[0.1, 0.2, 0.7], [3, 3, 6]]]))
     found = speculation.logprobs(logits, np.int32([[2, 1]]))

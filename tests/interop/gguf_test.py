@@ -10,15 +10,11 @@ import gguf as library
 import jax
 import numpy as np
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
-from dsv3_jax import config
-from dsv3_jax import param_spec
+from dsv3_jax import config, param_spec
 from dsv3_jax.data import tokenizer
-from dsv3_jax.interop import gguf
-from dsv3_jax.interop import hf_mapping
-from dsv3_jax.interop import hf_write
+from dsv3_jax.interop import gguf, hf_mapping, hf_write
 from dsv3_jax.model import transformer
 
 _LLAMA = pathlib.Path(__file__).with_name("llama.py")
@@ -122,9 +118,7 @@ class GgufTest(parameterized.TestCase):
     np.testing.assert_array_equal(logits.argmax(-1), ids)
     got = [probability for _, probability in found["tokens"]]
     # Rounding of activations in llama.cpp's BF16 products is not ours.
-    np.testing.assert_allclose(
-      got, logits.max(-1), rtol=0, atol=close or 0.05
-    )
+    np.testing.assert_allclose(got, logits.max(-1), rtol=0, atol=close or 0.05)
     self.assertEqual(found["text"], self.tok.decode(ids))
 
   def test_reads_text_as_we_do(self):

@@ -1,7 +1,6 @@
 import json
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax import config
 from dsv3_jax.config import presets
@@ -198,9 +197,7 @@ class ReadTest(parameterized.TestCase):
     for facts in (_V3, _V31, _V2, _MOONLIGHT, _KIMI_K2):
       self.assertEmpty(facts.keys() - hf_config.KNOWN)
 
-  @parameterized.parameters(
-    (_V3, (128, 128)), (_V31, (128, 128)), ({}, None)
-  )
+  @parameterized.parameters((_V3, (128, 128)), (_V31, (128, 128)), ({}, None))
   def test_tile(self, facts, want):
     self.assertEqual(hf_config.tile(facts), want)
 

@@ -2,8 +2,7 @@ import math
 
 import ml_dtypes
 import numpy as np
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax import config
 from dsv3_jax.config import presets

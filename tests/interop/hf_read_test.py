@@ -10,20 +10,13 @@ import pytest
 import released
 import testing
 import torch
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax import config
-from dsv3_jax.evals import hidden
-from dsv3_jax.evals import logits
-from dsv3_jax.interop import hf_mapping
-from dsv3_jax.interop import hf_read
-from dsv3_jax.interop import load_sharded
-from dsv3_jax.interop import safetensors
-from dsv3_jax.model import router
-from dsv3_jax.model import transformer
-from dsv3_jax.parallel import device_mesh
-from dsv3_jax.parallel import sharding
+from dsv3_jax.evals import hidden, logits
+from dsv3_jax.interop import hf_mapping, hf_read, load_sharded, safetensors
+from dsv3_jax.model import router, transformer
+from dsv3_jax.parallel import device_mesh, sharding
 
 CLOSE = 2e-5  # of logits, absolute; rounding in float32 stays far below
 
@@ -34,7 +27,9 @@ def loaded(found, sizes=None, layout="replicated"):
   run = config.override(run, f"parallel.layout={layout}")
   mesh = device_mesh.mesh(sizes or {})
   where = sharding.layout(run, mesh.shape, staged=False)
-  return hidden.Model(*load_sharded.load(found, where, mesh, np.float32), run, mesh)
+  return hidden.Model(
+    *load_sharded.load(found, where, mesh, np.float32), run, mesh
+  )
 
 
 def our_logits(found, tokens, **how):
@@ -69,8 +64,13 @@ class ParityTest(parameterized.TestCase):
     (
       "v2_lite",
       "V2",
-      {"q_lora_rank": None, "topk_method": "greedy", "n_group": 1,
-       "topk_group": 1, "routed_scaling_factor": 1.0},
+      {
+        "q_lora_rank": None,
+        "topk_method": "greedy",
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.0,
+      },
       12,
     ),
   )
@@ -103,7 +103,9 @@ class ParityTest(parameterized.TestCase):
 
     params = loaded(found)
     self.enter_context(absltest.mock.patch.object(router, "route", watched))
-    parts = device_mesh.on_first_device((params.params, params.bias), params.mesh)
+    parts = device_mesh.on_first_device(
+      (params.params, params.bias), params.mesh
+    )
     transformer.forward(*parts, tokens, found.model, scan=False)
     self.assertLen(ours, 2)
     for got, want in zip(ours, theirs, strict=True):
@@ -149,9 +151,7 @@ class ParityTest(parameterized.TestCase):
 
   def test_several_shards(self):
     model = released.model()
-    folder = released.save(
-      model, testing.folder(self), max_shard_size="300KB"
-    )
+    folder = released.save(model, testing.folder(self), max_shard_size="300KB")
     self.assertGreater(len(list(folder.glob("*.safetensors"))), 2)
     tokens = released.random_tokens(1, 9)
     (got,) = our_logits(hf_read.open_folder(folder), tokens)
@@ -232,7 +232,9 @@ class LoadTest(absltest.TestCase):
     want = loaded(found, mesh, "zero1")
     # One row at a time, and some.
     for piece in (1, 700):
-      self.enter_context(absltest.mock.patch.object(load_sharded, "PIECE", piece))
+      self.enter_context(
+        absltest.mock.patch.object(load_sharded, "PIECE", piece)
+      )
       got = loaded(found, mesh, "zero1")
       testing.assert_same(
         *(jax.device_get((m.params, m.bias)) for m in (got, want))
@@ -249,9 +251,7 @@ class LoadTest(absltest.TestCase):
       read.append((names[0], made.nbytes))
       return made
 
-    self.enter_context(
-      absltest.mock.patch.object(safetensors, "read", watched)
-    )
+    self.enter_context(absltest.mock.patch.object(safetensors, "read", watched))
     loaded(found, {"expert": 4}, "zero1")
     routed = [(n, size) for n, size in read if ".experts." in n]
     sizes = {n: t.n_bytes for n, t in found.tensors.items()}

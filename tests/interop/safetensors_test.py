@@ -5,8 +5,7 @@ import ml_dtypes
 import numpy as np
 import testing
 import torch
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 from safetensors import torch as library
 
 from dsv3_jax.interop import safetensors
@@ -74,9 +73,7 @@ class FileTest(parameterized.TestCase):
     library.save_file({"pad": torch.zeros(3), "f": _ALL["f"]}, self.path)
     tensor = safetensors.header(self.path)["f"]
     want = _ALL["f"].numpy()[rows, columns]
-    np.testing.assert_array_equal(
-      safetensors.read(tensor, rows, columns), want
-    )
+    np.testing.assert_array_equal(safetensors.read(tensor, rows, columns), want)
     out = np.empty_like(want)
     safetensors.read(tensor, rows, columns, out)
     np.testing.assert_array_equal(out, want)

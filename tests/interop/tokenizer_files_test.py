@@ -6,11 +6,9 @@ import pathlib
 
 import testing
 import transformers
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
-from dsv3_jax.data import chat
-from dsv3_jax.data import tokenizer
+from dsv3_jax.data import chat, tokenizer
 from dsv3_jax.interop import tokenizer_files
 
 _TEXTS = (

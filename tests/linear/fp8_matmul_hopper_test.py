@@ -7,14 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 from jax._src.pallas.mosaic_gpu.interpret import params
 
 from dsv3_jax import varying
-from dsv3_jax.linear import fp8_matmul_hopper
-from dsv3_jax.linear import quantize
-from dsv3_jax.linear import scaled_matmul
+from dsv3_jax.linear import fp8_matmul_hopper, quantize, scaled_matmul
 
 INTERPRET = params.InterpretGPUParams()
 ROWS, COLUMNS, SQUARE = (1, 128), (128, 1), (128, 128)
@@ -36,13 +33,12 @@ def lower(a, b, *args, **kwargs):
 
 
 class BlockedTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      (1, 128, 128, ROWS, SQUARE),  # a token
-      (200, 576, 130, ROWS, SQUARE, 2),  # ragged everywhere
-      (129, 130, 130, ROWS, COLUMNS),  # of a weight's gradient
-      (256, 257, 128, SQUARE, SQUARE, 1),  # many tiles of a worker
-      (128, 1, 1, ROWS, SQUARE),
+    (1, 128, 128, ROWS, SQUARE),  # a token
+    (200, 576, 130, ROWS, SQUARE, 2),  # ragged everywhere
+    (129, 130, 130, ROWS, COLUMNS),  # of a weight's gradient
+    (256, 257, 128, SQUARE, SQUARE, 1),  # many tiles of a worker
+    (128, 1, 1, ROWS, SQUARE),
   )
   def test_is_the_reference(self, m, k, n, a_tile, b_tile, n_workers=132):
     a, b = operands(m, k, n, a_tile, b_tile)
@@ -51,7 +47,7 @@ class BlockedTest(parameterized.TestCase):
     # A slice's products are exact, and its sum is of 128 terms; then come two
     # scales and as many additions as slices, each rounded.
     size = np.abs(quantize.dequantize(a, jnp.float32)) @ np.abs(
-        quantize.dequantize(b, jnp.float32)
+      quantize.dequantize(b, jnp.float32)
     )
     roundings = 128 + 2 + -(-k // 128)
     difference = np.abs(found - scaled_matmul.exact(a, b))
@@ -61,8 +57,8 @@ class BlockedTest(parameterized.TestCase):
   def test_square_tiles_are_spread(self):
     a, b = operands(128, 130, 3, SQUARE, SQUARE)
     np.testing.assert_array_equal(
-        fp8_matmul_hopper.blocked(a, b, interpret=INTERPRET),
-        fp8_matmul_hopper.blocked(a.by_row(), b, interpret=INTERPRET),
+      fp8_matmul_hopper.blocked(a, b, interpret=INTERPRET),
+      fp8_matmul_hopper.blocked(a.by_row(), b, interpret=INTERPRET),
     )
 
   def test_rounds_the_sum_alone_to_another_type(self):
@@ -115,8 +111,8 @@ class BlockedTest(parameterized.TestCase):
       return jax.shard_map(local, out_specs=by_device)(x)
 
     with (
-        mock.patch.object(fp8_matmul_hopper, "supported", lambda: True),
-        jax.set_mesh(mesh),
+      mock.patch.object(fp8_matmul_hopper, "supported", lambda: True),
+      jax.set_mesh(mesh),
     ):
       jax.eval_shape(everywhere, jnp.zeros((2, 128, 128)))
 
@@ -130,7 +126,9 @@ class BlockedTest(parameterized.TestCase):
   def test_says_where_it_cannot_run(self):
     with self.assertRaisesRegex(NotImplementedError, "no Hopper GPU"):
       fp8_matmul_hopper.blocked(*operands(8, 128, 8))
-    interpreted = functools.partial(fp8_matmul_hopper.blocked, interpret=INTERPRET)
+    interpreted = functools.partial(
+      fp8_matmul_hopper.blocked, interpret=INTERPRET
+    )
     with self.assertRaisesRegex(NotImplementedError, r"\(1, 64\).*into 128"):
       interpreted(*operands(8, 128, 8, (1, 64), (64, 64)))
     with self.assertRaisesRegex(NotImplementedError, "nothing to multiply"):
@@ -141,11 +139,11 @@ class BlockedTest(parameterized.TestCase):
 
 
 class BackendTest(absltest.TestCase):
-
   def test_falls_back_to_the_other(self):
     a, b = operands(8, 128, 8)
     np.testing.assert_array_equal(
-        scaled_matmul.product(a, b, "kernel"), scaled_matmul.product(a, b, "dequantized")
+      scaled_matmul.product(a, b, "kernel"),
+      scaled_matmul.product(a, b, "dequantized"),
     )
 
   def test_is_used_where_it_can_be(self):

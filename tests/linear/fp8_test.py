@@ -11,51 +11,41 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 from quantize_test import relative
 
-from dsv3_jax import config
-from dsv3_jax import losses
-from dsv3_jax import param_spec
-from dsv3_jax import train
+from dsv3_jax import config, losses, param_spec, train
 from dsv3_jax.config import presets
-from dsv3_jax.linear import linear
-from dsv3_jax.linear import quantize
+from dsv3_jax.linear import linear, quantize
 from dsv3_jax.linear import recipe as recipe_lib
-from dsv3_jax.model import experts
-from dsv3_jax.model import moe
-from dsv3_jax.model import swiglu
-from dsv3_jax.model import transformer
-from dsv3_jax.parallel import device_mesh
-from dsv3_jax.parallel import dispatch
-from dsv3_jax.parallel import sharding
+from dsv3_jax.model import experts, moe, swiglu, transformer
+from dsv3_jax.parallel import device_mesh, dispatch, sharding
 from dsv3_jax.trainer import quantization
 
 HOW = config.Precision(recipe="fp8", fp8="*", tile=32, scales="power_of_two")
 CFG = config.Router(n_experts=16, top_k=4, n_groups=8, top_groups=4)
 D, F = 96, 48
 RUN = config.override(
-    presets.PRESETS["tiny"],
-    "vocab_size=300",
-    "d_model=64",
-    "n_layers=4",
-    "n_dense_layers=2",
-    "dense_ffn_dim=64",
-    "mla.n_heads=4",
-    "mla.q_rank=32",
-    "mla.kv_rank=32",
-    "mla.nope_dim=16",
-    "mla.v_dim=16",
-    "moe.ffn_dim=64",
-    "init_std=0.1",
-    "data.seq_len=16",
-    "train.batch_size=16",
-    "train.micro_batches=4",
-    "train.tokens=65536",
-    "train.scan_layers=true",
-    "precision.recipe=fp8",
-    "precision.tile=32",
+  presets.PRESETS["tiny"],
+  "vocab_size=300",
+  "d_model=64",
+  "n_layers=4",
+  "n_dense_layers=2",
+  "dense_ffn_dim=64",
+  "mla.n_heads=4",
+  "mla.q_rank=32",
+  "mla.kv_rank=32",
+  "mla.nope_dim=16",
+  "mla.v_dim=16",
+  "moe.ffn_dim=64",
+  "init_std=0.1",
+  "data.seq_len=16",
+  "train.batch_size=16",
+  "train.micro_batches=4",
+  "train.tokens=65536",
+  "train.scan_layers=true",
+  "precision.recipe=fp8",
+  "precision.tile=32",
 )
 
 
@@ -82,10 +72,10 @@ def paths_of(params):
 def value_and_gradients(ffn, p, x, chosen, gates, dy):
   trained = recipe_lib.trained(p)
   y, vjp = jax.vjp(
-      lambda new, x, gates: ffn(recipe_lib.joined(new, p), x, chosen, gates),
-      trained,
-      x,
-      gates,
+    lambda new, x, gates: ffn(recipe_lib.joined(new, p), x, chosen, gates),
+    trained,
+    x,
+    gates,
   )
   dp, *rest = vjp(dy)
   dp, counted = recipe_lib.gradients(dp)
@@ -93,7 +83,6 @@ def value_and_gradients(ffn, p, x, chosen, gates, dy):
 
 
 class ExpertsTest(parameterized.TestCase):
-
   @parameterized.parameters(1, 7, 100, 600)
   def test_are_near_those_in_float32(self, m):
     p, p8, *args = mixture(m)
@@ -109,9 +98,9 @@ class ExpertsTest(parameterized.TestCase):
     apart = functools.partial(experts.grouped_ffn, apart=True)
     found = value_and_gradients(experts.grouped_ffn, p8, *args)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
-        found,
-        value_and_gradients(apart, p8, *args),
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+      found,
+      value_and_gradients(apart, p8, *args),
     )
 
   def test_gradients_that_are_not_finite_are_counted(self):
@@ -125,7 +114,6 @@ class ExpertsTest(parameterized.TestCase):
 
 
 class DispatchTest(parameterized.TestCase):
-
   @parameterized.parameters("gather", "one_hop", "two_hop", "one_hop apart")
   def test_sends_what_one_device_would_quantize(self, form):
     sizes = {"node": 2, "expert": 2}
@@ -143,21 +131,21 @@ class DispatchTest(parameterized.TestCase):
     def local(*args):
       made, counted = value_and_gradients.__wrapped__(ffn, *args)
       return made, jax.tree.map(
-          lambda a: jax.lax.psum(a, sorted(jax.typeof(a).mat.varying)), counted
+        lambda a: jax.lax.psum(a, sorted(jax.typeof(a).mat.varying)), counted
       )
 
     run = jax.jit(
-        jax.shard_map(
-            local, mesh=mesh, in_specs=in_specs, out_specs=(spec, jax.P())
-        )
+      jax.shard_map(
+        local, mesh=mesh, in_specs=in_specs, out_specs=(spec, jax.P())
+      )
     )
     args = jax.device_put(
-        (p8, *args),
-        jax.tree.map(lambda s: jax.NamedSharding(mesh, s), in_specs),
+      (p8, *args),
+      jax.tree.map(lambda s: jax.NamedSharding(mesh, s), in_specs),
     )
     (y, dp, dx, dgates), _ = jax.device_get(run(*args))
     (y1, dp1, dx1, dgates1), _ = value_and_gradients(
-        experts.grouped_ffn, *mixture(96)[1:]
+      experts.grouped_ffn, *mixture(96)[1:]
     )
     # In float32 the same numbers are multiplied, and added in another order;
     # where that moves a number over the edge between two steps of FP8, a result
@@ -170,11 +158,10 @@ class DispatchTest(parameterized.TestCase):
 
 
 class SlicesTest(parameterized.TestCase):
-
   @parameterized.parameters("zero1", "fsdp")
   def test_slices_are_quantized_as_the_whole(self, layout):
     run = config.override(
-        RUN, f"parallel.layout={layout}", "mla.q_rank=36", "mla.kv_rank=40"
+      RUN, f"parallel.layout={layout}", "mla.q_rank=36", "mla.kv_rank=40"
     )
     specs = transformer.specs(run.model)
     params = testing.draw(specs)
@@ -192,26 +179,26 @@ class SlicesTest(parameterized.TestCase):
       layers = ("dense", "moe", "mtp")
       for kind in layers:
         one = [
-            layout.layer(kind, jax.tree.map(lambda a, i=i: a[i], p[kind]))
-            for i in range(len(jax.tree.leaves(p[kind])[0]))
+          layout.layer(kind, jax.tree.map(lambda a, i=i: a[i], p[kind]))
+          for i in range(len(jax.tree.leaves(p[kind])[0]))
         ]
         p[kind] = jax.tree.map(lambda *a: jnp.stack(a), *one)
       # What experts others hold is not here.
       keep = lambda w: (w.bits, w.scales)
       flat = {
-          path: keep(w)
-          for path, w in paths_of(p).items()
-          if "experts" not in path
+        path: keep(w)
+        for path, w in paths_of(p).items()
+        if "experts" not in path
       }
       flat = jax.tree.map(
-          lambda a: jax.lax.pmax(a, tuple(jax.typeof(a).mat.varying)), flat
+        lambda a: jax.lax.pmax(a, tuple(jax.typeof(a).mat.varying)), flat
       )
       return flat, counts
 
     made, counts = jax.jit(
-        jax.shard_map(
-            local, mesh=mesh, in_specs=(layout.specs,), out_specs=jax.P()
-        )
+      jax.shard_map(
+        local, mesh=mesh, in_specs=(layout.specs,), out_specs=jax.P()
+      )
     )(jax.device_put(params, train.shardings(run, mesh).params))
     # What was counted of slices is what there is to count of the whole.
     counts_of_whole = recipe_lib.weight_counts(params, specs, run.precision)
@@ -226,7 +213,6 @@ class SlicesTest(parameterized.TestCase):
 
 
 class CollectivesTest(parameterized.TestCase):
-
   def test_a_weight_is_gathered_in_a_byte_a_number(self):
     self.check("fsdp")
 
@@ -238,8 +224,8 @@ class CollectivesTest(parameterized.TestCase):
     run = config.override(RUN, f"parallel.layout={layout}")
     mesh = device_mesh.mesh({"data": 2})
     gathers = re.findall(
-        r" = (\w+)\[([\d,]*)\]\S* all-gather\(",
-        train.trace_step(run, mesh).lower().compile().as_text(),
+      r" = (\w+)\[([\d,]*)\]\S* all-gather\(",
+      train.trace_step(run, mesh).lower().compile().as_text(),
     )
     specs = param_spec.paths(transformer.specs(run.model))
     names = recipe_lib.fp8_paths(transformer.specs(run.model), run.precision)
@@ -247,9 +233,9 @@ class CollectivesTest(parameterized.TestCase):
     self.assertEqual(n_bytes, len(names))
     # Nor is a master: all else is small, or of experts' scales.
     largest = max(
-        math.prod(map(int, dims.split(",")))
-        for kind, dims in gathers
-        if kind != "u8"
+      math.prod(map(int, dims.split(",")))
+      for kind, dims in gathers
+      if kind != "u8"
     )
     others = (s.shape for p, s in specs.items() if p not in names)
     self.assertLessEqual(largest, max(map(math.prod, others)))
@@ -279,14 +265,14 @@ def check(test, sizes, settings):
   one, *_ = step_gradients(run)
   exact, *_ = step_gradients(config.override(run, "precision.recipe=fp32"))
   found, terms, stats, counted = step_gradients(
-      config.override(run, *settings), tuple(sizes.items())
+    config.override(run, *settings), tuple(sizes.items())
   )
   test.assertEqual(stats.load.sum(), 16 * 16 * 16 * 3 - 16 * 16)
   norm = lambda a, b: np.sqrt(
-      sum(
-          np.sum((x - y) ** 2)
-          for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
-      )
+    sum(
+      np.sum((x - y) ** 2)
+      for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
+    )
   )
   test.assertLess(norm(found, one), 0.6 * norm(one, exact))
   names = recipe_lib.fp8_paths(transformer.specs(run.model), run.precision)
@@ -296,7 +282,6 @@ def check(test, sizes, settings):
 
 
 class LayoutsTest(parameterized.TestCase):
-
   def test_differ_by_less_than_the_recipe_does(self):
     check(self, {"data": 2, "expert": 2}, ("parallel.layout=fsdp",))
 
@@ -306,14 +291,14 @@ class LayoutsTest(parameterized.TestCase):
     *_, one = step_gradients(run)
     dense = "dense/mla/q_up"
     for settings, sizes in (
-        (("train.micro_batches=1",), ()),
-        (("parallel.schedule=1f1b",), (("pipe", 2),)),
+      (("train.micro_batches=1",), ()),
+      (("parallel.schedule=1f1b",), (("pipe", 2),)),
     ):
       *_, counted = step_gradients(config.override(run, *settings), sizes)
       # Tiles and elements in all: of the 256 tokens of each layer.
       for column, kind in itertools.product((0, 3), linear.CLASSES):
         np.testing.assert_array_equal(
-            counted[kind][dense][..., column], one[kind][dense][..., column]
+          counted[kind][dense][..., column], one[kind][dense][..., column]
         )
       for path, counts in one["weight"].items():
         np.testing.assert_array_equal(counted["weight"][path], counts, path)
@@ -324,16 +309,15 @@ class LayoutsTest(parameterized.TestCase):
 
 @pytest.mark.slow
 class MoreLayoutsTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      ({"pipe": 2}, ("parallel.schedule=dualpipe",)),
-      ({"expert": 4}, ()),
-      ({"node": 2, "expert": 2}, ("parallel.layout=zero1",)),
-      ({"model": 2}, ()),
-      (
-          {"pipe": 2, "data": 2},
-          ("parallel.schedule=zb1p", "parallel.layout=zero1"),
-      ),
+    ({"pipe": 2}, ("parallel.schedule=dualpipe",)),
+    ({"expert": 4}, ()),
+    ({"node": 2, "expert": 2}, ("parallel.layout=zero1",)),
+    ({"model": 2}, ()),
+    (
+      {"pipe": 2, "data": 2},
+      ("parallel.schedule=zb1p", "parallel.layout=zero1"),
+    ),
   )
   def test_differ_by_less_than_the_recipe_does(self, sizes, settings):
     check(self, sizes, settings)
@@ -365,10 +349,9 @@ def kept_bytes(kind, recipe, n_tokens):
 
 
 class MemoryTest(parameterized.TestCase):
-
   @parameterized.parameters("dense", "moe")
   def test_falls_by_a_byte_for_each_number_that_a_linear_layer_reads(
-      self, kind
+    self, kind
   ):
     cfg, tile = presets.S.model, presets.S.precision.tile
     d, mla, ffn = cfg.d_model, cfg.mla, cfg.moe.ffn_dim
@@ -385,19 +368,18 @@ class MemoryTest(parameterized.TestCase):
     # A byte less for each number, and a scale for each tile.
     expected = sum(n - 4 * -(-n // tile) for n in widths)
     bytes_of = {
-        (recipe, n): kept_bytes(kind, recipe, n)
-        for recipe in ("bf16", "fp8")
-        for n in (256, 512)
+      (recipe, n): kept_bytes(kind, recipe, n)
+      for recipe in ("bf16", "fp8")
+      for n in (256, 512)
     }
     a_token = {
-        recipe: (bytes_of[recipe, 512] - bytes_of[recipe, 256]) / 256
-        for recipe in ("bf16", "fp8")
+      recipe: (bytes_of[recipe, 512] - bytes_of[recipe, 256]) / 256
+      for recipe in ("bf16", "fp8")
     }
     self.assertEqual(a_token["bf16"] - a_token["fp8"], expected)
 
 
 class ProblemsTest(absltest.TestCase):
-
   def test_model_must_not_cut_tiles(self):
     self.assertEqual(sharding.problems(RUN, {"model": 2}), [])
     run = config.override(RUN, "moe.ffn_dim=32")
@@ -415,16 +397,15 @@ class ProblemsTest(absltest.TestCase):
 
 
 class WordsTest(absltest.TestCase):
-
   def test_shares_and_lines(self):
     counts = np.zeros((3, 6), np.float32)
     counts[:, 0], counts[:, 3] = 4, 512
     gradients = counts.copy()
     gradients[2] = [4, 1, 1, 512, 0, 64]
     counted = {
-        "activation": {"moe/mla/out": counts},
-        "gradient": {"moe/mla/out": gradients},
-        "weight": {"head": np.array([8.0, 2, 0, 1024, 0, 1])},
+      "activation": {"moe/mla/out": counts},
+      "gradient": {"moe/mla/out": gradients},
+      "weight": {"head": np.array([8.0, 2, 0, 1024, 0, 1])},
     }
     shares = quantization.shares(counted)
     self.assertEqual(shares["fp8_gradient_underflow"], 64 / 1536)
@@ -432,11 +413,11 @@ class WordsTest(absltest.TestCase):
     self.assertEqual(shares["fp8_activation_underflow"], 0)
     self.assertEqual(shares["fp8_weight_underflow"], 1 / 1024)
     self.assertEqual(
-        list(quantization.not_finite(counted)),
-        [
-            "moe/mla/out, layer 2: 1 tiles of the gradient are not finite",
-            "head: 2 tiles of the weight are not finite",
-        ],
+      list(quantization.not_finite(counted)),
+      [
+        "moe/mla/out, layer 2: 1 tiles of the gradient are not finite",
+        "head: 2 tiles of the weight are not finite",
+      ],
     )
     self.assertEqual(quantization.shares({}), {})
 

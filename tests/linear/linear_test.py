@@ -8,18 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
-from quantize_test import numpy_quantize
-from quantize_test import relative
+from absl.testing import absltest, parameterized
+from quantize_test import numpy_quantize, relative
 
-from dsv3_jax import config
-from dsv3_jax import param_spec
-from dsv3_jax.linear import fp8_matmul_hopper
-from dsv3_jax.linear import linear
-from dsv3_jax.linear import quantize
-from dsv3_jax.linear import recipe
-from dsv3_jax.linear import scaled_matmul
+from dsv3_jax import config, param_spec
+from dsv3_jax.linear import (
+  fp8_matmul_hopper,
+  linear,
+  quantize,
+  recipe,
+  scaled_matmul,
+)
 from dsv3_jax.model import swiglu
 
 HOW = config.Precision(recipe="fp8", fp8="*", backend="exact")
@@ -54,9 +53,9 @@ def expected(x, w, dy):
   x8, dy8, w8 = tiled(x, 1, 128), tiled(dy, 1, 128), tiled(w, 128, 128)
   columns = tiled(numbers(x8), 128, 1), tiled(dy, 128, 1)
   return {
-      "y": (x8, w8),
-      "dx": (dy8, w8.transpose()),
-      "dw": (columns[0].transpose(), columns[1]),
+    "y": (x8, w8),
+    "dx": (dy8, w8.transpose()),
+    "dw": (columns[0].transpose(), columns[1]),
   }
 
 
@@ -73,7 +72,6 @@ def three(x, w, dy, how=HOW):
 
 
 class LinearTest(parameterized.TestCase):
-
   @parameterized.parameters(*SHAPES)
   def test_each_product_is_the_reference_bit_for_bit(self, m, k, n):
     args = tuple(map(np.asarray, inputs(m, k, n)))
@@ -93,10 +91,9 @@ class LinearTest(parameterized.TestCase):
       exactly = np.float64(numbers(a8)) @ np.float64(numbers(b8))
       size = np.abs(numbers(a8)) @ np.abs(numbers(b8))
       self.assertTrue(
-          np.all(
-              np.abs(found[name] - exactly)
-              <= (a.shape[1] + 4) * testing.EPS * size
-          )
+        np.all(
+          np.abs(found[name] - exactly) <= (a.shape[1] + 4) * testing.EPS * size
+        )
       )
       # Half a step of three bits, of each operand; two of x in dw.
       bound = (3 if name == "dw" else 2) * 1.1 * 2**-4
@@ -107,8 +104,8 @@ class LinearTest(parameterized.TestCase):
     x, w = testing.normal(512, 512), testing.normal(512, 512, seed=1)
     made = three(x, w, x)["y"]
     parts = [
-        relative(numbers(tiled(np.asarray(a), *tile)), a)
-        for a, tile in ((x, (1, 128)), (w, (128, 128)))
+      relative(numbers(tiled(np.asarray(a), *tile)), a)
+      for a, tile in ((x, (1, 128)), (w, (128, 128)))
     ]
     predicted = np.hypot(*parts)
     found = relative(made, np.float64(x) @ np.float64(w))
@@ -138,7 +135,10 @@ class LinearTest(parameterized.TestCase):
     self.assertTrue(found())
     gpu = mock.patch.object(jax, "default_backend", lambda: "gpu")
     for hopper in (False, True):
-      with gpu, mock.patch.object(fp8_matmul_hopper, "supported", return_value=hopper):
+      with (
+        gpu,
+        mock.patch.object(fp8_matmul_hopper, "supported", return_value=hopper),
+      ):
         self.assertEqual(found(), not hopper)
 
   def test_square_tiles_of_gradients_lose_small_rows(self):
@@ -159,7 +159,7 @@ class LinearTest(parameterized.TestCase):
     found = three(x, w, dy)
     types = {name: a.dtype.name for name, a in found.items()}
     self.assertEqual(
-        types, {"y": "bfloat16", "dx": "bfloat16", "dw": "float32"}
+      types, {"y": "bfloat16", "dx": "bfloat16", "dw": "float32"}
     )
 
   def test_what_is_kept_of_the_input_takes_a_byte_a_number(self):
@@ -189,7 +189,6 @@ class LinearTest(parameterized.TestCase):
 
 
 class SwigluTest(absltest.TestCase):
-
   def test_is_near_the_float32_layer(self):
     specs = swiglu.specs(256, 128, 0.1)
     p = testing.draw(specs)
@@ -214,7 +213,7 @@ class SwigluTest(absltest.TestCase):
     kept = [a for a in jax.tree.leaves(vjp) if a.size and a.shape[0] == 640]
     numbers_kept = 640 * (256 + 2 * 384)
     self.assertEqual(
-        sum(a.nbytes for a in kept), numbers_kept + numbers_kept // 128 * 4
+      sum(a.nbytes for a in kept), numbers_kept + numbers_kept // 128 * 4
     )
 
 

@@ -3,8 +3,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax.linear import quantize
 
@@ -40,35 +39,32 @@ def relative(a, b):
 
 
 class QuantizeTest(parameterized.TestCase):
-
   def test_the_golden_tile(self):
     x = np.zeros((1, 128), np.float32)
     x[0, :5] = 1.0, -3.3, 0.02, 100, -134.4
     made = quantize.quantize(x, (1, 128))
     np.testing.assert_allclose(made.scales, [[0.3]], rtol=2 * testing.EPS)
     np.testing.assert_array_equal(
-        np.float32(made.values[0, :5]), [3.25, -11, 0.0703125, 320, -448]
+      np.float32(made.values[0, :5]), [3.25, -11, 0.0703125, 320, -448]
     )
     np.testing.assert_allclose(
-        quantize.dequantize(made, jnp.float32)[0, :5],
-        [0.975, -3.3, 0.02109375, 96, -134.4],
-        rtol=2 * testing.EPS,
+      quantize.dequantize(made, jnp.float32)[0, :5],
+      [0.975, -3.3, 0.02109375, 96, -134.4],
+      rtol=2 * testing.EPS,
     )
     self.assertEqual(quantize.quantize(x, (1, 128), "power_of_two").scales, 0.5)
 
   @parameterized.product(
-      shape=((3, 128), (128, 128), (200, 576), (1, 1), (130, 7)),
-      tile=((1, 128), (128, 1), (128, 128)),
-      scales=quantize.SCALES,
+    shape=((3, 128), (128, 128), (200, 576), (1, 1), (130, 7)),
+    tile=((1, 128), (128, 1), (128, 128)),
+    scales=quantize.SCALES,
   )
   def test_matches_numpy_bit_for_bit(self, shape, tile, scales):
     x = normal(*shape) * 10.0 ** normal(shape[0], 1, seed=1)
     made = jax.jit(quantize.quantize, static_argnums=(1, 2))(x, tile, scales)
     values, per_tile = numpy_quantize(x, tile, scales == "power_of_two")
     np.testing.assert_array_equal(made.scales, per_tile)
-    np.testing.assert_array_equal(
-        np.asarray(made.bits), values.view(np.uint8)
-    )
+    np.testing.assert_array_equal(np.asarray(made.bits), values.view(np.uint8))
 
   def test_576_rows_have_five_scale_rows(self):
     made = quantize.quantize(normal(576, 256), (128, 128))
@@ -99,7 +95,9 @@ class QuantizeTest(parameterized.TestCase):
   def test_quantizing_again_with_powers_of_two_changes_nothing(self):
     scales = "power_of_two"
     x = normal(64, 300) * 10.0 ** normal(64, 1, seed=1)
-    once = quantize.dequantize(quantize.quantize(x, (1, 128), scales), jnp.bfloat16)
+    once = quantize.dequantize(
+      quantize.quantize(x, (1, 128), scales), jnp.bfloat16
+    )
     again = quantize.quantize(once, (1, 128), scales)
     twice = quantize.dequantize(again, jnp.bfloat16)
     np.testing.assert_array_equal(once, twice)
@@ -112,7 +110,7 @@ class QuantizeTest(parameterized.TestCase):
     self.assertEqual(none.scales.size, 0)
 
   @parameterized.product(
-      bad=(np.nan, np.inf, -np.inf), scales=quantize.SCALES, tile=(1, 128)
+    bad=(np.nan, np.inf, -np.inf), scales=quantize.SCALES, tile=(1, 128)
   )
   def test_what_is_not_finite_stays_so(self, bad, scales, tile):
     x = normal(128, 256)
@@ -122,7 +120,9 @@ class QuantizeTest(parameterized.TestCase):
     self.assertFalse(np.isfinite(back[3, 7]))
     self.assertTrue(np.isfinite(back[:, 128:]).all())
     found = dict(
-        zip(quantize.COUNTED, quantize.counts(x, made, False).tolist(), strict=True)
+      zip(
+        quantize.COUNTED, quantize.counts(x, made, False).tolist(), strict=True
+      )
     )
     self.assertEqual(found["not_finite"], 1)
 
@@ -140,25 +140,26 @@ class QuantizeTest(parameterized.TestCase):
     x[1] = 1
     made = quantize.quantize(x, (1, 128))
     found = dict(
-        zip(quantize.COUNTED, quantize.counts(x, made, True).tolist(), strict=True)
+      zip(
+        quantize.COUNTED, quantize.counts(x, made, True).tolist(), strict=True
+      )
     )
     self.assertEqual(
-        found,
-        {
-            "tiles": 3,
-            "not_finite": 0,
-            "zero": 1,
-            "elements": 384,
-            "saturated": 0,
-            "underflow": 1,
-        },
+      found,
+      {
+        "tiles": 3,
+        "not_finite": 0,
+        "zero": 1,
+        "elements": 384,
+        "saturated": 0,
+        "underflow": 1,
+      },
     )
     small = made.replace(scales=made.scales / 2)
     self.assertEqual(quantize.counts(x, small, True)[4], 129)
 
 
 class E5M6Test(parameterized.TestCase):
-
   def test_keeps_seven_significant_bits(self):
     x = normal(16, 256)
     held = np.asarray(jax.jit(quantize.e5m6, static_argnums=1)(x, 128))
@@ -171,7 +172,9 @@ class E5M6Test(parameterized.TestCase):
   def test_scales_are_powers_of_two_of_each_tile(self):
     x = normal(4, 256)
     held = np.asarray(quantize.e5m6(x, 128))
-    np.testing.assert_array_equal(quantize.e5m6(x * 2.0**20, 128), held * 2.0**20)
+    np.testing.assert_array_equal(
+      quantize.e5m6(x * 2.0**20, 128), held * 2.0**20
+    )
 
   def test_bfloat16_holds_it(self):
     x = jnp.asarray(normal(4, 256))
@@ -183,7 +186,7 @@ class E5M6Test(parameterized.TestCase):
     x = np.zeros((1, 128), np.float32)
     x[0, :3] = largest, 2.0**-20, 2.0**-22
     np.testing.assert_array_equal(
-        quantize.e5m6(x, 128)[0, :3], [largest, 2.0**-20, 0]
+      quantize.e5m6(x, 128)[0, :3], [largest, 2.0**-20, 0]
     )
     x[0, 0] = np.nan
     self.assertTrue(np.isnan(quantize.e5m6(x, 128)[0, 0]))

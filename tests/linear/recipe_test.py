@@ -3,8 +3,7 @@ import numpy as np
 import testing
 from absl.testing import absltest
 
-from dsv3_jax import config
-from dsv3_jax import param_spec
+from dsv3_jax import config, param_spec
 from dsv3_jax.linear import recipe as recipe_lib
 from dsv3_jax.model import transformer
 

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax.model import attention
 
@@ -36,9 +35,9 @@ def whole(q, k, v, dout, segments=None):
   dp = np.einsum("BTNV,BNSV->BNTS", dout, v)
   ds = p * (dp - (p * dp).sum(-1, keepdims=True))
   return out, (
-      np.einsum("BNTS,BNSX->BNTX", ds, k),
-      np.einsum("BNTS,BNTX->BNSX", ds, q),
-      np.einsum("BNTS,BTNV->BNSV", p, dout),
+    np.einsum("BNTS,BNSX->BNTX", ds, k),
+    np.einsum("BNTS,BNTX->BNSX", ds, q),
+    np.einsum("BNTS,BTNV->BNSV", p, dout),
   )
 
 
@@ -48,14 +47,13 @@ def with_gradients(q, k, v, dout):
 
 
 class AttendTest(parameterized.TestCase):
-
   # Chunks of 4 in 2 blocks: a chunk a block, several, ragged ones.
   @parameterized.parameters(1, 3, 4, 5, 8, 9, 13, 16, 17, 24, 31)
   def test_is_the_reference(self, t):
     args = inputs(t)
     with (
-        mock.patch.object(attention, "CHUNK", 4),
-        mock.patch.object(attention, "BLOCKS", 2),
+      mock.patch.object(attention, "CHUNK", 4),
+      mock.patch.object(attention, "BLOCKS", 2),
     ):
       found = jax.jit(lambda *args: with_gradients(*args))(*args)
     # Scores, a softmax, a sum over keys; and back, over queries.
@@ -73,8 +71,8 @@ class AttendTest(parameterized.TestCase):
       return out, vjp(dout)
 
     with (
-        mock.patch.object(attention, "CHUNK", 4),
-        mock.patch.object(attention, "BLOCKS", 2),
+      mock.patch.object(attention, "CHUNK", 4),
+      mock.patch.object(attention, "BLOCKS", 2),
     ):
       found = jax.jit(lambda *args: masked(*args))(*args, segments)
     expected = whole(*args, segments)
@@ -84,8 +82,9 @@ class AttendTest(parameterized.TestCase):
     for t in (1, 127, 128, 129, 1024, 1025, 5000, 8192, 131_072):
       spans = attention._blocks(t)
       self.assertLessEqual(len(spans), attention.BLOCKS)
-      self.assertEqual([start for start, _ in spans[1:]],
-                       [end for _, end in spans[:-1]])
+      self.assertEqual(
+        [start for start, _ in spans[1:]], [end for _, end in spans[:-1]]
+      )
       self.assertEqual((spans[0][0], spans[-1][1]), (0, t))
       for start, end in spans[:-1]:
         self.assertEqual((end - start) % attention.CHUNK, 0)
@@ -118,15 +117,15 @@ UP_K, UP_V = testing.normal(N, X, C, seed=4), testing.normal(N, V, C, seed=5)
 def expand(block):
   """Keys [N, s, X] and values [N, V, s] of what a cache keeps [s, C]."""
   return (
-      jnp.einsum("SC,NXC->NSX", block, UP_K),
-      jnp.einsum("SC,NVC->NVS", block, UP_V),
+    jnp.einsum("SC,NXC->NSX", block, UP_K),
+    jnp.einsum("SC,NVC->NVS", block, UP_V),
   )
 
 
 def all_at_once(q, kept, start):
   """Attention of queries to the keys up to their own, in float64."""
   q, kept, up_k, up_v = (
-      np.asarray(a, np.float64) for a in (q, kept, UP_K, UP_V)
+    np.asarray(a, np.float64) for a in (q, kept, UP_K, UP_V)
   )
   k = np.einsum("BSC,NXC->BNSX", kept, up_k)
   v = np.einsum("BSC,NVC->BNSV", kept, up_v)
@@ -140,7 +139,6 @@ def all_at_once(q, kept, start):
 
 
 class ExtendTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     for name, size in (("CHUNK", 4), ("KEYS", 6)):
@@ -154,15 +152,15 @@ class ExtendTest(parameterized.TestCase):
   # ones, a ragged third. Queries: part of a chunk, one, several. They begin at
   # the front, in the middle of a block, and end with the cache.
   @parameterized.parameters(
-      (3, 1, (0, 2)),
-      (3, 3, (0, 0)),
-      (6, 4, (0, 2)),
-      (7, 1, (6, 5)),
-      (7, 4, (0, 3)),
-      (12, 8, (0, 4)),
-      (16, 3, (0, 13)),
-      (16, 12, (1, 4)),
-      (17, 16, (0, 1)),
+    (3, 1, (0, 2)),
+    (3, 3, (0, 0)),
+    (6, 4, (0, 2)),
+    (7, 1, (6, 5)),
+    (7, 4, (0, 3)),
+    (12, 8, (0, 4)),
+    (16, 3, (0, 13)),
+    (16, 12, (1, 4)),
+    (17, 16, (0, 1)),
   )
   def test_is_attention_to_all_before(self, length, t, start):
     q = testing.normal(2, N, t, X)
@@ -184,7 +182,7 @@ class ExtendTest(parameterized.TestCase):
     # An error of a score is one of its weight, in shares of it.
     terms = (C + X) * np.abs(scores).max() + 3 * 16 + C
     testing.assert_close(
-        self.extend(q, kept, start), all_at_once(q, kept, start), terms
+      self.extend(q, kept, start), all_at_once(q, kept, start), terms
     )
 
   def test_blocks_behind_the_last_query_are_not_read(self):
@@ -216,7 +214,7 @@ class ExtendTest(parameterized.TestCase):
   def test_refuses_chunks_that_are_not_whole(self, t):
     q, kept = testing.normal(2, N, t, X), testing.normal(2, 16, C)
     with self.assertRaisesRegex(
-        ValueError, f"^{t} queries: must be at most 4 or a multiple of it$"
+      ValueError, f"^{t} queries: must be at most 4 or a multiple of it$"
     ):
       self.extend(q, kept, (0, 0))
 

@@ -5,12 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import reference
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax import param_spec
-from dsv3_jax.model import experts
-from dsv3_jax.model import swiglu
+from dsv3_jax.model import experts, swiglu
 
 APART = functools.partial(experts.grouped_ffn, apart=True)
 FORMS = (experts.grouped_ffn, APART, experts.dense_ffn)
@@ -115,7 +113,7 @@ class GroupedFfnTest(parameterized.TestCase):
     # The reference knows no such choice: there, a gate of 0 stands for it.
     dy = testing.normal(*x.shape, seed=1)
     y, (dp, dx, dgates) = _value_and_gradients(
-        form, p, x, np.where(none, 5, chosen), gates, dy
+      form, p, x, np.where(none, 5, chosen), gates, dy
     )
     args = reference.f64((p, x, np.where(none, 0, gates), dy))
     args = (*args[:2], chosen, *args[2:])
@@ -135,7 +133,7 @@ class GroupedFfnTest(parameterized.TestCase):
   def test_no_tokens(self):
     p, x, chosen, gates = _inputs(0, 3, 2, 3, 5)
     y, (dp, dx, dgates) = _value_and_gradients(
-        experts.grouped_ffn, p, x, chosen, gates, x
+      experts.grouped_ffn, p, x, chosen, gates, x
     )
     shapes = (y.shape, dx.shape, dgates.shape)
     self.assertEqual(shapes, ((0, 3), (0, 3), (0, 2)))
@@ -150,7 +148,6 @@ class GroupedFfnTest(parameterized.TestCase):
 
 
 class FewFfnTest(parameterized.TestCase):
-
   def check(self, p, x, chosen, gates):
     y = jax.jit(experts.few_ffn)(p, x, chosen, gates)
     dense = jax.jit(experts.dense_ffn)(p, x, chosen, gates)
@@ -158,9 +155,9 @@ class FewFfnTest(parameterized.TestCase):
     n = len(p["down"])
     none = chosen >= n
     expected = reference.expert_ffn(
-        *reference.f64((p, x)),
-        np.where(none, 0, chosen),
-        np.where(none, 0, np.float64(gates)),
+      *reference.f64((p, x)),
+      np.where(none, 0, chosen),
+      np.where(none, 0, np.float64(gates)),
     )
     terms = x.shape[1] + p["down"].shape[1] + chosen.shape[1]
     testing.assert_close(y, expected, terms)
@@ -168,7 +165,7 @@ class FewFfnTest(parameterized.TestCase):
     return y
 
   @parameterized.parameters(
-      (1, 1, 1, 3, 5), (1, 16, 8, 5, 3), (2, 16, 4, 7, 9), (8, 3, 1, 3, 5)
+    (1, 1, 1, 3, 5), (1, 16, 8, 5, 3), (2, 16, 4, 7, 9), (8, 3, 1, 3, 5)
   )
   def test_is_the_reference(self, *size):
     self.check(*_inputs(*size))

@@ -6,12 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import reference
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax import config
-from dsv3_jax.model import attention
-from dsv3_jax.model import mla
+from dsv3_jax.model import attention, mla
 
 D_MODEL = 24
 CFG = config.MLA(
@@ -133,7 +131,6 @@ def latents(p, x, cfg):
 
 
 class CacheTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     # Several chunks of queries, and blocks of the cache of which the last one
@@ -157,7 +154,11 @@ class CacheTest(parameterized.TestCase):
     kept = jnp.full((2, ROOM, 14 + 4), 7.0)
     # Row 1 falls behind row 0: it reads some positions again.
     for start, size in (
-      ((0, 0), 4), ((4, 1), 1), ((5, 2), 1), ((5, 3), 4), ((5, 5), 4)
+      ((0, 0), 4),
+      ((4, 1), 1),
+      ((5, 2), 1),
+      ((5, 3), 4),
+      ((5, 5), 4),
     ):
       start = np.int32(start)
       y, kept = run(pieces(x, start, size), kept, start)
@@ -219,7 +220,6 @@ class CacheTest(parameterized.TestCase):
 
 
 class ServedTest(absltest.TestCase):
-
   def test_up_projections_are_a_matrix_a_head(self):
     p = testing.draw(mla.specs(CFG, D_MODEL, 0.1))
     served = mla.served(p, CFG)

@@ -3,11 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import reference
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
-from dsv3_jax.model import experts
-from dsv3_jax.model import moe
+from dsv3_jax.model import experts, moe
 
 V2 = ("router.score=softmax", "router.renormalize=false", "router.scale=16")
 # The longest contraction path: router, up, down (or the shared up and down),

@@ -2,13 +2,9 @@ import jax
 import numpy as np
 import reference
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
-from dsv3_jax.model import experts
-from dsv3_jax.model import moe
-from dsv3_jax.model import mtp
-from dsv3_jax.model import transformer
+from dsv3_jax.model import experts, moe, mtp, transformer
 
 SMALL = (
   "d_model=32",

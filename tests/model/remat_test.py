@@ -8,21 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 from jax.extend import core
 
-from dsv3_jax import config
-from dsv3_jax import losses
-from dsv3_jax import param_spec
-from dsv3_jax import train
+from dsv3_jax import config, losses, param_spec, train
 from dsv3_jax.config import presets
 from dsv3_jax.linear import recipe as recipe_lib
-from dsv3_jax.model import attention
-from dsv3_jax.model import experts
-from dsv3_jax.model import moe
+from dsv3_jax.model import attention, experts, moe, transformer
 from dsv3_jax.model import remat as remat_lib
-from dsv3_jax.model import transformer
 
 CFG = presets.S.model
 N_TOKENS = 512
@@ -106,16 +99,12 @@ def products(eqns):
   """Sizes of matrix products, loops' once."""
   dots = [eqn for eqn in eqns if eqn.primitive.name == "dot_general"]
   return collections.Counter(
-      tuple(var.aval.shape for var in (*eqn.invars, *eqn.outvars))
-      for eqn in dots
+    tuple(var.aval.shape for var in (*eqn.invars, *eqn.outvars)) for eqn in dots
   )
 
 
 class KeptTest(parameterized.TestCase):
-
-  @parameterized.product(
-      recipe=("fp32", "bf16", "fp8"), kind=("dense", "moe")
-  )
+  @parameterized.product(recipe=("fp32", "bf16", "fp8"), kind=("dense", "moe"))
   def test_is_what_the_formula_says(self, recipe, kind):
     want = expected(recipe, kind, 512) - expected(recipe, kind, 256)
     self.assertEqual(more_kept(recipe, kind), want)
@@ -125,16 +114,16 @@ class KeptTest(parameterized.TestCase):
     made = jax.tree.leaves(jax.eval_shape(backward, *args))
     m, t = CFG.mla, N_TOKENS
     self.assertCountEqual(
-        [leaf.shape for leaf in made if t in leaf.shape],
-        [
-            (1, t, CFG.d_model),  # the layer's input
-            (1, t, m.q_rank),
-            (1, t, m.kv_rank + m.rope_dim),
-            (1, t, m.n_heads, m.v_dim),
-            (1, m.n_heads, t),
-            (1, t, CFG.d_model),  # between attention and feed-forward
-            (t, 2 * CFG.dense_ffn_dim),
-        ],
+      [leaf.shape for leaf in made if t in leaf.shape],
+      [
+        (1, t, CFG.d_model),  # the layer's input
+        (1, t, m.q_rank),
+        (1, t, m.kv_rank + m.rope_dim),
+        (1, t, m.n_heads, m.v_dim),
+        (1, m.n_heads, t),
+        (1, t, CFG.d_model),  # between attention and feed-forward
+        (t, 2 * CFG.dense_ffn_dim),
+      ],
     )
 
   @parameterized.product(name=tuple(MODES), kind=("dense", "moe"))
@@ -159,7 +148,6 @@ class KeptTest(parameterized.TestCase):
 
 
 class MadeAgainTest(parameterized.TestCase):
-
   @parameterized.parameters("fp32", "bf16")
   def test_the_up_projections_and_no_other_product(self, recipe):
     more = products(gradient_equations(KEPT, recipe))
@@ -167,11 +155,13 @@ class MadeAgainTest(parameterized.TestCase):
     m, t = CFG.mla, N_TOKENS
     up = lambda n_in, n_out: ((t, n_in), (n_in, n_out), (t, n_out))
     self.assertEqual(
-        +more,
-        collections.Counter([
-            up(m.q_rank, m.n_heads * m.qk_dim),
-            up(m.kv_rank, m.n_heads * (m.nope_dim + m.v_dim)),
-        ]),
+      +more,
+      collections.Counter(
+        [
+          up(m.q_rank, m.n_heads * m.qk_dim),
+          up(m.kv_rank, m.n_heads * (m.nope_dim + m.v_dim)),
+        ]
+      ),
     )
     self.assertFalse(-more)
 
@@ -187,7 +177,6 @@ class MadeAgainTest(parameterized.TestCase):
 
 
 class StepTest(parameterized.TestCase):
-
   @staticmethod
   @functools.cache
   def gradients(*settings):
@@ -200,14 +189,16 @@ class StepTest(parameterized.TestCase):
     lowered = jax.jit(functools.partial(train.gradients, run=run)).lower(*args)
     # As users run it, whatever the tests are compiled with, but with all the
     # roundings to bfloat16, of which XLA leaves out those inside of fusions.
-    compiled = lowered.compile({
+    compiled = lowered.compile(
+      {
         "xla_backend_optimization_level": 3,
         "xla_allow_excess_precision": False,
-    })
+      }
+    )
     return jax.device_get(compiled(*args))
 
   @parameterized.parameters(
-      ("selective", "true"), ("selective", "false"), ("block", "true")
+    ("selective", "true"), ("selective", "false"), ("block", "true")
   )
   def test_its_gradients_differ_by_sums_in_another_order(self, remat, scan):
     how = f"train.scan_layers={scan}"
@@ -224,7 +215,7 @@ class StepTest(parameterized.TestCase):
   @pytest.mark.slow
   def test_and_in_fp8(self):
     self.check_recipe(
-        "precision.recipe=fp8", "precision.tile=8", "precision.fp8=*ffn*"
+      "precision.recipe=fp8", "precision.tile=8", "precision.fp8=*ffn*"
     )
 
   def check_recipe(self, *recipe):
@@ -236,7 +227,6 @@ class StepTest(parameterized.TestCase):
 
 
 class ConfigTest(absltest.TestCase):
-
   def test_names_are_checked(self):
     with self.assertRaisesRegex(ValueError, "'latent' is none.*'latents'"):
       testing.run("train.kept=latent,hidden")

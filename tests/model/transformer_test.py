@@ -3,8 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import reference
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax import param_spec
 from dsv3_jax.config import presets
@@ -140,7 +139,9 @@ class SpecsTest(parameterized.TestCase):
     n_moe = cfg.n_layers - cfg.n_dense_layers
     self.assertEqual(param_spec.count(tree["moe"]["mla"]), n_moe * mla)
     self.assertEqual(param_spec.count(tree["moe"]["ffn"]), n_moe * moe)
-    self.assertEqual(param_spec.count(tree["moe"]["ffn"]["router"]), n_moe * router)
+    self.assertEqual(
+      param_spec.count(tree["moe"]["ffn"]["router"]), n_moe * router
+    )
     self.assertEqual(
       param_spec.count(tree["dense"]["ffn"]), cfg.n_dense_layers * dense
     )
@@ -153,7 +154,9 @@ class SpecsTest(parameterized.TestCase):
     cfg = presets.V3_671B.model
     # The module's 256 router biases are part of the published figure.
     unique = 11_610_068_224
-    self.assertEqual(param_spec.count(transformer.specs(cfg)["mtp"]), unique - 256)
+    self.assertEqual(
+      param_spec.count(transformer.specs(cfg)["mtp"]), unique - 256
+    )
     counts = transformer.parameter_counts(cfg)
     self.assertEqual(counts["mtp"], unique)
     self.assertEqual(counts["router_bias"], 14_848)

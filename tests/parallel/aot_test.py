@@ -11,11 +11,9 @@ import time
 
 import jax
 import pytest
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
-from dsv3_jax import config
-from dsv3_jax import train
+from dsv3_jax import config, train
 from dsv3_jax.config import presets
 from dsv3_jax.parallel import device_mesh
 
@@ -81,21 +79,21 @@ class Ended:
 def python(*arguments, timeout_s):
   """Runs a program at full optimisation, unlike the tests."""
   env = os.environ | {
-      "JAX_PLATFORMS": "cpu",
-      "LD_PRELOAD": "",  # one start instead of two
-      "PYTHONPATH": str(ROOT),
-      "XLA_FLAGS": "",
+    "JAX_PLATFORMS": "cpu",
+    "LD_PRELOAD": "",  # one start instead of two
+    "PYTHONPATH": str(ROOT),
+    "XLA_FLAGS": "",
   }
   env.pop("NPROC", None)
   began = time.monotonic()
   done = subprocess.run(
-      [sys.executable, "-c", MEASURE, sys.executable, *arguments],
-      cwd=ROOT,
-      env=env,
-      capture_output=True,
-      text=True,
-      timeout=timeout_s,
-      check=False,
+    [sys.executable, "-c", MEASURE, sys.executable, *arguments],
+    cwd=ROOT,
+    env=env,
+    capture_output=True,
+    text=True,
+    timeout=timeout_s,
+    check=False,
   )
   seconds = time.monotonic() - began
   assert done.returncode == 0, done.stderr
@@ -104,16 +102,15 @@ def python(*arguments, timeout_s):
 
 
 class AbstractTest(parameterized.TestCase):
-
   @parameterized.product(
-      layout=("zero1", "fsdp"),
-      sizes=({"data": 2, "expert": 4}, {"node": 2, "expert": 2, "model": 2}),
+    layout=("zero1", "fsdp"),
+    sizes=({"data": 2, "expert": 4}, {"node": 2, "expert": 2, "model": 2}),
   )
   def test_the_state_is_that_of_a_real_mesh(self, layout, sizes):
     run = config.override(presets.SMALL, f"parallel.layout={layout}")
     abstract, real = (
-        train.abstract_state(run, mesh)
-        for mesh in (device_mesh.abstract(sizes), device_mesh.mesh(sizes))
+      train.abstract_state(run, mesh)
+      for mesh in (device_mesh.abstract(sizes), device_mesh.mesh(sizes))
     )
 
     def facts(leaf):
@@ -124,58 +121,57 @@ class AbstractTest(parameterized.TestCase):
 
   def test_the_step_is_that_of_a_real_mesh(self):
     run = config.override(
-        presets.SMALL, "train.scan_layers=true", "parallel.layout=zero1"
+      presets.SMALL, "train.scan_layers=true", "parallel.layout=zero1"
     )
     sizes = {"data": 2, "expert": 4}
     abstract, real = (
-        train.trace_step(run, mesh)
-        for mesh in (device_mesh.abstract(sizes), device_mesh.mesh(sizes))
+      train.trace_step(run, mesh)
+      for mesh in (device_mesh.abstract(sizes), device_mesh.mesh(sizes))
     )
     facts = lambda traced: [
-        (a.shape, a.dtype, a.sharding.spec) for a in traced.jaxpr.out_avals
+      (a.shape, a.dtype, a.sharding.spec) for a in traced.jaxpr.out_avals
     ]
     self.assertEqual(facts(abstract), facts(real))
     sent = lambda lowered: collections.Counter(
-        re.findall(
-            r'"stablehlo\.(\w+)".* replica_groups = dense<(.*?)>',
-            lowered.as_text(),
-        )
+      re.findall(
+        r'"stablehlo\.(\w+)".* replica_groups = dense<(.*?)>',
+        lowered.as_text(),
+      )
     )
     expected = sent(real.lower())
     self.assertLessEqual(
-        {"all_gather", "reduce_scatter", "all_to_all"},
-        {kind for kind, _ in expected},
+      {"all_gather", "reduce_scatter", "all_to_all"},
+      {kind for kind, _ in expected},
     )
     self.assertEqual(
-        sent(abstract.lower(lowering_platforms=("cpu",))), expected
+      sent(abstract.lower(lowering_platforms=("cpu",))), expected
     )
 
 
 class FullSizeTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      (
-          "--mesh=data=32,node=8,expert=8",
-          "--set=train.batch_size=16384",
-          "--set=train.micro_batches=8",
-          "--set=train.first_batch_size=4096",
-      ),
-      # The report's own (section 3.2): 16 stages, 64 devices to an expert's
-      # layer, two replicas, 120 micro-batches.
-      (
-          "--mesh=pipe=16,data=2,node=8,expert=8",
-          "--set=parallel.schedule=dualpipe",
-          "--set=train.first_batch_size=4096",
-      ),
+    (
+      "--mesh=data=32,node=8,expert=8",
+      "--set=train.batch_size=16384",
+      "--set=train.micro_batches=8",
+      "--set=train.first_batch_size=4096",
+    ),
+    # The report's own (section 3.2): 16 stages, 64 devices to an expert's
+    # layer, two replicas, 120 micro-batches.
+    (
+      "--mesh=pipe=16,data=2,node=8,expert=8",
+      "--set=parallel.schedule=dualpipe",
+      "--set=train.first_batch_size=4096",
+    ),
   )
   def test_671b_lowers_for_2048_devices(self, *layout):
     done = python(
-        "-m",
-        "experiments.pretrain",
-        "--variant=v3_671b",
-        "--dry_run",
-        *layout,
-        timeout_s=300,
+      "-m",
+      "experiments.pretrain",
+      "--variant=v3_671b",
+      "--dry_run",
+      *layout,
+      timeout_s=300,
     )
     self.assertIn("lowers for 2,048 devices", done.out)
     # 682.6e9 parameters, MTP included, of 8 bytes: a master weight and two

@@ -8,27 +8,25 @@ import re
 import hlo
 import jax
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax import train
-from dsv3_jax.parallel import device_mesh
-from dsv3_jax.parallel import sharding
+from dsv3_jax.parallel import device_mesh, sharding
 
 # Two micro-batches and two layers of a kind: loops, in which what is done for
 # each of them is there once.
 SETTINGS = (
-    "n_layers=4",
-    "n_dense_layers=2",
-    "train.micro_batches=2",
-    "train.scan_layers=true",
+  "n_layers=4",
+  "n_dense_layers=2",
+  "train.micro_batches=2",
+  "train.scan_layers=true",
 )
 LAYERS = "dense", "moe", "mtp"
 
 COLLECTIVE = re.compile(
-    r" = (?P<type>.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all"
-    r"|ragged-all-to-all|collective-permute|collective-broadcast)(-start)?\("
-    r'.*?(op_name="(?P<op>[^"]*)"|$)'
+  r" = (?P<type>.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all"
+  r"|ragged-all-to-all|collective-permute|collective-broadcast)(-start)?\("
+  r'.*?(op_name="(?P<op>[^"]*)"|$)'
 )
 
 
@@ -56,7 +54,7 @@ def collectives(text):
     elif match := COLLECTIVE.search(line):
       shapes = tuple(re.findall(r"\w+\[[\d,]*\]", match["type"]))
       found.append(
-          Collective(match["kind"], shapes, match["op"] or "", not entry)
+        Collective(match["kind"], shapes, match["op"] or "", not entry)
       )
   return found
 
@@ -92,15 +90,14 @@ def of_step(found):
 ZERO1 = ("parallel.layout=zero1",)
 FSDP = "parallel.layout=fsdp", "train.remat=block"
 WAYS = (
-    ((("data", 2), ("expert", 2)), ZERO1),
-    ((("node", 2), ("expert", 2)), ZERO1),
-    ((("data", 2), ("expert", 2)), FSDP),
-    ((("expert", 2),), (*ZERO1, "parallel.rounds=many")),
+  ((("data", 2), ("expert", 2)), ZERO1),
+  ((("node", 2), ("expert", 2)), ZERO1),
+  ((("data", 2), ("expert", 2)), FSDP),
+  ((("expert", 2),), (*ZERO1, "parallel.rounds=many")),
 )
 
 
 class StepTest(parameterized.TestCase):
-
   @parameterized.parameters(*WAYS)
   def test_only_the_experts_speak_while_tokens_pass(self, mesh, settings):
     found, layout = compiled(mesh, *settings)
@@ -152,7 +149,6 @@ class StepTest(parameterized.TestCase):
 
 
 class TextTest(absltest.TestCase):
-
   def test_reads_collectives_and_where_they_are(self):
     text = """\
 HloModule step

@@ -8,26 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import reference
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
-from dsv3_jax import config
-from dsv3_jax import param_spec
+from dsv3_jax import config, param_spec
 from dsv3_jax.config import presets
 from dsv3_jax.model import swiglu
-from dsv3_jax.parallel import comm_volume
-from dsv3_jax.parallel import device_mesh
-from dsv3_jax.parallel import dispatch
+from dsv3_jax.parallel import comm_volume, device_mesh, dispatch
 
 CFG = config.Router(n_experts=16, top_k=4, n_groups=8, top_groups=4)
 M, D, F = 24, 8, 6  # tokens of a device, widths
 FORMS = (
-    "gather",
-    "one_hop many",
-    "two_hop many",
-    "one_hop many apart",
-    "one_hop one",
-    "two_hop one",
+  "gather",
+  "one_hop many",
+  "two_hop many",
+  "one_hop many apart",
+  "one_hop one",
+  "two_hop one",
 )
 SIZES = {"node": 2, "expert": 2}
 
@@ -49,16 +45,16 @@ def _compiled(form, sizes):
   form, *how = form.split()
   rounds = "many" if "many" in how else "one"
   experts = dispatch.experts(
-      form, sizes, CFG, rounds=rounds, apart="apart" in how
+    form, sizes, CFG, rounds=rounds, apart="apart" in how
   )
   axes = device_mesh.used(sizes, device_mesh.EXPERTS)
 
   def local(p, x, chosen, gates, dy):
     y, vjp = jax.vjp(
-        lambda *args: experts.ffn(args[0], args[1], chosen, args[2]),
-        p,
-        x,
-        gates,
+      lambda *args: experts.ffn(args[0], args[1], chosen, args[2]),
+      p,
+      x,
+      gates,
     )
     # As in a network, whose gradients need the loss.
     dy = jnp.where(jnp.isnan(y), y, dy)
@@ -66,12 +62,12 @@ def _compiled(form, sizes):
 
   spec = jax.P(axes)
   return jax.jit(
-      jax.shard_map(
-          local,
-          mesh=mesh,
-          in_specs=spec,
-          out_specs=(spec, spec, jax.P()),
-      )
+    jax.shard_map(
+      local,
+      mesh=mesh,
+      in_specs=spec,
+      out_specs=(spec, spec, jax.P()),
+    )
   ), jax.NamedSharding(mesh, spec)
 
 
@@ -83,10 +79,10 @@ def _run(form, sizes, *inputs):
 def _traced(form):
   run, sharding = _compiled(form, tuple(SIZES.items()))
   return run.trace(
-      *jax.tree.map(
-          lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
-          (*_inputs(4 * M), testing.normal(4 * M, D)),
-      )
+    *jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+      (*_inputs(4 * M), testing.normal(4 * M, D)),
+    )
   )
 
 
@@ -123,7 +119,6 @@ def _crossings(chosen, form, n_nodes=2, n_places=2):
 
 
 class DispatchTest(parameterized.TestCase):
-
   @parameterized.parameters(*FORMS)
   def test_values_and_gradients_match_the_reference(self, form):
     inputs = _inputs(4 * M)
@@ -147,17 +142,24 @@ class DispatchTest(parameterized.TestCase):
     chosen = np.tile([0, 4, 8, 12], (4 * M, 1))
     for form, across, inside in (("one_hop", 2, 1), ("two_hop", 1, 2)):
       self.assertEqual(
-          _crossings(chosen, form), [4 * M * across, 4 * M * inside]
+        _crossings(chosen, form), [4 * M * across, 4 * M * inside]
       )
       sent = _check(form, SIZES, *_inputs(4 * M, chosen))
       self.assertEqual(sent.tolist(), [4 * M * across, 4 * M * inside])
 
   def test_what_arrives_is_what_is_counted(self):
     # Each device adds 1 for a row that arrived: copies that were really sent.
-    inside = dispatch._Hop(("expert",), ("node", "expert"),
-                           dispatch._padded_swap, 1, 4, dispatch.SLACK)
-    across = dispatch._Hop(("node",), ("node", "expert"),
-                           dispatch._padded_swap, 2, 4, dispatch.SLACK)
+    inside = dispatch._Hop(
+      ("expert",),
+      ("node", "expert"),
+      dispatch._padded_swap,
+      1,
+      4,
+      dispatch.SLACK,
+    )
+    across = dispatch._Hop(
+      ("node",), ("node", "expert"), dispatch._padded_swap, 2, 4, dispatch.SLACK
+    )
 
     def one(p, x, chosen, gates, n_slots=None):
       arrived = (chosen < p["down"].shape[0]).any(1, keepdims=True)
@@ -169,7 +171,7 @@ class DispatchTest(parameterized.TestCase):
 
     mesh, spec = device_mesh.mesh(SIZES), jax.P(("node", "expert"))
     run = jax.jit(
-        jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec)
+      jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec)
     )
     inputs = _inputs(4 * M)
     args = jax.device_put(inputs, jax.NamedSharding(mesh, spec))
@@ -187,9 +189,7 @@ class DispatchTest(parameterized.TestCase):
 
   def test_no_tokens(self):
     p, x, chosen, gates = _inputs(0, np.zeros((0, 4)))
-    y, (dp, _, _), sent = _run(
-        "two_hop", SIZES, p, x, chosen, gates, x
-    )
+    y, (dp, _, _), sent = _run("two_hop", SIZES, p, x, chosen, gates, x)
     self.assertEqual(y.shape, (0, D))
     self.assertEqual(sent.tolist(), [0, 0])
     for leaf in dp.values():
@@ -219,7 +219,6 @@ class DispatchTest(parameterized.TestCase):
 
 
 class MemoryTest(absltest.TestCase):
-
   def test_grows_with_the_tokens_sent_not_with_the_ranks(self):
     # Fixed tokens a device and choices a token; 2, 4, 8 devices.
     def temporary(n):
@@ -227,20 +226,22 @@ class MemoryTest(absltest.TestCase):
       experts = dispatch.experts("one_hop", {"expert": n}, CFG, rounds="many")
       specs = param_spec.stack(swiglu.specs(256, 8, 0.1), 16, "experts")
       spec = jax.P("expert")
-      run = jax.shard_map(
-          experts.ffn, mesh=mesh, in_specs=spec, out_specs=spec
-      )
+      run = jax.shard_map(experts.ffn, mesh=mesh, in_specs=spec, out_specs=spec)
       shape = lambda *dims, dtype=jnp.float32: jax.ShapeDtypeStruct(
-          dims, dtype, sharding=jax.NamedSharding(mesh, spec)
+        dims, dtype, sharding=jax.NamedSharding(mesh, spec)
       )
       p = jax.tree.map(lambda s: shape(*s.shape), specs)
       rows = 256 * n
-      compiled = jax.jit(run).lower(
+      compiled = (
+        jax.jit(run)
+        .lower(
           p,
           shape(rows, 256),
           shape(rows, 2, dtype=jnp.int32),
           shape(rows, 2),
-      ).compile()
+        )
+        .compile()
+      )
       return compiled.memory_analysis().temp_size_in_bytes
 
     two, four, eight = map(temporary, (2, 4, 8))

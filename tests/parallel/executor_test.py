@@ -10,29 +10,27 @@ import hlo
 import jax
 import numpy as np
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 from jax.extend import core
 
-from dsv3_jax import config
-from dsv3_jax import losses
-from dsv3_jax import train
+from dsv3_jax import config, losses, train
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import device_mesh
-from dsv3_jax.parallel import sharding
-from dsv3_jax.parallel.pipeline import executor
-from dsv3_jax.parallel.pipeline import lockstep
-from dsv3_jax.parallel.pipeline import schedules
-from dsv3_jax.parallel.pipeline import split_backward
-from dsv3_jax.parallel.pipeline import tick_table
+from dsv3_jax.parallel import device_mesh, sharding
+from dsv3_jax.parallel.pipeline import (
+  executor,
+  lockstep,
+  schedules,
+  split_backward,
+  tick_table,
+)
 from scripts import layout_matrix
 
 SIZES = {"pipe": 4}
 RUN = config.override(
-    layout_matrix.DEEP,
-    "n_dense_layers=2",
-    "train.micro_batches=8",
-    "parallel.schedule=dualpipe",
+  layout_matrix.DEEP,
+  "n_dense_layers=2",
+  "train.micro_batches=8",
+  "parallel.schedule=dualpipe",
 )
 
 
@@ -82,19 +80,18 @@ def side_by_side(run):
   x = testing.normal(2, run.data.seq_len, run.model.d_model)
   bias = testing.normal(1, run.model.router.n_experts)
   layer = functools.partial(
-      executor._moe, cfg=run.model, experts=sharding.layout(run, SIZES).experts
+    executor._moe, cfg=run.model, experts=sharding.layout(run, SIZES).experts
   )
   put_off = [leaf.ndim > 1 for leaf in jax.tree.leaves(p)]
   passes = split_backward.split(layer, p, bias, x, put_off)
   d_outputs = x, jax.ShapeDtypeStruct((), np.float32)
   return (
-      jax.jit(passes.forward).trace(p, bias, x),
-      jax.jit(passes.input_gradient).trace(p, bias, passes.kept, d_outputs),
+    jax.jit(passes.forward).trace(p, bias, x),
+    jax.jit(passes.input_gradient).trace(p, bias, passes.kept, d_outputs),
   )
 
 
 class TableTest(parameterized.TestCase):
-
   @parameterized.product(name=tuple(schedules.SCHEDULES), n_ranks=(2, 4, 8))
   def test_is_the_lockstep_form(self, name, n_ranks):
     schedule = schedules.SCHEDULES[name](n_ranks, 2 * n_ranks + 2)
@@ -109,7 +106,7 @@ class TableTest(parameterized.TestCase):
         self.assertEqual(turn.pair, int(len(kinds) == 2))
         for op in cell or ():
           task = {"F": turn.forward, "W": turn.weight}.get(
-              op.kind, turn.backward
+            op.kind, turn.backward
           )
           self.assertEqual(task.stage, schedule.stages[rank][op.direction])
           stream = schedule.streams[op.direction]
@@ -125,7 +122,6 @@ class TableTest(parameterized.TestCase):
 
 
 class ProgramTest(parameterized.TestCase):
-
   @parameterized.parameters(*schedules.SCHEDULES)
   def test_makes_no_product_more_than_without_a_pipeline(self, name):
     # A loop over layers is there once, however often it runs. A forward and a
@@ -147,9 +143,9 @@ class ProgramTest(parameterized.TestCase):
     # XLA takes out of a loop what does not change in it, such as the head.
     text = dualpipe()
     (tick,) = [
-        ops
-        for ops in hlo.computations(text).values()
-        if any(" collective-permute(" in op.text for op in ops)
+      ops
+      for ops in hlo.computations(text).values()
+      if any(" collective-permute(" in op.text for op in ops)
     ]
     self.assertGreater(sum(" while(" in op.text for op in tick), 4)
     self.assertFalse([op for op in tick if re.search(r" dot\(", op.text)])
@@ -176,7 +172,7 @@ class ProgramTest(parameterized.TestCase):
     more = products(traced(run).jaxpr) - products(traced(RUN).jaxpr)
     plain_more = products(traced(plain, {"data": 1}).jaxpr)
     plain_more -= products(
-        traced(config.override(plain, "train.remat=none"), {"data": 1}).jaxpr
+      traced(config.override(plain, "train.remat=none"), {"data": 1}).jaxpr
     )
     # Twice for mixture layers: side by side with a forward pass, and alone.
     self.assertGreater(more, plain_more)
@@ -186,7 +182,7 @@ class ProgramTest(parameterized.TestCase):
     sizes = set()
     for n in (8, 16, 32):
       run = config.override(
-          RUN, f"train.batch_size={2 * n}", f"train.micro_batches={n}"
+        RUN, f"train.batch_size={2 * n}", f"train.micro_batches={n}"
       )
       sizes.add(len(list(equations(traced(run).jaxpr))))
     self.assertLen(sizes, 1)
@@ -208,15 +204,14 @@ class ProgramTest(parameterized.TestCase):
 
 
 class ProblemsTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      ({"pipe": 3}, (), "3 ranks: must be even"),
-      ({"pipe": 4}, ("train.micro_batches=4",), "4 micro-batches.*at least 8"),
-      ({"pipe": 4}, ("parallel.schedule=none",), "pipe=4 needs a .*schedule"),
-      ({"pipe": 8}, ("n_layers=6",), "6 layers are too few for 8 stages"),
-      ({"pipe": 4, "model": 2}, (), "model=2 with parallel.schedule=dualpipe"),
-      ({"pipe": 4}, ("parallel.layout=fsdp",), "fsdp with parallel.schedule"),
-      ({}, (), "1 ranks: must be even and at least 2; use 2"),
+    ({"pipe": 3}, (), "3 ranks: must be even"),
+    ({"pipe": 4}, ("train.micro_batches=4",), "4 micro-batches.*at least 8"),
+    ({"pipe": 4}, ("parallel.schedule=none",), "pipe=4 needs a .*schedule"),
+    ({"pipe": 8}, ("n_layers=6",), "6 layers are too few for 8 stages"),
+    ({"pipe": 4, "model": 2}, (), "model=2 with parallel.schedule=dualpipe"),
+    ({"pipe": 4}, ("parallel.layout=fsdp",), "fsdp with parallel.schedule"),
+    ({}, (), "1 ranks: must be even and at least 2; use 2"),
   )
   def test_says_what_is_wrong_and_what_would_do(self, sizes, settings, message):
     run = config.override(RUN, *settings)
@@ -237,12 +232,12 @@ class ProblemsTest(parameterized.TestCase):
 
   def test_too_few_while_the_batch_grows(self):
     run = config.override(
-        RUN,
-        "train.batch_size=32",
-        "train.micro_batches=16",
-        "train.first_batch_size=8",
-        "train.ramp_sizes=2",
-        "schedule.ramp_until=0.5",
+      RUN,
+      "train.batch_size=32",
+      "train.micro_batches=16",
+      "train.first_batch_size=8",
+      "train.ramp_sizes=2",
+      "schedule.ramp_until=0.5",
     )
     (line,) = sharding.problems(run, SIZES)
     self.assertIn("4 micro-batches: must be even and at least 8", line)

@@ -5,13 +5,10 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
-from dsv3_jax import checksum
-from dsv3_jax import train
-from dsv3_jax.parallel import device_mesh
-from dsv3_jax.parallel import replica_check
+from dsv3_jax import checksum, train
+from dsv3_jax.parallel import device_mesh, replica_check
 
 SIZES = {"data": 2, "expert": 4}
 MESH = device_mesh.mesh(SIZES)
@@ -33,7 +30,6 @@ def swap(a):
 
 
 class CheckTest(parameterized.TestCase):
-
   def test_says_nothing_of_equal_copies(self):
     run = testing.run()
     state = jax.device_put(testing.state(run), train.shardings(run, MESH))
@@ -41,9 +37,7 @@ class CheckTest(parameterized.TestCase):
 
   def test_is_compiled_once(self):
     tree = [placed(jnp.zeros(37)), placed(jnp.zeros((5, 7)))]
-    with mock.patch.object(
-        checksum, "of", side_effect=checksum.of
-    ) as of:
+    with mock.patch.object(checksum, "of", side_effect=checksum.of) as of:
       for _ in range(3):
         replica_check.check(tree, MESH)
     self.assertEqual(of.call_count, len(tree))
@@ -55,10 +49,10 @@ class CheckTest(parameterized.TestCase):
     with self.assertRaises(replica_check.DivergedError) as caught:
       replica_check.check(tree, MESH)
     self.assertEqual(
-        str(caught.exception),
-        "a/b: the copy of devices 5 (process 0) differs from the copy of"
-        " devices "
-        + ", ".join(f"{i} (process 0)" for i in (0, 1, 2, 3, 4, 6, 7)),
+      str(caught.exception),
+      "a/b: the copy of devices 5 (process 0) differs from the copy of"
+      " devices "
+      + ", ".join(f"{i} (process 0)" for i in (0, 1, 2, 3, 4, 6, 7)),
     )
 
   def test_elements_that_changed_places(self):
@@ -71,7 +65,7 @@ class CheckTest(parameterized.TestCase):
     parts = placed(jnp.arange(8.0), "expert")
     replica_check.check([parts], MESH)
     with self.assertRaisesRegex(
-        replica_check.DivergedError, r"devices \d \(.*\) differs .* \d \(.*\)$"
+      replica_check.DivergedError, r"devices \d \(.*\) differs .* \d \(.*\)$"
     ):
       replica_check.check([testing.with_other_copy(parts, 6, last_bit)], MESH)
 
@@ -83,7 +77,9 @@ class CheckTest(parameterized.TestCase):
     tree = placed(jnp.int32(3)), placed(jax.random.key(0))
     replica_check.check(tree, MESH)
     other = testing.with_other_copy(tree[0], 7, lambda a: a + 1)
-    with self.assertRaisesRegex(replica_check.DivergedError, "^0: .* devices 7 "):
+    with self.assertRaisesRegex(
+      replica_check.DivergedError, "^0: .* devices 7 "
+    ):
       replica_check.check((other, tree[1]), MESH)
 
 

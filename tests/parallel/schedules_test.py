@@ -4,21 +4,19 @@ import dataclasses
 import itertools
 import re
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
-from dsv3_jax.parallel.pipeline import lockstep
-from dsv3_jax.parallel.pipeline import schedules
+from dsv3_jax.parallel.pipeline import lockstep, schedules
 
 # Written down by hand from the step table; `x*n` is n times x.
 GOLDEN = {
-    (4, 8): """
+  (4, 8): """
         F0*3 F1 I1 W F1 F0&B1 F1&B0 B1 F1&B0 B1 I0 W I0 W
         F0 F1 F0 F1 F0 B1 F1&B0 F0&B1 F1&B0 B1 B0 I1 I0 W W
         F1 F0 F1 F0 F1 B0 F0&B1 F1&B0 F0&B1 B0 B1 I0 I1 W W
         F1 F1 F1 F0 I0 W F0 F1&B0 F0&B1 B0 F0&B1 B0 I1 W I1 W
     """,
-    (8, 20): """
+  (8, 20): """
         F0*7 F1 I1 W F1 I1 W F1 I1 W F1 F0&B1 F1&B0 F0&B1 F1&B0 F0&B1 F1&B0
             B1 F1&B0 B1 F1&B0 B1 F1&B0 B1 I0 W I0 W I0 W I0 W
         F0*5 F1 F0 F1 I1 W F1 I1 W F1 F0&B1 F1&B0 F0&B1 F1&B0 F0&B1 F1&B0
@@ -38,19 +36,18 @@ GOLDEN = {
     """,
 }
 SIZES = {
-    "1f1b": [(1, 1), (1, 5), (2, 1), (3, 2), (4, 4), (4, 9), (7, 20)],
-    "zb1p": [(1, 1), (1, 5), (2, 1), (3, 2), (4, 4), (4, 9), (7, 20)],
-    "dualpipe": [(2, 4), (2, 6), (4, 8), (4, 14), (6, 12), (8, 22), (10, 30)],
-    "dualpipev": [(1, 2), (1, 3), (2, 4), (2, 7), (3, 6), (4, 11), (5, 15)],
+  "1f1b": [(1, 1), (1, 5), (2, 1), (3, 2), (4, 4), (4, 9), (7, 20)],
+  "zb1p": [(1, 1), (1, 5), (2, 1), (3, 2), (4, 4), (4, 9), (7, 20)],
+  "dualpipe": [(2, 4), (2, 6), (4, 8), (4, 14), (6, 12), (8, 22), (10, 30)],
+  "dualpipev": [(1, 2), (1, 3), (2, 4), (2, 7), (3, 6), (4, 11), (5, 15)],
 }
-CASES = [
-    (name, *size) for name, sizes in SIZES.items() for size in sizes
-]
+CASES = [(name, *size) for name, sizes in SIZES.items() for size in sizes]
 
 
 def golden(n_ranks, n_micro):
-  text = re.sub(r"(\S+)\*(\d)", lambda m: f"{m[1]} " * int(m[2]),
-                GOLDEN[n_ranks, n_micro])
+  text = re.sub(
+    r"(\S+)\*(\d)", lambda m: f"{m[1]} " * int(m[2]), GOLDEN[n_ranks, n_micro]
+  )
   lines = re.sub(r"\n {12}", " ", text).strip().splitlines()
   return [line.split() for line in lines]
 
@@ -66,7 +63,6 @@ def with_cells(schedule, rank, cells):
 
 
 class OrderTest(parameterized.TestCase):
-
   @parameterized.parameters(*GOLDEN)
   def test_dualpipe_is_the_golden_one_on_every_rank(self, n_ranks, n_micro):
     expected = golden(n_ranks, n_micro)
@@ -80,32 +76,32 @@ class OrderTest(parameterized.TestCase):
     self.assertEqual(v.cells, both.cells[:n_ranks])
 
   def test_dualpipev_is_the_golden_one(self):
-    for (n_ranks, n_micro) in GOLDEN:
+    for n_ranks, n_micro in GOLDEN:
       v = schedules.dualpipev(n_ranks // 2, n_micro // 2)
       expected = golden(n_ranks, n_micro)[: n_ranks // 2]
       self.assertEqual(v.names(), expected)
 
   def test_one_way_schedules(self):
     self.assertEqual(
-        [" ".join(rank) for rank in schedules.one_f_one_b(3, 4).names()],
-        [
-            "F0 F0 F0 B0 F0 B0 B0 B0",
-            "F0 F0 B0 F0 B0 F0 B0 B0",
-            "F0 B0 F0 B0 F0 B0 F0 B0",
-        ],
+      [" ".join(rank) for rank in schedules.one_f_one_b(3, 4).names()],
+      [
+        "F0 F0 F0 B0 F0 B0 B0 B0",
+        "F0 F0 B0 F0 B0 F0 B0 B0",
+        "F0 B0 F0 B0 F0 B0 F0 B0",
+      ],
     )
     self.assertEqual(
-        [" ".join(rank) for rank in schedules.zb1p(3, 4).names()],
-        [
-            "F0 F0 F0 I0 W F0 I0 W I0 W I0 W",
-            "F0 F0 I0 F0 I0 W F0 I0 W I0 W W",
-            "F0 I0 F0 I0 F0 I0 W F0 I0 W W W",
-        ],
+      [" ".join(rank) for rank in schedules.zb1p(3, 4).names()],
+      [
+        "F0 F0 F0 I0 W F0 I0 W I0 W I0 W",
+        "F0 F0 I0 F0 I0 W F0 I0 W I0 W W",
+        "F0 I0 F0 I0 F0 I0 W F0 I0 W W W",
+      ],
     )
 
   def test_stages(self):
     self.assertEqual(
-        schedules.dualpipe(4, 8).stages, ((0, 3), (1, 2), (2, 1), (3, 0))
+      schedules.dualpipe(4, 8).stages, ((0, 3), (1, 2), (2, 1), (3, 0))
     )
     self.assertEqual(schedules.dualpipev(2, 4).stages, ((0, 3), (1, 2)))
     self.assertEqual(schedules.zb1p(2, 4).stages, ((0,), (1,)))
@@ -129,7 +125,6 @@ class OrderTest(parameterized.TestCase):
 
 
 class CheckTest(parameterized.TestCase):
-
   @parameterized.parameters(*CASES)
   def test_every_schedule_is_valid(self, name, n_ranks, n_micro):
     schedule = make(name, n_ranks, n_micro)
@@ -145,7 +140,7 @@ class CheckTest(parameterized.TestCase):
     schedule = make(name, 4, 8)
     bad = with_cells(schedule, 2, schedule.cells[2][:-1])
     with self.assertRaisesRegex(
-        ValueError, "rank 2: W number . is missing, where I number . is micro"
+      ValueError, "rank 2: W number . is missing, where I number . is micro"
     ):
       schedules.check(bad)
 
@@ -155,7 +150,7 @@ class CheckTest(parameterized.TestCase):
     cells = schedule.cells[1]
     first = next(cell for cell in cells if cell[0].kind == "F")
     with self.assertRaisesRegex(
-        ValueError, "rank 1: F of micro-batch 0 in direction 0 is there 2 times"
+      ValueError, "rank 1: F of micro-batch 0 in direction 0 is there 2 times"
     ):
       schedules.check(with_cells(schedule, 1, (*cells, first)))
 
@@ -180,9 +175,9 @@ class CheckTest(parameterized.TestCase):
     op = cells[at][0]
     cells.insert(0, cells.pop(at))
     with self.assertRaisesRegex(
-        ValueError,
-        f"rank 3: {op.kind} of micro-batch 0 in direction {op.direction} waits"
-        " forever for F on stage",
+      ValueError,
+      f"rank 3: {op.kind} of micro-batch 0 in direction {op.direction} waits"
+      " forever for F on stage",
     ):
       schedules.check(with_cells(schedule, 3, cells))
 
@@ -195,18 +190,16 @@ class CheckTest(parameterized.TestCase):
   def test_ranks_that_wait_for_each_other(self):
     schedule = schedules.dualpipe(2, 4)
     # Both want the other's micro-batch before they send their own.
-    swapped = [
-        (cells[1], cells[0], *cells[2:]) for cells in schedule.cells
-    ]
+    swapped = [(cells[1], cells[0], *cells[2:]) for cells in schedule.cells]
     bad = dataclasses.replace(schedule, cells=tuple(swapped))
     with self.assertRaises(ValueError) as caught:
       schedules.check(bad)
     self.assertEqual(
-        str(caught.exception),
-        "dualpipe, rank 0: F of micro-batch 0 in direction 1 waits forever for"
-        " F on stage 0\n"
-        "dualpipe, rank 1: F of micro-batch 0 in direction 0 waits forever for"
-        " F on stage 0",
+      str(caught.exception),
+      "dualpipe, rank 0: F of micro-batch 0 in direction 1 waits forever for"
+      " F on stage 0\n"
+      "dualpipe, rank 1: F of micro-batch 0 in direction 0 waits forever for"
+      " F on stage 0",
     )
 
   def test_what_is_no_cell(self):
@@ -226,49 +219,96 @@ class CheckTest(parameterized.TestCase):
 
 
 class ProblemsTest(parameterized.TestCase):
-
   @parameterized.parameters(*CASES)
   def test_none(self, name, n_ranks, n_micro):
     self.assertEmpty(schedules.problems(name, n_ranks, n_micro))
     self.assertEmpty(schedules.problems(name, n_ranks, n_micro, 2 * n_ranks))
 
   @parameterized.parameters(
-      ("1f1b", 0, 0, None, [
-          "1f1b: 0 ranks: must be at least 1; use 1",
-          "1f1b on 0 ranks: 0 micro-batches: must be at least 1; use 1",
-      ]),
-      ("dualpipe", 5, 14, None, [
-          "dualpipe: 5 ranks: must be even and at least 2; use 4 or 6",
-      ]),
-      ("dualpipe", -3, 4, None, [
-          "dualpipe: -3 ranks: must be even and at least 2; use 2",
-      ]),
-      ("dualpipe", 4, 9, None, [
-          "dualpipe on 4 ranks: 9 micro-batches: must be even and at least 8;"
-          " use 8 or 10",
-      ]),
-      ("dualpipe", 4, 7, 3, [
-          "dualpipe on 4 ranks: 7 micro-batches: must be even and at least 8;"
-          " use 8",
-          "dualpipe on 4 ranks: 3 layers are too few for 4 stages; use at least"
-          " 4 layers, or at most 2 ranks",
-      ]),
-      ("dualpipev", 4, 7, 7, [
-          "dualpipev on 4 ranks: 7 micro-batches: must be at least 8; use 8",
-          "dualpipev on 4 ranks: 7 layers are too few for 8 stages; use at"
-          " least 8 layers, or at most 3 ranks",
-      ]),
-      ("dualpipev", 1, 2, 1, [
-          "dualpipev on 1 ranks: 1 layers are too few for 2 stages; use at"
-          " least 2 layers",
-      ]),
-      ("dualpipes", 4, 8, None, [
-          "schedule 'dualpipes': one of 1f1b, zb1p, dualpipe, dualpipev; did"
-          " you mean 'dualpipe'?",
-      ]),
+    (
+      "1f1b",
+      0,
+      0,
+      None,
+      [
+        "1f1b: 0 ranks: must be at least 1; use 1",
+        "1f1b on 0 ranks: 0 micro-batches: must be at least 1; use 1",
+      ],
+    ),
+    (
+      "dualpipe",
+      5,
+      14,
+      None,
+      [
+        "dualpipe: 5 ranks: must be even and at least 2; use 4 or 6",
+      ],
+    ),
+    (
+      "dualpipe",
+      -3,
+      4,
+      None,
+      [
+        "dualpipe: -3 ranks: must be even and at least 2; use 2",
+      ],
+    ),
+    (
+      "dualpipe",
+      4,
+      9,
+      None,
+      [
+        "dualpipe on 4 ranks: 9 micro-batches: must be even and at least 8;"
+        " use 8 or 10",
+      ],
+    ),
+    (
+      "dualpipe",
+      4,
+      7,
+      3,
+      [
+        "dualpipe on 4 ranks: 7 micro-batches: must be even and at least 8;"
+        " use 8",
+        "dualpipe on 4 ranks: 3 layers are too few for 4 stages; use at least"
+        " 4 layers, or at most 2 ranks",
+      ],
+    ),
+    (
+      "dualpipev",
+      4,
+      7,
+      7,
+      [
+        "dualpipev on 4 ranks: 7 micro-batches: must be at least 8; use 8",
+        "dualpipev on 4 ranks: 7 layers are too few for 8 stages; use at"
+        " least 8 layers, or at most 3 ranks",
+      ],
+    ),
+    (
+      "dualpipev",
+      1,
+      2,
+      1,
+      [
+        "dualpipev on 1 ranks: 1 layers are too few for 2 stages; use at"
+        " least 2 layers",
+      ],
+    ),
+    (
+      "dualpipes",
+      4,
+      8,
+      None,
+      [
+        "schedule 'dualpipes': one of 1f1b, zb1p, dualpipe, dualpipev; did"
+        " you mean 'dualpipe'?",
+      ],
+    ),
   )
   def test_names_what_is_wrong_and_what_is_right(
-      self, name, n_ranks, n_micro, n_layers, expected
+    self, name, n_ranks, n_micro, n_layers, expected
   ):
     found = schedules.problems(name, n_ranks, n_micro, n_layers)
     self.assertEqual(found, expected)
@@ -286,7 +326,6 @@ class ProblemsTest(parameterized.TestCase):
 
 
 class TicksTest(parameterized.TestCase):
-
   @parameterized.parameters((2, 4, 8), (4, 8, 16), (8, 20, 38), (16, 64, 102))
   def test_how_many(self, n_ranks, n_micro, expected):
     both = schedules.dualpipe(n_ranks, n_micro)
@@ -296,10 +335,8 @@ class TicksTest(parameterized.TestCase):
 
   def test_idle_ticks(self):
     idle = [
-        sum(cell is None for cell in column)
-        for column in zip(
-            *lockstep.ticks(schedules.dualpipe(8, 20)), strict=True
-        )
+      sum(cell is None for cell in column)
+      for column in zip(*lockstep.ticks(schedules.dualpipe(8, 20)), strict=True)
     ]
     self.assertEqual(idle, [0, 2, 4, 5, 5, 4, 2, 0])
 
@@ -320,12 +357,11 @@ class TicksTest(parameterized.TestCase):
 
 
 class SlotsTest(parameterized.TestCase):
-
   @parameterized.parameters((2, 4), (4, 8), (8, 20), (16, 64))
   def test_dualpipe_keeps_one_more_than_it_has_stages(self, n_ranks, n_micro):
     for schedule in (
-        schedules.dualpipe(n_ranks, n_micro),
-        schedules.dualpipev(n_ranks // 2, n_micro // 2),
+      schedules.dualpipe(n_ranks, n_micro),
+      schedules.dualpipev(n_ranks // 2, n_micro // 2),
     ):
       sizes = lockstep.n_slots(lockstep.slots(schedule).residuals)
       self.assertEqual(sizes, (n_ranks + 1,) * schedule.n_ranks)
@@ -341,13 +377,13 @@ class SlotsTest(parameterized.TestCase):
 
   @parameterized.parameters(*CASES)
   def test_what_is_written_is_still_there_when_read(
-      self, name, n_ranks, n_micro
+    self, name, n_ranks, n_micro
   ):
     schedule = make(name, n_ranks, n_micro)
     kept = lockstep.slots(schedule)
     held = {
-        field: [{} for _ in range(n_ranks)]
-        for field in ("inputs", "residuals", "gradients", "deferred")
+      field: [{} for _ in range(n_ranks)]
+      for field in ("inputs", "residuals", "gradients", "deferred")
     }
 
     def write(field, rank, which):
@@ -387,9 +423,9 @@ class SlotsTest(parameterized.TestCase):
     kept = lockstep.slots(make(name, n_ranks, n_micro))
     for field in dataclasses.fields(kept):
       for slot_of, n in zip(
-          (buffer := getattr(kept, field.name)),
-          lockstep.n_slots(buffer),
-          strict=True,
+        (buffer := getattr(kept, field.name)),
+        lockstep.n_slots(buffer),
+        strict=True,
       ):
         self.assertEqual(set(slot_of.values()), set(range(n)))
     due = set(itertools.chain(*(r for r in kept.residuals)))

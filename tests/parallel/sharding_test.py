@@ -7,38 +7,30 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
-from dsv3_jax import param_spec
-from dsv3_jax import train
+from dsv3_jax import param_spec, train
 from dsv3_jax.config import presets
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import device_mesh
-from dsv3_jax.parallel import sharding
+from dsv3_jax.parallel import device_mesh, sharding
 from dsv3_jax.parallel.pipeline import schedules
-from scripts import layout_matrix
-from scripts import readme
+from scripts import layout_matrix, readme
 
-SLOW = [
-    case for case in layout_matrix.CASES if case not in layout_matrix.QUICK
-]
+SLOW = [case for case in layout_matrix.CASES if case not in layout_matrix.QUICK]
 
 
 def named(cases):
-  return [
-      ("_".join(layout_matrix.names(c)).replace("=", ""), c) for c in cases
-  ]
+  return [("_".join(layout_matrix.names(c)).replace("=", ""), c) for c in cases]
 
 
 # A sum of n = 128 tokens in another order is off by sqrt(n) * eps of its terms
 # or so; through some ten such sums, no leaf may be off by 1e-5.
 BOUNDS = {
-    "loss": 1e-6,
-    "gradients": 1e-5,
-    "norm": 1e-6,
-    "update": 1e-5,
-    "params": 1e-5,
+  "loss": 1e-6,
+  "gradients": 1e-5,
+  "norm": 1e-6,
+  "update": 1e-5,
+  "params": 1e-5,
 }
 
 
@@ -52,14 +44,12 @@ def check(case):
 
 @pytest.mark.slow
 class AllCasesTest(parameterized.TestCase):
-
   @parameterized.named_parameters(*named(SLOW))
   def test_no_layout_changes_the_maths(self, case):
     check(case)
 
 
 class InvarianceTest(parameterized.TestCase):
-
   @parameterized.named_parameters(*named(layout_matrix.QUICK))
   def test_no_layout_changes_the_maths(self, case):
     check(case)
@@ -71,8 +61,9 @@ class InvarianceTest(parameterized.TestCase):
       for b in ("data", "node", "expert", "model"):
         self.assertIn(frozenset({a, b}), axes)
     self.assertEqual({c.layout for c in cases}, set(sharding.LAYOUTS))
-    self.assertLessEqual({"gather", "one_hop", "two_hop"},
-                         {c.dispatch for c in cases})
+    self.assertLessEqual(
+      {"gather", "one_hop", "two_hop"}, {c.dispatch for c in cases}
+    )
     sizes = {int(np.prod(list(c.sizes.values()))) for c in cases}
     self.assertEqual(sizes, {1, 2, 4, 8, 16})
 
@@ -93,20 +84,19 @@ class InvarianceTest(parameterized.TestCase):
 
 
 class TableTest(parameterized.TestCase):
-
   def test_the_readme_holds_every_case_in_order_and_within_bounds(self):
     text = readme.README.read_text()
     _, _, rest = text.partition(layout_matrix.BEGIN)
     block, _, _ = rest.partition(readme.END)
     lines = [line for line in block.splitlines() if line.startswith("|")]
     head, _, *rows = [
-        tuple(cell.strip() for cell in line.strip("|").split("|"))
-        for line in lines
+      tuple(cell.strip() for cell in line.strip("|").split("|"))
+      for line in lines
     ]
     self.assertEqual(head, layout_matrix.HEAD)
     cases = layout_matrix.CASES
     self.assertEqual(
-        [row[:3] for row in rows], [layout_matrix.names(c) for c in cases]
+      [row[:3] for row in rows], [layout_matrix.names(c) for c in cases]
     )
     for row in rows:
       *values, counts, copies = row[3:]
@@ -118,9 +108,9 @@ class TableTest(parameterized.TestCase):
     case = layout_matrix.Case("data=2", "fsdp", settings=("train.remat=block",))
     found = layout_matrix.Differences(0.0, 3.4e-7, 1e-10, 2e-6, 1.0, False, "x")
     self.assertEqual(
-        layout_matrix.row(case, found),
-        "| data=2 | fsdp, train.remat=block | auto | 0 | 3e-7 | 1e-10 | 2e-6"
-        " | 1e0 | DIFFER | DIFFER |",
+      layout_matrix.row(case, found),
+      "| data=2 | fsdp, train.remat=block | auto | 0 | 3e-7 | 1e-10 | 2e-6"
+      " | 1e0 | DIFFER | DIFFER |",
     )
 
   @parameterized.parameters("--reedme", "stray", "--readme=x")
@@ -132,10 +122,9 @@ class TableTest(parameterized.TestCase):
 
 
 class PlacementTest(parameterized.TestCase):
-
   @parameterized.product(
-      variant=("tiny", "v2_lite_16b", "v3_671b"),
-      layout=tuple(sharding.LAYOUTS),
+    variant=("tiny", "v2_lite_16b", "v3_671b"),
+    layout=tuple(sharding.LAYOUTS),
   )
   def test_every_array_divides_and_uses_an_axis_once(self, variant, layout):
     rules = sharding.LAYOUTS[layout]
@@ -163,7 +152,7 @@ class PlacementTest(parameterized.TestCase):
       types = lambda tree: jax.tree.map(jax.typeof, tree)
       self.assertEqual(types(moments), types(state.params))
     held = lambda tree: sum(
-        a.addressable_shards[0].data.size for a in jax.tree.leaves(tree)
+      a.addressable_shards[0].data.size for a in jax.tree.leaves(tree)
     )
     total = param_spec.count(transformer.specs(run.model))
     self.assertEqual(held(state.params), total // 4)
@@ -175,9 +164,9 @@ class PlacementTest(parameterized.TestCase):
     init = jax.jit(train.init_state, static_argnums=0)
     plain = init(case.run, jax.random.key(3))
     jax.tree.map(
-        np.testing.assert_array_equal,
-        jax.device_get(state.params),
-        jax.device_get(plain.params),
+      np.testing.assert_array_equal,
+      jax.device_get(state.params),
+      jax.device_get(plain.params),
     )
 
   def test_problems_name_the_sizes_and_what_fits(self):

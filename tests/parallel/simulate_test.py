@@ -1,10 +1,8 @@
 """Tests of simulated schedules: the published figures and the formulas."""
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
-from dsv3_jax.parallel.pipeline import schedules
-from dsv3_jax.parallel.pipeline import simulate
+from dsv3_jax.parallel.pipeline import schedules, simulate
 
 
 def make(name, n_stages, n_micro):
@@ -15,7 +13,6 @@ def make(name, n_stages, n_micro):
 
 
 class SimulatorTest(parameterized.TestCase):
-
   @parameterized.parameters((4, 8, 26, 2), (8, 20, 66, 6), (16, 64, 206, 14))
   def test_dualpipe(self, n_ranks, n_micro, makespan, idle):
     found = simulate.simulate(schedules.dualpipe(n_ranks, n_micro))
@@ -23,9 +20,7 @@ class SimulatorTest(parameterized.TestCase):
     self.assertEqual(found.idle, (idle,) * n_ranks)
     self.assertEqual(found.peak_activations, (n_ranks + 1,) * n_ranks)
 
-  @parameterized.parameters(
-      (2, 4, 26), (4, 8, 54), (4, 10, 66), (4, 20, 126)
-  )
+  @parameterized.parameters((2, 4, 26), (4, 8, 54), (4, 10, 66), (4, 20, 126))
   def test_dualpipev(self, n_ranks, n_micro, makespan):
     found = simulate.simulate(schedules.dualpipev(n_ranks, n_micro))
     self.assertEqual(found.makespan, makespan)
@@ -37,13 +32,13 @@ class SimulatorTest(parameterized.TestCase):
     self.assertEqual(found.peak_activations, (8, 7, 6, 5, 4, 3, 2, 1))
 
   @parameterized.product(
-      name=tuple(schedules.SCHEDULES),
-      n_stages=(2, 4, 8, 16),
-      n_micro=(32, 34, 64),
-      pair=(3.0, 2.4),
+    name=tuple(schedules.SCHEDULES),
+    n_stages=(2, 4, 8, 16),
+    n_micro=(32, 34, 64),
+    pair=(3.0, 2.4),
   )
   def test_idle_time_is_that_of_the_formula(
-      self, name, n_stages, n_micro, pair
+    self, name, n_stages, n_micro, pair
   ):
     times = simulate.Times(FB=pair)
     n_micro = 2 * n_micro if name == "dualpipev" else n_micro
@@ -55,10 +50,10 @@ class SimulatorTest(parameterized.TestCase):
   def test_formulas(self):
     times = simulate.Times(F=1.5, B=4, W=1.2, FB=5)
     for name, n_ranks, expected in (
-        ("1f1b", 8, 7 * 5.5),
-        ("zb1p", 8, 7 * 3.1),
-        ("dualpipe", 8, 3 * 5.4),
-        ("dualpipev", 4, 3 * 5.4),
+      ("1f1b", 8, 7 * 5.5),
+      ("zb1p", 8, 7 * 3.1),
+      ("dualpipe", 8, 3 * 5.4),
+      ("dualpipev", 4, 3 * 5.4),
     ):
       self.assertAlmostEqual(simulate.bubble(name, n_ranks, times), expected)
     with self.assertRaisesRegex(ValueError, "'gpipe': one of 1f1b, zb1p"):
@@ -67,11 +62,11 @@ class SimulatorTest(parameterized.TestCase):
       simulate.bubble("dualpipe", 7)
 
   @parameterized.parameters(
-      ("1f1b", {"F": 1.5, "B": 4, "W": 3, "FB": 5}),
-      ("zb1p", {"F": 1.5, "B": 4, "W": 1.2, "FB": 5}),
-      ("zb1p", {"F": 1, "B": 2.2, "W": 0.9, "FB": 3}),
-      ("dualpipe", {"F": 0.7, "B": 1.4, "W": 0.7, "FB": 1.4}),
-      ("dualpipev", {"F": 0.7, "B": 1.4, "W": 0.7, "FB": 2.1}),
+    ("1f1b", {"F": 1.5, "B": 4, "W": 3, "FB": 5}),
+    ("zb1p", {"F": 1.5, "B": 4, "W": 1.2, "FB": 5}),
+    ("zb1p", {"F": 1, "B": 2.2, "W": 0.9, "FB": 3}),
+    ("dualpipe", {"F": 0.7, "B": 1.4, "W": 0.7, "FB": 1.4}),
+    ("dualpipev", {"F": 0.7, "B": 1.4, "W": 0.7, "FB": 2.1}),
   )
   def test_formulas_hold_at_the_times_that_they_suppose(self, name, times):
     times = simulate.Times(**times)
@@ -85,7 +80,7 @@ class SimulatorTest(parameterized.TestCase):
     schedule = schedules.dualpipe(6, 16)
     found = simulate.simulate(schedule, simulate.Times(F=1.1, FB=2.7))
     for starts, ends, idle in zip(
-        found.starts, found.ends, found.idle, strict=True
+      found.starts, found.ends, found.idle, strict=True
     ):
       gaps = [b - a for a, b in zip((0, *ends), starts, strict=False)]
       self.assertGreaterEqual(min(gaps), 0)
@@ -108,13 +103,13 @@ class SimulatorTest(parameterized.TestCase):
     self.assertEqual(simulate.lockstep_makespan(schedule, times), 18 + 3)
 
   @parameterized.product(
-      name=tuple(schedules.SCHEDULES), n_stages=(2, 4, 8), n_micro=(16, 34)
+    name=tuple(schedules.SCHEDULES), n_stages=(2, 4, 8), n_micro=(16, 34)
   )
   def test_lockstep_is_never_faster(self, name, n_stages, n_micro):
     schedule = make(name, n_stages, n_micro)
     for times in (
-        simulate.Times(FB=2.4),
-        simulate.Times(F=3, B=4, W=2.5, FB=7),
+      simulate.Times(FB=2.4),
+      simulate.Times(F=3, B=4, W=2.5, FB=7),
     ):
       free = simulate.simulate(schedule, times).makespan
       held = simulate.lockstep_makespan(schedule, times)
@@ -138,16 +133,16 @@ class SimulatorTest(parameterized.TestCase):
   def test_a_rank_sends_itself_nothing(self):
     schedule = schedules.dualpipev(1, 2)
     self.assertEqual(
-        simulate.simulate(schedule, simulate.Times(comm=5)),
-        simulate.simulate(schedule),
+      simulate.simulate(schedule, simulate.Times(comm=5)),
+      simulate.simulate(schedule),
     )
 
   def test_times_that_cannot_be(self):
     for times, message in (
-        ({"F": 0}, "Times.F=0: must be above 0"),
-        ({"comm": -1}, "Times.comm=-1: must be at least 0"),
-        ({"FB": float("nan")}, "Times.FB=nan: must be finite"),
-        ({"W": 2}, r"Times.W=2: must be below B=2.0"),
+      ({"F": 0}, "Times.F=0: must be above 0"),
+      ({"comm": -1}, "Times.comm=-1: must be at least 0"),
+      ({"FB": float("nan")}, "Times.FB=nan: must be finite"),
+      ({"W": 2}, r"Times.W=2: must be below B=2.0"),
     ):
       with self.assertRaisesRegex(ValueError, message):
         simulate.Times(**times)

@@ -7,23 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax import config
 from dsv3_jax.linear import linear
 from dsv3_jax.linear import recipe as recipe_lib
-from dsv3_jax.model import experts
-from dsv3_jax.model import moe
-from dsv3_jax.model import swiglu
-from dsv3_jax.model import transformer
+from dsv3_jax.model import experts, moe, swiglu, transformer
 from dsv3_jax.parallel.pipeline import split_backward
 
 CFG = testing.tiny()
 B, T = 2, 13  # no weight has a size with this factor
 BLOCKS = {
-    "dense": swiglu.specs(CFG.d_model, CFG.dense_ffn_dim, 0.1),
-    "moe": moe.specs(CFG),
+  "dense": swiglu.specs(CFG.d_model, CFG.dense_ffn_dim, 0.1),
+  "moe": moe.specs(CFG),
 }
 
 
@@ -39,8 +35,8 @@ def mixture(ffn, p, bias, x):
 SELECTIVE = testing.run("train.remat=selective").train.activations
 APART = functools.partial(experts.grouped_ffn, apart=True)
 LAYERS = {
-    "dense": ("dense", dense),
-    "moe": ("moe", functools.partial(mixture, APART)),
+  "dense": ("dense", dense),
+  "moe": ("moe", functools.partial(mixture, APART)),
 }
 
 
@@ -84,16 +80,15 @@ def products(f, *args):
 
 
 class SplitTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      *itertools.product(LAYERS, ("fp32", "bf16")),
-      ("dense", "fp8"),
-      ("moe", "fp8"),
-      ("dense", "fp8", SELECTIVE),
-      ("moe", "fp8", SELECTIVE),
+    *itertools.product(LAYERS, ("fp32", "bf16")),
+    ("dense", "fp8"),
+    ("moe", "fp8"),
+    ("dense", "fp8", SELECTIVE),
+    ("moe", "fp8", SELECTIVE),
   )
   def test_the_passes_are_the_layer_and_its_gradient(
-      self, name, recipe, activations=None
+    self, name, recipe, activations=None
   ):
     kind, layer = LAYERS[name]
     p, bias, x, d_outputs = inputs(kind, recipe)
@@ -105,7 +100,7 @@ class SplitTest(parameterized.TestCase):
     trained = recipe_lib.trained(p)
     args = trained, (p, bias), x, d_outputs
     passes = split_backward.split(
-        of_trained, *args[:3], put_off(trained), activations
+      of_trained, *args[:3], put_off(trained), activations
     )
     found = jax.jit(functools.partial(in_parts, passes))(*args)
     expected = jax.jit(functools.partial(whole, of_trained))(*args)
@@ -114,14 +109,14 @@ class SplitTest(parameterized.TestCase):
     eps = testing.EPS if recipe == "fp32" else float(jnp.finfo("bfloat16").eps)
     self.assertEqual(*map(jax.tree.structure, (found, expected)))
     pairs = zip(
-        jax.tree.leaves_with_path(expected),
-        jax.tree.leaves(found),
-        strict=True,
+      jax.tree.leaves_with_path(expected),
+      jax.tree.leaves(found),
+      strict=True,
     )
     for (path, a), b in pairs:
       a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
       np.testing.assert_allclose(
-          b, a, rtol=0, atol=16 * eps * np.abs(a).max(), err_msg=str(path)
+        b, a, rtol=0, atol=16 * eps * np.abs(a).max(), err_msg=str(path)
       )
 
   @parameterized.parameters(*LAYERS)
@@ -168,8 +163,8 @@ class SplitTest(parameterized.TestCase):
     self.assertEqual(passes.kept[0].shape, args[2].shape)
     self.assertGreater(len(plain.kept), n_kept)
     testing.assert_same(
-        jax.jit(functools.partial(in_parts, passes))(*args),
-        jax.jit(functools.partial(in_parts, plain))(*args),
+      jax.jit(functools.partial(in_parts, passes))(*args),
+      jax.jit(functools.partial(in_parts, plain))(*args),
     )
 
   def test_refuses_gradients_that_cannot_be_put_off(self):

@@ -3,19 +3,16 @@
 import jax
 import numpy as np
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax.config import presets
 from dsv3_jax.parallel import device_mesh
-from dsv3_jax.parallel.pipeline import schedules
-from dsv3_jax.parallel.pipeline import stages
+from dsv3_jax.parallel.pipeline import schedules, stages
 
 MODEL = testing.tiny("n_layers=7", "n_dense_layers=2")  # 4 stages: 2 2 2 1
 
 
 class StagesTest(parameterized.TestCase):
-
   def test_671b_on_16_ranks(self):
     schedule = schedules.dualpipe(16, 64)
     found = stages.stages(schedule, presets.V3_671B.model)
@@ -26,10 +23,10 @@ class StagesTest(parameterized.TestCase):
     self.assertEqual((dense.size, moe.size), (3, 4))
 
   @parameterized.product(
-      name=tuple(schedules.SCHEDULES), n_ranks=(2, 4), n_dense=(0, 1, 4, 16)
+    name=tuple(schedules.SCHEDULES), n_ranks=(2, 4), n_dense=(0, 1, 4, 16)
   )
   def test_every_layer_is_on_as_many_ranks_as_its_stage(
-      self, name, n_ranks, n_dense
+    self, name, n_ranks, n_dense
   ):
     model = testing.tiny("n_layers=16", f"n_dense_layers={n_dense}")
     schedule = schedules.SCHEDULES[name](n_ranks, 2 * n_ranks)
@@ -44,11 +41,10 @@ class StagesTest(parameterized.TestCase):
 
 
 class ToRanksTest(parameterized.TestCase):
-
   @parameterized.product(
-      name=("zb1p", "dualpipe", "dualpipev"),
-      kind=("dense", "moe"),
-      sliced=(True, False),
+    name=("zb1p", "dualpipe", "dualpipev"),
+    kind=("dense", "moe"),
+    sliced=(True, False),
   )
   def test_there_and_back(self, name, kind, sliced):
     n_ranks = 2 if name == "dualpipev" else 4
@@ -63,7 +59,7 @@ class ToRanksTest(parameterized.TestCase):
       return own[None], back if sliced else jax.lax.psum(back, "pipe")
 
     run = jax.shard_map(
-        local, mesh=mesh, in_specs=spec, out_specs=(jax.P("pipe"), spec)
+      local, mesh=mesh, in_specs=spec, out_specs=(jax.P("pipe"), spec)
     )
     a = np.arange(found.n_layers * 8.0).reshape(found.n_layers, 8) + 1
     own, back = jax.jit(run)(jax.device_put(a, jax.NamedSharding(mesh, spec)))

@@ -4,8 +4,7 @@ import collections
 import sys
 from unittest import mock
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.parallel.pipeline import schedules
@@ -30,9 +29,8 @@ def due(schedule, rank, cell):
 
 
 class OrderTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      ("1f1b", 2), ("zb1p", 3), ("dualpipe", 2), ("dualpipev", 2)
+    ("1f1b", 2), ("zb1p", 3), ("dualpipe", 2), ("dualpipev", 2)
   )
   def test_every_rank_does_what_the_schedule_says(self, name, n_ranks):
     schedule = schedules.SCHEDULES[name](n_ranks, 4)
@@ -57,19 +55,18 @@ class OrderTest(parameterized.TestCase):
 
 
 class CommandTest(absltest.TestCase):
-
   def test_refuses_what_no_schedule_can_do(self):
     argv = ["bench_pipeline", "--ranks=3", "--microbatches=5", "stray"]
     with (
-        mock.patch.object(sys, "argv", argv),
-        self.assertRaisesRegex(ValueError, "(?s)stray.*3 ranks.*5 micro"),
+      mock.patch.object(sys, "argv", argv),
+      self.assertRaisesRegex(ValueError, "(?s)stray.*3 ranks.*5 micro"),
     ):
       pipeline.main()
 
   def test_a_wrong_flag_is_bad_input(self):
     with (
-        mock.patch.object(sys, "argv", ["bench_pipeline", "--ranks=x"]),
-        self.assertRaises(SystemExit) as end,
+      mock.patch.object(sys, "argv", ["bench_pipeline", "--ranks=x"]),
+      self.assertRaises(SystemExit) as end,
     ):
       cli.run_main(pipeline.main)
     self.assertEqual(end.exception.code, cli.BAD_INPUT)

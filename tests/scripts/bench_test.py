@@ -7,13 +7,11 @@ from unittest import mock
 
 import jax
 import numpy as np
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax import config
 from dsv3_jax.config import presets
-from scripts.bench import against_jax
-from scripts.bench import main
+from scripts.bench import against_jax, main
 from scripts.bench import worker as worker_lib
 
 # A worker whose step sleeps and prints, and whose waiting can be watched.
@@ -39,11 +37,10 @@ def norm_gains(model: config.Model) -> int:
 
 
 class CostTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      ("v3_671b", 36_625_603_584),
-      ("v2_236b", 20_851_512_320),
-      ("v2_lite_16b", 2_451_435_008),
+    ("v3_671b", 36_625_603_584),
+    ("v2_236b", 20_851_512_320),
+    ("v2_lite_16b", 2_451_435_008),
   )
   def test_active_weights_are_the_published_ones(self, name, active):
     model = presets.PRESETS[name].model
@@ -56,19 +53,19 @@ class CostTest(parameterized.TestCase):
     per_pair = 2 * model.n_layers * mla.n_heads * (mla.qk_dim + mla.v_dim)
     linear = 6 * main.active_weights(model) * seq_len
     self.assertEqual(
-        main.Load("train", 2, seq_len).flops(model),
-        2 * (linear + 3 * per_pair * pairs),
+      main.Load("train", 2, seq_len).flops(model),
+      2 * (linear + 3 * per_pair * pairs),
     )
 
   @parameterized.parameters(
-      # Tokens that pass through the layers, and pairs of them; logits.
-      (main.Load("prefill", 1, prompt=5), 5, 15, 1),
-      (main.Load("decode", 1, prompt=5, new=1), 5, 15, 1),
-      (main.Load("decode", 1, prompt=5, new=3), 5 + 1 + 1, 15 + 6 + 7, 3),
-      (main.Load("decode", 4, prompt=1, new=2), 4 * 2, 4 * 3, 4 * 2),
+    # Tokens that pass through the layers, and pairs of them; logits.
+    (main.Load("prefill", 1, prompt=5), 5, 15, 1),
+    (main.Load("decode", 1, prompt=5, new=1), 5, 15, 1),
+    (main.Load("decode", 1, prompt=5, new=3), 5 + 1 + 1, 15 + 6 + 7, 3),
+    (main.Load("decode", 4, prompt=1, new=2), 4 * 2, 4 * 3, 4 * 2),
   )
   def test_inference_costs_what_is_counted_by_hand(
-      self, load, n_tokens, pairs, n_logits
+    self, load, n_tokens, pairs, n_logits
   ):
     # Of S, its attention: the products of q, of kv with its rotated key, of
     # keys and values, and of the output.
@@ -79,37 +76,36 @@ class CostTest(parameterized.TestCase):
     pair = 8 * 8 * (48 + 32)  # layers, heads
     head = 256 * 8192
     self.assertEqual(
-        load.flops(presets.S.model),
-        2 * (n_tokens * layers + pairs * pair + n_logits * head),
+      load.flops(presets.S.model),
+      2 * (n_tokens * layers + pairs * pair + n_logits * head),
     )
 
   def test_what_is_measured_and_what_counts_of_it(self):
     self.assertEqual(
-        [
-            (load.what, load.batch, load.seq, load.tokens)
-            for what in main.WHAT
-            for load in main.loads(what, presets.S)
-        ],
-        [
-            ("train", 8, 512, presets.S.tokens_per_step),
-            ("prefill", 1, 2048, 2048),
-            ("decode", 1, 256, 128),
-            ("decode", 16, 256, 16 * 128),
-        ],
+      [
+        (load.what, load.batch, load.seq, load.tokens)
+        for what in main.WHAT
+        for load in main.loads(what, presets.S)
+      ],
+      [
+        ("train", 8, 512, presets.S.tokens_per_step),
+        ("prefill", 1, 2048, 2048),
+        ("decode", 1, 256, 128),
+        ("decode", 16, 256, 16 * 128),
+      ],
     )
 
 
 class FlagsTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      ("--what=train,finetune", "finetune"),
-      ("--what=", "--what"),
-      ("--shape=XL", "XL"),
-      ("--rounds=0", "rounds"),
-      ("--against=vllm", "vllm"),
-      ("--rival_python=python3", "--against"),
-      ("--roundz=3", "roundz"),
-      ("train", "stray"),
+    ("--what=train,finetune", "finetune"),
+    ("--what=", "--what"),
+    ("--shape=XL", "XL"),
+    ("--rounds=0", "rounds"),
+    ("--against=vllm", "vllm"),
+    ("--rival_python=python3", "--against"),
+    ("--roundz=3", "roundz"),
+    ("train", "stray"),
   )
   def test_bad_flags_exit_2_and_are_named(self, argument, named):
     self.assert_refused([argument], named)
@@ -138,7 +134,6 @@ class FlagsTest(parameterized.TestCase):
 
 
 class WorkerTest(parameterized.TestCase):
-
   def start(self, *code):
     worker = worker_lib.start([sys.executable, *code], {}, ".")
     return self.enter_context(worker)
@@ -179,12 +174,15 @@ class WorkerTest(parameterized.TestCase):
     small = ("n_layers=2", "d_model=32", "vocab_size=64")
     # It chooses how many devices there are, as only a new process can.
     worker = self.start("-m", "scripts.bench.decode")
-    ready = worker_lib.ask(worker, {
+    ready = worker_lib.ask(
+      worker,
+      {
         "shape": "S",
         "set": [*main.OVERRIDES, *small],
         "prompts": [[1, 2, 3], [4, 5, 6]],
         "new": new,
-    })
+      },
+    )
     self.assertEqual(ready["version"], f"jax {jax.__version__}")
     values = [worker_lib.ask(worker, {"steps": 1})["value"] for _ in "ab"]
     self.assertBetween(values[0], 1, 2 * max(1, new) * 63)
@@ -193,8 +191,8 @@ class WorkerTest(parameterized.TestCase):
   def test_prompts_are_the_same_for_all_sides(self):
     load = main.Load("decode", 2, prompt=3, new=4)
     job, other = (
-        main.job("tiny", load, [f"precision.recipe={precision}"])
-        for precision in ("fp32", "bf16")
+      main.job("tiny", load, [f"precision.recipe={precision}"])
+      for precision in ("fp32", "bf16")
     )
     self.assertEqual(np.shape(job["prompts"]), (2, 3))
     self.assertEqual(job["prompts"], other["prompts"])
@@ -203,7 +201,6 @@ class WorkerTest(parameterized.TestCase):
 
 
 class ReportTest(absltest.TestCase):
-
   def test_speed_mfu_and_pairwise_ratios(self):
     cfg = presets.S
     (load,) = main.loads("train", cfg)
@@ -216,15 +213,15 @@ class ReportTest(absltest.TestCase):
     self.assertAlmostEqual(ours["mfu"], flops / 200e9, delta=1e-4)
     self.assertEqual(ratio["rounds"], [2.0, 1.5, 0.5])
     self.assertEqual(
-        (ratio["min"], ratio["median"], ratio["max"]), (0.5, 1.5, 2.0)
+      (ratio["min"], ratio["median"], ratio["max"]), (0.5, 1.5, 2.0)
     )
 
   def test_rows_of_decode_say_its_batch_and_count_what_is_written(self):
     load = main.Load("decode", 16, prompt=3, new=5)
     rows = list(main.report(presets.S.model, "S", load, self.results()))
     self.assertEqual(
-        [row["what"] for row in rows],
-        ["decode", "decode_transformers", "decode_ratio_to_transformers"],
+      [row["what"] for row in rows],
+      ["decode", "decode_transformers", "decode_ratio_to_transformers"],
     )
     self.assertEqual([row["batch"] for row in rows], [16, 16, 16])
     self.assertEqual([row.get("seq") for row in rows], [8, 8, None])
@@ -233,25 +230,25 @@ class ReportTest(absltest.TestCase):
   def results(self):
     """Of two sides: three rounds of two steps each."""
     return {
-        name: {
-            "version": name,
-            "compile_s": 1.0,
-            "rounds": [
-                {
-                    "steps": 2,
-                    "seconds": seconds,
-                    "peak_gflops": peak,
-                    "peak_rss_mib": 100.0,
-                    "idle_s": 1.0,
-                    "idle_cpu_s": 0.0,
-                }
-                for seconds in times
-            ],
-        }
-        for name, times, peak in (
-            (main.OURS, (1.0, 2.0, 4.0), 100.0),
-            ("transformers", (2.0, 3.0, 2.0), 200.0),
-        )
+      name: {
+        "version": name,
+        "compile_s": 1.0,
+        "rounds": [
+          {
+            "steps": 2,
+            "seconds": seconds,
+            "peak_gflops": peak,
+            "peak_rss_mib": 100.0,
+            "idle_s": 1.0,
+            "idle_cpu_s": 0.0,
+          }
+          for seconds in times
+        ],
+      }
+      for name, times, peak in (
+        (main.OURS, (1.0, 2.0, 4.0), 100.0),
+        ("transformers", (2.0, 3.0, 2.0), 200.0),
+      )
     }
 
 

@@ -4,12 +4,10 @@ import shutil
 
 import micro
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax import config
-from dsv3_jax.checkpoint import checkpointer
-from dsv3_jax.checkpoint import manifest
+from dsv3_jax.checkpoint import checkpointer, manifest
 from dsv3_jax.trainer import exit_codes
 from experiments import cli
 from scripts import checkpoint as script
@@ -20,13 +18,12 @@ def main():
 
 
 class ScriptTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     self.folder = testing.folder(self) / "run"
     run, state, _ = micro.make(self.folder)
     store = checkpointer.Checkpoints(
-        self.folder / "checkpoints", config.Checkpoint(keep=9)
+      self.folder / "checkpoints", config.Checkpoint(keep=9)
     )
     self.addCleanup(store.close)
     params = state.params | {"head": state.params["head"] * 2}
@@ -74,9 +71,8 @@ class ScriptTest(parameterized.TestCase):
     self.assertEqual(lines[0], "rows: '(not there)' -> 6")
     self.assertRegex(lines[1], "^state/params/head: .*% of the values differ")
     self.assertEqual(
-        lines[2],
-        "state/step: 100.0% of the values differ, by 3 at most; the largest is"
-        " 0",
+      lines[2],
+      "state/step: 100.0% of the values differ, by 3 at most; the largest is 0",
     )
     self.assertRegex(lines[3], r"^\d+ arrays are the same, bit for bit$")
 
@@ -88,12 +84,12 @@ class ScriptTest(parameterized.TestCase):
     self.assertRegex(out, r"state/router_bias: 'float32\[\d,8\]' -> .*,16\]'")
 
   @parameterized.parameters(
-      (["--mode=verify", "--step=7"], "--step=7: .* has 0, 3"),
-      (["--mode=diff"], "--step is missing"),
-      (["--mode=diff", "--step=0", "--other=/nowhere"], "/nowhere: has no fol"),
-      (["--mode=mend"], "mode"),
-      (["--step=x"], "step"),
-      (["more"], "stray argument 'more'"),
+    (["--mode=verify", "--step=7"], "--step=7: .* has 0, 3"),
+    (["--mode=diff"], "--step is missing"),
+    (["--mode=diff", "--step=0", "--other=/nowhere"], "/nowhere: has no fol"),
+    (["--mode=mend"], "mode"),
+    (["--step=x"], "step"),
+    (["more"], "stray argument 'more'"),
   )
   def test_refuses(self, flags, message):
     code, _, err = self.call(*flags)
@@ -103,7 +99,7 @@ class ScriptTest(parameterized.TestCase):
   def test_reads_only(self):
     self.damage(3)
     files = lambda: {
-        p: p.is_file() and p.read_bytes() for p in self.folder.rglob("*")
+      p: p.is_file() and p.read_bytes() for p in self.folder.rglob("*")
     }
     before = files()
     self.call("--mode=list")

@@ -20,26 +20,21 @@ import released
 import testing
 import torch
 import transformers
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
-from dsv3_jax import config
-from dsv3_jax import train
-from dsv3_jax.data import chat
-from dsv3_jax.data import tokenizer
-from dsv3_jax.infer import engine
-from dsv3_jax.infer import inference_params
-from dsv3_jax.interop import hf_mapping
-from dsv3_jax.interop import hf_read
-from dsv3_jax.interop import hf_write
-from dsv3_jax.interop import open_run
-from dsv3_jax.interop import resumable
-from dsv3_jax.interop import weights
+from dsv3_jax import config, train
+from dsv3_jax.data import chat, tokenizer
+from dsv3_jax.infer import engine, inference_params
+from dsv3_jax.interop import (
+  hf_mapping,
+  hf_read,
+  hf_write,
+  open_run,
+  resumable,
+  weights,
+)
 from dsv3_jax.parallel import device_mesh
-from dsv3_jax.trainer import distributed
-from dsv3_jax.trainer import exit_codes
-from dsv3_jax.trainer import run_args
-from dsv3_jax.trainer import trainer
+from dsv3_jax.trainer import distributed, exit_codes, run_args, trainer
 from experiments import cli
 from scripts import convert
 
@@ -257,7 +252,9 @@ class ExportTest(ConvertTest):
       values = found.tensors[b.names[0]]
       quantized = "FP8" if values.dtype == hf_read.E4M3 else str(values.dtype)
       want = "FP8" if b.quantized else "bfloat16"
-      self.assertEqual(quantized, "float32" if b.path == hf_mapping.BIAS else want)
+      self.assertEqual(
+        quantized, "float32" if b.path == hf_mapping.BIAS else want
+      )
       if b.quantized:
         inner = (slice(None),) * len((*b.inputs, *b.outputs))
         got = found.part(b, inner)
@@ -675,7 +672,10 @@ class StoredTest(ConvertTest):
     self.store = self.workdir / "weights"
 
   def test_parts_are_those_of_the_source(self):
-    source, found = hf_read.open_folder(self.hf), weights.open_weights(self.store)
+    source, found = (
+      hf_read.open_folder(self.hf),
+      weights.open_weights(self.store),
+    )
     self.assertEqual(found.model, source.model)
     rng = np.random.default_rng(0)
     for b in hf_mapping.of_model(found.model):

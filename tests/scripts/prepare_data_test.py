@@ -10,13 +10,11 @@ import sys
 from unittest import mock
 
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax import config
 from dsv3_jax.data import loader
-from scripts import data_sources
-from scripts import prepare_data
+from scripts import data_sources, prepare_data
 
 PAGE = """<html><head><title>no</title><style>p {}</style></head><body>
 <nav>menu</nav><h1>Title</h1><p>One &amp;
@@ -41,14 +39,15 @@ def one(extract, text):
 
 
 class ExtractTest(parameterized.TestCase):
-
   def test_pages_lose_their_markup(self):
     text = one(data_sources.page, PAGE)
     self.assertEqual(text, "Title\n\nOne &\ntwo three.\n\nFour\n\nfive\n")
     self.assertEqual(one(data_sources.help_page, PAGE), "Four\n\nfive\n")
 
   def test_pages_need_not_be_well_formed(self):
-    self.assertEqual(one(data_sources.page, "a</div></script>b<p>c"), "a\nb\nc\n")
+    self.assertEqual(
+      one(data_sources.page, "a</div></script>b<p>c"), "a\nb\nc\n"
+    )
 
   def test_theorems_lose_their_proofs(self):
     first, second = data_sources.theorems(DATABASE)
@@ -58,16 +57,15 @@ class ExtractTest(parameterized.TestCase):
 
   def test_poems(self):
     poems = [
-        {"title": "T", "author": "A", "paragraphs": ["x", "y"]},
-        {"rhythmic": "R", "paragraphs": ["z"]},
-        {"title": "no lines"},
+      {"title": "T", "author": "A", "paragraphs": ["x", "y"]},
+      {"rhythmic": "R", "paragraphs": ["z"]},
+      {"title": "no lines"},
     ]
     found = list(data_sources.poems(json.dumps(poems)))
     self.assertEqual(found, ["T\nA\nx\ny\n", "R\nz\n"])
 
 
 class DocumentsTest(absltest.TestCase):
-
   def source(self, files, extract=data_sources.whole):
     return data_sources.Source("d", "apt", "p", files, extract, "PD", 1)
 
@@ -83,8 +81,8 @@ class DocumentsTest(absltest.TestCase):
     left_out = collections.Counter()
     found = prepare_data.documents(self.source("**/*.txt*"), root, left_out)
     self.assertEqual(
-        list(found),
-        [("p/a.txt.gz:0", "A" * 50), ("p/b/2.txt:0", "B" * 50 + "\n")],
+      list(found),
+      [("p/a.txt.gz:0", "A" * 50), ("p/b/2.txt:0", "B" * 50 + "\n")],
     )
     self.assertEqual(left_out, {"short": 1, "not UTF-8": 1})
 
@@ -102,22 +100,21 @@ class DocumentsTest(absltest.TestCase):
     root = testing.folder(self)
     found = [("a", "x\n漢"), ("b", "y")]
     digests = {
-        prepare_data._write(found, root / name / "text.jsonl.gz")
-        for name in ("one", "two")
+      prepare_data._write(found, root / name / "text.jsonl.gz")
+      for name in ("one", "two")
     }
     self.assertLen(digests, 1)
     self.assertLen(list((root / "one").iterdir()), 1)
 
 
 class PrepareTest(parameterized.TestCase):
-
   def call(self, *arguments):
     out, err = io.StringIO(), io.StringIO()
     argv = ["prepare_data", *arguments]
     with (
-        mock.patch.object(sys, "argv", argv),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
+      mock.patch.object(sys, "argv", argv),
+      contextlib.redirect_stdout(out),
+      contextlib.redirect_stderr(err),
     ):
       try:
         prepare_data.main()
@@ -158,11 +155,11 @@ class PrepareTest(parameterized.TestCase):
     self.assertFalse((root / "manifest.json").exists())
 
   @parameterized.parameters(
-      ((), "--out is missing"),
-      (("--out=x", "--domains=prose,gow"), "--domains=gow: one of prose,"),
-      (("--out=x", "--most=0"), "most"),
-      (("--out=x", "y"), "stray arguments: y"),
-      (("--outt=x",), "outt"),
+    ((), "--out is missing"),
+    (("--out=x", "--domains=prose,gow"), "--domains=gow: one of prose,"),
+    (("--out=x", "--most=0"), "most"),
+    (("--out=x", "y"), "stray arguments: y"),
+    (("--outt=x",), "outt"),
   )
   def test_refuses(self, arguments, message):
     with contextlib.chdir(testing.folder(self)):

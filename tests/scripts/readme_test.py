@@ -4,34 +4,29 @@ import pathlib
 import tempfile
 from unittest import mock
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
-from scripts import fault_list
-from scripts import faults
-from scripts import layout_matrix
-from scripts import readme
+from scripts import fault_list, faults, layout_matrix, readme
 
 ROOT = pathlib.Path(__file__).parents[2]
 MARK = readme.LEAD + "python -m scripts.tables -->"
 
 
 class ReplacedTest(parameterized.TestCase):
-
   def test_a_new_table_takes_the_place_of_the_old_one(self):
     other = f"{readme.LEAD}another -->\nkept\n{readme.END}"
     page = f"above\n{other}\n{MARK}\nold\n{readme.END}\nbelow\n{other}\n"
     block = readme.folded("rows", ["a"], ["| 1 |"])
     once = readme.replaced(page, MARK, block)
     self.assertEqual(
-        once,
-        f"above\n{other}\n{MARK}\n<details><summary>rows</summary>\n\n| a |\n"
-        f"| --- |\n| 1 |\n\n</details>\n{readme.END}\nbelow\n{other}\n",
+      once,
+      f"above\n{other}\n{MARK}\n<details><summary>rows</summary>\n\n| a |\n"
+      f"| --- |\n| 1 |\n\n</details>\n{readme.END}\nbelow\n{other}\n",
     )
     self.assertEqual(readme.replaced(once, MARK, block), once)
 
   @parameterized.parameters(
-      "{0}", "{1}", "{1} {0}", "{0} {0} {1}", "{0} {2} {1}", "{0} {1} {0}"
+    "{0}", "{1}", "{1} {0}", "{0} {0} {1}", "{0} {2} {1}", "{0} {1} {0}"
   )
   def test_marks_that_are_not_there_once_are_refused(self, page):
     page = page.format(MARK, readme.END, readme.LEAD + "another -->")
@@ -45,7 +40,6 @@ class ReplacedTest(parameterized.TestCase):
 
 
 class FaultsTest(parameterized.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()

@@ -8,30 +8,27 @@ import pathlib
 import tempfile
 
 import numpy as np
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax.infer import eplb
-from dsv3_jax.report import plots
-from dsv3_jax.report import run_data
-from dsv3_jax.report import themes
+from dsv3_jax.report import plots, run_data, themes
 from dsv3_jax.trainer import metrics_writer
 from scripts import report
 
 E, ROUTERS, STEPS, TOKENS = 16, 5, 488, 4096
 
 SETTINGS = {
-    "model.vocab_size": 2048,
-    "model.n_layers": 5,
-    "model.n_dense_layers": 1,
-    "model.router.n_experts": E,
-    "model.router.top_k": 4,
-    "model.moe.n_shared": 1,
-    "model.mtp.depth": 1,
-    "data.seq_len": 256,
-    "data.path": "",
-    "train.tokens": 2_000_000,
-    "train.batch_size": 16,
+  "model.vocab_size": 2048,
+  "model.n_layers": 5,
+  "model.n_dense_layers": 1,
+  "model.router.n_experts": E,
+  "model.router.top_k": 4,
+  "model.moe.n_shared": 1,
+  "model.mtp.depth": 1,
+  "data.seq_len": 256,
+  "data.path": "",
+  "train.tokens": 2_000_000,
+  "train.batch_size": 16,
 }
 
 SAMPLE = """It was the evening of the day when the old lady came down to the
@@ -51,20 +48,20 @@ def step_row(rng: np.random.Generator, step: int, total: int) -> dict:
   load = np.round(load).astype(int)
   vio = load.max(-1) / load.mean(-1) - 1
   row = {
-      "step": step,
-      "tokens": step * TOKENS,
-      "loss": main * 1.3 + 0.3,
-      "main_loss": main,
-      "mtp_loss": main + 0.7 + rng.normal(0, 0.05),
-      "balance_loss": 1e-4,
-      "lr": 3e-3 * min(step / 30, 1) * (1 if t < 0.3 else 1.25 - 0.85 * t),
-      "grad_norm": 0.4 + 3 * np.exp(-20 * t) + rng.gamma(2, 0.05),
-      "tokens_per_s": 12_000 + rng.normal(0, 400) - 11_000 * (step == 1),
-      "max_vio": vio.max(),
-      "max_vio_per_layer": vio,
-      "bias_speed": 1e-3 if t < 0.97 else 0.0,
-      "mtp_weight": 0.3 if t < 0.5 else 0.1,
-      "skipped_steps": int(t > 0.4),
+    "step": step,
+    "tokens": step * TOKENS,
+    "loss": main * 1.3 + 0.3,
+    "main_loss": main,
+    "mtp_loss": main + 0.7 + rng.normal(0, 0.05),
+    "balance_loss": 1e-4,
+    "lr": 3e-3 * min(step / 30, 1) * (1 if t < 0.3 else 1.25 - 0.85 * t),
+    "grad_norm": 0.4 + 3 * np.exp(-20 * t) + rng.gamma(2, 0.05),
+    "tokens_per_s": 12_000 + rng.normal(0, 400) - 11_000 * (step == 1),
+    "max_vio": vio.max(),
+    "max_vio_per_layer": vio,
+    "bias_speed": 1e-3 if t < 0.97 else 0.0,
+    "mtp_weight": 0.3 if t < 0.5 else 0.1,
+    "skipped_steps": int(t > 0.4),
   }
   return row | ({"load": load} if step % 4 == 1 or step == total else {})
 
@@ -79,26 +76,28 @@ def write_run(workdir: pathlib.Path, steps: int = STEPS) -> None:
       if step % 50 == 0 or step == steps:
         loss = row["main_loss"] + 0.1
         bits = loss / np.log(2) / 2.9
-        log.evaluation({
+        log.evaluation(
+          {
             "step": step,
             "heldout_loss": loss,
             "heldout_bpb": bits,
             "sample": SAMPLE,
-        })
+          }
+        )
   config = {"variant": "tiny", "seed": 0, "settings": SETTINGS}
   env = {
-      "versions": {"jax": "0.10.2", "numpy": "2.4.6"},
-      "devices": ["cpu:0"],
-      "python": "3.11.14",
-      "git_revision": "0123abc",
+    "versions": {"jax": "0.10.2", "numpy": "2.4.6"},
+    "devices": ["cpu:0"],
+    "python": "3.11.14",
+    "git_revision": "0123abc",
   }
   summary = {
-      "parameters": 5_012_352,
-      "active_parameters": 2_345_472,
-      "bzip2_bpb": 1.99,
-      "xz_bpb": 2.21,
-      "train_seconds": 251.3,
-      "compile_seconds": 21.4,
+    "parameters": 5_012_352,
+    "active_parameters": 2_345_472,
+    "bzip2_bpb": 1.99,
+    "xz_bpb": 2.21,
+    "train_seconds": 251.3,
+    "compile_seconds": 21.4,
   }
   for name, tree in (("config", config), ("env", env), ("summary", summary)):
     (workdir / f"{name}.json").write_text(json.dumps(tree))
@@ -128,7 +127,6 @@ class Elements(html.parser.HTMLParser):
 
 
 class ReportTest(parameterized.TestCase):
-
   def workdir(self, rows=(), **files) -> pathlib.Path:
     """A workdir with rows of metrics and files of JSON."""
     path = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
@@ -162,14 +160,14 @@ class ReportTest(parameterized.TestCase):
     for outside in ("http:", "https:", "<script", "<link", "url(", "@import"):
       self.assertNotIn(outside, text)
     for said in (
-        "5,012,352",
-        "2,345,472",
-        "bzip2 -9 needs 1.99",
-        "xz -9e needs 2.21",
-        "60 of 488",
-        "16 sequences of 256 tokens",
-        "4 min 11 s",
-        "0123abc",
+      "5,012,352",
+      "2,345,472",
+      "bzip2 -9 needs 1.99",
+      "xz -9e needs 2.21",
+      "60 of 488",
+      "16 sequences of 256 tokens",
+      "4 min 11 s",
+      "0123abc",
     ):
       self.assertIn(said, elements.text)
     self.assertNotIn("Not in this report", elements.text)
@@ -180,13 +178,13 @@ class ReportTest(parameterized.TestCase):
 
   def test_text_of_the_model_is_escaped(self):
     rows = [
-        {"step": 1, "tokens": 8, "loss": 1.0},
-        {
-            "step": 1,
-            "heldout_loss": 1.0,
-            "heldout_bpb": 2.0,
-            "sample": "<img src=x onerror=alert(1)>&amp;\x1b[31m\ud800\ttab",
-        },
+      {"step": 1, "tokens": 8, "loss": 1.0},
+      {
+        "step": 1,
+        "heldout_loss": 1.0,
+        "heldout_bpb": 2.0,
+        "sample": "<img src=x onerror=alert(1)>&amp;\x1b[31m\ud800\ttab",
+      },
     ]
     settings = {"variant": "<b>", "settings": {"data.path": "<i>/x"}}
     elements = self.page_of(self.workdir(rows, config=settings))
@@ -202,22 +200,22 @@ class ReportTest(parameterized.TestCase):
     rows = [{"step": 1, "tokens": 4096, "loss": 7.6, "lr": 1e-4}]
     elements = self.page_of(self.workdir(rows))
     for said in (
-        "config.json: not written",
-        "Bits per byte: no held-out evaluation",
-        "MaxVio: no row has it",
-        "Expert load: no row has it",
-        "Expert placement: no row has loads",
-        "Throughput: no row",
-        "Samples: no evaluation",
-        "has not been evaluated",
+      "config.json: not written",
+      "Bits per byte: no held-out evaluation",
+      "MaxVio: no row has it",
+      "Expert load: no row has it",
+      "Expert placement: no row has loads",
+      "Throughput: no row",
+      "Samples: no evaluation",
+      "has not been evaluated",
     ):
       self.assertIn(said, elements.text)
 
   @parameterized.named_parameters(
-      ("every_loss_nan", {"loss": None, "main_loss": None}),
-      ("no_mtp", {"loss": 1.0, "main_loss": 1.0, "mtp_loss": None}),
-      ("idle_layer", {"loss": 1, "load": [[0, 0], [1, 3]]}),
-      ("nan_violation", {"loss": 1, "max_vio_per_layer": [None, 0.5]}),
+    ("every_loss_nan", {"loss": None, "main_loss": None}),
+    ("no_mtp", {"loss": 1.0, "main_loss": 1.0, "mtp_loss": None}),
+    ("idle_layer", {"loss": 1, "load": [[0, 0], [1, 3]]}),
+    ("nan_violation", {"loss": 1, "max_vio_per_layer": [None, 0.5]}),
   )
   def test_odd_rows_are_drawn(self, row):
     rows = [{"step": 1, "tokens": 4} | row, {"step": 2, "tokens": 8, "loss": 1}]
@@ -228,14 +226,14 @@ class ReportTest(parameterized.TestCase):
     load = np.random.default_rng(0).integers(50, 150, (4, 59, 256))
     vio = load.max(-1) / load.mean(-1) - 1
     rows = [
-        {
-            "step": i + 1,
-            "tokens": 1000 * (i + 1),
-            "loss": 1.0,
-            "load": load[i].tolist(),
-            "max_vio_per_layer": vio[i].tolist(),
-        }
-        for i in range(4)
+      {
+        "step": i + 1,
+        "tokens": 1000 * (i + 1),
+        "loss": 1.0,
+        "load": load[i].tolist(),
+        "max_vio_per_layer": vio[i].tolist(),
+      }
+      for i in range(4)
     ]
     settings = {"model": {"n_dense_layers": 3, "mtp": {"depth": 1}}}
     workdir = self.workdir(rows, config=settings)
@@ -245,8 +243,8 @@ class ReportTest(parameterized.TestCase):
 
   def test_final_violation_is_of_the_last_tenth(self):
     rows = [
-        {"step": i, "tokens": i, "loss": 1.0, "max_vio_per_layer": [9.0, 9.0]}
-        for i in range(1, 19)
+      {"step": i, "tokens": i, "loss": 1.0, "max_vio_per_layer": [9.0, 9.0]}
+      for i in range(1, 19)
     ]
     rows.append(rows[0] | {"step": 19, "max_vio_per_layer": [0.2, 0.5]})
     rows.append(rows[0] | {"step": 20, "max_vio_per_layer": [0.4, 0.1]})
@@ -269,13 +267,13 @@ class ReportTest(parameterized.TestCase):
     return rows
 
   @parameterized.parameters(
-      # Experts; devices, the largest power of two that divides them with two
-      # experts or more on each.
-      (16, 8),
-      (12, 4),
-      (10, 2),
-      (4, 2),
-      (256, 128),
+    # Experts; devices, the largest power of two that divides them with two
+    # experts or more on each.
+    (16, 8),
+    (12, 4),
+    (10, 2),
+    (4, 2),
+    (256, 128),
   )
   def test_experts_are_placed_for_the_loads_at_the_end(self, n_experts, n):
     rows = self.skewed(n_experts)
@@ -291,18 +289,18 @@ class ReportTest(parameterized.TestCase):
     np.testing.assert_allclose(found.placed, placed, rtol=1e-12)
     self.assertLess(placed.mean(), in_order.mean())
     (picture,) = (
-        p
-        for p in report.pictures(run)
-        if isinstance(p, report.Picture) and p.name == "expert_placement"
+      p
+      for p in report.pictures(run)
+      if isinstance(p, report.Picture) and p.name == "expert_placement"
     )
     for said in (
-        f"busiest of {n} devices that share a layer's {n_experts} experts",
-        f"In order there are {n_experts // n} experts on each device.",
-        f"Placed by load there are {n_experts // n + 1}:",
-        f"replicas, {n} in all.",
-        f"goes from {in_order.mean():.3f} to {placed.mean():.3f},",
-        f"from {in_order.max():.3f} (router {in_order.argmax()})"
-        f" to {placed.max():.3f} (router {placed.argmax()}).",
+      f"busiest of {n} devices that share a layer's {n_experts} experts",
+      f"In order there are {n_experts // n} experts on each device.",
+      f"Placed by load there are {n_experts // n + 1}:",
+      f"replicas, {n} in all.",
+      f"goes from {in_order.mean():.3f} to {placed.mean():.3f},",
+      f"from {in_order.max():.3f} (router {in_order.argmax()})"
+      f" to {placed.max():.3f} (router {placed.argmax()}).",
     ):
       self.assertIn(said, picture.caption)
 
@@ -331,11 +329,11 @@ class ReportTest(parameterized.TestCase):
     self.assertIn("summary.json: not valid JSON", self.page_of(workdir).text)
 
   @parameterized.named_parameters(
-      ("unknown_flag", ["--wrkdir={}"], "Unknown command line flag 'wrkdir'"),
-      ("stray", ["--workdir={}", "more"], "stray arguments 'more'"),
-      ("no_workdir", [], "--workdir is missing"),
-      ("no_metrics", ["--workdir={}"], "has no metrics.jsonl"),
-      ("too_long", ["--workdir=" + "9" * 300], "too long"),
+    ("unknown_flag", ["--wrkdir={}"], "Unknown command line flag 'wrkdir'"),
+    ("stray", ["--workdir={}", "more"], "stray arguments 'more'"),
+    ("no_workdir", [], "--workdir is missing"),
+    ("no_metrics", ["--workdir={}"], "has no metrics.jsonl"),
+    ("too_long", ["--workdir=" + "9" * 300], "too long"),
   )
   def test_bad_call_exits_2(self, arguments, message):
     empty = self.enter_context(tempfile.TemporaryDirectory())
@@ -354,7 +352,6 @@ class ReportTest(parameterized.TestCase):
 
 
 class PlotsTest(parameterized.TestCase):
-
   def test_smooth_keeps_a_line_and_skips_nan(self):
     y = np.full(9, 2.0)
     y[4] = np.nan
@@ -377,10 +374,10 @@ class PlotsTest(parameterized.TestCase):
     self.assertEqual(plots.spread(n, 4), expected)
 
   @parameterized.parameters(
-      (9_990, "9,990"),
-      (25e4, "250 k"),
-      (5_012_352, "5.01 M"),
-      (671_026_404_352, "671 B"),
+    (9_990, "9,990"),
+    (25e4, "250 k"),
+    (5_012_352, "5.01 M"),
+    (671_026_404_352, "671 B"),
   )
   def test_count(self, n, expected):
     self.assertEqual(plots.count(n), expected)

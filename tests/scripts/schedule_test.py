@@ -8,8 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax.parallel.pipeline import schedules
 from scripts import schedule as script
@@ -26,23 +25,22 @@ def run(*arguments):
 
 
 class ScriptTest(parameterized.TestCase):
-
   def test_json_is_what_is_promised(self):
     command = [sys.executable, "-m", "scripts.schedule", "--json"]
     sizes = ["--schedule=dualpipe", "--ranks=4", "--microbatches=8"]
     done = subprocess.run(
-        [*command, *sizes, "--times=F=1,B=2,W=1,FB=3"],
-        capture_output=True,
-        check=True,
-        cwd=ROOT,
+      [*command, *sizes, "--times=F=1,B=2,W=1,FB=3"],
+      capture_output=True,
+      check=True,
+      cwd=ROOT,
     )
     found = json.loads(done.stdout)
     self.assertEqual(
-        list(found), ["ops", "makespan", "idle", "peak_activations"]
+      list(found), ["ops", "makespan", "idle", "peak_activations"]
     )
     self.assertEqual(
-        " ".join(found["ops"][1]),
-        "F0 F1 F0 F1 F0 B1 F1&B0 F0&B1 F1&B0 B1 B0 I1 I0 W W",
+      " ".join(found["ops"][1]),
+      "F0 F1 F0 F1 F0 B1 F1&B0 F0&B1 F1&B0 B1 B0 I1 I0 W W",
     )
     self.assertEqual(found["makespan"], 26)
     self.assertEqual(found["idle"], [2] * 4)
@@ -70,33 +68,38 @@ class ScriptTest(parameterized.TestCase):
 
   def test_every_problem_is_listed(self):
     code, out, err = run(
-        "--schedule=dualpip", "--ranks=x", "--tims=F=1", "--comm=-1", "stray",
-        "--times=Q=1,W=y,B=0", "--png=/no/such/folder/a.png",
+      "--schedule=dualpip",
+      "--ranks=x",
+      "--tims=F=1",
+      "--comm=-1",
+      "stray",
+      "--times=Q=1,W=y,B=0",
+      "--png=/no/such/folder/a.png",
     )
     self.assertEqual(code, 2)
     self.assertEmpty(out)
     for line, expected in zip(
-        err.splitlines(),
-        (
-            "unknown flag '--tims=F=1'; did you mean 'times'?",
-            "stray argument 'stray'",
-            "--ranks=x: expected a whole number",
-            "schedule 'dualpip': one of",
-            "--times=Q=1: must be one of F, B, W, FB",
-            "--times=W=y: expected a number",
-            "Times.B=0.0: must be above 0",
-            "Times.comm=-1.0: must be at least 0",
-            "--png=/no/such/folder/a.png: must be a .png file in a folder",
-        ),
-        strict=True,
+      err.splitlines(),
+      (
+        "unknown flag '--tims=F=1'; did you mean 'times'?",
+        "stray argument 'stray'",
+        "--ranks=x: expected a whole number",
+        "schedule 'dualpip': one of",
+        "--times=Q=1: must be one of F, B, W, FB",
+        "--times=W=y: expected a number",
+        "Times.B=0.0: must be above 0",
+        "Times.comm=-1.0: must be at least 0",
+        "--png=/no/such/folder/a.png: must be a .png file in a folder",
+      ),
+      strict=True,
     ):
       self.assertStartsWith(line, f"error: {expected}")
 
   @parameterized.parameters(
-      (["--ranks=5", "--microbatches=9"], "5 ranks: must be even"),
-      (["--ranks=4", "--microbatches=6"], "6 micro-batches: must be even"),
-      (["--json=maybe"], "Non-boolean"),
-      (["--ranks"], "Missing value"),
+    (["--ranks=5", "--microbatches=9"], "5 ranks: must be even"),
+    (["--ranks=4", "--microbatches=6"], "6 micro-batches: must be even"),
+    (["--json=maybe"], "Non-boolean"),
+    (["--ranks"], "Missing value"),
   )
   def test_bad_flags_exit_2(self, arguments, message):
     code, out, err = run(*arguments)

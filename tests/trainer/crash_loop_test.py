@@ -13,14 +13,15 @@ from absl import logging
 from absl.testing import absltest
 
 from dsv3_jax import config
-from dsv3_jax.checkpoint import checkpointer
-from dsv3_jax.checkpoint import manifest
-from dsv3_jax.trainer import crash_loop
-from dsv3_jax.trainer import distributed
-from dsv3_jax.trainer import event_log
-from dsv3_jax.trainer import exit_codes
-from dsv3_jax.trainer import metrics_writer
-from dsv3_jax.trainer import run_args
+from dsv3_jax.checkpoint import checkpointer, manifest
+from dsv3_jax.trainer import (
+  crash_loop,
+  distributed,
+  event_log,
+  exit_codes,
+  metrics_writer,
+  run_args,
+)
 
 ROOT = pathlib.Path(__file__).parents[2]
 FATAL = """
@@ -37,16 +38,15 @@ with starts.recorded(command, 8, 0.0, history.Stopwatch()):
 
 
 class CleanTest(absltest.TestCase):
-
   def setUp(self):
     super().setUp()
     self.folder = testing.folder(self)
     run = testing.run()
     self.command = run_args.RunArgs(
-        "tiny", run, self.folder, 0, 9, {}, distributed.Processes()
+      "tiny", run, self.folder, 0, 9, {}, distributed.Processes()
     )
     self.store = checkpointer.Checkpoints(
-        self.folder / "checkpoints", config.Checkpoint(keep=9)
+      self.folder / "checkpoints", config.Checkpoint(keep=9)
     )
     self.addCleanup(self.store.close)
     state = testing.state(run)
@@ -58,7 +58,7 @@ class CleanTest(absltest.TestCase):
     for _ in range(n):
       event_log.add(self.folder, "start", step=step)
       event_log.add(
-          self.folder, "end", code=exit_codes.INTERNAL, text="the usual error"
+        self.folder, "end", code=exit_codes.INTERNAL, text="the usual error"
       )
 
   def clean(self, **changes):
@@ -89,7 +89,7 @@ class CleanTest(absltest.TestCase):
     self.crash(event_log.TRIES)
     self.crash(event_log.TRIES, step=4)
     with self.assertRaisesRegex(
-        manifest.MissingError, "6 starts .* step 8, the last .*: the usual err"
+      manifest.MissingError, "6 starts .* step 8, the last .*: the usual err"
     ):
       self.clean()
     self.assertEqual(self.store.steps(), [0, 4, 8])
@@ -114,7 +114,7 @@ class CleanTest(absltest.TestCase):
   def test_a_fatal_signal_is_a_failure(self):
     self.crash(event_log.TRIES - 1)
     done = subprocess.run(
-        [sys.executable, "-c", FATAL, str(self.folder)], cwd=ROOT
+      [sys.executable, "-c", FATAL, str(self.folder)], cwd=ROOT
     )
     self.assertEqual(done.returncode, -signal.SIGSEGV)
     said = self.clean()
@@ -131,12 +131,11 @@ class CleanTest(absltest.TestCase):
 
 
 class RecordedTest(absltest.TestCase):
-
   def setUp(self):
     super().setUp()
     self.folder = testing.folder(self)
     self.command = run_args.RunArgs(
-        "tiny", testing.run(), self.folder, 0, 9, {}, distributed.Processes()
+      "tiny", testing.run(), self.folder, 0, 9, {}, distributed.Processes()
     )
 
   def recorded(self):
@@ -155,12 +154,12 @@ class RecordedTest(absltest.TestCase):
 
   def test_an_end_by_an_error(self):
     for error, code in (
-        (exit_codes.PreemptedError("told"), exit_codes.PREEMPTED),
-        (FloatingPointError("nan"), exit_codes.NOT_FINITE),
-        (manifest.SaveError("full"), exit_codes.INTERNAL),
-        (TypeError("a bug"), exit_codes.INTERNAL),
-        (OSError(errno.ENOSPC, "No space left on device"), exit_codes.INTERNAL),
-        (OSError(errno.ENAMETOOLONG, "File name too long"), exit_codes.BAD_INPUT),
+      (exit_codes.PreemptedError("told"), exit_codes.PREEMPTED),
+      (FloatingPointError("nan"), exit_codes.NOT_FINITE),
+      (manifest.SaveError("full"), exit_codes.INTERNAL),
+      (TypeError("a bug"), exit_codes.INTERNAL),
+      (OSError(errno.ENOSPC, "No space left on device"), exit_codes.INTERNAL),
+      (OSError(errno.ENAMETOOLONG, "File name too long"), exit_codes.BAD_INPUT),
     ):
       with self.assertRaises(type(error)):
         with self.recorded():

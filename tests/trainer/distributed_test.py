@@ -7,8 +7,7 @@ from unittest import mock
 
 import jax
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax.trainer import distributed
 
@@ -25,7 +24,6 @@ def call(port, *members, timeout_s=20):
 
 
 class RollCallTest(parameterized.TestCase):
-
   @parameterized.parameters(1, 2, 4)
   def test_all_come(self, n):
     members = [(n, i) for i in range(n)]
@@ -71,13 +69,12 @@ class RollCallTest(parameterized.TestCase):
 
 
 class ProblemsTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      (("", 2, 0), "--coordinator is missing"),
-      (("somewhere", 2, 0), "--coordinator=somewhere: expected HOST:PORT"),
-      (("host:1", 0, 0), "--processes=0: must be at least 1"),
-      (("host:1", 2, 2), "--process=2: must be in 0 to 1"),
-      (("host:1", 2, 1, 0), "--join_timeout=0"),
+    (("", 2, 0), "--coordinator is missing"),
+    (("somewhere", 2, 0), "--coordinator=somewhere: expected HOST:PORT"),
+    (("host:1", 0, 0), "--processes=0: must be at least 1"),
+    (("host:1", 2, 2), "--process=2: must be in 0 to 1"),
+    (("host:1", 2, 1, 0), "--join_timeout=0"),
   )
   def test_says_what_is_wrong(self, fields, message):
     self.assertIn(message, "\n".join(distributed.Processes(*fields).problems()))
@@ -88,7 +85,6 @@ class ProblemsTest(parameterized.TestCase):
 
 
 class MeshTest(absltest.TestCase):
-
   def test_must_multiply_to_the_devices(self):
     with self.assertRaisesRegex(ValueError, "to 6, and there are 16 .*data=16"):
       distributed.mesh({"data": 2, "expert": 3})
@@ -100,12 +96,11 @@ class MeshTest(absltest.TestCase):
 
 
 class OrderTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      ("", "--xla_gpu_deterministic_ops=true"),
-      ("--xla_a=1", "--xla_a=1 --xla_gpu_deterministic_ops=true"),
-      # What somebody has chosen stays.
-      ("--xla_gpu_deterministic_ops=false",) * 2,
+    ("", "--xla_gpu_deterministic_ops=true"),
+    ("--xla_a=1", "--xla_a=1 --xla_gpu_deterministic_ops=true"),
+    # What somebody has chosen stays.
+    ("--xla_gpu_deterministic_ops=false",) * 2,
   )
   def test_is_asked_for_once(self, given, expected):
     with mock.patch.dict(os.environ, {"XLA_FLAGS": given}):
@@ -115,7 +110,6 @@ class OrderTest(parameterized.TestCase):
 
 
 class FirstDoesTest(absltest.TestCase):
-
   def test_works_and_raises_what_the_work_raised(self):
     done = []
     distributed.first_does(lambda: done.append(1))

@@ -17,12 +17,9 @@ import time
 import numpy as np
 import programs
 import pytest
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
-from dsv3_jax.trainer import event_log
-from dsv3_jax.trainer import exit_codes
-from dsv3_jax.trainer import workdir
+from dsv3_jax.trainer import event_log, exit_codes, workdir
 
 EVERY = 10  # steps, of checkpoints
 HEARTBEAT_S = 5
@@ -39,11 +36,11 @@ def tearDownModule():
 
 class Case(programs.Programs):
   SETTINGS = (
-      *programs.SETTINGS,
-      "train.tokens=6400",
-      f"checkpoint.every={EVERY}",
-      "checkpoint.keep=2",
-      "evaluate.every=50",
+    *programs.SETTINGS,
+    "train.tokens=6400",
+    f"checkpoint.every={EVERY}",
+    "checkpoint.keep=2",
+    "evaluate.every=50",
   )
   STEPS = 100
   N, MESH = 1, "data=1"
@@ -68,7 +65,7 @@ class Case(programs.Programs):
     flags = programs.members(cls.N) if cls.N > 1 else [()]
     more = (f"--heartbeat={HEARTBEAT_S}", *more)
     commands = [
-        cls.command(cls, name, cls.MESH, *each, *more) for each in flags
+      cls.command(cls, name, cls.MESH, *each, *more) for each in flags
     ]
     if point:
       which, *point = point
@@ -92,9 +89,12 @@ class Case(programs.Programs):
 
   def after_step(self, n, *names):
     """A condition: step n is reported, and files are there."""
-    return lambda: n in self.steps() and all(
+    return lambda: (
+      n in self.steps()
+      and all(
         any(re.fullmatch(name, there) for there in programs.names(self.run_))
         for name in names
+      )
     )
 
   def assert_one_goes_on(self, started, code, *lines):
@@ -114,7 +114,7 @@ class Case(programs.Programs):
     # What was saved is not done again.
     events = (self.run_ / event_log.FILE).read_text()
     self.assertGreaterEqual(
-        first, max(map(int, before), default=0), f"{ended}\n{events}"
+      first, max(map(int, before), default=0), f"{ended}\n{events}"
     )
     if seen < self.STEPS:
       self.assertGreaterEqual(first, (seen - 1) // EVERY * EVERY - EVERY)
@@ -124,8 +124,8 @@ class Case(programs.Programs):
     """It ended in the bits of the run that was left alone."""
     whole = self.whole[self.N]
     self.assertEqual(
-        programs.saved(self.run_, self.STEPS),
-        programs.saved(whole, self.STEPS),
+      programs.saved(self.run_, self.STEPS),
+      programs.saved(whole, self.STEPS),
     )
     self.assertEqual(programs.rows(self.run_), programs.rows(whole))
     names = programs.names(self.run_)
@@ -175,14 +175,14 @@ class KillTest(Case):
     self.check_random_kills(seed=1, n=100)
 
   @parameterized.parameters(
-      ("compile", 1),  # before the first step
-      ("step", 15),
-      ("arrays", 1),  # of the first of all checkpoints
-      ("arrays", 4),
-      ("manifest", 4),
-      ("rename", 4),
-      ("remove", 1),
-      ("removing", 1),
+    ("compile", 1),  # before the first step
+    ("step", 15),
+    ("arrays", 1),  # of the first of all checkpoints
+    ("arrays", 4),
+    ("manifest", 4),
+    ("rename", 4),
+    ("remove", 1),
+    ("removing", 1),
   )
   @pytest.mark.slow
   def test_at_a_point(self, point, n):
@@ -216,7 +216,10 @@ class SignalTest(Case):
       started.until(happened)
       started.processes[0].send_signal(number)
       self.assert_one_goes_on(
-          started, exit_codes.PREEMPTED, "saving, then leaving", "goes on from there"
+        started,
+        exit_codes.PREEMPTED,
+        "saving, then leaving",
+        "goes on from there",
       )
 
   def test_sigterm_saves_and_leaves(self):
@@ -225,8 +228,8 @@ class SignalTest(Case):
     starts = [e["step"] for e in events if e["event"] == "start"]
     self.assertGreaterEqual(starts[1], 33)
     self.assertEqual(
-        [e["code"] for e in events if e["event"] == "end"],
-        [exit_codes.PREEMPTED, exit_codes.OK],
+      [e["code"] for e in events if e["event"] == "end"],
+      [exit_codes.PREEMPTED, exit_codes.OK],
     )
 
   @pytest.mark.slow
@@ -237,14 +240,14 @@ class SignalTest(Case):
   def test_while_it_compiles(self):
     log = self.run_ / "log.txt"
     self.check_signal(
-        signal.SIGTERM,
-        lambda: log.exists() and "steps done" in log.read_text(),
+      signal.SIGTERM,
+      lambda: log.exists() and "steps done" in log.read_text(),
     )
 
   @pytest.mark.slow
   def test_while_it_saves(self):
     self.check_signal(
-        signal.SIGTERM, self.after_step(1, r".*0\.orbax-checkpoint-tmp")
+      signal.SIGTERM, self.after_step(1, r".*0\.orbax-checkpoint-tmp")
     )
 
   @pytest.mark.slow
@@ -313,10 +316,10 @@ class LoopTest(Case):
     point = (0, "hang", "20")
     with self.launch("run", f"--stuck_after={STUCK_S}", point=point) as started:
       self.assert_one_goes_on(
-          started,
-          exit_codes.STUCK,
-          r"dying.py.* in hang",
-          rf"process 0: nothing done for {STUCK_S} s after step 1[89] was",
+        started,
+        exit_codes.STUCK,
+        r"dying.py.* in hang",
+        rf"process 0: nothing done for {STUCK_S} s after step 1[89] was",
       )
 
 
@@ -341,7 +344,7 @@ class StorageTest(Case):
   def test_a_full_disk_is_said_at_the_next_step(self):
     ended = self.check_full(exit_codes.INTERNAL)
     self.assertRegex(
-        ended.err, r"checkpoints/\d+ could not be saved: .*File too large"
+      ended.err, r"checkpoints/\d+ could not be saved: .*File too large"
     )
     self.assertLess(self.steps()[-1], 60)
     self.goes_on()
@@ -349,7 +352,7 @@ class StorageTest(Case):
   @pytest.mark.slow
   def test_or_the_run_goes_on_and_says_that_its_end_is_not_saved(self):
     ended = self.check_full(
-        exit_codes.INTERNAL, "--set=checkpoint.on_error=continue", "--steps=60"
+      exit_codes.INTERNAL, "--set=checkpoint.on_error=continue", "--steps=60"
     )
     self.assertEqual(self.steps()[-1], 60)
     self.assertRegex(ended.out, "could not be saved: .*; going on")
@@ -401,7 +404,7 @@ class StorageTest(Case):
     self.assertRegex(ended[0].err, "set aside: .*30.corrupt: .*: 10 bytes")
     shutil.rmtree(self.run_ / "checkpoints" / "30.corrupt")
     self.assertEqual(
-        programs.saved(self.run_, 100), programs.saved(self.whole[self.N], 100)
+      programs.saved(self.run_, 100), programs.saved(self.whole[self.N], 100)
     )
 
 
@@ -411,19 +414,17 @@ class IntervalsTest(Case):
   @pytest.mark.slow
   def test_changes_nothing(self):
     self.launch(
-        "run",
-        "--set=checkpoint.every=7",
-        "--set=checkpoint.keep=1",
-        "--set=evaluate.every=9",
-        wait=True,
+      "run",
+      "--set=checkpoint.every=7",
+      "--set=checkpoint.keep=1",
+      "--set=evaluate.every=9",
+      wait=True,
     )
     whole = self.whole[1]
-    self.assertEqual(
-        programs.saved(self.run_, 100), programs.saved(whole, 100)
-    )
+    self.assertEqual(programs.saved(self.run_, 100), programs.saved(whole, 100))
     steps = lambda rows: [row for row in rows if "loss" in row]
     self.assertEqual(
-        steps(programs.rows(self.run_)), steps(programs.rows(whole))
+      steps(programs.rows(self.run_)), steps(programs.rows(whole))
     )
 
 
@@ -480,8 +481,8 @@ class TwoTest(Case):
       for each in started.ended():
         self.assertEqual(each.code, exit_codes.STUCK, each)
         self.assertRegex(
-            each.err,
-            f"process 1: nothing done for {STUCK_S} s after step 1[89] was",
+          each.err,
+          f"process 1: nothing done for {STUCK_S} s after step 1[89] was",
         )
         self.assertIn("most recent call first", each.err)
     self.goes_on()

@@ -5,8 +5,7 @@ import shutil
 import subprocess
 
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax.trainer import heartbeat
 
@@ -14,12 +13,11 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 class LifelineTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      ({"heartbeat_s": 1.0}, "--heartbeat=1: must be at least 2 s"),
-      ({"heartbeat_s": float("nan")}, "--heartbeat=nan: must be at least 2 s"),
-      ({"stuck_s": -1.0}, "--stuck_after=-1: must be at least 0 s"),
-      ({"grace_s": -0.5}, "--grace=-0.5: must be at least 0 s"),
+    ({"heartbeat_s": 1.0}, "--heartbeat=1: must be at least 2 s"),
+    ({"heartbeat_s": float("nan")}, "--heartbeat=nan: must be at least 2 s"),
+    ({"stuck_s": -1.0}, "--stuck_after=-1: must be at least 0 s"),
+    ({"grace_s": -0.5}, "--grace=-0.5: must be at least 0 s"),
   )
   def test_says_what_is_wrong(self, fields, message):
     self.assertEqual(heartbeat.Patience(**fields).problems(), [message])
@@ -47,20 +45,19 @@ class LifelineTest(parameterized.TestCase):
 
 
 class SuperviseTest(parameterized.TestCase):
-
   def supervised(self, *codes):
     """The exit code, and how often a program that ends so was started."""
     folder = testing.folder(self)
     program = folder / "program"
     program.write_text(
-        f"cd {folder}; echo >> starts; n=$(wc -l < starts)\n"
-        f"set -- {' '.join(map(str, codes))}; shift $((n - 1))\n"
-        'case $1 in KILL) kill -9 $$ ;; *) exit $1 ;; esac\n'
+      f"cd {folder}; echo >> starts; n=$(wc -l < starts)\n"
+      f"set -- {' '.join(map(str, codes))}; shift $((n - 1))\n"
+      "case $1 in KILL) kill -9 $$ ;; *) exit $1 ;; esac\n"
     )
     script = ROOT / "scripts" / "supervise.sh"
     bash = shutil.which("bash")
     done = subprocess.run(
-        [bash, script, bash, program], capture_output=True, timeout=60
+      [bash, script, bash, program], capture_output=True, timeout=60
     )
     return done.returncode, len((folder / "starts").read_text().splitlines())
 

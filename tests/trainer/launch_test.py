@@ -8,12 +8,10 @@ import subprocess
 
 import testing
 from absl import flags
-from absl.testing import absltest
-from absl.testing import flagsaver
+from absl.testing import absltest, flagsaver
 
 from dsv3_jax.trainer import distributed
-from experiments import cli
-from experiments import pretrain
+from experiments import cli, pretrain
 
 ROOT = pathlib.Path(__file__).parents[2]
 SLURM = ROOT / "scripts" / "slurm.sh"
@@ -52,15 +50,14 @@ def understood(arguments):
 
 
 class SlurmTest(absltest.TestCase):
-
   def setUp(self):
     super().setUp()
     self.root = testing.folder(self)
     self.bash = shutil.which("bash")
     for name, text in (
-        ("bin/scontrol", SCONTROL),
-        ("bin/srun", SRUN),
-        (".venv/bin/python", PYTHON),
+      ("bin/scontrol", SCONTROL),
+      ("bin/srun", SRUN),
+      (".venv/bin/python", PYTHON),
     ):
       path = self.root / name
       path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,22 +68,22 @@ class SlurmTest(absltest.TestCase):
   def submit(self, *arguments, **job):
     env = {"PATH": f"{self.root / 'bin'}:/usr/bin:/bin"} | job
     return subprocess.run(
-        [self.bash, SLURM, *arguments],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
+      [self.bash, SLURM, *arguments],
+      env=env,
+      capture_output=True,
+      text=True,
+      timeout=60,
+      check=False,
     )
 
   def test_starts_a_process_a_node_that_know_each_other(self):
     done = self.submit(
-        "--steps=7",
-        "--set=data.path=a b",
-        SLURM_SUBMIT_DIR=str(self.root),
-        SLURM_JOB_NODELIST="list-of-this-job",
-        SLURM_JOB_ID="123456",
-        SLURM_NTASKS="2",
+      "--steps=7",
+      "--set=data.path=a b",
+      SLURM_SUBMIT_DIR=str(self.root),
+      SLURM_JOB_NODELIST="list-of-this-job",
+      SLURM_JOB_ID="123456",
+      SLURM_NTASKS="2",
     )
     self.assertEqual((done.returncode, done.stderr), (0, ""))
     lines = done.stdout.splitlines()
@@ -96,7 +93,7 @@ class SlurmTest(absltest.TestCase):
       self.assertEqual((dash_m, module), ("-m", "experiments.pretrain"))
       command = understood(arguments)
       self.assertEqual(
-          command.processes, distributed.Processes("alpha:23456", 2, i)
+        command.processes, distributed.Processes("alpha:23456", 2, i)
       )
       self.assertEqual(command.stop, 7)
       self.assertEqual(command.run.data.path, "a b")
@@ -118,7 +115,6 @@ class SlurmTest(absltest.TestCase):
 
 
 class PageTest(absltest.TestCase):
-
   def test_its_commands_are_understood(self):
     text = (ROOT / "docs" / "processes.md").read_text()
     found = [understood(arguments) for arguments in commands(text)]

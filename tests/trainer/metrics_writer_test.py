@@ -8,15 +8,13 @@ import tempfile
 from unittest import mock
 
 import numpy as np
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 from tensorboardX.proto import event_pb2
 
 from dsv3_jax.trainer import metrics_writer
 
 
 class Terminal(io.StringIO):
-
   def isatty(self):
     return True
 
@@ -24,12 +22,12 @@ class Terminal(io.StringIO):
 def row(step: int, **more) -> dict:
   """The row of a step."""
   return {
-      "step": step,
-      "tokens": 8 * step,
-      "loss": 5.0 - step,
-      "tokens_per_s": 12_345.6,
-      "max_vio": 0.21,
-      "skipped_steps": 1,
+    "step": step,
+    "tokens": 8 * step,
+    "loss": 5.0 - step,
+    "tokens_per_s": 12_345.6,
+    "max_vio": 0.21,
+    "skipped_steps": 1,
   } | more
 
 
@@ -46,7 +44,6 @@ def events(workdir: pathlib.Path) -> list[event_pb2.Event]:
 
 
 class BookTestCase(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     parent = self.enter_context(tempfile.TemporaryDirectory())
@@ -58,11 +55,12 @@ class BookTestCase(parameterized.TestCase):
     self.now = 100.0
 
   def book(self, total=10, done=0, stream=None) -> metrics_writer.Logbook:
-    return metrics_writer.Logbook(self.workdir, total, done, stream or io.StringIO())
+    return metrics_writer.Logbook(
+      self.workdir, total, done, stream or io.StringIO()
+    )
 
 
 class LogbookTest(BookTestCase):
-
   def write(self, first: int, last: int) -> None:
     with self.book(done=first - 1) as log:
       for step in range(first, last + 1):
@@ -106,7 +104,9 @@ class LogbookTest(BookTestCase):
     with self.book(done=5) as log:
       log.evaluation({"step": 5, "heldout_loss": 1.0})
     self.write(done + 1, 6)
-    steps = [r["step"] for r in metrics_writer.read(self.metrics) if "loss" in r]
+    steps = [
+      r["step"] for r in metrics_writer.read(self.metrics) if "loss" in r
+    ]
     self.assertEqual(steps, [1, 2, 3, 4, 5, 6])
     self.assertLen(self.steps(), 7 if done == 5 else 6)
     left = {p.name for p in self.workdir.iterdir()}
@@ -131,15 +131,15 @@ class LogbookTest(BookTestCase):
       log.step(row(1, max_vio_per_layer=[0.5, None], load=[[1, 2]]))
       log.evaluation({"step": 1, "heldout_bpb": 1.5, "sample": "text"})
     written = {
-        value.tag: value.simple_value
-        for event in events(self.workdir)
-        for value in event.summary.value
+      value.tag: value.simple_value
+      for event in events(self.workdir)
+      for value in event.summary.value
     }
     self.assertEqual(written["train/loss"], 4.0)
     self.assertEqual(written["heldout/bpb"], 1.5)
     self.assertEqual(written["max_vio/router_0"], 0.5)
     self.assertNoCommonElements(
-        written, ["train/load", "max_vio/router_1", "train/step"]
+      written, ["train/load", "max_vio/router_1", "train/step"]
     )
     self.write(2, 2)
     starts = [e.step for e in events(self.workdir) if e.HasField("session_log")]
@@ -148,7 +148,6 @@ class LogbookTest(BookTestCase):
 
 
 class ProgressTest(BookTestCase):
-
   def test_pipe_gets_a_line_every_five_seconds(self):
     stream = io.StringIO()
     with self.book(stream=stream) as log:
@@ -172,9 +171,9 @@ class ProgressTest(BookTestCase):
     line = stream.getvalue().splitlines()[-1]
     # Three steps took 60 s and six are left.
     self.assertEqual(
-        line,
-        "step 4/10  loss 1.000  12,346 tok/s  2:00 left  MaxVio 0.21"
-        "  skipped 1  bpb 1.987",
+      line,
+      "step 4/10  loss 1.000  12,346 tok/s  2:00 left  MaxVio 0.21"
+      "  skipped 1  bpb 1.987",
     )
     self.assertLess(len(line), 90)
 
@@ -196,12 +195,14 @@ class ProgressTest(BookTestCase):
     stream = Terminal()
     with self.book(stream=stream) as log:
       log.step(row(1))
-      log.evaluation({
+      log.evaluation(
+        {
           "step": 1,
           "heldout_loss": 4.0,
           "heldout_bpb": None,
           "sample": "one\ntwo\x1b[2J\r" + "x" * 200,
-      })
+        }
+      )
     text = stream.getvalue().replace("\r\x1b[K", "")
     self.assertIn("held-out loss 4.0000  nan bits per byte\n", text)
     sample = text.splitlines()[-1]

@@ -10,8 +10,7 @@ import pytest
 import testing
 from absl.testing import absltest
 
-from dsv3_jax import config
-from dsv3_jax import train
+from dsv3_jax import config, train
 from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.config import presets
 from dsv3_jax.parallel import device_mesh
@@ -21,11 +20,11 @@ from experiments import cli
 STEPS = 4
 # What takes longer to compile.
 MORE = (
-    "n_layers=2",
-    "n_dense_layers=1",
-    "dense_ffn_dim=24",
-    "mtp.depth=1",
-    "evaluate.sample_tokens=4",
+  "n_layers=2",
+  "n_dense_layers=1",
+  "dense_ffn_dim=24",
+  "mtp.depth=1",
+  "evaluate.sample_tokens=4",
 )
 
 
@@ -81,7 +80,6 @@ class Programs(programs.Programs):
 
 
 class TwoProcessesTest(Programs):
-
   def test_train_as_one_and_one_goes_on(self):
     self.train("one", "data=2,expert=2")
     ended = self.train("two", "data=2,expert=2", n=2)
@@ -132,22 +130,21 @@ class PipelineTest(Programs):
 
 
 class RowsTest(absltest.TestCase):
-
   def test_each_row_is_read_by_one_process(self):
     script = (
-        "import sys\n"
-        "from dsv3_jax.parallel import topology\n"
-        "from experiments import cluster\n"
-        "address, n, i = sys.argv[1], *map(int, sys.argv[2:])\n"
-        "cluster.use_virtual_devices(2, spare_threads=True)\n"
-        "cluster.Processes(address, n, i, 60).join()\n"
-        "mesh = cluster.mesh({'data': 2, 'expert': 2})\n"
-        "print(topology.own_rows(8, mesh))\n"
+      "import sys\n"
+      "from dsv3_jax.parallel import topology\n"
+      "from experiments import cluster\n"
+      "address, n, i = sys.argv[1], *map(int, sys.argv[2:])\n"
+      "cluster.use_virtual_devices(2, spare_threads=True)\n"
+      "cluster.Processes(address, n, i, 60).join()\n"
+      "mesh = cluster.mesh({'data': 2, 'expert': 2})\n"
+      "print(topology.own_rows(8, mesh))\n"
     )
     address = f"127.0.0.1:{testing.free_port()}"
     ended = programs.together(
-        *(["-c", script, address, "2", str(i)] for i in range(2)),
-        timeout_s=60,
+      *(["-c", script, address, "2", str(i)] for i in range(2)),
+      timeout_s=60,
     )
     for each in ended:
       self.assertEqual(each.code, 0, each)
@@ -156,33 +153,32 @@ class RowsTest(absltest.TestCase):
 
 
 class MissingTest(absltest.TestCase):
-
   def test_a_process_that_never_comes_is_named(self):
     root = testing.folder(self)
     began = time.monotonic()
     ended = programs.together(
-        *(
-            [
-                "-m",
-                "experiments.pretrain",
-                "--variant=tiny",
-                f"--workdir={root / 'run'}",
-                "--mesh=data=4",
-                "--join_timeout=5",
-                *flags,
-            ]
-            for flags in programs.members(4)
-            if flags[-1] != "--process=2"
-        ),
-        timeout_s=60,
+      *(
+        [
+          "-m",
+          "experiments.pretrain",
+          "--variant=tiny",
+          f"--workdir={root / 'run'}",
+          "--mesh=data=4",
+          "--join_timeout=5",
+          *flags,
+        ]
+        for flags in programs.members(4)
+        if flags[-1] != "--process=2"
+      ),
+      timeout_s=60,
     )
     self.assertLess(time.monotonic() - began, 45)
     for each in ended:
       self.assertEqual((each.code, each.out), (cli.BAD_INPUT, ""), each)
       self.assertEqual(
-          each.err,
-          "error: --processes=4: 2 did not join within 5 s; start them, or"
-          " raise --join_timeout\n",
+        each.err,
+        "error: --processes=4: 2 did not join within 5 s; start them, or"
+        " raise --join_timeout\n",
       )
     self.assertFalse((root / "run").exists())
 

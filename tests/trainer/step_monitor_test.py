@@ -5,19 +5,19 @@ from unittest import mock
 
 import numpy as np
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
 from dsv3_jax import config
-from dsv3_jax.trainer import batches
-from dsv3_jax.trainer import event_log
-from dsv3_jax.trainer import exit_codes
-from dsv3_jax.trainer import metrics_writer
-from dsv3_jax.trainer import step_monitor
+from dsv3_jax.trainer import (
+  batches,
+  event_log,
+  exit_codes,
+  metrics_writer,
+  step_monitor,
+)
 
 
 class Book(metrics_writer.Silent):
-
   def __init__(self):
     self.rows, self.notes = [], []
 
@@ -40,7 +40,6 @@ class Order:
 
 
 class ReporterTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     self.book, self.events = Book(), []
@@ -51,18 +50,18 @@ class ReporterTest(parameterized.TestCase):
     record = lambda event, **facts: self.events.append((event, facts))
     self.run_ = run
     return step_monitor.Reporter(
-        self.book, source, 99, record, event_log.Stopwatch(), before
+      self.book, source, 99, record, event_log.Stopwatch(), before
     )
 
   def metrics(self, loss=1.0, grad_norm=1.0):
     n, experts = 2, self.run_.model.router.n_experts
     return {
-        "loss": np.float32(loss),
-        "grad_norm": np.float32(grad_norm),
-        "finite": np.isfinite(loss) & np.isfinite(grad_norm),
-        "load": np.ones((n, experts), np.int32),
-        "max_vio_per_layer": np.zeros(n, np.float32),
-        "sent": {},
+      "loss": np.float32(loss),
+      "grad_norm": np.float32(grad_norm),
+      "finite": np.isfinite(loss) & np.isfinite(grad_norm),
+      "load": np.ones((n, experts), np.int32),
+      "max_vio_per_layer": np.zeros(n, np.float32),
+      "sent": {},
     }
 
   def setting(self, *settings, **how):
@@ -80,9 +79,9 @@ class ReporterTest(parameterized.TestCase):
     first = self.run_.rows_before(1) + 7
     (line,), ((event, facts),) = self.book.notes, self.events
     self.assertStartsWith(
-        line,
-        "step 2 was skipped: loss or gradient not finite; it read sequences"
-        f" {first} to {first + size - 1} of the run, rows {1000 + first}, ",
+      line,
+      "step 2 was skipped: loss or gradient not finite; it read sequences"
+      f" {first} to {first + size - 1} of the run, rows {1000 + first}, ",
     )
     self.assertEqual(event, "bad")
     self.assertEqual(facts["rows"], [1000 + first + i for i in range(size)])
@@ -96,7 +95,7 @@ class ReporterTest(parameterized.TestCase):
       if step == 2:
         report.step(3, self.metrics())
     with self.assertRaisesRegex(
-        FloatingPointError, "3 steps in a row up to step 6 were not finite"
+      FloatingPointError, "3 steps in a row up to step 6 were not finite"
     ):
       report.step(6, bad)
     self.assertLen(self.events, 5)
@@ -115,10 +114,10 @@ class ReporterTest(parameterized.TestCase):
     self.assertLen(self.events, 1)
 
   @parameterized.parameters(
-      ((), 30, 99.0),  # nobody asked
-      (("train.spike_factor=2",), 30, 1.9),
-      (("train.spike_factor=2",), step_monitor.ENOUGH - 1, 99.0),  # too early
-      (("train.spike_factor=2",), 30, 0.0),
+    ((), 30, 99.0),  # nobody asked
+    (("train.spike_factor=2",), 30, 1.9),
+    (("train.spike_factor=2",), step_monitor.ENOUGH - 1, 99.0),  # too early
+    (("train.spike_factor=2",), 30, 0.0),
   )
   def test_what_is_no_jump(self, settings, n, value):
     self.rise(self.setting(*settings), n, "loss", value)
@@ -134,7 +133,9 @@ class ReporterTest(parameterized.TestCase):
     before = [{"step": i, "loss": 1.0, "grad_norm": 1.0} for i in range(1, 31)]
     settings = "train.spike_factor=2", "train.spike_skip=4"
     report = self.setting(*settings, before=before)
-    with self.assertRaisesRegex(exit_codes.SpikeError, "step 31 jumped") as caught:
+    with self.assertRaisesRegex(
+      exit_codes.SpikeError, "step 31 jumped"
+    ) as caught:
       report.step(31, self.metrics(loss=3.0))
     self.assertEqual(caught.exception.step, 31)
 

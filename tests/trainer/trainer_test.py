@@ -13,26 +13,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import testing
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 
-from dsv3_jax import config
-from dsv3_jax import train
-from dsv3_jax.checkpoint import checkpointer
-from dsv3_jax.checkpoint import manifest
+from dsv3_jax import config, train
+from dsv3_jax.checkpoint import checkpointer, manifest
 from dsv3_jax.data import loader
-from dsv3_jax.parallel import device_mesh
-from dsv3_jax.parallel import replica_check
+from dsv3_jax.parallel import device_mesh, replica_check
 from dsv3_jax.trainer import batches as batches_lib
-from dsv3_jax.trainer import distributed
-from dsv3_jax.trainer import event_log
-from dsv3_jax.trainer import exit_codes
-from dsv3_jax.trainer import metrics_writer
+from dsv3_jax.trainer import (
+  distributed,
+  event_log,
+  exit_codes,
+  metrics_writer,
+  run_args,
+  step_monitor,
+  trainer,
+  workdir,
+)
 from dsv3_jax.trainer import replay as replay_lib
-from dsv3_jax.trainer import run_args
-from dsv3_jax.trainer import step_monitor
-from dsv3_jax.trainer import trainer
-from dsv3_jax.trainer import workdir
 from experiments import cli
 
 PROSE = "It was a bright cold day, and {} clocks were striking thirteen.\n"
@@ -48,7 +46,6 @@ compiled_step = functools.cache(train.make_step)
 
 
 class CheckedRunTest(absltest.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -67,22 +64,22 @@ class CheckedRunTest(absltest.TestCase):
 
   def command(self, *settings):
     run = testing.run(
-        f"data.path={self.text}",
-        "parallel.layout=replicated",
-        "parallel.check_every=2",
-        "checkpoint.every=1",
-        "checkpoint.keep=9",
-        "evaluate.sample_tokens=0",
-        *settings,
+      f"data.path={self.text}",
+      "parallel.layout=replicated",
+      "parallel.check_every=2",
+      "checkpoint.every=1",
+      "checkpoint.keep=9",
+      "evaluate.sample_tokens=0",
+      *settings,
     )
     return run_args.RunArgs(
-        "tiny",
-        run,
-        self.folder / "run",
-        seed=0,
-        stop=4,
-        mesh={"data": 2},
-        processes=distributed.Processes(),
+      "tiny",
+      run,
+      self.folder / "run",
+      seed=0,
+      stop=4,
+      mesh={"data": 2},
+      processes=distributed.Processes(),
     )
 
   def train(self, make_step=compiled_step, *settings):
@@ -93,9 +90,9 @@ class CheckedRunTest(absltest.TestCase):
 
   def ended(self, work):
     with (
-        contextlib.redirect_stderr(io.StringIO()) as err,
-        contextlib.redirect_stdout(io.StringIO()) as out,
-        self.assertRaises(SystemExit) as end,
+      contextlib.redirect_stderr(io.StringIO()) as err,
+      contextlib.redirect_stdout(io.StringIO()) as out,
+      self.assertRaises(SystemExit) as end,
     ):
       cli.run_main(work)
     self.said = out.getvalue()
@@ -106,8 +103,8 @@ class CheckedRunTest(absltest.TestCase):
     rows = metrics_writer.read(self.folder / "run" / metrics_writer.METRICS)
     folders = (self.folder / "run" / "checkpoints").iterdir()
     return (
-        {int(folder.name) for folder in folders},
-        [row["step"] for row in rows if "loss" in row],
+      {int(folder.name) for folder in folders},
+      [row["step"] for row in rows if "loss" in row],
     )
 
   def test_devices_that_agree_go_on(self):
@@ -124,7 +121,7 @@ class CheckedRunTest(absltest.TestCase):
         state, metrics = step(state, batch)
         if int(state.step) == 2:
           other = testing.with_other_copy(
-              state.params["head"], device=1, change=lambda a: a * 1.001
+            state.params["head"], device=1, change=lambda a: a * 1.001
           )
           state = state.replace(params=state.params | {"head": other})
         return state, metrics
@@ -134,9 +131,9 @@ class CheckedRunTest(absltest.TestCase):
     code, err = self.train(make_step)
     self.assertEqual(code, cli.INTERNAL)
     self.assertEqual(
-        err,
-        "error: params/head: the copy of devices 0 (process 0) differs from the"
-        " copy of devices 1 (process 0)\n",
+      err,
+      "error: params/head: the copy of devices 0 (process 0) differs from the"
+      " copy of devices 1 (process 0)\n",
     )
     self.assertEqual(self.left(), ({0, 1}, [1, 2]))
     self.assertFalse((self.folder / "run" / workdir.SUMMARY).exists())
@@ -174,7 +171,7 @@ class NumbersTest(CheckedRunTest):
 
   def test_too_many_bad_steps_end_the_run(self):
     bad = self.spoiling(
-        lambda step, _: step >= 1, finite=np.False_, loss=np.float32("nan")
+      lambda step, _: step >= 1, finite=np.False_, loss=np.float32("nan")
     )
     code, err = self.train(bad, "train.max_bad_steps=1")
     self.assertEqual(code, exit_codes.NOT_FINITE)
@@ -193,9 +190,9 @@ class NumbersTest(CheckedRunTest):
 
     self.patch(step_monitor, "ENOUGH", 2)
     code, _ = self.train(
-        self.spoiling(jumps, loss=np.float32(1e4)),
-        "train.spike_factor=100",
-        "train.spike_skip=1",
+      self.spoiling(jumps, loss=np.float32(1e4)),
+      "train.spike_factor=100",
+      "train.spike_skip=1",
     )
     self.assertEqual(code, exit_codes.OK)
     self.assertEqual([row["step"] for row in self.rows()], [1, 2, 3, 4])
@@ -203,14 +200,14 @@ class NumbersTest(CheckedRunTest):
     # From step 2 on again, with the data of what would have been step 5.
     command = self.command()
     data = trainer.read_data(command)
-    planned = batches_lib.Feed(data, command.run, 0).batches(0, device_mesh.mesh(
-        command.mesh
-    ))
+    planned = batches_lib.Feed(data, command.run, 0).batches(
+      0, device_mesh.mesh(command.mesh)
+    )
     planned = [np.asarray(b.tokens) for b in itertools.islice(planned, 6)]
     fed = [0, 1, 2, 4, 5]
     np.testing.assert_array_equal(seen[-5:], [planned[i] for i in fed])
     store = checkpointer.Checkpoints(
-        self.folder / "run" / "checkpoints", command.run.checkpoint
+      self.folder / "run" / "checkpoints", command.run.checkpoint
     )
     self.addCleanup(store.close)
     self.assertEqual(store.facts(4)["rows"], command.run.rows_before(6))
@@ -218,9 +215,9 @@ class NumbersTest(CheckedRunTest):
   def test_jumps_without_end_end_the_run(self):
     self.patch(step_monitor, "ENOUGH", 2)
     code, err = self.train(
-        self.spoiling(lambda step, _: step == 2, loss=np.float32(1e4)),
-        "train.spike_factor=100",
-        "train.spike_skip=1",
+      self.spoiling(lambda step, _: step == 2, loss=np.float32(1e4)),
+      "train.spike_factor=100",
+      "train.spike_skip=1",
     )
     self.assertEqual(code, exit_codes.NOT_FINITE)
     self.assertRegex(err, "jumped: .*with other data after step 2 it was no")
@@ -272,15 +269,13 @@ class NumbersTest(CheckedRunTest):
     row = self.rows()[2]
     changed = float(np.nextafter(np.float32(row["loss"]), np.float32(9)))
     lines = [
-        line.replace(f'"loss": {row["loss"]}', f'"loss": {changed}')
-        for line in lines
+      line.replace(f'"loss": {row["loss"]}', f'"loss": {changed}')
+      for line in lines
     ]
     path.write_text("".join(lines))
     code, err = self.replay(3)
     self.assertEqual(code, exit_codes.INTERNAL)
-    self.assertIn(
-        f"error: step 3: loss was {changed}, is {row['loss']}\n", err
-    )
+    self.assertIn(f"error: step 3: loss was {changed}, is {row['loss']}\n", err)
 
   def test_a_step_that_cannot_be_done_again(self):
     self.train()
@@ -296,13 +291,13 @@ class NumbersTest(CheckedRunTest):
 # Each is saved and restored on the next: one device, more, fewer experts a
 # device and back, and every change of layout.
 WAY = (
-    ({"data": 1}, "replicated"),
-    ({"data": 2}, "zero1"),
-    ({"data": 4}, "fsdp"),
-    ({"expert": 4}, "zero1"),
-    ({"expert": 2}, "replicated"),
-    ({"data": 2, "expert": 2}, "fsdp"),
-    ({"data": 1}, "replicated"),
+  ({"data": 1}, "replicated"),
+  ({"data": 2}, "zero1"),
+  ({"data": 4}, "fsdp"),
+  ({"expert": 4}, "zero1"),
+  ({"expert": 2}, "replicated"),
+  ({"data": 2, "expert": 2}, "fsdp"),
+  ({"data": 1}, "replicated"),
 )
 
 
@@ -317,11 +312,11 @@ def middle_state(run):
     return jnp.asarray(1e-3 * rng.random(a.shape), a.dtype)
 
   return state.replace(
-      opt_state=jax.tree.map(leaf, state.opt_state),
-      router_bias=leaf(state.router_bias),
-      step=jnp.int32(3),
-      skipped=jnp.int32(1),
-      key=jax.random.key(9),
+    opt_state=jax.tree.map(leaf, state.opt_state),
+    router_bias=leaf(state.router_bias),
+    step=jnp.int32(3),
+    skipped=jnp.int32(1),
+    key=jax.random.key(9),
   )
 
 
@@ -332,7 +327,6 @@ def compiled_loss(run, mesh):
 
 
 class RelayoutTest(parameterized.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -370,9 +364,9 @@ class RelayoutTest(parameterized.TestCase):
     self.assertEqual(sizes, [8] * 8)
     ramp = "train.first_batch_size=4", "schedule.ramp_until=0.03"
     for settings in (
-        ("train.micro_batches=4",),
-        ("train.micro_batches=2", *ramp, "train.ramp_sizes=1"),
-        ("train.micro_batches=4", *ramp, "train.ramp_sizes=2"),
+      ("train.micro_batches=4",),
+      ("train.micro_batches=2", *ramp, "train.ramp_sizes=1"),
+      ("train.micro_batches=4", *ramp, "train.ramp_sizes=2"),
     ):
       found, sizes = self.rows_of(0, 8, *settings)
       self.assertEqual(found, plain[: len(found)])
@@ -383,7 +377,7 @@ class RelayoutTest(parameterized.TestCase):
   @parameterized.parameters(*itertools.pairwise(WAY))
   def test_a_save_goes_on_in_another_layout(self, before, after):
     checkpoints = checkpointer.Checkpoints(
-        testing.folder(self) / "checkpoints", config.Checkpoint()
+      testing.folder(self) / "checkpoints", config.Checkpoint()
     )
     self.addCleanup(checkpoints.close)
     run, mesh = self.at(*before)

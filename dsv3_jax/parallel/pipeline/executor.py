@@ -17,16 +17,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax import config
-from dsv3_jax import losses
-from dsv3_jax import param_spec
-from dsv3_jax import varying
+from dsv3_jax import config, losses, param_spec, varying
 from dsv3_jax.linear import recipe
-from dsv3_jax.model import moe
-from dsv3_jax.model import transformer
+from dsv3_jax.model import moe, transformer
 from dsv3_jax.parallel import sharding
-from dsv3_jax.parallel.pipeline import split_backward
-from dsv3_jax.parallel.pipeline import tick_table
+from dsv3_jax.parallel.pipeline import split_backward, tick_table
 
 
 @flax.struct.dataclass
@@ -44,14 +39,14 @@ class _Memory:
 
 
 def gradient_sums(
-    params: param_spec.Params,
-    bias: jax.Array,
-    mtp_weight: jax.Array,
-    batch: losses.Batch,
-    weights: jax.Array,
-    *,
-    run: config.Run,
-    layout: sharding.Layout,
+  params: param_spec.Params,
+  bias: jax.Array,
+  mtp_weight: jax.Array,
+  batch: losses.Batch,
+  weights: jax.Array,
+  *,
+  run: config.Run,
+  layout: sharding.Layout,
 ) -> tuple[param_spec.Params, losses.Losses, moe.Stats]:
   """Sums over the micro-batches and stages of one device.
 
@@ -95,14 +90,14 @@ def _executor(params, bias, mtp_weight, batch, weights, run, layout):
     constants = p, {"dense": (), "moe": bias[:1]}[name]
     put_off = [leaf.ndim > 1 for leaf in jax.tree.leaves(trained)]
     layer = functools.partial(
-        _layer, name, cfg=run.model, experts=layout.experts
+      _layer, name, cfg=run.model, experts=layout.experts
     )
     passes[name] = split_backward.split(
-        layer, trained, constants, x, put_off, run.train.activations
+      layer, trained, constants, x, put_off, run.train.activations
     )
   share = 1.0 / (batch.tokens.shape[0] * layout.n_shards)
   return _Executor(
-      params, bias, mtp_weight, batch, weights, run, layout, passes, share, vary
+    params, bias, mtp_weight, batch, weights, run, layout, passes, share, vary
   )
 
 
@@ -151,30 +146,28 @@ class _Executor:
 
     def of_layers(slots, types):
       return {
-          name: [
-              zeros(slots * kind.size, *t.shape, dtype=t.dtype)
-              for t in types(self.passes[name])
-          ]
-          for name, kind in self.layout.stages.kinds.items()
+        name: [
+          zeros(slots * kind.size, *t.shape, dtype=t.dtype)
+          for t in types(self.passes[name])
+        ]
+        for name, kind in self.layout.stages.kinds.items()
       }
 
     x = jax.eval_shape(transformer.embed, self.params, self.batch.tokens[0])
     n_routers, n_experts = self.bias.shape
     return _Memory(
-        inputs=zeros(work.inputs + 1, *x.shape, dtype=x.dtype),
-        gradients=zeros(work.gradients + 1, *x.shape, dtype=x.dtype),
-        kept=of_layers(work.kept, lambda passes: passes.kept),
-        deferred=of_layers(work.deferred, lambda passes: passes.deferred),
-        sums=jax.tree.map(
-            lambda a: zeros(*a.shape), recipe.trained(self.params)
-        ),
-        main=zeros(),
-        mtp=zeros(),
-        stats=moe.Stats(
-            load=zeros(n_routers, n_experts, dtype=jnp.int32),
-            balance=zeros(n_routers),
-            sent=zeros(n_routers, 2, dtype=jnp.int32),
-        ),
+      inputs=zeros(work.inputs + 1, *x.shape, dtype=x.dtype),
+      gradients=zeros(work.gradients + 1, *x.shape, dtype=x.dtype),
+      kept=of_layers(work.kept, lambda passes: passes.kept),
+      deferred=of_layers(work.deferred, lambda passes: passes.deferred),
+      sums=jax.tree.map(lambda a: zeros(*a.shape), recipe.trained(self.params)),
+      main=zeros(),
+      mtp=zeros(),
+      stats=moe.Stats(
+        load=zeros(n_routers, n_experts, dtype=jnp.int32),
+        balance=zeros(n_routers),
+        sent=zeros(n_routers, 2, dtype=jnp.int32),
+      ),
     )
 
   def tick(self, turn: tick_table.Turn, memory: _Memory) -> _Memory:
@@ -227,11 +220,11 @@ class _Executor:
     (y, *_), told, kept = self.passes[name].forward(p, constants, x)
     at = task.kept * self.layout.stages.kinds[name].size + i
     memory = memory.replace(
-        kept=memory.kept | {name: _put(memory.kept[name], at, kept)}
+      kept=memory.kept | {name: _put(memory.kept[name], at, kept)}
     )
     if told is not None:
       stats = jax.tree.map(
-          lambda total, new: _add(total, router, new), memory.stats, told
+        lambda total, new: _add(total, router, new), memory.stats, told
       )
       memory = memory.replace(stats=stats)
     return y, memory
@@ -247,7 +240,7 @@ class _Executor:
     if name == "dense":
       d_outputs = d_outputs[:1]
     dx, gradients, deferred = self.passes[name].input_gradient(
-        p, constants, kept, d_outputs
+      p, constants, kept, d_outputs
     )
     left = _put(memory.deferred[name], task.deferred * size + i, deferred)
     memory = memory.replace(deferred=memory.deferred | {name: left})
@@ -316,7 +309,9 @@ class _Executor:
 
   # --- the ends ---
 
-  def _embed_gradient(self, task: tick_table.Task, dx, memory: _Memory) -> _Memory:
+  def _embed_gradient(
+    self, task: tick_table.Task, dx, memory: _Memory
+  ) -> _Memory:
     """Adds the embedding's gradient, on the first stage."""
     tokens = self.batch.tokens[task.micro_batch]
 
@@ -333,20 +328,20 @@ class _Executor:
     ends = {name: self.params[name] for name in names}
     n_layers = self.run.model.n_moe_layers
     data, token_weights = jax.tree.map(
-        lambda a: a[task.micro_batch], (self.batch, self.weights)
+      lambda a: a[task.micro_batch], (self.batch, self.weights)
     )
 
     def objective(trained, x):
       terms, stats = losses.of_last_layer(
-          recipe.joined(trained, ends),
-          self.bias[n_layers:],
-          x,
-          data,
-          token_weights,
-          self.mtp_weight,
-          self.run.model,
-          kept=self.run.train.activations,
-          experts=self.layout.experts,
+        recipe.joined(trained, ends),
+        self.bias[n_layers:],
+        x,
+        data,
+        token_weights,
+        self.mtp_weight,
+        self.run.model,
+        kept=self.run.train.activations,
+        experts=self.layout.experts,
       )
       total = terms.main + self.mtp_weight * terms.mtp
       return total + self.share * terms.balance, (terms, stats)
@@ -356,21 +351,21 @@ class _Executor:
       # XLA takes out of a loop what does not change in it: all ranks would do
       # this in every tick.
       (d_weights, dx), (terms, stats) = jax.grad(
-          objective, argnums=(0, 1), has_aux=True
+        objective, argnums=(0, 1), has_aux=True
       )(recipe.trained(ends), varying.after(x, i))
       sums = jax.tree.map(
-          lambda total, g: total + g.astype(jnp.float32),
-          {name: memory.sums[name] for name in names},
-          d_weights,
+        lambda total, g: total + g.astype(jnp.float32),
+        {name: memory.sums[name] for name in names},
+        d_weights,
       )
       told = jax.tree.map(
-          lambda total, new: total.at[n_layers:].add(new), memory.stats, stats
+        lambda total, new: total.at[n_layers:].add(new), memory.stats, stats
       )
       return dx, memory.replace(
-          sums=memory.sums | sums,
-          main=memory.main + terms.main,
-          mtp=memory.mtp + terms.mtp,
-          stats=told,
+        sums=memory.sums | sums,
+        main=memory.main + terms.main,
+        mtp=memory.mtp + terms.mtp,
+        stats=told,
       )
 
     last = self.layout.stages.schedule.n_stages - 1
@@ -421,8 +416,8 @@ def _add_gradients(memory, name, at, gradients) -> _Memory:
   """Adds gradients of a layer; None: not made by this pass."""
   totals, structure = jax.tree.flatten(memory.sums[name])
   totals = [
-      total if g is None else _add(total, at, g)
-      for total, g in zip(totals, gradients, strict=True)
+    total if g is None else _add(total, at, g)
+    for total, g in zip(totals, gradients, strict=True)
   ]
   totals = jax.tree.unflatten(structure, totals)
   return memory.replace(sums=memory.sums | {name: totals})

@@ -14,7 +14,7 @@ Buffer = tuple[dict[tuple[int, int], int], ...]
 
 
 def ticks(
-    schedule: schedules.Schedule,
+  schedule: schedules.Schedule,
 ) -> tuple[tuple[schedules.Cell | None, ...], ...]:
   """The cells of all ranks in lock-step, every one as early as possible.
 
@@ -48,10 +48,10 @@ def slots(schedule: schedules.Schedule) -> Slots:
   """The fewest slots; as many residuals as activations at their peak."""
   at = schedules.starts(schedule)
   ops = [
-      (rank, tick, op)
-      for rank, cells in enumerate(schedule.cells)
-      for tick, cell in zip(at[rank], cells, strict=True)
-      for op in cell
+    (rank, tick, op)
+    for rank, cells in enumerate(schedule.cells)
+    for tick, cell in zip(at[rank], cells, strict=True)
+    for op in cell
   ]
   made = {schedule.result(rank, op): tick for rank, tick, op in ops}
   names = [field.name for field in dataclasses.fields(Slots)]
@@ -71,7 +71,7 @@ def slots(schedule: schedules.Schedule) -> Slots:
 
 
 def _assign(
-    lives: dict[tuple[int, int], tuple[int, int]],
+  lives: dict[tuple[int, int], tuple[int, int]],
 ) -> dict[tuple[int, int], int]:
   """A slot for each life, from its first to its last tick."""
   slot_of, last_ticks = {}, []

@@ -17,9 +17,7 @@ import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from dsv3_jax.config import fields
@@ -76,16 +74,16 @@ class Schedule:
   def places(self) -> dict[tuple[int, int], tuple[int, int]]:
     """Rank and direction by stream and stage."""
     return {
-        (self.streams[direction], stage): (rank, direction)
-        for rank, stages in enumerate(self.stages)
-        for direction, stage in enumerate(stages)
+      (self.streams[direction], stage): (rank, direction)
+      for rank, stages in enumerate(self.stages)
+      for direction, stage in enumerate(stages)
     }
 
   def names(self) -> list[list[str]]:
     """The cells of every rank, such as `F0&B1`."""
     return [
-        ["&".join(op.name for op in cell) for cell in cells]
-        for cells in self.cells
+      ["&".join(op.name for op in cell) for cell in cells]
+      for cells in self.cells
     ]
 
   def result(self, rank: int, op: Op) -> Result:
@@ -140,19 +138,19 @@ def _cells(program: Program, swap: int = 0) -> tuple[Cell, ...]:
     return Op(kind, *which)
 
   return tuple(
-      tuple(map(op, names.split("&")))
-      for repeats, line in program
-      for _ in range(repeats)
-      for names in line.split()
+    tuple(map(op, names.split("&")))
+    for repeats, line in program
+    for _ in range(repeats)
+    for names in line.split()
   )
 
 
 def _1f1b_program(rank: int, n_ranks: int, n_micro: int) -> Program:
   ahead = min(n_ranks - 1 - rank, n_micro)
   return (
-      (ahead, "F0"),
-      (n_micro - ahead, "F0 B0"),
-      (ahead, "B0"),
+    (ahead, "F0"),
+    (n_micro - ahead, "F0 B0"),
+    (ahead, "B0"),
   )
 
 
@@ -162,11 +160,11 @@ def _zb1p_program(rank: int, n_ranks: int, n_micro: int) -> Program:
   ahead = min(n_ranks - 1 - rank, n_micro)
   put_off = min(rank, n_micro - ahead)
   return (
-      (ahead, "F0"),
-      (put_off, "F0 I0"),
-      (n_micro - ahead - put_off, "F0 I0 W"),
-      (ahead, "I0 W"),
-      (put_off, "W"),
+    (ahead, "F0"),
+    (put_off, "F0 I0"),
+    (n_micro - ahead - put_off, "F0 I0 W"),
+    (ahead, "I0 W"),
+    (put_off, "W"),
   )
 
 
@@ -177,17 +175,17 @@ def _dualpipe_program(rank: int, half: int, n_micro: int) -> Program:
   # In the middle the first pair would have to wait for its forward half.
   split = 1 if inner == 0 else 0
   return (
-      (2 * inner, "F0"),
-      (own, "F0 F1"),
-      (inner, "I1 W F1"),
-      (split, "F0 B1 F1&B0"),
-      (n_micro - 2 * half + own - split, "F0&B1 F1&B0"),
-      (inner, "B1 F1&B0"),
-      (own // 2, "B1 B0"),
-      (own % 2, "B1 I0"),
-      (own // 2, "I1 I0"),
-      (inner, "W I0"),
-      (own, "W"),
+    (2 * inner, "F0"),
+    (own, "F0 F1"),
+    (inner, "I1 W F1"),
+    (split, "F0 B1 F1&B0"),
+    (n_micro - 2 * half + own - split, "F0&B1 F1&B0"),
+    (inner, "B1 F1&B0"),
+    (own // 2, "B1 B0"),
+    (own % 2, "B1 I0"),
+    (own // 2, "I1 I0"),
+    (inner, "W I0"),
+    (own, "W"),
   )
 
 
@@ -205,16 +203,16 @@ def zb1p(n_ranks: int, n_micro: int) -> Schedule:
 
 
 def _one_way(
-    name: str, n_ranks: int, n_micro: int, program: Callable[..., Program]
+  name: str, n_ranks: int, n_micro: int, program: Callable[..., Program]
 ) -> Schedule:
   _refuse(problems(name, n_ranks, n_micro))
   ranks = range(n_ranks)
   return Schedule(
-      name=name,
-      n_micro=n_micro,
-      streams=(0,),
-      stages=tuple((rank,) for rank in ranks),
-      cells=tuple(_cells(program(rank, n_ranks, n_micro)) for rank in ranks),
+    name=name,
+    n_micro=n_micro,
+    streams=(0,),
+    stages=tuple((rank,) for rank in ranks),
+    cells=tuple(_cells(program(rank, n_ranks, n_micro)) for rank in ranks),
   )
 
 
@@ -227,17 +225,17 @@ def dualpipe(n_ranks: int, n_micro: int) -> Schedule:
   mirror = range(n_ranks - 1, -1, -1)
   half = n_ranks // 2
   program = functools.partial(
-      _dualpipe_program, half=half, n_micro=n_micro // 2
+    _dualpipe_program, half=half, n_micro=n_micro // 2
   )
   return Schedule(
-      name="dualpipe",
-      n_micro=n_micro,
-      streams=(0, 1),
-      stages=tuple(enumerate(mirror)),
-      cells=(
-          *(_cells(program(rank)) for rank in range(half)),
-          *(_cells(program(rank), swap=1) for rank in mirror[half:]),
-      ),
+    name="dualpipe",
+    n_micro=n_micro,
+    streams=(0, 1),
+    stages=tuple(enumerate(mirror)),
+    cells=(
+      *(_cells(program(rank)) for rank in range(half)),
+      *(_cells(program(rank), swap=1) for rank in mirror[half:]),
+    ),
   )
 
 
@@ -246,21 +244,21 @@ def dualpipev(n_ranks: int, n_micro: int) -> Schedule:
   _refuse(problems("dualpipev", n_ranks, n_micro))
   ranks = range(n_ranks)
   return Schedule(
-      name="dualpipev",
-      n_micro=n_micro,
-      streams=(0, 0),
-      stages=tuple((rank, 2 * n_ranks - 1 - rank) for rank in ranks),
-      cells=tuple(
-          _cells(_dualpipe_program(rank, n_ranks, n_micro)) for rank in ranks
-      ),
+    name="dualpipev",
+    n_micro=n_micro,
+    streams=(0, 0),
+    stages=tuple((rank, 2 * n_ranks - 1 - rank) for rank in ranks),
+    cells=tuple(
+      _cells(_dualpipe_program(rank, n_ranks, n_micro)) for rank in ranks
+    ),
   )
 
 
 SCHEDULES: dict[str, Callable[[int, int], Schedule]] = {
-    "1f1b": one_f_one_b,
-    "zb1p": zb1p,
-    "dualpipe": dualpipe,
-    "dualpipev": dualpipev,
+  "1f1b": one_f_one_b,
+  "zb1p": zb1p,
+  "dualpipe": dualpipe,
+  "dualpipev": dualpipev,
 }
 
 
@@ -283,7 +281,7 @@ def _size_problem(what: str, n: int, low: int, step: int) -> list[str]:
 
 
 def problems(
-    name: str, n_ranks: int, n_micro: int, n_layers: int | None = None
+  name: str, n_ranks: int, n_micro: int, n_layers: int | None = None
 ) -> list[str]:
   """What is wrong with the size of a schedule, a line each, and what is not.
 
@@ -300,7 +298,7 @@ def problems(
   found = _size_problem(f"{name}: {n_ranks} ranks", n_ranks, step, step)
   low = 2 * max(n_ranks, step) if name.startswith("dualpipe") else 1
   found += _size_problem(
-      f"{name} on {n_ranks} ranks: {n_micro} micro-batches", n_micro, low, step
+    f"{name} on {n_ranks} ranks: {n_micro} micro-batches", n_micro, low, step
   )
   stages_of_rank = 2 if name == "dualpipev" else 1
   n_stages = stages_of_rank * n_ranks
@@ -308,8 +306,8 @@ def problems(
     most = n_layers // stages_of_rank // step * step
     fewer = f", or at most {most} ranks" if most > 0 else ""
     found.append(
-        f"{name} on {n_ranks} ranks: {n_layers} layers are too few for"
-        f" {n_stages} stages; use at least {n_stages} layers{fewer}"
+      f"{name} on {n_ranks} ranks: {n_layers} layers are too few for"
+      f" {n_stages} stages; use at least {n_stages} layers{fewer}"
     )
   return found
 
@@ -325,25 +323,25 @@ def check(schedule: Schedule) -> None:
   """
   _refuse(_stage_problems(schedule))
   _refuse(
-      f"{schedule.name}, rank {rank}: {line}"
-      for rank in range(schedule.n_ranks)
-      for line in _rank_problems(schedule, rank)
+    f"{schedule.name}, rank {rank}: {line}"
+    for rank in range(schedule.n_ranks)
+    for line in _rank_problems(schedule, rank)
   )
   starts(schedule)
 
 
 def _stage_problems(schedule: Schedule) -> Iterator[str]:
   times = collections.Counter(
-      (schedule.streams[direction], stage)
-      for stages in schedule.stages
-      for direction, stage in enumerate(stages)
+    (schedule.streams[direction], stage)
+    for stages in schedule.stages
+    for direction, stage in enumerate(stages)
   )
   for stream in set(schedule.streams):
     for stage in range(schedule.n_stages):
       if times[stream, stage] != 1:
         yield (
-            f"{schedule.name}: stage {stage} of stream {stream} is on"
-            f" {times[stream, stage]} ranks"
+          f"{schedule.name}: stage {stage} of stream {stream} is on"
+          f" {times[stream, stage]} ranks"
         )
 
 
@@ -376,9 +374,9 @@ def _told(direction: int, micro_batch: int) -> str:
 
 
 def starts(
-    schedule: Schedule,
-    duration: Callable[[Cell], float] = lambda _: 1,
-    comm: float = 0,
+  schedule: Schedule,
+  duration: Callable[[Cell], float] = lambda _: 1,
+  comm: float = 0,
 ) -> tuple[tuple[float, ...], ...]:
   """When each cell starts: in order, as early as what it needs allows.
 
@@ -404,8 +402,8 @@ def starts(
     if not needed <= made.keys():
       return False
     there = [
-        time + (comm if source != rank else 0)
-        for source, time in map(made.get, needed)
+      time + (comm if source != rank else 0)
+      for source, time in map(made.get, needed)
     ]
     found[rank].append(max(clocks[rank], *there, 0))
     cell = todo[rank].popleft()
@@ -418,12 +416,12 @@ def starts(
   while any([todo[rank] and run(rank) for rank in ranks]):
     pass
   _refuse(
-      f"{schedule.name}, rank {rank}: {op.kind} of {_told(*op[1:])} waits"
-      f" forever for {need.kind} on stage {need.stage}"
-      for rank in ranks
-      if todo[rank]
-      for op in todo[rank][0]
-      for need in schedule.needs(rank, op)
-      if need not in made
+    f"{schedule.name}, rank {rank}: {op.kind} of {_told(*op[1:])} waits"
+    f" forever for {need.kind} on stage {need.stage}"
+    for rank in ranks
+    if todo[rank]
+    for op in todo[rank][0]
+    for need in schedule.needs(rank, op)
+    if need not in made
   )
   return tuple(map(tuple, found))

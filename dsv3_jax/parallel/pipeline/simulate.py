@@ -5,8 +5,7 @@ from collections.abc import Iterator
 
 from dsv3_jax.config import fields
 from dsv3_jax.errors import InputError
-from dsv3_jax.parallel.pipeline import lockstep
-from dsv3_jax.parallel.pipeline import schedules
+from dsv3_jax.parallel.pipeline import lockstep, schedules
 
 
 @fields.checked
@@ -46,18 +45,18 @@ class Timeline:
   peak_activations: tuple[int, ...]  # [rank], micro-batches of a stage
 
   def cells(
-      self, schedule: schedules.Schedule
+    self, schedule: schedules.Schedule
   ) -> Iterator[tuple[int, float, float, schedules.Cell]]:
     """Rank, start, end and operations of every cell."""
     for rank, rows in enumerate(
-        zip(self.starts, self.ends, schedule.cells, strict=True)
+      zip(self.starts, self.ends, schedule.cells, strict=True)
     ):
       for start, end, cell in zip(*rows, strict=True):
         yield rank, start, end, cell
 
 
 def simulate(
-    schedule: schedules.Schedule, times: Times | None = None
+  schedule: schedules.Schedule, times: Times | None = None
 ) -> Timeline:
   """Runs the cells of every rank in order, each as early as it can.
 
@@ -68,21 +67,21 @@ def simulate(
   starts = schedules.starts(schedule, times.of, times.comm)
   spent = [[times.of(cell) for cell in cells] for cells in schedule.cells]
   ends = tuple(
-      tuple(start + s for start, s in zip(*rank, strict=True))
-      for rank in zip(starts, spent, strict=True)
+    tuple(start + s for start, s in zip(*rank, strict=True))
+    for rank in zip(starts, spent, strict=True)
   )
   makespan = max(rank[-1] for rank in ends)
   return Timeline(
-      starts=starts,
-      ends=ends,
-      idle=tuple(makespan - sum(rank) for rank in spent),
-      makespan=makespan,
-      peak_activations=tuple(map(_peak, schedule.cells)),
+    starts=starts,
+    ends=ends,
+    idle=tuple(makespan - sum(rank) for rank in spent),
+    makespan=makespan,
+    peak_activations=tuple(map(_peak, schedule.cells)),
   )
 
 
 def lockstep_makespan(
-    schedule: schedules.Schedule, times: Times | None = None
+  schedule: schedules.Schedule, times: Times | None = None
 ) -> float:
   """How long a step takes where each tick lasts as long as its longest cell.
 

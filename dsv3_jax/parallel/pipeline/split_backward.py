@@ -9,8 +9,7 @@ layer its input and the gradient of its output (arXiv:2401.10241).
 """
 
 import dataclasses
-from collections.abc import Callable
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -45,12 +44,12 @@ class Passes:
 
 
 def split(
-    layer: Callable[..., Any],
-    weights: Any,
-    constants: Any,
-    x: jax.Array,
-    put_off: list[bool],
-    activations: remat.Kept = None,
+  layer: Callable[..., Any],
+  weights: Any,
+  constants: Any,
+  x: jax.Array,
+  put_off: list[bool],
+  activations: remat.Kept = None,
 ) -> Passes:
   """Divides a layer and its gradient into passes.
 
@@ -86,21 +85,19 @@ def split(
   known, moving = _known(program.jaxpr.eqns, fixed, program.jaxpr.constvars)
   named = _named(moving, d_outputs, activations)
   forward, for_input, for_weights = _divide(
-      moving, outputs, [dx, *early], late, named
+    moving, outputs, [dx, *early], late, named
   )
   at_hand = _made(known) | {*fixed, *program.jaxpr.constvars}
   deferred = _read(for_weights, late, but=at_hand)
-  kept = _read(
-      for_input, [dx, *early, *deferred], but={*at_hand, *d_outputs}
-  )
+  kept = _read(for_input, [dx, *early, *deferred], but={*at_hand, *d_outputs})
 
   def run(eqns, inputs, outputs):
     eqns = _needed(_in_order(program.jaxpr.eqns, [*known, *eqns]), outputs)
     jaxpr = program.jaxpr.replace(
-        invars=[*fixed, *inputs],
-        outvars=outputs,
-        eqns=eqns,
-        debug_info=program.jaxpr.debug_info.with_unknown_names(),
+      invars=[*fixed, *inputs],
+      outvars=outputs,
+      eqns=eqns,
+      debug_info=program.jaxpr.debug_info.with_unknown_names(),
     )
     return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, program.consts))
 
@@ -128,11 +125,11 @@ def split(
     return spread(flat, True)
 
   return Passes(
-      forward_pass,
-      input_pass,
-      weight_pass,
-      [var.aval for var in kept],
-      [var.aval for var in deferred],
+    forward_pass,
+    input_pass,
+    weight_pass,
+    [var.aval for var in kept],
+    [var.aval for var in deferred],
   )
 
 
@@ -154,7 +151,7 @@ def _costly(eqns: Eqns) -> Eqns:
 
 
 def _named(
-    eqns: Eqns, later: list[core.Var], activations: remat.Kept
+  eqns: Eqns, later: list[core.Var], activations: remat.Kept
 ) -> Eqns | None:
   """Those that name what may be kept, and need nothing that comes later."""
   if activations is None:
@@ -177,9 +174,7 @@ def _in_order(eqns: Eqns, some: Eqns) -> Eqns:
   return _without(eqns, _without(eqns, some))
 
 
-def _known(
-    eqns: Eqns, *variables: Iterable[core.Var]
-) -> tuple[Eqns, Eqns]:
+def _known(eqns: Eqns, *variables: Iterable[core.Var]) -> tuple[Eqns, Eqns]:
   """Equations that follow from the variables alone, and the others."""
   given = set().union(*variables)
   known, moving = [], []
@@ -193,11 +188,11 @@ def _known(
 
 
 def _divide(
-    eqns: Eqns,
-    outputs: Types,
-    early: Types,
-    late: Types,
-    named: Eqns | None,
+  eqns: Eqns,
+  outputs: Types,
+  early: Types,
+  late: Types,
+  named: Eqns | None,
 ) -> tuple[Eqns, Eqns, Eqns]:
   """Those that make the outputs; of the rest, the early ones; the late ones.
 
@@ -228,7 +223,7 @@ def _needed(eqns: Eqns, outputs: Iterable[Any]) -> Eqns:
 
 
 def _read(
-    eqns: Eqns, outputs: Iterable[Any], but: set[core.Var]
+  eqns: Eqns, outputs: Iterable[Any], but: set[core.Var]
 ) -> list[core.Var]:
   """What equations and outputs take from elsewhere, each once, in order."""
   read = [var for eqn in eqns for var in _variables(eqn.invars)]

@@ -43,8 +43,8 @@ def stages(schedule: schedules.Schedule, model: config.Model) -> Stages:
   n_dense = model.n_dense_layers
   kinds = {}
   for name, start, n in (
-      ("dense", 0, n_dense),
-      ("moe", n_dense, model.n_moe_layers),
+    ("dense", 0, n_dense),
+    ("moe", n_dense, model.n_moe_layers),
   ):
     own = [cut[(start <= cut) & (cut < start + n)] - start for cut in cuts]
     if n:

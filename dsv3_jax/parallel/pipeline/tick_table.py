@@ -7,8 +7,7 @@ import flax.struct
 import jax
 import numpy as np
 
-from dsv3_jax.parallel.pipeline import lockstep
-from dsv3_jax.parallel.pipeline import schedules
+from dsv3_jax.parallel.pipeline import lockstep, schedules
 
 SOURCES = (-1, 1, 0, "loss")  # of what arrives: steps along the ranks
 
@@ -57,8 +56,8 @@ def table(schedule: schedules.Schedule) -> Table:
   """The lock-step form of a schedule in numbers."""
   slots = lockstep.slots(schedule)
   size = {
-      field.name: max(lockstep.n_slots(getattr(slots, field.name)))
-      for field in dataclasses.fields(slots)
+    field.name: max(lockstep.n_slots(getattr(slots, field.name)))
+    for field in dataclasses.fields(slots)
   }
   idle = Task(*[0] * 7)
 
@@ -67,13 +66,13 @@ def table(schedule: schedules.Schedule) -> Table:
     stream = schedule.streams[op.direction]
     waiting = slots.inputs if op.kind == "F" else slots.gradients
     return Task(
-        on=1,
-        stage=stage,
-        direction=op.direction,
-        micro_batch=stream * schedule.n_per_stream + op.micro_batch,
-        arrived=waiting[rank].get(which, 0),
-        kept=slots.residuals[rank][which],
-        deferred=slots.deferred[rank].get(which, size["deferred"]),
+      on=1,
+      stage=stage,
+      direction=op.direction,
+      micro_batch=stream * schedule.n_per_stream + op.micro_batch,
+      arrived=waiting[rank].get(which, 0),
+      kept=slots.residuals[rank][which],
+      deferred=slots.deferred[rank].get(which, size["deferred"]),
     )
 
   def turn(rank, cell, arriving):
@@ -84,30 +83,28 @@ def table(schedule: schedules.Schedule) -> Table:
       return tuple(arriving.get((kind, source), none) for source in SOURCES)
 
     return Turn(
-        forward=by_kind.get("F", idle),
-        backward=by_kind.get("I", full),
-        weight=by_kind.get("W", full),
-        pair=int(len(cell) == 2),
-        inputs=places("F", size["inputs"]),
-        gradients=places("B", size["gradients"]),
+      forward=by_kind.get("F", idle),
+      backward=by_kind.get("I", full),
+      weight=by_kind.get("W", full),
+      pair=int(len(cell) == 2),
+      inputs=places("F", size["inputs"]),
+      gradients=places("B", size["gradients"]),
     )
 
   rows = [
-      [
-          turn(rank, cells[rank] or (), arriving)
-          for rank, arriving in enumerate(_arrivals(schedule, cells, slots))
-      ]
-      for cells in lockstep.ticks(schedule)
+    [
+      turn(rank, cells[rank] or (), arriving)
+      for rank, arriving in enumerate(_arrivals(schedule, cells, slots))
+    ]
+    for cells in lockstep.ticks(schedule)
   ]
   stack = lambda *turns: np.stack([np.asarray(t, np.int32) for t in turns])
   return Table(
-      turns=jax.tree.map(
-          stack, *[jax.tree.map(stack, *ranks) for ranks in rows]
-      ),
-      inputs=size["inputs"],
-      gradients=size["gradients"],
-      kept=size["residuals"],
-      deferred=size["deferred"] + 1,
+    turns=jax.tree.map(stack, *[jax.tree.map(stack, *ranks) for ranks in rows]),
+    inputs=size["inputs"],
+    gradients=size["gradients"],
+    kept=size["residuals"],
+    deferred=size["deferred"] + 1,
   )
 
 
