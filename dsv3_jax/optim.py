@@ -60,14 +60,14 @@ def learning_rate(step: jax.Array | int, run: config.Run) -> jax.Array:
   length = max(plan.decay_until - plan.constant_until, 1e-9)
   turn = jnp.clip((at - plan.constant_until) / length, 0, 1) * jnp.pi
   cosine = opt.min_lr + (opt.peak_lr - opt.min_lr) * (1 + jnp.cos(turn)) / 2
-  rate = jnp.where(at < plan.tail_from, cosine, opt.tail_lr)
+  rate = jnp.where(at < plan.tail_from, cosine, opt.final_lr)
   warm = (jnp.asarray(step, jnp.float32) + 1) / max(plan.warmup_steps, 1)
   return rate * jnp.minimum(warm, 1)
 
 
 def bias_speed(step: jax.Array | int, run: config.Run) -> jax.Array:
   """Gamma of the router bias: constant, then 0."""
-  until = run.schedule.bias_until
+  until = run.schedule.bias_update_until
   return jnp.where(progress(step, run) < until, run.model.router.bias_speed, 0)
 
 

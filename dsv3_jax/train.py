@@ -317,7 +317,7 @@ class Hooks:
 
   # Takes the number of steps done and the metrics of the last.
   report: Callable[[int, Metrics], None]
-  # Called every `run.parallel.check_every` steps, before a save.
+  # Called every `run.parallel.replica_check_every` steps, before a save.
   check: Callable[[TrainState], None]
   # Called every `run.evaluate.every` steps.
   evaluate: Callable[[TrainState], None]
@@ -367,7 +367,10 @@ def fit(
     if evaluating or saving:  # what is saved has been reported
       hooks.report(*pending)
       pending = None
-    if run.parallel.check_every and done % run.parallel.check_every == 0:
+    if (
+      run.parallel.replica_check_every
+      and done % run.parallel.replica_check_every == 0
+    ):
       hooks.check(state)
     if evaluating:
       hooks.evaluate(state)

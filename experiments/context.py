@@ -51,7 +51,7 @@ VARIANTS = {
     "mla.q_rank=64",
     "moe.ffn_dim=64",
     "init_std=0.045",
-    "data.heldout=0.01",
+    "data.heldout_fraction=0.01",
     "train.tokens=2457600",
     "train.batch_size=16",
     "optim.peak_lr=3e-3",
@@ -188,7 +188,9 @@ def write_texts(
   path = folder / f"texts-{length}.jsonl"
   if path.exists():
     return path
-  n = round(run.train.tokens / length * (1 + 2 * run.data.heldout)) + 20
+  n = (
+    round(run.train.tokens / length * (1 + 2 * run.data.heldout_fraction)) + 20
+  )
   rng = np.random.default_rng([seed, length])
   longest = length - needles.SPARE
   texts = (needles.training_text(rng, longest) for _ in range(n))

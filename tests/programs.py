@@ -45,7 +45,7 @@ SETTINGS = (
   "checkpoint.keep=9",
   "evaluate.sample_tokens=0",
   "parallel.layout=zero1",
-  "parallel.check_every=2",
+  "parallel.replica_check_every=2",
 )
 
 

@@ -259,7 +259,7 @@ def mtp(params, bias, h, tokens, cfg):
     ]
     x, load, balance = block(p["block"], np.array(joined), bias[k - 1], cfg)
     states.append(rms_norm(p["norm"], x, cfg.norm_eps))
-    h = states[-1] if cfg.mtp.hidden == "post_norm" else x
+    h = states[-1] if cfg.mtp.input_state == "post_norm" else x
     loads.append(load)
     losses.append(balance)
   return states, loads, losses
@@ -276,7 +276,7 @@ def forward(params, bias, tokens, cfg):
     loads.append(load)
     losses.append(balance)
   hidden = rms_norm(params["norm"], x, cfg.norm_eps)
-  start = hidden if cfg.mtp.hidden == "post_norm" else x
+  start = hidden if cfg.mtp.input_state == "post_norm" else x
   states, mtp_loads, mtp_losses = mtp(
     params, bias[len(loads) :], start, tokens, cfg
   )

@@ -191,7 +191,7 @@ class ResumeTest(absltest.TestCase):
 class FitTest(absltest.TestCase):
   def test_reports_each_step_before_what_follows_it(self):
     run = testing.run(
-      "checkpoint.every=2", "evaluate.every=3", "parallel.check_every=4"
+      "checkpoint.every=2", "evaluate.every=3", "parallel.replica_check_every=4"
     )
     done = itertools.count(1)
     calls = []

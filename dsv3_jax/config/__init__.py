@@ -6,7 +6,13 @@ assignments and reports all their problems at once.
 """
 
 from dsv3_jax.config.model import MLA, MTP, Model, MoE, Router, Yarn
-from dsv3_jax.config.overrides import defaults, difference, leaves, override
+from dsv3_jax.config.overrides import (
+  defaults,
+  difference,
+  leaves,
+  override,
+  with_current_names,
+)
 from dsv3_jax.config.run import (
   ACTIVATIONS,
   Checkpoint,
@@ -43,4 +49,5 @@ __all__ = [
   "difference",
   "leaves",
   "override",
+  "with_current_names",
 ]

@@ -111,7 +111,9 @@ class MTP:
   depth: int = number(1, low=0, high=100)
   weight: float = number(0.3, low=0)  # lambda
   late_weight: float = number(0.1, low=0)  # lambda after Schedule.mtp_until
-  hidden: str = choice("post_norm", "pre_norm")  # main state that depth 1 reads
+  # The hidden state of the main model that depth 1 reads: after or before its
+  # last norm.
+  input_state: str = choice("post_norm", "pre_norm")
 
 
 @fields.checked

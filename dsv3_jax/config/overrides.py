@@ -1,12 +1,64 @@
 """Settings of a configuration by path: listed, replaced, compared."""
 
 import dataclasses
+import functools
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from absl import logging
 
 from dsv3_jax.config import fields
 from dsv3_jax.errors import InputError
+
+# Old name -> new name of settings, or of a group of settings such as a
+# dataclass; both without a leading `model.`. Old names are read for one
+# release: in `--set`, in config.json, and in the settings that a checkpoint's
+# manifest holds.
+RENAMED = {
+  "data.heldout": "data.heldout_fraction",
+  "data.on_bad_text": "data.on_decode_error",
+  "mtp.hidden": "mtp.input_state",
+  "optim.tail_lr": "optim.final_lr",
+  "parallel.check_every": "parallel.replica_check_every",
+  "schedule.bias_until": "schedule.bias_update_until",
+  "train.kept": "train.saved_activations",
+}
+# (new name of the setting, old value) -> new value, read as long.
+RENAMED_VALUES: dict[tuple[str, str], str] = {}
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+  logging.warning("%s; the old one is read for one release", message)
+
+
+def _current_name(path: str) -> str:
+  """The present path of a setting, with a leading `model.` if it had one."""
+  short = path.removeprefix("model.")
+  words = short.split(".")
+  for n in range(len(words), 0, -1):
+    if new := RENAMED.get(".".join(words[:n])):
+      new = ".".join([new, *words[n:]])
+      _warn_once(f"setting {short} is now {new}")
+      return path[: len(path) - len(short)] + new
+  return path
+
+
+def _current_value(path: str, value: Any) -> Any:
+  """The present word for a value of the setting at the present path."""
+  path = path.removeprefix("model.")
+  if not isinstance(value, str) or (path, value) not in RENAMED_VALUES:
+    return value
+  new = RENAMED_VALUES[path, value]
+  _warn_once(f"value {value} of setting {path} is now {new}")
+  return new
+
+
+def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+  """Stored settings {path: value}, old names and values replaced by new."""
+  renamed = {_current_name(path): value for path, value in settings.items()}
+  return {path: _current_value(path, v) for path, v in renamed.items()}
 
 
 def leaves(cfg: Any, prefix: str = "") -> dict[str, Any]:
@@ -55,6 +107,7 @@ def _assignments(
   values, problems = {}, []
   for text in texts:
     path, equals, value = text.partition("=")
+    path = _current_name(path)
     # `model.` may be left out: router.bias_speed is model.router.bias_speed.
     path = path if path in known else f"model.{path}"
     if not equals:
@@ -66,7 +119,7 @@ def _assignments(
     else:
       kind = type(known[path])
       try:
-        values[path] = _parse(value, kind)
+        values[path] = _parse(_current_value(path, value), kind)
       except (ValueError, KeyError, OverflowError):
         problems.append(f"{path}={value!r}: expected {kind.__name__}")
   return values, problems

@@ -24,8 +24,8 @@ class Data:
   path: str = ""  # file, .gz, .jsonl or a directory of them; "": the novels
   tokenizer: str = choice("bpe", "deepseek")  # trained on the text, or V3's own
   seq_len: int = number(low=1)
-  heldout: float = number(0.05, above=0, high=0.5)  # share held out, of the end
-  on_bad_text: str = choice("error", "replace", "skip")  # invalid UTF-8
+  heldout_fraction: float = number(0.05, above=0, high=0.5)  # from the end
+  on_decode_error: str = choice("error", "replace", "skip")  # invalid UTF-8
   # Folders or files of `path` and their weights, as prose=2,code=1: how often
   # a row is of each. "": all text is one.
   domains: str = ""
@@ -67,7 +67,7 @@ class Optim:
 
   peak_lr: float = number(2.2e-4, above=0)
   min_lr: float = number(2.2e-5, low=0)
-  tail_lr: float = number(7.3e-6, low=0)
+  final_lr: float = number(7.3e-6, low=0)
   beta1: float = number(0.9, low=0, high=1)
   beta2: float = number(0.95, low=0, high=1)
   eps: float = number(1e-8, above=0)
@@ -90,7 +90,7 @@ class Schedule:
   decay_until: float = number(14.3 / 14.8, low=0, high=1)
   tail_from: float = number(14.633 / 14.8, low=0, high=1)
   ramp_until: float = number(0.0, low=0, high=1)  # the batch grows so long
-  bias_until: float = number(14.3 / 14.8, low=0, high=1)
+  bias_update_until: float = number(14.3 / 14.8, low=0, high=1)
   mtp_until: float = number(10 / 14.8, low=0, high=1)
 
   def relations(self) -> Iterator[str]:
@@ -128,7 +128,7 @@ class Train:
   # What layers make again in the backward pass: nothing, all but what is
   # kept, or all from their input on.
   remat: str = choice("none", "selective", "block")
-  kept: str = "latents,attention,residual,routing,sent,hidden"
+  saved_activations: str = "latents,attention,residual,routing,sent,hidden"
   scan_layers: bool = True  # false: unrolled, faster on CPU, compiles longer
   max_bad_steps: int = number(8, low=0)  # non-finite steps in a row: exit 3
   # A step stands out whose loss or gradient norm is so many times the median
@@ -141,8 +141,8 @@ class Train:
   def relations(self) -> Iterator[str]:
     for name in self._named - set(ACTIVATIONS):
       yield (
-        f"Train.kept={self.kept!r}: {name!r} is none of"
-        f" {', '.join(ACTIVATIONS)}{fields.nearest(name, ACTIVATIONS)}"
+        f"Train.saved_activations={self.saved_activations!r}: {name!r} is none"
+        f" of {', '.join(ACTIVATIONS)}{fields.nearest(name, ACTIVATIONS)}"
       )
     if self.batch_size % self.micro_batches:
       yield (
@@ -167,7 +167,9 @@ class Train:
 
   @property
   def _named(self) -> set[str]:
-    return {name.strip() for name in self.kept.split(",") if name.strip()}
+    return {
+      name.strip() for name in self.saved_activations.split(",") if name.strip()
+    }
 
   @property
   def activations(self) -> tuple[str, ...] | None:
@@ -217,7 +219,7 @@ class Parallel:
   # How stages take turns, with the mesh axis `pipe`.
   schedule: str = choice("none", "1f1b", "zb1p", "dualpipe", "dualpipev")
   # Steps between comparisons of what several devices hold alike; 0: none.
-  check_every: int = number(0, low=0)
+  replica_check_every: int = number(0, low=0)
 
 
 @fields.checked

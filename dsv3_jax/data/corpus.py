@@ -38,7 +38,7 @@ class Document:
   text: str
 
 
-def documents(path: str, on_bad_text: str) -> list[Document]:
+def documents(path: str, on_decode_error: str) -> list[Document]:
   """Reads the corpus at `path`, in the order of the names.
 
   A byte order mark is dropped and CRLF becomes LF. Documents of white space
@@ -48,21 +48,22 @@ def documents(path: str, on_bad_text: str) -> list[Document]:
   Args:
     path: text file, .gz, .jsonl ({"text": ...} a line), a directory of them
       (recursive, without hidden files and symbolic links), or "": the novels.
-    on_bad_text: `error` raises, `replace` puts U+FFFD, `skip` leaves out the
-      document.
+    on_decode_error: `error` raises, `replace` puts U+FFFD, `skip` leaves out
+      the document.
 
   Raises:
     InputError: the path is missing, has no text, cannot be read, is not the
       JSON expected, or has bad text; names the file and the line or byte.
   """
-  if on_bad_text not in ("error", "replace", "skip"):
+  if on_decode_error not in ("error", "replace", "skip"):
     raise InputError(
-      f"data.on_bad_text={on_bad_text!r}: must be error, replace or skip"
+      f"data.on_decode_error={on_decode_error!r}: must be error, replace or"
+      " skip"
     )
   counts = collections.Counter()
   found = []
   for name, file in _files(path):
-    for document in _read(name, file, on_bad_text, counts):
+    for document in _read(name, file, on_decode_error, counts):
       if document.text.strip():
         found.append(document)
       else:
@@ -162,7 +163,7 @@ def _text(
     if policy == "error":
       raise InputError(
         f"{where}: byte {raw[bad]:#04x} at offset {start + bad} is not UTF-8"
-        " text; data.on_bad_text=replace or =skip goes on without it"
+        " text; data.on_decode_error=replace or =skip goes on without it"
       )
     if policy == "skip":
       counts["documents of bad text left out"] += 1
@@ -206,7 +207,7 @@ def split(
   if not train or not held:
     n_bytes = len(text_bytes(documents))
     raise InputError(
-      f"data.heldout={heldout}: of {n_bytes} bytes of text in"
+      f"data.heldout_fraction={heldout}: of {n_bytes} bytes of text in"
       f" {len(documents)} documents this leaves nothing to"
       f" {'evaluate' if train else 'train'} on; choose another share or add"
       " text"

@@ -185,7 +185,9 @@ def texts(
       " scripts/prepare_data.py makes such a corpus"
     )
   return {
-    name: corpus.split(corpus.documents(path, data.on_bad_text), data.heldout)
+    name: corpus.split(
+      corpus.documents(path, data.on_decode_error), data.heldout_fraction
+    )
     for name, path in (paths or {"": data.path}).items()
   }
 

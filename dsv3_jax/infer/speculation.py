@@ -204,4 +204,4 @@ def cycle(
 
 def mtp_input(x: jax.Array, normed: jax.Array, cfg: config.Model) -> jax.Array:
   """The main model's state that the MTP module reads."""
-  return normed if cfg.mtp.hidden == "post_norm" else x
+  return normed if cfg.mtp.input_state == "post_norm" else x

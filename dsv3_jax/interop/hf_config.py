@@ -262,10 +262,10 @@ def write(run: config.Run) -> dict[str, Any]:
     InputError: the model cannot be said in one.
   """
   model = run.model
-  if model.mtp.depth and model.mtp.hidden != "post_norm":
+  if model.mtp.depth and model.mtp.input_state != "post_norm":
     raise InputError(
-      f"mtp.hidden={model.mtp.hidden!r}: released checkpoints, and what reads"
-      " them, have 'post_norm'"
+      f"mtp.input_state={model.mtp.input_state!r}: released checkpoints,"
+      " and what reads them, have 'post_norm'"
     )
   if model.mla.norm_eps != 1e-6:
     raise InputError(

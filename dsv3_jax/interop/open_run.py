@@ -20,6 +20,8 @@ _FACTS = {"variant", "seed", "settings"}
 def read_config(workdir: pathlib.Path) -> dict[str, Any]:
   """The config.json of a run: its variant, its seed and all its settings.
 
+  Settings that have been renamed since get their new names.
+
   Raises:
     InputError: there is none, or it is not one.
   """
@@ -28,6 +30,7 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
     facts = json.loads(path.read_text(encoding="utf-8"))
     if not (isinstance(facts["settings"], dict) and facts.keys() >= _FACTS):
       raise ValueError
+    facts["settings"] = config.with_current_names(facts["settings"])
   except OSError as error:
     raise InputError(
       f"{workdir}: holds no run, {path.name} is missing"

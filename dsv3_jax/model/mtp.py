@@ -56,7 +56,7 @@ def module(
   x = remat.named(linear.linear(joined, p["proj"]), "residual")
   x, stats = block(p["block"], x, bias)
   normed = layers.rms_norm(p["norm"], x, cfg.norm_eps)
-  return normed, normed if cfg.mtp.hidden == "post_norm" else x, stats
+  return normed, normed if cfg.mtp.input_state == "post_norm" else x, stats
 
 
 def predict(

@@ -1,10 +1,11 @@
 """What a layer keeps for its backward pass, and what it makes again there.
 
 Activations that are worth a choice have a name, of `config.ACTIVATIONS`. With
-`train.remat=selective` those that `train.kept` names are kept, and all else is
-made again: by default norms, the up-projections of the attention, and the
-product of a SwiGLU's halves (sections 3.2.3 and 3.3.3). Attention never keeps
-its probabilities. What a router decided is kept: it cannot decide otherwise.
+`train.remat=selective` those that `train.saved_activations` names are kept,
+and all else is made again: by default norms, the up-projections of the
+attention, and the product of a SwiGLU's halves (sections 3.2.3 and 3.3.3).
+Attention never keeps its probabilities. What a router decided is kept: it
+cannot decide otherwise.
 """
 
 from collections.abc import Callable

@@ -228,7 +228,7 @@ def predict(
     return mtp.module(gather("mtp", p), layer_bias, hidden, ahead, cfg, block)
 
   hidden = layers.rms_norm(params["norm"], x, cfg.norm_eps)
-  start = hidden if cfg.mtp.hidden == "post_norm" else x
+  start = hidden if cfg.mtp.input_state == "post_norm" else x
   one = remat.keeping(kept, module)
   states, told = mtp.predict(params, bias, start, tokens, cfg, one)
   return Output(hidden, states, _joined([_no_stats(bias), *told]))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dsv3_jax import config
 from dsv3_jax.errors import InputError
 from dsv3_jax.infer import eplb
 from dsv3_jax.trainer import event_log, metrics_writer
@@ -99,7 +100,9 @@ def read(workdir: str | os.PathLike) -> Record:
     name=workdir.name,
     steps=steps,
     evals=[row for row in rows if "heldout_loss" in row],
-    config={k.removeprefix("settings."): v for k, v in settings.items()},
+    config=config.with_current_names(
+      {k.removeprefix("settings."): v for k, v in settings.items()}
+    ),
     env=_read_object(workdir / "env.json", missing),
     summary=_read_object(workdir / "summary.json", missing),
     needles=_needles(workdir / "needles.json"),

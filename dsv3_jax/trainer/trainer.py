@@ -51,7 +51,8 @@ def _start(
   def load(step):
     saved = checkpoints.facts(step)
     # A setting newer than the checkpoint: its default is what was done then.
-    saved["model"] = config.defaults(config.Model) | saved["model"]
+    model = config.with_current_names(saved["model"])
+    saved["model"] = config.defaults(config.Model) | model
     for what in ("model", "data"):
       if changes := config.difference(saved[what], facts[what]):
         raise InputError(

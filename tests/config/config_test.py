@@ -1,11 +1,12 @@
 import dataclasses
 import math
+from unittest import mock
 
 import testing
 from absl.testing import absltest, parameterized
 
 from dsv3_jax import config
-from dsv3_jax.config import presets
+from dsv3_jax.config import overrides, presets
 
 # The recipe of the preset may change; these numbers stand in messages below.
 RUN = config.override(
@@ -53,7 +54,7 @@ class FieldTest(parameterized.TestCase):
     ("mtp.depth", -1, "at least 0"),
     ("mtp.weight", -0.1, "at least 0"),
     ("mtp.late_weight", -0.1, "at least 0"),
-    ("mtp.hidden", "postnorm", "did you mean 'post_norm'"),
+    ("mtp.input_state", "postnorm", "did you mean 'post_norm'"),
     ("vocab_size", 3, "at least 4"),
     ("d_model", 0, "at least 1"),
     ("n_layers", 0, "at least 1"),
@@ -65,9 +66,9 @@ class FieldTest(parameterized.TestCase):
     # Data, Optim, Schedule, Train
     ("data.tokenizer", "deep_seek", "did you mean 'deepseek'"),
     ("data.seq_len", 0, "at least 1"),
-    ("data.heldout", 0.0, "above 0"),
-    ("data.heldout", 0.6, "at most 0.5"),
-    ("data.on_bad_text", "ignore", "one of error, replace, skip"),
+    ("data.heldout_fraction", 0.0, "above 0"),
+    ("data.heldout_fraction", 0.6, "at most 0.5"),
+    ("data.on_decode_error", "ignore", "one of error, replace, skip"),
     ("data.fim_rate", 1.1, "at most 1"),
     ("data.fim_rate", -0.1, "at least 0"),
     ("data.split_rate", 2.0, "at most 1"),
@@ -76,7 +77,7 @@ class FieldTest(parameterized.TestCase):
     ("mla.yarn.original_len", 0, "at least 1"),
     ("optim.peak_lr", -1.0, "above 0"),
     ("optim.min_lr", -1.0, "at least 0"),
-    ("optim.tail_lr", -1.0, "at least 0"),
+    ("optim.final_lr", -1.0, "at least 0"),
     ("optim.beta1", 1.5, "at most 1"),
     ("optim.beta2", -0.1, "at least 0"),
     ("optim.eps", 0.0, "above 0"),
@@ -84,7 +85,7 @@ class FieldTest(parameterized.TestCase):
     ("optim.clip_norm", 0.0, "above 0"),
     ("optim.moments", "float16", "one of float32, bfloat16"),
     ("schedule.warmup_steps", -1, "at least 0"),
-    ("schedule.bias_until", 1.1, "at most 1"),
+    ("schedule.bias_update_until", 1.1, "at most 1"),
     ("schedule.mtp_until", -0.1, "at least 0"),
     ("schedule.constant_until", 0.99, "must not fall"),
     ("train.tokens", 0, "at least 1"),
@@ -221,6 +222,57 @@ class OverrideTest(parameterized.TestCase):
     )
     self.assertEqual(config.difference(old, old), [])
     self.assertEqual(config.difference({"a": 1}, {}), ["a: 1 -> '(not there)'"])
+
+
+class OldNamesTest(parameterized.TestCase):
+  """Settings of an earlier version, which are read for one release."""
+
+  @parameterized.parameters(*overrides.RENAMED.items())
+  def test_renamed_settings_exist(self, old, new):
+    paths = {path.removeprefix("model.") for path in config.leaves(RUN)}
+    in_group = lambda name: any(f"{p}.".startswith(f"{name}.") for p in paths)
+    self.assertTrue(in_group(new))
+    self.assertFalse(in_group(old))
+
+  def test_old_names_are_set_with_a_warning_that_names_the_new(self):
+    overrides._warn_once.cache_clear()
+    with self.assertLogs(level="WARNING") as logs:
+      run = config.override(
+        RUN,
+        "optim.tail_lr=0.5",
+        "optim.tail_lr=0.25",
+        "mtp.hidden=pre_norm",
+        "model.mtp.hidden=pre_norm",
+      )
+    self.assertEqual(run.optim.final_lr, 0.25)
+    self.assertEqual(run.model.mtp.input_state, "pre_norm")
+    self.assertLen(logs.output, 2)
+    self.assertIn("optim.tail_lr is now optim.final_lr", logs.output[0])
+    self.assertIn("mtp.hidden is now mtp.input_state", logs.output[1])
+
+  @parameterized.parameters("model.data.heldout=0.5", "data.heldout.a=0.5")
+  def test_other_paths_are_no_old_names(self, text):
+    with self.assertRaisesRegex(ValueError, "no such setting"):
+      config.override(RUN, text)
+
+  def test_groups_and_values_are_renamed(self):
+    groups = {"attn": "mla", "attn.heads": "mla.n_heads"}
+    values = {("router.score", "logistic"): "sigmoid"}
+    with (
+      mock.patch.dict(overrides.RENAMED, groups),
+      mock.patch.dict(overrides.RENAMED_VALUES, values),
+    ):
+      run = config.override(
+        RUN, "attn.heads=3", "model.attn.v_dim=5", "router.score=logistic"
+      )
+      stored = config.with_current_names(
+        {"attn.heads": 3, "model.router.score": "logistic", "x": ["y"]}
+      )
+    self.assertEqual((run.model.mla.n_heads, run.model.mla.v_dim), (3, 5))
+    self.assertEqual(run.model.router.score, "sigmoid")
+    self.assertEqual(
+      stored, {"mla.n_heads": 3, "model.router.score": "sigmoid", "x": ["y"]}
+    )
 
 
 class PresetTest(parameterized.TestCase):
@@ -411,7 +463,7 @@ class PresetTest(parameterized.TestCase):
     self.assertEqual((optim.beta1, optim.beta2), (0.9, 0.95))
     self.assertEqual((optim.weight_decay, optim.clip_norm), (0.1, 1.0))
     self.assertEqual(optim.peak_lr, 2.2e-4)
-    self.assertEqual((optim.min_lr, optim.tail_lr), (2.2e-5, 7.3e-6))
+    self.assertEqual((optim.min_lr, optim.final_lr), (2.2e-5, 7.3e-6))
     self.assertEqual(optim.moments, "bfloat16")
     self.assertEqual(run.schedule.warmup_steps, 2000)
     self.assertEqual(run.model.init_std, 0.006)
@@ -425,7 +477,7 @@ class PresetTest(parameterized.TestCase):
       (schedule.constant_until, 10),
       (schedule.decay_until, 14.3),
       (schedule.tail_from, 14.633),
-      (schedule.bias_until, 14.3),
+      (schedule.bias_update_until, 14.3),
       (schedule.mtp_until, 10),
       (schedule.ramp_until, 0.469),
     ):

@@ -9,8 +9,7 @@ import programs
 import testing
 from absl.testing import absltest
 
-from dsv3_jax.trainer import exit_codes
-from dsv3_jax.trainer import metrics_writer
+from dsv3_jax.trainer import exit_codes, metrics_writer
 
 GOOD = "  experts = jax.lax.top_k(biased, cfg.top_k)[1]\n"
 # NumPy's and JAX's errors of shapes are ValueErrors.

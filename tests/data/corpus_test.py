@@ -281,7 +281,9 @@ class SplitTest(parameterized.TestCase):
 
   @parameterized.parameters(("a", 0.05), ("ab", 0.01), ("text\n\n\n\n\n", 0.4))
   def test_part_without_text_is_refused(self, text, share):
-    with self.assertRaisesRegex(ValueError, f"data.heldout={share}.*nothing"):
+    with self.assertRaisesRegex(
+      ValueError, f"data.heldout_fraction={share}.*nothing"
+    ):
       corpus.split([corpus.Document("a", text)], share)
 
 

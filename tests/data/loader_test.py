@@ -248,7 +248,7 @@ class PrepareTest(parameterized.TestCase):
     if what == "text":
       self.text.write_text(self.text.read_text().replace("Line 7", "Line 8"))
     else:
-      settings = {"heldout": 0.2}
+      settings = {"heldout_fraction": 0.2}
     with self.assertRaisesRegex(ValueError, "data changed since this run"):
       self.prepare(**settings)
     self.assertEqual(
@@ -287,7 +287,7 @@ class PrepareTest(parameterized.TestCase):
   def test_bytes_of_jsonl_documents_are_those_of_the_text(self):
     self.text = self.root / "text.jsonl"
     self.text.write_text('{"text": "word \\u00e9 \\n"}\n' * 40)
-    prepared = self.prepare(heldout=0.25)
+    prepared = self.prepare(heldout_fraction=0.25)
     one = len("word é \n".encode())
     self.assertEqual(prepared.train_bytes, 30 * one)
     self.assertEqual(prepared.heldout_bytes, 10 * one)

@@ -110,7 +110,7 @@ class ExecuteTest(parameterized.TestCase):
     path = context.write_texts(TINY, self.folder, 0)
     texts = corpus.documents(str(path), "error")
     n_rows = TINY.train.tokens // TINY.data.seq_len
-    train, _ = corpus.split(texts, TINY.data.heldout)
+    train, _ = corpus.split(texts, TINY.data.heldout_fraction)
     self.assertGreaterEqual(len(train), n_rows)
     sizes = [needles.size(d.text) for d in texts]
     self.assertBetween(min(sizes), 128 - needles.SPARE - 12, 128)

@@ -149,7 +149,10 @@ class ReadTest(parameterized.TestCase):
 class MtpTest(absltest.TestCase):
   def test_any_pieces_give_the_states_of_a_full_pass(self):
     cfg, params, bias = model(
-      "n_layers=1", "n_dense_layers=1", "mtp.depth=2", "mtp.hidden=pre_norm"
+      "n_layers=1",
+      "n_dense_layers=1",
+      "mtp.depth=2",
+      "mtp.input_state=pre_norm",
     )
     tokens = testing.tokens(2, LENGTH + 2, vocab_size=VOCAB)
     state = testing.normal(2, LENGTH + 2, cfg.d_model, seed=4)
@@ -194,7 +197,7 @@ class MtpTest(absltest.TestCase):
   def test_reads_the_state_that_it_was_trained_with(self):
     x, normed = np.zeros(3), np.ones(3)
     for hidden, expected in (("post_norm", normed), ("pre_norm", x)):
-      cfg = testing.tiny(f"mtp.hidden={hidden}")
+      cfg = testing.tiny(f"mtp.input_state={hidden}")
       self.assertIs(speculation.mtp_input(x, normed, cfg), expected)
 
 

@@ -500,7 +500,7 @@ class MoreDraftsTest(parameterized.TestCase):
 
   def test_of_several_modules_the_first_drafts(self):
     # Its parameters are others, but those of the main model are not.
-    deeper = "mtp.depth=2", "mtp.hidden=pre_norm"
+    deeper = "mtp.depth=2", "mtp.input_state=pre_norm"
     params = parameters() | {"mtp": parameters(*deeper)["mtp"]}
     made = make(2, assignments=deeper, params=params)
     self.assertEqual(run(made, requests()), due())

@@ -223,7 +223,7 @@ class BothWaysTest(parameterized.TestCase):
     self.assertEqual({k: facts[k] for k in theirs}, theirs)
 
   @parameterized.parameters(
-    ("mtp.hidden=pre_norm", "post_norm"),
+    ("mtp.input_state=pre_norm", "post_norm"),
     ("mla.norm_eps=1e-5", "1e-06"),
     ("n_dense_layers=61", "mixture"),
   )

@@ -32,7 +32,7 @@ class MtpTest(parameterized.TestCase):
   @parameterized.parameters((1, "post_norm"), (2, "post_norm"))
   def test_matches_a_brute_force_loop(self, depth, hidden):
     cfg, params, bias, tokens = _setup(
-      f"mtp.depth={depth}", f"mtp.hidden={hidden}"
+      f"mtp.depth={depth}", f"mtp.input_state={hidden}"
     )
     state = testing.normal(2, 8, cfg.d_model)
     dense = moe.Experts(experts.dense_ffn)

@@ -229,10 +229,12 @@ class StepTest(parameterized.TestCase):
 class ConfigTest(absltest.TestCase):
   def test_names_are_checked(self):
     with self.assertRaisesRegex(ValueError, "'latent' is none.*'latents'"):
-      testing.run("train.kept=latent,hidden")
-    run = testing.run("train.remat=selective", "train.kept= hidden, up")
+      testing.run("train.saved_activations=latent,hidden")
+    run = testing.run(
+      "train.remat=selective", "train.saved_activations= hidden, up"
+    )
     self.assertEqual(run.train.activations, ("hidden", "up"))
-    run = testing.run("train.remat=selective", "train.kept=")
+    run = testing.run("train.remat=selective", "train.saved_activations=")
     self.assertEqual(run.train.activations, ())
 
 

@@ -66,7 +66,7 @@ class CheckedRunTest(absltest.TestCase):
     run = testing.run(
       f"data.path={self.text}",
       "parallel.layout=replicated",
-      "parallel.check_every=2",
+      "parallel.replica_check_every=2",
       "checkpoint.every=1",
       "checkpoint.keep=9",
       "evaluate.sample_tokens=0",

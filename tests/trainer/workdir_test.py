@@ -1,0 +1,59 @@
+"""Tests of the folder of a run."""
+
+import json
+import pathlib
+import tempfile
+
+from absl.testing import absltest
+
+from dsv3_jax import config
+from dsv3_jax.config import overrides, presets
+from dsv3_jax.interop import open_run
+from dsv3_jax.trainer import workdir
+
+RUN = config.override(
+  presets.TINY, "mtp.input_state=pre_norm", "data.heldout_fraction=0.125"
+)
+
+
+class OldNamesTest(absltest.TestCase):
+  """A config.json whose settings have the names of an earlier version."""
+
+  def setUp(self):
+    super().setUp()
+    folder = self.enterContext(tempfile.TemporaryDirectory())
+    self.folder = pathlib.Path(folder)
+    facts = workdir.describe("tiny", 0, RUN)
+    old = {new: old for old, new in overrides.RENAMED.items()}
+    facts["settings"] = {
+      self.old_name(path, old): value
+      for path, value in facts["settings"].items()
+    }
+    (self.folder / open_run.CONFIG).write_text(json.dumps(facts))
+
+  def old_name(self, path, old):
+    short = path.removeprefix("model.")
+    for new, name in old.items():
+      if f"{short}.".startswith(f"{new}."):
+        return path.replace(new, name)
+    return path
+
+  def test_is_the_same_run(self):
+    written = (self.folder / open_run.CONFIG).read_text()
+    self.assertIn('"model.mtp.hidden": "pre_norm"', written)
+    workdir.check_same(self.folder, workdir.describe("tiny", 0, RUN))
+
+  def test_gives_the_same_settings(self):
+    facts = open_run.read_config(self.folder)
+    self.assertEqual(open_run.run_of(facts), RUN)
+
+  def test_another_value_is_another_run(self):
+    other = config.override(RUN, "data.heldout_fraction=0.25")
+    with self.assertRaisesRegex(
+      ValueError, "data.heldout_fraction: 0.125 -> 0.25"
+    ):
+      workdir.check_same(self.folder, workdir.describe("tiny", 0, other))
+
+
+if __name__ == "__main__":
+  absltest.main()
