@@ -103,12 +103,12 @@ def diff(
   one = manifest.read(checkpoints.folder(step))
   other = manifest.read(others.folder(other_step))
   print(f"{checkpoints.folder(step)} -> {others.folder(other_step)}")
-  lines = config.difference(_flat(one.facts), _flat(other.facts))
+  lines = config.diff(_flat(one.facts), _flat(other.facts))
   types = [
     {name: facts["type"] for name, facts in each.arrays.items()}
     for each in (one, other)
   ]
-  lines += config.difference(*types)
+  lines += config.diff(*types)
   changed = {
     name
     for name, facts in one.arrays.items()

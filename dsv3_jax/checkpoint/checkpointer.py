@@ -277,7 +277,7 @@ class Checkpoints:
     asked = {_group(name) for name in names}
     there = {k: v["type"] for k, v in saved.items() if _group(k) in asked}
     here = {name: orbax_io.type_of(leaf) for name, leaf in names.items()}
-    if changes := config.difference(there, here):
+    if changes := config.diff(there, here):
       raise InputError(
         f"{folder} is of another architecture (there -> here):\n"
         + "\n".join(f"  {line}" for line in changes)

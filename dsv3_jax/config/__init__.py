@@ -7,9 +7,9 @@ assignments and reports all their problems at once.
 
 from dsv3_jax.config.model import MLA, MTP, Model, MoE, Router, Yarn
 from dsv3_jax.config.overrides import (
-  defaults,
-  difference,
-  leaves,
+  default_settings,
+  diff,
+  flatten,
   override,
   with_current_names,
 )
@@ -45,9 +45,9 @@ __all__ = [
   "Schedule",
   "Train",
   "Yarn",
-  "defaults",
-  "difference",
-  "leaves",
+  "default_settings",
+  "diff",
+  "flatten",
   "override",
   "with_current_names",
 ]

@@ -61,25 +61,25 @@ def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
   return {path: _current_value(path, v) for path, v in renamed.items()}
 
 
-def leaves(cfg: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
   """All settings as {"model.mla.n_heads": value}, in order."""
   out = {}
   for field in dataclasses.fields(cfg):
     value, path = getattr(cfg, field.name), prefix + field.name
     if dataclasses.is_dataclass(value):
-      out |= leaves(value, path + ".")
+      out |= flatten(value, path + ".")
     else:
       out[path] = value
   return out
 
 
-def defaults(cls: type, prefix: str = "") -> dict[str, Any]:
+def default_settings(cls: type, prefix: str = "") -> dict[str, Any]:
   """Settings of a class that need not be given, with their values."""
   out, hints = {}, typing.get_type_hints(cls)
   for field in dataclasses.fields(cls):
     path = prefix + field.name
     if dataclasses.is_dataclass(hints[field.name]):
-      out |= defaults(hints[field.name], path + ".")
+      out |= default_settings(hints[field.name], path + ".")
     elif field.default is not dataclasses.MISSING:
       out[path] = field.default
   return out
@@ -154,15 +154,15 @@ def override(cfg: Any, *assignments: str) -> Any:
   Raises:
     InputError: one line a problem, of all assignments together.
   """
-  values, problems = _assignments(leaves(cfg), assignments)
+  values, problems = _assignments(flatten(cfg), assignments)
   result = _rebuild(cfg, values, "", problems)
   if problems:
     raise InputError("\n".join(problems))
   return result
 
 
-def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-  """One line for each setting that differs between two `leaves` dicts."""
+def diff(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+  """One line for each setting that differs between two `flatten` dicts."""
   missing = "(not there)"
   return [
     f"{path}: {old.get(path, missing)!r} -> {new.get(path, missing)!r}"

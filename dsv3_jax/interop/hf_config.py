@@ -274,7 +274,7 @@ def write(run: config.Run) -> dict[str, Any]:
     )
   if not model.n_moe_layers:
     raise InputError("a model without mixture layers has no released form")
-  settings = config.leaves(model)
+  settings = config.flatten(model)
   facts = {key: settings[path] for key, path in _NUMBERS.items()}
   facts["q_lora_rank"] = facts["q_lora_rank"] or None
   facts["num_key_value_heads"] = facts["num_attention_heads"]

@@ -97,8 +97,8 @@ def _imported(
   source: weights.Weights, run: config.Run, mesh: jax.sharding.Mesh
 ) -> tuple[param_spec.Params, jax.Array]:
   if source.model != run.model:
-    changes = config.difference(
-      config.leaves(source.model), config.leaves(run.model)
+    changes = config.diff(
+      config.flatten(source.model), config.flatten(run.model)
     )
     raise InputError(
       f"{source.folder}: is of another model (there -> here):\n"

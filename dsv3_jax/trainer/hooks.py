@@ -19,7 +19,7 @@ def facts(source: batches.Feed, step: int) -> dict[str, Any]:
   """What a checkpoint holds beside the state."""
   return {
     "data": source.data.digests | {"seed": source.seed},
-    "model": config.leaves(source.run.model),
+    "model": config.flatten(source.run.model),
     "rows": source.sequences(step).start,  # read next
   }
 

@@ -52,9 +52,9 @@ def _start(
     saved = checkpoints.facts(step)
     # A setting newer than the checkpoint: its default is what was done then.
     model = config.with_current_names(saved["model"])
-    saved["model"] = config.defaults(config.Model) | model
+    saved["model"] = config.default_settings(config.Model) | model
     for what in ("model", "data"):
-      if changes := config.difference(saved[what], facts[what]):
+      if changes := config.diff(saved[what], facts[what]):
         raise InputError(
           f"the {what} is not that of {checkpoints.folder(step)} (there ->"
           " here):\n" + "\n".join(f"  {line}" for line in changes)
@@ -96,7 +96,7 @@ def _with_parameters(
     path: str(spec.shape)
     for path, spec in param_spec.paths(transformer.specs(run.model)).items()
   }
-  if changes := config.difference(of(source), of(command.run)):
+  if changes := config.diff(of(source), of(command.run)):
     raise InputError(
       f"--init_from={folder} has another architecture (there -> here):\n"
       + "\n".join(f"  {line}" for line in changes)

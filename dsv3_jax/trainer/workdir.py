@@ -28,7 +28,7 @@ _HARMLESS = ("settings.checkpoint.", "settings.evaluate.", "settings.parallel.")
 
 def describe(variant: str, seed: int, run: config.Run) -> dict[str, Any]:
   """What config.json holds."""
-  return {"variant": variant, "seed": seed, "settings": config.leaves(run)}
+  return {"variant": variant, "seed": seed, "settings": config.flatten(run)}
 
 
 def _write(path: pathlib.Path, facts: dict[str, Any]) -> None:
@@ -73,12 +73,10 @@ def check_same(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
   """
   there, here = _flat(open_run.read_config(workdir)), _flat(facts)
   # A setting newer than the run: its default is what was done without it.
-  for name, value in config.defaults(config.Run).items():
+  for name, value in config.default_settings(config.Run).items():
     there.setdefault(f"settings.{name}", value)
   changes = [
-    line
-    for line in config.difference(there, here)
-    if not line.startswith(_HARMLESS)
+    line for line in config.diff(there, here) if not line.startswith(_HARMLESS)
   ]
   if changes:
     raise InputError(

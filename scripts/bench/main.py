@@ -217,7 +217,7 @@ def job(shape: str, load: Load, settings: Sequence[str]) -> dict[str, Any]:
   return {
     "shape": shape,
     "set": settings,
-    "settings": config.leaves(cfg),
+    "settings": config.flatten(cfg),
     "what": load.what,
     "prompts": [] if load.what == "train" else prompts.tolist(),
     "new": load.new,

@@ -123,7 +123,7 @@ class FieldTest(parameterized.TestCase):
     self.assertIn(str(value), text)
 
   @parameterized.parameters(
-    path for path, value in config.leaves(RUN).items() if type(value) is float
+    path for path, value in config.flatten(RUN).items() if type(value) is float
   )
   def test_refuses_what_is_not_finite(self, path):
     for value in ("nan", "inf", "-inf"):
@@ -168,8 +168,8 @@ class OverrideTest(parameterized.TestCase):
   )
   def test_sets_one_value_of_the_right_type(self, text, path, value):
     before, after = (
-      config.leaves(RUN),
-      config.leaves(config.override(RUN, text)),
+      config.flatten(RUN),
+      config.flatten(config.override(RUN, text)),
     )
     self.assertEqual(after[path], value)
     self.assertIs(type(after[path]), type(before[path]))
@@ -214,14 +214,14 @@ class OverrideTest(parameterized.TestCase):
     self.assertEqual(cfg.model.mla.n_heads, 3)
 
   def test_difference_names_each_setting(self):
-    old = config.leaves(RUN)
-    new = config.leaves(config.override(RUN, "d_model=256", "optim.beta2=0.9"))
+    old = config.flatten(RUN)
+    new = config.flatten(config.override(RUN, "d_model=256", "optim.beta2=0.9"))
     self.assertEqual(
-      config.difference(old, new),
+      config.diff(old, new),
       ["model.d_model: 192 -> 256", "optim.beta2: 0.95 -> 0.9"],
     )
-    self.assertEqual(config.difference(old, old), [])
-    self.assertEqual(config.difference({"a": 1}, {}), ["a: 1 -> '(not there)'"])
+    self.assertEqual(config.diff(old, old), [])
+    self.assertEqual(config.diff({"a": 1}, {}), ["a: 1 -> '(not there)'"])
 
 
 class OldNamesTest(parameterized.TestCase):
@@ -229,7 +229,7 @@ class OldNamesTest(parameterized.TestCase):
 
   @parameterized.parameters(*overrides.RENAMED.items())
   def test_renamed_settings_exist(self, old, new):
-    paths = {path.removeprefix("model.") for path in config.leaves(RUN)}
+    paths = {path.removeprefix("model.") for path in config.flatten(RUN)}
     in_group = lambda name: any(f"{p}.".startswith(f"{name}.") for p in paths)
     self.assertTrue(in_group(new))
     self.assertFalse(in_group(old))
@@ -407,7 +407,7 @@ class PresetTest(parameterized.TestCase):
     published |= dict(rope_theta=1e4, norm_eps=1e-6)
     actual = {
       path.split(".")[-1]: value
-      for path, value in config.leaves(run.model).items()
+      for path, value in config.flatten(run.model).items()
     }
     self.assertEqual(actual, actual | published)
 
@@ -426,11 +426,11 @@ class PresetTest(parameterized.TestCase):
       config.override(RUN, *yarn, "data.seq_len=201")
 
   def test_defaults_are_those_of_the_classes(self):
-    found = config.defaults(config.Run)
+    found = config.default_settings(config.Run)
     self.assertEqual(found["optim.beta2"], 0.95)
     self.assertEqual(found["model.mla.yarn.factor"], 1.0)
     self.assertNotIn("train.tokens", found)
-    self.assertLessEqual(set(found), set(config.leaves(RUN)))
+    self.assertLessEqual(set(found), set(config.flatten(RUN)))
 
   def test_domains(self):
     run = config.override(RUN, "data.path=x", "data.domains=b.txt=2, a=.5")

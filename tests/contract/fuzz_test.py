@@ -91,7 +91,7 @@ class SettingsTest(Case):
   """Assignments, and command lines."""
 
   def assignment(self, rng):
-    paths = list(config.leaves(presets.TINY))
+    paths = list(config.flatten(presets.TINY))
     path = paths[rng.integers(len(paths))]
     value = VALUES[rng.integers(len(VALUES))]
     match rng.integers(8):
@@ -116,7 +116,7 @@ class SettingsTest(Case):
         if run is None:
           continue
         good += 1
-        values = config.leaves(run)
+        values = config.flatten(run)
         # The last of several for one setting counts.
         asked = dict(text.split("=", 1) for text in texts)
         for path, text in asked.items():
@@ -273,7 +273,7 @@ class FilesTest(Case):
     facts = {
       "variant": "tiny",
       "seed": 0,
-      "settings": config.leaves(presets.TINY),
+      "settings": config.flatten(presets.TINY),
     }
     good = json.dumps(facts, indent=1).encode()
     for _ in range(n):

@@ -51,9 +51,7 @@ class PhasesTest(absltest.TestCase):
   def test_the_arm_without_it_differs_in_nothing_else(self):
     found = context.phases(context.VARIANTS["tiny"], [2048], without_yarn=True)
     yarn, plain = found[1:]
-    changes = config.difference(
-      config.leaves(plain.run), config.leaves(yarn.run)
-    )
+    changes = config.diff(config.flatten(plain.run), config.flatten(yarn.run))
     self.assertLen(changes, 2)
     self.assertEqual(plain.start, "short")
 

@@ -158,8 +158,8 @@ class ReadTest(parameterized.TestCase):
     training = f"router.balance_weight={1e-4}"
     want = config.override(preset, *_YARN_40, *assignments, training).model
     got = hf_config.read(facts)
-    both = config.leaves(want), config.leaves(got)
-    self.assertEqual(config.difference(*both), [])
+    both = config.flatten(want), config.flatten(got)
+    self.assertEqual(config.diff(*both), [])
 
   @parameterized.named_parameters(
     # Moonlight's report counts without embedding and head: 15.29B, 2.24B.
