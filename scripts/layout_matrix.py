@@ -1,34 +1,32 @@
-"""Does a layout change the maths? Every way to divide a step, against none.
+"""Compares a training step in every layout with that of one device.
 
-  python -m scripts.layout_matrix [--readme]
+  python -m scripts.layout_matrix [--write]
 
-Trains a small model for three steps on one device and on meshes of up to eight
+Trains a small model for three steps on one device and on meshes of up to 16
 virtual ones, and prints the largest relative difference of each quantity: the
 loss, the worst gradient leaf, its global norm, the clipped update and the worst
 parameter after the third step. Counts and bias are compared bit for bit, and so
-are the copies of everything that several devices hold. `--readme` also puts the
-table into README.md.
+are the copies of everything that several devices hold. `--write` writes the
+table to docs/layouts.md.
 """
 
 import dataclasses
 import functools
 import math
+import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 
 from dsv3_jax import config, losses, optim, train
 from dsv3_jax.config import presets
-from dsv3_jax.errors import InputError
 from dsv3_jax.parallel import device_mesh, replica_check
 from dsv3_jax.trainer import distributed
-from scripts import readme
 
-BEGIN = "<!-- made by: python -m scripts.layout_matrix --readme -->"
+PAGE = pathlib.Path(__file__).parents[1] / "docs" / "layouts.md"
 STEPS = 3
 RUN = config.override(
   presets.TINY,
@@ -270,6 +268,16 @@ def measure(case: Case) -> Differences:
 
 # --- the table ---
 
+INTRODUCTION = """# Layouts
+
+Three optimizer steps in float32 on each mesh and on one device: the largest
+relative difference of the loss, of any gradient leaf, of the global norm, of
+the clipped update, and of any parameter after the third step. Counts of tokens
+by expert and the router's bias are compared bit for bit, and so are the copies
+that several devices hold. A sum of 128 tokens in another order is off by some
+1e-6 of its terms. `python -m scripts.layout_matrix --write` writes this page.
+
+"""
 HEAD = (
   "mesh",
   "layout",
@@ -282,6 +290,11 @@ HEAD = (
   "counts, bias",
   "copies",
 )
+
+
+def markdown(cells: Iterable[str]) -> str:
+  """A row of a table."""
+  return f"| {' | '.join(cells)} |"
 
 
 def names(case: Case) -> tuple[str, str, str]:
@@ -299,60 +312,43 @@ def row(case: Case, found: Differences) -> str:
   """A row of the table, in Markdown."""
   *values, counts_equal, diverged = dataclasses.astuple(found)
   equal = [counts_equal, not diverged]
-  return readme.row(
+  cells = (
     *names(case),
     *map(_power, values),
     *("equal" if same else "DIFFER" for same in equal),
   )
+  return markdown(cells)
 
 
-def block(rows: Sequence[str]) -> str:
-  """What stands between the marks in the README."""
-  title = f"All {len(rows)} cases: how far each is from one device"
-  return readme.folded(title, HEAD, rows)
+def heading() -> list[str]:
+  """The rows above those of the cases."""
+  return [markdown(HEAD), markdown(["---"] * len(HEAD))]
 
 
-def _parse(argv: Sequence[str]) -> flags.FlagValues:
-  """The flags; not the process-wide ones, as the tests import this.
-
-  Raises:
-    InputError: something else is there.
-  """
-  known = flags.FlagValues()
-  flags.DEFINE_boolean("help", False, "show this help", flag_values=known)
-  flags.DEFINE_boolean(
-    "readme", False, "put the table into README.md", flag_values=known
-  )
-  try:
-    _, *stray = known(argv)
-  except flags.Error as error:
-    raise InputError(str(error)) from error
-  if stray:
-    raise InputError(f"stray arguments {' '.join(stray)!r}; flags are --a=b")
-  return known
+def page(rows: Sequence[str]) -> str:
+  """Text of docs/layouts.md."""
+  return INTRODUCTION + "\n".join([*heading(), *rows]) + "\n"
 
 
 def main(argv: Sequence[str]) -> int:
-  """Prints the matrix as it goes, in Markdown; returns the exit code."""
-  try:
-    known = _parse(argv)
-    if known.readme:  # refused now rather than after minutes
-      readme.replaced(readme.README.read_text(), BEGIN, "")
-  except InputError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  if known.help:
-    print(__doc__, known.get_help(), sep="\n")
+  """Prints the rows as they are measured; returns the exit code."""
+  _, *arguments = argv
+  if arguments == ["--help"]:
+    print(__doc__)
     return 0
+  if arguments not in ([], ["--write"]):
+    wrong = " ".join(arguments)
+    print(f"error: {wrong!r}: the only flag is --write", file=sys.stderr)
+    return 2
   n_devices = max(math.prod(case.sizes.values()) for case in CASES)
   distributed.use_virtual_devices(n_devices, spare_threads=True)
-  print(*readme.head(HEAD), sep="\n")
+  print(*heading(), sep="\n")
   rows = []
   for case in CASES:
     rows.append(row(case, measure(case)))
     print(rows[-1], flush=True)
-  if known.readme:
-    readme.put(BEGIN, block(rows))
+  if arguments:
+    PAGE.write_text(page(rows), encoding="utf-8")
   return 0
 
 

@@ -15,3 +15,5 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 16)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+pytest_plugins = ["fault_table"]

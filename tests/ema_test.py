@@ -7,6 +7,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import testing
 from absl.testing import absltest, parameterized
 
@@ -14,6 +15,7 @@ from dsv3_jax import config, ema, train
 from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.parallel import device_mesh
 
+pytestmark = pytest.mark.fault("F29")
 DECAY = 0.9
 GOOD = jnp.array(True)
 

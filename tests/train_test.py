@@ -7,6 +7,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import testing
 from absl.testing import absltest, parameterized
 
@@ -94,6 +95,11 @@ class StepTest(absltest.TestCase):
       np.testing.assert_array_equal(state.router_bias, expected)
     self.assertTrue(expected.any())
 
+  @pytest.mark.fault(
+    "F29",
+    "NaN or infinity in loss or gradient",
+    "the step changes only its counters; reported with its rows",
+  )
   def test_a_step_that_is_not_finite_changes_only_the_counters(self):
     head = testing.state(RUN).params["head"].at[0, 0].set(jnp.nan)
     state = first_state(head=head)
@@ -107,6 +113,11 @@ class StepTest(absltest.TestCase):
     testing.assert_same(after, expected)
 
 
+@pytest.mark.fault(
+  "F27",
+  "other micro-batches, rematerialization",
+  "counts and bias bitwise identical, same gradient",
+)
 class SplitTest(parameterized.TestCase):
   @staticmethod
   @functools.cache
@@ -138,6 +149,11 @@ class SplitTest(parameterized.TestCase):
     testing.assert_close((grads, terms), (want_grads, want_terms), 64 + 300)
 
 
+@pytest.mark.fault(
+  "F23",
+  "N steps, a restart and N more",
+  "state, data and metrics are those of 2N steps",
+)
 class ResumeTest(absltest.TestCase):
   def test_n_steps_and_n_more_are_2n_steps(self):
     n = 3

@@ -148,6 +148,14 @@ class RefuseTest(Case):
     ("router.n_experts=16", r"state/router_bias: 'float32\[.,8\]' -> "),
     ("optim.moments=float32", r"opt_state.*'bfloat16\[.*' -> 'float32\["),
   )
+  @pytest.mark.fault(
+    "F18",
+    "a checkpoint of another architecture",
+    "refused, listing arrays and settings that differ",
+  )
+  @pytest.mark.fault(
+    "F19", "a checkpoint of other dtypes", "refused, never cast"
+  )
   def test_another_architecture(self, change, line):
     store = self.saved(1)
     run = config.override(RUN, change)
@@ -157,17 +165,28 @@ class RefuseTest(Case):
     self.assertNotIsInstance(caught.exception, checkpointer.DamagedError)
     self.assert_restores(store, 1)
 
+  @pytest.mark.fault(
+    "F16",
+    "a checkpoint folder partly copied, renamed, of another version",
+    "not taken for a checkpoint",
+  )
   def test_what_was_never_finished(self):
     store = self.saved(1, 2)
     (store.folder(2) / manifest.NAME).unlink()
     self.assertEqual(store.steps(), [1])
     self.assertRegex(store.problems()[2], "half written or half copied")
 
+  @pytest.mark.fault("F16")
   def test_a_folder_of_another_name(self):
     store = self.saved(1)
     store.folder(1).rename(store.folder(9))
     self.assertRegex(store.problems()[9], "holds step 1")
 
+  @pytest.mark.fault(
+    "F22",
+    "a checkpoint with unknown files, links, names, a forged manifest",
+    "refused; nothing outside is read, no code is run",
+  )
   def test_links_and_files_of_others(self):
     store = self.saved(1, 2, 3, keep=9)
     secret = testing.folder(self) / "secret"
@@ -184,11 +203,13 @@ class RefuseTest(Case):
     self.assertRegex(found[3], "neither a file nor a folder")
 
   @parameterized.parameters("05", "-1", "5.0", "٣", "1.corrupt", "last")
+  @pytest.mark.fault("F22")
   def test_other_names_are_no_steps(self, name):
     store = self.saved(1)
     (store.directory / name).mkdir()
     self.assertEqual((store.steps(), store.problems()), ([1], {}))
 
+  @pytest.mark.fault("F16")
   def test_a_manifest_of_another_version(self):
     store = self.saved(1)
     path = store.folder(1) / manifest.NAME
@@ -207,11 +228,13 @@ class RefuseTest(Case):
     ({"facts": None}, "None where dict is expected"),
     ({"more": 1}, "more"),
   )
+  @pytest.mark.fault("F22")
   def test_a_manifest_that_somebody_else_made(self, change, message):
     store = self.saved(1)
     testing.reseal(store.folder(1), **change)
     self.assertRegex(store.problems()[1], f"cannot be read: .*{message}")
 
+  @pytest.mark.fault("F22")
   def test_a_manifest_without_end(self):
     store = self.saved(1)
     (store.folder(1) / manifest.NAME).write_text("[" * 100_000)
@@ -247,6 +270,11 @@ class DamageTest(Case):
   def test_a_copy_is_as_good(self):
     self.assert_restores(self.copy(), 2)
 
+  @pytest.mark.fault(
+    "F14",
+    "each file of the newest checkpoint truncated, zeroed, emptied, deleted",
+    "quarantined with a warning; the previous checkpoint is loaded",
+  )
   def test_every_file_damaged_in_every_way(self):
     for path in files(self.kept / "2"):
       for way in damages(path):
@@ -284,17 +312,24 @@ class DamageTest(Case):
       shutil.rmtree(store.directory)
     return found
 
+  @pytest.mark.fault(
+    "F15",
+    "one bit flipped anywhere, 200 times",
+    "detected, array named; or in bytes that are never read",
+  )
   def test_one_bit_anywhere(self):
     found = self.check_flips(seed=0, n=12)
     self.assertTrue(found[True])
 
   @pytest.mark.slow
+  @pytest.mark.fault("F15")
   def test_one_bit_anywhere_many_times(self):
     found = self.check_flips(seed=1, n=200)
     # Not how many must be found, which `check_flips` says of each: that this is
     # no test of nothing. Nothing is read of almost half of orbax's files.
     self.assertGreater(found[True], 50)
 
+  @pytest.mark.fault("F15")
   def test_names_the_array_that_is_not_as_saved(self):
     store = self.copy()
     path = store.folder(2) / manifest.NAME
@@ -307,6 +342,11 @@ class DamageTest(Case):
     ):
       store.restore(2, like())
 
+  @pytest.mark.fault(
+    "F17",
+    "all checkpoints damaged, or gone",
+    "exits 4 with the list; never restarts from step 0 silently",
+  )
   def test_with_all_damaged_there_is_none(self):
     store = self.copy()
     for step in (1, 2):
@@ -337,6 +377,14 @@ class DamageTest(Case):
     self.assertEqual(names, {"1", "2", "7.suspect"})
 
 
+@pytest.mark.fault(
+  "F20",
+  "repeated failed saves with one checkpoint retained",
+  "that checkpoint stays",
+)
+@pytest.mark.fault(
+  "F21", "the writer thread fails", "raised at the next step at the latest"
+)
 class FailedSaveTest(Case):
   """With files limited to a size, as where a disk is full."""
 

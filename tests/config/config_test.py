@@ -2,6 +2,7 @@ import dataclasses
 import math
 from unittest import mock
 
+import pytest
 import testing
 from absl.testing import absltest, parameterized
 
@@ -21,6 +22,7 @@ RUN = config.override(
 )
 
 
+@pytest.mark.fault("F41")
 class FieldTest(parameterized.TestCase):
   """What a class refuses by itself; every message names value and limit."""
 
@@ -114,6 +116,11 @@ class FieldTest(parameterized.TestCase):
     ("train.tokens", 4095, "one step of batch_size * seq_len = 4096"),
     ("schedule.warmup_steps", 10_000, "at most the 488 steps"),
   )
+  @pytest.mark.fault(
+    "F37",
+    "lengths of 0, 1, up to the MTP depth; batches that do not divide",
+    "refused",
+  )
   def test_refuses(self, path, value, message):
     with self.assertRaises(ValueError) as raised:
       config.override(RUN, f"{path}={value}")
@@ -125,6 +132,7 @@ class FieldTest(parameterized.TestCase):
   @parameterized.parameters(
     path for path, value in config.flatten(RUN).items() if type(value) is float
   )
+  @pytest.mark.fault("F37")
   def test_refuses_what_is_not_finite(self, path):
     for value in ("nan", "inf", "-inf"):
       with self.assertRaisesRegex(ValueError, "must be finite"):
@@ -133,6 +141,7 @@ class FieldTest(parameterized.TestCase):
   @parameterized.parameters(
     dict(n_heads=2.0), dict(n_heads="2"), dict(n_heads=True), dict(q_rank=None)
   )
+  @pytest.mark.fault("F37")
   def test_refuses_other_types(self, **fields):
     with self.assertRaisesRegex(ValueError, "expected int"):
       dataclasses.replace(RUN.model.mla, **fields)
@@ -155,6 +164,7 @@ class FieldTest(parameterized.TestCase):
     self.assertEqual(hash(same), hash(RUN))
 
 
+@pytest.mark.fault("F41")
 class OverrideTest(parameterized.TestCase):
   @parameterized.parameters(
     ("model.mla.n_heads=4", "model.mla.n_heads", 4),

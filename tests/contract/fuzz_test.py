@@ -87,6 +87,7 @@ class Case(parameterized.TestCase):
       return None
 
 
+@pytest.mark.fault("F41")
 class SettingsTest(Case):
   """Assignments, and command lines."""
 
@@ -173,6 +174,7 @@ class SettingsTest(Case):
     self.check_commands(1, 1500)
 
 
+@pytest.mark.fault("F43")
 class FilesTest(Case):
   """Text to train on, safetensors, checkpoints and what is beside them."""
 

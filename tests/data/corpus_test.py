@@ -7,6 +7,7 @@ import pathlib
 import random
 import tempfile
 
+import pytest
 from absl.testing import absltest, parameterized
 
 from dsv3_jax.data import corpus
@@ -19,6 +20,11 @@ def temporary_directory(test):
   return pathlib.Path(test.enter_context(tempfile.TemporaryDirectory()))
 
 
+@pytest.mark.fault(
+  "F38",
+  "bad UTF-8, NUL, BOM, CRLF, empty files, lines of 100 MB",
+  "by policy: refused with the offset, replaced, skipped",
+)
 class ReadTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
@@ -74,6 +80,9 @@ class ReadTest(parameterized.TestCase):
       ],
     )
 
+  @pytest.mark.fault(
+    "F40", "directory listing in another order", "the same rows"
+  )
   def test_listing_order_does_not_matter(self):
     for i in range(12):
       self.write(f"{i % 3}/{i}.txt", f"text {i}")

@@ -10,6 +10,7 @@ import tempfile
 import time
 
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from dsv3_jax import config
@@ -189,6 +190,7 @@ class HeldoutWindowsTest(parameterized.TestCase):
       loader.heldout_windows(np.zeros(1, np.int32), 4)
 
 
+@pytest.mark.fault("F39")
 class PrepareTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()

@@ -5,6 +5,7 @@ import pathlib
 import tempfile
 
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from dsv3_jax.data import corpus, token_file, tokenize, tokenizer
@@ -16,6 +17,11 @@ DOCUMENTS = [
 ]
 
 
+@pytest.mark.fault(
+  "F39",
+  "text or tokens missing, truncated, changed since the run began",
+  "named at the start",
+)
 class PackTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
@@ -124,6 +130,7 @@ class PackTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "train.json: not a manifest"):
       self.pack()
 
+  @pytest.mark.fault("F36")
   def test_id_above_the_vocabulary_leaves_no_file(self):
     encoded = tokenize.encode(DOCUMENTS, self.tok)
     largest = max(max(ids) for _, ids in encoded)
@@ -135,6 +142,11 @@ class PackTest(parameterized.TestCase):
     self.pack(vocab_size=int(largest) + 1)
 
 
+@pytest.mark.fault(
+  "F36",
+  "token ids outside of the vocabulary, or not integers",
+  "exits 2 with file and offset",
+)
 class CheckIdsTest(parameterized.TestCase):
   @parameterized.named_parameters(
     ("above", [[0, 1], [10, 3]], "id 10 at offset 2"),

@@ -74,6 +74,11 @@ class TraceTest(parameterized.TestCase):
     self.assertEqual(metrics["load"].shape, (run.model.n_routers, n_experts))
 
 
+@pytest.mark.fault(
+  "F41",
+  "wrong flags and settings, 4,500 of them at random",
+  "exits 2 before JAX starts, all problems at once, with suggestions",
+)
 class CommandLineTest(parameterized.TestCase):
   def assert_refused(self, program, arguments, *messages):
     code, out, err = testing.command_line(program, *arguments)
@@ -103,6 +108,7 @@ class CommandLineTest(parameterized.TestCase):
     ("--set=data.seq_len=1", "Data.seq_len=1: must be above MTP.depth=1"),
     ("--set=router.bais_speed=0", "did you mean 'router.bias_speed'"),
   )
+  @pytest.mark.fault("F37")
   def test_refuses(self, argument, *messages):
     self.assert_refused(refusing, [argument], *messages)
 
@@ -369,6 +375,7 @@ class WorkdirTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "data.fim_rate: 0.0 -> 0.1"):
       workdir_lib.claim(self.folder, workdir_lib.describe("tiny", 0, run))
 
+  @pytest.mark.fault("F18")
   def test_another_configuration_is_told_field_by_field(self):
     before = self.contents()
     run = config.override(presets.TINY, "optim.eps=1e-9", "mla.n_heads=3")
@@ -401,6 +408,7 @@ class WorkdirTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "is not the configuration"):
       open_run.read_config(self.folder)
 
+  @pytest.mark.fault("F11")
   def test_is_for_one_run_at_a_time(self):
     with workdir_lib.lock(self.folder):
       with self.assertRaisesRegex(ValueError, f"process {os.getpid()} on "):
@@ -409,6 +417,7 @@ class WorkdirTest(parameterized.TestCase):
     with workdir_lib.lock(self.folder):  # free again
       pass
 
+  @pytest.mark.fault("F13")
   def test_refuses_a_folder_that_cannot_be(self):
     with self.assertRaisesRegex(ValueError, "cannot be written"):
       workdir_lib.claim(self.folder / open_run.CONFIG / "below", self.facts)
@@ -443,6 +452,7 @@ class StartTest(parameterized.TestCase):
     # The right path can be given next.
     self.assertFalse((self.root / "run" / open_run.CONFIG).exists())
 
+  @pytest.mark.fault("F17")
   def test_lost_checkpoints_are_never_replaced_by_a_fresh_start(self):
     command = self.command()
     facts = workdir_lib.describe(command.variant, command.seed, command.run)
@@ -498,6 +508,7 @@ class DryRunTest(absltest.TestCase):
 
 
 @pytest.mark.slow
+@pytest.mark.fault("F23")
 class EndToEndTest(absltest.TestCase):
   SETTINGS = (
     "vocab_size=300",

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import micro
 import numpy as np
+import pytest
 import testing
 from absl.testing import absltest, parameterized
 
@@ -557,6 +558,7 @@ class BadRunTest(parameterized.TestCase):
     ({"model__mla__n_hands": 2}, "mla.n_hands: .*did you mean.*n_heads"),
     ({"model__d_model": "wide"}, "model.d_model='wide': expected int"),
   )
+  @pytest.mark.fault("F18")
   def test_another_configuration_than_the_checkpoint(self, changes, message):
     self.configure(**changes)
     self.assert_refused("(?s)" + message)

@@ -263,6 +263,11 @@ class LoadTest(absltest.TestCase):
     self.assertEqual(head, sizes["lm_head.weight"])
 
 
+@pytest.mark.fault(
+  "F44",
+  "an index that points elsewhere; links; shards missing, extra, twice",
+  "refused",
+)
 class RefusedTest(parameterized.TestCase):
   """What is wrong with a folder is said, all of it."""
 
@@ -294,6 +299,11 @@ class RefusedTest(parameterized.TestCase):
     self.assertEmpty(found.notes)
     self.assertEmpty(list(hf_read.bad_values(found)))
 
+  @pytest.mark.fault(
+    "F45",
+    "tensors missing, extra, misshapen; FP8 scales absent, NaN, negative",
+    "all listed; never initialized at random",
+  )
   def test_missing_extra_and_misshaped_tensors_together(self):
     def change(found):
       del found["model.layers.1.mlp.experts.3.up_proj.weight"]
@@ -312,6 +322,7 @@ class RefusedTest(parameterized.TestCase):
     )
 
   @parameterized.parameters(torch.float16, torch.int16)
+  @pytest.mark.fault("F43")
   def test_relabelled_dtype(self, dtype):
     def change(found):
       name = "model.layers.0.self_attn.o_proj.weight"
@@ -346,6 +357,7 @@ class RefusedTest(parameterized.TestCase):
     ("zero", lambda f, n: f[n][1].fill_(0), "not all above 0"),
     ("negative", lambda f, n: f[n][1].fill_(-1), "not all above 0"),
   )
+  @pytest.mark.fault("F45")
   def test_scales(self, change, message):
     name = "model.layers.0.self_attn.o_proj.weight_scale_inv"
 
@@ -355,6 +367,7 @@ class RefusedTest(parameterized.TestCase):
     released.rewrite(released.in_fp8(self.folder), changed)
     self.refused(name, message)
 
+  @pytest.mark.fault("F45")
   def test_scales_that_are_no_powers_of_two(self):
     released.in_fp8(self.folder)
     path = self.folder / "config.json"
@@ -378,6 +391,7 @@ class RefusedTest(parameterized.TestCase):
     self.facts(quantization_config=how)
     self.refused("quantization_config", message)
 
+  @pytest.mark.fault("F46")
   def test_remote_code(self):
     marker = self.folder / "ran"
     code = f"open({str(marker)!r}, 'w').close()\n"
@@ -388,6 +402,9 @@ class RefusedTest(parameterized.TestCase):
     self.assertFalse(marker.exists())
 
   @parameterized.parameters("pytorch_model.bin", "model.pt", "x.pkl")
+  @pytest.mark.fault(
+    "F46", "only pickles; a config with remote code", "refused; never imported"
+  )
   def test_only_pickles(self, name):
     (self.folder / "model.safetensors").rename(self.folder / name)
     self.refused(f"offers {name} only", "safe_serialization=True")
@@ -463,6 +480,7 @@ class RefusedTest(parameterized.TestCase):
     self.refused("model.safetensors: truncated")
 
 
+@pytest.mark.fault("F43")
 class MutatedTest(parameterized.TestCase):
   """Whatever a file holds: it is read, or refused by a ValueError."""
 

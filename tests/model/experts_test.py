@@ -3,6 +3,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import reference
 import testing
 from absl.testing import absltest, parameterized
@@ -54,6 +55,11 @@ def _check(form, p, x, chosen, gates):
   return gradients
 
 
+@pytest.mark.fault(
+  "F34",
+  "all tokens to one expert; experts and devices with no token",
+  "no NaN, no hang, zero gradients",
+)
 class GroupedFfnTest(parameterized.TestCase):
   @parameterized.parameters(*SIZES)
   def test_values_and_gradients_match_the_reference(self, *size):

@@ -17,6 +17,7 @@ from dsv3_jax.linear import recipe as recipe_lib
 from dsv3_jax.model import attention, experts, moe, transformer
 from dsv3_jax.model import remat as remat_lib
 
+pytestmark = pytest.mark.fault("F27")
 CFG = presets.S.model
 N_TOKENS = 512
 KEPT = config.override(presets.S, "train.remat=selective").train.activations

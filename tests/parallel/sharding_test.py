@@ -14,7 +14,7 @@ from dsv3_jax.config import presets
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import device_mesh, sharding
 from dsv3_jax.parallel.pipeline import schedules
-from scripts import layout_matrix, readme
+from scripts import layout_matrix
 
 SLOW = [case for case in layout_matrix.CASES if case not in layout_matrix.QUICK]
 
@@ -84,11 +84,9 @@ class InvarianceTest(parameterized.TestCase):
 
 
 class TableTest(parameterized.TestCase):
-  def test_the_readme_holds_every_case_in_order_and_within_bounds(self):
-    text = readme.README.read_text()
-    _, _, rest = text.partition(layout_matrix.BEGIN)
-    block, _, _ = rest.partition(readme.END)
-    lines = [line for line in block.splitlines() if line.startswith("|")]
+  def test_the_page_holds_every_case_in_order_and_within_bounds(self):
+    text = layout_matrix.PAGE.read_text("utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("|")]
     head, _, *rows = [
       tuple(cell.strip() for cell in line.strip("|").split("|"))
       for line in lines
@@ -113,7 +111,7 @@ class TableTest(parameterized.TestCase):
       " | 1e0 | DIFFER | DIFFER |",
     )
 
-  @parameterized.parameters("--reedme", "stray", "--readme=x")
+  @parameterized.parameters("--wright", "stray", "--write=x")
   def test_refuses_what_it_does_not_know(self, argument):
     with contextlib.redirect_stderr(io.StringIO()) as err:
       code = layout_matrix.main(["program", argument])

@@ -16,6 +16,7 @@ import jax
 import micro
 import ml_dtypes
 import numpy as np
+import pytest
 import released
 import testing
 import torch
@@ -514,6 +515,11 @@ def stopping_after(n):
   return bar
 
 
+@pytest.mark.fault(
+  "F47",
+  "an export interrupted",
+  "no index until all shards are verified; resumes",
+)
 class InterruptedTest(ConvertTest):
   def setUp(self):
     super().setUp()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import jax
+import pytest
 import testing
 from absl import logging
 from absl.testing import absltest
@@ -37,6 +38,7 @@ with starts.recorded(command, 8, 0.0, history.Stopwatch()):
 """
 
 
+@pytest.mark.fault("F10")
 class CleanTest(absltest.TestCase):
   def setUp(self):
     super().setUp()

@@ -6,6 +6,7 @@ import socket
 from unittest import mock
 
 import jax
+import pytest
 import testing
 from absl.testing import absltest, parameterized
 
@@ -23,6 +24,7 @@ def call(port, *members, timeout_s=20):
     return list(pool.map(hear, members))
 
 
+@pytest.mark.fault("F09")
 class RollCallTest(parameterized.TestCase):
   @parameterized.parameters(1, 2, 4)
   def test_all_come(self, n):

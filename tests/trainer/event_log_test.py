@@ -3,6 +3,7 @@
 import pathlib
 import tempfile
 
+import pytest
 import testing
 from absl.testing import absltest, parameterized
 
@@ -21,6 +22,7 @@ def end(code=exit_codes.INTERNAL):
   return {"event": "end", "code": code, "text": ""}
 
 
+@pytest.mark.fault("F10")
 class CrashesTest(parameterized.TestCase):
   @parameterized.named_parameters(
     ("nothing", [], (0, -1)),

@@ -166,11 +166,17 @@ class KillTest(Case):
         shutil.rmtree(self.run_)
     self.goes_on()
 
+  @pytest.mark.fault(
+    "F01",
+    "SIGKILL at a random moment, 100 times",
+    "resumes from the last checkpoint; the end is bitwise identical",
+  )
   def test_at_random_moments(self):
     self.check_random_kills(seed=0, n=2)
 
   @pytest.mark.slow
   @pytest.mark.timeout(3600)
+  @pytest.mark.fault("F01")
   def test_at_a_hundred_random_moments(self):
     self.check_random_kills(seed=1, n=100)
 
@@ -185,11 +191,20 @@ class KillTest(Case):
     ("removing", 1),
   )
   @pytest.mark.slow
+  @pytest.mark.fault(
+    "F02",
+    "SIGKILL at each point of a save: before and during the arrays, "
+    "before the manifest, before the rename, before and during removal "
+    "of an old checkpoint",
+    "the older checkpoint is intact; the partial one is never read and "
+    "is removed at the next start",
+  )
   def test_at_a_point(self, point, n):
     with self.launch(point=(0, point, str(n))) as started:
       self.assert_one_goes_on(started, -signal.SIGKILL)
 
   @pytest.mark.slow
+  @pytest.mark.fault("F02")
   def test_while_arrays_are_written(self):
     with self.launch() as started:
       started.until(self.after_step(1, r".*0\.orbax-checkpoint-tmp"))
@@ -197,6 +212,11 @@ class KillTest(Case):
     self.goes_on()
 
   @pytest.mark.slow
+  @pytest.mark.fault(
+    "F03",
+    "ten SIGKILLs in a row, some before any progress",
+    "never resumes from an older step; bounded disk use",
+  )
   def test_ten_times_some_before_any_progress(self):
     for i in range(10):
       over = time.monotonic() + 3
@@ -222,6 +242,12 @@ class SignalTest(Case):
         "goes on from there",
       )
 
+  @pytest.mark.fault(
+    "F04",
+    "SIGTERM, SIGINT; a second signal; a save longer than the grace period",
+    "saves and exits 75; exits at once after a second signal or the "
+    "grace period",
+  )
   def test_sigterm_saves_and_leaves(self):
     self.check_signal(signal.SIGTERM, self.after_step(33))
     events = event_log.read(self.run_)
@@ -233,10 +259,14 @@ class SignalTest(Case):
     )
 
   @pytest.mark.slow
+  @pytest.mark.fault("F04")
   def test_sigint_too(self):
     self.check_signal(signal.SIGINT, self.after_step(33))
 
   @pytest.mark.slow
+  @pytest.mark.fault(
+    "F05", "SIGTERM while compiling, saving, evaluating", "no hang; exits 75"
+  )
   def test_while_it_compiles(self):
     log = self.run_ / "log.txt"
     self.check_signal(
@@ -245,16 +275,19 @@ class SignalTest(Case):
     )
 
   @pytest.mark.slow
+  @pytest.mark.fault("F05")
   def test_while_it_saves(self):
     self.check_signal(
       signal.SIGTERM, self.after_step(1, r".*0\.orbax-checkpoint-tmp")
     )
 
   @pytest.mark.slow
+  @pytest.mark.fault("F05")
   def test_while_it_evaluates(self):
     self.check_signal(signal.SIGTERM, self.after_step(50))
 
   @pytest.mark.slow
+  @pytest.mark.fault("F04")
   def test_a_second_one_ends_it_at_once(self):
     with self.launch(point=(0, "hang", "20")) as started:
       started.until(self.after_step(18))
@@ -264,6 +297,7 @@ class SignalTest(Case):
       self.assert_one_goes_on(started, exit_codes.PREEMPTED, "leaving at once")
 
   @pytest.mark.slow
+  @pytest.mark.fault("F04")
   def test_what_is_not_saved_in_time_is_left(self):
     point = (0, "hang", "20")
     with self.launch("run", "--grace=2", point=point) as started:
@@ -275,6 +309,11 @@ class SignalTest(Case):
       self.assert_one_goes_on(started, exit_codes.PREEMPTED, "not saved in 2 s")
 
   @pytest.mark.slow
+  @pytest.mark.fault(
+    "F11",
+    "two runs in one workdir; the first is killed",
+    "the second is refused and names the first; the lock is released",
+  )
   def test_a_workdir_is_for_one_at_a_time(self):
     with self.launch() as started:
       started.until((self.run_ / workdir.LOCK).exists)
@@ -292,6 +331,11 @@ class LoopTest(Case):
   """Starts that fail again and again, or hang."""
 
   @pytest.mark.slow
+  @pytest.mark.fault(
+    "F10",
+    "fails at the same step after every start, also by a fatal signal",
+    "after three starts one checkpoint back, after three more stops",
+  )
   def test_goes_back_a_checkpoint_then_stops(self):
     firsts = []
     for i in range(3 * event_log.TRIES):
@@ -312,6 +356,11 @@ class LoopTest(Case):
     self.assert_whole()
 
   @pytest.mark.slow
+  @pytest.mark.fault(
+    "F08",
+    "a process hangs",
+    "stacks of all threads, the slowest process and its step; exits 124",
+  )
   def test_a_hanging_step_is_ended_with_stacks(self):
     point = (0, "hang", "20")
     with self.launch("run", f"--stuck_after={STUCK_S}", point=point) as started:
@@ -341,6 +390,14 @@ class StorageTest(Case):
     self.assertEmpty([n for n in programs.names(self.run_) if "tmp" in n])
     return ended
 
+  @pytest.mark.fault(
+    "F12",
+    "disk full during a save, by limit and on a tmpfs",
+    "error at the next step, no partial file, last good checkpoint "
+    "retained; stops, or continues and reports at the end that it is "
+    "not saved",
+  )
+  @pytest.mark.fault("F21")
   def test_a_full_disk_is_said_at_the_next_step(self):
     ended = self.check_full(exit_codes.INTERNAL)
     self.assertRegex(
@@ -350,6 +407,7 @@ class StorageTest(Case):
     self.goes_on()
 
   @pytest.mark.slow
+  @pytest.mark.fault("F12")
   def test_or_the_run_goes_on_and_says_that_its_end_is_not_saved(self):
     ended = self.check_full(
       exit_codes.INTERNAL, "--set=checkpoint.on_error=continue", "--steps=60"
@@ -374,6 +432,7 @@ class StorageTest(Case):
     return folder
 
   @pytest.mark.slow
+  @pytest.mark.fault("F12")
   def test_a_full_file_system(self):
     folder = self.mounted("size=900k")
     with self.launch() as started:
@@ -385,6 +444,11 @@ class StorageTest(Case):
     self.goes_on()
 
   @pytest.mark.slow
+  @pytest.mark.fault(
+    "F13",
+    "workdir read-only, or below a file",
+    "refused before compiling; exits 2",
+  )
   def test_a_file_system_that_cannot_be_written(self):
     folder = self.mounted("size=9m")
     subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
@@ -394,6 +458,7 @@ class StorageTest(Case):
     self.assertRegex(ended.err, "cannot be written: .*Read-only")
 
   @pytest.mark.slow
+  @pytest.mark.fault("F14")
   def test_a_damaged_checkpoint_is_set_aside(self):
     self.launch("run", "--steps=30", wait=True)
     folder = self.run_ / "checkpoints" / "30"
@@ -408,6 +473,9 @@ class StorageTest(Case):
     )
 
 
+@pytest.mark.fault(
+  "F26", "other intervals of checkpoints and evaluations", "bitwise identical"
+)
 class IntervalsTest(Case):
   """When things are looked at and saved."""
 
@@ -446,6 +514,11 @@ class TwoTest(Case):
       self.assertLess(time.monotonic() - began, HEARTBEAT_S + 5)
     self.goes_on()
 
+  @pytest.mark.fault(
+    "F06",
+    "SIGTERM to one of two and of four processes",
+    "all save the same step and exit 75",
+  )
   def test_one_is_told_to_leave_and_all_do(self):
     with self.launch() as started:
       started.until(self.after_step(23))
@@ -459,22 +532,33 @@ class TwoTest(Case):
     self.assertLen(steps, 1)
     self.goes_on()
 
+  @pytest.mark.fault(
+    "F07",
+    "SIGKILL or SIGSTOP of one of two and of four processes, the first "
+    "or another; an error in one",
+    "all exit within the heartbeat timeout and 5 s and name it; the end"
+    " is bitwise identical",
+  )
   def test_another_is_killed(self):
     self.check_lost(self.N - 1, signal.SIGKILL, "has gone")
 
   @pytest.mark.slow
+  @pytest.mark.fault("F07")
   def test_the_first_is_killed(self):
     self.check_lost(0, signal.SIGKILL, "has gone")
 
   @pytest.mark.slow
+  @pytest.mark.fault("F07")
   def test_another_is_stopped(self):
     self.check_lost(1, signal.SIGSTOP, f"is silent for {HEARTBEAT_S} s")
 
   @pytest.mark.slow
+  @pytest.mark.fault("F07")
   def test_the_first_is_stopped(self):
     self.check_lost(0, signal.SIGSTOP, f"is silent for {HEARTBEAT_S} s")
 
   @pytest.mark.slow
+  @pytest.mark.fault("F08")
   def test_one_hangs(self):
     point = (1, "hang", "20")
     with self.launch("run", f"--stuck_after={STUCK_S}", point=point) as started:
@@ -488,6 +572,7 @@ class TwoTest(Case):
     self.goes_on()
 
   @pytest.mark.slow
+  @pytest.mark.fault("F07")
   def test_one_fails(self):
     with self.launch(point=(1, "fail", "20")) as started:
       ended = started.ended()

@@ -79,6 +79,7 @@ class Programs(programs.Programs):
     self.assert_same_steps("after", {3, 4})
 
 
+@pytest.mark.fault("F24")
 class TwoProcessesTest(Programs):
   def test_train_as_one_and_one_goes_on(self):
     self.train("one", "data=2,expert=2")
@@ -129,6 +130,7 @@ class PipelineTest(Programs):
     self.check_one_goes_on()
 
 
+@pytest.mark.fault("F25")
 class RowsTest(absltest.TestCase):
   def test_each_row_is_read_by_one_process(self):
     script = (
@@ -152,6 +154,11 @@ class RowsTest(absltest.TestCase):
     self.assertEqual(rows, [{0, 1, 2, 3}, {4, 5, 6, 7}])
 
 
+@pytest.mark.fault(
+  "F09",
+  "a process never joins, joins twice, expects another number; port in use",
+  "bounded wait; names the process; exits 2",
+)
 class MissingTest(absltest.TestCase):
   def test_a_process_that_never_comes_is_named(self):
     root = testing.folder(self)

@@ -4,6 +4,7 @@ import types
 from unittest import mock
 
 import numpy as np
+import pytest
 import testing
 from absl.testing import absltest, parameterized
 
@@ -39,6 +40,11 @@ class Order:
     return {"tokens": np.zeros(9, np.int32), "row": np.int64(1000 + n)}
 
 
+@pytest.mark.fault(
+  "F31",
+  "loss or gradient norm jumps",
+  "reported; optionally rolls back to a checkpoint and skips the data",
+)
 class ReporterTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
@@ -70,6 +76,7 @@ class ReporterTest(parameterized.TestCase):
     self.enter_context(mock.patch.object(step_monitor, "traffic", nothing))
     return report
 
+  @pytest.mark.fault("F29")
   def test_a_bad_step_is_told_with_what_it_read(self):
     report = self.setting(left_out=7)
     report.step(1, self.metrics())
@@ -87,6 +94,7 @@ class ReporterTest(parameterized.TestCase):
     self.assertEqual(facts["rows"], [1000 + first + i for i in range(size)])
     self.assertEqual((facts["step"], facts["loss"]), (2, None))
 
+  @pytest.mark.fault("F30")
   def test_too_many_in_a_row_end_the_run(self):
     report = self.setting("train.max_bad_steps=2")
     bad = self.metrics(grad_norm=np.inf)

@@ -12,6 +12,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import testing
 from absl.testing import absltest, parameterized
 
@@ -169,6 +170,11 @@ class NumbersTest(CheckedRunTest):
     events = event_log.read(self.folder / "run")
     return [event for event in events if event["event"] == kind]
 
+  @pytest.mark.fault(
+    "F30",
+    "too many bad steps in a row",
+    "exits 3; no checkpoint of a bad state",
+  )
   def test_too_many_bad_steps_end_the_run(self):
     bad = self.spoiling(
       lambda step, _: step >= 1, finite=np.False_, loss=np.float32("nan")
@@ -181,6 +187,7 @@ class NumbersTest(CheckedRunTest):
     (end,) = self.events("end")
     self.assertEqual(end["code"], exit_codes.NOT_FINITE)
 
+  @pytest.mark.fault("F31")
   def test_a_jump_is_gone_back_before_and_left_out(self):
     seen = []
 
@@ -212,6 +219,7 @@ class NumbersTest(CheckedRunTest):
     self.addCleanup(store.close)
     self.assertEqual(store.facts(4)["rows"], command.run.rows_before(6))
 
+  @pytest.mark.fault("F31")
   def test_jumps_without_end_end_the_run(self):
     self.patch(step_monitor, "ENOUGH", 2)
     code, err = self.train(
@@ -255,6 +263,11 @@ class NumbersTest(CheckedRunTest):
     work = functools.partial(replay_lib.execute, self.command(), step)
     return self.ended(work)
 
+  @pytest.mark.fault(
+    "F28",
+    "a logged step is replayed",
+    "bitwise identical, or the differences are named",
+  )
   def test_a_step_done_again_is_the_same(self):
     self.train()
     before = sorted(self.folder.rglob("*"))
@@ -262,6 +275,7 @@ class NumbersTest(CheckedRunTest):
     self.assertRegex(self.said, "steps 3 to 3 again, .*: all .* bit for bit")
     self.assertEqual(sorted(self.folder.rglob("*")), before)
 
+  @pytest.mark.fault("F28")
   def test_what_differs_is_named(self):
     self.train()
     path = self.folder / "run" / metrics_writer.METRICS
@@ -277,6 +291,7 @@ class NumbersTest(CheckedRunTest):
     self.assertEqual(code, exit_codes.INTERNAL)
     self.assertIn(f"error: step 3: loss was {changed}, is {row['loss']}\n", err)
 
+  @pytest.mark.fault("F28")
   def test_a_step_that_cannot_be_done_again(self):
     self.train()
     code, err = self.replay(5)
@@ -359,6 +374,11 @@ class RelayoutTest(parameterized.TestCase):
       sizes.append(rows.shape[0] * rows.shape[1])
     return tokens, sizes
 
+  @pytest.mark.fault(
+    "F25",
+    "batch size, split and number of processes change on the way",
+    "every row once, in order",
+  )
   def test_rows_do_not_depend_on_batch_sizes_splits_or_restarts(self):
     plain, sizes = self.rows_of(0, 8)
     self.assertEqual(sizes, [8] * 8)
@@ -375,6 +395,11 @@ class RelayoutTest(parameterized.TestCase):
       self.assertEqual(later, found[sum(sizes[:3]) :])
 
   @parameterized.parameters(*itertools.pairwise(WAY))
+  @pytest.mark.fault(
+    "F24",
+    "resumed with other devices, layouts, processes",
+    "same state and batch, loss within 1e-6",
+  )
   def test_a_save_goes_on_in_another_layout(self, before, after):
     checkpoints = checkpointer.Checkpoints(
       testing.folder(self) / "checkpoints", config.Checkpoint()
