@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def of(a: jax.Array) -> jax.Array:
+def compute(a: jax.Array) -> jax.Array:
   """A digest [2] u32 of the array's bits.
 
   A sum over elements of a mixture of value and place, modulo 2^32: devices
@@ -28,7 +28,7 @@ def of(a: jax.Array) -> jax.Array:
   return jnp.stack(sums)
 
 
-def text(digest: np.ndarray) -> str:
+def to_hex(digest: np.ndarray) -> str:
   """A digest [2] as sixteen hexadecimal digits."""
   return "".join(f"{part:08x}" for part in np.asarray(digest).tolist())
 

@@ -50,7 +50,7 @@ def _shapes(run: config.Run) -> TrainState:
 
 def shardings(run: config.Run, mesh: jax.sharding.Mesh) -> TrainState:
   """Where each array of the state is: the optimizer's with its parameter."""
-  params = sharding.layout(run, mesh.shape).specs
+  params = sharding.make_layout(run, mesh.shape).specs
   state = _shapes(run)
   opt_state = optax.tree.map_params(
     optim.adamw(run.optim),
@@ -119,13 +119,13 @@ def gradients(
     of_weights = _weight_counts(state.params, run)
   else:
     n_micro = batch.tokens.shape[0]
-    layout = sharding.layout(run, mesh.shape, micro_batches=n_micro)
+    layout = sharding.make_layout(run, mesh.shape, micro_batches=n_micro)
     divided = device_mesh.batch_spec(mesh.shape, 1)
     sums, *told, of_weights = jax.shard_map(
       functools.partial(_local_gradients, run=run, layout=layout),
       mesh=mesh,
       in_specs=(layout.specs, jax.P(), jax.P(), divided, divided),
-      out_specs=(layout.trained_specs, jax.P(), jax.P(), jax.P()),
+      out_specs=(layout.grad_specs, jax.P(), jax.P(), jax.P()),
     )(*args)
   grads, counted = recipe.gradients(sums)
   if of_weights:
@@ -147,9 +147,9 @@ def _weight_counts(params, run, slices=None):
 
 def _local_gradients(params, *args, run, layout):
   """What one device does in `gradients`, and the sums over all of them."""
-  of_weights = _weight_counts(params, run, layout.slices)
-  params = _compute_params(params, run, layout.slices)
-  params = layout.step(params)
+  of_weights = _weight_counts(params, run, layout.fsdp_dims)
+  params = _compute_params(params, run, layout.fsdp_dims)
+  params = layout.gather_for_step(params)
   if layout.stages:
     sums = executor.gradient_sums(params, *args, run=run, layout=layout)
   else:
@@ -159,11 +159,11 @@ def _local_gradients(params, *args, run, layout):
       run=run,
       n_shards=layout.n_shards,
       experts=layout.experts,
-      gather=layout.layer,
+      gather=layout.gather_layer,
     )
   grads, terms, stats = sums
-  terms, stats = jax.lax.psum((terms, stats), layout.work_axes)
-  return layout.reduce(grads), terms, stats, of_weights
+  terms, stats = jax.lax.psum((terms, stats), layout.varying_axes)
+  return layout.reduce_scatter_grads(grads), terms, stats, of_weights
 
 
 def _gradient_sums(
@@ -308,7 +308,7 @@ def place(
   batch: losses.Batch, n_rows: int, mesh: jax.sharding.Mesh
 ) -> losses.Batch:
   """This process' rows [A, B', T] of a batch [A, n_rows, T], on a mesh."""
-  return device_mesh.put_rows(batch, n_rows, mesh, dim=1)
+  return device_mesh.make_global_batch(batch, n_rows, mesh, dim=1)
 
 
 @dataclasses.dataclass(frozen=True)

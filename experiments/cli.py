@@ -123,7 +123,7 @@ def _command(
       run = config.override(run, *args.set)
     except InputError as error:
       problems += [f"--set: {line}" for line in str(error).splitlines()]
-    problems += sharding.problems(run, mesh)
+    problems += sharding.validate(run, mesh)
   if not 0 <= args.seed < 2**32:
     problems.append(f"--seed={args.seed}: must be in [0, 2^32)")
   total = run.total_steps if run else 0

@@ -153,7 +153,7 @@ def execute(command: run_args.RunArgs) -> None:
   lengths, problems = _problems(command)
   planned = [] if problems else phases(command.run, lengths, _WITHOUT.value)
   for phase in planned:
-    problems += sharding.problems(phase.run, command.mesh)
+    problems += sharding.validate(phase.run, command.mesh)
   if problems:
     raise InputError("\n".join(dict.fromkeys(problems)))
   from dsv3_jax.trainer import trainer

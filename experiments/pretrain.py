@@ -59,7 +59,7 @@ def dry_run(command: run_args.RunArgs) -> None:
     "token budget": f"{run.train.tokens:,}",
   }
   if command.mesh:
-    lines |= _on_mesh(run, device_mesh.abstract(command.mesh))
+    lines |= _on_mesh(run, device_mesh.abstract_mesh(command.mesh))
   print(f"variant {command.variant}")
   for name, value in lines.items():
     print(f"  {name:16} {value}")

@@ -103,7 +103,7 @@ def _options() -> generate.Options:
   if mesh := _mesh():
     deployment = serving_mesh.Deployment(mesh, _UNIT.value, _REDUNDANT.value)
   if not _PROMPTS.value and n_slots > 0:
-    n_slots = device_mesh.extent(mesh, device_mesh.BATCH)
+    n_slots = device_mesh.axis_size(mesh, device_mesh.BATCH)
   return generate.Options(
     dtype=_COMPUTE.value,
     n_slots=n_slots,

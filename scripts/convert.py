@@ -216,7 +216,7 @@ def _source() -> tuple[hf_write.Source, dict[str, Any]]:
   # These start JAX.
   from dsv3_jax.parallel import device_mesh
 
-  mesh = device_mesh.mesh({})
+  mesh = device_mesh.make_mesh({})
   params, bias = open_run.newest(folder, run, mesh, average=_EMA.value)
   arrays = {path: np.asarray(a) for path, a in param_spec.paths(params).items()}
   arrays[hf_mapping.BIAS] = np.asarray(bias)
@@ -290,9 +290,9 @@ def compute_logits(
   from dsv3_jax.evals import hidden, logits
   from dsv3_jax.parallel import sharding
 
-  if problems := sharding.problems(run, mesh.shape):
+  if problems := sharding.validate(run, mesh.shape):
     raise InputError("\n".join(problems))
-  layout = sharding.layout(run, mesh.shape, staged=False)
+  layout = sharding.make_layout(run, mesh.shape, staged=False)
   parts = load_sharded.load(source, layout, mesh, np.float32)
   model = hidden.Model(*parts, run, mesh)
   b, t = tokens.shape if tokens.ndim == 2 else (0, 0)
@@ -322,7 +322,7 @@ def _logits() -> None:
   run = hf_config.run(released.facts, released.model)
   if sizes:
     run = config.override(run, "parallel.layout=fsdp")
-  found = compute_logits(released, run, tokens, device_mesh.mesh(sizes))
+  found = compute_logits(released, run, tokens, device_mesh.make_mesh(sizes))
   for path, made in zip((_OUT.value, mtp_out), found, strict=False):
     partial = pathlib.Path(f"{path}.partial")
     with partial.open("wb") as file:
@@ -407,7 +407,7 @@ def _compare(released: hf_read.Released) -> None:
   rows = rng.integers(0, released.model.vocab_size, PROMPTS).astype(np.int32)
   released = released.main_only()
   run = hf_config.run(released.facts, released.model)
-  ours, *_ = compute_logits(released, run, rows, device_mesh.mesh({}))
+  ours, *_ = compute_logits(released, run, rows, device_mesh.make_mesh({}))
   with tempfile.TemporaryDirectory() as scratch:
     tokens, out = (str(pathlib.Path(scratch, f)) for f in ("in.npy", "out.npy"))
     np.save(tokens, rows)

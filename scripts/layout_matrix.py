@@ -233,7 +233,7 @@ def _train(run: config.Run, mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
 
 def _diverged(state: train.TrainState, mesh: jax.sharding.Mesh) -> str:
   try:
-    replica_check.check(state, mesh)
+    replica_check.check_replicas(state, mesh)
   except replica_check.DivergedError as error:
     return str(error)
   return ""
@@ -256,7 +256,7 @@ def _worst(actual: Any, expected: Any) -> float:
 def measure(case: Case) -> Differences:
   """How far a case is from one device."""
   expected = _expected(case.base)
-  actual = _train(case.run, device_mesh.mesh(case.sizes))
+  actual = _train(case.run, device_mesh.make_mesh(case.sizes))
   names = ("loss", "gradients", "norm", "update", "params")
   same = map(np.array_equal, actual["counts"], expected["counts"])
   return Differences(

@@ -121,7 +121,7 @@ def _totals(
     f" ({idle / makespan:.1%})"
   )
   yield f"bubble by the formula, without communication: {_exact(formula):g}"
-  yield f"{len(lockstep.ticks(schedule))} ticks in lock-step"
+  yield f"{len(lockstep.to_ticks(schedule))} ticks in lock-step"
 
 
 # --- the command ---
@@ -192,9 +192,9 @@ def _schedule(
   ]
   if None in sizes:
     if known.schedule not in schedules.SCHEDULES:
-      problems += schedules.problems(known.schedule, 1, 1)
+      problems += schedules.validate(known.schedule, 1, 1)
     return None
-  more = schedules.problems(known.schedule, *sizes)
+  more = schedules.validate(known.schedule, *sizes)
   problems += more
   return None if more else schedules.SCHEDULES[known.schedule](*sizes)
 

@@ -22,7 +22,7 @@ GOOD = jnp.array(True)
 
 def placed(seed=0, spec=("data", None)):
   """Two parameters on two devices, one divided, one on both."""
-  mesh = device_mesh.mesh({"data": 2})
+  mesh = device_mesh.make_mesh({"data": 2})
   w = jax.device_put(
     testing.normal(4, 6, seed=seed), jax.NamedSharding(mesh, jax.P(*spec))
   )
@@ -141,7 +141,7 @@ class AverageTest(parameterized.TestCase):
     state = testing.state(run)
     checkpoints.save(state, {}, average.params())
     checkpoints.wait()
-    abstract = train.abstract_state(run, device_mesh.mesh({}))
+    abstract = train.abstract_state(run, device_mesh.make_mesh({}))
     like = jax.tree.map(ema.in_host_memory, placed(0, (None, "data")))
     restored, _ = checkpoints.restore_parameters(
       0, abstract.replace(params=like), average=True

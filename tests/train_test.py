@@ -19,7 +19,7 @@ from dsv3_jax.parallel import device_mesh
 from dsv3_jax.trainer import batches as batches_lib
 
 RUN = testing.run()
-MESH = device_mesh.mesh({"data": 2})
+MESH = device_mesh.make_mesh({"data": 2})
 PROSE = "It was a bright cold day, and {} clocks were striking thirteen.\n"
 
 

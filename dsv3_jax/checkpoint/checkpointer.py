@@ -122,7 +122,7 @@ class Checkpoints:
 
     def finish(folder):
       arrays = {
-        name: {"type": of, "digest": checksum.text(digests[name])}
+        name: {"type": of, "digest": checksum.to_hex(digests[name])}
         for name, of in types.items()
       }
       manifest.write(folder, step, arrays, facts)
@@ -326,7 +326,7 @@ class Checkpoints:
     wrong = [
       name
       for name, found in _start_digests(arrays).items()
-      if checksum.text(found) != saved[name]["digest"]
+      if checksum.to_hex(found) != saved[name]["digest"]
     ]
     if wrong:
       raise DamagedError(
@@ -419,7 +419,7 @@ def _start_digests(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 @jax.jit
 def _digests(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  return {name: checksum.of(leaf) for name, leaf in leaves.items()}
+  return {name: checksum.compute(leaf) for name, leaf in leaves.items()}
 
 
 def _raw(state: train.TrainState) -> train.TrainState:

@@ -32,9 +32,9 @@ Score = Callable[..., jax.Array]
 def _local(params, bias, tokens, data, *, score, run, layout):
   main = config.override(run.model, "mtp.depth=0")
   params = recipe.compute_params(
-    params, transformer.specs(run.model), run.precision, layout.slices
+    params, transformer.specs(run.model), run.precision, layout.fsdp_dims
   )
-  params = layout.step(params)
+  params = layout.gather_for_step(params)
   out = transformer.forward(
     params,
     bias[: main.n_routers],
@@ -42,7 +42,7 @@ def _local(params, bias, tokens, data, *, score, run, layout):
     main,
     segment_start=run.data.segment_start,
     experts=layout.experts,
-    gather=layout.layer,
+    gather=layout.gather_layer,
   )
   found = score(out.hidden, params["head"], *data)
   return found if found.ndim else jax.lax.psum(found, layout.batch_axes)
@@ -50,7 +50,7 @@ def _local(params, bias, tokens, data, *, score, run, layout):
 
 @functools.partial(jax.jit, static_argnames=("score", "per_row", "run", "mesh"))
 def _scored(params, bias, tokens, data, *, score, per_row, run, mesh):
-  layout = sharding.layout(run, mesh.shape, staged=False)
+  layout = sharding.make_layout(run, mesh.shape, staged=False)
   divided = device_mesh.batch_spec(mesh.shape, 0, device_mesh.ROWS)
   return jax.shard_map(
     functools.partial(_local, score=score, run=run, layout=layout),
@@ -80,7 +80,7 @@ def scores(
     batch_size: rows at a time.
   """
   mesh = model.mesh
-  n_shards = device_mesh.extent(mesh.shape, device_mesh.ROWS)
+  n_shards = device_mesh.axis_size(mesh.shape, device_mesh.ROWS)
   size = min(batch_size, len(tokens))
   size = -(-size // n_shards) * n_shards
   padding = -len(tokens) % size
@@ -90,9 +90,11 @@ def scores(
   ]
   found = []
   for i in range(0, len(whole[0]), size):
-    own = device_mesh.own_rows(size, mesh, device_mesh.ROWS)
+    own = device_mesh.local_rows(size, mesh, device_mesh.ROWS)
     here = tuple(a[i : i + size][own] for a in whole)
-    here = device_mesh.put_rows(here, size, mesh, axes=device_mesh.ROWS)
+    here = device_mesh.make_global_batch(
+      here, size, mesh, axes=device_mesh.ROWS
+    )
     made = _scored(
       model.params,
       model.bias,

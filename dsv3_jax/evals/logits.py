@@ -15,9 +15,9 @@ from dsv3_jax.parallel import device_mesh, sharding
 
 def _local(params, bias, tokens, *, run, layout):
   params = recipe.compute_params(
-    params, transformer.specs(run.model), run.precision, layout.slices
+    params, transformer.specs(run.model), run.precision, layout.fsdp_dims
   )
-  params = layout.step(params)
+  params = layout.gather_for_step(params)
   out = transformer.forward(
     params,
     bias,
@@ -25,7 +25,7 @@ def _local(params, bias, tokens, *, run, layout):
     run.model,
     segment_start=run.data.segment_start,
     experts=layout.experts,
-    gather=layout.layer,
+    gather=layout.gather_layer,
   )
   states = out.hidden, *out.mtp_hidden
   return tuple(transformer.logits(params, state) for state in states)
@@ -33,7 +33,7 @@ def _local(params, bias, tokens, *, run, layout):
 
 @functools.partial(jax.jit, static_argnames=("run", "mesh"))
 def _logits(params, bias, tokens, *, run, mesh):
-  layout = sharding.layout(run, mesh.shape, staged=False)
+  layout = sharding.make_layout(run, mesh.shape, staged=False)
   divided = device_mesh.batch_spec(mesh.shape, 0, device_mesh.ROWS)
   return jax.shard_map(
     functools.partial(_local, run=run, layout=layout),
@@ -62,7 +62,7 @@ def of_rows(
   """
   cfg, size = (
     model.run.model,
-    device_mesh.extent(model.mesh.shape, device_mesh.ROWS),
+    device_mesh.axis_size(model.mesh.shape, device_mesh.ROWS),
   )
   if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
     raise InputError(
@@ -82,7 +82,9 @@ def of_rows(
     rows = tokens[first : first + size].astype(np.int32)
     n = len(rows)
     rows = np.pad(rows, ((0, size - n), (0, 0)))
-    rows = device_mesh.put_rows(rows, size, model.mesh, axes=device_mesh.ROWS)
+    rows = device_mesh.make_global_batch(
+      rows, size, model.mesh, axes=device_mesh.ROWS
+    )
     found = _logits(
       model.params, model.bias, rows, run=model.run, mesh=model.mesh
     )

@@ -242,7 +242,7 @@ class Found:
     """
     if problems := self.problems(options):
       raise InputError("\n".join(problems))
-    cfg, mesh = self._cfg(options), device_mesh.mesh({})
+    cfg, mesh = self._cfg(options), device_mesh.make_mesh({})
     params, bias = self.read(mesh, cfg.mtp.depth > 0)
     if not cfg.mtp.depth:
       params.pop("mtp", None)
@@ -343,7 +343,7 @@ def _read_released(
 ) -> Parameters:
   source = source if drafting else source.main_only()
   run = hf_config.run(source.facts, source.model)
-  layout = sharding.layout(run, mesh.shape)
+  layout = sharding.make_layout(run, mesh.shape)
   return load_sharded.load(source, layout, mesh, np.float32)
 
 

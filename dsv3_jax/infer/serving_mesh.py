@@ -33,8 +33,8 @@ _COMMON = (
   ("heads", ("model",)),
 )
 # Dense layers are whole on each device for prefill: they are few.
-PREFILL = sharding.Rules(divided=_COMMON)
-DECODE = sharding.Rules(divided=(*_COMMON, ("ffn", ("model",))))
+PREFILL = sharding.ShardingRules(logical_to_mesh=_COMMON)
+DECODE = sharding.ShardingRules(logical_to_mesh=(*_COMMON, ("ffn", ("model",))))
 
 
 RULES = {"prefill": PREFILL, "decode": DECODE}
@@ -55,7 +55,7 @@ class Unit:
   """Devices that serve together."""
 
   mesh: jax.sharding.Mesh
-  rules: sharding.Rules
+  rules: sharding.ShardingRules
   n_replicas: int  # slots for experts, in all
   dispatch: str = "gather"  # one of DISPATCH
   shared_routed: bool = False  # shared experts are placed like routed ones
@@ -68,12 +68,12 @@ class Unit:
   @property
   def n_shards(self) -> int:
     """Parts that texts are divided into."""
-    return device_mesh.extent(self.mesh.shape, device_mesh.BATCH)
+    return device_mesh.axis_size(self.mesh.shape, device_mesh.BATCH)
 
   @property
   def n_devices(self) -> int:
     """Devices that experts are divided over."""
-    return device_mesh.extent(self.mesh.shape, GROUP)
+    return device_mesh.axis_size(self.mesh.shape, GROUP)
 
   def n_experts(self, cfg: config.Model) -> int:
     """Experts to be placed."""
@@ -102,7 +102,7 @@ def unit(wanted: Deployment, cfg: config.Model) -> Unit:
       f"dispatch={wanted.dispatch}: must be one of {', '.join(DISPATCH)}"
     )
   made = Unit(
-    mesh=device_mesh.mesh(wanted.mesh),
+    mesh=device_mesh.make_mesh(wanted.mesh),
     rules=RULES[wanted.kind],
     n_replicas=0,
     dispatch=wanted.dispatch,
@@ -123,7 +123,7 @@ def unit(wanted: Deployment, cfg: config.Model) -> Unit:
 def problems(unit: Unit, cfg: config.Model, n_slots: int) -> list[str]:
   """What does not divide evenly over a unit, a line each."""
   sizes, found = unit.mesh.shape, []
-  divided = dict(unit.rules.divided)
+  divided = dict(unit.rules.logical_to_mesh)
   for name, size, axes in (
     (f"n_slots={n_slots}", n_slots, device_mesh.BATCH),
     (f"mla.n_heads={cfg.mla.n_heads}", cfg.mla.n_heads, ("model",)),
@@ -134,7 +134,7 @@ def problems(unit: Unit, cfg: config.Model, n_slots: int) -> list[str]:
       divided.get("ffn", ()),
     ),
   ):
-    if size % (n := device_mesh.extent(sizes, axes)):
+    if size % (n := device_mesh.axis_size(sizes, axes)):
       over = " x ".join(f"{axis}={sizes[axis]}" for axis in axes)
       found.append(f"{name}: must be a multiple of {n}, the devices {over}")
   if unit.n_replicas < unit.n_experts(cfg):
@@ -195,7 +195,7 @@ def _moved(
   layer: int,
 ) -> param_spec.Params:
   """The experts that a placement wants, and its tables."""
-  axes = device_mesh.used(unit.mesh.shape, GROUP)
+  axes = device_mesh.active_axes(unit.mesh.shape, GROUP)
   index = jax.device_put(index, jax.NamedSharding(unit.mesh, jax.P()))
   taken = _taken(experts, index, jax.NamedSharding(unit.mesh, jax.P(axes)))
   return taken | _tables(unit, placed, layer)
@@ -230,7 +230,7 @@ def place(
   rest_specs = _without_placed(inference_params.specs(cfg), unit, cfg)
 
   def put(a, spec):
-    to = sharding.placement(spec, unit.rules, unit.mesh.shape).spec
+    to = sharding.param_sharding(spec, unit.rules, unit.mesh.shape).spec
     return jax.device_put(a, jax.NamedSharding(unit.mesh, to))
 
   rest = jax.tree.map(put, rest, rest_specs)
@@ -321,13 +321,15 @@ def _check(
 def experts(unit: Unit, cfg: config.Model) -> moe.Experts:
   """The routed experts of a unit."""
   sizes = unit.mesh.shape
-  inner = dispatch.experts(unit.dispatch, sizes, cfg.router, group=GROUP)
+  inner = dispatch.make_expert_parallel_ffn(
+    unit.dispatch, sizes, cfg.router, group=GROUP
+  )
   return moe.Experts(
     functools.partial(
       _ffn,
       inner=inner.ffn,
       n_shared=unit.n_shared(cfg),
-      axes=device_mesh.used(sizes, (*device_mesh.BATCH, "model")),
+      axes=device_mesh.active_axes(sizes, (*device_mesh.BATCH, "model")),
     )
   )
 
@@ -413,7 +415,7 @@ def mapped(f: Callable[..., Any], unit: Unit | None) -> Callable[..., Any]:
   """
   if unit is None:
     return f
-  axes = device_mesh.used(unit.mesh.shape, device_mesh.BATCH)
+  axes = device_mesh.active_axes(unit.mesh.shape, device_mesh.BATCH)
 
   def local(params, state, rows):
     state, written, sums = f(params, state, rows)

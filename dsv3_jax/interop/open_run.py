@@ -108,5 +108,5 @@ def _imported(
   from dsv3_jax.parallel import sharding
 
   return load_sharded.load(
-    source, sharding.layout(run, mesh.shape), mesh, np.float32
+    source, sharding.make_layout(run, mesh.shape), mesh, np.float32
   )

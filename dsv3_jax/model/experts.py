@@ -99,11 +99,11 @@ class _Plan:
   blocks: tuple[int, ...]  # rows of a block, falling
   places: int  # enough for all slots with their padding
   kept: int  # of the first places: their hidden state is kept
-  apart: bool  # gradients of weights in a loop of their own
+  split_wgrad: bool  # gradients of weights in a loop of their own
 
 
 def _plan(
-  n_tokens: int, k: int, n_experts: int, n_slots: int, apart: bool = False
+  n_tokens: int, k: int, n_experts: int, n_slots: int, split_wgrad: bool = False
 ) -> _Plan:
   half = max(int(n_slots / n_experts / 2), 1)  # of the mean load
   on_cpu = jax.default_backend() == "cpu"
@@ -114,7 +114,7 @@ def _plan(
   padding = min(n_experts, most) * small
   kept = min(math.ceil(KEPT * n_slots), most) + padding
   blocks = (large, small) if small < large else (large,)
-  return _Plan(blocks, most + padding, kept, apart)
+  return _Plan(blocks, most + padding, kept, split_wgrad)
 
 
 def _layout(chosen: jax.Array, n_experts: int, plan: _Plan) -> _Layout:
@@ -150,7 +150,7 @@ def grouped_ffn(
   gates: jax.Array,
   n_slots: int | None = None,
   *,
-  apart: bool = False,
+  split_wgrad: bool = False,
 ) -> jax.Array:
   """What each token's experts make of it; see the module.
 
@@ -160,8 +160,8 @@ def grouped_ffn(
     chosen: [M, K] int32.
     gates: [M, K].
     n_slots: about how many choices are of an expert; M * K if not given.
-    apart: share no loop between the gradients of weights and the others, so
-      that a pipeline can put the former off.
+    split_wgrad: compute the gradients of weights in loops of their own, so that
+      a pipeline can run them later.
   """
   n_experts = p["down"].shape[0]
   leaves, structure = jax.tree.flatten(
@@ -172,7 +172,7 @@ def grouped_ffn(
   )
   if not chosen.size:
     return jnp.zeros_like(x)
-  plan = _plan(*chosen.shape, n_experts, n_slots or chosen.size, apart)
+  plan = _plan(*chosen.shape, n_experts, n_slots or chosen.size, split_wgrad)
   layout = _layout(chosen, n_experts, plan)
   return _ffn(plan, gate_up, down, x, gates, layout)
 
@@ -332,7 +332,7 @@ def _ffn_bwd(plan, residuals, dout):
   dweights = _no_weight_gradients(dout, weights)
   of_dh = None if of_dy is None else jnp.zeros_like(of_dy)
   over = functools.partial(_over_blocks, plan, layout)
-  if plan.apart:
+  if plan.split_wgrad:
     dhidden = jnp.zeros_like(dout, shape=(plan.kept, 2 * down.shape[1]))
     carry = over(add_inputs, (dx, dgates, dhidden, of_dh))
     dx, dgates, dhidden, of_dh = carry

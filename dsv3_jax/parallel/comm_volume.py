@@ -12,7 +12,7 @@ from dsv3_jax.model import transformer
 from dsv3_jax.parallel import device_mesh
 
 
-def copies(
+def token_copies(
   chosen: jax.Array,
   *,
   sizes: Mapping[str, int],
@@ -70,8 +70,8 @@ def bytes_sent(sent: np.ndarray, run: config.Run) -> dict[str, int]:
   if "moe/ffn/experts/gate_up" in recipe.fp8_paths(specs, run.precision):
     there = model.d_model + 4 * -(-model.d_model // tile)
   copy = there + back + 8 * model.router.top_k
-  copies = sent.sum(0, dtype=np.int64)
+  token_copies = sent.sum(0, dtype=np.int64)
   return {
     axis: int(n) * copy
-    for axis, n in zip(device_mesh.EXPERTS, copies, strict=True)
+    for axis, n in zip(device_mesh.EXPERTS, token_copies, strict=True)
   }

@@ -16,7 +16,7 @@ EXPERTS = ("node", "expert")  # routed experts are divided over these
 _EXPLICIT = (jax.sharding.AxisType.Explicit,) * len(AXES)
 
 
-def mesh(sizes: Mapping[str, int]) -> jax.sharding.Mesh:
+def make_mesh(sizes: Mapping[str, int]) -> jax.sharding.Mesh:
   """A mesh over the first devices, with Explicit axes.
 
   Args:
@@ -36,7 +36,7 @@ def mesh(sizes: Mapping[str, int]) -> jax.sharding.Mesh:
   )
 
 
-def abstract(sizes: Mapping[str, int]) -> jax.sharding.AbstractMesh:
+def abstract_mesh(sizes: Mapping[str, int]) -> jax.sharding.AbstractMesh:
   """A mesh of devices that need not be here; for tracing."""
   return jax.sharding.AbstractMesh(_shape(sizes), AXES, axis_types=_EXPLICIT)
 
@@ -45,12 +45,14 @@ def _shape(sizes: Mapping[str, int]) -> tuple[int, ...]:
   return tuple(sizes.get(axis, 1) for axis in AXES)
 
 
-def used(sizes: Mapping[str, int], axes: tuple[str, ...]) -> tuple[str, ...]:
+def active_axes(
+  sizes: Mapping[str, int], axes: tuple[str, ...]
+) -> tuple[str, ...]:
   """Those of the axes that are larger than 1."""
   return tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
 
 
-def extent(sizes: Mapping[str, int], axes: tuple[str, ...]) -> int:
+def axis_size(sizes: Mapping[str, int], axes: tuple[str, ...]) -> int:
   """The number of devices along the axes together."""
   return math.prod(sizes.get(axis, 1) for axis in axes)
 
@@ -64,10 +66,10 @@ def batch_spec(
   sizes: Mapping[str, int], dim: int, axes: tuple[str, ...] = BATCH
 ) -> jax.P:
   """The partition of an array whose dim runs over the sequences of a batch."""
-  return spec(*[()] * dim, used(sizes, axes))
+  return spec(*[()] * dim, active_axes(sizes, axes))
 
 
-def own_rows(
+def local_rows(
   n: int, devices: jax.sharding.Mesh, axes: tuple[str, ...] = BATCH
 ) -> list[int]:
   """Which of n rows, divided over mesh axes, this process' devices hold."""
@@ -76,16 +78,16 @@ def own_rows(
   return sorted({row for (part,) in parts for row in range(n)[part]})
 
 
-def put_rows(
+def make_global_batch(
   tree,
   n: int,
   devices: jax.sharding.Mesh,
   dim: int = 0,
   axes: tuple[str, ...] = BATCH,
 ):
-  """Arrays of this process' `own_rows` of n along dim, as global ones."""
+  """Arrays of this process' `local_rows` of n along dim, as global ones."""
   sharding = jax.NamedSharding(devices, batch_spec(devices.shape, dim, axes))
-  own = own_rows(n, devices, axes)
+  own = local_rows(n, devices, axes)
 
   def leaf(a):
     def part(index):

@@ -38,13 +38,13 @@ Ffn = Callable[..., jax.Array]
 Axes = tuple[str, ...]
 
 
-def experts(
+def make_expert_parallel_ffn(
   form: str,
   sizes: Mapping[str, int],
   cfg: config.Router,
   *,
   rounds: str = "auto",
-  apart: bool = False,
+  split_wgrad: bool = False,
   group: Axes = device_mesh.EXPERTS,
 ) -> moe.Experts:
   """The routed experts of a mesh.
@@ -56,13 +56,13 @@ def experts(
     sizes: of the mesh axes.
     cfg: routing rules: how many experts, of which a token chooses how many.
     rounds: `one` of the rows there can be, `many` of those expected; `auto`.
-    apart: keep the weights' gradients apart, see `experts.grouped_ffn`.
+    split_wgrad: keep the weights' gradients apart, see `experts.grouped_ffn`.
     group: mesh axes that the experts are divided over, nodes first.
   """
-  axes = device_mesh.used(sizes, group)
+  axes = device_mesh.active_axes(sizes, group)
   local = experts_lib.grouped_ffn
-  if apart:
-    local = functools.partial(local, apart=True)
+  if split_wgrad:
+    local = functools.partial(local, split_wgrad=True)
   if not axes:
     return moe.Experts(local)
   swap = _ragged_swap if form.startswith("ragged_") else _padded_swap
@@ -71,21 +71,23 @@ def experts(
     form = "two_hop"
   if len(axes) == 1 and form == "two_hop":
     form = "one_hop"
-  sent = functools.partial(comm_volume.copies, sizes=sizes, cfg=cfg, form=form)
+  sent = functools.partial(
+    comm_volume.token_copies, sizes=sizes, cfg=cfg, form=form
+  )
   if group != device_mesh.EXPERTS:
     sent = moe.LOCAL.sent
   if form == "gather":
     return moe.Experts(
       functools.partial(_gathered, axes=axes, inner=local), sent
     )
-  exchange = functools.partial(_exchange, apart=apart)
+  exchange = functools.partial(_exchange, split_wgrad=split_wgrad)
   if rounds == "auto":
     rounds = "one" if jax.default_backend() == "cpu" else "many"
   slack = SLACK if rounds == "many" else math.inf
   if form == "one_hop":
     hop = _Hop(axes, axes, swap, n_devices=1, fanout=cfg.top_k, slack=slack)
     return moe.Experts(functools.partial(exchange, hop, inner=local), sent)
-  n_nodes, n_places = sizes[axes[0]], device_mesh.extent(sizes, axes[1:])
+  n_nodes, n_places = sizes[axes[0]], device_mesh.axis_size(sizes, axes[1:])
   # A group of experts inside one node: tokens reach no more nodes than groups.
   aligned = cfg.n_groups % n_nodes == 0
   fanout = cfg.top_groups if aligned else cfg.top_k
@@ -240,7 +242,7 @@ class _Rows:
 
 
 @flax.struct.dataclass
-class _Plan:
+class DispatchPlan:
   """Which tokens go where; M stands for none."""
 
   queue: jax.Array  # [R, Q] int32, tokens for each destination
@@ -264,7 +266,7 @@ def _capacity(
 
 def _plan(
   chosen: jax.Array, n_experts: int, size: int, capacity: int, group: Axes
-) -> _Plan:
+) -> DispatchPlan:
   """Queues for `size` destinations of n_experts each."""
   n_rows = chosen.shape[0]
   wanted = jax.nn.one_hot(chosen // n_experts, size, dtype=jnp.bool_).any(1)
@@ -276,7 +278,7 @@ def _plan(
   queue = queue.at[destination, place].set(row, mode="drop")
   counts = wanted.sum(0, dtype=jnp.int32)
   rounds = jax.lax.pmax(-(-counts.max() // capacity), group)
-  return _Plan(queue, counts, chosen, rounds)
+  return DispatchPlan(queue, counts, chosen, rounds)
 
 
 def _exchange(
@@ -288,7 +290,7 @@ def _exchange(
   n_slots: int | None = None,
   *,
   inner: Ffn = experts_lib.grouped_ffn,
-  apart: bool = False,
+  split_wgrad: bool = False,
 ) -> jax.Array:
   """Rows go to those that hold their experts; `inner` runs on what arrives."""
   if not chosen.size:
@@ -305,7 +307,7 @@ def _exchange(
   plan = plan.replace(rounds=remat.named(rounds, "sent"))
   if capacity == len(x):
     return one(0, p, x, gates, plan)
-  return _all_rounds(one, apart, recipe.trained(p), p, x, gates, plan)
+  return _all_rounds(one, split_wgrad, recipe.trained(p), p, x, gates, plan)
 
 
 def _round(hop, inner, capacity, n_slots, i, p, x, gates, plan):
@@ -337,12 +339,12 @@ def _over_rounds(rounds, add, init):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _all_rounds(one, apart, trained, p, x, gates, plan):
+def _all_rounds(one, split_wgrad, trained, p, x, gates, plan):
   """The sum of `one` over all rounds; all but the first recomputed backwards.
 
   Each loop starts from what was there before, so that it comes after that.
   """
-  return _all_rounds_fwd(one, apart, trained, p, x, gates, plan)[0]
+  return _all_rounds_fwd(one, split_wgrad, trained, p, x, gates, plan)[0]
 
 
 def _of_round(one, p, plan):
@@ -352,8 +354,8 @@ def _of_round(one, p, plan):
   return of
 
 
-def _all_rounds_fwd(one, apart, trained, p, x, gates, plan):
-  del apart
+def _all_rounds_fwd(one, split_wgrad, trained, p, x, gates, plan):
+  del split_wgrad
   of = _of_round(one, p, plan)
   y, vjp = jax.vjp(functools.partial(of, 0), trained, x, gates)
   add = lambda i, y: y + of(i, trained, x, gates)
@@ -361,7 +363,7 @@ def _all_rounds_fwd(one, apart, trained, p, x, gates, plan):
   return y, (vjp, trained, p, x, gates, plan)
 
 
-def _all_rounds_bwd(one, apart, residuals, dy):
+def _all_rounds_bwd(one, split_wgrad, residuals, dy):
   vjp, trained, p, x, gates, plan = residuals
   of = _of_round(one, p, plan)
 
@@ -375,7 +377,7 @@ def _all_rounds_bwd(one, apart, residuals, dy):
     return _over_rounds(rounds, add, total)
 
   d_trained, dx, dgates = vjp(dy)
-  if apart:
+  if split_wgrad:
     of_rows = lambda i, x, gates: of(i, trained, x, gates)
     total = dx, dgates
     done, (dx, dgates) = plus(total, plan.rounds, of_rows, x, gates)

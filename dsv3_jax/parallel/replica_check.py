@@ -16,7 +16,7 @@ class DivergedError(RuntimeError):
   """Copies that must be equal are not: the devices no longer agree."""
 
 
-def check(tree: Any, mesh: jax.sharding.Mesh) -> None:
+def check_replicas(tree: Any, mesh: jax.sharding.Mesh) -> None:
   """Compares all copies of all parts of a tree of arrays.
 
   Reads every array once and sends eight bytes an array and device.
@@ -41,7 +41,10 @@ def _digests(leaves: list[jax.Array], mesh: jax.sharding.Mesh) -> jax.Array:
 
   def local(leaves):
     own = jnp.stack(
-      [varying.vary(checksum.of(leaf), device_mesh.AXES) for leaf in leaves]
+      [
+        varying.vary(checksum.compute(leaf), device_mesh.AXES)
+        for leaf in leaves
+      ]
     )
     return own[None]
 
@@ -59,7 +62,7 @@ def _differences(
   versions = collections.defaultdict(lambda: collections.defaultdict(list))
   part_of = leaf.sharding.devices_indices_map(leaf.shape)
   for device, found in zip(mesh.devices.flat, digests, strict=True):
-    versions[str(part_of[device])][checksum.text(found)].append(device)
+    versions[str(part_of[device])][checksum.to_hex(found)].append(device)
   lines = []
   for holders in versions.values():
     if len(holders) > 1:

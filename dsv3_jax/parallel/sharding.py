@@ -23,32 +23,34 @@ from dsv3_jax.parallel.pipeline import stages as stages_lib
 
 
 @dataclasses.dataclass(frozen=True)
-class Rules:
+class ShardingRules:
   """A layout; an entry of size 1 on a mesh does nothing."""
 
   # (logical axis, mesh axes that divide it)
-  divided: tuple[tuple[str, tuple[str, ...]], ...] = (
+  logical_to_mesh: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("experts", device_mesh.EXPERTS),
     ("heads", ("model",)),
     ("ffn", ("model",)),
   )
-  slices: tuple[str, ...] = ()  # mesh axes that slice what is not divided
-  by_layer: bool = False  # slices become whole a layer at a time
+  fsdp_axes: tuple[str, ...] = ()  # mesh axes that slice what is not divided
+  gather_by_layer: bool = False  # slices become whole a layer at a time
 
 
 LAYOUTS = {
-  "replicated": Rules(),
-  "zero1": Rules(slices=device_mesh.ROWS),
-  "fsdp": Rules(slices=device_mesh.ROWS, by_layer=True),
+  "replicated": ShardingRules(),
+  "zero1": ShardingRules(fsdp_axes=device_mesh.ROWS),
+  "fsdp": ShardingRules(fsdp_axes=device_mesh.ROWS, gather_by_layer=True),
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Placement:
+class ParamSharding:
   """Where one parameter is; not a pytree, so that trees of them map."""
 
   dims: tuple[tuple[str, ...], ...]  # mesh axes of each dim
-  slices: tuple[tuple[int, tuple[str, ...]], ...]  # dims that slices run along
+  fsdp_dims: tuple[
+    tuple[int, tuple[str, ...]], ...
+  ]  # dims that slices run along
 
   @property
   def spec(self) -> jax.P:
@@ -62,34 +64,36 @@ class Placement:
   @property
   def pipe_dim(self) -> int | None:
     """The dim that is sliced over `pipe`."""
-    return next((dim for dim, axes in self.slices if "pipe" in axes), None)
+    return next((dim for dim, axes in self.fsdp_dims if "pipe" in axes), None)
 
-  def inside_stage(self) -> "Placement":
+  def inside_stage(self) -> "ParamSharding":
     """The same without the slices over `pipe`."""
     slices = (
       (dim, tuple(axis for axis in axes if axis != "pipe"))
-      for dim, axes in self.slices
+      for dim, axes in self.fsdp_dims
     )
-    return Placement(self.dims, tuple((d, axes) for d, axes in slices if axes))
+    return ParamSharding(
+      self.dims, tuple((d, axes) for d, axes in slices if axes)
+    )
 
-  def of_layer(self) -> "Placement":
+  def of_layer(self) -> "ParamSharding":
     """The same without the leading dim, of layers."""
-    slices = tuple((dim - 1, axes) for dim, axes in self.slices)
-    return Placement(self.dims[1:], slices)
+    slices = tuple((dim - 1, axes) for dim, axes in self.fsdp_dims)
+    return ParamSharding(self.dims[1:], slices)
 
 
-def placement(
-  param: param_spec.ParamSpec, rules: Rules, sizes: Mapping[str, int]
-) -> Placement:
+def param_sharding(
+  param: param_spec.ParamSpec, rules: ShardingRules, sizes: Mapping[str, int]
+) -> ParamSharding:
   """Where a parameter is on a mesh.
 
-  Each axis of `rules.slices` that divides no dim for good slices the first of
-  the other dims that it divides evenly; where there is none, the parameter is
-  whole along that axis.
+  Each axis of `rules.fsdp_axes` that divides no dim for good slices the first
+  of the other dims that it divides evenly; where there is none, the parameter
+  is whole along that axis.
   """
-  divided, dims, taken = dict(rules.divided), [], set()
+  divided, dims, taken = dict(rules.logical_to_mesh), [], set()
   for axis in param.axes:
-    axes = device_mesh.used(sizes, divided.get(axis, ()))
+    axes = device_mesh.active_axes(sizes, divided.get(axis, ()))
     # Of two dims over the same mesh axis the first is divided.
     dims.append(tuple(a for a in axes if a not in taken))
     taken.update(axes)
@@ -98,50 +102,52 @@ def placement(
     for i, (axis, _) in enumerate(param.dims)
     if not dims[i] and axis != "layers"
   }
-  for axis in device_mesh.used(sizes, rules.slices):
+  for axis in device_mesh.active_axes(sizes, rules.fsdp_axes):
     for i in slices if axis not in taken else ():
       more = (*slices[i], axis)
-      if param.shape[i] % device_mesh.extent(sizes, more) == 0:
+      if param.shape[i] % device_mesh.axis_size(sizes, more) == 0:
         slices[i] = dims[i] = more
         break
   used = tuple((i, axes) for i, axes in slices.items() if axes)
-  return Placement(tuple(dims), used)
+  return ParamSharding(tuple(dims), used)
 
 
 # --- inside shard_map ---
 
 
-def _whole(a: jax.Array, place: Placement) -> jax.Array:
-  for dim, axes in place.slices:
+def _whole(a: jax.Array, place: ParamSharding) -> jax.Array:
+  for dim, axes in place.fsdp_dims:
     a = jax.lax.all_gather(a, axes, axis=dim, tiled=True)
   return a
 
 
-def _parts(w: linear.Weight | linear.Trained, place: Placement) -> Any:
+def _parts(w: linear.Weight | linear.Trained, place: ParamSharding) -> Any:
   """Where the parts of a weight in FP8 are, or an array."""
   if isinstance(w, linear.Trained):
-    return linear.Trained(place, Placement((), ()))
+    return linear.Trained(place, ParamSharding((), ()))
   if not isinstance(w, linear.Fp8):
     return place
   # Scales are those of whole matrices: slices of a stack have slices of them.
   n_stack = w.scales.ndim - 2
-  slices = tuple((dim, axes) for dim, axes in place.slices if dim < n_stack)
-  of_scales = Placement(place.dims[:n_stack], slices)
+  slices = tuple((dim, axes) for dim, axes in place.fsdp_dims if dim < n_stack)
+  of_scales = ParamSharding(place.dims[:n_stack], slices)
   of_trained = _parts(w.trained, place)
   return w.replace(trained=of_trained, bits=place, scales=of_scales)
 
 
 def _map(
-  f: Callable[[jax.Array, Placement], jax.Array], params: Any, places: Any
+  f: Callable[[jax.Array, ParamSharding], jax.Array],
+  params: Any,
+  shardings: Any,
 ) -> Any:
   """f of every array and its place."""
   is_weight = lambda leaf: isinstance(leaf, (linear.Fp8, linear.Trained))
-  places = jax.tree.map(_parts, params, places, is_leaf=is_weight)
+  places = jax.tree.map(_parts, params, shardings, is_leaf=is_weight)
   return jax.tree.map(f, params, places)
 
 
-def _scatter(g: jax.Array, place: Placement) -> jax.Array:
-  for dim, axes in place.slices:
+def _scatter(g: jax.Array, place: ParamSharding) -> jax.Array:
+  for dim, axes in place.fsdp_dims:
     g = jax.lax.psum_scatter(g, axes, scatter_dimension=dim, tiled=True)
   return g
 
@@ -150,9 +156,9 @@ def _scatter(g: jax.Array, place: Placement) -> jax.Array:
 class Layout:
   """A run on a mesh: where its parameters are, and how devices share work."""
 
-  places: Any  # tree of placements
+  shardings: Any  # tree of placements
   fp8: frozenset[str]  # paths of the weights in FP8
-  rules: Rules
+  rules: ShardingRules
   sizes: Mapping[str, int]
   batch_axes: tuple[str, ...]  # mesh axes that tokens are divided over
   stages: stages_lib.Stages | None  # of a pipeline
@@ -161,36 +167,36 @@ class Layout:
   @property
   def specs(self) -> Any:
     """The partition of every parameter."""
-    return jax.tree.map(lambda place: place.spec, self.places)
+    return jax.tree.map(lambda place: place.spec, self.shardings)
 
   @property
-  def slices(self) -> Any:
+  def fsdp_dims(self) -> Any:
     """Of every parameter, the dims and mesh axes of slices."""
-    return jax.tree.map(lambda place: place.slices, self.places)
+    return jax.tree.map(lambda place: place.fsdp_dims, self.shardings)
 
   @property
-  def trained_specs(self) -> Any:
+  def grad_specs(self) -> Any:
     """The partition of the gradients that `reduce` returns."""
 
     def leaf(path, place):
       in_fp8 = param_spec.name(path) in self.fp8
       return linear.Trained(place.spec, jax.P()) if in_fp8 else place.spec
 
-    return jax.tree.map_with_path(leaf, self.places)
+    return jax.tree.map_with_path(leaf, self.shardings)
 
   @property
   def n_shards(self) -> int:
     """Parts of a batch."""
-    return device_mesh.extent(self.sizes, self.batch_axes)
+    return device_mesh.axis_size(self.sizes, self.batch_axes)
 
   @property
-  def work_axes(self) -> tuple[str, ...]:
+  def varying_axes(self) -> tuple[str, ...]:
     """Mesh axes whose devices do different work."""
     return ("pipe", *self.batch_axes) if self.stages else self.batch_axes
 
   # The rest is for the inside of a `shard_map` over the whole mesh.
 
-  def step(self, params: param_spec.Params) -> param_spec.Params:
+  def gather_for_step(self, params: param_spec.Params) -> param_spec.Params:
     """Makes whole what is whole for a step; of layers, those of this rank.
 
     Everything is said to differ between the devices that do different work:
@@ -204,27 +210,29 @@ class Layout:
       return _whole(a, place) if self._of_step(kind) else a
 
     def leaf(kind, a, place):
-      return varying.vary(move(kind, place, a), self.work_axes)
+      return varying.vary(move(kind, place, a), self.varying_axes)
 
     return {
-      kind: _map(functools.partial(leaf, kind), p, self.places[kind])
+      kind: _map(functools.partial(leaf, kind), p, self.shardings[kind])
       for kind, p in params.items()
     }
 
-  def layer(self, kind: str, p: param_spec.Params) -> param_spec.Params:
+  def gather_layer(self, kind: str, p: param_spec.Params) -> param_spec.Params:
     """Makes a layer whole: the `gather` of a forward pass."""
     if self._of_step(kind):
       return p
-    places = jax.tree.map(lambda place: place.of_layer(), self.places[kind])
+    places = jax.tree.map(lambda place: place.of_layer(), self.shardings[kind])
     return _map(_whole, p, places)
 
   def _of_step(self, kind: str) -> bool:
-    return not (self.rules.by_layer and kind in ("dense", "moe", "mtp"))
+    return not (self.rules.gather_by_layer and kind in ("dense", "moe", "mtp"))
 
   def _staged(self, kind: str) -> stages_lib.Kind | None:
     return self.stages.kinds.get(kind) if self.stages else None
 
-  def reduce(self, gradients: param_spec.Params) -> param_spec.Params:
+  def reduce_scatter_grads(
+    self, gradients: param_spec.Params
+  ) -> param_spec.Params:
     """Local gradients of what `step` returned, as those of its argument."""
 
     def leaf(kind, g, place):
@@ -237,12 +245,12 @@ class Layout:
       return jax.lax.psum(g, tuple(sorted(rest)))
 
     return {
-      kind: _map(functools.partial(leaf, kind), g, self.places[kind])
+      kind: _map(functools.partial(leaf, kind), g, self.shardings[kind])
       for kind, g in gradients.items()
     }
 
 
-def layout(
+def make_layout(
   run: config.Run,
   sizes: Mapping[str, int],
   *,
@@ -265,25 +273,27 @@ def layout(
       sizes.get("pipe", 1), micro_batches or run.train.micro_batches
     )
   return Layout(
-    places=jax.tree.map(lambda param: placement(param, rules, sizes), specs),
+    shardings=jax.tree.map(
+      lambda param: param_sharding(param, rules, sizes), specs
+    ),
     fp8=recipe.fp8_paths(specs, run.precision),
     rules=rules,
     sizes=sizes,
-    batch_axes=device_mesh.used(
+    batch_axes=device_mesh.active_axes(
       sizes, device_mesh.BATCH if schedule else device_mesh.ROWS
     ),
     stages=stages_lib.stages(schedule, run.model) if schedule else None,
-    experts=dispatch.experts(
+    experts=dispatch.make_expert_parallel_ffn(
       run.parallel.dispatch,
       sizes,
       run.model.router,
       rounds=run.parallel.rounds,
-      apart=schedule is not None,
+      split_wgrad=schedule is not None,
     ),
   )
 
 
-def problems(run: config.Run, sizes: Mapping[str, int]) -> list[str]:
+def validate(run: config.Run, sizes: Mapping[str, int]) -> list[str]:
   """What does not divide evenly over a mesh, a line each, and what would."""
   model, found = run.model, []
   sequences = run.train.micro_batch_size
@@ -294,7 +304,7 @@ def problems(run: config.Run, sizes: Mapping[str, int]) -> list[str]:
     ("dense_ffn_dim", model.dense_ffn_dim, ("model",)),
     ("moe.ffn_dim", model.moe.ffn_dim, ("model",)),
   ):
-    n = device_mesh.extent(sizes, axes)
+    n = device_mesh.axis_size(sizes, axes)
     if size % n:
       over = " x ".join(f"{a}={sizes.get(a, 1)}" for a in axes)
       fits = [i for i in range(1, size + 1) if size % i == 0]
@@ -342,11 +352,11 @@ def _pipeline_problems(run: config.Run, sizes: Mapping[str, int]) -> list[str]:
       f" {', '.join(schedules.SCHEDULES)}"
     ]
   micro, n_layers = run.train.micro_batch_size, run.model.n_layers
-  known = schedules.problems(name, n_ranks, run.train.micro_batches, n_layers)
+  known = schedules.validate(name, n_ranks, run.train.micro_batches, n_layers)
   found = list(known)
   for phase in run.phases[:-1]:
     n_micro = phase.batch_size // micro
-    for line in schedules.problems(name, n_ranks, n_micro, n_layers):
+    for line in schedules.validate(name, n_ranks, n_micro, n_layers):
       if line not in known:
         found.append(
           f"{line}; these are the {phase.batch_size} sequences, {micro} a"
@@ -363,7 +373,7 @@ def _pipeline_problems(run: config.Run, sizes: Mapping[str, int]) -> list[str]:
       f"data.segment_mask=true with parallel.schedule={name}: stages do not"
       " know segments; leave one of them out"
     )
-  if LAYOUTS[run.parallel.layout].by_layer:
+  if LAYOUTS[run.parallel.layout].gather_by_layer:
     found.append(
       f"parallel.layout={run.parallel.layout} with parallel.schedule={name}:"
       " a stage's layers are whole for a step; zero1 or replicated do"

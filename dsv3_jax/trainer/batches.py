@@ -43,7 +43,7 @@ class Feed:
     A process reads the rows of its own devices.
     """
     run, n_rows = self.run, self.run.train.micro_batch_size
-    columns = device_mesh.own_rows(n_rows, mesh)
+    columns = device_mesh.local_rows(n_rows, mesh)
     unpredicted = [tokenizer.PAD_ID]
     if run.data.segment_mask:
       unpredicted.append(run.data.segment_start)

@@ -211,7 +211,7 @@ def mesh(sizes: Mapping[str, int]) -> jax.sharding.Mesh:
   sizes = sizes or {"data": n}
   product = math.prod(sizes.values())
   if product == n:
-    return device_mesh.mesh(sizes)
+    return device_mesh.make_mesh(sizes)
   given = ",".join(f"{axis}={size}" for axis, size in sizes.items())
   rest = product // sizes.get("data", 1)
   fits = f"data={n}" if n % rest else f"data={n // rest} with the others kept"

@@ -45,7 +45,7 @@ class Aside:
 
   def check(self, state: train.TrainState) -> None:
     """Compares what devices hold alike."""
-    replica_check.check(state, self.mesh)
+    replica_check.check_replicas(state, self.mesh)
 
   def evaluate(self, state: train.TrainState) -> None:
     """Writes the likelihood of held-out text, and a sample."""

@@ -142,7 +142,7 @@ def _prepare(
 
 def _problems(command: run_args.RunArgs, mesh: jax.sharding.Mesh) -> list[str]:
   run = command.run
-  problems = sharding.problems(run, mesh.shape)
+  problems = sharding.validate(run, mesh.shape)
   form = run.parallel.dispatch
   if form.startswith("ragged") and jax.default_backend() == "cpu":
     problems.append(

@@ -26,7 +26,7 @@ def prepare(job: dict[str, Any]) -> worker.Task:
   n_rows = cfg.train.batch_size // n_micro
   most = min(jax.device_count(), n_rows)
   shards = max(n for n in range(1, most + 1) if n_rows % n == 0)
-  mesh = device_mesh.mesh({"data": shards})
+  mesh = device_mesh.make_mesh({"data": shards})
   state = train.make_state(cfg, mesh, seed=0)
   train_step = train.make_step(cfg, mesh)
   shape = (n_micro, n_rows, cfg.data.seq_len + 1)

@@ -88,7 +88,7 @@ def main() -> None:
     raise InputError(str(error)) from error
   if stray:
     raise InputError(f"stray arguments {' '.join(stray)!r}: flags are --a=b")
-  mesh = device_mesh.mesh({})
+  mesh = device_mesh.make_mesh({})
   state = _moved(train.make_state(presets.PRESETS[known.variant], mesh, 0))
   n_bytes = sum(a.nbytes for a in jax.tree.leaves(state.params))
   print(f"{known.variant}: parameters of {n_bytes / 1e6:,.0f} MB, and moments")

@@ -57,8 +57,8 @@ def _load(folder: pathlib.Path) -> float:
 
   released = hf_read.open_folder(folder)
   run = hf_config.run(released.facts, released.model)
-  mesh = device_mesh.mesh({})
-  layout = sharding.layout(run, mesh.shape)
+  mesh = device_mesh.make_mesh({})
+  layout = sharding.make_layout(run, mesh.shape)
   dtype = hf_read.BF16 if released.tile is None else np.dtype(np.float32)
   start = time.perf_counter()
   jax.block_until_ready(load_sharded.load(released, layout, mesh, dtype))

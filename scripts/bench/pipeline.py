@@ -145,7 +145,7 @@ def measure(
   name: str, n_ranks: int, n_layers: int, n_micro: int, seconds: float
 ) -> dict[str, Any]:
   """A line of the output, but for the ratio."""
-  mesh = device_mesh.mesh({"pipe": n_ranks})
+  mesh = device_mesh.make_mesh({"pipe": n_ranks})
   schedule = schedules.SCHEDULES[name](n_ranks, n_micro)
   sleeper = Sleeper(n_ranks, seconds)
   step = executor(make_run(name, n_layers, n_micro), mesh, sleeper)
@@ -186,7 +186,7 @@ def _flags(argv: list[str]) -> flags.FlagValues:
   except flags.Error as error:
     raise InputError(str(error)) from error
   problems = [f"stray argument {text!r}" for text in stray]
-  problems += schedules.problems("dualpipe", known.ranks, known.microbatches)
+  problems += schedules.validate("dualpipe", known.ranks, known.microbatches)
   if problems:
     raise InputError("\n".join(problems))
   return known

@@ -36,7 +36,7 @@ def noisy_state(run=RUN, step=0):
 
 
 def like(run=RUN):
-  return train.abstract_state(run, device_mesh.mesh({}))
+  return train.abstract_state(run, device_mesh.make_mesh({}))
 
 
 def damages(path):

@@ -131,7 +131,7 @@ class SettingsTest(Case):
           else:
             self.assertEqual(value, text)
         # What is accepted can be planned, or is refused for the mesh.
-        self.assertIsInstance(sharding.problems(run, {}), list)
+        self.assertIsInstance(sharding.validate(run, {}), list)
         self.assertGreaterEqual(run.total_steps, 1)
     self.assertGreater(good, n // 50)
 
@@ -162,7 +162,7 @@ class SettingsTest(Case):
           self.assertGreater(len(problem.split()), 2, problem)
         if not problems:
           self.assertEqual(command.variant, "tiny")
-          self.assertFalse(sharding.problems(command.run, command.mesh))
+          self.assertFalse(sharding.validate(command.run, command.mesh))
 
   def test_some(self):
     self.check_settings(0, FEW)
@@ -249,7 +249,7 @@ class FilesTest(Case):
       store.save(states[step], {"rows": step})
     store.wait()
     store.close()
-    like = train.abstract_state(run, device_mesh.mesh({}))
+    like = train.abstract_state(run, device_mesh.make_mesh({}))
     files = [p for p in (root / "good" / "2").rglob("*") if p.is_file()]
     found = {1: 0, 2: 0}
     for _ in range(n):

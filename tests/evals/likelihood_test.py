@@ -28,9 +28,9 @@ class HeldoutTest(absltest.TestCase):
     self.mask = rng.random((3, SEQ_LEN)) < 0.6
 
   def heldout(self, *, params=None, rows=None, run=RUN, shards=1):
-    mesh = device_mesh.mesh({"data": shards})
+    mesh = device_mesh.make_mesh({"data": shards})
     params = self.params if params is None else params
-    places = sharding.layout(run, mesh.shape).specs
+    places = sharding.make_layout(run, mesh.shape).specs
     params = jax.tree.map(
       lambda a, spec: jax.device_put(a, jax.NamedSharding(mesh, spec)),
       params,

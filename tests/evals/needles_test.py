@@ -85,8 +85,8 @@ class FoundTest(absltest.TestCase):
     self.bias = testing.normal(RUN.model.n_routers, 8, seed=1, scale=0.1)
 
   def model(self, n_devices=1, **changed):
-    mesh = device_mesh.mesh({"data": n_devices})
-    places = sharding.layout(RUN, mesh.shape).specs
+    mesh = device_mesh.make_mesh({"data": n_devices})
+    places = sharding.make_layout(RUN, mesh.shape).specs
     put = lambda a, spec: jax.device_put(a, jax.NamedSharding(mesh, spec))
     params = jax.tree.map(put, self.params | changed, places)
     return hidden.Model(params, put(self.bias, jax.P()), RUN, mesh)

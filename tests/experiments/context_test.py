@@ -116,7 +116,9 @@ class ExecuteTest(parameterized.TestCase):
 
   @pytest.mark.slow
   def test_extends_and_asks(self):
-    self.enter_context(mock.patch.object(distributed, "mesh", device_mesh.mesh))
+    self.enter_context(
+      mock.patch.object(distributed, "mesh", device_mesh.make_mesh)
+    )
     self.enter_context(mock.patch.object(cli, "start_jax"))
     self.enter_context(mock.patch.object(context, "PHASE_TOKENS", 2560))
     self.enter_context(mock.patch.object(context, "DEPTHS", (0.0, 1.0)))

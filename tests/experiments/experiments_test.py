@@ -562,7 +562,7 @@ class EndToEndTest(absltest.TestCase):
       checkpoints = checkpointer.Checkpoints(folder, run.checkpoint)
       self.addCleanup(checkpoints.close)
       self.assertEqual(checkpoints.steps()[-1], 8)
-      like = train.abstract_state(run, device_mesh.mesh({}))
+      like = train.abstract_state(run, device_mesh.make_mesh({}))
       restored = checkpoints.restore(8, like)
       average, _ = checkpoints.restore_parameters(8, like, average=True)
       found = testing.host(restored), jax.device_get(average)

@@ -81,7 +81,9 @@ class ExecuteTest(parameterized.TestCase):
     super().setUp()
     self.enter_context(flagsaver.flagsaver())
     flags.FLAGS.mark_as_parsed()
-    self.enter_context(mock.patch.object(distributed, "mesh", device_mesh.mesh))
+    self.enter_context(
+      mock.patch.object(distributed, "mesh", device_mesh.make_mesh)
+    )
     self.folder = testing.folder(self)
     text = self.folder / "text.txt"
     text.write_text("".join(PROSE.format(i) for i in range(100)))

@@ -53,7 +53,7 @@ MESHES = (
 
 def unit(sizes, kind, dispatch, shared, n_redundant):
   made = serving_mesh.Unit(
-    mesh=device_mesh.mesh(sizes),
+    mesh=device_mesh.make_mesh(sizes),
     rules=serving_mesh.RULES[kind],
     n_replicas=0,
     dispatch=dispatch,
@@ -229,7 +229,7 @@ def cases():
   ):
     n_hops = forms.index(dispatch)
     # One device has nothing to send, and two hops are of two axes.
-    if n_hops > len(device_mesh.used(sizes, serving_mesh.GROUP)):
+    if n_hops > len(device_mesh.active_axes(sizes, serving_mesh.GROUP)):
       continue
     # So that each of two of these meets each of another two.
     greedy = (n_hops + (kind == "decode")) % 2
@@ -274,7 +274,7 @@ class ReplicasTest(parameterized.TestCase):
   def slots_of(self, sizes, dispatch, chosen):
     """The slot that each row [M] was sent to, 8: none, by what it returned."""
     used = serving_mesh.Unit(
-      device_mesh.mesh(sizes), serving_mesh.PREFILL, 8, dispatch
+      device_mesh.make_mesh(sizes), serving_mesh.PREFILL, 8, dispatch
     )
     one = testing.draw(swiglu.specs(6, 4, 0.1))
     factor = np.arange(1, 9, dtype=np.float32)
@@ -285,7 +285,7 @@ class ReplicasTest(parameterized.TestCase):
     }
     put = lambda tree, axes: jax.device_put(
       tree,
-      jax.NamedSharding(used.mesh, jax.P(device_mesh.used(sizes, axes))),
+      jax.NamedSharding(used.mesh, jax.P(device_mesh.active_axes(sizes, axes))),
     )
     tables = {
       "replicas": np.maximum(self.PLACED.replicas[0], 0),
@@ -311,7 +311,7 @@ class ReplicasTest(parameterized.TestCase):
     ({}, "gather"), (CUBE, "gather"), (SMALL, "one_hop")
   )
   def test_rows_go_to_all_replicas_of_what_they_chose(self, sizes, dispatch):
-    n_shards = device_mesh.extent(sizes, device_mesh.BATCH)
+    n_shards = device_mesh.axis_size(sizes, device_mesh.BATCH)
     # Of each shard: 13 of the first expert, some of others, some of none.
     own = [0] * 13 + [5, 1, 5, 4, 3, 2, 1]
     slot = self.slots_of(sizes, dispatch, own * n_shards)
@@ -648,7 +648,7 @@ class RefusalTest(parameterized.TestCase):
   def test_names_what_does_not_divide(self, sizes, options, expected):
     cfg, *_ = model()
     used = serving_mesh.Unit(
-      **{"mesh": device_mesh.abstract(sizes), "rules": serving_mesh.DECODE}
+      **{"mesh": device_mesh.abstract_mesh(sizes), "rules": serving_mesh.DECODE}
       | options
     )
     self.assertEqual(serving_mesh.problems(used, cfg, SLOTS), expected)
@@ -656,7 +656,7 @@ class RefusalTest(parameterized.TestCase):
   def test_an_engine_names_all_of_them(self):
     cfg, *_ = model()
     used = serving_mesh.Unit(
-      device_mesh.abstract({"expert": 3}), serving_mesh.DECODE, 16
+      device_mesh.abstract_mesh({"expert": 3}), serving_mesh.DECODE, 16
     )
     with self.assertRaises(ValueError) as caught:
       engine.Engine(parameters(), cfg, n_slots=4, n_drafts=-1, unit=used)
@@ -691,7 +691,7 @@ class DeploymentTest(parameterized.TestCase):
     cfg, *_ = model()
     wanted = serving_mesh.Deployment(sizes, kind, n_redundant, "one_hop")
     found = serving_mesh.unit(wanted, cfg)
-    self.assertEqual(found.mesh, device_mesh.mesh(sizes))
+    self.assertEqual(found.mesh, device_mesh.make_mesh(sizes))
     self.assertEqual(found.n_replicas, n)
     self.assertEqual(found.dispatch, "one_hop")
     self.assertEqual(found.shared_routed, kind == "decode")
@@ -734,7 +734,7 @@ class PublishedTest(parameterized.TestCase):
     for path, spec in param_spec.paths(
       inference_params.specs(self.CFG)
     ).items():
-      place = sharding.placement(spec, used.rules, used.mesh.shape)
+      place = sharding.param_sharding(spec, used.rules, used.mesh.shape)
       axes = (axis for axis, _ in spec.dims)
       found[path] = {
         name: dim for name, dim in zip(axes, place.dims, strict=True) if dim
@@ -757,7 +757,10 @@ class PublishedTest(parameterized.TestCase):
   def test_decode_has_an_expert_a_device(self):
     sizes = {"node": 40, "expert": 2, "model": 4}
     used = serving_mesh.Unit(
-      device_mesh.abstract(sizes), serving_mesh.DECODE, 320, shared_routed=True
+      device_mesh.abstract_mesh(sizes),
+      serving_mesh.DECODE,
+      320,
+      shared_routed=True,
     )
     self.assertEmpty(serving_mesh.problems(used, self.CFG, 80))
     self.assertEqual((used.n_devices, used.n_shards), (320, 80))
@@ -770,7 +773,7 @@ class PublishedTest(parameterized.TestCase):
   def test_prefill_has_nine_experts_a_device(self):
     sizes = {"node": 4, "expert": 2, "model": 4}
     used = serving_mesh.Unit(
-      device_mesh.abstract(sizes), serving_mesh.PREFILL, 288, "two_hop"
+      device_mesh.abstract_mesh(sizes), serving_mesh.PREFILL, 288, "two_hop"
     )
     self.assertEmpty(serving_mesh.problems(used, self.CFG, 8))
     self.assertEqual((used.n_devices, used.n_shards), (32, 8))

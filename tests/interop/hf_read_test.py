@@ -25,8 +25,8 @@ def loaded(found, sizes=None, layout="replicated"):
   """The model of a folder on a mesh."""
   run = dataclasses.replace(testing.run(), model=found.model)
   run = config.override(run, f"parallel.layout={layout}")
-  mesh = device_mesh.mesh(sizes or {})
-  where = sharding.layout(run, mesh.shape, staged=False)
+  mesh = device_mesh.make_mesh(sizes or {})
+  where = sharding.make_layout(run, mesh.shape, staged=False)
   return hidden.Model(
     *load_sharded.load(found, where, mesh, np.float32), run, mesh
   )

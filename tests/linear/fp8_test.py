@@ -95,7 +95,7 @@ class ExpertsTest(parameterized.TestCase):
 
   def test_weights_gradients_apart_are_the_same(self):
     _, p8, *args = mixture(100)
-    apart = functools.partial(experts.grouped_ffn, apart=True)
+    apart = functools.partial(experts.grouped_ffn, split_wgrad=True)
     found = value_and_gradients(experts.grouped_ffn, p8, *args)
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
@@ -117,10 +117,12 @@ class DispatchTest(parameterized.TestCase):
   @parameterized.parameters("gather", "one_hop", "two_hop", "one_hop apart")
   def test_sends_what_one_device_would_quantize(self, form):
     sizes = {"node": 2, "expert": 2}
-    mesh = device_mesh.mesh(sizes)
+    mesh = device_mesh.make_mesh(sizes)
     _, p8, *args = mixture(96)
     name, *apart = form.split()
-    ffn = dispatch.experts(name, sizes, CFG, apart=bool(apart)).ffn
+    ffn = dispatch.make_expert_parallel_ffn(
+      name, sizes, CFG, split_wgrad=bool(apart)
+    ).ffn
     spec = jax.P(device_mesh.EXPERTS)
     in_specs = jax.tree.map(lambda a: spec, (p8, *args))
     counts = jax.tree.map(lambda _: jax.P(), p8["down"].trained.counts)
@@ -169,17 +171,17 @@ class SlicesTest(parameterized.TestCase):
     w = params["dense"]["mla"]["q_up"]
     params["dense"]["mla"]["q_up"] = w.at[0, :32].set(0).at[0, 33].mul(1e-6)
     whole = recipe_lib.compute_params(params, specs, run.precision)
-    mesh = device_mesh.mesh({"pipe": 2, "data": 2, "expert": 2})
-    layout = sharding.layout(run, mesh.shape, staged=False)
+    mesh = device_mesh.make_mesh({"pipe": 2, "data": 2, "expert": 2})
+    layout = sharding.make_layout(run, mesh.shape, staged=False)
 
     def local(params):
-      args = params, specs, run.precision, layout.slices
+      args = params, specs, run.precision, layout.fsdp_dims
       counts = recipe_lib.weight_counts(*args)
-      p = layout.step(recipe_lib.compute_params(*args))
+      p = layout.gather_for_step(recipe_lib.compute_params(*args))
       layers = ("dense", "moe", "mtp")
       for kind in layers:
         one = [
-          layout.layer(kind, jax.tree.map(lambda a, i=i: a[i], p[kind]))
+          layout.gather_layer(kind, jax.tree.map(lambda a, i=i: a[i], p[kind]))
           for i in range(len(jax.tree.leaves(p[kind])[0]))
         ]
         p[kind] = jax.tree.map(lambda *a: jnp.stack(a), *one)
@@ -222,7 +224,7 @@ class CollectivesTest(parameterized.TestCase):
 
   def check(self, layout):
     run = config.override(RUN, f"parallel.layout={layout}")
-    mesh = device_mesh.mesh({"data": 2})
+    mesh = device_mesh.make_mesh({"data": 2})
     gathers = re.findall(
       r" = (\w+)\[([\d,]*)\]\S* all-gather\(",
       train.trace_step(run, mesh).lower().compile().as_text(),
@@ -244,7 +246,7 @@ class CollectivesTest(parameterized.TestCase):
 @functools.cache
 def step_gradients(run, sizes=()):
   """Gradients, loss, loads and what was counted of a seeded batch."""
-  mesh = device_mesh.mesh(dict(sizes)) if sizes else None
+  mesh = device_mesh.make_mesh(dict(sizes)) if sizes else None
   state = train.init_state(run, jax.random.key(0))
   rng = np.random.default_rng(0)
   shape = run.train.micro_batches, run.train.micro_batch_size, 17
@@ -381,17 +383,17 @@ class MemoryTest(parameterized.TestCase):
 
 class ProblemsTest(absltest.TestCase):
   def test_model_must_not_cut_tiles(self):
-    self.assertEqual(sharding.problems(RUN, {"model": 2}), [])
+    self.assertEqual(sharding.validate(RUN, {"model": 2}), [])
     run = config.override(RUN, "moe.ffn_dim=32")
-    (line,) = sharding.problems(run, {"model": 2})
+    (line,) = sharding.validate(run, {"model": 2})
     self.assertIn("model=2 leaves 16 of moe/ffn/experts/down to a device", line)
 
   def test_a_recipe_must_name_weights_that_have_a_tile(self):
-    found = sharding.problems(config.override(RUN, "precision.tile=64"), {})
+    found = sharding.validate(config.override(RUN, "precision.tile=64"), {})
     self.assertLen(found, 1)
     self.assertIn("has 32 rows or columns, which is less", found[0])
     run = config.override(RUN, "precision.fp8=moe/x,head")
-    found = sharding.problems(run, {})
+    found = sharding.validate(run, {})
     self.assertLen(found, 2)
     self.assertIn("'head': names no weight of a linear layer", found[1])
 

@@ -11,7 +11,7 @@ from absl.testing import absltest, parameterized
 from dsv3_jax import param_spec
 from dsv3_jax.model import experts, swiglu
 
-APART = functools.partial(experts.grouped_ffn, apart=True)
+APART = functools.partial(experts.grouped_ffn, split_wgrad=True)
 FORMS = (experts.grouped_ffn, APART, experts.dense_ffn)
 # M tokens, E experts, K of them chosen, widths D and F.
 SIZES = (
@@ -130,10 +130,14 @@ class GroupedFfnTest(parameterized.TestCase):
     testing.assert_close((dp, dx, dgates), (*want[:2], want_dgates), terms)
 
   # From all hidden states made again backwards to none.
-  @parameterized.product(n_slots=(1, 17, 40, 130), apart=(False, True))
-  def test_the_number_of_choices_expected_changes_nothing(self, n_slots, apart):
+  @parameterized.product(n_slots=(1, 17, 40, 130), split_wgrad=(False, True))
+  def test_the_number_of_choices_expected_changes_nothing(
+    self, n_slots, split_wgrad
+  ):
     p, x, chosen, gates = _inputs(*EDGE)
-    form = functools.partial(experts.grouped_ffn, n_slots=n_slots, apart=apart)
+    form = functools.partial(
+      experts.grouped_ffn, n_slots=n_slots, split_wgrad=split_wgrad
+    )
     _check(form, p, x, chosen, gates)
 
   def test_no_tokens(self):

@@ -110,7 +110,10 @@ class AbstractTest(parameterized.TestCase):
     run = config.override(presets.SMALL, f"parallel.layout={layout}")
     abstract, real = (
       train.abstract_state(run, mesh)
-      for mesh in (device_mesh.abstract(sizes), device_mesh.mesh(sizes))
+      for mesh in (
+        device_mesh.abstract_mesh(sizes),
+        device_mesh.make_mesh(sizes),
+      )
     )
 
     def facts(leaf):
@@ -126,7 +129,10 @@ class AbstractTest(parameterized.TestCase):
     sizes = {"data": 2, "expert": 4}
     abstract, real = (
       train.trace_step(run, mesh)
-      for mesh in (device_mesh.abstract(sizes), device_mesh.mesh(sizes))
+      for mesh in (
+        device_mesh.abstract_mesh(sizes),
+        device_mesh.make_mesh(sizes),
+      )
     )
     facts = lambda traced: [
       (a.shape, a.dtype, a.sharding.spec) for a in traced.jaxpr.out_avals

@@ -63,7 +63,9 @@ def collectives(text):
 def module(mesh, *settings):
   """The text of a compiled step."""
   run = testing.run(*SETTINGS, *settings)
-  step = train.trace_step(run, device_mesh.mesh(dict(mesh))).lower().compile()
+  step = (
+    train.trace_step(run, device_mesh.make_mesh(dict(mesh))).lower().compile()
+  )
   return step.as_text()
 
 
@@ -71,13 +73,13 @@ def compiled(mesh, *settings):
   """The collectives of a step, and the run's layout."""
   run = testing.run(*SETTINGS, *settings)
   text = module(mesh, *settings)
-  return collectives(text), sharding.layout(run, dict(mesh))
+  return collectives(text), sharding.make_layout(run, dict(mesh))
 
 
 def slices(layout, kinds):
   """How many (leaf, dim) are stored in slices."""
-  places = {k: v for k, v in layout.places.items() if k in kinds}
-  return sum(len(place.slices) for place in jax.tree.leaves(places))
+  places = {k: v for k, v in layout.shardings.items() if k in kinds}
+  return sum(len(place.fsdp_dims) for place in jax.tree.leaves(places))
 
 
 def of_step(found):
@@ -117,7 +119,7 @@ class StepTest(parameterized.TestCase):
         self.assertEqual(set(each.shapes), {"s32[]"}, each)
     others = collections.Counter(c.kind for c in inside if c not in dispatch)
     expected = {}
-    if layout.rules.by_layer:
+    if layout.rules.gather_by_layer:
       # Each layer's slices become whole to go forward, and again to go back;
       # the gradients of what is whole become slices.
       n = slices(layout, LAYERS)
@@ -127,8 +129,8 @@ class StepTest(parameterized.TestCase):
   @parameterized.parameters(*WAYS)
   def test_a_slice_is_gathered_and_scattered_once_a_step(self, mesh, settings):
     found, layout = compiled(mesh, *settings)
-    of_layers = LAYERS if layout.rules.by_layer else ()
-    n = slices(layout, layout.places.keys() - set(of_layers))
+    of_layers = LAYERS if layout.rules.gather_by_layer else ()
+    n = slices(layout, layout.shardings.keys() - set(of_layers))
     counts = collections.Counter(c.kind for c in of_step(found))
     del counts["all-reduce"]
     self.assertEqual(counts, {"all-gather": n, "reduce-scatter": n})

@@ -42,13 +42,13 @@ def _inputs(n_tokens, chosen=None):
 @functools.cache
 def _compiled(form, sizes):
   sizes = dict(sizes)
-  mesh = device_mesh.mesh(sizes)
+  mesh = device_mesh.make_mesh(sizes)
   form, *how = form.split()
   rounds = "many" if "many" in how else "one"
-  experts = dispatch.experts(
-    form, sizes, CFG, rounds=rounds, apart="apart" in how
+  experts = dispatch.make_expert_parallel_ffn(
+    form, sizes, CFG, rounds=rounds, split_wgrad="apart" in how
   )
-  axes = device_mesh.used(sizes, device_mesh.EXPERTS)
+  axes = device_mesh.active_axes(sizes, device_mesh.EXPERTS)
 
   def local(p, x, chosen, gates, dy):
     y, vjp = jax.vjp(
@@ -171,7 +171,7 @@ class DispatchTest(parameterized.TestCase):
       inner = functools.partial(dispatch._exchange, inside, inner=one)
       return dispatch._exchange(across, p, x, chosen, gates, inner=inner)
 
-    mesh, spec = device_mesh.mesh(SIZES), jax.P(("node", "expert"))
+    mesh, spec = device_mesh.make_mesh(SIZES), jax.P(("node", "expert"))
     run = jax.jit(
       jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec)
     )
@@ -198,7 +198,7 @@ class DispatchTest(parameterized.TestCase):
       self.assertEqual(np.abs(leaf).max(), 0)
 
   def test_one_device_needs_no_dispatch(self):
-    experts = dispatch.experts("auto", {"data": 4}, CFG)
+    experts = dispatch.make_expert_parallel_ffn("auto", {"data": 4}, CFG)
     self.assertEqual(experts, dispatch.moe.LOCAL)
 
   def test_rounds_hold_what_balanced_routing_needs(self):
@@ -224,8 +224,10 @@ class MemoryTest(absltest.TestCase):
   def test_grows_with_the_tokens_sent_not_with_the_ranks(self):
     # Fixed tokens a device and choices a token; 2, 4, 8 devices.
     def temporary(n):
-      mesh = device_mesh.mesh({"expert": n})
-      experts = dispatch.experts("one_hop", {"expert": n}, CFG, rounds="many")
+      mesh = device_mesh.make_mesh({"expert": n})
+      experts = dispatch.make_expert_parallel_ffn(
+        "one_hop", {"expert": n}, CFG, rounds="many"
+      )
       specs = param_spec.stack(swiglu.specs(256, 8, 0.1), 16, "experts")
       spec = jax.P("expert")
       run = jax.shard_map(experts.ffn, mesh=mesh, in_specs=spec, out_specs=spec)

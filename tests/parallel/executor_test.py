@@ -36,7 +36,7 @@ RUN = config.override(
 
 def traced(run, sizes=None):
   """A run that traces its gradients on a mesh."""
-  mesh = device_mesh.mesh(sizes or SIZES)
+  mesh = device_mesh.make_mesh(sizes or SIZES)
   state = train.abstract_state(run, mesh)
   spec = jax.NamedSharding(mesh, device_mesh.batch_spec(mesh.shape, 1))
   shape = run.train.micro_batches, run.train.micro_batch_size, run.data.seq_len
@@ -80,7 +80,9 @@ def side_by_side(run):
   x = testing.normal(2, run.data.seq_len, run.model.d_model)
   bias = testing.normal(1, run.model.router.n_experts)
   layer = functools.partial(
-    executor._moe, cfg=run.model, experts=sharding.layout(run, SIZES).experts
+    executor._moe,
+    cfg=run.model,
+    experts=sharding.make_layout(run, SIZES).experts,
   )
   put_off = [leaf.ndim > 1 for leaf in jax.tree.leaves(p)]
   passes = split_backward.split(layer, p, bias, x, put_off)
@@ -95,8 +97,8 @@ class TableTest(parameterized.TestCase):
   @parameterized.product(name=tuple(schedules.SCHEDULES), n_ranks=(2, 4, 8))
   def test_is_the_lockstep_form(self, name, n_ranks):
     schedule = schedules.SCHEDULES[name](n_ranks, 2 * n_ranks + 2)
-    table = tick_table.table(schedule)
-    for tick, cells in enumerate(lockstep.ticks(schedule)):
+    table = tick_table.build_tick_table(schedule)
+    for tick, cells in enumerate(lockstep.to_ticks(schedule)):
       for rank, cell in enumerate(cells):
         turn = jax.tree.map(lambda a, at=(tick, rank): int(a[at]), table.turns)
         kinds = [op.kind for op in cell or ()]
@@ -115,10 +117,14 @@ class TableTest(parameterized.TestCase):
 
   @parameterized.parameters(2, 4, 8, 16)
   def test_keeps_one_micro_batch_more_than_there_are_stages(self, n):
-    self.assertEqual(tick_table.table(schedules.dualpipe(n, 2 * n)).kept, n + 1)
+    self.assertEqual(
+      tick_table.build_tick_table(schedules.dualpipe(n, 2 * n)).kept, n + 1
+    )
     half = schedules.dualpipev(n // 2, n)
-    self.assertEqual(tick_table.table(half).kept, n + 1)
-    self.assertEqual(tick_table.table(schedules.one_f_one_b(n, 2 * n)).kept, n)
+    self.assertEqual(tick_table.build_tick_table(half).kept, n + 1)
+    self.assertEqual(
+      tick_table.build_tick_table(schedules.one_f_one_b(n, 2 * n)).kept, n
+    )
 
 
 class ProgramTest(parameterized.TestCase):
@@ -189,7 +195,7 @@ class ProgramTest(parameterized.TestCase):
 
   def test_no_buffer_is_copied_from_tick_to_tick(self):
     # Buffers of two layers a stage: kept of P + 1 = 5 slots, deferred of 3.
-    table = tick_table.table(schedules.dualpipe(4, 8))
+    table = tick_table.build_tick_table(schedules.dualpipe(4, 8))
     leading = {2 * table.kept, 2 * table.deferred}
     self.assertEqual(leading, {10, 6})
     text = dualpipe()
@@ -215,20 +221,20 @@ class ProblemsTest(parameterized.TestCase):
   )
   def test_says_what_is_wrong_and_what_would_do(self, sizes, settings, message):
     run = config.override(RUN, *settings)
-    self.assertRegex("\n".join(sharding.problems(run, sizes)), message)
+    self.assertRegex("\n".join(sharding.validate(run, sizes)), message)
 
   def test_odd_micro_batches(self):
     run = config.override(RUN, "train.batch_size=22", "train.micro_batches=11")
-    found = "\n".join(sharding.problems(run, SIZES))
+    found = "\n".join(sharding.validate(run, SIZES))
     self.assertIn("11 micro-batches: must be even and at least 8", found)
     self.assertIn("use 10 or 12", found)
 
   def test_segments_are_not_known_to_stages(self):
     run = config.override(RUN, "data.segment_mask=true")
-    (line,) = sharding.problems(run, SIZES)
+    (line,) = sharding.validate(run, SIZES)
     self.assertIn("data.segment_mask=true with parallel.schedule", line)
     plain = config.override(run, "parallel.schedule=none")
-    self.assertEmpty(sharding.problems(plain, {"data": 2}))
+    self.assertEmpty(sharding.validate(plain, {"data": 2}))
 
   def test_too_few_while_the_batch_grows(self):
     run = config.override(
@@ -239,14 +245,14 @@ class ProblemsTest(parameterized.TestCase):
       "train.ramp_sizes=2",
       "schedule.ramp_until=0.5",
     )
-    (line,) = sharding.problems(run, SIZES)
+    (line,) = sharding.validate(run, SIZES)
     self.assertIn("4 micro-batches: must be even and at least 8", line)
     self.assertIn("8 sequences, 2 a micro-batch, of steps while", line)
     run = config.override(run, "train.first_batch_size=16")
-    self.assertEmpty(sharding.problems(run, SIZES))
+    self.assertEmpty(sharding.validate(run, SIZES))
 
   def test_nothing_is_wrong(self):
-    self.assertEmpty(sharding.problems(RUN, SIZES))
+    self.assertEmpty(sharding.validate(RUN, SIZES))
 
 
 if __name__ == "__main__":

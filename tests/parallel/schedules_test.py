@@ -221,8 +221,8 @@ class CheckTest(parameterized.TestCase):
 class ProblemsTest(parameterized.TestCase):
   @parameterized.parameters(*CASES)
   def test_none(self, name, n_ranks, n_micro):
-    self.assertEmpty(schedules.problems(name, n_ranks, n_micro))
-    self.assertEmpty(schedules.problems(name, n_ranks, n_micro, 2 * n_ranks))
+    self.assertEmpty(schedules.validate(name, n_ranks, n_micro))
+    self.assertEmpty(schedules.validate(name, n_ranks, n_micro, 2 * n_ranks))
 
   @parameterized.parameters(
     (
@@ -310,13 +310,13 @@ class ProblemsTest(parameterized.TestCase):
   def test_names_what_is_wrong_and_what_is_right(
     self, name, n_ranks, n_micro, n_layers, expected
   ):
-    found = schedules.problems(name, n_ranks, n_micro, n_layers)
+    found = schedules.validate(name, n_ranks, n_micro, n_layers)
     self.assertEqual(found, expected)
 
   @parameterized.parameters(*SIZES)
   def test_a_schedule_is_refused_or_valid(self, name):
     for n_ranks, n_micro in itertools.product(range(6), range(14)):
-      found = schedules.problems(name, n_ranks, n_micro)
+      found = schedules.validate(name, n_ranks, n_micro)
       if not found:
         schedules.check(make(name, n_ranks, n_micro))
         continue
@@ -329,21 +329,23 @@ class TicksTest(parameterized.TestCase):
   @parameterized.parameters((2, 4, 8), (4, 8, 16), (8, 20, 38), (16, 64, 102))
   def test_how_many(self, n_ranks, n_micro, expected):
     both = schedules.dualpipe(n_ranks, n_micro)
-    self.assertLen(lockstep.ticks(both), expected)
+    self.assertLen(lockstep.to_ticks(both), expected)
     v = schedules.dualpipev(n_ranks // 2, n_micro // 2)
-    self.assertLen(lockstep.ticks(v), expected)
+    self.assertLen(lockstep.to_ticks(v), expected)
 
   def test_idle_ticks(self):
     idle = [
       sum(cell is None for cell in column)
-      for column in zip(*lockstep.ticks(schedules.dualpipe(8, 20)), strict=True)
+      for column in zip(
+        *lockstep.to_ticks(schedules.dualpipe(8, 20)), strict=True
+      )
     ]
     self.assertEqual(idle, [0, 2, 4, 5, 5, 4, 2, 0])
 
   @parameterized.parameters(*CASES)
   def test_in_order_and_after_what_is_needed(self, name, n_ranks, n_micro):
     schedule = make(name, n_ranks, n_micro)
-    table = lockstep.ticks(schedule)
+    table = lockstep.to_ticks(schedule)
     columns = zip(*table, strict=True)
     in_order = tuple(tuple(filter(None, column)) for column in columns)
     self.assertEqual(in_order, schedule.cells)
@@ -363,12 +365,12 @@ class SlotsTest(parameterized.TestCase):
       schedules.dualpipe(n_ranks, n_micro),
       schedules.dualpipev(n_ranks // 2, n_micro // 2),
     ):
-      sizes = lockstep.n_slots(lockstep.slots(schedule).residuals)
+      sizes = lockstep.n_slots(lockstep.assign_slots(schedule).residuals)
       self.assertEqual(sizes, (n_ranks + 1,) * schedule.n_ranks)
 
   def test_one_way_schedules_keep_one_a_stage_that_follows(self):
     for name in ("1f1b", "zb1p"):
-      kept = lockstep.slots(make(name, 4, 9))
+      kept = lockstep.assign_slots(make(name, 4, 9))
       self.assertEqual(lockstep.n_slots(kept.residuals), (4, 3, 2, 1))
     self.assertEqual(lockstep.n_slots(kept.deferred), (1, 2, 3, 4))
     self.assertEqual(lockstep.n_slots(kept.inputs), (0, 1, 1, 1))
@@ -380,7 +382,7 @@ class SlotsTest(parameterized.TestCase):
     self, name, n_ranks, n_micro
   ):
     schedule = make(name, n_ranks, n_micro)
-    kept = lockstep.slots(schedule)
+    kept = lockstep.assign_slots(schedule)
     held = {
       field: [{} for _ in range(n_ranks)]
       for field in ("inputs", "residuals", "gradients", "deferred")
@@ -394,7 +396,7 @@ class SlotsTest(parameterized.TestCase):
       self.assertEqual(held[field][rank].get(slot), which)
 
     arriving = []
-    for row in lockstep.ticks(schedule):
+    for row in lockstep.to_ticks(schedule):
       for arrival in arriving:
         write(*arrival)
       now = [(r, op) for r, cell in enumerate(row) for op in cell or ()]
@@ -420,7 +422,7 @@ class SlotsTest(parameterized.TestCase):
 
   @parameterized.parameters(*CASES)
   def test_slots_are_dense(self, name, n_ranks, n_micro):
-    kept = lockstep.slots(make(name, n_ranks, n_micro))
+    kept = lockstep.assign_slots(make(name, n_ranks, n_micro))
     for field in dataclasses.fields(kept):
       for slot_of, n in zip(
         (buffer := getattr(kept, field.name)),

@@ -69,13 +69,13 @@ class InvarianceTest(parameterized.TestCase):
 
   def test_every_case_is_one_that_the_command_line_takes(self):
     for case in layout_matrix.CASES:
-      self.assertEmpty(sharding.problems(case.run, case.sizes), case)
+      self.assertEmpty(sharding.validate(case.run, case.sizes), case)
 
   def test_the_cases_cover_every_schedule_and_number_of_stages(self):
     found = {}
     for case in layout_matrix.CASES:
       if case.run.parallel.schedule != "none":
-        stages = sharding.layout(case.run, case.sizes).stages
+        stages = sharding.make_layout(case.run, case.sizes).stages
         sizes = stages.schedule.n_stages, case.sizes.get("expert", 1)
         found.setdefault(case.run.parallel.schedule, set()).add(sizes)
     self.assertEqual(set(found), set(schedules.SCHEDULES))
@@ -129,11 +129,11 @@ class PlacementTest(parameterized.TestCase):
     sizes = {"data": 2, "node": 2, "expert": 4}
     specs = transformer.specs(presets.PRESETS[variant].model)
     for name, spec in param_spec.paths(specs).items():
-      place = sharding.placement(spec, rules, sizes)
+      place = sharding.param_sharding(spec, rules, sizes)
       axes = [axis for dim in place.dims for axis in dim]
       self.assertLen(set(axes), len(axes), name)
       for size, dim in zip(spec.shape, place.dims, strict=True):
-        self.assertEqual(size % device_mesh.extent(sizes, dim), 0, name)
+        self.assertEqual(size % device_mesh.axis_size(sizes, dim), 0, name)
       if "experts" in name:
         self.assertLessEqual({"node", "expert"}, set(axes))
       elif layout == "replicated":
@@ -143,7 +143,7 @@ class PlacementTest(parameterized.TestCase):
 
   def test_the_optimizer_is_where_its_parameters_are(self):
     run = layout_matrix.Case("data=2,expert=2", "zero1").run
-    mesh = device_mesh.mesh({"data": 2, "expert": 2})
+    mesh = device_mesh.make_mesh({"data": 2, "expert": 2})
     state = train.make_state(run, mesh, seed=0)
     adam = state.opt_state[1]
     for moments in (adam.mu, adam.nu):
@@ -158,7 +158,9 @@ class PlacementTest(parameterized.TestCase):
 
   def test_a_layout_does_not_change_the_first_state(self):
     case = layout_matrix.Case("data=2,expert=2", "fsdp")
-    state = train.make_state(case.run, device_mesh.mesh(case.sizes), seed=3)
+    state = train.make_state(
+      case.run, device_mesh.make_mesh(case.sizes), seed=3
+    )
     init = jax.jit(train.init_state, static_argnums=0)
     plain = init(case.run, jax.random.key(3))
     jax.tree.map(
@@ -170,11 +172,11 @@ class PlacementTest(parameterized.TestCase):
   def test_problems_name_the_sizes_and_what_fits(self):
     run = layout_matrix.RUN
     sizes = {"data": 3, "node": 3, "model": 5}
-    found = "\n".join(sharding.problems(run, sizes))
+    found = "\n".join(sharding.validate(run, sizes))
     self.assertIn("data=3 x node=3 x expert=1 devices must divide the 8", found)
     self.assertIn("16 routed experts; 1, 2, 4, 8, 16 do", found)
     self.assertIn("model=5 devices must divide the 4 heads", found)
-    self.assertEmpty(sharding.problems(run, {"data": 2, "expert": 4}))
+    self.assertEmpty(sharding.validate(run, {"data": 2, "expert": 4}))
 
 
 if __name__ == "__main__":

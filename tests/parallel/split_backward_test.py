@@ -33,7 +33,7 @@ def mixture(ffn, p, bias, x):
 
 
 SELECTIVE = testing.run("train.remat=selective").train.activations
-APART = functools.partial(experts.grouped_ffn, apart=True)
+APART = functools.partial(experts.grouped_ffn, split_wgrad=True)
 LAYERS = {
   "dense": ("dense", dense),
   "moe": ("moe", functools.partial(mixture, APART)),

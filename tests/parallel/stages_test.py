@@ -50,7 +50,7 @@ class ToRanksTest(parameterized.TestCase):
     n_ranks = 2 if name == "dualpipev" else 4
     schedule = schedules.SCHEDULES[name](n_ranks, 8)
     found = stages.stages(schedule, MODEL).kinds[kind]
-    mesh = device_mesh.mesh({"pipe": n_ranks})
+    mesh = device_mesh.make_mesh({"pipe": n_ranks})
     dim, spec = (1, jax.P(None, "pipe")) if sliced else (None, jax.P())
 
     def local(a):

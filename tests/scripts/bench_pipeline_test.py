@@ -37,7 +37,7 @@ class OrderTest(parameterized.TestCase):
     n_layers = LAYERS_OF_STAGE * schedule.n_stages
     run = pipeline.make_run(name, n_layers, 4)
     sleeper = pipeline.Sleeper(n_ranks, 1e-4)
-    mesh = device_mesh.mesh({"pipe": n_ranks})
+    mesh = device_mesh.make_mesh({"pipe": n_ranks})
     pipeline.executor(run, mesh, sleeper)()
     done = collections.defaultdict(collections.deque)
     for rank, *event in sleeper.events:

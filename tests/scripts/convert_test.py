@@ -169,7 +169,7 @@ class RoundTripTest(ConvertTest):
     self.convert("export", workdir=self.workdir, hf=self.hf)
     imported = self.folder / "imported"
     self.convert("import", hf=self.hf, workdir=imported)
-    mesh = device_mesh.mesh({})
+    mesh = device_mesh.make_mesh({})
     testing.assert_same(
       *(
         jax.device_get(open_run.newest(folder, run, mesh))
@@ -350,7 +350,7 @@ class FineTuneTest(ConvertTest):
     self.enter_context(mock.patch.object(train, "fit", fit))
     with self.assertRaises(exit_codes.PreemptedError):
       trainer.execute(command)
-    got = open_run.newest(command.workdir, run, device_mesh.mesh({}))
+    got = open_run.newest(command.workdir, run, device_mesh.make_mesh({}))
     testing.assert_same(
       *map(jax.device_get, (got, (state.params, state.router_bias)))
     )
@@ -703,7 +703,7 @@ class StoredTest(ConvertTest):
     self.assertEmpty(list(self.out.glob("*.safetensors")))
     run = open_run.run_of(open_run.read_config(self.workdir))
     with self.assertRaisesRegex(ValueError, r"dense/mla/out\[0\]: damaged"):
-      open_run.newest(self.workdir, run, device_mesh.mesh({}))
+      open_run.newest(self.workdir, run, device_mesh.make_mesh({}))
 
   def test_verify(self):
     out = self.convert("verify", workdir=self.workdir)
@@ -714,9 +714,9 @@ class StoredTest(ConvertTest):
   def test_on_a_mesh(self):
     facts = open_run.read_config(self.workdir)
     run = open_run.run_of(facts)
-    one = open_run.newest(self.workdir, run, device_mesh.mesh({}))
+    one = open_run.newest(self.workdir, run, device_mesh.make_mesh({}))
     run = config.override(run, "parallel.layout=zero1")
-    mesh = device_mesh.mesh({"expert": 2, "data": 2, "model": 2})
+    mesh = device_mesh.make_mesh({"expert": 2, "data": 2, "model": 2})
     many = open_run.newest(self.workdir, run, mesh)
     like = train.abstract_state(run, mesh)
     places = jax.tree.map(lambda a: a.sharding, many[0])

@@ -92,7 +92,7 @@ class TwoProcessesTest(Programs):
   def check_first_save(self, name):
     """It holds, on one device, the state that one device begins with."""
     run = config.override(presets.TINY, *self.settings)
-    mesh = device_mesh.mesh({})
+    mesh = device_mesh.make_mesh({})
     folder = self.root / name / "checkpoints"
     checkpoints = checkpointer.Checkpoints(folder, run.checkpoint)
     self.addCleanup(checkpoints.close)

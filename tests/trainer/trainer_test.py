@@ -56,8 +56,10 @@ class CheckedRunTest(absltest.TestCase):
   def setUp(self):
     super().setUp()
     self.folder = testing.folder(self)
-    self.checks = self.patch(replica_check, "check", wraps=replica_check.check)
-    self.patch(distributed, "mesh", lambda sizes: device_mesh.mesh(sizes))
+    self.checks = self.patch(
+      replica_check, "check_replicas", wraps=replica_check.check_replicas
+    )
+    self.patch(distributed, "mesh", lambda sizes: device_mesh.make_mesh(sizes))
     self.patch(cli, "start_jax")
 
   def patch(self, *args, **kwargs):
@@ -208,7 +210,7 @@ class NumbersTest(CheckedRunTest):
     command = self.command()
     data = trainer.read_data(command)
     planned = batches_lib.Feed(data, command.run, 0).batches(
-      0, device_mesh.mesh(command.mesh)
+      0, device_mesh.make_mesh(command.mesh)
     )
     planned = [np.asarray(b.tokens) for b in itertools.islice(planned, 6)]
     fed = [0, 1, 2, 4, 5]
@@ -354,7 +356,7 @@ class RelayoutTest(parameterized.TestCase):
 
   def at(self, sizes, layout):
     run = config.override(self.run_, f"parallel.layout={layout}")
-    return run, device_mesh.mesh(sizes)
+    return run, device_mesh.make_mesh(sizes)
 
   def next_of(self, state, run, mesh):
     """The batch that comes next and its loss."""
@@ -365,7 +367,7 @@ class RelayoutTest(parameterized.TestCase):
   def rows_of(self, first, stop, *settings):
     """First tokens of the rows of steps, in order, and the steps' sizes."""
     run = config.override(self.run_, *settings)
-    mesh = device_mesh.mesh({"data": 2})
+    mesh = device_mesh.make_mesh({"data": 2})
     read = batches_lib.Feed(self.data, run, 5).batches(first, mesh)
     tokens, sizes = [], []
     for batch in itertools.islice(read, stop - first):

@@ -51,7 +51,7 @@ def gradient_sums(
   """Sums over the micro-batches and stages of one device.
 
   Args:
-    params: as `layout.step` returns them.
+    params: as `layout.gather_for_step` returns them.
     bias: [n_routers, E] f32.
     mtp_weight: lambda.
     batch: tokens and labels [A, B', T], the rows of this device.
@@ -62,7 +62,7 @@ def gradient_sums(
   Returns:
     As `train.gradients`, of this device alone.
   """
-  work = tick_table.table(layout.stages.schedule)
+  work = tick_table.build_tick_table(layout.stages.schedule)
   executor = _executor(params, bias, mtp_weight, batch, weights, run, layout)
   memory = executor.memory(work)
   rank = jax.lax.axis_index("pipe")
@@ -80,7 +80,7 @@ def gradient_sums(
 
 def _executor(params, bias, mtp_weight, batch, weights, run, layout):
   """Divides the layers of each kind into passes."""
-  vary = functools.partial(varying.vary, axes=layout.work_axes)
+  vary = functools.partial(varying.vary, axes=layout.varying_axes)
   x = vary(transformer.embed(params, batch.tokens[0]))
   bias = vary(bias)
   passes = {}
@@ -138,7 +138,7 @@ class _Executor:
   share: float  # of a balance loss
   vary: Callable[[jax.Array], jax.Array]
 
-  def memory(self, work: tick_table.Table) -> _Memory:
+  def memory(self, work: tick_table.TickTable) -> _Memory:
     """All zeros."""
 
     def zeros(*shape, dtype=jnp.float32):
@@ -170,7 +170,7 @@ class _Executor:
       ),
     )
 
-  def tick(self, turn: tick_table.Turn, memory: _Memory) -> _Memory:
+  def tick(self, turn: tick_table.TickOps, memory: _Memory) -> _Memory:
     """One turn."""
     f, b, w = turn.forward, turn.backward, turn.weight
     tokens = self.batch.tokens[f.micro_batch]
@@ -199,12 +199,12 @@ class _Executor:
 
   # --- the layers of a stage ---
 
-  def _count(self, name: str, task: tick_table.Task) -> jax.Array:
+  def _count(self, name: str, task: tick_table.EncodedOp) -> jax.Array:
     """Layers that a task goes through."""
     count = jnp.asarray(self.layout.stages.kinds[name].count, jnp.int32)
     return task.on * count[task.stage]
 
-  def _layer(self, name: str, task: tick_table.Task, i: jax.Array):
+  def _layer(self, name: str, task: tick_table.EncodedOp, i: jax.Array):
     """Of layer i of a stage: what is trained, constants, places of both."""
     kind = self.layout.stages.kinds[name]
     at = task.direction * kind.size + i
@@ -310,7 +310,7 @@ class _Executor:
   # --- the ends ---
 
   def _embed_gradient(
-    self, task: tick_table.Task, dx, memory: _Memory
+    self, task: tick_table.EncodedOp, dx, memory: _Memory
   ) -> _Memory:
     """Adds the embedding's gradient, on the first stage."""
     tokens = self.batch.tokens[task.micro_batch]
@@ -322,7 +322,7 @@ class _Executor:
     here = task.on * (task.stage == 0)
     return jax.lax.fori_loop(0, here, add, memory)
 
-  def _loss(self, task: tick_table.Task, x, memory: _Memory):
+  def _loss(self, task: tick_table.EncodedOp, x, memory: _Memory):
     """On the last stage: the losses of its output, and their gradient."""
     names = [name for name in self.params if name not in self.passes]
     ends = {name: self.params[name] for name in names}
@@ -372,7 +372,7 @@ class _Executor:
     here = task.on * (task.stage == last)
     return jax.lax.fori_loop(0, here, add, (jnp.zeros_like(x), memory))
 
-  def _deliver(self, turn: tick_table.Turn, made, d_last, memory):
+  def _deliver(self, turn: tick_table.TickOps, made, d_last, memory):
     """Sends what the tick made, [2, B, T, D], and stores what arrives."""
     inputs, gradients = memory.inputs, memory.gradients
     arrived = zip(tick_table.SOURCES, turn.inputs, turn.gradients, strict=True)

@@ -13,7 +13,7 @@ from dsv3_jax.parallel.pipeline import schedules
 Buffer = tuple[dict[tuple[int, int], int], ...]
 
 
-def ticks(
+def to_ticks(
   schedule: schedules.Schedule,
 ) -> tuple[tuple[schedules.Cell | None, ...], ...]:
   """The cells of all ranks in lock-step, every one as early as possible.
@@ -21,7 +21,7 @@ def ticks(
   Returns:
     A cell, or None for an idle rank, by tick and rank.
   """
-  at = schedules.starts(schedule)
+  at = schedules.start_ticks(schedule)
   n_ticks = 1 + max(itertools.chain(*at))
   table = [[None] * schedule.n_ranks for _ in range(n_ticks)]
   for rank, cells in enumerate(schedule.cells):
@@ -44,9 +44,9 @@ class Slots:
   deferred: Buffer  # what W needs, from I
 
 
-def slots(schedule: schedules.Schedule) -> Slots:
+def assign_slots(schedule: schedules.Schedule) -> Slots:
   """The fewest slots; as many residuals as activations at their peak."""
-  at = schedules.starts(schedule)
+  at = schedules.start_ticks(schedule)
   ops = [
     (rank, tick, op)
     for rank, cells in enumerate(schedule.cells)

@@ -205,7 +205,7 @@ def zb1p(n_ranks: int, n_micro: int) -> Schedule:
 def _one_way(
   name: str, n_ranks: int, n_micro: int, program: Callable[..., Program]
 ) -> Schedule:
-  _refuse(problems(name, n_ranks, n_micro))
+  _refuse(validate(name, n_ranks, n_micro))
   ranks = range(n_ranks)
   return Schedule(
     name=name,
@@ -221,7 +221,7 @@ def dualpipe(n_ranks: int, n_micro: int) -> Schedule:
 
   Every stage is on two ranks, whose gradients of its weights are to be added.
   """
-  _refuse(problems("dualpipe", n_ranks, n_micro))
+  _refuse(validate("dualpipe", n_ranks, n_micro))
   mirror = range(n_ranks - 1, -1, -1)
   half = n_ranks // 2
   program = functools.partial(
@@ -241,7 +241,7 @@ def dualpipe(n_ranks: int, n_micro: int) -> Schedule:
 
 def dualpipev(n_ranks: int, n_micro: int) -> Schedule:
   """All micro-batches go there in direction 0, and back in direction 1."""
-  _refuse(problems("dualpipev", n_ranks, n_micro))
+  _refuse(validate("dualpipev", n_ranks, n_micro))
   ranks = range(n_ranks)
   return Schedule(
     name="dualpipev",
@@ -280,7 +280,7 @@ def _size_problem(what: str, n: int, low: int, step: int) -> list[str]:
   return [f"{what}: must be {even}at least {low}; use {near}"]
 
 
-def problems(
+def validate(
   name: str, n_ranks: int, n_micro: int, n_layers: int | None = None
 ) -> list[str]:
   """What is wrong with the size of a schedule, a line each, and what is not.
@@ -327,7 +327,7 @@ def check(schedule: Schedule) -> None:
     for rank in range(schedule.n_ranks)
     for line in _rank_problems(schedule, rank)
   )
-  starts(schedule)
+  start_ticks(schedule)
 
 
 def _stage_problems(schedule: Schedule) -> Iterator[str]:
@@ -373,7 +373,7 @@ def _told(direction: int, micro_batch: int) -> str:
   return f"micro-batch {micro_batch} in direction {direction}"
 
 
-def starts(
+def start_ticks(
   schedule: Schedule,
   duration: Callable[[Cell], float] = lambda _: 1,
   comm: float = 0,

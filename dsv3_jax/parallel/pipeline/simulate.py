@@ -64,7 +64,7 @@ def simulate(
   Communication takes time but keeps no rank busy.
   """
   times = times or Times()
-  starts = schedules.starts(schedule, times.of, times.comm)
+  starts = schedules.start_ticks(schedule, times.of, times.comm)
   spent = [[times.of(cell) for cell in cells] for cells in schedule.cells]
   ends = tuple(
     tuple(start + s for start, s in zip(*rank, strict=True))
@@ -89,7 +89,7 @@ def lockstep_makespan(
   travels from each tick to the next, the last one is for no other rank.
   """
   times = times or Times()
-  ticks = lockstep.ticks(schedule)
+  ticks = lockstep.to_ticks(schedule)
   spent = (max(map(times.of, filter(None, cells))) for cells in ticks)
   return sum(spent) + times.comm * (len(ticks) - 1)
 
@@ -115,7 +115,7 @@ def bubble(name: str, n_ranks: int, times: Times | None = None) -> float:
     InputError: no such schedule, or not on so many ranks.
   """
   n_micro = 4 * n_ranks  # enough for every schedule
-  if found := schedules.problems(name, n_ranks, n_micro):
+  if found := schedules.validate(name, n_ranks, n_micro):
     raise InputError("\n".join(found))
   times = times or Times()
   n_stages = 2 * n_ranks if name == "dualpipev" else n_ranks

@@ -13,7 +13,7 @@ SOURCES = (-1, 1, 0, "loss")  # of what arrives: steps along the ranks
 
 
 @flax.struct.dataclass
-class Task:
+class EncodedOp:
   """One operation of a rank; all int32. `on` 0: none, and the rest is 0."""
 
   on: Any
@@ -26,46 +26,46 @@ class Task:
 
 
 @flax.struct.dataclass
-class Turn:
+class TickOps:
   """What a rank does in a tick, and where it puts what arrives at its end.
 
   Slots by where it comes from: the rank before, the rank after, this rank's
   other stage, its loss. A slot beyond the last one takes what is for no one.
   """
 
-  forward: Task
-  backward: Task  # input gradient
-  weight: Task  # weight gradient, also of a full backward
+  forward: EncodedOp
+  backward: EncodedOp  # input gradient
+  weight: EncodedOp  # weight gradient, also of a full backward
   pair: Any  # 1: forward and backward overlap
   inputs: tuple[Any, ...]
   gradients: tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
+class TickTable:
   """Turns of all ticks and ranks, [tick, rank], and the sizes of buffers."""
 
-  turns: Turn
+  turns: TickOps
   inputs: int
   gradients: int
   kept: int
   deferred: int  # one more than W ever needs: a full backward passes through it
 
 
-def table(schedule: schedules.Schedule) -> Table:
+def build_tick_table(schedule: schedules.Schedule) -> TickTable:
   """The lock-step form of a schedule in numbers."""
-  slots = lockstep.slots(schedule)
+  slots = lockstep.assign_slots(schedule)
   size = {
     field.name: max(lockstep.n_slots(getattr(slots, field.name)))
     for field in dataclasses.fields(slots)
   }
-  idle = Task(*[0] * 7)
+  idle = EncodedOp(*[0] * 7)
 
   def task(rank, op):
     which, stage = op[1:], schedule.stages[rank][op.direction]
     stream = schedule.streams[op.direction]
     waiting = slots.inputs if op.kind == "F" else slots.gradients
-    return Task(
+    return EncodedOp(
       on=1,
       stage=stage,
       direction=op.direction,
@@ -82,7 +82,7 @@ def table(schedule: schedules.Schedule) -> Table:
     def places(kind, none):
       return tuple(arriving.get((kind, source), none) for source in SOURCES)
 
-    return Turn(
+    return TickOps(
       forward=by_kind.get("F", idle),
       backward=by_kind.get("I", full),
       weight=by_kind.get("W", full),
@@ -96,10 +96,10 @@ def table(schedule: schedules.Schedule) -> Table:
       turn(rank, cells[rank] or (), arriving)
       for rank, arriving in enumerate(_arrivals(schedule, cells, slots))
     ]
-    for cells in lockstep.ticks(schedule)
+    for cells in lockstep.to_ticks(schedule)
   ]
   stack = lambda *turns: np.stack([np.asarray(t, np.int32) for t in turns])
-  return Table(
+  return TickTable(
     turns=jax.tree.map(stack, *[jax.tree.map(stack, *ranks) for ranks in rows]),
     inputs=size["inputs"],
     gradients=size["gradients"],
