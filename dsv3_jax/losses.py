@@ -5,22 +5,12 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dsv3_jax import config, param_spec
-from dsv3_jax.errors import InputError
+from dsv3_jax.data.batch import IGNORE, Batch
 from dsv3_jax.model import moe, transformer
 
-IGNORE = -100  # a label without loss
 CHUNK = 1024  # tokens whose logits exist at a time
-
-
-@flax.struct.dataclass
-class Batch:
-  """Token ids and what follows each of them."""
-
-  tokens: jax.Array  # [..., T] int32
-  labels: jax.Array  # [..., T] int32, the next token, or IGNORE
 
 
 @flax.struct.dataclass
@@ -31,34 +21,6 @@ class Losses:
   main: jax.Array
   mtp: jax.Array  # mean over depths, before lambda
   balance: jax.Array  # alpha included, summed over routers
-
-
-def batch(rows: np.ndarray, vocab_size: int, *unpredicted: int) -> Batch:
-  """The batch of rows [..., T + 1] of consecutive token ids.
-
-  Args:
-    rows: token ids.
-    vocab_size: of the model.
-    *unpredicted: ids that nothing has to predict, such as padding.
-
-  Raises:
-    InputError: an id outside the vocabulary, or ids that are not integers.
-  """
-  rows = np.asarray(rows)
-  if not np.issubdtype(rows.dtype, np.integer):
-    raise InputError(f"token ids of dtype {rows.dtype}: expected integers")
-  bad = (rows < 0) | (rows >= vocab_size)
-  if bad.any():
-    where = tuple(int(i) for i in np.argwhere(bad)[0])
-    raise InputError(
-      f"token id {rows[where]} at {where}: must be in [0, {vocab_size}), the"
-      " model's vocabulary"
-    )
-  rows = rows.astype(np.int32)
-  labels = rows[..., 1:]
-  for i in unpredicted:
-    labels = np.where(labels == i, IGNORE, labels)
-  return Batch(rows[..., :-1], labels)
 
 
 def token_weights(labels: jax.Array) -> jax.Array:

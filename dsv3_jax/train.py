@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from dsv3_jax import config, ema, losses, optim, param_spec
+from dsv3_jax.data.batch import Batch
 from dsv3_jax.linear import recipe
 from dsv3_jax.model import moe, router, transformer
 from dsv3_jax.parallel import device_mesh, sharding
@@ -87,7 +88,7 @@ def make_state(
 
 def gradients(
   state: TrainState,
-  batch: losses.Batch,
+  batch: Batch,
   run: config.Run,
   mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[
@@ -257,7 +258,7 @@ def update(
 
 def train_step(
   state: TrainState,
-  batch: losses.Batch,
+  batch: Batch,
   *,
   run: config.Run,
   mesh: jax.sharding.Mesh | None = None,
@@ -277,7 +278,7 @@ def train_step(
 
 def make_step(
   run: config.Run, mesh: jax.sharding.Mesh | None = None
-) -> Callable[[TrainState, losses.Batch], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """The jitted step of a run; the state is donated.
 
   With a mesh, the state is where `shardings` says and the batch where `place`
@@ -300,13 +301,11 @@ def trace_step(
   ids = jax.ShapeDtypeStruct(
     shape, jnp.int32, sharding=jax.NamedSharding(mesh, spec)
   )
-  batch = losses.Batch(ids, ids)
+  batch = Batch(ids, ids)
   return make_step(run, mesh).trace(abstract_state(run, mesh), batch)
 
 
-def place(
-  batch: losses.Batch, n_rows: int, mesh: jax.sharding.Mesh
-) -> losses.Batch:
+def place(batch: Batch, n_rows: int, mesh: jax.sharding.Mesh) -> Batch:
   """This process' rows [A, B', T] of a batch [A, n_rows, T], on a mesh."""
   return device_mesh.make_global_batch(batch, n_rows, mesh, dim=1)
 
@@ -330,7 +329,7 @@ class Hooks:
 def fit(
   state: TrainState,
   run: config.Run,
-  batches: Iterator[losses.Batch],
+  batches: Iterator[Batch],
   stop: int,
   *,
   hooks: Hooks,

@@ -21,8 +21,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from dsv3_jax import config, losses, optim, train
+from dsv3_jax import config, optim, train
 from dsv3_jax.config import presets
+from dsv3_jax.data.batch import Batch, make_batch
 from dsv3_jax.parallel import device_mesh, replica_check
 from dsv3_jax.trainer import distributed
 
@@ -191,12 +192,12 @@ class Differences:
   diverged: str  # where devices hold different copies of the final state
 
 
-def _batch(run: config.Run, step: int) -> losses.Batch:
+def _batch(run: config.Run, step: int) -> Batch:
   rng = np.random.default_rng(step)
   shape = (run.train.micro_batches, run.train.micro_batch_size)
   shape = (*shape, run.data.seq_len + 1)
   rows = rng.integers(run.model.vocab_size, size=shape, dtype=np.int32)
-  return losses.batch(rows, run.model.vocab_size)
+  return make_batch(rows)
 
 
 def _first_state(run: config.Run) -> train.TrainState:

@@ -9,6 +9,7 @@ import testing
 from absl.testing import absltest, parameterized
 
 from dsv3_jax import losses
+from dsv3_jax.data.batch import IGNORE, make_batch
 from dsv3_jax.model import moe, transformer
 
 VOCAB = 37
@@ -48,7 +49,7 @@ class CrossEntropyTest(parameterized.TestCase):
 
   def test_ignored_labels_leave_value_and_gradient_alone(self):
     hidden, head, labels, _ = _case(9)
-    ignored = labels.at[2:5].set(losses.IGNORE)
+    ignored = labels.at[2:5].set(IGNORE)
     weights = losses.token_weights(ignored)
     np.testing.assert_allclose(weights, [1 / 6] * 2 + [0] * 3 + [1 / 6] * 4)
     run = jax.value_and_grad(losses.cross_entropy, (0, 1))
@@ -67,7 +68,7 @@ class CrossEntropyTest(parameterized.TestCase):
   @pytest.mark.fault("F35", "a batch without labels", "a loss of zero")
   def test_all_labels_ignored_is_zero(self):
     hidden, head, labels, _ = _case(9)
-    ignored = jnp.full_like(labels, losses.IGNORE)
+    ignored = jnp.full_like(labels, IGNORE)
     weights = losses.token_weights(ignored)
     run = jax.value_and_grad(losses.cross_entropy, (0, 1))
     for leaf in jax.tree.leaves(run(hidden, head, ignored, weights)):
@@ -92,22 +93,6 @@ class CrossEntropyTest(parameterized.TestCase):
     self.assertNotIn(f"tensor<8x{losses.CHUNK}x{VOCAB}x", text)
 
 
-class BatchTest(parameterized.TestCase):
-  def test_labels_are_the_next_tokens(self):
-    data = losses.batch(np.array([[5, 6, 7, 8, 9]]), 10)
-    np.testing.assert_array_equal(data.tokens, [[5, 6, 7, 8]])
-    np.testing.assert_array_equal(data.labels, [[6, 7, 8, 9]])
-
-  @parameterized.parameters(
-    ([[1, 10]], r"token id 10 at \(0, 1\): must be in \[0, 10\)"),
-    ([[1, 2], [-3, 1]], r"token id -3 at \(1, 0\)"),
-    ([[1.0, 2.0]], "float64: expected integers"),
-  )
-  def test_refuses(self, rows, message):
-    with self.assertRaisesRegex(ValueError, message):
-      losses.batch(np.array(rows), 10)
-
-
 def _model(*assignments):
   cfg = testing.tiny(
     "vocab_size=41", "n_layers=2", "router.balance_weight=0.1", *assignments
@@ -119,7 +104,7 @@ def _model(*assignments):
 
 def _gradients(params, bias, rows, cfg, kept):
   """Gradients of the total loss, and the load."""
-  data = losses.batch(rows, cfg.vocab_size)
+  data = make_batch(rows)
   weights = losses.token_weights(data.labels)
 
   def total(params):
@@ -145,7 +130,7 @@ class LossTest(parameterized.TestCase):
       return transformer.Output(hidden, (state,), stats)
 
     cfg = testing.tiny("d_model=6", "vocab_size=5")
-    data = losses.batch(row, 5)
+    data = make_batch(row)
     fake = types.SimpleNamespace(
       forward=forward, segments_of=transformer.segments_of
     )
@@ -171,8 +156,8 @@ class LossTest(parameterized.TestCase):
     apart = np.stack([np.pad(d, (0, 10 - len(d))) for d in documents])
 
     def losses_of(row, how):
-      data = losses.batch(row, 41, start)
-      weights = (data.labels != losses.IGNORE).astype(np.float32)
+      data = make_batch(row, start)
+      weights = (data.labels != IGNORE).astype(np.float32)
 
       def total(params):
         out, _ = losses.loss(
@@ -192,7 +177,7 @@ class LossTest(parameterized.TestCase):
   def test_matches_the_reference(self):
     depth = 2
     cfg, params, bias, rows = _model(f"mtp.depth={depth}", "n_layers=1")
-    data = losses.batch(rows, 41)
+    data = make_batch(rows)
     weights = losses.token_weights(data.labels)
     out, stats = jax.jit(losses.loss, static_argnums=5)(
       params, bias, data, weights, cfg.mtp.weight, cfg

@@ -11,9 +11,10 @@ import pytest
 import testing
 from absl.testing import absltest, parameterized
 
-from dsv3_jax import losses, param_spec, train
+from dsv3_jax import param_spec, train
 from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.data import loader
+from dsv3_jax.data.batch import make_batch
 from dsv3_jax.model import router
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.trainer import batches as batches_lib
@@ -43,7 +44,7 @@ def batch_of(run=RUN, seed=0):
   shape = (run.train.batch_size, run.data.seq_len + 1)
   rows = testing.tokens(*shape, vocab_size=cfg.vocab_size, seed=seed)
   rows = rows.reshape(run.train.micro_batches, -1, shape[1])
-  return losses.batch(rows, cfg.vocab_size)
+  return make_batch(rows)
 
 
 class InitTest(absltest.TestCase):

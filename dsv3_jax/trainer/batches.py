@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import grain
 import jax
 
-from dsv3_jax import config, losses, train
+from dsv3_jax import config, train
 from dsv3_jax.data import loader, tokenizer
+from dsv3_jax.data.batch import Batch, make_batch
 from dsv3_jax.parallel import device_mesh
 
 
@@ -37,7 +38,7 @@ class Feed:
 
   def batches(
     self, first_step: int, mesh: jax.sharding.Mesh
-  ) -> Iterator[losses.Batch]:
+  ) -> Iterator[Batch]:
     """Batches [A, B, T] of optimizer steps from first_step on.
 
     A process reads the rows of its own devices.
@@ -55,5 +56,5 @@ class Feed:
     steps = map(own, itertools.count(first_step))
     for rows in loader.batches(self._order, steps):
       tokens = rows["tokens"].reshape(-1, len(columns), run.data.seq_len + 1)
-      batch = losses.batch(tokens, run.model.vocab_size, *unpredicted)
+      batch = make_batch(tokens, *unpredicted)
       yield train.place(batch, n_rows, mesh)

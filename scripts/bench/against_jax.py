@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax import config, losses, train
+from dsv3_jax import config, train
 from dsv3_jax.config import presets
+from dsv3_jax.data.batch import make_batch
 from dsv3_jax.parallel import device_mesh
 from experiments import allocator
 from scripts.bench import worker
@@ -34,7 +35,7 @@ def prepare(job: dict[str, Any]) -> worker.Task:
   def step() -> float:
     nonlocal state
     rows = rng.integers(vocab, size=shape, dtype=np.int32)
-    batch = train.place(losses.batch(rows, vocab), n_rows, mesh)
+    batch = train.place(make_batch(rows), n_rows, mesh)
     state, metrics = train_step(state, batch)
     return float(metrics["loss"])
 

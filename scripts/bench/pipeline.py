@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from dsv3_jax import config, losses, train, varying
+from dsv3_jax import config, train, varying
+from dsv3_jax.data.batch import Batch, make_batch
 from dsv3_jax.errors import InputError
 from dsv3_jax.model import moe
 from dsv3_jax.parallel import device_mesh
@@ -110,7 +111,7 @@ def make_run(schedule: str, n_layers: int, n_micro: int) -> config.Run:
 
 def inputs(
   run: config.Run, mesh: jax.sharding.Mesh
-) -> tuple[train.TrainState, losses.Batch]:
+) -> tuple[train.TrainState, Batch]:
   """Micro-batch i holds tokens i, whose embeddings are i; layer i a bias i."""
   state = train.init_state(run, jax.random.key(0))
   count = lambda a: np.broadcast_to(
@@ -124,7 +125,7 @@ def inputs(
   n_micro = run.train.micro_batches
   rows = np.arange(n_micro, dtype=np.int32)[:, None, None]
   rows = np.broadcast_to(rows, (n_micro, 1, run.data.seq_len + 1))
-  batch = losses.batch(np.ascontiguousarray(rows), run.model.vocab_size)
+  batch = make_batch(np.ascontiguousarray(rows))
   return state, train.place(batch, run.train.micro_batch_size, mesh)
 
 

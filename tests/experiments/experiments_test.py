@@ -17,9 +17,10 @@ import pytest
 import testing
 from absl.testing import absltest, parameterized
 
-from dsv3_jax import config, losses, train
+from dsv3_jax import config, train
 from dsv3_jax.checkpoint import checkpointer, manifest
 from dsv3_jax.config import presets
+from dsv3_jax.data.batch import Batch
 from dsv3_jax.interop import open_run
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.trainer import distributed, metrics_writer, run_args, trainer
@@ -65,7 +66,7 @@ class TraceTest(parameterized.TestCase):
     after, metrics = jax.eval_shape(
       functools.partial(train.train_step, run=run),
       state,
-      losses.Batch(ids, ids),
+      Batch(ids, ids),
     )
     shapes = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)
     self.assertEqual(shapes(after), shapes(state))

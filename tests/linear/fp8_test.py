@@ -14,8 +14,9 @@ import testing
 from absl.testing import absltest, parameterized
 from quantize_test import relative
 
-from dsv3_jax import config, losses, param_spec, train
+from dsv3_jax import config, param_spec, train
 from dsv3_jax.config import presets
+from dsv3_jax.data.batch import make_batch
 from dsv3_jax.linear import linear, quantize
 from dsv3_jax.linear import recipe as recipe_lib
 from dsv3_jax.model import experts, moe, swiglu, transformer
@@ -251,7 +252,7 @@ def step_gradients(run, sizes=()):
   rng = np.random.default_rng(0)
   shape = run.train.micro_batches, run.train.micro_batch_size, 17
   rows = rng.integers(0, 300, shape).astype(np.int32)
-  batch = losses.batch(rows, run.model.vocab_size)
+  batch = make_batch(rows)
   if mesh is not None:
     state = jax.device_put(state, train.shardings(run, mesh))
     batch = train.place(batch, run.train.micro_batch_size, mesh)

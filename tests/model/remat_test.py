@@ -11,8 +11,9 @@ import testing
 from absl.testing import absltest, parameterized
 from jax.extend import core
 
-from dsv3_jax import config, losses, param_spec, train
+from dsv3_jax import config, param_spec, train
 from dsv3_jax.config import presets
+from dsv3_jax.data.batch import make_batch
 from dsv3_jax.linear import recipe as recipe_lib
 from dsv3_jax.model import attention, experts, moe, transformer
 from dsv3_jax.model import remat as remat_lib
@@ -185,7 +186,7 @@ class StepTest(parameterized.TestCase):
     state = testing.state(run)
     bias = 0.01 * testing.normal(*state.router_bias.shape, seed=3)
     rows = testing.tokens(1, 4, 9, vocab_size=run.model.vocab_size)
-    batch = losses.batch(rows, run.model.vocab_size)
+    batch = make_batch(rows)
     args = state.replace(router_bias=bias), batch
     lowered = jax.jit(functools.partial(train.gradients, run=run)).lower(*args)
     # As users run it, whatever the tests are compiled with, but with all the

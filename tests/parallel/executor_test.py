@@ -13,7 +13,8 @@ import testing
 from absl.testing import absltest, parameterized
 from jax.extend import core
 
-from dsv3_jax import config, losses, train
+from dsv3_jax import config, train
+from dsv3_jax.data.batch import Batch
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import device_mesh, sharding
 from dsv3_jax.parallel.pipeline import (
@@ -42,7 +43,7 @@ def traced(run, sizes=None):
   shape = run.train.micro_batches, run.train.micro_batch_size, run.data.seq_len
   ids = jax.ShapeDtypeStruct(shape, np.int32, sharding=spec)
   gradients = functools.partial(train.gradients, run=run, mesh=mesh)
-  return jax.jit(gradients).trace(state, losses.Batch(ids, ids))
+  return jax.jit(gradients).trace(state, Batch(ids, ids))
 
 
 def equations(jaxpr):

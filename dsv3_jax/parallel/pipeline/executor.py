@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax import config, losses, param_spec, varying
+from dsv3_jax.data.batch import Batch
 from dsv3_jax.linear import recipe
 from dsv3_jax.model import moe, transformer
 from dsv3_jax.parallel import sharding
@@ -42,7 +43,7 @@ def gradient_sums(
   params: param_spec.Params,
   bias: jax.Array,
   mtp_weight: jax.Array,
-  batch: losses.Batch,
+  batch: Batch,
   weights: jax.Array,
   *,
   run: config.Run,
@@ -130,7 +131,7 @@ class _Executor:
   params: param_spec.Params
   bias: jax.Array
   mtp_weight: jax.Array
-  batch: losses.Batch
+  batch: Batch
   weights: jax.Array
   run: config.Run
   layout: sharding.Layout
