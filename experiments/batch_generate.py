@@ -82,7 +82,7 @@ _KNOWN = _FORMS | _SETTINGS
 
 def problems(settings: Mapping[str, Any]) -> list[str]:
   """What is wrong with settings that all lines begin with, a line each."""
-  found = sampling.problems(
+  found = sampling.validate(
     *(settings[name] for name in ("temperature", "top_p", "top_k", "seed"))
   )
   if settings["max_tokens"] < 1:
@@ -124,7 +124,7 @@ class _Line:
 
   index: int
   asked: Row | None = None  # what is repeated beside the text
-  ask: generate.Ask | None = None
+  ask: generate.GenerationRequest | None = None
   error: str = ""
 
 
@@ -158,16 +158,18 @@ def _asked(line: bytes, settings: Mapping[str, Any]) -> Row:
   return asked
 
 
-def _ask(asked: Row) -> generate.Ask:
+def _ask(asked: Row) -> generate.GenerationRequest:
   settings = {name: asked[name] for name in _SETTINGS}
   (prompt,) = (asked[form] for form in _FORMS if form in asked)
   for name in ("temperature", "top_p"):
     settings[name] = float(settings[name])
-  return generate.Ask(prompt, **settings | {"stop": tuple(settings["stop"])})
+  return generate.GenerationRequest(
+    prompt, **settings | {"stop": tuple(settings["stop"])}
+  )
 
 
 def _lines(
-  path: pathlib.Path, writer: generate.Writer, settings: Mapping[str, Any]
+  path: pathlib.Path, writer: generate.Generator, settings: Mapping[str, Any]
 ) -> list[_Line]:
   """All lines that are not empty."""
   with _told(f"--prompts={path}"):
@@ -248,31 +250,31 @@ def _save(path: pathlib.Path, rows: Mapping[int, Row]) -> None:
   os.replace(partial, path)
 
 
-def _written(writer: generate.Writer, todo: list[_Line]) -> Iterator[Row]:
+def _written(writer: generate.Generator, todo: list[_Line]) -> Iterator[Row]:
   """Rows as their texts end."""
   parts = {}
   for piece in writer.stream(line.ask for line in todo):
-    texts, tokens, logprobs = parts.setdefault(piece.ask, ([], [], []))
+    texts, tokens, logprobs = parts.setdefault(piece.index, ([], [], []))
     texts.append(piece.text)
     tokens.append(piece.token)
     logprobs.append(round(piece.logprob, 6))
-    if piece.ended:
-      line = todo[piece.ask]
+    if piece.finish_reason:
+      line = todo[piece.index]
       yield (
         {"index": line.index}
         | line.asked
         | {
           "text": "".join(texts),
-          "ended": piece.ended,
+          "ended": piece.finish_reason,
           "tokens": tokens,
           "logprobs": logprobs,
         }
       )
-      del parts[piece.ask]
+      del parts[piece.index]
 
 
 def write(
-  writer: generate.Writer,
+  writer: generate.Generator,
   prompts: pathlib.Path,
   out: pathlib.Path,
   settings: Mapping[str, Any],
@@ -335,7 +337,7 @@ def _tell(line: str) -> None:
   print(line, file=sys.stderr)
 
 
-def drafted(stats: stats_lib.Stats) -> str:
+def drafted(stats: stats_lib.EngineStats) -> str:
   """What drafts were good for."""
   return (
     f"of {stats.drafts} drafts {stats.acceptance:.0%} accepted:"

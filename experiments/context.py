@@ -204,7 +204,7 @@ def write_texts(
 
 def _models(
   command: run_args.RunArgs, done: Sequence[Phase], longest: int
-) -> Iterator[tuple[str, hidden.Model]]:
+) -> Iterator[tuple[str, hidden.EvalModel]]:
   """All models to look at, by label."""
   from dsv3_jax.trainer import distributed
 
@@ -212,10 +212,10 @@ def _models(
   for phase in done:
     folder = command.workdir / phase.name
     parts = open_run.newest(folder, phase.run, mesh)
-    yield phase.label, hidden.Model(*parts, phase.run, mesh)
+    yield phase.label, hidden.EvalModel(*parts, phase.run, mesh)
     if not phase.start:
       yarn = with_yarn(phase.run, longest)
-      yield "YaRN, not trained", hidden.Model(*parts, yarn, mesh)
+      yield "YaRN, not trained", hidden.EvalModel(*parts, yarn, mesh)
 
 
 def _evaluate(

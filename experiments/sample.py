@@ -72,8 +72,8 @@ _FLAGS = {
   "n_slots": "slots",
   "n_drafts": "drafts",
   "dtype": "compute",
-  "kind": "unit",
-  "n_redundant": "redundant",
+  "role": "unit",
+  "redundant_experts": "redundant",
   "rebalance_every": "rebalance",
 }
 
@@ -90,21 +90,21 @@ def _settings() -> dict[str, Any]:
   }
 
 
-def _ask() -> generate.Ask:
-  return generate.Ask(_PROMPT.value, **_settings())
+def _ask() -> generate.GenerationRequest:
+  return generate.GenerationRequest(_PROMPT.value, **_settings())
 
 
 def _mesh() -> dict[str, int]:
   return cli.parse_mesh(flags.FLAGS.mesh)[0]
 
 
-def _options() -> generate.Options:
+def _options() -> generate.EngineOptions:
   deployment, n_slots = None, _SLOTS.value
   if mesh := _mesh():
-    deployment = serving_mesh.Deployment(mesh, _UNIT.value, _REDUNDANT.value)
+    deployment = serving_mesh.ServingConfig(mesh, _UNIT.value, _REDUNDANT.value)
   if not _PROMPTS.value and n_slots > 0:
     n_slots = device_mesh.axis_size(mesh, device_mesh.BATCH)
-  return generate.Options(
+  return generate.EngineOptions(
     dtype=_COMPUTE.value,
     n_slots=n_slots,
     max_len=_MAX_LEN.value,
@@ -147,7 +147,7 @@ def _of_flag(problem: str) -> str:
   return f"--{_FLAGS.get(name, name)}{equals}{rest}"
 
 
-def _found(problems: list[str]) -> generate.Found:
+def _found(problems: list[str]) -> generate.LoadedModel:
   """The model that the flags ask for.
 
   Args:
@@ -156,7 +156,7 @@ def _found(problems: list[str]) -> generate.Found:
   found, problems = None, [*problems]
   if folder := flags.FLAGS.workdir:
     try:
-      found = generate.find(
+      found = generate.open_model(
         folder,
         average=_EMA.value,
         ignore_auto_map=_AUTO_MAP.value,
@@ -176,7 +176,7 @@ def _files() -> tuple[pathlib.Path, pathlib.Path]:
   return pathlib.Path(_PROMPTS.value), pathlib.Path(_OUT.value)
 
 
-def _show(writer: generate.Writer) -> None:
+def _show(writer: generate.Generator) -> None:
   """Prints the prompt and what follows it, piece by piece."""
   start, n = time.perf_counter(), 0
   print(_PROMPT.value, end="", flush=True)

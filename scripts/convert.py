@@ -294,7 +294,7 @@ def compute_logits(
     raise InputError("\n".join(problems))
   layout = sharding.make_layout(run, mesh.shape, staged=False)
   parts = load_sharded.load(source, layout, mesh, np.float32)
-  model = hidden.Model(*parts, run, mesh)
+  model = hidden.EvalModel(*parts, run, mesh)
   b, t = tokens.shape if tokens.ndim == 2 else (0, 0)
   found = [
     np.empty((b, max(t - k, 0), run.model.vocab_size), np.float32)

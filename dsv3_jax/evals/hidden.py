@@ -15,7 +15,7 @@ from dsv3_jax.parallel import device_mesh, sharding
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class EvalModel:
   """Parameters of a run, where its layout put them."""
 
   params: param_spec.Params  # MTP modules are not used
@@ -60,8 +60,8 @@ def _scored(params, bias, tokens, data, *, score, per_row, run, mesh):
   )(params, bias, tokens, data)
 
 
-def scores(
-  model: Model,
+def map_hidden(
+  model: EvalModel,
   score: Score,
   per_row: bool,
   tokens: np.ndarray,

@@ -37,7 +37,7 @@ def _nll(hidden, head, labels, mask):
 
 
 def heldout(
-  model: hidden_lib.Model, rows: np.ndarray, mask: np.ndarray, n_bytes: int
+  model: hidden_lib.EvalModel, rows: np.ndarray, mask: np.ndarray, n_bytes: int
 ) -> Likelihood:
   """Of windows of a text.
 
@@ -47,7 +47,7 @@ def heldout(
     mask: [R, T] bool, targets to score.
     n_bytes: UTF-8 bytes of the text that the scored targets spell.
   """
-  sums = hidden_lib.scores(
+  sums = hidden_lib.map_hidden(
     model,
     _nll,
     False,

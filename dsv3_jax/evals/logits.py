@@ -44,7 +44,7 @@ def _logits(params, bias, tokens, *, run, mesh):
 
 
 def of_rows(
-  model: hidden.Model, tokens: np.ndarray
+  model: hidden.EvalModel, tokens: np.ndarray
 ) -> Iterator[tuple[slice, tuple[np.ndarray, ...]]]:
   """Logits of a few rows at a time, as many as the mesh divides.
 

@@ -56,11 +56,11 @@ def size(text: str) -> int:
 
 
 @functools.cache
-def hay() -> tuple[str, ...]:
+def filler_text() -> tuple[str, ...]:
   """Short sentences of the novels."""
   text = " ".join(d.text for d in corpus.documents("", "error"))
-  found = re.findall(r"(?<=[.!?] )[A-Z][a-z]*(?: [a-z]+){4,8}\.", text)
-  return tuple(dict.fromkeys(found))[:HAY]
+  answers_right = re.findall(r"(?<=[.!?] )[A-Z][a-z]*(?: [a-z]+){4,8}\.", text)
+  return tuple(dict.fromkeys(answers_right))[:HAY]
 
 
 def _needle(kind: str, secret: str) -> str:
@@ -73,7 +73,7 @@ def _question(kind: str) -> str:
 
 def training_text(rng: np.random.Generator, length: int) -> str:
   """A text of at most `length` words and signs, with questions answered."""
-  straw, kinds = hay(), list(rng.permutation(list(SECRETS)))
+  straw, kinds = filler_text(), list(rng.permutation(list(SECRETS)))
   told: dict[str, str] = {}
   sentences, left = [], length
   while True:
@@ -120,7 +120,7 @@ def prompt(
   asked = _question(kinds[0])
   answer = f" {secrets[0]}"
   left = length - sum(map(size, (needle, *others, asked, answer)))
-  straw, sentences = hay(), []
+  straw, sentences = filler_text(), []
   while (left := left - size(new := straw[rng.integers(len(straw))])) >= 0:
     sentences.append(new)
   for other in others:
@@ -138,8 +138,8 @@ def _all_right(hidden, head, start, answer):
   return right.all(-1).astype(jnp.float32)
 
 
-def found(
-  model: hidden_lib.Model,
+def answers_right(
+  model: hidden_lib.EvalModel,
   tok: tokenizers.Tokenizer,
   prompts: Sequence[Prompt],
   length: int,
@@ -171,14 +171,14 @@ def found(
   for i, (text, answer) in enumerate(rows):
     tokens[i, : len(text) + len(answer)] = text + answer
     answers[i, : len(answer)] = answer
-  right = hidden_lib.scores(
+  right = hidden_lib.map_hidden(
     model, _all_right, True, tokens, starts, answers, batch_size=batch_size
   )
   return np.concatenate(jax.device_get(right))[: len(rows)] > 0
 
 
 def grid(
-  model: hidden_lib.Model,
+  model: hidden_lib.EvalModel,
   tok: tokenizers.Tokenizer,
   lengths: Sequence[int],
   depths: Sequence[float],
@@ -204,6 +204,6 @@ def grid(
       for j in range(n_prompts)
     ]
     rows = max(tokens_at_once // length, 1)
-    right = found(model, tok, prompts, length, rows)
+    right = answers_right(model, tok, prompts, length, rows)
     shares.append(right.reshape(len(depths), n_prompts).mean(1))
   return np.stack(shares)

@@ -32,23 +32,23 @@ def _block(
   kept: jax.Array,
   start: jax.Array,
   cfg: config.Model,
-  how: "How",
+  options: "ForwardOptions",
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
   """A layer's output, its cache, and the load [E] of its experts."""
   h = layers.rms_norm(p["mla_norm"], x, cfg.norm_eps)
-  y, kept = how.attend(p["mla"], h, kept, start, cfg.mla)
+  y, kept = options.attend(p["mla"], h, kept, start, cfg.mla)
   x = x + y
   h = layers.rms_norm(p["ffn_norm"], x, cfg.norm_eps)
   if "bias" not in p:
     return x + swiglu.swiglu(p["ffn"], h), kept, None
   n_slots = x.shape[0] * x.shape[1] * cfg.router.top_k
-  experts = how.experts or local_experts(n_slots)
-  y, stats = moe.moe(p["ffn"], h, p["bias"], cfg, experts, how.valid)
+  experts = options.experts or local_experts(n_slots)
+  y, stats = moe.moe(p["ffn"], h, p["bias"], cfg, experts, options.valid)
   return x + y, kept, stats.load
 
 
 @dataclasses.dataclass(frozen=True)
-class How:
+class ForwardOptions:
   """How tokens are read."""
 
   attend: Attention = mla.absorbed  # or `mla.chunk`, for many of each row
@@ -56,16 +56,16 @@ class How:
   experts: moe.Experts | None = None  # None: all on this device
 
 
-ABSORBED = How()
+ABSORBED = ForwardOptions()
 
 
-def read(
-  params: inference_params.Served,
+def forward(
+  params: inference_params.InferenceParams,
   cache: kvcache.Cache,
   tokens: jax.Array,
   start: jax.Array,
   cfg: config.Model,
-  how: How = ABSORBED,
+  options: ForwardOptions = ABSORBED,
 ) -> tuple[jax.Array, kvcache.Cache, jax.Array]:
   """Reads the next tokens of every slot with the main model.
 
@@ -75,7 +75,7 @@ def read(
     tokens: [B, T] int32; row b is at positions start[b] ...
     start: [B] int32.
     cfg: the model.
-    how: in which way.
+    options: in which way.
 
   Returns:
     States after the last layer, [B, T, D], before the final norm; the cache
@@ -83,7 +83,7 @@ def read(
   """
   x, filled, loads = params["embed"][tokens], [], []
   for p, kept in zip(params["layers"], cache["main"], strict=True):
-    x, kept, load = _block(p, x, kept, start, cfg, how)
+    x, kept, load = _block(p, x, kept, start, cfg, options)
     filled.append(kept)
     if load is not None:
       loads.append(load)
@@ -92,19 +92,19 @@ def read(
   return x, cache | {"main": tuple(filled)}, load
 
 
-def read_mtp(
-  params: inference_params.Served,
+def forward_mtp(
+  params: inference_params.InferenceParams,
   cache: kvcache.Cache,
   hidden: jax.Array,
   ahead: jax.Array,
   start: jax.Array,
   cfg: config.Model,
-  how: How = ABSORBED,
+  options: ForwardOptions = ABSORBED,
 ) -> tuple[jax.Array, jax.Array, kvcache.Cache, jax.Array]:
   """The same with the first MTP module (section 2.2).
 
   Args:
-    params, cache, start, cfg, how: as in `read`.
+    params, cache, start, cfg, options: as in `forward`.
     hidden: [B, T, D], the state that the module reads at its positions.
     ahead: [B, T] int32, the token after each of them.
 
@@ -116,7 +116,7 @@ def read_mtp(
 
   def block(p, x, bias):
     del bias  # with the others
-    x, *told = _block(p, x, kept, start, cfg, how)
+    x, *told = _block(p, x, kept, start, cfg, options)
     return x, told
 
   out, onward, (kept, load) = mtp.module(
@@ -125,14 +125,16 @@ def read_mtp(
   return out, onward, cache | {"mtp": (kept,)}, load
 
 
-def final(
-  params: inference_params.Served, x: jax.Array, cfg: config.Model
+def final_norm(
+  params: inference_params.InferenceParams, x: jax.Array, cfg: config.Model
 ) -> jax.Array:
   """The final norm of states [..., D]."""
   return layers.rms_norm(params["norm"], x, cfg.norm_eps)
 
 
-def logits(params: inference_params.Served, hidden: jax.Array) -> jax.Array:
+def logits(
+  params: inference_params.InferenceParams, hidden: jax.Array
+) -> jax.Array:
   """Next-token logits [..., C] in float32 of normed states [..., D]."""
   rows = hidden.reshape(-1, hidden.shape[-1])
   # As columns, really turned: the product is much faster so on CPU.

@@ -20,7 +20,7 @@ from dsv3_jax.model import mla
 
 
 @flax.struct.dataclass
-class Chunk:
+class PromptChunk:
   """Parts of prompts, one for each shard of the slots.
 
   What is behind the first n tokens is padding; of a shard that has no prompt to
@@ -32,72 +32,79 @@ class Chunk:
   start: jax.Array  # [R] int32, position of the first
   n: jax.Array  # [R] int32
   slot: jax.Array  # [R] int32, counted in the shard
-  how: sampling.Settings
+  sampling_params: sampling.SamplingParams
 
 
-Program = Callable[..., tuple[speculation.State, Any, jax.Array]]
+Program = Callable[..., tuple[speculation.DecodeState, Any, jax.Array]]
 
 
 @functools.cache
-def cycle(
-  cfg: config.Model, unit: serving_mesh.Unit | None, mode: str
+def decode_program(
+  cfg: config.Model, unit: serving_mesh.ServingMesh | None, mode: str
 ) -> Program:
-  """`speculation.cycle` of all slots, on one device or on a unit's.
+  """`speculation.decode_step` of all slots, on one device or on a unit's.
 
   Returns:
     A jitted function of parameters, state (donated) and the slots in use.
   """
-  experts = serving_mesh.experts(unit, cfg) if unit else None
+  experts = serving_mesh.make_experts(unit, cfg) if unit else None
 
   def local(params, state, in_use):
-    return speculation.cycle(params, state, in_use, cfg, mode, experts)
+    return speculation.decode_step(params, state, in_use, cfg, mode, experts)
 
-  return jax.jit(serving_mesh.mapped(local, unit), donate_argnums=1)
+  return jax.jit(serving_mesh.shard_mapped(local, unit), donate_argnums=1)
 
 
 @functools.partial(jax.jit, static_argnames="n")
-def grow(state: speculation.State, n: int) -> speculation.State:
+def grow_cache(
+  state: speculation.DecodeState, n: int
+) -> speculation.DecodeState:
   """The same with a cache of n positions."""
   return state.replace(cache=kvcache.grow(state.cache, n))
 
 
 @functools.cache
-def prefill(
-  cfg: config.Model, unit: serving_mesh.Unit | None, mode: str
+def prefill_program(
+  cfg: config.Model, unit: serving_mesh.ServingMesh | None, mode: str
 ) -> Program:
   """Reads a chunk of prompts.
 
   Returns:
-    A jitted function of parameters, state (donated) and a `Chunk`. It returns
-    the state; what follows the last token, drawn with the settings of the text,
+    A jitted function of parameters, state (donated) and a `PromptChunk`. It
+    returns the state; what follows the last token, drawn with the settings of the text,
     [R, 1] int32, and its log-probability; tokens of each expert of the main
     model.
   """
-  experts = serving_mesh.experts(unit, cfg) if unit else None
+  experts = serving_mesh.make_experts(unit, cfg) if unit else None
 
   def local(params, state, chunk):
     return _read_chunk(params, state, chunk, cfg, mode, experts)
 
-  return jax.jit(serving_mesh.mapped(local, unit), donate_argnums=1)
+  return jax.jit(serving_mesh.shard_mapped(local, unit), donate_argnums=1)
 
 
 def _read_chunk(params, state, chunk, cfg, mode, experts):
   """Reads a chunk of one prompt into a slot, and draws what follows it."""
-  start, how, (n,), (slot,) = chunk.start, chunk.how, chunk.n, chunk.slot
+  start, sampling_params, (n,), (slot,) = (
+    chunk.start,
+    chunk.sampling_params,
+    chunk.n,
+    chunk.slot,
+  )
   row = jax.tree.map(
     lambda a: jax.lax.dynamic_slice_in_dim(a, slot, 1), state.cache
   )
   valid = jnp.arange(chunk.tokens.shape[1])[None] < n
-  read = cached_forward.How(mla.chunk, valid, experts)
-  x, row, load = cached_forward.read(
+  read = cached_forward.ForwardOptions(mla.chunk, valid, experts)
+  x, row, load = cached_forward.forward(
     params, row, chunk.tokens, start, cfg, read
   )
   last = jax.lax.dynamic_slice_in_dim(x, jnp.maximum(n - 1, 0), 1, axis=1)
-  normed = cached_forward.final(params, last, cfg)
+  normed = cached_forward.final_norm(params, last, cfg)
   logits = cached_forward.logits(params, normed)
-  p = sampling.probabilities(logits, how, mode)
+  p = sampling.probabilities(logits, sampling_params, mode)
   position = start[:, None] + n
-  token = sampling.draw(p, how.seed, position, sampling.FINAL, mode)
+  token = sampling.draw(p, sampling_params.seed, position, sampling.FINAL, mode)
 
   def put(a, new):
     old = jax.lax.dynamic_slice_in_dim(a, slot, 1)
@@ -108,8 +115,10 @@ def _read_chunk(params, state, chunk, cfg, mode, experts):
   if hidden is not None:
     # Only its cache is wanted. The last position, whose next token is not known
     # here, is read again with it in the first cycle.
-    states = speculation.mtp_input(x, cached_forward.final(params, x, cfg), cfg)
-    _, _, row, _ = cached_forward.read_mtp(
+    states = speculation.mtp_input(
+      x, cached_forward.final_norm(params, x, cfg), cfg
+    )
+    _, _, row, _ = cached_forward.forward_mtp(
       params, row, states, chunk.ahead, start, cfg, read
     )
     of_last = speculation.mtp_input(last, normed, cfg)
@@ -120,6 +129,6 @@ def _read_chunk(params, state, chunk, cfg, mode, experts):
     n=put(state.n, jnp.ones_like(start)),
     start=put(state.start, start + n - 1),
     hidden=hidden,
-    how=jax.tree.map(put, state.how, how),
+    sampling_params=jax.tree.map(put, state.sampling_params, sampling_params),
   )
-  return state, (token, speculation.logprobs(logits, token)), load
+  return state, (token, speculation.token_logprobs(logits, token)), load

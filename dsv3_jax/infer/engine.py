@@ -49,10 +49,12 @@ class Request:
 class Event:
   """A token of a text."""
 
-  request: int  # number that `submit` gave
+  index: int  # number that `submit` gave
   token: int
   logprob: float  # of the model itself: no temperature, nothing cut
-  ended: str = ""  # with this token, which a STOP one does not belong to
+  finish_reason: str = (
+    ""  # with this token, which a STOP one does not belong to
+  )
 
 
 @dataclasses.dataclass
@@ -70,15 +72,15 @@ class Engine:
 
   def __init__(
     self,
-    params: inference_params.Served,
+    params: inference_params.InferenceParams,
     cfg: config.Model,
     *,
     n_slots: int = 8,
     max_len: int = 4096,
     chunk: int = 512,
     n_drafts: int = 0,
-    unit: serving_mesh.Unit | None = None,
-    placed: eplb.Placement | None = None,
+    unit: serving_mesh.ServingMesh | None = None,
+    placed: eplb.ExpertPlacement | None = None,
     rebalance_every: int = 0,
   ):
     """An engine with an empty cache.
@@ -100,7 +102,7 @@ class Engine:
     """
     problems = _problems(cfg, n_slots, max_len, chunk, n_drafts)
     if unit:
-      problems += serving_mesh.problems(unit, cfg, n_slots)
+      problems += serving_mesh.validate(unit, cfg, n_slots)
     if bool(unit) != bool(placed):
       problems.append("unit and placed: one needs the other")
     if rebalance_every < 0 or (rebalance_every and not unit):
@@ -113,20 +115,22 @@ class Engine:
     self.cfg, self.n_slots, self.max_len = cfg, n_slots, max_len
     self.chunk, self.n_drafts = chunk, n_drafts
     self.rebalance_every = rebalance_every
-    self.stats, self.submitted = stats.Stats(), 0
+    self.stats, self.submitted = stats.EngineStats(), 0
     self._params, self._unit, self._placed = params, unit, placed
     self._n_shards = unit.n_shards if unit else 1
     # By mode. A look at the configuration for each call would take its time.
     self._cycle, self._prefill = (
       functools.cache(functools.partial(program, cfg, unit))
-      for program in (compiled.cycle, compiled.prefill)
+      for program in (compiled.decode_program, compiled.prefill_program)
     )
     self._free = list(range(n_slots))[::-1]
     self._active: dict[int, _Active] = {}
     self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
-    self._state: speculation.State | None = None
+    self._state: speculation.DecodeState | None = None
     self._load, self._pending = None, []
-    self._running: tuple[dict[int, _Active], speculation.Written] | None = None
+    self._running: tuple[dict[int, _Active], speculation.StepOutput] | None = (
+      None
+    )
 
   # --- requests ---
 
@@ -143,7 +147,7 @@ class Engine:
       found.append(f"prompt: token id {wrong} must be in [0, {vocab})")
     if request.max_tokens < 1:
       found.append(f"max_tokens={request.max_tokens}: must be at least 1")
-    found += sampling.problems(
+    found += sampling.validate(
       request.temperature, request.top_p, request.top_k, request.seed
     )
     if (need := self._need(request)) > self.max_len:
@@ -238,8 +242,10 @@ class Engine:
     """
     self.stats.imbalance.append(float(self.imbalance().mean()))
     args = self._unit, self.cfg
-    new = serving_mesh.best_placement(self.load, *args)
-    self._params = serving_mesh.move(self._params, self._placed, new, *args)
+    new = serving_mesh.placement_for_load(self.load, *args)
+    self._params = serving_mesh.apply_placement(
+      self._params, self._placed, new, *args
+    )
     self._placed, self._load = new, None
 
   # --- the slots ---
@@ -258,18 +264,20 @@ class Engine:
     if self._state is None:
       self._state = self._empty(n)
     elif n > kvcache.length(self._state.cache):
-      self._state = compiled.grow(self._state, n)
+      self._state = compiled.grow_cache(self._state, n)
 
-  def _empty(self, n: int) -> speculation.State:
+  def _empty(self, n: int) -> speculation.DecodeState:
     b, k, dtype = self.n_slots, self.n_drafts, self._params["embed"].dtype
     zeros = jnp.zeros((b, k + 1), jnp.int32)
-    state = speculation.State(
+    state = speculation.DecodeState(
       cache=kvcache.empty(kvcache.specs(self.cfg, b, n, dtype, drafting=k > 0)),
       tokens=zeros,
       n=jnp.ones(b, jnp.int32),
       start=jnp.zeros(b, jnp.int32),
       hidden=jnp.zeros((b, k + 1, self.cfg.d_model), dtype) if k else None,
-      how=jax.tree.map(jnp.asarray, sampling.joined([(0, 1, 0, 0)] * b)),
+      sampling_params=jax.tree.map(
+        jnp.asarray, sampling.stack_params([(0, 1, 0, 0)] * b)
+      ),
     )
     return self._put(state)
 
@@ -317,7 +325,9 @@ class Engine:
         )
     return events
 
-  def _chunk(self, admitted: dict[int, _Active], start: int) -> compiled.Chunk:
+  def _chunk(
+    self, admitted: dict[int, _Active], start: int
+  ) -> compiled.PromptChunk:
     """Tokens of prompts from a position on."""
     n_rows, size = self._n_shards, self.n_slots // self._n_shards
     here = {
@@ -334,16 +344,16 @@ class Engine:
       ids[shard, : len(here[shard])] = here[shard]
       slot[shard] = active.slot % size
       how[shard] = _how(active.request)
-    return compiled.Chunk(
+    return compiled.PromptChunk(
       tokens=ids[:, :-1],
       ahead=ids[:, 1:],
       start=np.full(n_rows, start, np.int32),
       n=n,
       slot=slot,
-      how=sampling.joined(how),
+      sampling_params=sampling.stack_params(how),
     )
 
-  def _start(self) -> tuple[dict[int, _Active], speculation.Written] | None:
+  def _start(self) -> tuple[dict[int, _Active], speculation.StepOutput] | None:
     """Starts a cycle of the texts that the running one does not end for sure.
 
     It writes at least a token of each that it is of.
@@ -368,7 +378,7 @@ class Engine:
     return active, written
 
   def _told(
-    self, active: dict[int, _Active], written: speculation.Written
+    self, active: dict[int, _Active], written: speculation.StepOutput
   ) -> list[Event]:
     """What a cycle wrote of the texts that are still wanted."""
     written = jax.device_get(written)
@@ -377,7 +387,7 @@ class Engine:
     events = []
     for slot, a in sorted(active.items()):
       if self._active.get(slot) is not a:
-        self.stats.spare += 1
+        self.stats.wasted_rows += 1
         continue
       n = written.n[slot]
       self.stats.rows += 1

@@ -12,7 +12,7 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Placement:
+class ExpertPlacement:
   """What every slot holds. Devices own R / n_devices slots each, in order."""
 
   expert: np.ndarray  # [L, R] int32, that of each slot
@@ -117,7 +117,7 @@ def place(
   n_devices: int,
   n_groups: int = 1,
   n_nodes: int = 1,
-) -> Placement:
+) -> ExpertPlacement:
   """Replicates and packs the experts of each layer.
 
   Hierarchical where n_nodes divides n_groups: groups are packed into nodes,
@@ -154,7 +154,7 @@ def place(
   return _placement(expert, rank, n_experts)
 
 
-def identity(n_layers: int, n_experts: int) -> Placement:
+def identity(n_layers: int, n_experts: int) -> ExpertPlacement:
   """Every expert once, in order.
 
   Raises:
@@ -208,7 +208,7 @@ def _in_order(chosen: np.ndarray, place: np.ndarray) -> np.ndarray:
 
 def _placement(
   expert: np.ndarray, rank: np.ndarray, n_experts: int
-) -> Placement:
+) -> ExpertPlacement:
   """From the expert [L, R] of each slot and which replica [L, R] of it."""
   n_layers, n_slots = expert.shape
   layer = np.arange(n_layers)[:, None]
@@ -216,7 +216,7 @@ def _placement(
   np.add.at(count, (layer, expert), 1)
   replicas = np.full((*count.shape, count.max()), -1, np.int32)
   replicas[layer, expert, rank] = np.arange(n_slots)
-  return Placement(expert.astype(np.int32), replicas, count)
+  return ExpertPlacement(expert.astype(np.int32), replicas, count)
 
 
 def _checked(name: str, values: np.ndarray, n_dims: int) -> np.ndarray:

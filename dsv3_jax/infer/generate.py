@@ -40,7 +40,7 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Ask:
+class GenerationRequest:
   """A text to write."""
 
   prompt: Prompt  # a text, token ids, or a conversation as `chat` has them
@@ -53,33 +53,33 @@ class Ask:
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class Chunk:
   """What a token adds to a text."""
 
-  ask: int  # which one, counted from 0
+  index: int  # which one, counted from 0
   text: str  # "": characters are not complete, or might begin a stop string
   token: int
   logprob: float
-  ended: str  # "stop" or "length" with the last piece
+  finish_reason: str  # "stop" or "length" with the last piece
 
 
-class Writer:
+class Generator:
   """Writes texts with an engine."""
 
   def __init__(self, engine: engine_lib.Engine, tok: tokenizers.Tokenizer):
     self.engine, self.tok = engine, tok
 
   def write(self, prompt: Prompt, **settings: Any) -> Iterator[str]:
-    """Yields a text as it is made; settings are those of `Ask`.
+    """Yields a text as it is made; settings are those of `GenerationRequest`.
 
     Raises:
       InputError: it cannot be served.
     """
-    for piece in self.stream([Ask(prompt, **settings)]):
+    for piece in self.stream([GenerationRequest(prompt, **settings)]):
       if piece.text:
         yield piece.text
 
-  def stream(self, asks: Iterable[Ask]) -> Iterator[Piece]:
+  def stream(self, asks: Iterable[GenerationRequest]) -> Iterator[Chunk]:
     """Yields pieces of all texts, several at the same time.
 
     Raises:
@@ -98,19 +98,19 @@ class Writer:
 
     try:
       for event in self.engine.run(requests()):
-        if (text := texts.get(event.request)) is None:
+        if (text := texts.get(event.index)) is None:
           continue  # a stop string ended it before
         new, ended = text.add(event)
         if ended:
-          del texts[event.request]
-          self.engine.cancel(event.request)
-        number = event.request - first
-        yield Piece(number, new, event.token, event.logprob, ended)
+          del texts[event.index]
+          self.engine.cancel(event.index)
+        number = event.index - first
+        yield Chunk(number, new, event.token, event.logprob, ended)
     finally:
       for number in texts:
         self.engine.cancel(number)
 
-  def request(self, ask: Ask) -> engine_lib.Request:
+  def request(self, ask: GenerationRequest) -> engine_lib.Request:
     """The ask in token ids.
 
     Raises:
@@ -168,8 +168,8 @@ class _Text:
     found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
     if found:
       return text[: min(found)], engine_lib.STOP
-    if event.ended:
-      return text, event.ended
+    if event.finish_reason:
+      return text, event.finish_reason
     shown = len(text) - max((_overlap(text, s) for s in self._stops), default=0)
     self._held = text[shown:]
     return text[:shown], ""
@@ -180,7 +180,7 @@ class _Text:
     new = self._tok.decode(self._ids)[self._n :]
     # Only the last can be unfinished: those before it stand for bytes that are
     # no character whatever follows.
-    if new.endswith(_UNFINISHED) and not event.ended:
+    if new.endswith(_UNFINISHED) and not event.finish_reason:
       new = new[:-1]
       self._n += len(new)
     else:
@@ -198,7 +198,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class EngineOptions:
   """How texts are to be written."""
 
   dtype: str = "float32"  # of parameters and cache, one of DTYPES
@@ -206,19 +206,21 @@ class Options:
   max_len: int | None = None  # None: MAX_LEN, or what YaRN extends to if less
   chunk: int = 512  # tokens of a prompt that are read together
   n_drafts: int = 0  # tokens that the MTP module drafts at a time
-  deployment: serving_mesh.Deployment | None = None  # None: one device
+  deployment: serving_mesh.ServingConfig | None = None  # None: one device
   rebalance_every: int = 0  # cycles after which experts are placed anew
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class LoadedModel:
   """The model of a folder and its tokenizer; no parameter has been read."""
 
   model: config.Model
   tok: tokenizers.Tokenizer
   read: Callable[[jax.sharding.Mesh, bool], Parameters]  # with those of MTP?
 
-  def problems(self, options: Options, *asks: Ask) -> list[str]:
+  def problems(
+    self, options: EngineOptions, *asks: GenerationRequest
+  ) -> list[str]:
     """What is wrong with options, or with asks of their writer, a line each."""
     found = []
     if options.dtype not in DTYPES:
@@ -226,14 +228,14 @@ class Found:
       found.append(f"dtype={options.dtype}: must be one of {known}")
     try:
       # Only what writes needs parameters.
-      writer = Writer(self._engine({}, options), self.tok)
+      writer = Generator(self._engine({}, options), self.tok)
       for ask in asks:
         writer.request(ask)
     except InputError as error:
       found += str(error).splitlines()
     return found
 
-  def writer(self, options: Options) -> Writer:
+  def writer(self, options: EngineOptions) -> Generator:
     """Reads the parameters.
 
     Raises:
@@ -250,26 +252,26 @@ class Found:
     params, bias = device_mesh.on_first_device(parts, mesh)
     made = _served(params, bias, cfg=cfg, recipe=DTYPES[options.dtype])
     if options.deployment:
-      unit = serving_mesh.unit(options.deployment, cfg)
-      made = serving_mesh.place(
-        made, serving_mesh.first_placement(unit, cfg), unit, cfg
+      unit = serving_mesh.make_serving_mesh(options.deployment, cfg)
+      made = serving_mesh.shard_params(
+        made, serving_mesh.uniform_placement(unit, cfg), unit, cfg
       )
-    return Writer(self._engine(made, options), self.tok)
+    return Generator(self._engine(made, options), self.tok)
 
-  def _cfg(self, options: Options) -> config.Model:
+  def _cfg(self, options: EngineOptions) -> config.Model:
     """The model as it is served: with MTP modules only if they draft."""
     if options.n_drafts:
       return self.model
     return config.override(self.model, "mtp.depth=0")
 
   def _engine(
-    self, params: inference_params.Served, options: Options
+    self, params: inference_params.InferenceParams, options: EngineOptions
   ) -> engine_lib.Engine:
     cfg, max_len, unit = self._cfg(options), options.max_len, None
     if max_len is None:
       max_len = int(min(MAX_LEN, cfg.mla.yarn.max_len))
     if options.deployment:
-      unit = serving_mesh.unit(options.deployment, cfg)
+      unit = serving_mesh.make_serving_mesh(options.deployment, cfg)
     return engine_lib.Engine(
       params,
       cfg,
@@ -278,18 +280,18 @@ class Found:
       chunk=options.chunk,
       n_drafts=options.n_drafts,
       unit=unit,
-      placed=unit and serving_mesh.first_placement(unit, cfg),
+      placed=unit and serving_mesh.uniform_placement(unit, cfg),
       rebalance_every=options.rebalance_every,
     )
 
 
-def find(
+def open_model(
   folder: str | pathlib.Path,
   *,
   average: bool = False,
   ignore_auto_map: bool = False,
   follow_links: bool = False,
-) -> Found:
+) -> LoadedModel:
   """Looks at a folder.
 
   Args:
@@ -317,20 +319,20 @@ def find(
     read = lambda mesh, _: open_run.newest(folder, run, mesh, average=average)
   tok = tokenizer.load(path)
   tokenizer.check_fits(tok, model.vocab_size)
-  return Found(model, tok, read)
+  return LoadedModel(model, tok, read)
 
 
 def load(
   folder: str | pathlib.Path, *, average: bool = False, **options: Any
-) -> Writer:
-  """A writer with the model of a folder; options are those of `Options`.
+) -> Generator:
+  """A writer with the model of a folder; options are those of `EngineOptions`.
 
   Raises:
     InputError: the folder does not hold such a model and its tokenizer, or an
       option is out of range.
     manifest.MissingError: the run has no checkpoint.
   """
-  return find(folder, average=average).writer(Options(**options))
+  return open_model(folder, average=average).writer(EngineOptions(**options))
 
 
 def is_released(folder: pathlib.Path) -> bool:
@@ -351,4 +353,4 @@ def _read_released(
 def _served(params, bias, *, cfg, recipe):
   how = config.Precision(recipe=recipe)
   params = recipe_lib.compute_params(params, transformer.specs(cfg), how)
-  return inference_params.params(params, bias, cfg)
+  return inference_params.from_params(params, bias, cfg)

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from dsv3_jax import config, param_spec
 from dsv3_jax.model import mla, transformer
 
-Served = dict[str, Any]
+InferenceParams = dict[str, Any]
 
 
-def params(
+def from_params(
   params: param_spec.Params, bias: jax.Array, cfg: config.Model
-) -> Served:
+) -> InferenceParams:
   """{"embed", "norm", "head" [C, D], "layers", "mtp"}.
 
   The head is turned: products of a few rows with it are several times faster
@@ -100,12 +100,12 @@ def _blocks(tree: Any) -> list[Any]:
   return [*tree["layers"], *(module["block"] for module in tree["mtp"])]
 
 
-def mixtures(tree: Any) -> list[Any]:
+def moe_ffns(tree: Any) -> list[Any]:
   """The "ffn" of all blocks with a router, of the MTP modules last."""
   return [block["ffn"] for block in _blocks(tree) if "bias" in block]
 
 
-def with_mixtures(tree: Any, new: Sequence[Any]) -> Any:
+def replace_moe_ffns(tree: Any, new: Sequence[Any]) -> Any:
   """The same tree with others in their place."""
   rest = iter(new)
   blocks = iter(

@@ -1,7 +1,7 @@
 """Choosing tokens: what they are drawn from, and drawing.
 
 Every row has settings and a seed of its own, and its draws depend on nothing
-else: neither on other rows nor on how many there are.
+else: neither on other rows nor on params many there are.
 """
 
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ import numpy as np
 
 # What the rows need together: sorting the vocabulary only where some row cuts
 # it, no randomness where none draws.
-GREEDY, PLAIN, CUT = "greedy", "plain", "cut"
+GREEDY, UNTRUNCATED, TRUNCATED = "greedy", "plain", "cut"
 # What a draw at a position is for.
 DRAFT, ACCEPT, FINAL = range(3)
-LARGEST = 1e30  # temperature; in float32
+MAX_TEMPERATURE = 1e30  # temperature; in float32
 
 
 @flax.struct.dataclass
-class Settings:
+class SamplingParams:
   """Of each row."""
 
   temperature: jax.Array  # [B] f32, 0: the most likely token
@@ -29,22 +29,24 @@ class Settings:
   seed: jax.Array  # [B] uint32
 
 
-def joined(rows: Sequence[tuple[float, float, int, int]]) -> Settings:
+def stack_params(
+  rows: Sequence[tuple[float, float, int, int]],
+) -> SamplingParams:
   """Those of rows of (temperature, top_p, top_k, seed), on the host."""
   types = np.float32, np.float32, np.int32, np.uint32
   columns = zip(*rows, strict=True)
-  return Settings(*map(np.array, columns, types))
+  return SamplingParams(*map(np.array, columns, types))
 
 
-def problems(
+def validate(
   temperature: float, top_p: float, top_k: int, seed: int
 ) -> list[str]:
   """What is wrong with settings, a line each."""
   found = []
-  if not 0 <= temperature <= LARGEST:
+  if not 0 <= temperature <= MAX_TEMPERATURE:
     found.append(
       f"temperature={temperature}: must be at least 0, and at most"
-      f" {LARGEST:.0e}"
+      f" {MAX_TEMPERATURE:.0e}"
     )
   if not 0 < top_p <= 1:
     found.append(f"top_p={top_p}: must be above 0 and at most 1")
@@ -60,7 +62,7 @@ def mode(rows: Sequence[tuple[float, float, int]]) -> str:
   drawn = [(top_p, top_k) for temperature, top_p, top_k in rows if temperature]
   if not drawn:
     return GREEDY
-  return CUT if any(p < 1 or k for p, k in drawn) else PLAIN
+  return TRUNCATED if any(p < 1 or k for p, k in drawn) else UNTRUNCATED
 
 
 def most_likely(scores: jax.Array) -> jax.Array:
@@ -74,7 +76,9 @@ def most_likely(scores: jax.Array) -> jax.Array:
   return jnp.where(scores == top, index, last).min(-1)
 
 
-def probabilities(logits: jax.Array, how: Settings, mode: str) -> jax.Array:
+def probabilities(
+  logits: jax.Array, params: SamplingParams, mode: str
+) -> jax.Array:
   """What tokens are drawn from, [B, T, C] of logits [B, T, C].
 
   Temperature first, then the top_k most likely, then the fewest of those whose
@@ -82,7 +86,7 @@ def probabilities(logits: jax.Array, how: Settings, mode: str) -> jax.Array:
 
   Args:
     logits: f32.
-    how: settings of the rows.
+    params: settings of the rows.
     mode: of all rows.
   """
   best = most_likely(logits)
@@ -90,10 +94,10 @@ def probabilities(logits: jax.Array, how: Settings, mode: str) -> jax.Array:
   if mode == GREEDY:
     return one
   temperature, top_p, top_k = (
-    a[:, None, None] for a in (how.temperature, how.top_p, how.top_k)
+    a[:, None, None] for a in (params.temperature, params.top_p, params.top_k)
   )
   logits = logits / jnp.where(temperature > 0, temperature, 1)
-  if mode == CUT:
+  if mode == TRUNCATED:
     order = jnp.argsort(-logits, axis=-1, stable=True)
     falling = jnp.take_along_axis(logits, order, axis=-1)
     rank = jnp.arange(logits.shape[-1])[None, None]

@@ -41,17 +41,17 @@ RULES = {"prefill": PREFILL, "decode": DECODE}
 
 
 @dataclasses.dataclass(frozen=True)
-class Deployment:
+class ServingConfig:
   """What a user says of a unit."""
 
   mesh: Mapping[str, int]  # sizes of axes
-  kind: str = "decode"  # one of RULES
-  n_redundant: int | None = None  # None: the fewest that divide evenly
+  role: str = "decode"  # one of RULES
+  redundant_experts: int | None = None  # None: the fewest that divide evenly
   dispatch: str = "gather"
 
 
 @dataclasses.dataclass(frozen=True)
-class Unit:
+class ServingMesh:
   """Devices that serve together."""
 
   mesh: jax.sharding.Mesh
@@ -89,38 +89,38 @@ class Unit:
     return np.concatenate([load, *[tokens] * self.n_shared(cfg)], axis=-1)
 
 
-def unit(wanted: Deployment, cfg: config.Model) -> Unit:
+def make_serving_mesh(wanted: ServingConfig, cfg: config.Model) -> ServingMesh:
   """The unit of a deployment.
 
   Raises:
     InputError: there is no such kind, or what is wanted does not divide.
   """
-  if wanted.kind not in RULES:
-    raise InputError(f"kind={wanted.kind}: must be one of {', '.join(RULES)}")
+  if wanted.role not in RULES:
+    raise InputError(f"role={wanted.role}: must be one of {', '.join(RULES)}")
   if wanted.dispatch not in DISPATCH:
     raise InputError(
       f"dispatch={wanted.dispatch}: must be one of {', '.join(DISPATCH)}"
     )
-  made = Unit(
+  made = ServingMesh(
     mesh=device_mesh.make_mesh(wanted.mesh),
-    rules=RULES[wanted.kind],
+    rules=RULES[wanted.role],
     n_replicas=0,
     dispatch=wanted.dispatch,
-    shared_routed=wanted.kind == "decode",
+    shared_routed=wanted.role == "decode",
   )
-  n, more = made.n_experts(cfg), wanted.n_redundant
+  n, more = made.n_experts(cfg), wanted.redundant_experts
   fewest = -n % made.n_devices
   if more is None:
     more = fewest
   elif more < 0 or (n + more) % made.n_devices:
     raise InputError(
-      f"n_redundant={more}: with {n} experts on {made.n_devices} devices it"
+      f"redundant_experts={more}: with {n} experts on {made.n_devices} devices it"
       f" must be {fewest} or so many {made.n_devices}s more"
     )
   return dataclasses.replace(made, n_replicas=n + more)
 
 
-def problems(unit: Unit, cfg: config.Model, n_slots: int) -> list[str]:
+def validate(unit: ServingMesh, cfg: config.Model, n_slots: int) -> list[str]:
   """What does not divide evenly over a unit, a line each."""
   sizes, found = unit.mesh.shape, []
   divided = dict(unit.rules.logical_to_mesh)
@@ -169,7 +169,7 @@ def _logical(ffn: param_spec.Params, n_shared: int) -> param_spec.Params:
 
 
 def _tables(
-  unit: Unit, placed: eplb.Placement, layer: int
+  unit: ServingMesh, placed: eplb.ExpertPlacement, layer: int
 ) -> dict[str, jax.Array]:
   """Where the replicas of a layer's experts are; a shape for all placements."""
   replicas, count = placed.replicas[layer], placed.count[layer]
@@ -188,10 +188,10 @@ def _taken(
 
 
 def _moved(
-  unit: Unit,
+  unit: ServingMesh,
   experts: param_spec.Params,
   index: np.ndarray,
-  placed: eplb.Placement,
+  placed: eplb.ExpertPlacement,
   layer: int,
 ) -> param_spec.Params:
   """The experts that a placement wants, and its tables."""
@@ -201,12 +201,12 @@ def _moved(
   return taken | _tables(unit, placed, layer)
 
 
-def place(
-  params: inference_params.Served,
-  placed: eplb.Placement,
-  unit: Unit,
+def shard_params(
+  params: inference_params.InferenceParams,
+  placed: eplb.ExpertPlacement,
+  unit: ServingMesh,
   cfg: config.Model,
-) -> inference_params.Served:
+) -> inference_params.InferenceParams:
   """The parameters of a unit, every device with its part.
 
   Args:
@@ -218,7 +218,7 @@ def place(
   Raises:
     InputError: the placement is of other layers, experts or slots.
   """
-  mixtures = inference_params.mixtures(params)
+  mixtures = inference_params.moe_ffns(params)
   _check(placed, unit, cfg, len(mixtures))
   whole = jax.NamedSharding(unit.mesh, jax.P())
   found = []
@@ -234,37 +234,37 @@ def place(
     return jax.device_put(a, jax.NamedSharding(unit.mesh, to))
 
   rest = jax.tree.map(put, rest, rest_specs)
-  ffns = zip(inference_params.mixtures(rest), found, strict=True)
-  return inference_params.with_mixtures(
+  ffns = zip(inference_params.moe_ffns(rest), found, strict=True)
+  return inference_params.replace_moe_ffns(
     rest, [ffn | {"experts": experts} for ffn, experts in ffns]
   )
 
 
-def _without_placed(tree: Any, unit: Unit, cfg: config.Model) -> Any:
+def _without_placed(tree: Any, unit: ServingMesh, cfg: config.Model) -> Any:
   """A served tree without experts that have their places in a placement."""
   placed = ("experts", "shared") if unit.n_shared(cfg) else ("experts",)
-  return inference_params.with_mixtures(
+  return inference_params.replace_moe_ffns(
     tree,
     [
       {name: p for name, p in ffn.items() if name not in placed}
-      for ffn in inference_params.mixtures(tree)
+      for ffn in inference_params.moe_ffns(tree)
     ],
   )
 
 
-def move(
-  params: inference_params.Served,
-  old: eplb.Placement,
-  new: eplb.Placement,
-  unit: Unit,
+def apply_placement(
+  params: inference_params.InferenceParams,
+  old: eplb.ExpertPlacement,
+  new: eplb.ExpertPlacement,
+  unit: ServingMesh,
   cfg: config.Model,
-) -> inference_params.Served:
+) -> inference_params.InferenceParams:
   """The parameters in another placement; experts travel between devices.
 
   Raises:
     InputError: the placement is of other layers, experts or slots.
   """
-  mixtures = inference_params.mixtures(params)
+  mixtures = inference_params.moe_ffns(params)
   _check(new, unit, cfg, len(mixtures))
   found = []
   for layer, ffn in enumerate(mixtures):
@@ -272,12 +272,12 @@ def move(
     experts = {name: ffn["experts"][name] for name in ("gate_up", "down")}
     moved = _moved(unit, experts, index, new, layer)
     found.append(ffn | {"experts": moved})
-  return inference_params.with_mixtures(params, found)
+  return inference_params.replace_moe_ffns(params, found)
 
 
-def best_placement(
-  load: np.ndarray, unit: Unit, cfg: config.Model
-) -> eplb.Placement:
+def placement_for_load(
+  load: np.ndarray, unit: ServingMesh, cfg: config.Model
+) -> eplb.ExpertPlacement:
   """The placement for a load [n, E] of routed experts.
 
   Inside nodes where groups of experts divide over them, as tokens do that go
@@ -295,15 +295,17 @@ def best_placement(
   )
 
 
-def first_placement(unit: Unit, cfg: config.Model) -> eplb.Placement:
+def uniform_placement(
+  unit: ServingMesh, cfg: config.Model
+) -> eplb.ExpertPlacement:
   """The one for the same load of all experts."""
   even = np.ones((cfg.n_routers, cfg.router.n_experts))
-  return best_placement(even, unit, cfg)
+  return placement_for_load(even, unit, cfg)
 
 
 def _check(
-  placed: eplb.Placement,
-  unit: Unit,
+  placed: eplb.ExpertPlacement,
+  unit: ServingMesh,
   cfg: config.Model,
   n_layers: int,
 ) -> None:
@@ -318,7 +320,7 @@ def _check(
 # --- inside shard_map ---
 
 
-def experts(unit: Unit, cfg: config.Model) -> moe.Experts:
+def make_experts(unit: ServingMesh, cfg: config.Model) -> moe.Experts:
   """The routed experts of a unit."""
   sizes = unit.mesh.shape
   inner = dispatch.make_expert_parallel_ffn(
@@ -408,7 +410,9 @@ def _own_part(
 # --- programs ---
 
 
-def mapped(f: Callable[..., Any], unit: Unit | None) -> Callable[..., Any]:
+def shard_mapped(
+  f: Callable[..., Any], unit: ServingMesh | None
+) -> Callable[..., Any]:
   """A function of parameters, a state and rows, on the devices of a unit.
 
   f returns the state, what has a row for each text, and sums over texts.

@@ -28,7 +28,7 @@ from dsv3_jax.model import moe
 
 
 @flax.struct.dataclass
-class State:
+class DecodeState:
   """Where the slots are; rows of slots that are not in use hold anything."""
 
   cache: kvcache.Cache
@@ -36,19 +36,21 @@ class State:
   n: jax.Array  # [B] int32, how many of them there are
   start: jax.Array  # [B] int32, position of the state before the first of them
   hidden: jax.Array | None  # [B, k + 1, D], states before each, for MTP
-  how: sampling.Settings
+  sampling_params: sampling.SamplingParams
 
 
 @flax.struct.dataclass
-class Written:
+class StepOutput:
   """What a cycle wrote."""
 
   tokens: jax.Array  # [B, k + 1] int32
   n: jax.Array  # [B] int32, how many of them, at least 1
-  logprobs: jax.Array  # [B, k + 1] f32, of the model itself, see `logprobs`
+  token_logprobs: (
+    jax.Array
+  )  # [B, k + 1] f32, of the model itself, see `token_logprobs`
 
 
-def logprobs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+def token_logprobs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
   """Log-probabilities [...] of tokens [...], before any temperature or cut."""
   total = jax.nn.logsumexp(logits, axis=-1)
   return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - total
@@ -61,8 +63,8 @@ def _at(a: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _draft(
-  params: inference_params.Served,
-  state: State,
+  params: inference_params.InferenceParams,
+  state: DecodeState,
   active: jax.Array,
   cfg: config.Model,
   mode: str,
@@ -70,38 +72,44 @@ def _draft(
 ) -> tuple[jax.Array, jax.Array, kvcache.Cache, jax.Array]:
   """Drafts [B, k], what each was drawn from [B, k, C], cache, load [1, E]."""
   n_drafts = state.tokens.shape[1] - 1
-  read = functools.partial(cached_forward.read_mtp, params, cfg=cfg)
+  read = functools.partial(cached_forward.forward_mtp, params, cfg=cfg)
   valid = jnp.arange(n_drafts + 1)[None] < state.n[:, None]
-  how = cached_forward.How(valid=valid & active[:, None], experts=experts)
+  options = cached_forward.ForwardOptions(
+    valid=valid & active[:, None], experts=experts
+  )
   out, onward, cache, load = read(
-    state.cache, state.hidden, state.tokens, state.start, how=how
+    state.cache, state.hidden, state.tokens, state.start, options=options
   )
   out, onward = _at(out, state.n - 1), _at(onward, state.n - 1)
   position = state.start + state.n  # of the last known token
-  how = cached_forward.How(valid=active[:, None], experts=experts)
+  options = cached_forward.ForwardOptions(
+    valid=active[:, None], experts=experts
+  )
   tokens, given = [], []
   for i in range(n_drafts):
     if i:
       out, onward, cache, more = read(
-        cache, onward, tokens[-1], position + i - 1, how=how
+        cache, onward, tokens[-1], position + i - 1, options=options
       )
       load = load + more
     q = sampling.probabilities(
-      cached_forward.logits(params, out), state.how, mode
+      cached_forward.logits(params, out), state.sampling_params, mode
     )
     ahead = position[:, None] + i + 1
     purpose = sampling.DRAFT
-    tokens.append(sampling.draw(q, state.how.seed, ahead, purpose, mode))
+    tokens.append(
+      sampling.draw(q, state.sampling_params.seed, ahead, purpose, mode)
+    )
     given.append(q)
   drafts, q = jnp.concatenate(tokens, 1), jnp.concatenate(given, 1)
   return drafts, q, cache, load[None]
 
 
-def judge(
+def verify_drafts(
   p: jax.Array,
   q: jax.Array,
   drafts: jax.Array,
-  how: sampling.Settings,
+  sampling_params: sampling.SamplingParams,
   position: jax.Array,
   mode: str,
 ) -> tuple[jax.Array, jax.Array]:
@@ -115,7 +123,7 @@ def judge(
     p: [B, k + 1, C], of the main model.
     q: [B, k, C], of the drafts.
     drafts: [B, k] int32.
-    how: settings of the rows.
+    sampling_params: settings of the rows.
     position: [B] int32, of the first draft.
     mode: of all rows.
 
@@ -128,28 +136,28 @@ def judge(
     jnp.take_along_axis(a, drafts[..., None], axis=-1)[..., 0]
     for a in (p[:, :k], q)
   ]
-  u = sampling.uniform(how.seed, at[:, :k], sampling.ACCEPT)
+  u = sampling.uniform(sampling_params.seed, at[:, :k], sampling.ACCEPT)
   kept = u * chosen[1] < chosen[0]
   n = jnp.cumprod(kept.astype(jnp.int32), axis=1).sum(1)
   more = jnp.maximum(p - jnp.pad(q, ((0, 0), (0, 1), (0, 0))), 0)
   # Where p and q differ by rounding alone there may be nothing left.
   more = jnp.where(more.any(-1, keepdims=True), more, p)
   final = sampling.draw(
-    _at(more, n), how.seed, _at(at, n), sampling.FINAL, mode
+    _at(more, n), sampling_params.seed, _at(at, n), sampling.FINAL, mode
   )
   tokens = jnp.pad(drafts, ((0, 0), (0, 1)))
   place = jnp.arange(k + 1)[None]
   return jnp.where(place < n[:, None], tokens, final), n + 1
 
 
-def cycle(
-  params: inference_params.Served,
-  state: State,
+def decode_step(
+  params: inference_params.InferenceParams,
+  state: DecodeState,
   active: jax.Array,
   cfg: config.Model,
   mode: str,
   experts: moe.Experts | None = None,
-) -> tuple[State, Written, jax.Array]:
+) -> tuple[DecodeState, StepOutput, jax.Array]:
   """One cycle of all slots.
 
   Args:
@@ -164,7 +172,7 @@ def cycle(
     The state; what was written; tokens that each routed expert got, [n, E]
     int32, of the MTP module last if it drafts.
   """
-  n_drafts, how = state.tokens.shape[1] - 1, state.how
+  n_drafts, sampling_params = state.tokens.shape[1] - 1, state.sampling_params
   last, position = _at(state.tokens, state.n - 1), state.start + state.n
   cache, drafts, loads = state.cache, last[:, :0], []
   if n_drafts:
@@ -172,34 +180,36 @@ def cycle(
     loads.append(load)
   tokens = jnp.concatenate([last, drafts], axis=1)
   valid = jnp.broadcast_to(active[:, None], tokens.shape)
-  x, cache, load = cached_forward.read(
+  x, cache, load = cached_forward.forward(
     params,
     cache,
     tokens,
     position,
     cfg,
-    cached_forward.How(valid=valid, experts=experts),
+    cached_forward.ForwardOptions(valid=valid, experts=experts),
   )
   load = jnp.concatenate([load, *loads])
-  hidden = cached_forward.final(params, x, cfg)
+  hidden = cached_forward.final_norm(params, x, cfg)
   logits = cached_forward.logits(params, hidden)
-  p = sampling.probabilities(logits, how, mode)
+  p = sampling.probabilities(logits, sampling_params, mode)
   ahead = position + 1
   if n_drafts:
-    tokens, n = judge(p, q, drafts, how, ahead, mode)
+    tokens, n = verify_drafts(p, q, drafts, sampling_params, ahead, mode)
   else:
     purpose = sampling.FINAL
-    tokens = sampling.draw(p, how.seed, ahead[:, None], purpose, mode)
+    tokens = sampling.draw(
+      p, sampling_params.seed, ahead[:, None], purpose, mode
+    )
     n = jnp.ones_like(position)
-  state = State(
+  state = DecodeState(
     cache=cache,
     tokens=tokens,
     n=n,
     start=position,
     hidden=mtp_input(x, hidden, cfg) if n_drafts else None,
-    how=how,
+    sampling_params=sampling_params,
   )
-  return state, Written(tokens, n, logprobs(logits, tokens)), load
+  return state, StepOutput(tokens, n, token_logprobs(logits, tokens)), load
 
 
 def mtp_input(x: jax.Array, normed: jax.Array, cfg: config.Model) -> jax.Array:

@@ -4,14 +4,14 @@ import dataclasses
 
 
 @dataclasses.dataclass
-class Stats:
+class EngineStats:
   """Counts since an engine was made."""
 
   prompt_tokens: int = 0
   tokens: int = 0  # written by cycles, those behind the end of a text too
   cycles: int = 0  # passes of the main model over the slots
   rows: int = 0  # texts that they read tokens of, summed
-  spare: int = 0  # the same of texts that had ended; counted nowhere else
+  wasted_rows: int = 0  # the same of texts that had ended; counted nowhere else
   drafts: int = 0
   accepted: int = 0  # of the drafts
   # Of a unit's devices before each time that experts were placed anew, mean

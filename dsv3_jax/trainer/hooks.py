@@ -107,7 +107,7 @@ def _heldout(
   run: config.Run,
   mesh: jax.sharding.Mesh,
 ) -> dict[str, float]:
-  model = hidden.Model(state.params, state.router_bias, run, mesh)
+  model = hidden.EvalModel(state.params, state.router_bias, run, mesh)
   found = {}
   for domain in data.domains:
     rows, mask = loader.heldout_windows(domain.heldout_tokens, run.data.seq_len)
@@ -133,7 +133,7 @@ def _sample(
     return ""
   model = config.override(run.model, "mtp.depth=0")
   writer = engine.Engine(
-    inference_params.params(params, bias, model),
+    inference_params.from_params(params, bias, model),
     model,
     n_slots=1,
     max_len=n + 1,
@@ -147,4 +147,4 @@ def _sample(
     stop=(tokenizer.EOS_ID,),
   )
   events = writer.run([request])
-  return tok.decode([e.token for e in events if e.ended != engine.STOP])
+  return tok.decode([e.token for e in events if e.finish_reason != engine.STOP])

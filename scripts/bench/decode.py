@@ -26,7 +26,7 @@ LONGEST_CHUNK = 2048
 
 def _deployment(
   job: dict[str, Any], cfg: config.Model
-) -> serving_mesh.Deployment | None:
+) -> serving_mesh.ServingConfig | None:
   """How it is fastest on the cores of one processor; None: on one device.
 
   To write divides texts, to read divides heads. A single text leaves too
@@ -39,11 +39,11 @@ def _deployment(
   if n == 1:
     return None
   if writes:
-    return serving_mesh.Deployment(mesh={"expert": n}, kind="decode")
-  return serving_mesh.Deployment(mesh={"model": n}, kind="prefill")
+    return serving_mesh.ServingConfig(mesh={"expert": n}, role="decode")
+  return serving_mesh.ServingConfig(mesh={"model": n}, role="prefill")
 
 
-def _params(cfg: config.Model) -> inference_params.Served:
+def _params(cfg: config.Model) -> inference_params.InferenceParams:
   """Random ones, in host memory, as who serves has them from files.
 
   The programs that `schema.init` compiles would count in the peak of memory.
@@ -66,9 +66,9 @@ def _engine(job: dict[str, Any], cfg: config.Model) -> engine.Engine:
   if wanted := _deployment(job, cfg):
     n_devices = math.prod(wanted.mesh.values())
     distributed.use_virtual_devices(n_devices, spare_threads=False)
-    unit = serving_mesh.unit(wanted, cfg)
-    placed = serving_mesh.first_placement(unit, cfg)
-    params = serving_mesh.place(_params(cfg), placed, unit, cfg)
+    unit = serving_mesh.make_serving_mesh(wanted, cfg)
+    placed = serving_mesh.uniform_placement(unit, cfg)
+    params = serving_mesh.shard_params(_params(cfg), placed, unit, cfg)
   else:
     params = jax.device_put(_params(cfg))
   return engine.Engine(

@@ -37,7 +37,7 @@ class HeldoutTest(absltest.TestCase):
       places,
     )
     bias = jax.device_put(self.bias, jax.NamedSharding(mesh, jax.P()))
-    model = hidden.Model(params, bias, run, mesh)
+    model = hidden.EvalModel(params, bias, run, mesh)
     rows = self.rows if rows is None else rows
     return likelihood.heldout(model, rows, self.mask, N_BYTES).row("")
 

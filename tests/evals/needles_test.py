@@ -29,9 +29,9 @@ class TextsTest(parameterized.TestCase):
     self.assertLen(set(map(len, needles.SECRETS.values())), 1)
 
   def test_hay_says_no_secret(self):
-    self.assertLen(needles.hay(), needles.HAY)
+    self.assertLen(needles.filler_text(), needles.HAY)
     words = {w for words in needles.SECRETS.values() for w in words}
-    for straw in needles.hay():
+    for straw in needles.filler_text():
       self.assertFalse(words & set(re.findall(r"\w+", straw)), straw)
 
   @parameterized.parameters(40, 255, 1000)
@@ -50,7 +50,7 @@ class TextsTest(parameterized.TestCase):
         kind, secret = found.groups()
         self.assertEqual(told[kind], secret)
       else:
-        self.assertIn(part, needles.hay())
+        self.assertIn(part, needles.filler_text())
 
   @parameterized.product(length=(60, 200, 1000), depth=(0.0, 0.3, 1.0))
   def test_a_prompt_has_its_needle_at_the_depth(self, length, depth):
@@ -89,7 +89,7 @@ class FoundTest(absltest.TestCase):
     places = sharding.make_layout(RUN, mesh.shape).specs
     put = lambda a, spec: jax.device_put(a, jax.NamedSharding(mesh, spec))
     params = jax.tree.map(put, self.params | changed, places)
-    return hidden.Model(params, put(self.bias, jax.P()), RUN, mesh)
+    return hidden.EvalModel(params, put(self.bias, jax.P()), RUN, mesh)
 
   def guesses(self, text, n):
     """What the reference decodes after a text."""
@@ -117,7 +117,7 @@ class FoundTest(absltest.TestCase):
     self.assertIn(True, right)
     self.assertIn(False, right)
     for n_devices in (1, 2):
-      found = needles.found(
+      found = needles.answers_right(
         self.model(n_devices), self.tok, prompts, 128, batch_size=4
       )
       np.testing.assert_array_equal(found, right)
@@ -125,7 +125,7 @@ class FoundTest(absltest.TestCase):
   def test_refuses_prompts_that_are_too_long(self):
     long = needles.Prompt("Recall the city. " * 50, " Rome")
     with self.assertRaisesRegex(ValueError, "at most 64 fit"):
-      needles.found(self.model(), self.tok, [long], 64, 1)
+      needles.answers_right(self.model(), self.tok, [long], 64, 1)
 
   def test_a_grid_has_lengths_and_depths(self):
     made = needles.grid(self.model(), self.tok, (128, 160), (0, 0.5, 1), 2, 256)

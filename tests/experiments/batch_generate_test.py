@@ -83,7 +83,7 @@ class BatchTest(parameterized.TestCase):
     """Runs the command; returns the asks that were written."""
     author = Author({}, MODEL, n_slots=n_slots, max_len=64)
     author.patience = patience
-    writer = generate.Writer(author, TOK)
+    writer = generate.Generator(author, TOK)
     asked, stream = [], writer.stream
 
     def watched(asks):
@@ -124,11 +124,11 @@ class LineTest(BatchTest):
     self.assertEqual(
       asked,
       [
-        generate.Ask("It was", **given),
-        generate.Ask([0, 70, 5], **given | {"seed": 8}),
-        generate.Ask(messages, **given | {"seed": 9}),
-        generate.Ask("", **own | {"stop": ("e", "q")}),
-        generate.Ask("It was", **given | {"seed": 11}),
+        generate.GenerationRequest("It was", **given),
+        generate.GenerationRequest([0, 70, 5], **given | {"seed": 8}),
+        generate.GenerationRequest(messages, **given | {"seed": 9}),
+        generate.GenerationRequest("", **own | {"stop": ("e", "q")}),
+        generate.GenerationRequest("It was", **given | {"seed": 11}),
       ],
     )
     forms = [("prompt", "It was"), ("ids", [0, 70, 5]), ("messages", messages)]
@@ -147,13 +147,13 @@ class LineTest(BatchTest):
   def test_rows_hold_what_was_written(self):
     self.put(*({"prompt": "a" * n, "max_tokens": 5} for n in range(20)))
     asked = self.write()
-    writer = generate.Writer(Author({}, MODEL, max_len=64), TOK)
+    writer = generate.Generator(Author({}, MODEL, max_len=64), TOK)
     for ask, row in zip(asked, self.rows(), strict=True):
       pieces = list(writer.stream([ask]))
       tokens = [piece.token for piece in pieces]
       self.assertEqual(row["tokens"], tokens)
       self.assertEqual(row["text"], TOK.decode(tokens))
-      self.assertEqual(row["ended"], pieces[-1].ended)
+      self.assertEqual(row["ended"], pieces[-1].finish_reason)
       self.assertEqual(
         row["logprobs"], [round(piece.logprob, 6) for piece in pieces]
       )

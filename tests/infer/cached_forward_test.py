@@ -73,12 +73,14 @@ class ReadTest(parameterized.TestCase):
     tokens = testing.tokens(2, LENGTH, vocab_size=VOCAB)
     hidden, *_ = full(cfg, params, bias, tokens)
     expected = hidden @ reference.f64(params["head"])
-    params, cache = inference_params.params(params, bias, cfg), unread(cfg)
+    params, cache = inference_params.from_params(params, bias, cfg), unread(cfg)
 
     def read(params, cache, piece, start, form):
-      how = cached_forward.How(FORMS[form])
-      x, cache, _ = cached_forward.read(params, cache, piece, start, cfg, how)
-      normed = cached_forward.final(params, x, cfg)
+      how = cached_forward.ForwardOptions(FORMS[form])
+      x, cache, _ = cached_forward.forward(
+        params, cache, piece, start, cfg, how
+      )
+      normed = cached_forward.final_norm(params, x, cfg)
       return cached_forward.logits(params, normed), cache
 
     read = jax.jit(read, static_argnames="form")
@@ -100,19 +102,19 @@ class ReadTest(parameterized.TestCase):
 
     @jax.jit
     def read(params, cache, valid):
-      how = cached_forward.How(mla.chunk, valid)
+      how = cached_forward.ForwardOptions(mla.chunk, valid)
       start = jnp.zeros(2, jnp.int32)
-      x, cache, load = cached_forward.read(
+      x, cache, load = cached_forward.forward(
         params, cache, tokens, start, cfg, how
       )
-      hidden = cached_forward.final(params, x, cfg)
+      hidden = cached_forward.final_norm(params, x, cfg)
       ahead = jnp.roll(tokens, -1, 1)
-      *_, more = cached_forward.read_mtp(
+      *_, more = cached_forward.forward_mtp(
         params, cache, hidden, ahead, start, cfg, how
       )
       return hidden, load, more
 
-    served_params = inference_params.params(params, bias, cfg)
+    served_params = inference_params.from_params(params, bias, cfg)
     hidden, load, more = read(served_params, unread(cfg, True), valid)
     main = [of_text[2][: cfg.n_moe_layers] for of_text in alone]
     np.testing.assert_array_equal(load, sum(main))
@@ -128,11 +130,13 @@ class ReadTest(parameterized.TestCase):
       seen.append((x.shape, chosen.shape))
       return jnp.zeros_like(x)
 
-    how = cached_forward.How(experts=cached_forward.moe.Experts(none))
-    params = inference_params.params(params, bias, cfg)
+    how = cached_forward.ForwardOptions(
+      experts=cached_forward.moe.Experts(none)
+    )
+    params = inference_params.from_params(params, bias, cfg)
     piece = testing.tokens(2, 3, vocab_size=VOCAB)
     jax.eval_shape(
-      lambda cache: cached_forward.read(
+      lambda cache: cached_forward.forward(
         params, cache, piece, jnp.zeros(2, jnp.int32), cfg, how
       ),
       unread(cfg),
@@ -161,14 +165,14 @@ class MtpTest(absltest.TestCase):
     )
     expected, of_next = states[0], reference.f64(params["mtp"]["norm"][0])
     params, cache = (
-      inference_params.params(params, bias, cfg),
+      inference_params.from_params(params, bias, cfg),
       unread(cfg, True),
     )
     main = cache["main"]
 
     def read(params, cache, state, ahead, start, form):
-      how = cached_forward.How(FORMS[form])
-      return cached_forward.read_mtp(
+      how = cached_forward.ForwardOptions(FORMS[form])
+      return cached_forward.forward_mtp(
         params, cache, state, ahead, start, cfg, how
       )[:3]
 
@@ -210,7 +214,7 @@ class ServedTest(parameterized.TestCase):
   def test_specs_are_of_the_parameters(self, *settings):
     cfg, params, bias = model(*settings)
     made = jax.eval_shape(
-      lambda p, b: inference_params.params(p, b, cfg), params, bias
+      lambda p, b: inference_params.from_params(p, b, cfg), params, bias
     )
     expected = param_spec.abstract(inference_params.specs(cfg))
     self.assertEqual(
@@ -222,7 +226,7 @@ class ServedTest(parameterized.TestCase):
 
   def test_layers_and_modules_are_in_order(self):
     cfg, params, bias = model("n_dense_layers=1", "n_layers=3", "mtp.depth=2")
-    made = inference_params.params(params, bias, cfg)
+    made = inference_params.from_params(params, bias, cfg)
     dense, *routed = made["layers"]
     self.assertNotIn("bias", dense)
     for i, p in enumerate(routed):

@@ -75,7 +75,9 @@ def model(*assignments):
 @functools.cache
 def parameters(*assignments):
   cfg, params, bias = model(*assignments)
-  return jax.jit(inference_params.params, static_argnums=2)(params, bias, cfg)
+  return jax.jit(inference_params.from_params, static_argnums=2)(
+    params, bias, cfg
+  )
 
 
 def make(n_drafts=0, n_slots=SLOTS, assignments=(), params=None):
@@ -93,7 +95,7 @@ def texts(events):
   """Tokens of each request, in its order."""
   found = {}
   for event in events:
-    found.setdefault(event.request, []).append(event.token)
+    found.setdefault(event.index, []).append(event.token)
   return [found[number] for number in sorted(found)]
 
 
@@ -215,7 +217,7 @@ class GreedyTest(parameterized.TestCase):
     checked = 0
     found = {i: [] for i in range(len(asked))}
     for event in made.run(asked):
-      found[event.request].append(event.logprob)
+      found[event.index].append(event.logprob)
     for i, r in enumerate(asked):
       _, logits = full(r.prompt, greedy()[i])
       here = logits[len(r.prompt) - 1 :]
@@ -248,7 +250,7 @@ class GreedyTest(parameterized.TestCase):
     asked = requests()
     ended = {i: [] for i in range(len(asked))}
     for event in make().run(asked):
-      ended[event.request].append(event.ended)
+      ended[event.index].append(event.finish_reason)
     for i, r in enumerate(asked):
       self.assertEqual(ended[i], [""] * (r.max_tokens - 1) + [engine.LENGTH])
 
@@ -262,10 +264,10 @@ class GreedyTest(parameterized.TestCase):
     ]
     events = list(make(n_drafts).run(asked))
     for i, (text, (stop, _)) in enumerate(zip(due(), stops, strict=True)):
-      here = [event for event in events if event.request == i]
+      here = [event for event in events if event.index == i]
       expected = text[: text.index(stop) + 1]
       self.assertEqual([event.token for event in here], expected)
-      *before, last = [event.ended for event in here]
+      *before, last = [event.finish_reason for event in here]
       self.assertEqual((set(before) - {""}, last), (set(), engine.STOP))
 
   def test_one_token_needs_no_cycle(self):
@@ -276,7 +278,9 @@ class GreedyTest(parameterized.TestCase):
     cycles, rows = made.stats.cycles, made.stats.rows
     number = made.submit(requests()[3])
     (event,) = made.step()
-    self.assertEqual((event.request, event.ended), (number, engine.LENGTH))
+    self.assertEqual(
+      (event.index, event.finish_reason), (number, engine.LENGTH)
+    )
     self.assertEqual([event.token], due()[3])
     self.assertEqual((made.stats.cycles, made.stats.rows), (cycles, rows))
     self.assertFalse(made.busy)
@@ -314,7 +318,7 @@ class QueueTest(absltest.TestCase):
 
     made = make()
     for event in made.run(source()):
-      ended += bool(event.ended)
+      ended += bool(event.finish_reason)
       self.assertLessEqual(len(taken), ended + SLOTS)
     self.assertLen(taken, len(LENGTHS))
     self.assertEqual(ended, len(LENGTHS))
@@ -330,15 +334,15 @@ class QueueTest(absltest.TestCase):
     for i in (0, 2, 4, 5, 8):
       made.submit(asked[i])
     events = made.step()
-    self.assertEqual({event.request for event in events}, {0, 1, 2})
+    self.assertEqual({event.index for event in events}, {0, 1, 2})
     made.cancel(1)  # being written
     made.cancel(3)  # waiting
     later = []
     while made.busy:
       later += made.step()
-    self.assertEqual({event.request for event in later}, {0, 2, 4})
+    self.assertEqual({event.index for event in later}, {0, 2, 4})
     # Number 4 came into the slot of number 1 with the next step.
-    self.assertIn(4, [event.request for event in later[:4]])
+    self.assertIn(4, [event.index for event in later[:4]])
     found = texts([e for e in events + later if e.request in (0, 2, 4)])
     self.assertEqual(found, [due()[i] for i in (0, 4, 8)])
     made.cancel(0)  # is over; this is no error
@@ -357,7 +361,7 @@ class QueueTest(absltest.TestCase):
   def test_no_request_is_nothing(self):
     made = make()
     self.assertEqual((list(made.run([])), made.step()), ([], []))
-    self.assertEqual(made.stats, stats_lib.Stats())
+    self.assertEqual(made.stats, stats_lib.EngineStats())
 
 
 SETTINGS = (
@@ -479,8 +483,8 @@ def check_drafts(test, made):
     for r, text in zip(asked, cycles, strict=True)
     if text and sum(n + 1 for n in text[:-1]) + 2 < r.max_tokens
   ]
-  test.assertEqual(stats.spare, len(more))
-  rows = stats.rows + stats.spare
+  test.assertEqual(stats.wasted_rows, len(more))
+  rows = stats.rows + stats.wasted_rows
   # Experts get all that is read: by the MTP module what is new of the cycle
   # before, and its own drafts but the last.
   *main, ahead = made.load.sum(axis=1) // made.cfg.router.top_k

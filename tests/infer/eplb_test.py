@@ -297,7 +297,7 @@ class PlaceTest(parameterized.TestCase):
 
 class LoadsTest(parameterized.TestCase):
   def test_by_hand(self):
-    placed = eplb.Placement(
+    placed = eplb.ExpertPlacement(
       expert=np.int32([[0, 1, 2, 0], [1, 1, 0, 2]]),
       replicas=np.int32(
         [[[0, 3], [1, -1], [2, -1]], [[2, -1], [0, 1], [3, -1]]]

@@ -74,8 +74,8 @@ class Scripted:
 
 def pieces(tok, ids, *stops, ended=engine.LENGTH):
   """The pieces of one text with these tokens."""
-  writer = generate.Writer(Scripted((ids, ended)), tok)
-  return list(writer.stream([generate.Ask("", stop=stops)]))
+  writer = generate.Generator(Scripted((ids, ended)), tok)
+  return list(writer.stream([generate.GenerationRequest("", stop=stops)]))
 
 
 def shown(tok, ids, *stops, ended=engine.LENGTH):
@@ -150,7 +150,7 @@ class CharactersTest(parameterized.TestCase):
     self.assertEqual([piece.token for piece in found], ids)
     self.assertEqual([p.logprob for p in found], [-i / 8 for i in ids])
     ends = [""] * (len(ids) - 1) + [engine.STOP]
-    self.assertEqual([piece.ended for piece in found], ends)
+    self.assertEqual([piece.finish_reason for piece in found], ends)
 
   def test_ids_that_the_tokenizer_has_not_add_nothing(self):
     ids = [*self.ids("cold"), 1_000_000, tokenizer.PAD_ID, *self.ids(" day")]
@@ -185,20 +185,22 @@ class StopTest(parameterized.TestCase):
   def test_ends_before_a_stop_string(self, written, stops, expected, ended):
     found = pieces(BYTES, ids_of(BYTES, written), *stops)
     self.assertEqual("".join(piece.text for piece in found), expected)
-    self.assertEqual(found[-1].ended, ended)
+    self.assertEqual(found[-1].finish_reason, ended)
 
   def test_inside_one_token(self):
     (token,) = ids_of(self.tok, " bright")
     for stop, expected in (("rig", " b"), (" ", ""), ("t", " brigh")):
       (piece,) = pieces(self.tok, [token], stop)
-      self.assertEqual((piece.text, piece.ended), (expected, engine.STOP))
+      self.assertEqual(
+        (piece.text, piece.finish_reason), (expected, engine.STOP)
+      )
 
   def test_of_the_character_that_ends_the_text(self):
     ids = [*ids_of(BYTES, "ab"), tokenizer.EOS_ID]
     (*_, last) = pieces(BYTES, ids, "bc", ended=engine.STOP)
-    self.assertEqual((last.text, last.ended), ("b", engine.STOP))
+    self.assertEqual((last.text, last.finish_reason), ("b", engine.STOP))
     (*_, last) = pieces(BYTES, ids[:2], "b", ended=engine.LENGTH)
-    self.assertEqual((last.text, last.ended), ("", engine.STOP))
+    self.assertEqual((last.text, last.finish_reason), ("", engine.STOP))
 
   def test_of_characters_in_several_tokens(self):
     ids = ids_of(self.tok, "好😀😀!")
@@ -238,38 +240,41 @@ class StreamTest(parameterized.TestCase):
   def test_several_texts_are_told_apart_and_counted_from_0(self):
     written = ["cold day", CHINESE, EMOJI] * 2
     scripts = [(ids_of(self.tok, s), engine.LENGTH) for s in written]
-    writer = generate.Writer(Scripted(*scripts), self.tok)
+    writer = generate.Generator(Scripted(*scripts), self.tok)
     for start in (0, 3):  # a second stream with the same engine
       found = {}
-      for piece in writer.stream([generate.Ask("")] * 3):
-        found[piece.ask] = found.get(piece.ask, "") + piece.text
+      for piece in writer.stream([generate.GenerationRequest("")] * 3):
+        found[piece.index] = found.get(piece.index, "") + piece.text
       self.assertEqual(found, dict(enumerate(written[start : start + 3])))
 
   def test_nothing_comes_behind_a_stop_string(self):
     texts = (ids_of(BYTES, written) for written in ("a.b.c.d", "cold day"))
     scripted = Scripted(*((ids, engine.LENGTH) for ids in texts))
-    asks = [generate.Ask("", stop=(".",)), generate.Ask("")]
-    found = list(generate.Writer(scripted, BYTES).stream(asks))
-    first = [piece for piece in found if not piece.ask]
+    asks = [
+      generate.GenerationRequest("", stop=(".",)),
+      generate.GenerationRequest(""),
+    ]
+    found = list(generate.Generator(scripted, BYTES).stream(asks))
+    first = [piece for piece in found if not piece.index]
     self.assertEqual("".join(piece.text for piece in first), "a")
-    self.assertEqual(first[-1].ended, engine.STOP)
-    self.assertNotEmpty([p for p in found[found.index(first[-1]) :] if p.ask])
+    self.assertEqual(first[-1].finish_reason, engine.STOP)
+    self.assertNotEmpty([p for p in found[found.index(first[-1]) :] if p.index])
     self.assertEqual(scripted.cancelled[0], 0)
 
   def test_an_engine_that_serves_others_is_refused(self):
     scripted = Scripted()
     scripted.busy = True
     with self.assertRaisesRegex(RuntimeError, "other requests"):
-      next(generate.Writer(scripted, self.tok).write("a"))
+      next(generate.Generator(scripted, self.tok).write("a"))
 
   def test_an_empty_stop_string_is_refused(self):
-    writer = generate.Writer(Scripted(), self.tok)
+    writer = generate.Generator(Scripted(), self.tok)
     with self.assertRaisesRegex(ValueError, "must not be empty"):
-      writer.request(generate.Ask("a", stop=("b", "")))
+      writer.request(generate.GenerationRequest("a", stop=("b", "")))
 
   def test_a_request_is_what_was_asked(self):
-    made = generate.Writer(Scripted(), self.tok).request(
-      generate.Ask("cold", 3, 0.5, 0.25, 7, 9, ("a",))
+    made = generate.Generator(Scripted(), self.tok).request(
+      generate.GenerationRequest("cold", 3, 0.5, 0.25, 7, 9, ("a",))
     )
     ids = generate.encode(self.tok, "cold")
     ends = (tokenizer.EOS_ID,)
@@ -306,7 +311,7 @@ class EncodeTest(parameterized.TestCase):
 
 
 ASKS = tuple(
-  generate.Ask(
+  generate.GenerationRequest(
     prompt,
     max_tokens=n,
     temperature=1 + n / 20,
@@ -329,13 +334,13 @@ def written(stream):
   """Texts, tokens, log-probabilities and ends of the asks of a stream."""
   found = {}
   for piece in stream:
-    found.setdefault(piece.ask, []).append(piece)
+    found.setdefault(piece.index, []).append(piece)
   return [
     (
       "".join(p.text for p in found[ask]),
       [p.token for p in found[ask]],
       [p.logprob for p in found[ask]],
-      found[ask][-1].ended,
+      found[ask][-1].finish_reason,
     )
     for ask in sorted(found)
   ]
@@ -372,13 +377,13 @@ class WriterTest(FolderTest):
     self.assertEqual(whole, together[0][0])
     with self.subTest("abandoned half-way"):
       stream = writer.stream(ASKS)
-      next(piece for piece in stream if piece.ask == 1)
+      next(piece for piece in stream if piece.index == 1)
       with self.assertRaisesRegex(RuntimeError, "other requests"):
         next(writer.stream(ASKS))
       stream.close()
       self.assertFalse(writer.engine.busy)
     with self.subTest("one that cannot be served"):
-      bad = generate.Ask("a", max_tokens=31)
+      bad = generate.GenerationRequest("a", max_tokens=31)
       with self.assertRaisesRegex(ValueError, "max_tokens=31: needs 33 pos"):
         list(writer.stream([*ASKS[:3], bad]))
       self.assertFalse(writer.engine.busy)
@@ -429,15 +434,15 @@ class LoadTest(FolderTest):
     self.assertEqual(params["layers"][-1]["bias"].dtype, jnp.float32)
 
   def test_a_text_is_as_long_as_the_model_reads(self):
-    found = generate.find(self.run_dir)
+    found = generate.open_model(self.run_dir)
     for factor, expected in ((1, 4096), (8, 128), (1000, 4096)):
       yarn = f"mla.yarn.factor={factor}", "mla.yarn.original_len=16"
       model = config.override(found.model, *yarn)
       other = dataclasses.replace(found, model=model)
       with mock.patch.object(generate.engine_lib, "Engine") as made:
-        other.problems(generate.Options())
+        other.problems(generate.EngineOptions())
       self.assertEqual(made.call_args.kwargs["max_len"], expected)
-      longer = generate.Options(max_len=129)
+      longer = generate.EngineOptions(max_len=129)
       self.assertLen(other.problems(longer), int(factor == 8))
 
   def test_options_reach_the_engine(self):
@@ -457,8 +462,14 @@ class LoadTest(FolderTest):
     self.assertIn("float32, bfloat16", lines[0])
 
   def test_lists_what_is_wrong_with_asks(self):
-    found, options = generate.find(self.run_dir), generate.Options(max_len=32)
-    good, bad = generate.Ask("", max_tokens=31), generate.Ask("", max_tokens=32)
+    found, options = (
+      generate.open_model(self.run_dir),
+      generate.EngineOptions(max_len=32),
+    )
+    good, bad = (
+      generate.GenerationRequest("", max_tokens=31),
+      generate.GenerationRequest("", max_tokens=32),
+    )
     self.assertEmpty(found.problems(options, good, good))
     (problem,) = found.problems(options, good, bad)
     self.assertIn("max_tokens=32: needs 33 positions", problem)
@@ -478,10 +489,10 @@ class LoadTest(FolderTest):
       shard.unlink()
       shard.symlink_to(self.released / shard.name)
     with self.assertRaisesRegex(ValueError, "auto_map names code"):
-      generate.find(folder, follow_links=True)
+      generate.open_model(folder, follow_links=True)
     with self.assertRaisesRegex(ValueError, "is a link to"):
-      generate.find(folder, ignore_auto_map=True)
-    generate.find(folder, ignore_auto_map=True, follow_links=True)
+      generate.open_model(folder, ignore_auto_map=True)
+    generate.open_model(folder, ignore_auto_map=True, follow_links=True)
 
   def test_a_released_checkpoint_without_a_tokenizer(self):
     folder = testing.folder(self) / "copy"

@@ -18,7 +18,7 @@ def probabilities(logits, how, mode):
 
 
 @functools.partial(jax.jit, static_argnames=("purpose", "mode"))
-def draw(p, seed, position, purpose=sampling.FINAL, mode=sampling.PLAIN):
+def draw(p, seed, position, purpose=sampling.FINAL, mode=sampling.UNTRUNCATED):
   return sampling.draw(p, seed, position, purpose, mode)
 
 
@@ -29,7 +29,7 @@ def uniform(seed, position, purpose):
 
 def rows_of(settings):
   """Rows of (temperature, top_p, top_k)."""
-  return sampling.joined([(*row, 0) for row in settings])
+  return sampling.stack_params([(*row, 0) for row in settings])
 
 
 def distribution(logits, temperature, top_p, top_k):
@@ -111,10 +111,10 @@ class ModeTest(parameterized.TestCase):
   @parameterized.parameters(
     ([(0, 1, 0)], sampling.GREEDY),
     ([(0, 0.5, 3), (0, 1, 0)], sampling.GREEDY),
-    ([(1, 1, 0)], sampling.PLAIN),
-    ([(0, 0.5, 3), (0.1, 1, 0)], sampling.PLAIN),
-    ([(1, 1, 0), (1, 0.99, 0)], sampling.CUT),
-    ([(1, 1, 1)], sampling.CUT),
+    ([(1, 1, 0)], sampling.UNTRUNCATED),
+    ([(0, 0.5, 3), (0.1, 1, 0)], sampling.UNTRUNCATED),
+    ([(1, 1, 0), (1, 0.99, 0)], sampling.TRUNCATED),
+    ([(1, 1, 1)], sampling.TRUNCATED),
     ([], sampling.GREEDY),
   )
   def test_is_what_the_rows_need(self, rows, expected):
@@ -144,7 +144,7 @@ class ProbabilitiesTest(parameterized.TestCase):
   def test_are_those_of_the_definition(self):
     logits = testing.normal(len(self.SETTINGS), self.T, self.C, scale=2)
     how = rows_of(self.SETTINGS)
-    found = probabilities(logits, how, sampling.CUT)
+    found = probabilities(logits, how, sampling.TRUNCATED)
     self.assertEqual(found.dtype, np.float32)
     for row, settings, p in zip(
       np.float64(logits), self.SETTINGS, found, strict=True
@@ -157,14 +157,16 @@ class ProbabilitiesTest(parameterized.TestCase):
         terms = self.C + 4 * np.abs(z).max() / (settings[0] or 1)
         testing.assert_close(got, expected, terms)
 
-  @parameterized.parameters(sampling.GREEDY, sampling.PLAIN)
+  @parameterized.parameters(sampling.GREEDY, sampling.UNTRUNCATED)
   def test_what_needs_no_cut_is_the_same_without_sorting(self, mode):
     rows = [row for row in self.SETTINGS if sampling.mode([row]) == mode]
     rows += [row for row in self.SETTINGS if row[0] == 0]
     self.assertGreater(len(rows), 2)
     logits = testing.normal(len(rows), self.T, self.C, scale=2)
     how = rows_of(rows)
-    plain, cut = (probabilities(logits, how, m) for m in (mode, sampling.CUT))
+    plain, cut = (
+      probabilities(logits, how, m) for m in (mode, sampling.TRUNCATED)
+    )
     np.testing.assert_array_equal(plain > 0, cut > 0)
     # As above, twice; the lowest temperature is 0.3.
     terms = 2 * (self.C + 4 * np.abs(logits).max() / 0.3)
@@ -178,27 +180,27 @@ class ProbabilitiesTest(parameterized.TestCase):
       ((1, 0.5, 0), [1, 0, 1, 0, 0]),
       ((1, 1, 4), [1, 1 / np.e, 1, 1, 0]),
     ):
-      p = probabilities(logits, rows_of([settings]), sampling.CUT)[0, 0]
+      p = probabilities(logits, rows_of([settings]), sampling.TRUNCATED)[0, 0]
       np.testing.assert_allclose(p, np.array(expected) / sum(expected), 1e-6)
 
   def test_a_share_reached_exactly_is_enough(self):
     # Sums of powers of two are exact: 1/2, 3/4, 7/8, 1.
     logits = np.log(np.float32([[[1 / 8, 1 / 2, 1 / 8, 1 / 4]]]))
     how = rows_of([(1, 0.75, 0)])
-    p = probabilities(np.float32(logits), how, sampling.CUT)
+    p = probabilities(np.float32(logits), how, sampling.TRUNCATED)
     np.testing.assert_allclose(p, [[[0, 2 / 3, 0, 1 / 3]]], 1e-6)
 
   def test_a_share_of_one_cuts_nothing(self):
     # The sum of the first few is 1 in float32; the others are still there.
     logits = np.float32([[np.linspace(0, -30, 11)]])
-    p = probabilities(logits, rows_of([(1, 1, 0)]), sampling.CUT)
+    p = probabilities(logits, rows_of([(1, 1, 0)]), sampling.TRUNCATED)
     self.assertTrue((np.asarray(p) > 0).all())
-    p = probabilities(logits, rows_of([(1, 1, 9)]), sampling.CUT)
+    p = probabilities(logits, rows_of([(1, 1, 9)]), sampling.TRUNCATED)
     np.testing.assert_array_equal(p[0, 0] > 0, np.arange(11) < 9)
 
   def test_the_smallest_share_keeps_the_most_likely_token(self):
     logits = testing.normal(1, 4, 9)
-    p = probabilities(logits, rows_of([(1, 1e-30, 0)]), sampling.CUT)
+    p = probabilities(logits, rows_of([(1, 1e-30, 0)]), sampling.TRUNCATED)
     np.testing.assert_array_equal(p, np.eye(9)[np.argmax(logits, -1)])
 
   def test_rows_have_settings_of_their_own(self):
@@ -206,22 +208,22 @@ class ProbabilitiesTest(parameterized.TestCase):
     together = probabilities(
       np.repeat(logits, len(self.SETTINGS), 0),
       rows_of(self.SETTINGS),
-      sampling.CUT,
+      sampling.TRUNCATED,
     )
     for settings, p in zip(self.SETTINGS, together, strict=True):
-      alone = probabilities(logits, rows_of([settings]), sampling.CUT)
+      alone = probabilities(logits, rows_of([settings]), sampling.TRUNCATED)
       np.testing.assert_array_equal(p, alone[0])
 
   def test_a_very_low_temperature_is_nearly_none(self):
     logits = testing.normal(1, 4, 9)
-    p = probabilities(logits, rows_of([(1e-6, 1, 0)]), sampling.PLAIN)
+    p = probabilities(logits, rows_of([(1e-6, 1, 0)]), sampling.UNTRUNCATED)
     np.testing.assert_array_equal(p, np.eye(9)[np.argmax(logits, -1)])
 
 
 class DrawTest(parameterized.TestCase):
   SEEDS, POSITIONS = 500, 240  # 120,000 draws
 
-  def drawn(self, p, purpose=sampling.FINAL, mode=sampling.PLAIN):
+  def drawn(self, p, purpose=sampling.FINAL, mode=sampling.UNTRUNCATED):
     """Tokens [SEEDS, POSITIONS], of p [C]."""
     shape = self.SEEDS, self.POSITIONS
     return np.asarray(
@@ -318,7 +320,7 @@ class DrawTest(parameterized.TestCase):
 class SettingsTest(parameterized.TestCase):
   def test_are_joined_in_order(self):
     rows = [(0.5, 0.9, 3, 2**32 - 1), (0, 1, 0, 7)]
-    how = sampling.joined(rows)
+    how = sampling.stack_params(rows)
     fields = how.temperature, how.top_p, how.top_k, how.seed
     self.assertEqual(
       [str(a.dtype) for a in fields],
@@ -331,7 +333,7 @@ class SettingsTest(parameterized.TestCase):
     (0, 1, 0, 0), (1e9, 1e-9, 10**6, 2**32 - 1), (0.7, 0.9, 50, 1)
   )
   def test_these_are_good(self, *settings):
-    self.assertEqual(sampling.problems(*settings), [])
+    self.assertEqual(sampling.validate(*settings), [])
 
   @parameterized.parameters(
     (-0.1, "temperature=-0.1: must be at least 0, and at most 1e+30"),
@@ -339,24 +341,24 @@ class SettingsTest(parameterized.TestCase):
     (float("nan"), "temperature=nan: must be at least 0, and at most 1e+30"),
   )
   def test_refuses_a_temperature(self, value, message):
-    self.assertEqual(sampling.problems(value, 1, 0, 0), [message])
+    self.assertEqual(sampling.validate(value, 1, 0, 0), [message])
 
   @parameterized.parameters(0, -1, 1.01, float("nan"))
   def test_refuses_a_share(self, value):
     self.assertEqual(
-      sampling.problems(1, value, 0, 0),
+      sampling.validate(1, value, 0, 0),
       [f"top_p={value}: must be above 0 and at most 1"],
     )
 
   def test_refuses_the_others_and_names_all(self):
     self.assertEqual(
-      sampling.problems(1, 1, -1, 2**32),
+      sampling.validate(1, 1, -1, 2**32),
       [
         "top_k=-1: must be in [0, 2^31), where 0 is no limit",
         "seed=4294967296: must be in [0, 2^32)",
       ],
     )
-    self.assertLen(sampling.problems(-1, 0, -1, -1), 4)
+    self.assertLen(sampling.validate(-1, 0, -1, -1), 4)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ MESHES = (
 
 
 def unit(sizes, kind, dispatch, shared, n_redundant):
-  made = serving_mesh.Unit(
+  made = serving_mesh.ServingMesh(
     mesh=device_mesh.make_mesh(sizes),
     rules=serving_mesh.RULES[kind],
     n_replicas=0,
@@ -92,7 +92,9 @@ def model(skew=0.1):
 @functools.cache
 def parameters(skew=0.1):
   cfg, params, bias = model(skew)
-  return jax.jit(inference_params.params, static_argnums=2)(params, bias, cfg)
+  return jax.jit(inference_params.from_params, static_argnums=2)(
+    params, bias, cfg
+  )
 
 
 def requests(settings=SETTINGS, prompts=PROMPTS):
@@ -112,8 +114,8 @@ def make(used=None, n_drafts=0, *, skew=0.1, params=None, placed=None, **more):
   cfg, *_ = model(skew)
   params = params or parameters(skew)
   if used:
-    placed = placed or serving_mesh.first_placement(used, cfg)
-    params = serving_mesh.place(params, placed, used, cfg)
+    placed = placed or serving_mesh.uniform_placement(used, cfg)
+    params = serving_mesh.shard_params(params, placed, used, cfg)
   sizes = dict(n_slots=SLOTS, max_len=MAX_LEN, chunk=CHUNK) | more
   return engine.Engine(
     params, cfg, n_drafts=n_drafts, unit=used, placed=placed, **sizes
@@ -122,7 +124,7 @@ def make(used=None, n_drafts=0, *, skew=0.1, params=None, placed=None, **more):
 
 def texts(events):
   """[requests, WRITTEN] tokens and their log-probabilities."""
-  events = sorted(events, key=lambda event: event.request)  # stable
+  events = sorted(events, key=lambda event: event.index)  # stable
   found = np.array([(event.token, event.logprob) for event in events])
   token, logprob = found.reshape(-1, WRITTEN, 2).transpose(2, 0, 1)
   return token.astype(int), logprob
@@ -273,7 +275,7 @@ class ReplicasTest(parameterized.TestCase):
 
   def slots_of(self, sizes, dispatch, chosen):
     """The slot that each row [M] was sent to, 8: none, by what it returned."""
-    used = serving_mesh.Unit(
+    used = serving_mesh.ServingMesh(
       device_mesh.make_mesh(sizes), serving_mesh.PREFILL, 8, dispatch
     )
     one = testing.draw(swiglu.specs(6, 4, 0.1))
@@ -296,7 +298,7 @@ class ReplicasTest(parameterized.TestCase):
     chosen = np.int32(chosen)[:, None]
     gates = np.ones(chosen.shape, np.float32)
     ffn = jax.shard_map(
-      serving_mesh.experts(used, self.CFG).ffn,
+      serving_mesh.make_experts(used, self.CFG).ffn,
       out_specs=used.batch,
       mesh=used.mesh,
     )
@@ -337,14 +339,14 @@ class ReplicasTest(parameterized.TestCase):
   def test_texts_need_every_replica_and_each_only_some(self):
     cfg, *_ = model()
     used = prefill_unit()
-    placed = serving_mesh.best_placement(load(used), used, cfg)
+    placed = serving_mesh.placement_for_load(load(used), used, cfg)
     expert = placed.count[0].argmax()
     slots = placed.replicas[0, expert, : placed.count[0, expert]]
     self.assertLen(slots, 2)
 
     def without(broken):
       made = make(used, placed=placed)
-      experts = inference_params.mixtures(made._params)[0]["experts"]
+      experts = inference_params.moe_ffns(made._params)[0]["experts"]
       down = np.array(experts["down"])
       down[broken] = 0
       experts["down"] = jax.device_put(down, experts["down"].sharding)
@@ -358,7 +360,7 @@ class ReplicasTest(parameterized.TestCase):
       self.assertFalse(changed.all())
     # Without both it is a model without this expert.
     params = jax.tree.map(lambda a: a, parameters())
-    experts = inference_params.mixtures(params)[0]["experts"]
+    experts = inference_params.moe_ffns(params)[0]["experts"]
     experts["down"] = experts["down"].at[expert].set(0)
     assert_same_texts(without(slots), run(make(params=params)))
 
@@ -372,7 +374,7 @@ class RebalanceTest(parameterized.TestCase):
     expected = of_one_device(n_drafts, self.SKEW)
     assert_same_texts(run(made), expected)
     load, before = made.load, made.imbalance()
-    placed = serving_mesh.first_placement(used, made.cfg)
+    placed = serving_mesh.uniform_placement(used, made.cfg)
     self.check_imbalance(made, placed)
     made.rebalance()
     np.testing.assert_array_equal(made.load, np.zeros_like(load))
@@ -380,9 +382,11 @@ class RebalanceTest(parameterized.TestCase):
     assert_same_texts(run(made), expected)
     # The same texts are the same load.
     np.testing.assert_array_equal(made.load, load)
-    new = serving_mesh.best_placement(load, used, made.cfg)
+    new = serving_mesh.placement_for_load(load, used, made.cfg)
     self.check_imbalance(made, new)
-    fresh = serving_mesh.place(parameters(self.SKEW), new, used, made.cfg)
+    fresh = serving_mesh.shard_params(
+      parameters(self.SKEW), new, used, made.cfg
+    )
     testing.assert_same(jax.device_get(made._params), jax.device_get(fresh))
     drafting = slice(1 + n_drafts)  # routers that were used
     self.assertTrue((made.imbalance()[drafting] < before[drafting]).all())
@@ -413,7 +417,7 @@ class RebalanceTest(parameterized.TestCase):
   def test_comes_every_few_cycles(self):
     made = make(prefill_unit(), skew=self.SKEW, rebalance_every=3)
     with mock.patch.object(
-      serving_mesh, "best_placement", wraps=serving_mesh.best_placement
+      serving_mesh, "placement_for_load", wraps=serving_mesh.placement_for_load
     ) as best:
       found = run(made)
     assert_same_texts(found, of_one_device(skew=self.SKEW))
@@ -435,13 +439,17 @@ class RebalanceTest(parameterized.TestCase):
     used, (cfg, *_) = used(), model()
     rng = np.random.default_rng(0)
     old, new = (
-      serving_mesh.best_placement(rng.gamma(0.5, size=(2, E)), used, cfg)
+      serving_mesh.placement_for_load(rng.gamma(0.5, size=(2, E)), used, cfg)
       for _ in range(2)
     )
-    moved = serving_mesh.move(
-      serving_mesh.place(parameters(), old, used, cfg), old, new, used, cfg
+    moved = serving_mesh.apply_placement(
+      serving_mesh.shard_params(parameters(), old, used, cfg),
+      old,
+      new,
+      used,
+      cfg,
     )
-    expected = serving_mesh.place(parameters(), new, used, cfg)
+    expected = serving_mesh.shard_params(parameters(), new, used, cfg)
     shardings = lambda tree: jax.tree.map(lambda a: a.sharding, tree)
     self.assertEqual(shardings(moved), shardings(expected))
     testing.assert_same(jax.device_get(moved), jax.device_get(expected))
@@ -455,8 +463,8 @@ class PlaceTest(parameterized.TestCase):
   def test_devices_hold_their_slots_and_heads_alone(self):
     cfg, *_ = model()
     used = decode_unit()
-    placed = serving_mesh.first_placement(used, cfg)
-    params = serving_mesh.place(parameters(), placed, used, cfg)
+    placed = serving_mesh.uniform_placement(used, cfg)
+    params = serving_mesh.shard_params(parameters(), placed, used, cfg)
     dense, mixture = params["layers"]
     for block in (mixture, params["mtp"][0]["block"]):
       experts = block["ffn"]["experts"]
@@ -474,8 +482,8 @@ class PlaceTest(parameterized.TestCase):
   def test_dense_layers_and_shared_experts_are_whole_for_prefill(self):
     cfg, *_ = model()
     used = unit(CUBE, "prefill", "one_hop", False, 0)
-    placed = serving_mesh.first_placement(used, cfg)
-    params = serving_mesh.place(parameters(), placed, used, cfg)
+    placed = serving_mesh.uniform_placement(used, cfg)
+    params = serving_mesh.shard_params(parameters(), placed, used, cfg)
     dense, mixture = params["layers"]
     self.assertEqual(
       self.held(mixture["ffn"]["experts"]["down"]), {(2, 32, 64)}
@@ -488,12 +496,12 @@ class PlaceTest(parameterized.TestCase):
     cfg, *_ = model()
     used = decode_unit()
     load = np.random.default_rng(0).gamma(0.5, size=(2, E))
-    placed = serving_mesh.best_placement(load, used, cfg)
-    params = serving_mesh.place(parameters(), placed, used, cfg)
+    placed = serving_mesh.placement_for_load(load, used, cfg)
+    params = serving_mesh.shard_params(parameters(), placed, used, cfg)
     for layer, (ffn, there) in enumerate(
       zip(
-        inference_params.mixtures(params),
-        inference_params.mixtures(parameters()),
+        inference_params.moe_ffns(params),
+        inference_params.moe_ffns(parameters()),
         strict=True,
       )
     ):
@@ -514,7 +522,9 @@ class PlaceTest(parameterized.TestCase):
     used = unit({}, "decode", "gather", True, 2)
     used = dataclasses.replace(used, n_replicas=E + 3)
     placed = eplb.identity(1, E + 3)
-    experts = serving_mesh.place(params, placed, used, cfg)["layers"][0]["ffn"]
+    experts = serving_mesh.shard_params(params, placed, used, cfg)["layers"][0][
+      "ffn"
+    ]
     experts = {n: experts["experts"][n][E:] for n in ("gate_up", "down")}
     x = np.float64(testing.normal(5, 64))
     expected = reference.swiglu(
@@ -538,19 +548,19 @@ class PlaceTest(parameterized.TestCase):
   def test_refuses_a_placement_of_another_shape(self, n_layers, n_experts, n):
     cfg, *_ = model()
     used = prefill_unit()
-    fits = serving_mesh.first_placement(used, cfg)
+    fits = serving_mesh.uniform_placement(used, cfg)
     other = eplb.place(
       np.ones((n_layers, n_experts)), n_replicas=n, n_devices=4
     )
-    params = serving_mesh.place(parameters(), fits, used, cfg)
+    params = serving_mesh.shard_params(parameters(), fits, used, cfg)
     message = (
       rf"^a placement of \(layers, experts, slots\) \({n_layers},"
       rf" {n_experts}, {n}\): must be \(2, 16, 20\)$"
     )
     with self.assertRaisesRegex(ValueError, message):
-      serving_mesh.place(parameters(), other, used, cfg)
+      serving_mesh.shard_params(parameters(), other, used, cfg)
     with self.assertRaisesRegex(ValueError, message):
-      serving_mesh.move(params, fits, other, used, cfg)
+      serving_mesh.apply_placement(params, fits, other, used, cfg)
 
 
 class BestPlacementTest(parameterized.TestCase):
@@ -567,7 +577,7 @@ class BestPlacementTest(parameterized.TestCase):
     cfg, *_ = model()
     load = np.random.default_rng(0).gamma(0.3, size=(2, E))
     used = prefill_unit()
-    placed = serving_mesh.best_placement(load, used, cfg)
+    placed = serving_mesh.placement_for_load(load, used, cfg)
     self.assertEqual(self.groups_on_nodes(placed, 8).max(), 1)
     # Anywhere, it would be another.
     free = eplb.place(load, n_replicas=20, n_devices=4)
@@ -581,7 +591,7 @@ class BestPlacementTest(parameterized.TestCase):
     with_shared = np.append(load, load.sum(-1, keepdims=True) / 4, axis=1)
     np.testing.assert_array_equal(used.load(load, cfg), with_shared)
     np.testing.assert_array_equal(prefill_unit().load(load, cfg), load)
-    found = serving_mesh.best_placement(load, used, cfg)
+    found = serving_mesh.placement_for_load(load, used, cfg)
     expected = eplb.place(with_shared, n_replicas=24, n_devices=8)
     np.testing.assert_array_equal(found.expert, expected.expert)
     self.assertGreater(found.count[0, E], 1)
@@ -591,8 +601,8 @@ class BestPlacementTest(parameterized.TestCase):
     used = prefill_unit()
     load = np.zeros((2, E))
     load[0, :3] = 5, 0, 1
-    found = serving_mesh.best_placement(load, used, cfg)
-    first = serving_mesh.first_placement(used, cfg)
+    found = serving_mesh.placement_for_load(load, used, cfg)
+    first = serving_mesh.uniform_placement(used, cfg)
     np.testing.assert_array_equal(found.expert[1], first.expert[1])
     self.assertFalse((found.expert[0] == first.expert[0]).all())
     np.testing.assert_array_equal(
@@ -647,15 +657,15 @@ class RefusalTest(parameterized.TestCase):
   )
   def test_names_what_does_not_divide(self, sizes, options, expected):
     cfg, *_ = model()
-    used = serving_mesh.Unit(
+    used = serving_mesh.ServingMesh(
       **{"mesh": device_mesh.abstract_mesh(sizes), "rules": serving_mesh.DECODE}
       | options
     )
-    self.assertEqual(serving_mesh.problems(used, cfg, SLOTS), expected)
+    self.assertEqual(serving_mesh.validate(used, cfg, SLOTS), expected)
 
   def test_an_engine_names_all_of_them(self):
     cfg, *_ = model()
-    used = serving_mesh.Unit(
+    used = serving_mesh.ServingMesh(
       device_mesh.abstract_mesh({"expert": 3}), serving_mesh.DECODE, 16
     )
     with self.assertRaises(ValueError) as caught:
@@ -689,37 +699,39 @@ class DeploymentTest(parameterized.TestCase):
   )
   def test_makes_a_unit(self, sizes, kind, n_redundant, n):
     cfg, *_ = model()
-    wanted = serving_mesh.Deployment(sizes, kind, n_redundant, "one_hop")
-    found = serving_mesh.unit(wanted, cfg)
+    wanted = serving_mesh.ServingConfig(sizes, kind, n_redundant, "one_hop")
+    found = serving_mesh.make_serving_mesh(wanted, cfg)
     self.assertEqual(found.mesh, device_mesh.make_mesh(sizes))
     self.assertEqual(found.n_replicas, n)
     self.assertEqual(found.dispatch, "one_hop")
     self.assertEqual(found.shared_routed, kind == "decode")
     rules = {"decode": serving_mesh.DECODE, "prefill": serving_mesh.PREFILL}
     self.assertEqual(found.rules, rules[kind])
-    self.assertEmpty(serving_mesh.problems(found, cfg, SLOTS))
+    self.assertEmpty(serving_mesh.validate(found, cfg, SLOTS))
 
   @parameterized.parameters(
-    (dict(kind="train"), "kind=train: must be one of prefill, decode"),
+    (dict(role="train"), "role=train: must be one of prefill, decode"),
     (
       dict(dispatch="mail"),
       "dispatch=mail: must be one of gather, one_hop, two_hop",
     ),
     (
-      dict(n_redundant=4),
-      "n_redundant=4: with 17 experts on 4 devices it must be 3 or so many"
+      dict(redundant_experts=4),
+      "redundant_experts=4: with 17 experts on 4 devices it must be 3 or so many"
       " 4s more",
     ),
     (
-      dict(n_redundant=-1),
-      "n_redundant=-1: with 17 experts on 4 devices it must be 3 or so"
+      dict(redundant_experts=-1),
+      "redundant_experts=-1: with 17 experts on 4 devices it must be 3 or so"
       " many 4s more",
     ),
   )
   def test_refuses(self, options, message):
     cfg, *_ = model()
     with self.assertRaises(ValueError) as caught:
-      serving_mesh.unit(serving_mesh.Deployment(SMALL, **options), cfg)
+      serving_mesh.make_serving_mesh(
+        serving_mesh.ServingConfig(SMALL, **options), cfg
+      )
     self.assertEqual(str(caught.exception), message)
 
 
@@ -756,29 +768,29 @@ class PublishedTest(parameterized.TestCase):
 
   def test_decode_has_an_expert_a_device(self):
     sizes = {"node": 40, "expert": 2, "model": 4}
-    used = serving_mesh.Unit(
+    used = serving_mesh.ServingMesh(
       device_mesh.abstract_mesh(sizes),
       serving_mesh.DECODE,
       320,
       shared_routed=True,
     )
-    self.assertEmpty(serving_mesh.problems(used, self.CFG, 80))
+    self.assertEmpty(serving_mesh.validate(used, self.CFG, 80))
     self.assertEqual((used.n_devices, used.n_shards), (320, 80))
     self.check(used, {"ffn": ("model",)})
     # A routed expert has one of 32 tokens, the shared one all: it has as many
     # slots, 32 of the 64 that are left, and some routed ones have the rest.
-    count = serving_mesh.first_placement(used, self.CFG).count
+    count = serving_mesh.uniform_placement(used, self.CFG).count
     np.testing.assert_array_equal(count, [[2] * 32 + [1] * 224 + [32]] * 59)
 
   def test_prefill_has_nine_experts_a_device(self):
     sizes = {"node": 4, "expert": 2, "model": 4}
-    used = serving_mesh.Unit(
+    used = serving_mesh.ServingMesh(
       device_mesh.abstract_mesh(sizes), serving_mesh.PREFILL, 288, "two_hop"
     )
-    self.assertEmpty(serving_mesh.problems(used, self.CFG, 8))
+    self.assertEmpty(serving_mesh.validate(used, self.CFG, 8))
     self.assertEqual((used.n_devices, used.n_shards), (32, 8))
     self.check(used, {})
-    placed = serving_mesh.first_placement(used, self.CFG)
+    placed = serving_mesh.uniform_placement(used, self.CFG)
     # Two of the eight groups on each node.
     node = placed.expert.reshape(59, 4, 72) // 32
     for groups in node.reshape(-1, 72):

@@ -16,13 +16,13 @@ DRAWS = 100_000
 
 @functools.partial(jax.jit, static_argnames="mode")
 def judge(p, q, drafts, how, position, mode):
-  return speculation.judge(p, q, drafts, how, position, mode)
+  return speculation.verify_drafts(p, q, drafts, how, position, mode)
 
 
 def same_rows(n, temperature, top_p, top_k):
   """Settings of n rows that differ in their seeds."""
   columns = np.float32(temperature), np.float32(top_p), np.int32(top_k)
-  return sampling.Settings(
+  return sampling.SamplingParams(
     *(jnp.full(n, c) for c in columns), jnp.arange(n, dtype=jnp.uint32)
   )
 
@@ -32,7 +32,7 @@ def tables(seed, c, settings, mode):
   rng = np.random.default_rng(seed)
   logits = 1.5 * rng.normal(size=(2, c, c))
   logits[1] = (logits[1] + logits[0]) / 2  # it learned something of the target
-  how = sampling.joined([(*settings, 0)] * 2)
+  how = sampling.stack_params([(*settings, 0)] * 2)
   return probabilities(jnp.float32(logits), how, mode)
 
 
@@ -118,9 +118,9 @@ class JudgeTest(parameterized.TestCase):
     self.assertEqual(set(kept[0]), {*range(k + 1)})
 
   def test_drafts_of_the_target_itself_are_all_kept(self):
-    p, _ = tables(0, 5, (1, 1, 0), sampling.PLAIN)
+    p, _ = tables(0, 5, (1, 1, 0), sampling.UNTRUNCATED)
     how = same_rows(DRAWS, 1, 1, 0)
-    found, kept = texts_of(p, p, how, 2, sampling.PLAIN, 3)
+    found, kept = texts_of(p, p, how, 2, sampling.UNTRUNCATED, 3)
     self.assertEqual(kept.min(), 2)
     exact = np.float64(p)
     expected = exact[0][:, None, None] * exact[:, :, None] * exact
@@ -130,7 +130,7 @@ class JudgeTest(parameterized.TestCase):
     p, q = np.zeros((2, 5, 5), np.float32)
     p[:, :3], q[:, 3:] = (0.5, 0.2, 0.3), (0.1, 0.9)
     how = same_rows(DRAWS, 1, 1, 0)
-    found, kept = texts_of(p, q, how, 2, sampling.PLAIN, 2)
+    found, kept = texts_of(p, q, how, 2, sampling.UNTRUNCATED, 2)
     self.assertEqual(kept.max(), 0)
     expected = np.outer(p[0], p[0])
     self.assertGreater(p_value(joint(*found.T, size=5), expected), 1e-4)
@@ -146,7 +146,7 @@ class JudgeTest(parameterized.TestCase):
         np.full((DRAWS, 1), draft, np.int32),
         how,
         np.ones(DRAWS, np.int32),
-        sampling.PLAIN,
+        sampling.UNTRUNCATED,
       )
       tokens, kept = np.asarray(tokens), np.asarray(n) == 2
       error = 5 * np.sqrt(share * (1 - share) / DRAWS)
@@ -166,7 +166,7 @@ class JudgeTest(parameterized.TestCase):
       np.zeros((DRAWS, 1), np.int32),
       same_rows(DRAWS, 1, 1, 0),
       np.ones(DRAWS, np.int32),
-      sampling.PLAIN,
+      sampling.UNTRUNCATED,
     )
     drawn = np.asarray(tokens)[np.asarray(n) == 1, 0]
     self.assertBetween(len(drawn), 0.4 * DRAWS, 0.6 * DRAWS)
@@ -177,13 +177,13 @@ class JudgeTest(parameterized.TestCase):
     p, q = np.float32([[[0, 1], [0.5, 0.5]], [[1, 0], [0.5, 0.5]]])
     zero = lambda seed, position, purpose: jnp.zeros(position.shape)
     with mock.patch.object(sampling, "uniform", zero):
-      tokens, n = speculation.judge(
+      tokens, n = speculation.verify_drafts(
         np.stack([p, p]),
         np.stack([q[:1], p[:1]]),
         np.int32([[0], [1]]),
         same_rows(2, 1, 1, 0),
         np.int32([3, 3]),
-        sampling.PLAIN,
+        sampling.UNTRUNCATED,
       )
     self.assertEqual(n.tolist(), [1, 2])
     self.assertEqual(tokens[:, 0].tolist(), [1, 1])
@@ -199,7 +199,7 @@ class JudgeTest(parameterized.TestCase):
   def test_without_temperature_it_compares(self, target, drafts, expected):
     one = lambda tokens: np.eye(6, dtype=np.float32)[list(tokens)][None]
     how = same_rows(1, 0, 1, 0)
-    for mode in (sampling.GREEDY, sampling.PLAIN):
+    for mode in (sampling.GREEDY, sampling.UNTRUNCATED):
       tokens, n = judge(
         one(target),
         one(drafts),
@@ -213,14 +213,14 @@ class JudgeTest(parameterized.TestCase):
 
   def test_a_row_does_not_depend_on_the_others(self):
     settings = (1, 1, 0)
-    p, q = tables(3, 5, settings, sampling.PLAIN)
+    p, q = tables(3, 5, settings, sampling.UNTRUNCATED)
     rng, how = np.random.default_rng(0), same_rows(DRAWS, *settings)
     last, position = rng.integers((5, 90), size=(DRAWS, 2), dtype=np.int32).T
     rows = last, how, position
-    expected = markov_cycle(p, q, *rows, 2, sampling.PLAIN)
+    expected = markov_cycle(p, q, *rows, 2, sampling.UNTRUNCATED)
     order = rng.permutation(DRAWS)
     rows = jax.tree.map(lambda a: a[order], rows)
-    found = markov_cycle(p, q, *rows, 2, sampling.PLAIN)
+    found = markov_cycle(p, q, *rows, 2, sampling.UNTRUNCATED)
     for one, other in zip(found, expected, strict=True):
       np.testing.assert_array_equal(one, other[order])
 
@@ -228,7 +228,7 @@ class JudgeTest(parameterized.TestCase):
 class LogprobsTest(absltest.TestCase):
   def test_are_of_the_softmax(self):
     logits = np.log(np.float32([[[0.1, 0.2, 0.7], [3, 3, 6]]]))
-    found = speculation.logprobs(logits, np.int32([[2, 1]]))
+    found = speculation.token_logprobs(logits, np.int32([[2, 1]]))
     np.testing.assert_allclose(found, np.log([[0.7, 0.25]]), 1e-6)
 
 

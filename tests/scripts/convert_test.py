@@ -53,7 +53,7 @@ def converted(mode, **arguments):
 
 def _greedy(run, state, ids, n):
   cfg = config.override(run.model, "mtp.depth=0")
-  params = inference_params.params(state.params, state.router_bias, cfg)
+  params = inference_params.from_params(state.params, state.router_bias, cfg)
   writer = engine.Engine(params, cfg, n_slots=1, max_len=64)
   request = engine.Request(ids, max_tokens=n, temperature=0)
   return [event.token for event in writer.run([request])]
