@@ -71,9 +71,9 @@ def prefill_program(
 
   Returns:
     A jitted function of parameters, state (donated) and a `PromptChunk`. It
-    returns the state; what follows the last token, drawn with the settings of the text,
-    [R, 1] int32, and its log-probability; tokens of each expert of the main
-    model.
+    returns the state; the token after the last one, drawn with the request's
+    sampling parameters, [R, 1] int32, with its log-probability; the load of the
+    main model's experts.
   """
   experts = serving_mesh.make_experts(unit, cfg) if unit else None
 

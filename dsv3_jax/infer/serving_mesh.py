@@ -114,8 +114,8 @@ def make_serving_mesh(wanted: ServingConfig, cfg: config.Model) -> ServingMesh:
     more = fewest
   elif more < 0 or (n + more) % made.n_devices:
     raise InputError(
-      f"redundant_experts={more}: with {n} experts on {made.n_devices} devices it"
-      f" must be {fewest} or so many {made.n_devices}s more"
+      f"redundant_experts={more}: with {n} experts on {made.n_devices}"
+      f" devices it must be {fewest} or so many {made.n_devices}s more"
     )
   return dataclasses.replace(made, n_replicas=n + more)
 

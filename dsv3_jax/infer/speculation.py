@@ -45,9 +45,7 @@ class StepOutput:
 
   tokens: jax.Array  # [B, k + 1] int32
   n: jax.Array  # [B] int32, how many of them, at least 1
-  token_logprobs: (
-    jax.Array
-  )  # [B, k + 1] f32, of the model itself, see `token_logprobs`
+  logprobs: jax.Array  # [B, k + 1] f32, see `token_logprobs`
 
 
 def token_logprobs(logits: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -343,7 +343,7 @@ class QueueTest(absltest.TestCase):
     self.assertEqual({event.index for event in later}, {0, 2, 4})
     # Number 4 came into the slot of number 1 with the next step.
     self.assertIn(4, [event.index for event in later[:4]])
-    found = texts([e for e in events + later if e.request in (0, 2, 4)])
+    found = texts([e for e in events + later if e.index in (0, 2, 4)])
     self.assertEqual(found, [due()[i] for i in (0, 4, 8)])
     made.cancel(0)  # is over; this is no error
     made.cancel(99)

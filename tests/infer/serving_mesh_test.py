@@ -717,8 +717,8 @@ class DeploymentTest(parameterized.TestCase):
     ),
     (
       dict(redundant_experts=4),
-      "redundant_experts=4: with 17 experts on 4 devices it must be 3 or so many"
-      " 4s more",
+      "redundant_experts=4: with 17 experts on 4 devices it must be 3 or so"
+      " many 4s more",
     ),
     (
       dict(redundant_experts=-1),
