@@ -25,7 +25,13 @@ RENAMED = {
   "train.kept": "train.saved_activations",
 }
 # (new name of the setting, old value) -> new value, read as long.
-RENAMED_VALUES: dict[tuple[str, str], str] = {}
+RENAMED_VALUES = {
+  ("parallel.dispatch", "gather"): "allgather",
+  ("parallel.dispatch", "one_hop"): "all_to_all",
+  ("parallel.dispatch", "two_hop"): "hierarchical_all_to_all",
+  ("parallel.dispatch", "ragged_one_hop"): "ragged_all_to_all",
+  ("parallel.dispatch", "ragged_two_hop"): "ragged_hierarchical_all_to_all",
+}
 
 
 @functools.cache

@@ -210,7 +210,12 @@ class Parallel:
 
   layout: str = choice("zero1", "fsdp", "replicated")
   dispatch: str = choice(
-    "auto", "gather", "one_hop", "two_hop", "ragged_one_hop", "ragged_two_hop"
+    "auto",
+    "allgather",
+    "all_to_all",
+    "hierarchical_all_to_all",
+    "ragged_all_to_all",
+    "ragged_hierarchical_all_to_all",
   )
   # An exchange of tokens goes in `many` rounds of a little more rows than
   # balanced routing needs, usually one, or in `one` of the rows there can be;

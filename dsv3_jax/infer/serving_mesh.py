@@ -25,7 +25,7 @@ from dsv3_jax.model import moe
 from dsv3_jax.parallel import device_mesh, dispatch, sharding
 
 GROUP = (*device_mesh.EXPERTS, "model")  # one copy of all experts is over these
-DISPATCH = ("gather", "one_hop", "two_hop")
+DISPATCH = ("allgather", "all_to_all", "hierarchical_all_to_all")
 
 _COMMON = (
   ("slots", device_mesh.BATCH),
@@ -47,7 +47,7 @@ class ServingConfig:
   mesh: Mapping[str, int]  # sizes of axes
   role: str = "decode"  # one of RULES
   redundant_experts: int | None = None  # None: the fewest that divide evenly
-  dispatch: str = "gather"
+  dispatch: str = "allgather"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class ServingMesh:
   mesh: jax.sharding.Mesh
   rules: sharding.ShardingRules
   n_replicas: int  # slots for experts, in all
-  dispatch: str = "gather"  # one of DISPATCH
+  dispatch: str = "allgather"  # one of DISPATCH
   shared_routed: bool = False  # shared experts are placed like routed ones
 
   @property

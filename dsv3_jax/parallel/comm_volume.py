@@ -25,7 +25,7 @@ def token_copies(
     chosen: [M, K] int32 experts.
     sizes: of the mesh axes.
     cfg: routing rules.
-    form: of the dispatch: `gather`, `one_hop` or `two_hop`.
+    form: of the dispatch, see `dispatch.make_expert_parallel_ffn`.
 
   Returns:
     [2] int32.
@@ -40,11 +40,11 @@ def token_copies(
     chosen // n_here, n_nodes * n_places, dtype=jnp.bool_
   ).any(1)
   reached = reached.reshape(-1, n_nodes, n_places)
-  if form == "gather":
+  if form == "allgather":
     reached = jnp.ones_like(reached)
   away = (jnp.arange(n_nodes) != node)[None, :, None]
   beside = (jnp.arange(n_places) != place)[None, None]
-  if form == "two_hop":
+  if form == "hierarchical_all_to_all":
     across = reached.any(2, keepdims=True) & away
     inside = reached & beside
   else:

@@ -4,11 +4,14 @@ Routed experts are divided over the mesh axes `node` and `expert`. Each form has
 the signature of the local experts in `model/experts.py`, is exact and drops
 nothing; all run inside `shard_map`.
 
-  gather    every device gets all tokens of the group; for few tokens
-  one_hop   a token is sent once to each device that holds experts it chose
-  two_hop   once to each node, by the device of the same place in the node, and
-            from there to the devices of the node; partial sums on the way back
-            (arXiv:2412.19437, section 3.2.2)
+  allgather                every device receives all tokens of the group; for
+                           few tokens
+  all_to_all               a token is sent once to each device that holds
+                           experts it chose
+  hierarchical_all_to_all  a token is sent once to each node, to the device of
+                           the same index in it, and from there to the other
+                           devices of the node; partial sums return the same
+                           way (arXiv:2412.19437, section 3.2.2)
 
 An exchange goes in rounds of a fixed number of rows for each pair of devices, a
 little more than balanced routing needs: usually one round, as many as it takes
@@ -50,9 +53,9 @@ def make_expert_parallel_ffn(
   """The routed experts of a mesh.
 
   Args:
-    form: `gather`, `one_hop`, `two_hop`; `ragged_one_hop` and `ragged_two_hop`
-      send only the rows in use, where the backend can; `auto`: two hops if both
-      axes are in use.
+    form: `allgather`, `all_to_all` or `hierarchical_all_to_all`; a prefix
+      `ragged_` sends only the rows in use, where the backend can; `auto` is
+      hierarchical if both axes are larger than 1.
     sizes: of the mesh axes.
     cfg: routing rules: how many experts, of which a token chooses how many.
     rounds: `one` of the rows there can be, `many` of those expected; `auto`.
@@ -68,15 +71,15 @@ def make_expert_parallel_ffn(
   swap = _ragged_swap if form.startswith("ragged_") else _padded_swap
   form = form.removeprefix("ragged_")
   if form == "auto":
-    form = "two_hop"
-  if len(axes) == 1 and form == "two_hop":
-    form = "one_hop"
+    form = "hierarchical_all_to_all"
+  if len(axes) == 1 and form == "hierarchical_all_to_all":
+    form = "all_to_all"
   sent = functools.partial(
     comm_volume.token_copies, sizes=sizes, cfg=cfg, form=form
   )
   if group != device_mesh.EXPERTS:
     sent = moe.LOCAL.sent
-  if form == "gather":
+  if form == "allgather":
     return moe.Experts(
       functools.partial(_gathered, axes=axes, inner=local), sent
     )
@@ -84,7 +87,7 @@ def make_expert_parallel_ffn(
   if rounds == "auto":
     rounds = "one" if jax.default_backend() == "cpu" else "many"
   slack = SLACK if rounds == "many" else math.inf
-  if form == "one_hop":
+  if form == "all_to_all":
     hop = _Hop(axes, axes, swap, n_devices=1, fanout=cfg.top_k, slack=slack)
     return moe.Experts(functools.partial(exchange, hop, inner=local), sent)
   n_nodes, n_places = sizes[axes[0]], device_mesh.axis_size(sizes, axes[1:])

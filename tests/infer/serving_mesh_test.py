@@ -65,12 +65,12 @@ def unit(sizes, kind, dispatch, shared, n_redundant):
 
 @functools.cache
 def prefill_unit():
-  return unit(SMALL, "prefill", "one_hop", False, 4)  # 5 slots a device
+  return unit(SMALL, "prefill", "all_to_all", False, 4)  # 5 slots a device
 
 
 @functools.cache
 def decode_unit():
-  return unit(CUBE, "decode", "gather", True, 4)  # 3 slots a device
+  return unit(CUBE, "decode", "allgather", True, 4)  # 3 slots a device
 
 
 # The units of most tests, and how many drafts their engines make.
@@ -178,7 +178,7 @@ class TextsTest(parameterized.TestCase):
       lambda: unit(
         {"data": 2, "expert": 2, "model": 2},
         "decode",
-        "one_hop",
+        "all_to_all",
         False,
         2,
       ),
@@ -225,7 +225,7 @@ class TextsTest(parameterized.TestCase):
 
 def cases():
   """(name, unit, drafts, greedy) of every mesh and all that is beside it."""
-  forms = "gather", "one_hop", "two_hop"
+  forms = "allgather", "all_to_all", "hierarchical_all_to_all"
   for sizes, kind, dispatch, shared in itertools.product(
     MESHES, serving_mesh.RULES, forms, (False, True)
   ):
@@ -310,7 +310,7 @@ class ReplicasTest(parameterized.TestCase):
     return np.where(slot > 0, slot - 1, 8)
 
   @parameterized.parameters(
-    ({}, "gather"), (CUBE, "gather"), (SMALL, "one_hop")
+    ({}, "allgather"), (CUBE, "allgather"), (SMALL, "all_to_all")
   )
   def test_rows_go_to_all_replicas_of_what_they_chose(self, sizes, dispatch):
     n_shards = device_mesh.axis_size(sizes, device_mesh.BATCH)
@@ -327,7 +327,7 @@ class ReplicasTest(parameterized.TestCase):
       self.assertLessEqual(np.ptp(counts), sizes.get("model", 1))
 
   @parameterized.parameters(
-    (SMALL, "gather"), ({"expert": 2, "model": 2}, "one_hop")
+    (SMALL, "allgather"), ({"expert": 2, "model": 2}, "all_to_all")
   )
   def test_devices_with_few_rows_begin_with_different_ones(
     self, sizes, dispatch
@@ -481,7 +481,7 @@ class PlaceTest(parameterized.TestCase):
 
   def test_dense_layers_and_shared_experts_are_whole_for_prefill(self):
     cfg, *_ = model()
-    used = unit(CUBE, "prefill", "one_hop", False, 0)
+    used = unit(CUBE, "prefill", "all_to_all", False, 0)
     placed = serving_mesh.uniform_placement(used, cfg)
     params = serving_mesh.shard_params(parameters(), placed, used, cfg)
     dense, mixture = params["layers"]
@@ -519,7 +519,7 @@ class PlaceTest(parameterized.TestCase):
       "n_layers=1", "n_dense_layers=0", "moe.n_shared=3", "mtp.depth=0"
     )
     params = testing.draw(inference_params.specs(cfg))
-    used = unit({}, "decode", "gather", True, 2)
+    used = unit({}, "decode", "allgather", True, 2)
     used = dataclasses.replace(used, n_replicas=E + 3)
     placed = eplb.identity(1, E + 3)
     experts = serving_mesh.shard_params(params, placed, used, cfg)["layers"][0][
@@ -699,11 +699,11 @@ class DeploymentTest(parameterized.TestCase):
   )
   def test_makes_a_unit(self, sizes, kind, n_redundant, n):
     cfg, *_ = model()
-    wanted = serving_mesh.ServingConfig(sizes, kind, n_redundant, "one_hop")
+    wanted = serving_mesh.ServingConfig(sizes, kind, n_redundant, "all_to_all")
     found = serving_mesh.make_serving_mesh(wanted, cfg)
     self.assertEqual(found.mesh, device_mesh.make_mesh(sizes))
     self.assertEqual(found.n_replicas, n)
-    self.assertEqual(found.dispatch, "one_hop")
+    self.assertEqual(found.dispatch, "all_to_all")
     self.assertEqual(found.shared_routed, kind == "decode")
     rules = {"decode": serving_mesh.DECODE, "prefill": serving_mesh.PREFILL}
     self.assertEqual(found.rules, rules[kind])
@@ -713,7 +713,8 @@ class DeploymentTest(parameterized.TestCase):
     (dict(role="train"), "role=train: must be one of prefill, decode"),
     (
       dict(dispatch="mail"),
-      "dispatch=mail: must be one of gather, one_hop, two_hop",
+      "dispatch=mail: must be one of allgather, all_to_all,"
+      " hierarchical_all_to_all",
     ),
     (
       dict(redundant_experts=4),
@@ -785,7 +786,10 @@ class PublishedTest(parameterized.TestCase):
   def test_prefill_has_nine_experts_a_device(self):
     sizes = {"node": 4, "expert": 2, "model": 4}
     used = serving_mesh.ServingMesh(
-      device_mesh.abstract_mesh(sizes), serving_mesh.PREFILL, 288, "two_hop"
+      device_mesh.abstract_mesh(sizes),
+      serving_mesh.PREFILL,
+      288,
+      "hierarchical_all_to_all",
     )
     self.assertEmpty(serving_mesh.validate(used, self.CFG, 8))
     self.assertEqual((used.n_devices, used.n_shards), (32, 8))

@@ -115,7 +115,9 @@ class ExpertsTest(parameterized.TestCase):
 
 
 class DispatchTest(parameterized.TestCase):
-  @parameterized.parameters("gather", "one_hop", "two_hop", "one_hop apart")
+  @parameterized.parameters(
+    "allgather", "all_to_all", "hierarchical_all_to_all", "all_to_all apart"
+  )
   def test_sends_what_one_device_would_quantize(self, form):
     sizes = {"node": 2, "expert": 2}
     mesh = device_mesh.make_mesh(sizes)

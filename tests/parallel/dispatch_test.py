@@ -19,12 +19,12 @@ from dsv3_jax.parallel import comm_volume, device_mesh, dispatch
 CFG = config.Router(n_experts=16, top_k=4, n_groups=8, top_groups=4)
 M, D, F = 24, 8, 6  # tokens of a device, widths
 FORMS = (
-  "gather",
-  "one_hop many",
-  "two_hop many",
-  "one_hop many apart",
-  "one_hop one",
-  "two_hop one",
+  "allgather",
+  "all_to_all many",
+  "hierarchical_all_to_all many",
+  "all_to_all many apart",
+  "all_to_all one",
+  "hierarchical_all_to_all one",
 )
 SIZES = {"node": 2, "expert": 2}
 
@@ -106,10 +106,10 @@ def _crossings(chosen, form, n_nodes=2, n_places=2):
   for token, choices in enumerate(chosen):
     home = token * n_devices // len(chosen)
     devices = {int(e) // (16 // n_devices) for e in choices}
-    if form == "gather":
+    if form == "allgather":
       devices = set(range(n_devices))
     nodes = {d // n_places for d in devices}
-    if form.startswith("two_hop"):
+    if form.startswith("hierarchical_all_to_all"):
       across += len(nodes - {home // n_places})
       relays = {(d // n_places) * n_places + home % n_places for d in devices}
       inside += len(devices - relays)
@@ -142,7 +142,10 @@ class DispatchTest(parameterized.TestCase):
 
   def test_a_token_crosses_nodes_once_for_each_node_it_needs(self):
     chosen = np.tile([0, 4, 8, 12], (4 * M, 1))
-    for form, across, inside in (("one_hop", 2, 1), ("two_hop", 1, 2)):
+    for form, across, inside in (
+      ("all_to_all", 2, 1),
+      ("hierarchical_all_to_all", 1, 2),
+    ):
       self.assertEqual(
         _crossings(chosen, form), [4 * M * across, 4 * M * inside]
       )
@@ -191,7 +194,9 @@ class DispatchTest(parameterized.TestCase):
 
   def test_no_tokens(self):
     p, x, chosen, gates = _inputs(0, np.zeros((0, 4)))
-    y, (dp, _, _), sent = _run("two_hop", SIZES, p, x, chosen, gates, x)
+    y, (dp, _, _), sent = _run(
+      "hierarchical_all_to_all", SIZES, p, x, chosen, gates, x
+    )
     self.assertEqual(y.shape, (0, D))
     self.assertEqual(sent.tolist(), [0, 0])
     for leaf in dp.values():
@@ -209,11 +214,13 @@ class DispatchTest(parameterized.TestCase):
     self.assertEqual(dispatch._capacity(3, 3, 1, fanout=1), 3)
 
   def test_ragged_forms_lower_for_accelerators(self):
-    traced = _traced("ragged_two_hop many")
+    traced = _traced("ragged_hierarchical_all_to_all many")
     lowered = traced.lower(lowering_platforms=("tpu",))
     self.assertIn("ragged_all_to_all", lowered.as_text())
 
-  @parameterized.parameters("one_hop many apart", "two_hop many")
+  @parameterized.parameters(
+    "all_to_all many apart", "hierarchical_all_to_all many"
+  )
   def test_rounds_come_one_after_the_other(self, form):
     text = _traced(form).lower().compile().as_text()
     self.assertIn(" while(", text)
@@ -226,7 +233,7 @@ class MemoryTest(absltest.TestCase):
     def temporary(n):
       mesh = device_mesh.make_mesh({"expert": n})
       experts = dispatch.make_expert_parallel_ffn(
-        "one_hop", {"expert": n}, CFG, rounds="many"
+        "all_to_all", {"expert": n}, CFG, rounds="many"
       )
       specs = param_spec.stack(swiglu.specs(256, 8, 0.1), 16, "experts")
       spec = jax.P("expert")
