@@ -7,7 +7,6 @@ The same command again goes on where the last one stopped. All problems of a
 command line are listed at once, before JAX starts.
 """
 
-import difflib
 import math
 import os
 import pathlib
@@ -25,7 +24,7 @@ from dsv3_jax.errors import InputError
 from dsv3_jax.interop import weights
 from dsv3_jax.parallel import device_mesh, sharding
 from dsv3_jax.trainer import distributed, exit_codes, heartbeat, run_args
-from experiments import allocator
+from experiments import allocator, flag_parser
 
 OK, BAD_INPUT, NOT_FINITE = (
   exit_codes.OK,
@@ -35,57 +34,62 @@ OK, BAD_INPUT, NOT_FINITE = (
 NO_CHECKPOINT, INTERNAL = exit_codes.NO_CHECKPOINT, exit_codes.INTERNAL
 
 flags.DEFINE_string("workdir", None, "folder of the run")
-flags.DEFINE_string("variant", None, "which of the experiment's variants")
-flags.DEFINE_integer("seed", 0, "of initialisation and data order")
-flags.DEFINE_integer("steps", None, "where to stop; default: token budget")
+flags.DEFINE_string("variant", None, "variant of the experiment")
+flags.DEFINE_integer("seed", 0, "random seed (initialization and data order)")
+flags.DEFINE_integer("steps", None, "last step; default: the token budget")
 flags.DEFINE_string(
-  "mesh", "", "devices by axis, such as data=2,expert=4; default: all, data"
+  "mesh",
+  "",
+  "devices by axis, such as data=2,expert=4; default: all devices on data",
 )
 flags.DEFINE_string(
-  "init_from", None, "folder of a run whose parameters a new run begins with"
+  "init_from", None, "workdir of a run whose parameters a new run starts with"
 )
-flags.DEFINE_multi_string("set", [], "a setting such as train.tokens=1e6")
+flags.DEFINE_multi_string("set", [], "a setting, such as train.tokens=1e6")
 flags.DEFINE_string(
   "coordinator", "", "HOST:PORT of process 0 of several, or auto"
 )
-flags.DEFINE_integer("processes", 1, "how many run this command together")
-flags.DEFINE_integer("process", 0, "which of them this is")
-flags.DEFINE_integer("join_timeout", 300, "seconds for all of them to start")
+flags.DEFINE_integer("processes", 1, "number of processes of the run")
+flags.DEFINE_integer("process", 0, "index of this process")
+flags.DEFINE_integer("join_timeout", 300, "time for all processes to start (s)")
 flags.DEFINE_float(
-  "heartbeat", 10, "seconds without a sign of life of one until all end"
+  "heartbeat", 10, "exit all processes if one is silent this long (s)"
 )
 flags.DEFINE_float(
-  "stuck_after", 1800, "seconds without a step until all end; 0: never"
+  "watchdog_timeout",
+  1800,
+  "exit all processes if none finishes a step for this long (s); 0: never",
 )
-flags.DEFINE_float("grace", 25, "seconds to save after SIGTERM or SIGINT")
+flags.DEFINE_float(
+  "grace_period", 25, "time to save after SIGTERM or SIGINT (s)"
+)
 flags.DEFINE_bool(
   "deterministic",
   True,
-  "GPUs add in the same order every time, so that a run ends in the same bits"
-  " however often it is stopped; a little slower",
+  "GPUs add in a fixed order, so that a resumed run is bitwise identical; a"
+  " little slower",
 )
 flags.DEFINE_bool(
-  "retry", False, "start although the starts before failed, one after another"
+  "ignore_crash_loop", False, "start even if a crash loop was detected"
 )
+
+# Old name -> new name of flags; old names are read for one release.
+_RENAMED = {
+  "stuck_after": "watchdog_timeout",
+  "grace": "grace_period",
+  "retry": "ignore_crash_loop",
+}
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-  """Reads the flags; returns the problems found, one a line."""
+  """Reads the flags; returns the problems, one a line."""
   known = flags.FLAGS
   try:
-    _, *rest = known(list(argv), known_only=True)
+    argv = flag_parser.with_current_names(argv, _RENAMED)
+    _, *rest = known(argv, known_only=True)
   except (flags.Error, ValueError) as error:  # absl's own flags raise either
     return [str(error)]
-  problems = []
-  for text in rest:
-    name = text.lstrip("-").partition("=")[0]
-    if text.startswith("-"):
-      close = difflib.get_close_matches(name, list(known), n=1)
-      hint = f"; did you mean --{close[0]}?" if close else ""
-      problems.append(f"unknown flag {text!r}{hint}")
-    else:
-      problems.append(f"stray argument {text!r}: settings are --flag=value")
-  return problems
+  return list(flag_parser.unread(rest, known))
 
 
 def parse_mesh(text: str) -> tuple[dict[str, int], list[str]]:
@@ -136,7 +140,9 @@ def _command(
   processes = distributed.Processes(
     args.coordinator, args.processes, args.process, args.join_timeout
   )
-  patience = heartbeat.Patience(args.heartbeat, args.stuck_after, args.grace)
+  patience = heartbeat.Patience(
+    args.heartbeat, args.watchdog_timeout, args.grace_period
+  )
   problems += processes.problems() + patience.problems()
   n_devices = math.prod(mesh.values())
   if processes.count > 1 and n_devices % processes.count:
@@ -162,7 +168,7 @@ def _command(
     processes=processes,
     init_from=init_from,
     patience=patience,
-    retry=args.retry,
+    retry=args.ignore_crash_loop,
     deterministic=args.deterministic,
   )
   return command, problems

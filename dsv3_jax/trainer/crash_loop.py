@@ -36,7 +36,8 @@ def clean(
     raise manifest.MissingError(
       f"--workdir={command.workdir}: {n} starts in a row failed before there"
       f" was a checkpoint after step {reached}, the last with: {last}. When"
-      " the cause is mended, --retry starts from the newest checkpoint"
+      " the cause is mended, --ignore_crash_loop starts from the newest"
+      " checkpoint"
     )
   for step in steps[len(older) :]:
     aside = checkpoints.set_aside(step, checkpointer.SUSPECT)

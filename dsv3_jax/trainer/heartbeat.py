@@ -48,8 +48,8 @@ class Patience:
       f"--{flag}={value:g}: must be at least {low:g} s"
       for flag, value, low in (
         ("heartbeat", self.heartbeat_s, 2 * BEAT_S),
-        ("stuck_after", self.stuck_s, 0),
-        ("grace", self.grace_s, 0),
+        ("watchdog_timeout", self.stuck_s, 0),
+        ("grace_period", self.grace_s, 0),
       )
       if not value >= low
     ]

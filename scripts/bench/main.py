@@ -36,6 +36,7 @@ from absl import app, flags
 
 from dsv3_jax import config
 from dsv3_jax.config import presets
+from experiments import flag_parser
 from scripts.bench import worker as worker_lib
 
 WHAT = ("train", "prefill", "decode")
@@ -62,8 +63,8 @@ _PRECISION = flags.DEFINE_enum("precision", "fp32", PRECISIONS, "Of ours.")
 _AGAINST = flags.DEFINE_enum(
   "against", None, RIVALS, "Another program, or ours in another precision."
 )
-_RIVAL_PYTHON = flags.DEFINE_string(
-  "rival_python",
+_BASELINE_PYTHON = flags.DEFINE_string(
+  "baseline_python",
   sys.executable,
   "Interpreter that has torch and transformers.",
 )
@@ -250,7 +251,7 @@ def _sides() -> dict[str, Side]:
   sides = {OURS: Side(precision=_PRECISION.value)}
   rival = _AGAINST.value
   if rival == "transformers":
-    python = os.path.abspath(shutil.which(_RIVAL_PYTHON.value))
+    python = os.path.abspath(shutil.which(_BASELINE_PYTHON.value))
     module = "scripts.bench.against_transformers"
     sides[rival] = Side(python, module=module, env=RIVAL_ENV)
   elif rival:
@@ -349,18 +350,18 @@ def _problems(arguments: Sequence[str]) -> Iterator[str]:
   if _AGAINST.value == _PRECISION.value:
     yield f"--against={_AGAINST.value}: that is the --precision of ours"
   if _AGAINST.value != "transformers":
-    if _RIVAL_PYTHON.present:
-      yield "--rival_python: does nothing without --against=transformers"
+    if _BASELINE_PYTHON.present:
+      yield "--baseline_python: does nothing without --against=transformers"
     return
   if _PRECISION.value != "fp32":
     yield "--precision: transformers is in float32; compare to fp32"
-  python = shutil.which(_RIVAL_PYTHON.value)
+  python = shutil.which(_BASELINE_PYTHON.value)
   imports = [python, "-c", "import torch, transformers"]
   if python is None:
-    yield f"--rival_python={_RIVAL_PYTHON.value}: no such program"
+    yield f"--baseline_python={_BASELINE_PYTHON.value}: no such program"
   elif subprocess.run(imports, capture_output=True, check=False).returncode:
     yield (
-      f"--rival_python={python}: cannot import torch and transformers; give"
+      f"--baseline_python={python}: cannot import torch and transformers; give"
       " an interpreter that can"
     )
   if not shutil.which(os.environ.get("CXX", "g++")):
@@ -370,6 +371,9 @@ def _problems(arguments: Sequence[str]) -> Iterator[str]:
 def _parse(argv: Sequence[str]) -> list[str]:
   """Flags checked, all problems on stderr; exit code 2 if there are any."""
   try:
+    argv = flag_parser.with_current_names(
+      argv, {"rival_python": "baseline_python"}
+    )
     problems = list(_problems(flags.FLAGS(argv)[1:]))
   except flags.Error as error:
     problems = [str(error)]

@@ -136,6 +136,20 @@ class CommandLineTest(parameterized.TestCase):
     )
     self.assertLen(err.splitlines(), 7)
 
+  @parameterized.parameters(
+    ("--stuck_after=5", "--watchdog_timeout"),
+    ("--grace=5", "--grace_period"),
+    ("--retry", "--ignore_crash_loop"),
+    ("--noretry", "--ignore_crash_loop"),
+  )
+  def test_old_flags_are_read_with_a_warning(self, argument, new):
+    code, _, err = testing.command_line(
+      lambda: pretrain_main(lambda command: None), argument, "--variant=tiny"
+    )
+    self.assertEqual(code, cli.OK)
+    self.assertLen(err.splitlines(), 1)
+    self.assertIn(f"is now {new};", err)
+
   def test_a_good_command_is_passed_on(self):
     arguments = ["--variant=tiny", "--workdir=w", "--steps=7", "--seed=3"]
     arguments += ["--set=mla.n_heads=4", "--set=optim.eps=1e-9"]

@@ -103,7 +103,7 @@ class FlagsTest(parameterized.TestCase):
     ("--shape=XL", "XL"),
     ("--rounds=0", "rounds"),
     ("--against=vllm", "vllm"),
-    ("--rival_python=python3", "--against"),
+    ("--baseline_python=python3", "--against"),
     ("--roundz=3", "roundz"),
     ("train", "stray"),
   )
@@ -111,7 +111,11 @@ class FlagsTest(parameterized.TestCase):
     self.assert_refused([argument], named)
 
   def test_all_problems_are_told_at_once(self):
-    arguments = ["now", "--against=transformers", "--rival_python=/no/python"]
+    arguments = [
+      "now",
+      "--against=transformers",
+      "--baseline_python=/no/python",
+    ]
     self.assert_refused(arguments, "'now'", "/no/python")
 
   def test_only_training_is_in_other_precisions(self):
@@ -121,7 +125,7 @@ class FlagsTest(parameterized.TestCase):
     self.assert_refused(arguments, "--against=fp8: decode: in float32")
 
   def test_rival_without_its_libraries_is_refused(self):
-    arguments = ["--against=transformers", "--rival_python=false"]
+    arguments = ["--against=transformers", "--baseline_python=false"]
     self.assert_refused(arguments, "cannot import torch and transformers")
 
   def assert_refused(self, arguments, *named):

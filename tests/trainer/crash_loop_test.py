@@ -100,7 +100,7 @@ class CleanTest(absltest.TestCase):
     self.crash(event_log.TRIES, step=0)
     for step in (4, 8):
       self.store.set_aside(step, checkpointer.CORRUPT)
-    with self.assertRaisesRegex(manifest.MissingError, "--retry"):
+    with self.assertRaisesRegex(manifest.MissingError, "--ignore_crash_loop"):
       self.clean()
 
   def test_tries_again_when_told_to(self):

@@ -300,7 +300,7 @@ class SignalTest(Case):
   @pytest.mark.fault("F04")
   def test_what_is_not_saved_in_time_is_left(self):
     point = (0, "hang", "20")
-    with self.launch("run", "--grace=2", point=point) as started:
+    with self.launch("run", "--grace_period=2", point=point) as started:
       started.until(self.after_step(18))
       began = time.monotonic()
       started.processes[0].terminate()
@@ -351,7 +351,7 @@ class LoopTest(Case):
     self.assertBetween(len(firsts), 6, 7)
     self.assertIn("40.suspect", programs.names(self.run_))
     self.assertRegex(ended.err, "6 starts in a row failed .* always does")
-    self.launch("run", "--retry", wait=True)
+    self.launch("run", "--ignore_crash_loop", wait=True)
     shutil.rmtree(self.run_ / "checkpoints" / "40.suspect")
     self.assert_whole()
 
@@ -363,7 +363,9 @@ class LoopTest(Case):
   )
   def test_a_hanging_step_is_ended_with_stacks(self):
     point = (0, "hang", "20")
-    with self.launch("run", f"--stuck_after={STUCK_S}", point=point) as started:
+    with self.launch(
+      "run", f"--watchdog_timeout={STUCK_S}", point=point
+    ) as started:
       self.assert_one_goes_on(
         started,
         exit_codes.STUCK,
@@ -561,7 +563,9 @@ class TwoTest(Case):
   @pytest.mark.fault("F08")
   def test_one_hangs(self):
     point = (1, "hang", "20")
-    with self.launch("run", f"--stuck_after={STUCK_S}", point=point) as started:
+    with self.launch(
+      "run", f"--watchdog_timeout={STUCK_S}", point=point
+    ) as started:
       for each in started.ended():
         self.assertEqual(each.code, exit_codes.STUCK, each)
         self.assertRegex(

@@ -16,8 +16,8 @@ class LifelineTest(parameterized.TestCase):
   @parameterized.parameters(
     ({"heartbeat_s": 1.0}, "--heartbeat=1: must be at least 2 s"),
     ({"heartbeat_s": float("nan")}, "--heartbeat=nan: must be at least 2 s"),
-    ({"stuck_s": -1.0}, "--stuck_after=-1: must be at least 0 s"),
-    ({"grace_s": -0.5}, "--grace=-0.5: must be at least 0 s"),
+    ({"stuck_s": -1.0}, "--watchdog_timeout=-1: must be at least 0 s"),
+    ({"grace_s": -0.5}, "--grace_period=-0.5: must be at least 0 s"),
   )
   def test_says_what_is_wrong(self, fields, message):
     self.assertEqual(heartbeat.Patience(**fields).problems(), [message])

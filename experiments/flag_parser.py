@@ -1,0 +1,188 @@
+"""Command line flags as the typed fields of a dataclass.
+
+  @dataclasses.dataclass(frozen=True)
+  class Args:
+    workdir: str = flag("", "folder of the run")
+    step: int | None = flag(None, "step of a checkpoint; default: all")
+
+  args = parse(Args, sys.argv)
+
+The type of a field is int, float, bool, str, one of these or None, or
+tuple[str, ...], which is a list with commas or a flag to be repeated.
+"""
+
+import dataclasses
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from absl import flags
+
+from dsv3_jax.config import fields
+from dsv3_jax.errors import InputError
+
+T = TypeVar("T")
+_NOUNS = {int: "a whole number", float: "a number"}
+
+
+def flag(
+  default: Any,
+  help_text: str,
+  *,
+  choices: Sequence[str] = (),
+  low: float | None = None,
+  repeated: bool = False,
+  old_name: str = "",
+) -> Any:
+  """A dataclass field that is a flag.
+
+  Args:
+    default: its value if it is not given.
+    help_text: what `--help` prints.
+    choices: values of a text, or of the texts of a list, if not any.
+    low: the least value of a number.
+    repeated: of a tuple: given once for each text, instead of with commas.
+    old_name: an earlier name, read for one release.
+  """
+  metadata = {"help": help_text, "choices": tuple(choices), "low": low}
+  metadata |= {"repeated": repeated, "old_name": old_name}
+  return dataclasses.field(default=default, metadata=metadata)
+
+
+def with_current_names(
+  argv: Sequence[str], renamed: Mapping[str, str]
+) -> list[str]:
+  """Replaces old names of flags, with a warning on stderr for each.
+
+  Args:
+    argv: the command line.
+    renamed: {old name: new name}.
+  """
+  current = []
+  for text in argv:
+    match = re.fullmatch(r"(--?(?:no)?)(\w+)(=.*)?", text, re.DOTALL)
+    if match and (new := renamed.get(match[2])):
+      print(
+        f"warning: --{match[2]} is now --{new}; the old name is read for one"
+        " release",
+        file=sys.stderr,
+      )
+      text = f"{match[1]}{new}{match[3] or ''}"
+    current.append(text)
+  return current
+
+
+def unread(rest: Sequence[str], known: flags.FlagValues) -> Iterator[str]:
+  """Yields a problem for each argument that is no flag."""
+  for text in rest:
+    name = text.lstrip("-").partition("=")[0]
+    if text.startswith("-"):
+      close = fields.nearest(name, known).replace("'", "")
+      hint = close.replace("mean ", "mean --")
+      yield f"unknown flag {text!r}{hint}"
+    else:
+      yield f"stray argument {text!r}: settings are --flag=value"
+
+
+def _types(cls: type) -> dict[str, type]:
+  """The type of each flag, without None."""
+  found = {}
+  for name, hint in typing.get_type_hints(cls).items():
+    if isinstance(hint, types.UnionType):
+      (hint,) = set(typing.get_args(hint)) - {type(None)}
+    found[name] = typing.get_origin(hint) or hint
+  return found
+
+
+def _define(cls: type) -> flags.FlagValues:
+  """The flags of a class; numbers are texts, so that all are checked."""
+  known = flags.FlagValues()
+  for field in dataclasses.fields(cls):
+    value_type, default = _types(cls)[field.name], field.default
+    if value_type is bool:
+      define = flags.DEFINE_boolean
+    elif value_type is tuple:
+      repeated = field.metadata["repeated"]
+      define = flags.DEFINE_multi_string if repeated else flags.DEFINE_list
+      default = list(default)
+    else:
+      define = flags.DEFINE_string
+      default = None if default is None else str(default)
+    define(field.name, default, field.metadata["help"], flag_values=known)
+  return known
+
+
+def _value(field: dataclasses.Field, value_type: type, value: Any) -> Any:
+  """The value of a flag.
+
+  Raises:
+    ValueError: says what it must be.
+  """
+  if value is None or value_type is bool:
+    return value
+  choices, low = field.metadata["choices"], field.metadata["low"]
+  texts = value if value_type is tuple else [value]
+  for text in texts:
+    if choices and text not in choices:
+      raise ValueError(
+        f"--{field.name}={text}: must be one of {', '.join(choices)}"
+        f"{fields.nearest(text, choices)}"
+      )
+  try:
+    value = value_type(value)
+  except ValueError as error:
+    raise ValueError(
+      f"--{field.name}={value}: expected {_NOUNS[value_type]}"
+    ) from error
+  if low is not None and not value >= low:
+    raise ValueError(f"--{field.name}={value}: must be at least {low}")
+  return value
+
+
+def parse(cls: type[T], argv: Sequence[str]) -> T:
+  """The flags of a command line; `argv[0]` is the program.
+
+  A class may have a method `validate` that yields more problems.
+
+  Raises:
+    InputError: all problems, one a line.
+  """
+  known, values = _define(cls), {}
+  renamed = {
+    field.metadata["old_name"]: field.name
+    for field in dataclasses.fields(cls)
+    if field.metadata["old_name"]
+  }
+  try:
+    _, *rest = known(with_current_names(argv, renamed), known_only=True)
+  except flags.Error as error:
+    raise InputError(str(error)) from error
+  problems = list(unread(rest, known))
+  for field in dataclasses.fields(cls):
+    try:
+      values[field.name] = _value(
+        field, _types(cls)[field.name], known[field.name].value
+      )
+    except ValueError as error:
+      problems.append(str(error))
+  args = cls(**values)  # the default where a value is wrong
+  if hasattr(args, "validate"):
+    problems += args.validate()
+  if problems:
+    raise InputError("\n".join(problems))
+  return args
+
+
+def help_text(cls: type) -> str:
+  """The docstring of the module that has the class, and the flags."""
+  lines = [str(sys.modules[cls.__module__].__doc__), "flags:"]
+  for field in dataclasses.fields(cls):
+    text, default = field.metadata["help"], field.default
+    if isinstance(default, tuple):
+      default = ",".join(default)
+    end = "" if default in (None, "") else f" (default: {default})"
+    lines.append(f"  --{field.name}: {text}{end}")
+  return "\n".join(lines)
