@@ -37,7 +37,7 @@ def init_state(run: config.Run, key: jax.Array) -> TrainState:
   params = param_spec.init(transformer.specs(run.model), init_key)
   return TrainState(
     params=params,
-    opt_state=optim.adamw(run.optim).init(params),
+    opt_state=optim.make(run).init(params),
     router_bias=transformer.router_bias(run.model),
     step=jnp.zeros((), jnp.int32),
     skipped=jnp.zeros((), jnp.int32),
@@ -50,19 +50,31 @@ def _shapes(run: config.Run) -> TrainState:
 
 
 def shardings(run: config.Run, mesh: jax.sharding.Mesh) -> TrainState:
-  """Where each array of the state is: the optimizer's with its parameter."""
+  """Sharding of each array of the state: the optimizer's as its parameter's."""
   params = sharding.make_layout(run, mesh.shape).specs
   state = _shapes(run)
-  opt_state = optax.tree.map_params(
-    optim.adamw(run.optim),
-    lambda _, spec: spec,
-    state.opt_state,
-    params,
-    transform_non_params=lambda _: jax.P(),
-  )
   specs = jax.tree.map(lambda _: jax.P(), state)
-  specs = specs.replace(params=params, opt_state=opt_state)
+  specs = specs.replace(
+    params=params, opt_state=_like_params(state.opt_state, state.params, params)
+  )
   return jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), specs)
+
+
+def _like_params(
+  opt_state: optax.OptState, params: param_spec.Params, specs: param_spec.Specs
+) -> optax.OptState:
+  """Specs of an optimizer's arrays: of the parameter their path ends with."""
+  spec_of, like = param_spec.paths(specs), param_spec.paths(params)
+
+  def spec(path, array):
+    names = param_spec.name(path).split("/")
+    ends = ("/".join(names[i:]) for i in range(len(names)))
+    same = (
+      end for end in ends if end in like and like[end].shape == array.shape
+    )
+    return spec_of.get(next(same, None), jax.P())
+
+  return jax.tree.map_with_path(spec, opt_state)
 
 
 def abstract_state(
@@ -224,7 +236,7 @@ def update(
   norm = optax.tree.norm(grads)
   rate = optim.learning_rate(state.step, run)
   speed = optim.bias_speed(state.step, run)
-  updates, opt_state = optim.adamw(run.optim).update(
+  updates, opt_state = optim.make(run).update(
     grads, state.opt_state, state.params
   )
   params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)

@@ -218,7 +218,7 @@ def _train(run: config.Run, mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
     state = jax.device_put(state, train.shardings(run, mesh))
   gradients = jax.jit(functools.partial(train.gradients, run=run, mesh=mesh))
   update = jax.jit(functools.partial(train.update, run=run))
-  clipped = jax.jit(lambda *args: optim.adamw(run.optim).update(*args)[0])
+  clipped = jax.jit(lambda *args: optim.make(run).update(*args)[0])
   seen = {"gradients": [], "update": [], "loss": [], "norm": [], "counts": []}
   for step in range(STEPS):
     batch = _batch(run, step)

@@ -7,7 +7,7 @@ import optax
 import testing
 from absl.testing import absltest, parameterized
 
-from dsv3_jax import config, optim, param_spec
+from dsv3_jax import optim, param_spec
 from dsv3_jax.config import presets
 from dsv3_jax.model import transformer
 
@@ -125,8 +125,9 @@ class AdamWTest(parameterized.TestCase):
   )
 
   def test_two_steps_by_hand(self):
-    cfg = config.Optim(clip_norm=6.5, weight_decay=0.1)
-    adamw = optim.adamw(cfg)
+    adamw = optim.make(
+      testing.run("optim.clip_norm=6.5", "optim.weight_decay=0.1")
+    )
     params = jax.tree.map(jnp.float32, self.PARAMS)
     state = adamw.init(params)
     m, v = dict.fromkeys(self.PARAMS, 0.0), dict.fromkeys(self.PARAMS, 0.0)
@@ -149,7 +150,7 @@ class AdamWTest(parameterized.TestCase):
     params, grads = jax.tree.map(jnp.float32, (self.PARAMS, self.GRADS[0]))
     updates = {}
     for dtype in ("float32", "bfloat16"):
-      adamw = optim.adamw(config.Optim(moments=dtype))
+      adamw = optim.make(testing.run(f"optim.moments={dtype}"))
       updates[dtype], state = adamw.update(grads, adamw.init(params), params)
       adam = optax.tree.get(state, "ScaleByAdamState")
       dtypes = {leaf.dtype for leaf in jax.tree.leaves((adam.mu, adam.nu))}

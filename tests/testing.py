@@ -77,7 +77,7 @@ def state(run: config.Run, seed: int = 0) -> train.TrainState:
   params = draw(transformer.specs(run.model), seed)
   return train.TrainState(
     params=params,
-    opt_state=optim.adamw(run.optim).init(params),
+    opt_state=optim.make(run).init(params),
     router_bias=transformer.router_bias(run.model),
     step=jnp.zeros((), jnp.int32),
     skipped=jnp.zeros((), jnp.int32),

@@ -69,6 +69,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
   return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def unknown(setting: str, name: str, table: Iterable[str]) -> list[str]:
+  """A one-line problem unless the table has the name."""
+  if name in table:
+    return []
+  known = ", ".join(table)
+  return [f"{setting}={name!r}: must be one of {known}{nearest(name, table)}"]
+
+
 def _validate(cfg: Any) -> None:
   problems = list(_field_problems(cfg))
   if not problems and hasattr(cfg, "relations"):

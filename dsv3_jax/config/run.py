@@ -65,6 +65,7 @@ class Data:
 class Optim:
   """AdamW and clipping (section 4.2)."""
 
+  name: str = "adamw"  # a key of optim.OPTIMIZERS
   peak_lr: float = number(2.2e-4, above=0)
   min_lr: float = number(2.2e-5, low=0)
   final_lr: float = number(7.3e-6, low=0)
@@ -85,6 +86,7 @@ class Schedule:
   The defaults are the paper's 10T, 14.3T and 14.633T of 14.8T tokens.
   """
 
+  name: str = "constant_cosine"  # a key of optim.SCHEDULES
   warmup_steps: int = number(2000, low=0)
   constant_until: float = number(10 / 14.8, low=0, high=1)
   decay_until: float = number(14.3 / 14.8, low=0, high=1)

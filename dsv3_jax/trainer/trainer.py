@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from dsv3_jax import config, ema, param_spec, train
+from dsv3_jax import config, ema, optim, param_spec, train
 from dsv3_jax.checkpoint import checkpointer, manifest
 from dsv3_jax.data import corpus, loader
 from dsv3_jax.errors import InputError, NotFiniteError
@@ -142,7 +142,7 @@ def _prepare(
 
 def _problems(command: run_args.RunArgs, mesh: jax.sharding.Mesh) -> list[str]:
   run = command.run
-  problems = sharding.validate(run, mesh.shape)
+  problems = sharding.validate(run, mesh.shape) + optim.validate(run)
   form = run.parallel.dispatch
   if form.startswith("ragged") and jax.default_backend() == "cpu":
     problems.append(

@@ -1,0 +1,109 @@
+"""Tests that run every example of docs/extend.md."""
+
+import pathlib
+import re
+from unittest import mock
+
+import jax
+import numpy as np
+import testing
+from absl.testing import absltest, parameterized
+
+from dsv3_jax import optim, train
+from dsv3_jax.data.batch import make_batch
+from dsv3_jax.parallel import device_mesh
+
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "extend.md"
+LONGEST = 30  # lines of code of an example, without imports and blank lines
+
+
+def example(heading: str) -> str:
+  """The Python code of a section."""
+  section = PAGE.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+  return "\n".join(re.findall("```python\n(.*?)```", section, re.DOTALL))
+
+
+def run_example(heading: str) -> dict[str, object]:
+  """Runs the code of a section; returns the names that it defines."""
+  names = {"__name__": "example"}
+  exec(compile(example(heading), f"{PAGE}, {heading}", "exec"), names)
+  return names
+
+
+def losses(run, n_steps, mesh=None):
+  """Losses of steps on one batch that repeats, from the same first state."""
+  state = testing.state(run)
+  shape = 1, run.train.batch_size, run.data.seq_len + 1
+  rows = testing.tokens(*shape, vocab_size=run.model.vocab_size)
+  batch = make_batch(rows, run.model.vocab_size)
+  if mesh is not None:
+    state = jax.device_put(state, train.shardings(run, mesh))
+    batch = device_mesh.make_global_batch(
+      batch, run.train.batch_size, mesh, dim=1
+    )
+  step = train.make_step(run, mesh)
+  found = []
+  for _ in range(n_steps):
+    state, metrics = step(state, batch)
+    found.append(float(metrics["loss"]))
+  return np.array(found)
+
+
+class PageTest(parameterized.TestCase):
+  def test_examples_are_short(self):
+    for heading in re.findall("^## (.*)$", PAGE.read_text(), re.MULTILINE):
+      lines = [
+        line
+        for line in example(heading).splitlines()
+        if line.strip() and not re.match("(from|import) ", line)
+      ]
+      self.assertBetween(len(lines), 1, LONGEST, heading)
+
+
+class OptimizerTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.enter_context(mock.patch.dict(optim.OPTIMIZERS))
+    self.muon = run_example("Optimizer")["muon"]
+
+  def test_trains_alike_on_one_device_and_two(self):
+    run = testing.run("optim.name=muon", "train.tokens=640")
+    one = losses(run, 4)
+    self.assertLess(one[-1], one[0])
+    # Newton-Schulz steps amplify a rounding by the size of their coefficients.
+    two = losses(run, 4, device_mesh.mesh({"data": 2}))
+    np.testing.assert_allclose(two, one, rtol=1e-4)
+
+  def test_updates_of_matrices_have_singular_values_near_1(self):
+    run = testing.run("optim.name=muon", "optim.weight_decay=0")
+    params = testing.state(run).params
+    grads = jax.tree.map(lambda p: testing.normal(*p.shape, seed=1), params)
+    muon = optim.make(run)
+    updates, _ = muon.update(grads, muon.init(params), params)
+    down = np.asarray(updates["moe"]["ffn"]["experts"]["down"])
+    values = np.linalg.svd(
+      down / max(1, down.shape[-1] / down.shape[-2]) ** 0.5
+    )
+    self.assertBetween(values.S.min(), 0.3, 1.7)
+    self.assertBetween(values.S.max(), 0.3, 1.7)
+
+
+class ScheduleTest(absltest.TestCase):
+  def test_is_flat_and_then_linear_to_zero(self):
+    self.enter_context(mock.patch.dict(optim.SCHEDULES))
+    run_example("Learning-rate schedule")
+    run = testing.run(
+      "schedule.name=trapezoidal",
+      "schedule.constant_until=0.5",
+      "schedule.warmup_steps=0",
+    )
+    steps = np.array([0, 25, 50, 75, 99])
+    rates = [float(optim.learning_rate(step, run)) for step in steps]
+    shares = np.minimum(1, 2 * (1 - steps / run.total_steps))
+    expected = run.optim.peak_lr * shares
+    # A handful of float32 operations.
+    np.testing.assert_allclose(rates, expected, rtol=8 * testing.EPS * 100)
+
+
+if __name__ == "__main__":
+  absltest.main()
