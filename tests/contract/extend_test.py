@@ -71,7 +71,7 @@ class OptimizerTest(absltest.TestCase):
     one = losses(run, 4)
     self.assertLess(one[-1], one[0])
     # Newton-Schulz steps amplify a rounding by the size of their coefficients.
-    two = losses(run, 4, device_mesh.mesh({"data": 2}))
+    two = losses(run, 4, device_mesh.make_mesh({"data": 2}))
     np.testing.assert_allclose(two, one, rtol=1e-4)
 
   def test_updates_of_matrices_have_singular_values_near_1(self):
