@@ -335,7 +335,7 @@ class Hooks:
   # Called every `run.checkpoint.every` steps.
   save: Callable[[TrainState], None]
   # Asked with the number of steps started, before each.
-  may_go_on: Callable[[int], bool] = lambda done: True
+  should_continue: Callable[[int], bool] = lambda done: True
 
 
 def fit(
@@ -365,7 +365,7 @@ def fit(
   step_fn = make_step(run, mesh)
   pending = None
   done = saved = int(state.step)
-  while done < stop and hooks.may_go_on(done):
+  while done < stop and hooks.should_continue(done):
     done += 1
     state, metrics = step_fn(state, next(batches))  # starts, does not wait
     if average:

@@ -140,10 +140,10 @@ def _command(
   processes = distributed.Processes(
     args.coordinator, args.processes, args.process, args.join_timeout
   )
-  patience = heartbeat.Patience(
+  timeouts = heartbeat.Timeouts(
     args.heartbeat, args.watchdog_timeout, args.grace_period
   )
-  problems += processes.problems() + patience.problems()
+  problems += processes.problems() + timeouts.problems()
   n_devices = math.prod(mesh.values())
   if processes.count > 1 and n_devices % processes.count:
     problems.append(
@@ -167,8 +167,8 @@ def _command(
     mesh=mesh,
     processes=processes,
     init_from=init_from,
-    patience=patience,
-    retry=args.ignore_crash_loop,
+    timeouts=timeouts,
+    ignore_crash_loop=args.ignore_crash_loop,
     deterministic=args.deterministic,
   )
   return command, problems

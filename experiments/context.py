@@ -247,7 +247,7 @@ def _evaluate(
     "prompts": _QUESTIONS.value,
     "right": grids,
   }
-  text = json.dumps(metrics_writer.plain(facts), indent=2) + "\n"
+  text = json.dumps(metrics_writer.to_json(facts), indent=2) + "\n"
   last = [phase for phase in done if phase.name.startswith("yarn")][-1]
   for path in (command.workdir, command.workdir / last.name):
     (path / "needles.json").write_text(text)

@@ -194,7 +194,7 @@ def _write(command: run_args.RunArgs, losses: Losses) -> None:
     "warmup_steps": warmup,
     "arms": rows,
   }
-  text = json.dumps(metrics_writer.plain(facts), indent=2) + "\n"
+  text = json.dumps(metrics_writer.to_json(facts), indent=2) + "\n"
   (command.workdir / "comparison.json").write_text(text)
   picture = themes.render(
     functools.partial(

@@ -30,15 +30,15 @@ from experiments import cli
 MODES = "list", "verify", "diff"
 
 
-def _open(workdir: pathlib.Path) -> checkpointer.Checkpoints:
+def _open(workdir: pathlib.Path) -> checkpointer.Checkpointer:
   folder = workdir / open_run.CHECKPOINTS
   if not folder.is_dir():
     raise InputError(f"{workdir}: has no folder {open_run.CHECKPOINTS}")
-  return checkpointer.Checkpoints(folder, config.Checkpoint())
+  return checkpointer.Checkpointer(folder, config.Checkpoint())
 
 
 def _chosen(
-  checkpoints: checkpointer.Checkpoints, step: int | None
+  checkpoints: checkpointer.Checkpointer, step: int | None
 ) -> list[int]:
   """The step asked for, or all that could be checkpoints."""
   there = sorted({*checkpoints.steps(), *checkpoints.problems()})
@@ -50,7 +50,7 @@ def _chosen(
   return [step]
 
 
-def show(checkpoints: checkpointer.Checkpoints) -> None:
+def show(checkpoints: checkpointer.Checkpointer) -> None:
   """Prints a line for each folder."""
   table = rich.table.Table(box=rich.box.SIMPLE)
   for name in ("folder", "MB", "arrays", "sequences read", "state"):
@@ -66,7 +66,7 @@ def show(checkpoints: checkpointer.Checkpoints) -> None:
       str(step),
       f"{sum(saved.files.values()) / 1e6:,.1f}",
       str(len(saved.arrays)),
-      str(saved.facts.get("rows", "")),
+      str(saved.metadata.get("rows", "")),
       "whole",
     )
   for folder in sorted(checkpoints.directory.iterdir()):
@@ -75,7 +75,7 @@ def show(checkpoints: checkpointer.Checkpoints) -> None:
   rich.console.Console().print(table)
 
 
-def verify(checkpoints: checkpointer.Checkpoints, step: int | None) -> None:
+def verify(checkpoints: checkpointer.Checkpointer, step: int | None) -> None:
   """Reads all arrays.
 
   Raises:
@@ -93,9 +93,9 @@ def verify(checkpoints: checkpointer.Checkpoints, step: int | None) -> None:
 
 
 def diff(
-  checkpoints: checkpointer.Checkpoints,
+  checkpoints: checkpointer.Checkpointer,
   step: int,
-  others: checkpointer.Checkpoints,
+  others: checkpointer.Checkpointer,
   other_step: int,
 ) -> None:
   """Prints what differs between two checkpoints."""
@@ -103,7 +103,7 @@ def diff(
   one = manifest.read(checkpoints.folder(step))
   other = manifest.read(others.folder(other_step))
   print(f"{checkpoints.folder(step)} -> {others.folder(other_step)}")
-  lines = config.diff(_flat(one.facts), _flat(other.facts))
+  lines = config.diff(_flat(one.metadata), _flat(other.metadata))
   types = [
     {name: facts["type"] for name, facts in each.arrays.items()}
     for each in (one, other)

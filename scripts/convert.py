@@ -168,7 +168,7 @@ def _checked(released: hf_read.Released) -> hf_read.Released:
 
 def _import() -> None:
   released, folder = _checked(_opened()), pathlib.Path(flags.FLAGS.workdir)
-  description = workdir.describe(
+  description = workdir.run_identity(
     "imported", 0, hf_config.run(released.facts, released.model)
   )
   if (folder / open_run.CONFIG).exists():

@@ -45,14 +45,14 @@ def at(module, name, n, fault, after=False):
 def main():
   _, point, n, *flags = sys.argv
   where = {
-    "compile": (heartbeat.Lifeline, "may_go_on", die),
-    "step": (heartbeat.Lifeline, "may_go_on", die),
+    "compile": (heartbeat.Heartbeat, "should_continue", die),
+    "step": (heartbeat.Heartbeat, "should_continue", die),
     "arrays": (orbax_io, "named", die),
     "manifest": (manifest, "write", die),
     "rename": (manifest, "write", die, True),
     "remove": (checkpointer, "_remove", die),
-    "fail": (heartbeat.Lifeline, "may_go_on", fail),
-    "hang": (heartbeat.Lifeline, "may_go_on", hang),
+    "fail": (heartbeat.Heartbeat, "should_continue", fail),
+    "hang": (heartbeat.Heartbeat, "should_continue", hang),
   }
   if point == "removing":
     checkpointer.shutil.rmtree = lambda *_, **__: die()

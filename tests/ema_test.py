@@ -134,7 +134,7 @@ class AverageTest(parameterized.TestCase):
     average = self.average(placed(0))
     average.update(1, placed(1), GOOD)
     run = testing.run()
-    checkpoints = checkpointer.Checkpoints(
+    checkpoints = checkpointer.Checkpointer(
       testing.folder(self) / "checkpoints", config.Checkpoint()
     )
     self.addCleanup(checkpoints.close)

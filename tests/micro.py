@@ -22,13 +22,15 @@ def make(folder, *assignments):
   rng = np.random.default_rng(0)
   bias = rng.normal(size=state.router_bias.shape).astype(np.float32)
   state = state.replace(router_bias=jax.numpy.asarray(bias))
-  checkpoints = checkpointer.Checkpoints(folder / "checkpoints", run.checkpoint)
+  checkpoints = checkpointer.Checkpointer(
+    folder / "checkpoints", run.checkpoint
+  )
   average = jax.tree.map(lambda a: a + 1, state.params)
   average = average if run.optim.ema_decay else None
   checkpoints.save(state, {}, average)
   checkpoints.wait()
   checkpoints.close()
-  workdir.write_config(folder, workdir.describe("test", 0, run))
+  workdir.write_config(folder, workdir.run_identity("test", 0, run))
   (folder / "data").mkdir()
   tok = tokenizer.train(TEXTS * 20, 300)
   tokenizer.save(tok, folder / "data" / "tokenizer.json")

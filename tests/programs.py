@@ -158,7 +158,7 @@ def rows(folder):
 def saved(folder, step):
   """Digests of all arrays of a checkpoint, and the facts beside them."""
   found = manifest.read(folder / "checkpoints" / str(step))
-  return found.arrays, found.facts
+  return found.arrays, found.metadata
 
 
 def names(folder):

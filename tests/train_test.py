@@ -186,7 +186,7 @@ class ResumeTest(absltest.TestCase):
     whole, all_fed = fit(first_state(), 2 * n)
 
     store = functools.partial(
-      checkpointer.Checkpoints, folder / "checkpoints", run.checkpoint
+      checkpointer.Checkpointer, folder / "checkpoints", run.checkpoint
     )
     checkpoints = store()
     save = lambda state: checkpoints.save(state, {})

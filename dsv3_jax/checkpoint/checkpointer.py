@@ -33,7 +33,7 @@ _TEMPORARY, _REMOVED = ".orbax-checkpoint-tmp", ".removed"
 CORRUPT, SUSPECT = ".corrupt", ".suspect"
 
 
-class Checkpoints:
+class Checkpointer:
   """The checkpoints of a run."""
 
   def __init__(self, directory: pathlib.Path, cfg: config.Checkpoint):
@@ -80,13 +80,13 @@ class Checkpoints:
       return str(error)
     return ""
 
-  def facts(self, step: int) -> dict[str, Any]:
+  def metadata(self, step: int) -> dict[str, Any]:
     """What was saved beside the arrays of a step; all processes call it.
 
     Raises:
       DamagedError: it is damaged.
     """
-    return self._manifest(step).facts
+    return self._manifest(step).metadata
 
   def _manifest(self, step: int) -> manifest.Manifest:
     """That of a step, if all processes can read it."""
@@ -101,7 +101,7 @@ class Checkpoints:
   def save(
     self,
     state: train.TrainState,
-    facts: dict[str, Any],
+    metadata: dict[str, Any],
     average: param_spec.Params | None = None,
   ) -> None:
     """Starts saving the state, and the parameters' average, under its step.
@@ -118,19 +118,21 @@ class Checkpoints:
       tree["average"] = {"params": average}
     leaves = param_spec.paths(tree)
     digests = _start_digests(leaves)  # before the state is donated
-    types = {name: orbax_io.type_of(leaf) for name, leaf in leaves.items()}
+    types = {
+      name: orbax_io.dtype_and_shape(leaf) for name, leaf in leaves.items()
+    }
 
     def finish(folder):
       arrays = {
         name: {"type": of, "digest": checksum.to_hex(digests[name])}
         for name, of in types.items()
       }
-      manifest.write(folder, step, arrays, facts)
+      manifest.write(folder, step, arrays, metadata)
 
     self._saving, self._finish = step, finish
     self._raising(
       lambda: self._saver.save(
-        self.folder(step), args=ocp.args.PyTreeSave(orbax_io.named(leaves))
+        self.folder(step), args=ocp.args.PyTreeSave(orbax_io.orbax_keys(leaves))
       )
     )
 
@@ -170,7 +172,7 @@ class Checkpoints:
 
   def _raising(self, work: Callable[[], None]) -> None:
     """Does a part of saving; what was written goes where it fails."""
-    if not (problem := orbax_io.problem_of(work)):
+    if not (problem := orbax_io.first_error_line(work)):
       return
     step, self._saving = self._saving, None
     if jax.process_index() == 0:
@@ -192,10 +194,10 @@ class Checkpoints:
 
   def close(self) -> None:
     """Waits for what is being saved, and ends the threads; never raises."""
-    if problem := orbax_io.problem_of(self._saver.close):
+    if problem := orbax_io.first_error_line(self._saver.close):
       logging.warning("%s: %s", self.directory, problem)
 
-  def clean(self) -> list[str]:
+  def repair(self) -> list[str]:
     """Removes what a killed run left; sets aside what is no checkpoint.
 
     For the one process that writes here.
@@ -208,10 +210,10 @@ class Checkpoints:
         shutil.rmtree(self.directory / name, ignore_errors=True)
     lines = []
     for step, problem in self.problems().items():
-      lines.append(f"{self.set_aside(step, CORRUPT)}: {problem}")
+      lines.append(f"{self.quarantine(step, CORRUPT)}: {problem}")
     return lines
 
-  def set_aside(self, step: int, kind: str) -> pathlib.Path:
+  def quarantine(self, step: int, kind: str) -> pathlib.Path:
     """Takes a step out of those to be read; keeps its files, once.
 
     Args:
@@ -276,7 +278,9 @@ class Checkpoints:
     names = param_spec.paths(like)
     asked = {_group(name) for name in names}
     there = {k: v["type"] for k, v in saved.items() if _group(k) in asked}
-    here = {name: orbax_io.type_of(leaf) for name, leaf in names.items()}
+    here = {
+      name: orbax_io.dtype_and_shape(leaf) for name, leaf in names.items()
+    }
     if changes := config.diff(there, here):
       raise InputError(
         f"{folder} is of another architecture (there -> here):\n"
@@ -321,7 +325,7 @@ class Checkpoints:
     def read():
       arrays.update(orbax_io.read(folder, like))
 
-    problem = orbax_io.problem_of(read)
+    problem = orbax_io.first_error_line(read)
     _agree(problem and f"{folder} cannot be read: {problem}")
     wrong = [
       name
@@ -335,7 +339,7 @@ class Checkpoints:
     return arrays
 
   def newest(
-    self, load: Callable[[int], T], *, set_aside: bool
+    self, load: Callable[[int], T], *, quarantine: bool
   ) -> tuple[int, T] | None:
     """What `load` returns of the newest step for which it is not damaged.
 
@@ -343,7 +347,7 @@ class Checkpoints:
 
     Args:
       load: reads a step, as `restore` does.
-      set_aside: also renames damaged steps, which only the run itself may do.
+      quarantine: also renames damaged steps, which only the run itself may do.
 
     Returns:
       The step and what was loaded; None: there are no checkpoints at all.
@@ -360,8 +364,8 @@ class Checkpoints:
       except DamagedError as error:
         problems.append(str(error))
         logging.error("%s; trying the one before", error)
-        if set_aside and jax.process_index() == 0:
-          self.set_aside(step, CORRUPT)
+        if quarantine and jax.process_index() == 0:
+          self.quarantine(step, CORRUPT)
     if problems:
       raise MissingError(
         f"{self.directory}: no checkpoint can be used:\n" + "\n".join(problems)

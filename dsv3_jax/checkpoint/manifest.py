@@ -40,13 +40,13 @@ class Manifest:
   step: int
   # Of each by name: `type`, such as float32[2,3], and `digest`.
   arrays: dict[str, dict[str, Any]]
-  facts: dict[str, Any]  # what the caller wanted beside them
+  metadata: dict[str, Any]  # the caller's; `facts` in the file
   files: dict[str, int]  # path in the folder: bytes
 
   def __post_init__(self):
     """TypeError where a field is of another type."""
     _expect(self.step, int)
-    for field in (self.arrays, self.facts, self.files):
+    for field in (self.arrays, self.metadata, self.files):
       _expect(field, dict)
     for size in self.files.values():
       _expect(size, int)
@@ -66,11 +66,13 @@ def write(
   folder: pathlib.Path,
   step: int,
   arrays: dict[str, dict[str, Any]],
-  facts: dict[str, Any],
+  metadata: dict[str, Any],
 ) -> None:
   """Adds the manifest to a folder in which all else has been written."""
-  found = Manifest(step, arrays, facts, _files(folder))
-  body = {"version": VERSION} | dataclasses.asdict(found)
+  body = {"version": VERSION} | dataclasses.asdict(
+    Manifest(step, arrays, metadata, _files(folder))
+  )
+  body["facts"] = body.pop("metadata")
   body["sha256"] = _seal(body)
   with open(folder / NAME, "x", encoding="utf-8") as file:
     json.dump(body, file, indent=1)
@@ -97,7 +99,7 @@ def read(folder: pathlib.Path) -> Manifest:
       raise DamagedError(
         f"{path}: of version {version}; this program reads {VERSION}"
       )
-    listed = Manifest(**body)
+    listed = Manifest(metadata=body.pop("facts"), **body)
     there = _files(folder)
   except FileNotFoundError as error:
     raise DamagedError(

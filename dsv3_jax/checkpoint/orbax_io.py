@@ -14,12 +14,12 @@ import orbax.checkpoint as ocp
 T = TypeVar("T")
 
 
-def named(leaves: dict[str, T]) -> dict[str, T]:
+def orbax_keys(leaves: dict[str, T]) -> dict[str, T]:
   """Leaves by the names that orbax makes files of."""
   return {name.replace("/", "."): leaf for name, leaf in leaves.items()}
 
 
-def type_of(a: Any) -> str:
+def dtype_and_shape(a: Any) -> str:
   """Type and shape of an array, such as float32[2,3]."""
   return f"{a.dtype}[{','.join(map(str, a.shape))}]"
 
@@ -32,7 +32,7 @@ def read(
   Raises:
     Exception: one cannot be read.
   """
-  item = named(like)
+  item = orbax_keys(like)
   # Not `Checkpointer`: it would wait for a process in which this fails.
   found = ocp.PyTreeCheckpointHandler().restore(
     folder,
@@ -45,13 +45,13 @@ def read(
   arrays = {name: found[key] for name, key in zip(like, item, strict=True)}
   for name, array in arrays.items():
     # What its metadata do not know, orbax leaves as it was asked for.
-    kind = type_of(like[name])
-    if not isinstance(array, jax.Array) or type_of(array) != kind:
+    kind = dtype_and_shape(like[name])
+    if not isinstance(array, jax.Array) or dtype_and_shape(array) != kind:
       raise ValueError(f"{name} is not there as {kind}")
   return arrays
 
 
-def problem_of(work: Callable[[], None]) -> str:
+def first_error_line(work: Callable[[], None]) -> str:
   """The first line of the error of any kind that orbax raises; "": none."""
   try:
     work()

@@ -78,14 +78,14 @@ def newest(
   saved = folder / CHECKPOINTS
   if not saved.is_dir():
     raise manifest.MissingError(f"{folder}: has no checkpoints yet")
-  checkpoints = checkpointer.Checkpoints(saved, run.checkpoint)
+  checkpoints = checkpointer.Checkpointer(saved, run.checkpoint)
   like = train.abstract_state(run, mesh)
 
   def load(step):
     return checkpoints.restore_parameters(step, like, average=average)
 
   try:
-    found = checkpoints.newest(load, set_aside=False)
+    found = checkpoints.newest(load, quarantine=False)
   finally:
     checkpoints.close()
   if found is None:

@@ -18,16 +18,16 @@ from dsv3_jax.trainer import event_log, exit_codes, metrics_writer, run_args
 FATAL = "fatal.txt"
 
 
-def clean(
-  command: run_args.RunArgs, checkpoints: checkpointer.Checkpoints
+def repair_workdir(
+  command: run_args.RunArgs, checkpoints: checkpointer.Checkpointer
 ) -> None:
   """Removes what a kill left, and goes a checkpoint back where starts fail."""
-  for line in checkpoints.clean():
+  for line in checkpoints.repair():
     logging.error("set aside: %s", line)
   _record_fatal(command.workdir)
   events, steps = event_log.read(command.workdir), checkpoints.steps()
   n, reached = event_log.crashes(events)
-  if command.retry or n < event_log.TRIES or steps[-1:] > [reached]:
+  if command.ignore_crash_loop or n < event_log.TRIES or steps[-1:] > [reached]:
     return
   older = [step for step in steps if step < reached]
   if n >= 2 * event_log.TRIES or not older:
@@ -40,7 +40,7 @@ def clean(
       " checkpoint"
     )
   for step in steps[len(older) :]:
-    aside = checkpoints.set_aside(step, checkpointer.SUSPECT)
+    aside = checkpoints.quarantine(step, checkpointer.SUSPECT)
     logging.error(
       "%d starts failed before there was a checkpoint after step %d: going"
       " back to step %d; %s keeps the other",
@@ -82,11 +82,11 @@ def steps_up_to(folder: pathlib.Path, step: int) -> list[metrics_writer.Row]:
 
 
 @contextlib.contextmanager
-def recorded(
+def log_start_and_end(
   command: run_args.RunArgs,
   first: int,
   began: float,
-  watch: event_log.Stopwatch,
+  watch: event_log.GoodputTimer,
 ) -> Iterator[Callable[..., None]]:
   """What adds to the history, which gets the start and the end."""
   if jax.process_index():
@@ -100,7 +100,7 @@ def recorded(
     step=first,
     began=began,
     seen_at=metrics.stat().st_mtime if metrics.exists() else 0.0,
-    again=command.retry,
+    again=command.ignore_crash_loop,
     host=socket.gethostname(),
     process=os.getpid(),
   )

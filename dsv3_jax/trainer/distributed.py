@@ -177,7 +177,7 @@ def fix_order_of_sums() -> None:
     os.environ["XLA_FLAGS"] = f"{given} {name}=true".strip()
 
 
-def first_does(work: Callable[[], Any]) -> None:
+def run_on_process_zero(work: Callable[[], Any]) -> None:
   """Process 0 works while the others wait, so that a file has one writer.
 
   Raises:

@@ -49,7 +49,7 @@ def _parse(line: str) -> Event | None:
 
 def add(workdir: pathlib.Path, event: str, **facts: Any) -> None:
   """Appends an event."""
-  facts = {"event": event, "time": time.time()} | metrics_writer.plain(facts)
+  facts = {"event": event, "time": time.time()} | metrics_writer.to_json(facts)
   line = json.dumps(facts) + "\n"
   path = workdir / FILE
   with open(path, "ab+") as file:
@@ -84,7 +84,7 @@ def crashes(events: Sequence[Event]) -> tuple[int, int]:
 
 
 @dataclasses.dataclass
-class Stopwatch:
+class GoodputTimer:
   """Seconds since a start, by what was done."""
 
   since: float = dataclasses.field(default_factory=time.monotonic)
@@ -103,7 +103,7 @@ class Stopwatch:
 def goodput(events: Sequence[Event]) -> dict[str, float]:
   """Seconds by what they went into, from the first start to the last event.
 
-  The kinds of a `Stopwatch`, and: `lost`, on steps that a later start did
+  The kinds of a `GoodputTimer`, and: `lost`, on steps that a later start did
   again; `starting`, before the first step; `down`, from an end to the next
   start.
   """

@@ -34,7 +34,7 @@ _AGAIN = "; start all again: the run goes on from its newest checkpoint"
 
 
 @dataclasses.dataclass(frozen=True)
-class Patience:
+class Timeouts:
   """How long to wait, in seconds."""
 
   heartbeat_s: float = 10.0  # for a sign of life from another process
@@ -80,17 +80,17 @@ class _Peer:
     return [json.loads(line) for line in lines]
 
 
-class Lifeline:
+class Heartbeat:
   """Watches a process while it is entered; else it only counts steps."""
 
-  def __init__(self, patience: Patience = Patience(), host: str = ""):
+  def __init__(self, timeouts: Timeouts = Timeouts(), host: str = ""):
     """Prepares to watch.
 
     Args:
-      patience: how long to wait for what.
+      timeouts: how long to wait for what.
       host: where others reach process 0; "": by the name of its machine.
     """
-    self._patience, self._host = patience, host
+    self._timeouts, self._host = timeouts, host
     self._index, self._count = 0, 1
     self._peers: dict[int, _Peer] = {}
     self._step, self._progress = -1, time.monotonic()  # this process
@@ -101,14 +101,14 @@ class Lifeline:
     self._ready: dict[int, int] = {}  # in process 0: who waits after which step
     self._stop_at: int | None = None
 
-  def __enter__(self) -> "Lifeline":
+  def __enter__(self) -> "Heartbeat":
     self._index, self._count = jax.process_index(), jax.process_count()
     if self._count > 1:
       self._connect()
     self._wake, self._waker = socket.socketpair()
     self._thread = threading.Thread(target=self._watch, daemon=True)
     self._thread.start()
-    self._listener = preemption.Listener(self._patience.grace_s, self.tell)
+    self._listener = preemption.Listener(self._timeouts.grace_s, self.tell)
     self._listener.__enter__()
     return self
 
@@ -122,7 +122,7 @@ class Lifeline:
     self._listener.__exit__()
     code = exit_codes.code_of(error) if error else exit_codes.OK
     if code in (exit_codes.OK, exit_codes.PREEMPTED):
-      self._send(bye=True)
+      self._send(leaving=True)
     else:
       text = f"{kind.__name__}: {error}"[:TEXT]
       self._send(end=[code or exit_codes.INTERNAL, text])
@@ -144,7 +144,7 @@ class Lifeline:
     """Says that something was done that is no step."""
     self._progress = time.monotonic()
 
-  def may_go_on(self, done: int, last: bool = False) -> bool:
+  def should_continue(self, done: int, last: bool = False) -> bool:
     """Whether to do another step; called before each, and after the last.
 
     Once a process was told to leave, all of them wait here until each has said
@@ -194,9 +194,9 @@ class Lifeline:
       if self._index == 0:
         self._accept(server, token)
       else:
-        address, patience = (host, int(port)), self._patience.heartbeat_s
+        address, timeouts = (host, int(port)), self._timeouts.heartbeat_s
         try:
-          channel = socket.create_connection(address, timeout=patience)
+          channel = socket.create_connection(address, timeout=timeouts)
         except OSError as error:
           raise InputError(
             f"process 0 does not answer at {host}:{port}, where it hears from"
@@ -206,7 +206,7 @@ class Lifeline:
         self._peers[0].send(hello=self._index, token=token)
 
   def _accept(self, server: socket.socket, token: str) -> None:
-    deadline = time.monotonic() + self._patience.heartbeat_s
+    deadline = time.monotonic() + self._timeouts.heartbeat_s
     while missing := set(range(1, self._count)) - self._peers.keys():
       server.settimeout(max(deadline - time.monotonic(), 0.01))
       try:
@@ -214,9 +214,9 @@ class Lifeline:
       except TimeoutError:
         raise InputError(
           f"{_names(missing)}: no connection to process 0 within"
-          f" {self._patience.heartbeat_s:g} s"
+          f" {self._timeouts.heartbeat_s:g} s"
         ) from None
-      channel.settimeout(self._patience.heartbeat_s)
+      channel.settimeout(self._timeouts.heartbeat_s)
       try:
         with channel.makefile() as file:
           hello = json.loads(file.readline(200))
@@ -236,7 +236,7 @@ class Lifeline:
       while True:
         ready = selector.select(BEAT_S / 4)
         before, now = now, time.monotonic()
-        if self._peers and now - before > self._patience.heartbeat_s:
+        if self._peers and now - before > self._timeouts.heartbeat_s:
           self._end(
             exit_codes.INTERNAL,
             f"process {self._index}, this one, was stopped for"
@@ -279,14 +279,14 @@ class Lifeline:
           self._end(code, text)
         case {"end": [code, text]}:
           self._end(code, f"process {peer.index}: {text}")
-        case {"bye": _}:
+        case {"leaving": _}:
           return False
     return True
 
   def _look_for_silence(self, now: float) -> None:
     for peer in list(self._peers.values()):
-      if now - peer.heard > self._patience.heartbeat_s:
-        self._lose(peer, f"is silent for {self._patience.heartbeat_s:g} s")
+      if now - peer.heard > self._timeouts.heartbeat_s:
+        self._lose(peer, f"is silent for {self._timeouts.heartbeat_s:g} s")
 
   def _lose(self, peer: _Peer, how: str) -> None:
     step = self._steps[peer.index]
@@ -295,7 +295,7 @@ class Lifeline:
     )
 
   def _look_for_stuck(self, now: float) -> None:
-    limit, begun = self._patience.stuck_s, self._step >= 0
+    limit, begun = self._timeouts.stuck_s, self._step >= 0
     if not (limit and begun and now - self._progress > limit):
       return
     if self._index:  # process 0 knows who is behind
@@ -309,7 +309,7 @@ class Lifeline:
     steps = dict(self._steps) | {self._index: self._step}
     least = min(steps.values())
     behind = {index for index, step in steps.items() if step == least}
-    text = f"{_names(behind)}: nothing done for {self._patience.stuck_s:g} s"
+    text = f"{_names(behind)}: nothing done for {self._timeouts.stuck_s:g} s"
     text += f" after step {least} was started"
     if ahead := steps.keys() - behind:
       text += f"; {_names(ahead)} did more, and would wait for ever"

@@ -15,7 +15,7 @@ from dsv3_jax.parallel import device_mesh, replica_check
 from dsv3_jax.trainer import batches, event_log, heartbeat
 
 
-def facts(source: batches.Feed, step: int) -> dict[str, Any]:
+def checkpoint_metadata(source: batches.Feed, step: int) -> dict[str, Any]:
   """What a checkpoint holds beside the state."""
   return {
     "data": source.data.digests | {"seed": source.seed},
@@ -25,23 +25,23 @@ def facts(source: batches.Feed, step: int) -> dict[str, Any]:
 
 
 @dataclasses.dataclass
-class Aside:
+class TrainHooks:
   """What a run does now and then besides training."""
 
   source: batches.Feed
   mesh: jax.sharding.Mesh
-  checkpoints: checkpointer.Checkpoints
+  checkpoints: checkpointer.Checkpointer
   book: Any
   record: Callable[..., None]
-  watch: event_log.Stopwatch
-  line: heartbeat.Lifeline
+  watch: event_log.GoodputTimer
+  line: heartbeat.Heartbeat
   average: ema.Average | None
   heldout: dict[str, float] = dataclasses.field(default_factory=dict)  # last
 
-  def may_go_on(self, done: int) -> bool:
+  def should_continue(self, done: int) -> bool:
     """Whether to do another step; sees whether saving went well."""
     self._saving(self.checkpoints.check)
-    return self.line.may_go_on(done)
+    return self.line.should_continue(done)
 
   def check(self, state: train.TrainState) -> None:
     """Compares what devices hold alike."""
@@ -68,7 +68,7 @@ class Aside:
   def save(self, state: train.TrainState) -> None:
     """Starts saving the state and the average."""
     step = int(state.step)
-    beside = facts(self.source, step)
+    beside = checkpoint_metadata(self.source, step)
     average = self.average.params() if self.average else None
     self._saving(self.checkpoints.wait)
     self._saving(lambda: self.checkpoints.save(state, beside, average))

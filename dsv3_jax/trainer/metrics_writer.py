@@ -64,7 +64,7 @@ def _line(row: Row) -> str:
   return json.dumps(row, allow_nan=False) + "\n"
 
 
-def plain(value: Any) -> Any:
+def to_json(value: Any) -> Any:
   """A value as strict JSON has it: arrays to lists, NaN and infinity to None.
 
   JSON has no NaN: a key whose value is null was computed and is not finite.
@@ -72,9 +72,9 @@ def plain(value: Any) -> Any:
   if hasattr(value, "tolist"):  # numpy and jax, arrays and scalars
     value = value.tolist()
   if isinstance(value, dict):
-    return {key: plain(item) for key, item in value.items()}
+    return {key: to_json(item) for key, item in value.items()}
   if isinstance(value, (list, tuple)):
-    return [plain(item) for item in value]
+    return [to_json(item) for item in value]
   if isinstance(value, float) and not math.isfinite(value):
     return None
   return value
@@ -130,10 +130,10 @@ def add_traceback(folder: pathlib.Path, error: BaseException) -> None:
       file.writelines(traceback.format_exception(error))
 
 
-class Silent:
+class NullWriter:
   """A logbook of a process that leaves writing to process 0."""
 
-  def __enter__(self) -> "Silent":
+  def __enter__(self) -> "NullWriter":
     return self
 
   def __exit__(self, *_: object) -> None:
@@ -149,7 +149,7 @@ class Silent:
     del text
 
 
-class Logbook:
+class MetricsWriter:
   """Writes the rows of one run; a context manager.
 
   On a terminal, one live line shows the newest step; elsewhere a plain line is
@@ -190,7 +190,7 @@ class Logbook:
     self._unsaid = None  # progress text that no plain line has shown yet
     self._bpb = None
 
-  def __enter__(self) -> "Logbook":
+  def __enter__(self) -> "MetricsWriter":
     return self
 
   def __exit__(self, kind: object, *_: object) -> None:
@@ -244,7 +244,7 @@ class Logbook:
       self._unsaid = None
 
   def _write(self, row: Row) -> Row:
-    row = plain(row)
+    row = to_json(row)
     self._metrics.write(_line(row))
     self._metrics.flush()
     values = dict(_scalars(row))

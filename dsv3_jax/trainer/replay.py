@@ -24,7 +24,7 @@ from dsv3_jax.trainer import (
 _OF_TIME = {"tokens_per_s"}
 
 
-class _Compared(metrics_writer.Silent):
+class _Compared(metrics_writer.NullWriter):
   """A logbook that compares its rows with those of another one."""
 
   def __init__(self, logged: dict[int, metrics_writer.Row]):
@@ -33,7 +33,7 @@ class _Compared(metrics_writer.Silent):
     self.n = 0  # numbers compared
 
   def step(self, row: metrics_writer.Row) -> None:
-    row = metrics_writer.plain(row)
+    row = metrics_writer.to_json(row)
     step = row["step"]
     if step not in self._logged:
       raise InputError(f"step {step} is not in {metrics_writer.METRICS}")
@@ -57,14 +57,14 @@ def execute(command: run_args.RunArgs, step: int) -> None:
     MissingError: there is no checkpoint before it.
     MismatchError: something differs; names it.
   """
-  with heartbeat.Lifeline(command.patience, command.processes.host):
+  with heartbeat.Heartbeat(command.timeouts, command.processes.host):
     _replay(command, step)
 
 
 def _replay(command: run_args.RunArgs, step: int) -> None:
   run, folder = command.run, command.workdir
   workdir.check_same(
-    folder, workdir.describe(command.variant, command.seed, run)
+    folder, workdir.run_identity(command.variant, command.seed, run)
   )
   mesh = distributed.mesh(command.mesh)
   rows = metrics_writer.read(folder / metrics_writer.METRICS)
@@ -72,17 +72,19 @@ def _replay(command: run_args.RunArgs, step: int) -> None:
   if step not in logged:
     last = max(logged, default=0)
     raise InputError(f"--replay_step={step}: steps 1 to {last} are logged")
-  checkpoints = checkpointer.Checkpoints(folder / "checkpoints", run.checkpoint)
+  checkpoints = checkpointer.Checkpointer(
+    folder / "checkpoints", run.checkpoint
+  )
   state = _before(checkpoints, step, train.abstract_state(run, mesh))
   first = int(state.step)
-  facts = checkpoints.facts(first)
+  facts = checkpoints.metadata(first)
   checkpoints.close()
   source = batches.Feed(trainer.read_data(command), run, command.seed)
   left_out = facts["rows"] - source.sequences(first).start
   source = dataclasses.replace(source, left_out=left_out)
   book, nothing = _Compared(logged), lambda *_, **__: None
-  report = step_monitor.Reporter(
-    book, source, command.stop, nothing, event_log.Stopwatch()
+  report = step_monitor.StepMonitor(
+    book, source, command.stop, nothing, event_log.GoodputTimer()
   )
   train.fit(
     state,
@@ -106,7 +108,7 @@ def _replay(command: run_args.RunArgs, step: int) -> None:
 
 
 def _before(
-  checkpoints: checkpointer.Checkpoints, step: int, like: train.TrainState
+  checkpoints: checkpointer.Checkpointer, step: int, like: train.TrainState
 ) -> Any:
   steps = [s for s in checkpoints.steps() if s < step]
   if not steps:

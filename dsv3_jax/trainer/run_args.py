@@ -19,6 +19,6 @@ class RunArgs:
   mesh: dict[str, int]  # sizes of the axes named
   processes: distributed.Processes
   init_from: pathlib.Path | None = None
-  patience: heartbeat.Patience = heartbeat.Patience()
-  retry: bool = False  # although starts failed
+  timeouts: heartbeat.Timeouts = heartbeat.Timeouts()
+  ignore_crash_loop: bool = False  # although starts failed
   deterministic: bool = True  # on GPUs

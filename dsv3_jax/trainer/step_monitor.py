@@ -24,16 +24,16 @@ IDS = 64  # rows that are named where a step is bad
 RECENT, ENOUGH = 100, 20
 
 
-class Reporter:
+class StepMonitor:
   """Turns the metrics of steps into rows of the logbook."""
 
   def __init__(
     self,
-    book: metrics_writer.Logbook | metrics_writer.Silent,
+    book: metrics_writer.MetricsWriter | metrics_writer.NullWriter,
     source: batches.Feed,
     stop: int,
     record: Callable[..., None],
-    watch: event_log.Stopwatch,
+    watch: event_log.GoodputTimer,
     before: Iterable[metrics_writer.Row] = (),
   ):
     """Begins before the first step of this start.
@@ -67,7 +67,7 @@ class Reporter:
     metrics = jax.device_get(metrics)
     seconds = self._watch.lap("training" if self._started else "compiling")
     self._started = True
-    row = metrics_writer.plain(self._row(done, metrics, seconds))
+    row = metrics_writer.to_json(self._row(done, metrics, seconds))
     self._book.step(row)
     for line in quantization.not_finite(metrics.get("fp8", {})):
       self._book.note(f"step {done}: {line}")

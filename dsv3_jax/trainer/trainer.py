@@ -36,7 +36,7 @@ RIVALS_BYTES = 1 << 25  # most text that other compressors are given
 
 def _start(
   command: run_args.RunArgs,
-  checkpoints: checkpointer.Checkpoints,
+  checkpoints: checkpointer.Checkpointer,
   source: batches.Feed,
   mesh: jax.sharding.Mesh,
 ) -> tuple[train.TrainState, ema.Average | None]:
@@ -45,11 +45,11 @@ def _start(
   Saving the first state shows before any work that saving works; from then on,
   a workdir without a checkpoint has lost it.
   """
-  run, facts = command.run, hooks.facts(source, 0)
+  run, facts = command.run, hooks.checkpoint_metadata(source, 0)
   like = train.abstract_state(run, mesh)
 
   def load(step):
-    saved = checkpoints.facts(step)
+    saved = checkpoints.metadata(step)
     # A setting newer than the checkpoint: its default is what was done then.
     model = config.with_current_names(saved["model"])
     saved["model"] = config.default_settings(config.Model) | model
@@ -62,7 +62,7 @@ def _start(
     state = checkpoints.restore(step, like)
     return state, _average(run, checkpoints, state)
 
-  if found := checkpoints.newest(load, set_aside=True):
+  if found := checkpoints.newest(load, quarantine=True):
     return found[1]
   metrics = command.workdir / metrics_writer.METRICS
   if metrics.exists() and metrics_writer.read(metrics):
@@ -107,10 +107,10 @@ def _with_parameters(
 
 def _book(
   folder: pathlib.Path, stop: int, first: int
-) -> metrics_writer.Logbook | metrics_writer.Silent:
+) -> metrics_writer.MetricsWriter | metrics_writer.NullWriter:
   if jax.process_index():
-    return metrics_writer.Silent()
-  return metrics_writer.Logbook(folder, stop, first)
+    return metrics_writer.NullWriter()
+  return metrics_writer.MetricsWriter(folder, stop, first)
 
 
 def read_data(command: run_args.RunArgs) -> loader.Prepared:
@@ -129,14 +129,16 @@ def _prepare(
 
   def write():
     folder = command.workdir
-    description = workdir.describe(command.variant, command.seed, command.run)
-    workdir.claim(folder, description)
+    description = workdir.run_identity(
+      command.variant, command.seed, command.run
+    )
+    workdir.check_or_create(folder, description)
     stack.enter_context(workdir.lock(folder))
     read_data(command)
     workdir.write_config(folder, description)
     workdir.write_environment(folder)
 
-  distributed.first_does(write)
+  distributed.run_on_process_zero(write)
   return read_data(command)
 
 
@@ -167,7 +169,7 @@ def execute(command: run_args.RunArgs) -> None:
     SaveError: a checkpoint could not be written.
     DivergedError: devices hold different copies.
   """
-  line = heartbeat.Lifeline(command.patience, command.processes.host)
+  line = heartbeat.Heartbeat(command.timeouts, command.processes.host)
   spikes: list[exit_codes.SpikeError] = []
   with line:
     while True:
@@ -184,7 +186,7 @@ def execute(command: run_args.RunArgs) -> None:
 
 def _train(
   command: run_args.RunArgs,
-  line: heartbeat.Lifeline,
+  line: heartbeat.Heartbeat,
   stack: contextlib.ExitStack,
   spikes: Sequence[exit_codes.SpikeError],
 ) -> None:
@@ -193,9 +195,13 @@ def _train(
   if problems := _problems(command, mesh):
     raise InputError("\n".join(problems))
   data = _prepare(command, stack)
-  checkpoints = checkpointer.Checkpoints(folder / "checkpoints", run.checkpoint)
+  checkpoints = checkpointer.Checkpointer(
+    folder / "checkpoints", run.checkpoint
+  )
   stack.callback(checkpoints.close)
-  distributed.first_does(lambda: crash_loop.clean(command, checkpoints))
+  distributed.run_on_process_zero(
+    lambda: crash_loop.repair_workdir(command, checkpoints)
+  )
   source = batches.Feed(data, run, command.seed)
   state, average = _start(command, checkpoints, source, mesh)
   if average:
@@ -203,9 +209,9 @@ def _train(
   first = int(state.step)
   source = _from_step(source, checkpoints, first, spikes)
   rows = crash_loop.steps_up_to(folder, first)
-  watch = event_log.Stopwatch()
+  watch = event_log.GoodputTimer()
   record = stack.enter_context(
-    crash_loop.recorded(command, first, began, watch)
+    crash_loop.log_start_and_end(command, first, began, watch)
   )
   book = stack.enter_context(_book(folder, command.stop, first))
   book.note(
@@ -213,10 +219,10 @@ def _train(
     f" {data.n_tokens:,} tokens of text an epoch, {data.padding:.2%}"
     " padding in rows"
   )
-  report = step_monitor.Reporter(
+  report = step_monitor.StepMonitor(
     book, source, command.stop, record, watch, rows
   )
-  beside = hooks.Aside(
+  beside = hooks.TrainHooks(
     source, mesh, checkpoints, book, record, watch, line, average
   )
   state = train.fit(
@@ -229,13 +235,13 @@ def _train(
       beside.check,
       beside.evaluate,
       beside.save,
-      beside.may_go_on,
+      beside.should_continue,
     ),
     mesh=mesh,
     average=average,
   )
   done = int(state.step)
-  line.may_go_on(done, last=True)
+  line.should_continue(done, last=True)
   beside.finish(done)
   if done < command.stop:
     raise exit_codes.PreemptedError(
@@ -252,7 +258,7 @@ def _train(
 
 def _from_step(
   source: batches.Feed,
-  checkpoints: checkpointer.Checkpoints,
+  checkpoints: checkpointer.Checkpointer,
   first: int,
   spikes: Sequence[exit_codes.SpikeError],
 ) -> batches.Feed:
@@ -262,7 +268,7 @@ def _from_step(
     NotFiniteError: the loss has jumped too often after this checkpoint.
   """
   run = source.run
-  left_out = checkpoints.facts(first)["rows"] - run.rows_before(first)
+  left_out = checkpoints.metadata(first)["rows"] - run.rows_before(first)
   for spike in spikes:
     if spike.back_to is None:
       spike.back_to = first
@@ -280,7 +286,7 @@ def _from_step(
 
 def _average(
   run: config.Run,
-  checkpoints: checkpointer.Checkpoints,
+  checkpoints: checkpointer.Checkpointer,
   state: train.TrainState,
 ) -> ema.Average | None:
   """The average of the parameters, from where the state stands."""

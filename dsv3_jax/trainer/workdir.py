@@ -26,7 +26,7 @@ ENV, SUMMARY, LOCK = "env.json", "summary.json", "lock"
 _HARMLESS = ("settings.checkpoint.", "settings.evaluate.", "settings.parallel.")
 
 
-def describe(variant: str, seed: int, run: config.Run) -> dict[str, Any]:
+def run_identity(variant: str, seed: int, run: config.Run) -> dict[str, Any]:
   """What config.json holds."""
   return {"variant": variant, "seed": seed, "settings": config.flatten(run)}
 
@@ -42,7 +42,7 @@ def _flat(facts: dict[str, Any]) -> dict[str, Any]:
   return {"seed": facts["seed"], "variant": facts["variant"]} | settings
 
 
-def claim(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
+def check_or_create(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
   """Makes the workdir of a run, or checks that it is this run's.
 
   It becomes the run's by `write_config`: settings that turn out to be wrong

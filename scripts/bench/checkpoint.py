@@ -47,7 +47,7 @@ class _Plain:
   def save(self, state: train.TrainState) -> None:
     key = jax.random.key_data(state.key)
     leaves = param_spec.paths({"state": state.replace(key=key)})
-    tree = ocp.args.PyTreeSave(orbax_io.named(leaves))
+    tree = ocp.args.PyTreeSave(orbax_io.orbax_keys(leaves))
     self._saver.save(self.folder / "0", args=tree)
 
   def wait(self) -> None:
@@ -59,7 +59,7 @@ class _Ours:
     self.folder = folder / "ours"
 
   def save(self, state: train.TrainState) -> None:
-    self._store = checkpointer.Checkpoints(self.folder, config.Checkpoint())
+    self._store = checkpointer.Checkpointer(self.folder, config.Checkpoint())
     self._store.save(state, {})
 
   def wait(self) -> None:

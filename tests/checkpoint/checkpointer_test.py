@@ -65,7 +65,7 @@ def files(folder):
 
 class Case(parameterized.TestCase):
   def open(self, folder, **settings):
-    store = checkpointer.Checkpoints(folder, config.Checkpoint(**settings))
+    store = checkpointer.Checkpointer(folder, config.Checkpoint(**settings))
     self.addCleanup(store.close)
     return store
 
@@ -82,7 +82,7 @@ class Case(parameterized.TestCase):
     testing.assert_same(
       testing.host(state), testing.host(noisy_state(step=step))
     )
-    self.assertEqual(store.facts(step), FACTS)
+    self.assertEqual(store.metadata(step), FACTS)
 
 
 class SaveTest(Case):
@@ -137,7 +137,7 @@ class SaveTest(Case):
   def test_an_empty_folder_has_no_step(self):
     store = self.saved()
     self.assertEqual((store.steps(), store.problems()), ([], {}))
-    self.assertIsNone(store.newest(self.fail, set_aside=True))
+    self.assertIsNone(store.newest(self.fail, quarantine=True))
 
 
 class RefuseTest(Case):
@@ -249,7 +249,7 @@ class DamageTest(Case):
     super().setUpClass()
     folder = cls.enterClassContext(tempfile.TemporaryDirectory())
     cls.kept = pathlib.Path(folder) / "checkpoints"
-    store = checkpointer.Checkpoints(cls.kept, config.Checkpoint(keep=9))
+    store = checkpointer.Checkpointer(cls.kept, config.Checkpoint(keep=9))
     for step in (1, 2):
       store.save(noisy_state(step=step), FACTS)
     store.wait()
@@ -264,7 +264,7 @@ class DamageTest(Case):
     load = lambda step: store.restore(step, like())
     with self.assertLogs(logging.get_absl_logger(), "ERROR") as logs:
       logging.error("so that there is one")
-      found = store.newest(load, set_aside=True)
+      found = store.newest(load, quarantine=True)
     return found, "\n".join(logs.output[1:])
 
   def test_a_copy_is_as_good(self):
@@ -286,7 +286,7 @@ class DamageTest(Case):
           # Of some of orbax's files nothing is restored.
           expected = testing.host(noisy_state(step=step))
           testing.assert_same(testing.host(state), expected)
-          lines = store.clean()
+          lines = store.repair()
           self.assertTrue(step == 2 or said or lines)
           aside = store.directory / f"2{checkpointer.CORRUPT}"
           self.assertEqual(aside.exists(), step == 1)
@@ -306,7 +306,7 @@ class DamageTest(Case):
       (step, state), said = self.newest(store)
       with self.subTest(what):
         testing.assert_same(testing.host(state), expected[step])
-        self.assertEqual(store.facts(step), FACTS)
+        self.assertEqual(store.metadata(step), FACTS)
         self.assertTrue(step == 2 or said or store.problems())
       found[step == 1] += 1
       shutil.rmtree(store.directory)
@@ -336,7 +336,7 @@ class DamageTest(Case):
     saved = manifest.read(store.folder(2))
     saved.arrays["state/params/head"]["digest"] = "0" * 16
     path.unlink()
-    manifest.write(store.folder(2), 2, saved.arrays, saved.facts)
+    manifest.write(store.folder(2), 2, saved.arrays, saved.metadata)
     with self.assertRaisesRegex(
       checkpointer.DamagedError, "2 is damaged: .*: state/params/head$"
     ):
@@ -356,14 +356,14 @@ class DamageTest(Case):
         self.newest(store)
       for step in (1, 2):
         self.assertIn(f"checkpoints/{step}", str(caught.exception))
-      store.clean()
+      store.repair()
 
   def test_cleaning_removes_what_was_left_half_done(self):
     store = self.copy()
     for name in ("3.orbax-checkpoint-tmp", "0.removed"):
       shutil.copytree(store.folder(1), store.directory / name)
     shutil.copytree(store.folder(1), store.folder(5))
-    (line,) = store.clean()
+    (line,) = store.repair()
     self.assertRegex(line, "5.corrupt: .*/5: holds step 1")
     names = {path.name for path in store.directory.iterdir()}
     self.assertEqual(names, {"1", "2", "5.corrupt"})
@@ -372,7 +372,7 @@ class DamageTest(Case):
     store = self.copy()
     for _ in range(2):
       shutil.copytree(self.kept / "1", store.folder(7))
-      store.set_aside(7, checkpointer.SUSPECT)
+      store.quarantine(7, checkpointer.SUSPECT)
     names = {path.name for path in store.directory.iterdir()}
     self.assertEqual(names, {"1", "2", "7.suspect"})
 

@@ -241,7 +241,7 @@ class FilesTest(Case):
     rng = np.random.default_rng(seed)
     root = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
     run, cfg = testing.run(), config.Checkpoint(keep=9)
-    store = checkpointer.Checkpoints(root / "good", cfg)
+    store = checkpointer.Checkpointer(root / "good", cfg)
     state = testing.state(run)
     states = {}
     for step in (1, 2):
@@ -257,13 +257,13 @@ class FilesTest(Case):
       path = files[rng.integers(len(files))].relative_to(root / "good")
       raw = changed((root / "bad" / path).read_bytes(), rng)
       (root / "bad" / path).write_bytes(raw)
-      store = checkpointer.Checkpoints(root / "bad", cfg)
+      store = checkpointer.Checkpointer(root / "bad", cfg)
       with about(path=str(path)):
         step, restored = store.newest(
-          lambda step, s=store: s.restore(step, like), set_aside=True
+          lambda step, s=store: s.restore(step, like), quarantine=True
         )
         testing.assert_same(testing.host(restored), testing.host(states[step]))
-        self.assertEqual(store.facts(step), {"rows": step})
+        self.assertEqual(store.metadata(step), {"rows": step})
         found[step] += 1
       store.close()
       shutil.rmtree(root / "bad")
@@ -331,7 +331,7 @@ class FilesTest(Case):
         found = self.taken(lambda: manifest.read(folder))
         if found is not None:
           self.assertEqual((found.step, found.files), (whole.step, whole.files))
-          self.assertIsInstance(found.facts, dict)
+          self.assertIsInstance(found.metadata, dict)
           types = [array["type"] for array in found.arrays.values()]
           self.assertEqual(types, ["float32[2]"] * len(types))
 

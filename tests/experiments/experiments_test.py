@@ -362,8 +362,8 @@ class WorkdirTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     self.folder = testing.folder(self) / "run"
-    self.facts = workdir_lib.describe("tiny", 0, presets.TINY)
-    workdir_lib.claim(self.folder, self.facts)
+    self.facts = workdir_lib.run_identity("tiny", 0, presets.TINY)
+    workdir_lib.check_or_create(self.folder, self.facts)
     workdir_lib.write_config(self.folder, self.facts)
 
   def contents(self):
@@ -377,25 +377,31 @@ class WorkdirTest(parameterized.TestCase):
     before = self.contents()
     # How often things are saved or looked at may change.
     run = config.override(presets.TINY, "checkpoint.every=7")
-    workdir_lib.claim(self.folder, workdir_lib.describe("tiny", 0, run))
+    workdir_lib.check_or_create(
+      self.folder, workdir_lib.run_identity("tiny", 0, run)
+    )
     self.assertEqual(self.contents(), before)
 
   def test_a_run_from_before_a_setting_may_go_on_with_its_default(self):
     del self.facts["settings"]["data.fim_rate"]
     (self.folder / open_run.CONFIG).write_text(json.dumps(self.facts))
-    workdir_lib.claim(
-      self.folder, workdir_lib.describe("tiny", 0, presets.TINY)
+    workdir_lib.check_or_create(
+      self.folder, workdir_lib.run_identity("tiny", 0, presets.TINY)
     )
     run = config.override(presets.TINY, "data.fim_rate=0.1")
     with self.assertRaisesRegex(ValueError, "data.fim_rate: 0.0 -> 0.1"):
-      workdir_lib.claim(self.folder, workdir_lib.describe("tiny", 0, run))
+      workdir_lib.check_or_create(
+        self.folder, workdir_lib.run_identity("tiny", 0, run)
+      )
 
   @pytest.mark.fault("F18")
   def test_another_configuration_is_told_field_by_field(self):
     before = self.contents()
     run = config.override(presets.TINY, "optim.eps=1e-9", "mla.n_heads=3")
     with self.assertRaises(ValueError) as caught:
-      workdir_lib.claim(self.folder, workdir_lib.describe("tiny", 1, run))
+      workdir_lib.check_or_create(
+        self.folder, workdir_lib.run_identity("tiny", 1, run)
+      )
     title, *lines = str(caught.exception).splitlines()
     self.assertIn(str(self.folder), title)
     self.assertEqual(
@@ -414,7 +420,7 @@ class WorkdirTest(parameterized.TestCase):
     run = config.override(
       presets.V2_LITE_16B, "data.path=a b=c", "optim.moments=float32"
     )
-    facts = json.loads(json.dumps(workdir_lib.describe("x", 0, run)))
+    facts = json.loads(json.dumps(workdir_lib.run_identity("x", 0, run)))
     self.assertEqual(open_run.run_of(facts), run)
 
   @parameterized.parameters("", "{}", "[1]", '{"settings": 3}', "\x00")
@@ -435,7 +441,9 @@ class WorkdirTest(parameterized.TestCase):
   @pytest.mark.fault("F13")
   def test_refuses_a_folder_that_cannot_be(self):
     with self.assertRaisesRegex(ValueError, "cannot be written"):
-      workdir_lib.claim(self.folder / open_run.CONFIG / "below", self.facts)
+      workdir_lib.check_or_create(
+        self.folder / open_run.CONFIG / "below", self.facts
+      )
 
 
 class StartTest(parameterized.TestCase):
@@ -470,7 +478,7 @@ class StartTest(parameterized.TestCase):
   @pytest.mark.fault("F17")
   def test_lost_checkpoints_are_never_replaced_by_a_fresh_start(self):
     command = self.command()
-    facts = workdir_lib.describe(command.variant, command.seed, command.run)
+    facts = workdir_lib.run_identity(command.variant, command.seed, command.run)
     command.workdir.mkdir()
     workdir_lib.write_config(command.workdir, facts)
     metrics = command.workdir / metrics_writer.METRICS
@@ -481,7 +489,7 @@ class StartTest(parameterized.TestCase):
 
   def test_sample_says_that_there_is_no_checkpoint(self):
     command = self.command()
-    facts = workdir_lib.describe(command.variant, command.seed, command.run)
+    facts = workdir_lib.run_identity(command.variant, command.seed, command.run)
     command.workdir.mkdir()
     workdir_lib.write_config(command.workdir, facts)
     (command.workdir / "checkpoints").mkdir()
@@ -574,7 +582,7 @@ class EndToEndTest(absltest.TestCase):
     def state(name):
       run = config.override(presets.TINY, *self.SETTINGS, f"data.path={text}")
       folder = root / name / "checkpoints"
-      checkpoints = checkpointer.Checkpoints(folder, run.checkpoint)
+      checkpoints = checkpointer.Checkpointer(folder, run.checkpoint)
       self.addCleanup(checkpoints.close)
       self.assertEqual(checkpoints.steps()[-1], 8)
       like = train.abstract_state(run, device_mesh.make_mesh({}))

@@ -22,7 +22,7 @@ class ScriptTest(parameterized.TestCase):
     super().setUp()
     self.folder = testing.folder(self) / "run"
     run, state, _ = micro.make(self.folder)
-    store = checkpointer.Checkpoints(
+    store = checkpointer.Checkpointer(
       self.folder / "checkpoints", config.Checkpoint(keep=9)
     )
     self.addCleanup(store.close)

@@ -69,7 +69,9 @@ def step_row(rng: np.random.Generator, step: int, total: int) -> dict:
 def write_run(workdir: pathlib.Path, steps: int = STEPS) -> None:
   """A workdir like that of a finished run."""
   rng = np.random.default_rng(0)
-  with metrics_writer.Logbook(workdir, steps, stream=io.StringIO()) as log:
+  with metrics_writer.MetricsWriter(
+    workdir, steps, stream=io.StringIO()
+  ) as log:
     for step in range(1, steps + 1):
       row = step_row(rng, step, steps)
       log.step(row)

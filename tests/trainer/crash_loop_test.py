@@ -27,13 +27,15 @@ from dsv3_jax.trainer import (
 ROOT = pathlib.Path(__file__).parents[2]
 FATAL = """
 import faulthandler, pathlib, sys, types
-from experiments import history, starts
+from dsv3_jax.trainer import crash_loop, event_log
 
 def recorded_work():
   faulthandler._sigsegv()
 
-command = types.SimpleNamespace(workdir=pathlib.Path(sys.argv[1]), retry=False)
-with starts.recorded(command, 8, 0.0, history.Stopwatch()):
+command = types.SimpleNamespace(
+  workdir=pathlib.Path(sys.argv[1]), ignore_crash_loop=False
+)
+with crash_loop.log_start_and_end(command, 8, 0.0, event_log.GoodputTimer()):
   recorded_work()
 """
 
@@ -47,7 +49,7 @@ class CleanTest(absltest.TestCase):
     self.command = run_args.RunArgs(
       "tiny", run, self.folder, 0, 9, {}, distributed.Processes()
     )
-    self.store = checkpointer.Checkpoints(
+    self.store = checkpointer.Checkpointer(
       self.folder / "checkpoints", config.Checkpoint(keep=9)
     )
     self.addCleanup(self.store.close)
@@ -67,7 +69,7 @@ class CleanTest(absltest.TestCase):
     command = dataclasses.replace(self.command, **changes)
     with self.assertLogs(logging.get_absl_logger(), "ERROR") as logs:
       logging.error("so that there is one")
-      crash_loop.clean(command, self.store)
+      crash_loop.repair_workdir(command, self.store)
     return "\n".join(logs.output[1:])
 
   def test_goes_on_after_a_few_failures(self):
@@ -99,13 +101,13 @@ class CleanTest(absltest.TestCase):
   def test_stops_where_there_is_nothing_to_go_back_to(self):
     self.crash(event_log.TRIES, step=0)
     for step in (4, 8):
-      self.store.set_aside(step, checkpointer.CORRUPT)
+      self.store.quarantine(step, checkpointer.CORRUPT)
     with self.assertRaisesRegex(manifest.MissingError, "--ignore_crash_loop"):
       self.clean()
 
   def test_tries_again_when_told_to(self):
     self.crash(2 * event_log.TRIES)
-    self.assertEqual(self.clean(retry=True), "")
+    self.assertEqual(self.clean(ignore_crash_loop=True), "")
     self.assertEqual(self.store.steps(), [0, 4, 8])
 
   def test_a_checkpoint_that_no_event_tells_of_is_progress(self):
@@ -141,7 +143,9 @@ class RecordedTest(absltest.TestCase):
     )
 
   def recorded(self):
-    return crash_loop.recorded(self.command, 4, 10.0, event_log.Stopwatch())
+    return crash_loop.log_start_and_end(
+      self.command, 4, 10.0, event_log.GoodputTimer()
+    )
 
   def test_a_start_and_its_end(self):
     metrics = self.folder / metrics_writer.METRICS

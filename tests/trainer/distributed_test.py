@@ -114,14 +114,14 @@ class OrderTest(parameterized.TestCase):
 class FirstDoesTest(absltest.TestCase):
   def test_works_and_raises_what_the_work_raised(self):
     done = []
-    distributed.first_does(lambda: done.append(1))
+    distributed.run_on_process_zero(lambda: done.append(1))
     self.assertEqual(done, [1])
 
     def fail():
       raise ValueError("no")
 
     with self.assertRaisesRegex(ValueError, "no"):
-      distributed.first_does(fail)
+      distributed.run_on_process_zero(fail)
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ class GoodputTest(absltest.TestCase):
     self.assertEqual(sum(event_log.goodput([]).values()), 0)
 
   def test_a_stopwatch_counts_by_kind(self):
-    watch = event_log.Stopwatch()
+    watch = event_log.GoodputTimer()
     laps = [watch.lap(kind) for kind in ("training", "saving", "training")]
     self.assertAlmostEqual(watch.seconds["training"], laps[0] + laps[2])
     self.assertEqual(watch.seconds["saving"], laps[1])

@@ -12,7 +12,7 @@ from dsv3_jax.trainer import heartbeat
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-class LifelineTest(parameterized.TestCase):
+class HeartbeatTest(parameterized.TestCase):
   @parameterized.parameters(
     ({"heartbeat_s": 1.0}, "--heartbeat=1: must be at least 2 s"),
     ({"heartbeat_s": float("nan")}, "--heartbeat=nan: must be at least 2 s"),
@@ -20,28 +20,28 @@ class LifelineTest(parameterized.TestCase):
     ({"grace_s": -0.5}, "--grace_period=-0.5: must be at least 0 s"),
   )
   def test_says_what_is_wrong(self, fields, message):
-    self.assertEqual(heartbeat.Patience(**fields).problems(), [message])
+    self.assertEqual(heartbeat.Timeouts(**fields).problems(), [message])
 
   def test_the_default_is_good(self):
-    self.assertEqual(heartbeat.Patience().problems(), [])
+    self.assertEqual(heartbeat.Timeouts().problems(), [])
 
   def test_one_process_stops_where_it_is(self):
-    with heartbeat.Lifeline() as line:
-      self.assertTrue(line.may_go_on(0))
-      self.assertTrue(line.may_go_on(1))
+    with heartbeat.Heartbeat() as line:
+      self.assertTrue(line.should_continue(0))
+      self.assertTrue(line.should_continue(1))
       line.tell()
-      self.assertFalse(line.may_go_on(2))
+      self.assertFalse(line.should_continue(2))
 
   def test_is_told_before_the_first_step(self):
-    with heartbeat.Lifeline() as line:
+    with heartbeat.Heartbeat() as line:
       line.tell()
-      self.assertFalse(line.may_go_on(7))
+      self.assertFalse(line.should_continue(7))
 
   def test_two_may_follow_each_other(self):
     for _ in range(2):
-      with heartbeat.Lifeline() as line:
-        self.assertTrue(line.may_go_on(0))
-        self.assertTrue(line.may_go_on(9, last=True))
+      with heartbeat.Heartbeat() as line:
+        self.assertTrue(line.should_continue(0))
+        self.assertTrue(line.should_continue(9, last=True))
 
 
 class SuperviseTest(parameterized.TestCase):

@@ -54,8 +54,8 @@ class BookTestCase(parameterized.TestCase):
     self.enter_context(mock.patch.dict("os.environ", {"TERM": "xterm"}))
     self.now = 100.0
 
-  def book(self, total=10, done=0, stream=None) -> metrics_writer.Logbook:
-    return metrics_writer.Logbook(
+  def book(self, total=10, done=0, stream=None) -> metrics_writer.MetricsWriter:
+    return metrics_writer.MetricsWriter(
       self.workdir, total, done, stream or io.StringIO()
     )
 

@@ -94,15 +94,15 @@ class TwoProcessesTest(Programs):
     run = config.override(presets.TINY, *self.settings)
     mesh = device_mesh.make_mesh({})
     folder = self.root / name / "checkpoints"
-    checkpoints = checkpointer.Checkpoints(folder, run.checkpoint)
+    checkpoints = checkpointer.Checkpointer(folder, run.checkpoint)
     self.addCleanup(checkpoints.close)
     self.assertEqual(checkpoints.steps(), [0, 2, 4])
     like = train.abstract_state(run, mesh)
     saved = checkpoints.restore(0, like)
-    self.assertEqual(checkpoints.facts(0)["rows"], 0)
+    self.assertEqual(checkpoints.metadata(0)["rows"], 0)
     first = train.make_state(run, mesh, seed=0)
     testing.assert_same(testing.host(saved), testing.host(first))
-    rows = checkpoints.facts(2)["rows"]
+    rows = checkpoints.metadata(2)["rows"]
     self.assertEqual(rows, 2 * run.train.batch_size)
 
 

@@ -18,7 +18,7 @@ from dsv3_jax.trainer import (
 )
 
 
-class Book(metrics_writer.Silent):
+class Book(metrics_writer.NullWriter):
   def __init__(self):
     self.rows, self.notes = [], []
 
@@ -55,8 +55,8 @@ class ReporterTest(parameterized.TestCase):
     source = batches.Feed(Order(), run, 0, left_out)
     record = lambda event, **facts: self.events.append((event, facts))
     self.run_ = run
-    return step_monitor.Reporter(
-      self.book, source, 99, record, event_log.Stopwatch(), before
+    return step_monitor.StepMonitor(
+      self.book, source, 99, record, event_log.GoodputTimer(), before
     )
 
   def metrics(self, loss=1.0, grad_norm=1.0):

@@ -215,11 +215,11 @@ class NumbersTest(CheckedRunTest):
     planned = [np.asarray(b.tokens) for b in itertools.islice(planned, 6)]
     fed = [0, 1, 2, 4, 5]
     np.testing.assert_array_equal(seen[-5:], [planned[i] for i in fed])
-    store = checkpointer.Checkpoints(
+    store = checkpointer.Checkpointer(
       self.folder / "run" / "checkpoints", command.run.checkpoint
     )
     self.addCleanup(store.close)
-    self.assertEqual(store.facts(4)["rows"], command.run.rows_before(6))
+    self.assertEqual(store.metadata(4)["rows"], command.run.rows_before(6))
 
   @pytest.mark.fault("F31")
   def test_jumps_without_end_end_the_run(self):
@@ -248,7 +248,7 @@ class NumbersTest(CheckedRunTest):
   def test_a_setting_newer_than_a_checkpoint_was_its_default(self):
     self.assertEqual(self.train()[0], exit_codes.OK)
     folder = self.folder / "run" / "checkpoints" / "4"
-    facts = manifest.read(folder).facts
+    facts = manifest.read(folder).metadata
     del facts["model"]["norm_eps"]  # which this run leaves alone
     testing.reseal(folder, facts=facts)
     self.assertEqual(self.train()[0], exit_codes.OK)
@@ -403,7 +403,7 @@ class RelayoutTest(parameterized.TestCase):
     "same state and batch, loss within 1e-6",
   )
   def test_a_save_goes_on_in_another_layout(self, before, after):
-    checkpoints = checkpointer.Checkpoints(
+    checkpoints = checkpointer.Checkpointer(
       testing.folder(self) / "checkpoints", config.Checkpoint()
     )
     self.addCleanup(checkpoints.close)
