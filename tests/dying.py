@@ -57,7 +57,7 @@ def main():
   if point == "removing":
     checkpointer.shutil.rmtree = lambda *_, **__: die()
   elif point == "data":
-    batches.Feed.batches = lambda *_: fail()
+    batches.global_batches = lambda *_: fail()
   else:
     module, name, fault, *after = where[point]
     at(module, name, int(n), fault, *after)

@@ -13,11 +13,11 @@ from absl.testing import absltest, parameterized
 
 from dsv3_jax import param_spec, train
 from dsv3_jax.checkpoint import checkpointer
-from dsv3_jax.data import loader
+from dsv3_jax.data import loader, prepare
 from dsv3_jax.data.batch import make_batch
 from dsv3_jax.model import router
 from dsv3_jax.parallel import device_mesh
-from dsv3_jax.trainer import batches as batches_lib
+from dsv3_jax.trainer.batches import global_batches
 
 RUN = testing.run()
 MESH = device_mesh.make_mesh({"data": 2})
@@ -164,13 +164,14 @@ class ResumeTest(absltest.TestCase):
     text = folder / "text.txt"
     text.write_text("".join(PROSE.format(i) for i in range(100)))
     run = testing.run(f"data.path={text}")
-    data = loader.prepare(run.data, run.model.vocab_size, folder / "data")
+    data = prepare.prepare(run.data, run.model.vocab_size, folder / "data")
 
     def fit(state, stop, save=lambda state: None):
       first, fed = int(state.step), []
 
       def batches():
-        for batch in batches_lib.Feed(data, run, 5).batches(first, MESH):
+        source = loader.BatchSource(data, run, 5)
+        for batch in global_batches(source, first, MESH):
           fed.append(batch.tokens)
           yield batch
 

@@ -21,6 +21,8 @@ def _is_weight(part: str) -> bool:
 class Data:
   """Text and how it becomes rows of tokens."""
 
+  # A key of data.sources.SOURCES: what reads `path`.
+  source: str = "files"
   path: str = ""  # file, .gz, .jsonl or a directory of them; "": the novels
   tokenizer: str = choice("bpe", "deepseek")  # trained on the text, or V3's own
   seq_len: int = number(low=1)

@@ -1,5 +1,6 @@
-"""Rows of a fixed length, of whole documents where those fit (section 4.1).
+"""Rows of a fixed length: packed documents to train on, windows to evaluate.
 
+Section 4.1.
 A document longer than a row is cut into rows that overlap by a token, so that
 each token but its first is a target once. What is left of it and the shorter
 documents are packed by best fit, the longest first, each into the fullest row
@@ -106,3 +107,37 @@ class Rows:
 
   def __repr__(self) -> str:
     return f"Rows({str(self._file.path)!r}, seq_len={self._seq_len})"
+
+
+def heldout_windows(
+  tokens: np.ndarray, seq_len: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Windows in which each held-out token but the first is a target once.
+
+  They advance by half of `seq_len`; each scores the targets that no window
+  before it did, so all but those of the first have half a window of context or
+  more. The first token, BOS, is context only.
+
+  Args:
+    tokens: [n] token ids.
+    seq_len: T.
+
+  Returns:
+    rows [R, T + 1] int32, padded with PAD, and mask [R, T] bool: whether
+    target rows[:, 1:] is scored.
+
+  Raises:
+    InputError: there are no two tokens.
+  """
+  n_targets = len(tokens) - 1
+  if n_targets < 1:
+    raise InputError(f"held-out text: {len(tokens)} tokens, at least 2 needed")
+  stride = max(1, seq_len // 2)
+  n_rows = 1 + max(0, -(-(n_targets - seq_len) // stride))
+  index = np.arange(n_rows)[:, None] * stride + np.arange(seq_len + 1)
+  there = index <= n_targets
+  rows = np.where(there, tokens[np.minimum(index, n_targets)], tokenizer.PAD_ID)
+  new = np.arange(seq_len) >= seq_len - stride
+  mask = there[:, 1:] & new
+  mask[0] = there[0, 1:]
+  return rows.astype(np.int32), mask

@@ -1,6 +1,6 @@
-"""Documents as one flat file of token ids, with a manifest beside it.
+"""Flat files of token ids, and the manifests that say what they were made of.
 
-Each document is from BOS to EOS; documents follow each other.
+Documents follow each other, each from BOS to EOS.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ from dsv3_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class TokenFile:
-  """A token file; all but the path is its manifest."""
+  """A file of token ids; its manifest holds all fields but the path."""
 
   path: pathlib.Path
-  corpus_digest: str  # of the documents packed
+  corpus_digest: str  # of the documents
   tokenizer_digest: str
   vocab_size: int
   fim_rate: float
@@ -37,11 +37,11 @@ class TokenFile:
   tokens_digest: str
 
   def open(self) -> np.memmap:
-    """The token ids [n_tokens], mapped, not read."""
+    """Maps the token ids [n_tokens] into memory."""
     return np.memmap(self.path, self.dtype, "r", shape=(self.n_tokens,))
 
 
-def pack(
+def write(
   documents: Sequence[corpus.Document],
   path: pathlib.Path,
   tok: tokenizers.Tokenizer,
@@ -50,15 +50,15 @@ def pack(
   fim_rate: float = 0.0,
   split_rate: float = 0.0,
 ) -> TokenFile:
-  """Writes the documents' tokens to `path`, or reuses what is there.
+  """Writes the documents' tokens to `path`, or verifies what is there.
 
-  Reused only if the manifest says that the same documents, tokenizer and rates
-  (of `encoding.encode`) made it and its bytes have their digest; written again
-  if the bytes do not.
+  A file stays if, by its manifest, the same documents, tokenizer and rates (see
+  `tokenize.encode`) made it and its bytes have their digest; it is written
+  again if they do not.
 
   Raises:
-    InputError: the file was made from something else, or an id is not below
-      `vocab_size`.
+    InputError: the file was made from other documents, tokenizer or rates, or
+      an id is not below `vocab_size`.
   """
   rates = {"fim_rate": fim_rate, "split_rate": split_rate}
   inputs = rates | {
@@ -67,7 +67,7 @@ def pack(
     "vocab_size": vocab_size,
     "dtype": "uint16" if vocab_size <= 1 << 16 else "uint32",
     "n_documents": len(documents),
-    "text_bytes": len(corpus.text_bytes(documents)),
+    "text_bytes": sum(len(d.text.encode()) for d in documents),
   }
   known = _manifest(path)
   if known is not None:
@@ -75,25 +75,38 @@ def pack(
     if path.is_file() and _file_digest(path) == known.tokens_digest:
       _refuse_size(path, known)
       return known
-    logging.warning("%s: missing or damaged, packing the text again", path)
-  size, digest = _write(
+    logging.warning("%s: missing or damaged, tokenizing again", path)
+  size, digest = _write_ids(
     path, tokenize.encode(documents, tok, **rates), inputs, vocab_size
   )
   result = TokenFile(path=path, **inputs, n_tokens=size, tokens_digest=digest)
   manifest = dataclasses.asdict(result)
   del manifest["path"]
-  with _replacing(manifest_path(path)) as temporary:
+  with replacing(manifest_path(path)) as temporary:
     temporary.write_text(json.dumps(manifest, indent=2) + "\n")
   return result
 
 
+def open_file(path: pathlib.Path) -> TokenFile:
+  """Returns a token file that `write` has written; reads its manifest only.
+
+  Raises:
+    InputError: it is missing, or not as long as its manifest says.
+  """
+  known = _manifest(path)
+  if known is None or not path.is_file():
+    raise InputError(f"{path}: missing; rerun the command to prepare the data")
+  _refuse_size(path, known)
+  return known
+
+
 def manifest_path(path: pathlib.Path) -> pathlib.Path:
-  """Where the manifest of a token file is."""
+  """Returns the path of a token file's manifest."""
   return path.with_suffix(".json")
 
 
 def _manifest(path: pathlib.Path) -> TokenFile | None:
-  """The token file that the manifest describes, if there is one."""
+  """Returns the token file that the manifest describes, if there is one."""
   manifest = manifest_path(path)
   if not manifest.exists():
     return None
@@ -131,12 +144,12 @@ def _refuse_size(path: pathlib.Path, known: TokenFile) -> None:
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
-  """Raises InputError, naming the first, where ids are not in [0, vocab_size).
+  """Raises InputError if ids are not in [0, vocab_size); names the first.
 
   Args:
     ids: token ids of any shape.
     vocab_size: rows of the embedding.
-    where: what the ids are of, for the message.
+    where: name of the document or file, for the message.
   """
   if ids.dtype.kind not in "iu":
     raise InputError(f"{where}: token ids must be integers, got {ids.dtype}")
@@ -148,15 +161,15 @@ def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
     )
 
 
-def _write(
+def _write_ids(
   path: pathlib.Path,
   encoded: Iterable[tuple[str, np.ndarray]],
   inputs: dict[str, Any],
   vocab_size: int,
 ) -> tuple[int, str]:
-  """Writes ids; returns their number and the sha256 of the bytes."""
+  """Writes the ids; returns their number and the sha256 of the bytes."""
   size, digest = 0, hashlib.sha256()
-  with _replacing(path) as temporary, open(temporary, "wb") as file:
+  with replacing(path) as temporary, open(temporary, "wb") as file:
     for name, ids in encoded:
       check_ids(ids, vocab_size, name)
       raw = ids.astype(inputs["dtype"]).tobytes()
@@ -167,8 +180,8 @@ def _write(
 
 
 @contextlib.contextmanager
-def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A temporary file that becomes `path` if the block ends well."""
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a temporary path that becomes `path` if no error is raised."""
   temporary = path.with_name(f".{path.name}.{os.getpid()}")
   try:
     yield temporary

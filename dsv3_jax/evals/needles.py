@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from dsv3_jax.data import corpus, tokenizer
+from dsv3_jax.data import text_files, tokenizer
 from dsv3_jax.errors import InputError
 from dsv3_jax.evals import hidden as hidden_lib
 
@@ -58,9 +58,9 @@ def size(text: str) -> int:
 @functools.cache
 def filler_text() -> tuple[str, ...]:
   """Short sentences of the novels."""
-  text = " ".join(d.text for d in corpus.documents("", "error"))
-  answers_right = re.findall(r"(?<=[.!?] )[A-Z][a-z]*(?: [a-z]+){4,8}\.", text)
-  return tuple(dict.fromkeys(answers_right))[:HAY]
+  text = " ".join(d.text for d in text_files.read_documents("", "error"))
+  sentences = re.findall(r"(?<=[.!?] )[A-Z][a-z]*(?: [a-z]+){4,8}\.", text)
+  return tuple(dict.fromkeys(sentences))[:HAY]
 
 
 def _needle(kind: str, secret: str) -> str:

@@ -177,16 +177,19 @@ def fix_order_of_sums() -> None:
     os.environ["XLA_FLAGS"] = f"{given} {name}=true".strip()
 
 
-def run_on_process_zero(work: Callable[[], Any]) -> None:
+def run_on_process_zero(work: Callable[[], Any]) -> Any:
   """Process 0 works while the others wait, so that a file has one writer.
+
+  Returns:
+    What `work` returns in process 0, None in the others.
 
   Raises:
     Exception: work's own in process 0; in the others one with its exit code.
   """
-  error, code = None, exit_codes.OK
+  result, error, code = None, None, exit_codes.OK
   if jax.process_index() == 0:
     try:
-      work()
+      result = work()
     except Exception as e:
       error, code = e, exit_codes.code_of(e) or exit_codes.INTERNAL
   if jax.process_count() > 1:
@@ -199,6 +202,7 @@ def run_on_process_zero(work: Callable[[], Any]) -> None:
     error = kinds.get(code, RuntimeError)("process 0 failed; see its output")
   if error:
     raise error
+  return result
 
 
 def mesh(sizes: Mapping[str, int]) -> jax.sharding.Mesh:

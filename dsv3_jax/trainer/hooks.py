@@ -8,19 +8,21 @@ import jax
 
 from dsv3_jax import config, ema, train
 from dsv3_jax.checkpoint import checkpointer
-from dsv3_jax.data import loader, tokenizer
+from dsv3_jax.data import loader, packing, tokenized_corpus, tokenizer
 from dsv3_jax.evals import hidden, likelihood
 from dsv3_jax.infer import engine, inference_params
 from dsv3_jax.parallel import device_mesh, replica_check
-from dsv3_jax.trainer import batches, event_log, heartbeat
+from dsv3_jax.trainer import event_log, heartbeat
 
 
-def checkpoint_metadata(source: batches.Feed, step: int) -> dict[str, Any]:
+def checkpoint_metadata(
+  source: loader.BatchSource, step: int
+) -> dict[str, Any]:
   """What a checkpoint holds beside the state."""
   return {
-    "data": source.data.digests | {"seed": source.seed},
+    "data": source.corpus.digests | {"seed": source.seed},
     "model": config.flatten(source.run.model),
-    "rows": source.sequences(step).start,  # read next
+    "rows": source.positions(step).start,  # read next
   }
 
 
@@ -28,7 +30,7 @@ def checkpoint_metadata(source: batches.Feed, step: int) -> dict[str, Any]:
 class TrainHooks:
   """What a run does now and then besides training."""
 
-  source: batches.Feed
+  source: loader.BatchSource
   mesh: jax.sharding.Mesh
   checkpoints: checkpointer.Checkpointer
   book: Any
@@ -49,7 +51,7 @@ class TrainHooks:
 
   def evaluate(self, state: train.TrainState) -> None:
     """Writes the likelihood of held-out text, and a sample."""
-    run, mesh, data = self.source.run, self.mesh, self.source.data
+    run, mesh, data = self.source.run, self.mesh, self.source.corpus
     found = _heldout(state, data, run, mesh)
     if run.evaluate.ema:
       places = jax.tree.map(lambda a: a.sharding, state.params)
@@ -103,14 +105,16 @@ class TrainHooks:
 
 def _heldout(
   state: train.TrainState,
-  data: loader.Prepared,
+  data: tokenized_corpus.TokenizedCorpus,
   run: config.Run,
   mesh: jax.sharding.Mesh,
 ) -> dict[str, float]:
   model = hidden.EvalModel(state.params, state.router_bias, run, mesh)
   found = {}
   for domain in data.domains:
-    rows, mask = loader.heldout_windows(domain.heldout_tokens, run.data.seq_len)
+    rows, mask = packing.heldout_windows(
+      domain.heldout_tokens, run.data.seq_len
+    )
     if run.data.segment_mask:
       mask &= rows[:, 1:] != run.data.segment_start
     found[domain.name] = likelihood.heldout(

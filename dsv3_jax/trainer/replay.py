@@ -7,6 +7,7 @@ import jax
 
 from dsv3_jax import train
 from dsv3_jax.checkpoint import checkpointer, manifest
+from dsv3_jax.data import loader
 from dsv3_jax.errors import InputError
 from dsv3_jax.trainer import (
   batches,
@@ -79,9 +80,9 @@ def _replay(command: run_args.RunArgs, step: int) -> None:
   first = int(state.step)
   facts = checkpoints.metadata(first)
   checkpoints.close()
-  source = batches.Feed(trainer.read_data(command), run, command.seed)
-  left_out = facts["rows"] - source.sequences(first).start
-  source = dataclasses.replace(source, left_out=left_out)
+  source = loader.BatchSource(trainer.read_data(command), run, command.seed)
+  left_out = facts["rows"] - source.positions(first).start
+  source = dataclasses.replace(source, n_skipped=left_out)
   book, nothing = _Compared(logged), lambda *_, **__: None
   report = step_monitor.StepMonitor(
     book, source, command.stop, nothing, event_log.GoodputTimer()
@@ -89,7 +90,7 @@ def _replay(command: run_args.RunArgs, step: int) -> None:
   train.fit(
     state,
     run,
-    source.batches(first, mesh),
+    batches.global_batches(source, first, mesh),
     step,
     hooks=train.Hooks(report.step, nothing, nothing, nothing),
     mesh=mesh,

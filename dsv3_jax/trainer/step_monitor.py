@@ -8,10 +8,10 @@ from typing import Any
 import jax
 
 from dsv3_jax import train
+from dsv3_jax.data import loader
 from dsv3_jax.errors import NotFiniteError
 from dsv3_jax.parallel import comm_volume
 from dsv3_jax.trainer import (
-  batches,
   event_log,
   exit_codes,
   metrics_writer,
@@ -30,7 +30,7 @@ class StepMonitor:
   def __init__(
     self,
     book: metrics_writer.MetricsWriter | metrics_writer.NullWriter,
-    source: batches.Feed,
+    source: loader.BatchSource,
     stop: int,
     record: Callable[..., None],
     watch: event_log.GoodputTimer,
@@ -125,7 +125,7 @@ class StepMonitor:
   def _bad(self, row: metrics_writer.Row, why: str) -> None:
     """Says that a step stands out, and which data it read."""
     step = row["step"] - 1
-    read, ids = self._source.sequences(step), self._source.ids(step)
+    read, ids = self._source.positions(step), self._source.row_ids(step)
     self._book.note(
       f"step {row['step']} {why}; it read sequences {read.start} to"
       f" {read.stop - 1} of the run, rows {', '.join(map(str, ids[:IDS]))}"

@@ -11,7 +11,7 @@ import jax
 
 from dsv3_jax import config, ema, optim, param_spec, train
 from dsv3_jax.checkpoint import checkpointer, manifest
-from dsv3_jax.data import corpus, loader
+from dsv3_jax.data import loader, prepare, tokenized_corpus
 from dsv3_jax.errors import InputError, NotFiniteError
 from dsv3_jax.interop import open_run
 from dsv3_jax.model import transformer
@@ -31,13 +31,12 @@ from dsv3_jax.trainer import (
 )
 
 SPIKES = 3  # times that other data is tried after one checkpoint
-RIVALS_BYTES = 1 << 25  # most text that other compressors are given
 
 
 def _start(
   command: run_args.RunArgs,
   checkpoints: checkpointer.Checkpointer,
-  source: batches.Feed,
+  source: loader.BatchSource,
   mesh: jax.sharding.Mesh,
 ) -> tuple[train.TrainState, ema.Average | None]:
   """State and average of the newest good checkpoint, or fresh ones, saved.
@@ -113,33 +112,40 @@ def _book(
   return metrics_writer.MetricsWriter(folder, stop, first)
 
 
-def read_data(command: run_args.RunArgs) -> loader.Prepared:
-  """The data of a run, in its workdir; made if it is not there."""
-  run, learned = command.run, None
+def read_data(command: run_args.RunArgs) -> tokenized_corpus.TokenizedCorpus:
+  """Opens the corpus of a run; process 0 tokenizes or verifies it before."""
+  run, directory = command.run, command.workdir / "data"
+  tokenizer_file = None
   if command.init_from:
-    learned = command.init_from / "data" / "tokenizer.json"
-  folder = command.workdir / "data"
-  return loader.prepare(run.data, run.model.vocab_size, folder, learned)
+    tokenizer_file = command.init_from / "data" / tokenized_corpus.TOKENIZER
+
+  def write() -> tokenized_corpus.TokenizedCorpus:
+    vocab_size = run.model.vocab_size
+    return prepare.prepare(run.data, vocab_size, directory, tokenizer_file)
+
+  written = distributed.run_on_process_zero(write)
+  return written or tokenized_corpus.open_corpus(run.data, directory)
 
 
 def _prepare(
   command: run_args.RunArgs, stack: contextlib.ExitStack
-) -> loader.Prepared:
-  """The workdir and the data in it, written by process 0, which locks it."""
+) -> tokenized_corpus.TokenizedCorpus:
+  """Locks and describes the workdir in process 0; opens the data in it."""
+  folder = command.workdir
+  description = workdir.run_identity(command.variant, command.seed, command.run)
 
-  def write():
-    folder = command.workdir
-    description = workdir.run_identity(
-      command.variant, command.seed, command.run
-    )
+  def claim() -> None:
     workdir.check_or_create(folder, description)
     stack.enter_context(workdir.lock(folder))
-    read_data(command)
+
+  def write() -> None:
     workdir.write_config(folder, description)
     workdir.write_environment(folder)
 
+  distributed.run_on_process_zero(claim)
+  data = read_data(command)
   distributed.run_on_process_zero(write)
-  return read_data(command)
+  return data
 
 
 def _problems(command: run_args.RunArgs, mesh: jax.sharding.Mesh) -> list[str]:
@@ -202,7 +208,7 @@ def _train(
   distributed.run_on_process_zero(
     lambda: crash_loop.repair_workdir(command, checkpoints)
   )
-  source = batches.Feed(data, run, command.seed)
+  source = loader.BatchSource(data, run, command.seed)
   state, average = _start(command, checkpoints, source, mesh)
   if average:
     stack.callback(average.close)
@@ -228,7 +234,7 @@ def _train(
   state = train.fit(
     state,
     run,
-    source.batches(first, mesh),
+    batches.global_batches(source, first, mesh),
     command.stop,
     hooks=train.Hooks(
       report.step,
@@ -257,11 +263,11 @@ def _train(
 
 
 def _from_step(
-  source: batches.Feed,
+  source: loader.BatchSource,
   checkpoints: checkpointer.Checkpointer,
   first: int,
   spikes: Sequence[exit_codes.SpikeError],
-) -> batches.Feed:
+) -> loader.BatchSource:
   """The data from a checkpoint on, without what is around the last spike.
 
   Raises:
@@ -281,7 +287,7 @@ def _from_step(
   for spike in here:
     until = spike.step + run.train.spike_skip
     left_out += run.rows_before(until) - run.rows_before(first)
-  return dataclasses.replace(source, left_out=left_out)
+  return dataclasses.replace(source, n_skipped=left_out)
 
 
 def _average(
@@ -302,20 +308,15 @@ def _average(
   return ema.Average(params, run.optim.ema_decay)
 
 
-def _summary(run: config.Run, data: loader.Prepared) -> dict[str, Any]:
-  """Figures of the model and of the text, for the report."""
+def _summary(
+  run: config.Run, data: tokenized_corpus.TokenizedCorpus
+) -> dict[str, Any]:
+  """Returns figures of the model and of the text, for the report."""
   counts = transformer.parameter_counts(run.model)
-  facts = {
+  sizes = {
     "parameters": counts["main"] + counts["mtp"],
     "active_parameters": counts["active"],
     "train_bytes": data.train_bytes,
     "heldout_bytes": data.heldout_bytes,
   }
-  if data.train_bytes > RIVALS_BYTES:
-    return facts
-  train, heldout = (
-    b"".join(map(corpus.text_bytes, documents))
-    for documents in zip(*loader.texts(run.data).values(), strict=True)
-  )
-  rivals = corpus.compression_bits_per_byte(train, heldout)
-  return facts | {"bzip2_bpb": rivals["bzip2 -9"], "xz_bpb": rivals["xz -9e"]}
+  return sizes | (data.compression or {})

@@ -18,7 +18,7 @@ from absl.testing import absltest, flagsaver, parameterized
 from dsv3_jax import config, train
 from dsv3_jax.checkpoint import checkpointer, manifest
 from dsv3_jax.config import presets
-from dsv3_jax.data import corpus, token_file, tokenizer
+from dsv3_jax.data import corpus, text_files, token_file, tokenizer
 from dsv3_jax.interop import open_run
 from dsv3_jax.interop import safetensors as ours
 from dsv3_jax.parallel import device_mesh, sharding
@@ -198,7 +198,9 @@ class FilesTest(Case):
       path.write_bytes(raw)
       policy = ("error", "replace", "skip")[rng.integers(3)]
       with about(name=name, raw=raw, policy=policy):
-        found = self.taken(lambda p=path, q=policy: corpus.documents(str(p), q))
+        found = self.taken(
+          lambda p=path, q=policy: text_files.read_documents(str(p), q)
+        )
         if found is None:
           continue
         self.assertNotEmpty(found)
@@ -292,7 +294,7 @@ class FilesTest(Case):
     path = testing.folder(self) / "train.bin"
     documents = [corpus.Document("a", "It was a bright cold day.")]
     tok = tokenizer.train([documents[0].text], 300)
-    whole = token_file.pack(documents, path, tok, 300)
+    whole = token_file.write(documents, path, tok, 300)
     names = path, token_file.manifest_path(path)
     goods = [name.read_bytes() for name in names]
     for i in range(n):
@@ -301,7 +303,7 @@ class FilesTest(Case):
       raw = changed(goods[i % 2], rng)
       names[i % 2].write_bytes(raw)
       with about(raw=raw):
-        found = self.taken(lambda: token_file.pack(documents, path, tok, 300))
+        found = self.taken(lambda: token_file.write(documents, path, tok, 300))
         if found is not None:
           self.assertEqual(found, whole)
           self.assertEqual(path.read_bytes(), goods[0])

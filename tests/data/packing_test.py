@@ -9,7 +9,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from dsv3_jax import config
-from dsv3_jax.data import loader, packing, tokenizer
+from dsv3_jax.data import packing, prepare, tokenizer
 from dsv3_jax.data import token_file as token_file_lib
 
 
@@ -144,8 +144,37 @@ class RowsTest(parameterized.TestCase):
   @parameterized.parameters(256, 1024)
   def test_the_novels_waste_less_than_a_hundredth(self, seq_len):
     data = config.Data(seq_len=seq_len)
-    prepared = loader.prepare(data, 2048, self.root / "data")
+    prepared = prepare.prepare(data, 2048, self.root / "data")
     self.assertLess(prepared.padding, 0.01)
+
+
+class HeldoutWindowsTest(parameterized.TestCase):
+  @parameterized.product(
+    n=(2, 3, 8, 9, 10, 12, 13, 16, 17, 100), seq_len=(1, 2, 3, 7, 8)
+  )
+  def test_each_target_is_scored_once_with_enough_context(self, n, seq_len):
+    tokens = np.arange(n) + 100
+    rows, mask = packing.heldout_windows(tokens, seq_len)
+    self.assertEqual(rows.shape[1], seq_len + 1)
+    self.assertEqual(mask.shape, (len(rows), seq_len))
+    self.assertEqual(rows.dtype, np.int32)
+    scored = rows[:, 1:][mask]
+    np.testing.assert_array_equal(scored, tokens[1:])  # in order, each once
+    for r, (row, scores) in enumerate(zip(rows, mask, strict=True)):
+      self.assertTrue(scores.any())
+      there = row[row != tokenizer.PAD_ID]
+      np.testing.assert_array_equal(there, np.arange(len(there)) + there[0])
+      if r:  # positions before the first scored target
+        self.assertGreaterEqual(2 * (1 + scores.argmax()), seq_len)
+
+  def test_padding_is_masked(self):
+    rows, mask = packing.heldout_windows(np.array([0, 9, 1]), 5)
+    self.assertEqual(rows.tolist(), [[0, 9, 1, 2, 2, 2]])
+    self.assertEqual(mask.tolist(), [[True, True, False, False, False]])
+
+  def test_one_token_is_refused(self):
+    with self.assertRaisesRegex(ValueError, "1 tokens, at least 2"):
+      packing.heldout_windows(np.zeros(1, np.int32), 4)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class PackTest(parameterized.TestCase):
 
   def pack(self, documents=tuple(DOCUMENTS), vocab_size=300, tok=None, **how):
     tok = tok or self.tok
-    return token_file.pack(documents, self.path, tok, vocab_size, **how)
+    return token_file.write(documents, self.path, tok, vocab_size, **how)
 
   def test_documents_stand_between_bos_and_eos(self):
     tokens = np.array(self.pack().open())

@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 from absl.testing import absltest, parameterized
 
-from dsv3_jax.data import corpus, tokenizer
+from dsv3_jax.data import corpus, text_files, tokenizer
 
 HARD = (
   "",
@@ -43,7 +43,7 @@ class TrainTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    train, heldout = corpus.split(corpus.documents("", "error"), 0.05)
+    train, heldout = corpus.split(text_files.read_documents("", "error"), 0.05)
     cls.texts = [document.text for document in train]
     cls.heldout = heldout[0].text
     start = time.monotonic()

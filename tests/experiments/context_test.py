@@ -9,7 +9,7 @@ from absl import flags
 from absl.testing import absltest, flagsaver, parameterized
 
 from dsv3_jax import config
-from dsv3_jax.data import corpus
+from dsv3_jax.data import corpus, text_files
 from dsv3_jax.evals import needles
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.trainer import distributed, run_args
@@ -106,7 +106,7 @@ class ExecuteTest(parameterized.TestCase):
 
   def test_texts_are_seen_once_and_fill_their_rows(self):
     path = context.write_texts(TINY, self.folder, 0)
-    texts = corpus.documents(str(path), "error")
+    texts = text_files.read_documents(str(path), "error")
     n_rows = TINY.train.tokens // TINY.data.seq_len
     train, _ = corpus.split(texts, TINY.data.heldout_fraction)
     self.assertGreaterEqual(len(train), n_rows)

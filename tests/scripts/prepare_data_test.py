@@ -13,7 +13,7 @@ import testing
 from absl.testing import absltest, parameterized
 
 from dsv3_jax import config
-from dsv3_jax.data import loader
+from dsv3_jax.data import prepare
 from scripts import data_sources, prepare_data
 
 PAGE = """<html><head><title>no</title><style>p {}</style></head><body>
@@ -138,7 +138,7 @@ class PrepareTest(parameterized.TestCase):
     self.assertEqual(out, "python: there already\n")
 
     data = config.Data(path=str(root), domains="python=1", seq_len=64)
-    prepared = loader.prepare(data, 400, root / "run")
+    prepared = prepare.prepare(data, 400, root / "run")
     n_bytes = prepared.train_bytes + prepared.heldout_bytes
     self.assertEqual(round(n_bytes / 1e6, 3), facts["megabytes"])
 

@@ -9,8 +9,8 @@ import testing
 from absl.testing import absltest, parameterized
 
 from dsv3_jax import config
+from dsv3_jax.data import loader
 from dsv3_jax.trainer import (
-  batches,
   event_log,
   exit_codes,
   metrics_writer,
@@ -32,7 +32,7 @@ class Book(metrics_writer.NullWriter):
 class Order:
   """Rows of which the n-th is number 1000 + n."""
 
-  def order(self, seed):
+  def shuffled(self, seed):
     del seed
     return self
 
@@ -52,7 +52,7 @@ class ReporterTest(parameterized.TestCase):
 
   def make(self, *settings, left_out=0, before=()):
     run = testing.run(*settings)
-    source = batches.Feed(Order(), run, 0, left_out)
+    source = loader.BatchSource(Order(), run, 0, left_out)
     record = lambda event, **facts: self.events.append((event, facts))
     self.run_ = run
     return step_monitor.StepMonitor(

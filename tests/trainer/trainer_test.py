@@ -18,9 +18,8 @@ from absl.testing import absltest, parameterized
 
 from dsv3_jax import config, train
 from dsv3_jax.checkpoint import checkpointer, manifest
-from dsv3_jax.data import loader
+from dsv3_jax.data import loader, prepare
 from dsv3_jax.parallel import device_mesh, replica_check
-from dsv3_jax.trainer import batches as batches_lib
 from dsv3_jax.trainer import (
   distributed,
   event_log,
@@ -32,6 +31,7 @@ from dsv3_jax.trainer import (
   workdir,
 )
 from dsv3_jax.trainer import replay as replay_lib
+from dsv3_jax.trainer.batches import global_batches
 from experiments import cli
 
 PROSE = "It was a bright cold day, and {} clocks were striking thirteen.\n"
@@ -209,9 +209,9 @@ class NumbersTest(CheckedRunTest):
     # From step 2 on again, with the data of what would have been step 5.
     command = self.command()
     data = trainer.read_data(command)
-    planned = batches_lib.Feed(data, command.run, 0).batches(
-      0, device_mesh.make_mesh(command.mesh)
-    )
+    source = loader.BatchSource(data, command.run, 0)
+    mesh = device_mesh.make_mesh(command.mesh)
+    planned = global_batches(source, 0, mesh)
     planned = [np.asarray(b.tokens) for b in itertools.islice(planned, 6)]
     fed = [0, 1, 2, 4, 5]
     np.testing.assert_array_equal(seen[-5:], [planned[i] for i in fed])
@@ -351,7 +351,7 @@ class RelayoutTest(parameterized.TestCase):
     folder = pathlib.Path(folder)
     run = testing.run(f"data.path={write_text(folder)}")
     cls.run_ = run
-    cls.data = loader.prepare(run.data, run.model.vocab_size, folder / "data")
+    cls.data = prepare.prepare(run.data, run.model.vocab_size, folder / "data")
     cls.state = middle_state(run)
 
   def at(self, sizes, layout):
@@ -360,15 +360,16 @@ class RelayoutTest(parameterized.TestCase):
 
   def next_of(self, state, run, mesh):
     """The batch that comes next and its loss."""
-    batches = batches_lib.Feed(self.data, run, 5).batches(int(state.step), mesh)
-    batch = next(batches)
+    source = loader.BatchSource(self.data, run, 5)
+    batch = next(global_batches(source, int(state.step), mesh))
     return jax.device_get((batch, compiled_loss(run, mesh)(state, batch)))
 
   def rows_of(self, first, stop, *settings):
     """First tokens of the rows of steps, in order, and the steps' sizes."""
     run = config.override(self.run_, *settings)
     mesh = device_mesh.make_mesh({"data": 2})
-    read = batches_lib.Feed(self.data, run, 5).batches(first, mesh)
+    source = loader.BatchSource(self.data, run, 5)
+    read = global_batches(source, first, mesh)
     tokens, sizes = [], []
     for batch in itertools.islice(read, stop - first):
       rows = np.asarray(batch.tokens)

@@ -1,0 +1,109 @@
+"""Tokenizes the corpus of a run into its workdir, or verifies what is there."""
+
+import bz2
+import dataclasses
+import lzma
+import pathlib
+from collections.abc import Mapping
+
+import tokenizers
+
+from dsv3_jax import config
+from dsv3_jax.data import (
+  corpus,
+  sources,
+  token_file,
+  tokenized_corpus,
+  tokenizer,
+)
+
+COMPRESSED_BYTES = 1 << 25  # most text that general compressors are run on
+
+
+def prepare(
+  data: config.Data,
+  vocab_size: int,
+  directory: pathlib.Path,
+  tokenizer_file: pathlib.Path | None = None,
+) -> tokenized_corpus.TokenizedCorpus:
+  """Reads the corpus, and writes or verifies its tokenizer and token files.
+
+  Only one process may do this at a time; others then open what it wrote with
+  `tokenized_corpus.open_corpus`.
+
+  Args:
+    data: the corpus and how it is tokenized.
+    vocab_size: of the model.
+    directory: where tokenizer.json, data.json and, in a folder for each domain,
+      train.bin and heldout.bin are; of one run.
+    tokenizer_file: a tokenizer.json to use instead of one trained on the text.
+
+  Raises:
+    InputError: the corpus is empty, undecodable, or changed since `directory`
+      was written; or the vocabulary does not fit the model.
+  """
+  documents = sources.load_documents(data)
+  directory.mkdir(parents=True, exist_ok=True)
+  tok = _tokenizer(data, documents, vocab_size, directory, tokenizer_file)
+  rates = {"fim_rate": data.fim_rate, "split_rate": data.split_rate}
+  for name, (train, heldout) in documents.items():
+    folder = directory / name
+    folder.mkdir(exist_ok=True, parents=True)
+    token_file.write(train, folder / "train.bin", tok, vocab_size, **rates)
+    token_file.write(heldout, folder / "heldout.bin", tok, vocab_size)
+  result = tokenized_corpus.open_corpus(data, directory)
+  if result.compression is None:
+    measured = {}
+    if result.train_bytes <= COMPRESSED_BYTES:
+      train, heldout = (
+        b"".join(map(corpus.text_bytes, part))
+        for part in zip(*documents.values(), strict=True)
+      )
+      measured = compression_bits_per_byte(train, heldout)
+    result = dataclasses.replace(result, compression=measured)
+    tokenized_corpus.write_manifest(result, directory)
+  return result
+
+
+def _tokenizer(
+  data: config.Data,
+  documents: Mapping[str, sources.Split],
+  vocab_size: int,
+  directory: pathlib.Path,
+  tokenizer_file: pathlib.Path | None,
+) -> tokenizers.Tokenizer:
+  """Returns the released tokenizer, the directory's, the given or a new one."""
+  path = directory / tokenized_corpus.TOKENIZER
+  # The manifest comes after the tokenizer: without it, that may be of a start
+  # that was cut off, on other text.
+  first = directory / next(iter(documents)) / "train.bin"
+  begun = token_file.manifest_path(first).exists() and path.exists()
+  if data.tokenizer == "deepseek":
+    tok = tokenizer.deepseek()
+  elif begun:
+    tok = tokenizer.load(path)
+  elif tokenizer_file:
+    tok = tokenizer.load(tokenizer_file)
+  else:
+    texts = (d.text for train, _ in documents.values() for d in train)
+    tok = tokenizer.train(texts, vocab_size)
+  tokenizer.check_fits(tok, vocab_size)
+  if not begun:
+    tokenizer.save(tok, path)
+  return tok
+
+
+def compression_bits_per_byte(train: bytes, heldout: bytes) -> dict[str, float]:
+  """Measures bits per held-out byte of `bzip2 -9` and `xz -9e`.
+
+  That is by how much the compressed size of `train` grows once `heldout`
+  follows it: figures to compare a model's bits per byte with.
+  """
+  compressors = {
+    "bzip2_bpb": lambda raw: bz2.compress(raw, 9),
+    "xz_bpb": lambda raw: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
+  }
+  return {
+    name: 8 * (len(run(train + heldout)) - len(run(train))) / len(heldout)
+    for name, run in compressors.items()
+  }

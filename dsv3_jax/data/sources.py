@@ -1,0 +1,42 @@
+"""The table of data sources, and the documents of a run by domain."""
+
+from collections.abc import Callable, Iterable
+
+from dsv3_jax import config
+from dsv3_jax.config import fields
+from dsv3_jax.data import corpus, text_files
+from dsv3_jax.errors import InputError
+
+# `data.source` -> a function that yields the documents of a run in a fixed
+# order. It reads `data.path` and `data.domains` in its own way.
+SOURCES: dict[str, Callable[[config.Data], Iterable[corpus.Document]]] = {
+  "files": text_files.read_corpus,
+}
+
+Split = tuple[list[corpus.Document], list[corpus.Document]]
+
+
+def load_documents(data: config.Data) -> dict[str, Split]:
+  """Reads the documents of a run: {domain: (training, held-out)}.
+
+  With `data.domains`, documents of other domains are dropped; without, all are
+  of the domain "".
+
+  Raises:
+    InputError: there is no such source; a domain has too little text; or what
+      the source raises.
+  """
+  if data.source not in SOURCES:
+    hint = fields.nearest(data.source, SOURCES)
+    raise InputError(
+      f"data.source={data.source!r}: must be one of {', '.join(SOURCES)}{hint}"
+    )
+  domains = {name: [] for name in data.weights or [""]}
+  for document in SOURCES[data.source](data):
+    name = document.domain if data.weights else ""
+    if name in domains:
+      domains[name].append(document)
+  return {
+    name: corpus.split(documents, data.heldout_fraction)
+    for name, documents in domains.items()
+  }

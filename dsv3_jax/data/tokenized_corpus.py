@@ -1,0 +1,121 @@
+"""The tokenized corpus of a run, as processes open it from the workdir."""
+
+import dataclasses
+import json
+import pathlib
+
+import grain
+import numpy as np
+import tokenizers
+
+from dsv3_jax import config
+from dsv3_jax.data import packing, shuffle, token_file, tokenizer
+
+MANIFEST, TOKENIZER = "data.json", "tokenizer.json"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Domain:
+  """The token files of a domain, and its weight in the mixture."""
+
+  name: str  # "" if there is only one
+  weight: float
+  train: token_file.TokenFile
+  rows: packing.Rows  # of `train`
+  heldout: token_file.TokenFile
+  heldout_tokens: np.ndarray  # [n] int32
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenizedCorpus:
+  """Tokenizer and domains of a run."""
+
+  tokenizer: tokenizers.Tokenizer
+  domains: tuple[Domain, ...]
+  # Bits per held-out byte of general compressors; None: not measured yet.
+  compression: dict[str, float] | None = None
+
+  def shuffled(self, seed: int) -> grain.MapDataset:
+    """Returns the rows of a run in the order in which it reads them."""
+    rows = [domain.rows for domain in self.domains]
+    return shuffle.mix(rows, [domain.weight for domain in self.domains], seed)
+
+  @property
+  def n_tokens(self) -> int:
+    """Number of training tokens."""
+    return sum(domain.train.n_tokens for domain in self.domains)
+
+  @property
+  def train_bytes(self) -> int:
+    """UTF-8 bytes of the training text."""
+    return sum(domain.train.text_bytes for domain in self.domains)
+
+  @property
+  def heldout_bytes(self) -> int:
+    """UTF-8 bytes of the held-out text, which bits per byte divide by."""
+    return sum(domain.heldout.text_bytes for domain in self.domains)
+
+  @property
+  def padding(self) -> float:
+    """Fraction of padding in the rows of all domains."""
+    n = [len(domain.rows) for domain in self.domains]
+    fractions = [domain.rows.padding for domain in self.domains]
+    return float(np.average(fractions, weights=n))
+
+  @property
+  def digests(self) -> dict[str, str]:
+    """The sha256 of all that, with the seed, decides what a step reads."""
+    digests = {"tokenizer": self.domains[0].train.tokenizer_digest}
+    for domain in self.domains:
+      prefix = f"{domain.name}/" if domain.name else ""
+      digests |= {
+        f"{prefix}train_text": domain.train.corpus_digest,
+        f"{prefix}heldout_text": domain.heldout.corpus_digest,
+        f"{prefix}train_tokens": domain.train.tokens_digest,
+        f"{prefix}heldout_tokens": domain.heldout.tokens_digest,
+      }
+    return digests
+
+
+def open_corpus(data: config.Data, directory: pathlib.Path) -> TokenizedCorpus:
+  """Opens what `prepare.prepare` has written to a directory; reads no text.
+
+  Raises:
+    InputError: a file is missing or damaged, or a row is longer than the text.
+  """
+  domains = []
+  for name, weight in (data.weights or {"": 1.0}).items():
+    train = token_file.open_file(directory / name / "train.bin")
+    heldout = token_file.open_file(directory / name / "heldout.bin")
+    domains.append(
+      Domain(
+        name,
+        weight,
+        train,
+        packing.Rows(train, data.seq_len),
+        heldout,
+        np.asarray(heldout.open(), np.int32),
+      )
+    )
+  tok = tokenizer.load(directory / TOKENIZER)
+  corpus = TokenizedCorpus(tok, tuple(domains))
+  measured = _compression(directory / MANIFEST, corpus.digests)
+  return dataclasses.replace(corpus, compression=measured)
+
+
+def _compression(
+  path: pathlib.Path, digests: dict[str, str]
+) -> dict[str, float] | None:
+  """Reads the manifest's figures; None if they are missing or of other data."""
+  try:
+    manifest = json.loads(path.read_text())
+    return manifest["compression"] if manifest["digests"] == digests else None
+  except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    return None
+
+
+def write_manifest(corpus: TokenizedCorpus, directory: pathlib.Path) -> None:
+  """Writes the digests of a corpus and how well its text compresses."""
+  manifest = {"digests": corpus.digests, "compression": corpus.compression}
+  with token_file.replacing(directory / MANIFEST) as temporary:
+    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
