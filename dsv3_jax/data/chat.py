@@ -1,7 +1,7 @@
-"""Conversations as DeepSeek-V3 reads them (section 5).
+"""The chat format of DeepSeek-V3 (section 5): conversations as token ids.
 
-BOS, what the system says, then turns: a mark of the user and a question, a mark
-of the assistant, an answer and EOS.
+BOS and the system's messages; then, for each turn, the special token of the
+user and a question, and that of the assistant, an answer and EOS.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from dsv3_jax.errors import InputError
 
 ROLES = ("system", "user", "assistant")
 
-# The same for software that reads chat templates.
+# The same as a Jinja template, as Hugging Face and GGUF files hold it.
 TEMPLATE = (
   "{{ bos_token }}"
   "{% for message in messages if message['role'] == 'system' %}"
@@ -40,14 +40,14 @@ def encode(
   messages: Sequence[Mapping[str, str]],
   answer_next: bool = True,
 ) -> list[int]:
-  """The ids of a conversation.
+  """Encodes a conversation.
 
   A special token's name inside a message is plain text.
 
   Args:
-    tok: whose ids.
+    tok: the tokenizer.
     messages: `role`, one of ROLES, and `content` each.
-    answer_next: whether the assistant's next answer begins at the end.
+    answer_next: whether to end with the special token of the assistant.
 
   Raises:
     InputError: an unknown role.
@@ -57,13 +57,16 @@ def encode(
       raise InputError(
         f"role={message['role']!r}: must be one of {', '.join(ROLES)}"
       )
-  own = lambda text: tok.encode(text, add_special_tokens=False).ids
-  of = lambda role: [m["content"] for m in messages if m["role"] == role]
+
+  def encode_text(text: str) -> list[int]:
+    return tok.encode(text, add_special_tokens=False).ids
+
   user, assistant = map(tok.token_to_id, (tokenizer.USER, tokenizer.ASSISTANT))
-  ids = [tokenizer.BOS_ID, *own("\n\n".join(of("system")))]
+  system = [m["content"] for m in messages if m["role"] == "system"]
+  ids = [tokenizer.BOS_ID, *encode_text("\n\n".join(system))]
   for message in messages:
     if message["role"] == "user":
-      ids += [user, *own(message["content"])]
+      ids += [user, *encode_text(message["content"])]
     elif message["role"] == "assistant":
-      ids += [assistant, *own(message["content"]), tokenizer.EOS_ID]
+      ids += [assistant, *encode_text(message["content"]), tokenizer.EOS_ID]
   return ids + [assistant] * answer_next

@@ -21,70 +21,75 @@ class Document:
 
 
 def split(
-  documents: Sequence[Document], heldout: float
+  documents: Sequence[Document], heldout_fraction: float
 ) -> tuple[list[Document], list[Document]]:
-  """Splits documents into those to train on and those held out.
+  """Splits documents into training and held-out ones.
 
   A corpus of at least `WHOLE_DOCUMENTS` documents holds out whole ones: in the
-  order of a hash of name and text, each that still fits into the share. A
-  smaller one holds out the last bytes of all its text, cut as `_cut` says.
+  order of a hash of name and text, each that still fits into the fraction. A
+  smaller corpus holds out the last bytes of all its text, see `_cut`.
 
   Args:
     documents: in corpus order.
-    heldout: share of the UTF-8 bytes, in (0, 1).
+    heldout_fraction: of the UTF-8 bytes, in (0, 1).
 
   Raises:
-    InputError: a part would have no text.
+    InputError: one of the two would have no text.
   """
   whole = len(documents) >= WHOLE_DOCUMENTS
-  train, held = (_split_whole if whole else _split_end)(documents, heldout)
-  if not train or not held:
+  split_fn = _split_whole if whole else _split_end
+  train, heldout = split_fn(documents, heldout_fraction)
+  if not train or not heldout:
     n_bytes = len(text_bytes(documents))
     raise InputError(
-      f"data.heldout_fraction={heldout}: of {n_bytes} bytes of text in"
+      f"data.heldout_fraction={heldout_fraction}: of {n_bytes} bytes of text in"
       f" {len(documents)} documents this leaves nothing to"
-      f" {'evaluate' if train else 'train'} on; choose another share or add"
+      f" {'evaluate' if train else 'train'} on; choose another fraction or add"
       " text"
     )
-  return train, held
+  return train, heldout
 
 
 def _split_whole(
-  documents: Sequence[Document], heldout: float
+  documents: Sequence[Document], heldout_fraction: float
 ) -> tuple[list[Document], list[Document]]:
+  """Holds out whole documents, at least one."""
   sizes = [len(document.text.encode()) for document in documents]
-  left = heldout * sum(sizes)
+  budget = heldout_fraction * sum(sizes)
   keys = [digest([document]) for document in documents]
   order = sorted(range(len(documents)), key=lambda i: keys[i])
   chosen = set()
   for i in order:
-    if sizes[i] <= left:
+    if sizes[i] <= budget:
       chosen.add(i)
-      left -= sizes[i]
-  if not chosen:  # no document is that small: the one nearest to it
+      budget -= sizes[i]
+  if not chosen:  # no document is that small: take the smallest
     chosen.add(min(order, key=lambda i: sizes[i]))
   train = [d for i, d in enumerate(documents) if i not in chosen]
   return train, [documents[i] for i in sorted(chosen)]
 
 
 def _split_end(
-  documents: Sequence[Document], heldout: float
+  documents: Sequence[Document], heldout_fraction: float
 ) -> tuple[list[Document], list[Document]]:
+  """Holds out the end of the text."""
   total = len(text_bytes(documents))
-  left = total - round(heldout * total)  # bytes to train on
-  train, held = [], []
+  remaining = total - round(heldout_fraction * total)  # bytes to train on
+  train, heldout = [], []
   for document in documents:
     raw = document.text.encode()
-    at = _cut(raw, left) if 0 < left < len(raw) else max(0, left)
-    for part, piece in ((train, raw[:at]), (held, raw[at:])):
+    inside = 0 < remaining < len(raw)
+    at = _cut(raw, remaining) if inside else max(0, remaining)
+    for documents_of, piece in ((train, raw[:at]), (heldout, raw[at:])):
       if piece.strip():
-        part.append(Document(document.name, piece.decode()))
-    left -= len(raw)
-  return train, held
+        piece = dataclasses.replace(document, text=piece.decode())
+        documents_of.append(piece)
+    remaining -= len(raw)
+  return train, heldout
 
 
 def _cut(raw: bytes, at: int) -> int:
-  """Where to cut a text near byte `at`.
+  """Returns where to cut a text near byte `at`.
 
   After the first line break at or after it, if that is at most
   `_LINE_BREAK_BYTES` and half of what follows away; else at the next character.
@@ -99,14 +104,14 @@ def _cut(raw: bytes, at: int) -> int:
 
 
 def text_bytes(documents: Sequence[Document]) -> bytes:
-  """The text of all documents, one after the other, in UTF-8."""
+  """Concatenates the text of all documents, in UTF-8."""
   return b"".join(document.text.encode() for document in documents)
 
 
 def digest(documents: Sequence[Document]) -> str:
-  """The sha256 of all names and texts, in order."""
+  """Returns the sha256 of all names and texts, in order."""
   result = hashlib.sha256()
   for document in documents:
-    for part in (os.fsencode(document.name), document.text.encode()):
-      result.update(len(part).to_bytes(8, "big") + part)
+    for value in (os.fsencode(document.name), document.text.encode()):
+      result.update(len(value).to_bytes(8, "big") + value)
   return result.hexdigest()

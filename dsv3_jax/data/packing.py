@@ -1,10 +1,10 @@
 """Rows of a fixed length: packed documents to train on, windows to evaluate.
 
-Section 4.1.
 A document longer than a row is cut into rows that overlap by a token, so that
-each token but its first is a target once. What is left of it and the shorter
+each token but its first is a target once. Its last piece and the shorter
 documents are packed by best fit, the longest first, each into the fullest row
-that has room for it (arXiv:2404.10830). The rest of a row is padding.
+that has room for it (section 4.1, arXiv:2404.10830). The end of a row is
+padding.
 """
 
 import bisect
@@ -16,10 +16,19 @@ from dsv3_jax.data import token_file, tokenizer
 from dsv3_jax.errors import InputError
 
 
-def pieces(
+def cut_documents(
   starts: np.ndarray, lengths: np.ndarray, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Documents cut to `size` tokens at most: first tokens and lengths."""
+  """Cuts documents into pieces of at most `size` tokens.
+
+  Args:
+    starts: [N] first token of each document.
+    lengths: [N] their numbers of tokens.
+    size: most tokens of a piece.
+
+  Returns:
+    starts and lengths [P] of the pieces.
+  """
   step = max(size - 1, 1)
   n = np.where(lengths <= size, 1, -(-(lengths - 1) // step))
   document = np.repeat(np.arange(len(lengths)), n)
@@ -29,15 +38,15 @@ def pieces(
 
 
 def best_fit(lengths: np.ndarray, size: int) -> np.ndarray:
-  """The row of each piece; rows have room for `size` tokens."""
+  """Assigns pieces of these lengths to rows of `size` tokens; returns [P]."""
   rows = np.empty(len(lengths), np.int64)
   full = lengths == size
   rows[full] = np.arange(full.sum())
   n_rows = int(full.sum())
-  rooms: list[int] = []  # sizes of the room left in rows, rising, each once
-  with_room: dict[int, list[int]] = {}
-  rest = np.flatnonzero(~full)
-  for i in rest[np.argsort(-lengths[rest], kind="stable")]:
+  rooms: list[int] = []  # free tokens of rows, ascending, each number once
+  with_room: dict[int, list[int]] = {}  # rows by their free tokens
+  shorter = np.flatnonzero(~full)
+  for i in shorter[np.argsort(-lengths[shorter], kind="stable")]:
     length = int(lengths[i])
     at = bisect.bisect_left(rooms, length)
     if at == len(rooms):
@@ -55,10 +64,10 @@ def best_fit(lengths: np.ndarray, size: int) -> np.ndarray:
   return rows
 
 
-class Rows:
-  """A token file as grain reads it, in rows of T + 1 tokens.
+class PackedRows:
+  """The rows of T + 1 tokens of a token file, as a source of grain.
 
-  The tokens are opened by the first read and are not pickled.
+  The first read opens the tokens; pickling leaves them out.
   """
 
   def __init__(self, file: token_file.TokenFile, seq_len: int):
@@ -72,7 +81,7 @@ class Rows:
     # No text can spell BOS: it begins a document and is nowhere else.
     begins = np.flatnonzero(file.open() == tokenizer.BOS_ID)
     lengths = np.diff(begins, append=file.n_tokens)
-    starts, lengths = pieces(begins, lengths, seq_len + 1)
+    starts, lengths = cut_documents(begins, lengths, seq_len + 1)
     row = best_fit(lengths, seq_len + 1)
     order = np.argsort(row, kind="stable")
     self._starts, self._lengths = starts[order], lengths[order]
@@ -84,39 +93,40 @@ class Rows:
 
   @property
   def padding(self) -> float:
-    """Share of all rows' tokens that are padding."""
+    """Fraction of padding in all rows."""
     return 1 - self._lengths.sum() / (len(self) * (self._seq_len + 1))
 
   def __getitem__(self, row: int) -> dict[str, Any]:
     if self._tokens is None:
       self._tokens = self._file.open()
-    here = slice(self._first[row], self._first[row + 1])
-    parts = [
-      self._tokens[start : start + length]
-      for start, length in zip(
-        self._starts[here], self._lengths[here], strict=True
-      )
-    ]
+    pieces = slice(self._first[row], self._first[row + 1])
+    packed = np.concatenate(
+      [
+        self._tokens[start : start + length]
+        for start, length in zip(
+          self._starts[pieces], self._lengths[pieces], strict=True
+        )
+      ]
+    )
     tokens = np.full(self._seq_len + 1, tokenizer.PAD_ID, np.int32)
-    joined = np.concatenate(parts)
-    tokens[: len(joined)] = joined
+    tokens[: len(packed)] = packed
     return {"tokens": tokens, "row": np.int64(row)}
 
   def __getstate__(self) -> dict[str, Any]:
     return self.__dict__ | {"_tokens": None}
 
   def __repr__(self) -> str:
-    return f"Rows({str(self._file.path)!r}, seq_len={self._seq_len})"
+    return f"PackedRows({str(self._file.path)!r}, seq_len={self._seq_len})"
 
 
 def heldout_windows(
   tokens: np.ndarray, seq_len: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Windows in which each held-out token but the first is a target once.
+  """Cuts held-out tokens into windows that score each but the first once.
 
-  They advance by half of `seq_len`; each scores the targets that no window
-  before it did, so all but those of the first have half a window of context or
-  more. The first token, BOS, is context only.
+  Windows advance by half of `seq_len`; each scores the targets that no window
+  before it did, so that all but those of the first have at least half a window
+  of context. The first token, BOS, is context only.
 
   Args:
     tokens: [n] token ids.
@@ -127,7 +137,7 @@ def heldout_windows(
     target rows[:, 1:] is scored.
 
   Raises:
-    InputError: there are no two tokens.
+    InputError: there are fewer than two tokens.
   """
   n_targets = len(tokens) - 1
   if n_targets < 1:
@@ -135,9 +145,11 @@ def heldout_windows(
   stride = max(1, seq_len // 2)
   n_rows = 1 + max(0, -(-(n_targets - seq_len) // stride))
   index = np.arange(n_rows)[:, None] * stride + np.arange(seq_len + 1)
-  there = index <= n_targets
-  rows = np.where(there, tokens[np.minimum(index, n_targets)], tokenizer.PAD_ID)
+  inside = index <= n_targets
+  rows = np.where(
+    inside, tokens[np.minimum(index, n_targets)], tokenizer.PAD_ID
+  )
   new = np.arange(seq_len) >= seq_len - stride
-  mask = there[:, 1:] & new
-  mask[0] = there[0, 1:]
+  mask = inside[:, 1:] & new
+  mask[0] = inside[0, 1:]
   return rows.astype(np.int32), mask

@@ -12,7 +12,7 @@ from dsv3_jax.data import packing
 from dsv3_jax.errors import InputError
 
 
-def shuffle(rows: packing.Rows, seed: int) -> grain.MapDataset:
+def shuffle(rows: packing.PackedRows, seed: int) -> grain.MapDataset:
   """Orders all rows at random, anew each epoch, without end.
 
   Raises:
@@ -24,7 +24,7 @@ def shuffle(rows: packing.Rows, seed: int) -> grain.MapDataset:
 
 
 def mix(
-  domains: Sequence[packing.Rows], weights: Sequence[float], seed: int
+  domains: Sequence[packing.PackedRows], weights: Sequence[float], seed: int
 ) -> grain.MapDataset:
   """Interleaves the shuffled rows of domains, as often as the weights say."""
   if len(domains) == 1:

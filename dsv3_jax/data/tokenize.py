@@ -1,15 +1,16 @@
-"""Documents as token ids, with the report's two random changes (section 4.1).
+"""Documents as token ids, with two random changes (section 4.1).
 
-Fill-in-the-middle: a share of the documents is told out of order, so that a
-model learns to write what stands between two texts,
+Fill-in-the-middle: a fraction of the documents is rearranged to
 
   BOS fim_begin prefix fim_hole suffix fim_end middle EOS
 
-Splitting: a share of the tokens that join punctuation with line breaks becomes
-two, so that a prompt which ends before its line break is nothing new.
+so that a model learns to write what stands between two texts.
 
-Both are functions of a document's name and text alone, so neither other
-documents nor the order of all matters.
+Splitting: a fraction of the tokens that merge punctuation with line breaks
+becomes two, so that prompts ending before a line break are in distribution.
+
+Both are functions of a document's name and text alone: they do not depend on
+other documents, nor on the order of all.
 """
 
 import hashlib
@@ -28,9 +29,9 @@ _PIECE_CHARACTERS = 1 << 18
 # No pre-token spans a line break and a letter behind it, so a cut there
 # changes no id.
 _PIECE_END = re.compile(r"(?<=\n)(?=[A-Za-z])")
-_JOINED = re.compile(r"(.*[^\r\n])([\r\n]+)", re.DOTALL)
+_MERGED = re.compile(r"(.*[^\r\n])([\r\n]+)", re.DOTALL)
 
-Part = str | int  # text, or a token that no text can spell
+Segment = str | int  # text, or the id of a special token
 
 
 def encode(
@@ -45,51 +46,52 @@ def encode(
   Args:
     documents: in corpus order.
     tok: the tokenizer.
-    fim_rate: share of the documents that are told out of order.
-    split_rate: share of the tokens with line breaks that are split.
+    fim_rate: fraction of the documents to rearrange.
+    split_rate: fraction of the tokens with line breaks to split.
   """
   halves = _halves(tok) if split_rate else {}
   for first in range(0, len(documents), _GROUP_DOCUMENTS):
     group = documents[first : first + _GROUP_DOCUMENTS]
-    draws = [_generator(document) for document in group]
-    all_parts = [
-      list(_parts(document.text, fim_rate, tok, draw))
-      for document, draw in zip(group, draws, strict=True)
+    rngs = [_generator(document) for document in group]
+    all_segments = [
+      list(_segments(document.text, fim_rate, tok, rng))
+      for document, rng in zip(group, rngs, strict=True)
     ]
-    texts = [p for parts in all_parts for p in parts if isinstance(p, str)]
+    texts = [s for s in itertools.chain(*all_segments) if isinstance(s, str)]
     encodings = iter(tok.encode_batch_fast(texts, add_special_tokens=False))
-    for document, parts, draw in zip(group, all_parts, draws, strict=True):
+    for document, segments, rng in zip(group, all_segments, rngs, strict=True):
       ids = [
-        next(encodings).ids if isinstance(part, str) else [part]
-        for part in parts
+        next(encodings).ids if isinstance(segment, str) else [segment]
+        for segment in segments
       ]
-      joined = np.fromiter(itertools.chain.from_iterable(ids), np.int64)
-      yield document.name, _split(joined, halves, split_rate, draw)
+      ids = np.fromiter(itertools.chain.from_iterable(ids), np.int64)
+      yield document.name, _split(ids, halves, split_rate, rng)
 
 
 def _generator(document: corpus.Document) -> np.random.Generator:
+  """Seeds a random generator with a document's name and text."""
   digest = hashlib.sha256(corpus.digest([document]).encode()).digest()
   return np.random.default_rng(int.from_bytes(digest[:16], "big"))
 
 
-def _parts(
+def _segments(
   text: str,
   fim_rate: float,
   tok: tokenizers.Tokenizer,
-  draw: np.random.Generator,
-) -> Iterator[Part]:
-  """A document in the order in which it is told."""
+  rng: np.random.Generator,
+) -> Iterator[Segment]:
+  """Yields the texts and special tokens of a document, perhaps rearranged."""
   yield tokenizer.BOS_ID
-  if draw.random() < fim_rate:
-    # Two places between characters, each as likely as any other.
-    a, b = sorted(draw.integers(0, len(text) + 1, 2))
-    for special, part in (
+  if rng.random() < fim_rate:
+    # Two positions between characters, each as likely as any other.
+    a, b = sorted(rng.integers(0, len(text) + 1, 2))
+    for special, excerpt in (
       (tokenizer.FIM_BEGIN, text[:a]),
       (tokenizer.FIM_HOLE, text[b:]),
       (tokenizer.FIM_END, text[a:b]),
     ):
       yield tok.token_to_id(special)
-      yield from _pieces(part)
+      yield from _pieces(excerpt)
   else:
     yield from _pieces(text)
   yield tokenizer.EOS_ID
@@ -105,39 +107,39 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _halves(tok: tokenizers.Tokenizer) -> dict[int, np.ndarray]:
-  """For each token of punctuation and line breaks, the ids of both apart."""
-  found = {}
+  """Maps each token of punctuation and line breaks to the ids of its halves."""
+  halves = {}
   for i in tok.get_vocab().values():
     text = tok.decode([i], skip_special_tokens=True)
-    match = _JOINED.fullmatch(text)
+    match = _MERGED.fullmatch(text)
     if match and _is_punctuation(match[1].removeprefix(" ")):
       ids = [
         tok.encode(half, add_special_tokens=False).ids
         for half in match.groups()
       ]
-      found[i] = np.array(sum(ids, []))
-  return found
+      halves[i] = np.array(sum(ids, []))
+  return halves
 
 
 def _is_punctuation(text: str) -> bool:
   """Whether a text is of punctuation and symbols, and not empty."""
-  kinds = {unicodedata.category(character)[0] for character in text}
-  return bool(kinds) and kinds <= {"P", "S"}
+  categories = {unicodedata.category(character)[0] for character in text}
+  return bool(categories) and categories <= {"P", "S"}
 
 
 def _split(
   ids: np.ndarray,
   halves: dict[int, np.ndarray],
   rate: float,
-  draw: np.random.Generator,
+  rng: np.random.Generator,
 ) -> np.ndarray:
-  """The ids, a share of those that have halves in two."""
+  """Replaces a random fraction of the ids that have halves by these."""
   if not halves:
     return ids
-  joined = np.flatnonzero(np.isin(ids, list(halves)))
-  chosen = joined[draw.random(len(joined)) < rate]
-  parts, start = [], 0
+  candidates = np.flatnonzero(np.isin(ids, list(halves)))
+  chosen = candidates[rng.random(len(candidates)) < rate]
+  runs, start = [], 0
   for at in chosen:
-    parts += [ids[start:at], halves[int(ids[at])]]
+    runs += [ids[start:at], halves[int(ids[at])]]
     start = at + 1
-  return np.concatenate([*parts, ids[start:]])
+  return np.concatenate([*runs, ids[start:]])

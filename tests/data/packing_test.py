@@ -82,7 +82,7 @@ class BestFitTest(parameterized.TestCase):
 class PiecesTest(parameterized.TestCase):
   @parameterized.product(n=(2, 3, 8, 9, 10, 16, 17, 18, 100), size=(2, 3, 9))
   def test_each_token_but_the_first_is_a_target_once(self, n, size):
-    starts, lengths = packing.pieces(np.array([5]), np.array([n]), size)
+    starts, lengths = packing.cut_documents(np.array([5]), np.array([n]), size)
     targets = [
       i
       for start, length in zip(starts, lengths, strict=True)
@@ -93,7 +93,7 @@ class PiecesTest(parameterized.TestCase):
     self.assertLessEqual(lengths.max(), size)
 
   def test_only_documents_longer_than_a_row_are_cut(self):
-    starts, lengths = packing.pieces(
+    starts, lengths = packing.cut_documents(
       np.array([0, 9, 17]), np.array([9, 8, 10]), 9
     )
     self.assertEqual(starts.tolist(), [0, 9, 17, 25])
@@ -106,7 +106,9 @@ class RowsTest(parameterized.TestCase):
     self.root = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
 
   def rows(self, lengths, seq_len):
-    return packing.Rows(token_file(self.root / "train.bin", lengths), seq_len)
+    return packing.PackedRows(
+      token_file(self.root / "train.bin", lengths), seq_len
+    )
 
   def test_documents_stand_whole_in_rows_with_padding_at_the_end(self):
     read = self.rows([5, 3, 4, 9], 8)
