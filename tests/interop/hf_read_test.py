@@ -26,7 +26,7 @@ def loaded(found, sizes=None, layout="replicated"):
   run = dataclasses.replace(testing.run(), model=found.model)
   run = config.override(run, f"parallel.layout={layout}")
   mesh = device_mesh.make_mesh(sizes or {})
-  where = sharding.layout(run, mesh.shape, staged=False)
+  where = sharding.make_layout(run, mesh.shape, staged=False)
   return hidden.EvalModel(
     *load_sharded.load(found, where, mesh, np.float32), run, mesh
   )
