@@ -18,7 +18,7 @@ from absl import flags
 
 from dsv3_jax.config import fields
 from dsv3_jax.errors import InputError
-from dsv3_jax.parallel.pipeline import lockstep, schedules, simulate
+from dsv3_jax.parallel.pipeline import schedules, simulate, tick_table
 from dsv3_jax.report import schedule_plot
 
 TIMES = ("F", "B", "W", "FB")
@@ -121,7 +121,7 @@ def _totals(
     f" ({idle / makespan:.1%})"
   )
   yield f"bubble by the formula, without communication: {_exact(formula):g}"
-  yield f"{len(lockstep.to_ticks(schedule))} ticks in lock-step"
+  yield f"{len(tick_table.to_ticks(schedule))} ticks in lock-step"
 
 
 # --- the command ---

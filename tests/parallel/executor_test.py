@@ -19,7 +19,6 @@ from dsv3_jax.model import transformer
 from dsv3_jax.parallel import device_mesh, sharding
 from dsv3_jax.parallel.pipeline import (
   executor,
-  lockstep,
   schedules,
   split_backward,
   tick_table,
@@ -99,32 +98,38 @@ class TableTest(parameterized.TestCase):
   def test_is_the_lockstep_form(self, name, n_ranks):
     schedule = schedules.SCHEDULES[name](n_ranks, 2 * n_ranks + 2)
     table = tick_table.build_tick_table(schedule)
-    for tick, cells in enumerate(lockstep.to_ticks(schedule)):
+    for tick, cells in enumerate(tick_table.to_ticks(schedule)):
       for rank, cell in enumerate(cells):
-        turn = jax.tree.map(lambda a, at=(tick, rank): int(a[at]), table.turns)
+        ops = jax.tree.map(lambda a, at=(tick, rank): int(a[at]), table.ops)
         kinds = [op.kind for op in cell or ()]
-        self.assertEqual(turn.forward.on, int("F" in kinds))
-        self.assertEqual(turn.backward.on, int("B" in kinds or "I" in kinds))
-        self.assertEqual(turn.weight.on, int("B" in kinds or "W" in kinds))
-        self.assertEqual(turn.pair, int(len(kinds) == 2))
+        self.assertEqual(ops.forward.active, int("F" in kinds))
+        self.assertEqual(ops.backward.active, int("B" in kinds or "I" in kinds))
+        self.assertEqual(ops.weight.active, int("B" in kinds or "W" in kinds))
+        self.assertEqual(ops.overlapped, int(len(kinds) == 2))
         for op in cell or ():
-          task = {"F": turn.forward, "W": turn.weight}.get(
-            op.kind, turn.backward
+          encoded = {"F": ops.forward, "W": ops.weight}.get(
+            op.kind, ops.backward
           )
-          self.assertEqual(task.stage, schedule.stages[rank][op.direction])
+          self.assertEqual(encoded.stage, schedule.stages[rank][op.direction])
           stream = schedule.streams[op.direction]
           first = stream * schedule.n_per_stream
-          self.assertEqual(task.micro_batch, first + op.micro_batch)
+          self.assertEqual(encoded.micro_batch, first + op.micro_batch)
 
   @parameterized.parameters(2, 4, 8, 16)
   def test_keeps_one_micro_batch_more_than_there_are_stages(self, n):
     self.assertEqual(
-      tick_table.build_tick_table(schedules.dualpipe(n, 2 * n)).kept, n + 1
+      tick_table.build_tick_table(
+        schedules.dualpipe(n, 2 * n)
+      ).n_residual_slots,
+      n + 1,
     )
     half = schedules.dualpipev(n // 2, n)
-    self.assertEqual(tick_table.build_tick_table(half).kept, n + 1)
+    self.assertEqual(tick_table.build_tick_table(half).n_residual_slots, n + 1)
     self.assertEqual(
-      tick_table.build_tick_table(schedules.one_f_one_b(n, 2 * n)).kept, n
+      tick_table.build_tick_table(
+        schedules.one_f_one_b(n, 2 * n)
+      ).n_residual_slots,
+      n,
     )
 
 
@@ -197,7 +202,7 @@ class ProgramTest(parameterized.TestCase):
   def test_no_buffer_is_copied_from_tick_to_tick(self):
     # Buffers of two layers a stage: kept of P + 1 = 5 slots, deferred of 3.
     table = tick_table.build_tick_table(schedules.dualpipe(4, 8))
-    leading = {2 * table.kept, 2 * table.deferred}
+    leading = {2 * table.n_residual_slots, 2 * table.n_wgrad_slots}
     self.assertEqual(leading, {10, 6})
     text = dualpipe()
     in_loops, entry = [], False

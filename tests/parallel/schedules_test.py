@@ -6,7 +6,7 @@ import re
 
 from absl.testing import absltest, parameterized
 
-from dsv3_jax.parallel.pipeline import lockstep, schedules
+from dsv3_jax.parallel.pipeline import schedule_check, schedules, tick_table
 
 # Written down by hand from the step table; `x*n` is n times x.
 GOLDEN = {
@@ -128,7 +128,7 @@ class CheckTest(parameterized.TestCase):
   @parameterized.parameters(*CASES)
   def test_every_schedule_is_valid(self, name, n_ranks, n_micro):
     schedule = make(name, n_ranks, n_micro)
-    schedules.check(schedule)
+    schedule_check.check(schedule)
     self.assertEqual(schedule.name, name)
     self.assertEqual(schedule.n_micro, n_micro)
     self.assertEqual(schedule.n_ranks, n_ranks)
@@ -142,7 +142,7 @@ class CheckTest(parameterized.TestCase):
     with self.assertRaisesRegex(
       ValueError, "rank 2: W number . is missing, where I number . is micro"
     ):
-      schedules.check(bad)
+      schedule_check.check(bad)
 
   @parameterized.parameters(*SIZES)
   def test_an_f_too_many(self, name):
@@ -152,7 +152,7 @@ class CheckTest(parameterized.TestCase):
     with self.assertRaisesRegex(
       ValueError, "rank 1: F of micro-batch 0 in direction 0 is there 2 times"
     ):
-      schedules.check(with_cells(schedule, 1, (*cells, first)))
+      schedule_check.check(with_cells(schedule, 1, (*cells, first)))
 
   @parameterized.parameters(*SIZES)
   def test_a_b_missing_and_one_that_is_not_due(self, name):
@@ -162,7 +162,7 @@ class CheckTest(parameterized.TestCase):
     op = cells[at][0]
     cells[at] = (op._replace(micro_batch=99),)
     with self.assertRaises(ValueError) as caught:
-      schedules.check(with_cells(schedule, 0, cells))
+      schedule_check.check(with_cells(schedule, 0, cells))
     way = f"in direction {op.direction} is there"
     self.assertIn(f"B or I of micro-batch 0 {way} 0", str(caught.exception))
     self.assertIn(f"B or I of micro-batch 99 {way} 1", str(caught.exception))
@@ -179,13 +179,13 @@ class CheckTest(parameterized.TestCase):
       f"rank 3: {op.kind} of micro-batch 0 in direction {op.direction} waits"
       " forever for F on stage",
     ):
-      schedules.check(with_cells(schedule, 3, cells))
+      schedule_check.check(with_cells(schedule, 3, cells))
 
   def test_ws_out_of_order(self):
     schedule = schedules.zb1p(4, 8)
     *cells, a, b = schedule.cells[3]
     with self.assertRaisesRegex(ValueError, "W number 6 is micro-batch 7"):
-      schedules.check(with_cells(schedule, 3, [*cells, b, a]))
+      schedule_check.check(with_cells(schedule, 3, [*cells, b, a]))
 
   def test_ranks_that_wait_for_each_other(self):
     schedule = schedules.dualpipe(2, 4)
@@ -193,7 +193,7 @@ class CheckTest(parameterized.TestCase):
     swapped = [(cells[1], cells[0], *cells[2:]) for cells in schedule.cells]
     bad = dataclasses.replace(schedule, cells=tuple(swapped))
     with self.assertRaises(ValueError) as caught:
-      schedules.check(bad)
+      schedule_check.check(bad)
     self.assertEqual(
       str(caught.exception),
       "dualpipe, rank 0: F of micro-batch 0 in direction 1 waits forever for"
@@ -207,13 +207,13 @@ class CheckTest(parameterized.TestCase):
     cells = schedule.cells[0]
     bad = with_cells(schedule, 0, (cells[0] + cells[1], *cells[2:]))
     with self.assertRaisesRegex(ValueError, "cell 0 must be one operation"):
-      schedules.check(bad)
+      schedule_check.check(bad)
 
   def test_a_stage_that_is_nowhere(self):
     schedule = schedules.one_f_one_b(3, 2)
     bad = dataclasses.replace(schedule, stages=((0,), (2,), (2,)))
     with self.assertRaises(ValueError) as caught:
-      schedules.check(bad)
+      schedule_check.check(bad)
     self.assertIn("stage 1 of stream 0 is on 0 ranks", str(caught.exception))
     self.assertIn("stage 2 of stream 0 is on 2 ranks", str(caught.exception))
 
@@ -318,7 +318,7 @@ class ProblemsTest(parameterized.TestCase):
     for n_ranks, n_micro in itertools.product(range(6), range(14)):
       found = schedules.validate(name, n_ranks, n_micro)
       if not found:
-        schedules.check(make(name, n_ranks, n_micro))
+        schedule_check.check(make(name, n_ranks, n_micro))
         continue
       with self.assertRaises(ValueError) as caught:
         make(name, n_ranks, n_micro)
@@ -329,15 +329,15 @@ class TicksTest(parameterized.TestCase):
   @parameterized.parameters((2, 4, 8), (4, 8, 16), (8, 20, 38), (16, 64, 102))
   def test_how_many(self, n_ranks, n_micro, expected):
     both = schedules.dualpipe(n_ranks, n_micro)
-    self.assertLen(lockstep.to_ticks(both), expected)
+    self.assertLen(tick_table.to_ticks(both), expected)
     v = schedules.dualpipev(n_ranks // 2, n_micro // 2)
-    self.assertLen(lockstep.to_ticks(v), expected)
+    self.assertLen(tick_table.to_ticks(v), expected)
 
   def test_idle_ticks(self):
     idle = [
       sum(cell is None for cell in column)
       for column in zip(
-        *lockstep.to_ticks(schedules.dualpipe(8, 20)), strict=True
+        *tick_table.to_ticks(schedules.dualpipe(8, 20)), strict=True
       )
     ]
     self.assertEqual(idle, [0, 2, 4, 5, 5, 4, 2, 0])
@@ -345,7 +345,7 @@ class TicksTest(parameterized.TestCase):
   @parameterized.parameters(*CASES)
   def test_in_order_and_after_what_is_needed(self, name, n_ranks, n_micro):
     schedule = make(name, n_ranks, n_micro)
-    table = lockstep.to_ticks(schedule)
+    table = tick_table.to_ticks(schedule)
     columns = zip(*table, strict=True)
     in_order = tuple(tuple(filter(None, column)) for column in columns)
     self.assertEqual(in_order, schedule.cells)
@@ -365,27 +365,27 @@ class SlotsTest(parameterized.TestCase):
       schedules.dualpipe(n_ranks, n_micro),
       schedules.dualpipev(n_ranks // 2, n_micro // 2),
     ):
-      sizes = lockstep.n_slots(lockstep.assign_slots(schedule).residuals)
+      sizes = tick_table.n_slots(tick_table.assign_slots(schedule).residuals)
       self.assertEqual(sizes, (n_ranks + 1,) * schedule.n_ranks)
 
   def test_one_way_schedules_keep_one_a_stage_that_follows(self):
     for name in ("1f1b", "zb1p"):
-      kept = lockstep.assign_slots(make(name, 4, 9))
-      self.assertEqual(lockstep.n_slots(kept.residuals), (4, 3, 2, 1))
-    self.assertEqual(lockstep.n_slots(kept.deferred), (1, 2, 3, 4))
-    self.assertEqual(lockstep.n_slots(kept.inputs), (0, 1, 1, 1))
+      kept = tick_table.assign_slots(make(name, 4, 9))
+      self.assertEqual(tick_table.n_slots(kept.residuals), (4, 3, 2, 1))
+    self.assertEqual(tick_table.n_slots(kept.wgrad), (1, 2, 3, 4))
+    self.assertEqual(tick_table.n_slots(kept.inputs), (0, 1, 1, 1))
     # The last rank keeps what its own loss makes.
-    self.assertEqual(lockstep.n_slots(kept.gradients), (1, 1, 1, 1))
+    self.assertEqual(tick_table.n_slots(kept.gradients), (1, 1, 1, 1))
 
   @parameterized.parameters(*CASES)
   def test_what_is_written_is_still_there_when_read(
     self, name, n_ranks, n_micro
   ):
     schedule = make(name, n_ranks, n_micro)
-    kept = lockstep.assign_slots(schedule)
+    kept = tick_table.assign_slots(schedule)
     held = {
       field: [{} for _ in range(n_ranks)]
-      for field in ("inputs", "residuals", "gradients", "deferred")
+      for field in ("inputs", "residuals", "gradients", "wgrad")
     }
 
     def write(field, rank, which):
@@ -396,7 +396,7 @@ class SlotsTest(parameterized.TestCase):
       self.assertEqual(held[field][rank].get(slot), which)
 
     arriving = []
-    for row in lockstep.to_ticks(schedule):
+    for row in tick_table.to_ticks(schedule):
       for arrival in arriving:
         write(*arrival)
       now = [(r, op) for r, cell in enumerate(row) for op in cell or ()]
@@ -409,7 +409,7 @@ class SlotsTest(parameterized.TestCase):
         if op.kind == "F":
           write("residuals", rank, op[1:])
         elif op.kind == "I":
-          write("deferred", rank, op[1:])
+          write("wgrad", rank, op[1:])
       for rank, op in now:
         if schedule.received(rank, op):
           field = "inputs" if op.kind == "F" else "gradients"
@@ -417,16 +417,16 @@ class SlotsTest(parameterized.TestCase):
         if op.kind in "BI":
           read("residuals", rank, op[1:])
         elif op.kind == "W":
-          read("deferred", rank, op[1:])
+          read("wgrad", rank, op[1:])
     self.assertEmpty(arriving)
 
   @parameterized.parameters(*CASES)
   def test_slots_are_dense(self, name, n_ranks, n_micro):
-    kept = lockstep.assign_slots(make(name, n_ranks, n_micro))
+    kept = tick_table.assign_slots(make(name, n_ranks, n_micro))
     for field in dataclasses.fields(kept):
       for slot_of, n in zip(
         (buffer := getattr(kept, field.name)),
-        lockstep.n_slots(buffer),
+        tick_table.n_slots(buffer),
         strict=True,
       ):
         self.assertEqual(set(slot_of.values()), set(range(n)))

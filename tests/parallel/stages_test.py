@@ -1,4 +1,4 @@
-"""Tests of which layers a stage has, and of their way to its ranks."""
+"""Tests of the layers of a stage, and of the exchange of their parameters."""
 
 import jax
 import numpy as np
@@ -15,8 +15,8 @@ MODEL = testing.tiny("n_layers=7", "n_dense_layers=2")  # 4 stages: 2 2 2 1
 class StagesTest(parameterized.TestCase):
   def test_671b_on_16_ranks(self):
     schedule = schedules.dualpipe(16, 64)
-    found = stages.stages(schedule, presets.V3_671B.model)
-    dense, moe = found.kinds["dense"], found.kinds["moe"]
+    found = stages.assign_stages(schedule, presets.V3_671B.model)
+    dense, moe = found.stacks["dense"], found.stacks["moe"]
     self.assertEqual(dense.count.tolist(), [3] + [0] * 15)
     self.assertEqual(moe.count.tolist(), [1] + [4] * 12 + [3] * 3)
     self.assertEqual(moe.first.tolist()[:4], [0, 1, 5, 9])
@@ -30,11 +30,11 @@ class StagesTest(parameterized.TestCase):
   ):
     model = testing.tiny("n_layers=16", f"n_dense_layers={n_dense}")
     schedule = schedules.SCHEDULES[name](n_ranks, 2 * n_ranks)
-    found = stages.stages(schedule, model)
+    found = stages.assign_stages(schedule, model)
     copies = 2 if name == "dualpipe" else 1
     n_layers = {"dense": n_dense, "moe": 16 - n_dense}
-    self.assertEqual(set(found.kinds), {k for k, n in n_layers.items() if n})
-    for kind in found.kinds.values():
+    self.assertEqual(set(found.stacks), {k for k, n in n_layers.items() if n})
+    for kind in found.stacks.values():
       times = np.bincount(kind.layers.ravel(), minlength=kind.n_layers + 1)
       self.assertEqual(times[:-1].tolist(), [copies] * kind.n_layers)
       self.assertEqual(kind.count.sum(), kind.n_layers)
@@ -49,7 +49,7 @@ class ToRanksTest(parameterized.TestCase):
   def test_there_and_back(self, name, kind, sliced):
     n_ranks = 2 if name == "dualpipev" else 4
     schedule = schedules.SCHEDULES[name](n_ranks, 8)
-    found = stages.stages(schedule, MODEL).kinds[kind]
+    found = stages.assign_stages(schedule, MODEL).stacks[kind]
     mesh = device_mesh.make_mesh({"pipe": n_ranks})
     dim, spec = (1, jax.P(None, "pipe")) if sliced else (None, jax.P())
 

@@ -1,1 +1,1 @@
-"""Pipeline schedules as tables, and their executor."""
+"""Pipeline schedules, their simulation and their execution."""

@@ -1,18 +1,18 @@
-"""How long a schedule takes, how long its ranks are idle, what they keep."""
+"""Simulates a schedule: makespan, idle time and peak activations of ranks."""
 
 import dataclasses
 from collections.abc import Iterator
 
 from dsv3_jax.config import fields
 from dsv3_jax.errors import InputError
-from dsv3_jax.parallel.pipeline import lockstep, schedules
+from dsv3_jax.parallel.pipeline import schedule_check, schedules, tick_table
 
 
 @fields.checked
 class Times:
-  """How long a stage works on a micro-batch, in any unit.
+  """Time of a stage for one micro-batch, in any unit.
 
-  An input gradient, I, is what a backward pass does without W.
+  The time of an input gradient, I, is B - W.
   """
 
   F: float = fields.number(1.0, above=0)  # forward
@@ -22,12 +22,12 @@ class Times:
   comm: float = fields.number(0.0, low=0)  # a result from rank to rank
 
   def relations(self) -> Iterator[str]:
-    """What must hold between the times."""
+    """Lists violated relations between the times."""
     if self.W >= self.B:
       yield f"Times.W={self.W!r}: must be below B={self.B!r}, which includes it"
 
   def of(self, cell: schedules.Cell) -> float:
-    """Of a cell."""
+    """Returns the time of a cell."""
     if len(cell) == 2:
       return self.FB
     (op,) = cell
@@ -47,7 +47,7 @@ class Timeline:
   def cells(
     self, schedule: schedules.Schedule
   ) -> Iterator[tuple[int, float, float, schedules.Cell]]:
-    """Rank, start, end and operations of every cell."""
+    """Lists rank, start, end and operations of every cell."""
     for rank, rows in enumerate(
       zip(self.starts, self.ends, schedule.cells, strict=True)
     ):
@@ -58,13 +58,13 @@ class Timeline:
 def simulate(
   schedule: schedules.Schedule, times: Times | None = None
 ) -> Timeline:
-  """Runs the cells of every rank in order, each as early as it can.
+  """Runs the cells of every rank in order, each as early as its inputs allow.
 
-  An operation waits for what it needs, both of a pair for what either needs.
+  Both operations of an overlapped pair wait for the inputs of both.
   Communication takes time but keeps no rank busy.
   """
   times = times or Times()
-  starts = schedules.start_ticks(schedule, times.of, times.comm)
+  starts = schedule_check.start_ticks(schedule, times.of, times.comm)
   spent = [[times.of(cell) for cell in cells] for cells in schedule.cells]
   ends = tuple(
     tuple(start + s for start, s in zip(*rank, strict=True))
@@ -83,19 +83,19 @@ def simulate(
 def lockstep_makespan(
   schedule: schedules.Schedule, times: Times | None = None
 ) -> float:
-  """How long a step takes where each tick lasts as long as its longest cell.
+  """Returns the time of a step if each tick lasts as long as its longest cell.
 
-  That is how the executor runs: all ranks meet at the end of a tick. A result
-  travels from each tick to the next, the last one is for no other rank.
+  The executor runs this way: all ranks synchronize at the end of a tick. Every
+  tick but the last sends its results to the next one.
   """
   times = times or Times()
-  ticks = lockstep.to_ticks(schedule)
+  ticks = tick_table.to_ticks(schedule)
   spent = (max(map(times.of, filter(None, cells))) for cells in ticks)
   return sum(spent) + times.comm * (len(ticks) - 1)
 
 
 def _peak(cells: tuple[schedules.Cell, ...]) -> int:
-  """Most micro-batches between their F and their B or I at once."""
+  """Counts the most micro-batches between their F and their B or I at once."""
   live, peak = 0, 0
   for cell in cells:
     for op in cell:
@@ -105,18 +105,19 @@ def _peak(cells: tuple[schedules.Cell, ...]) -> int:
 
 
 def bubble(name: str, n_ranks: int, times: Times | None = None) -> float:
-  """Idle time of the rank that waits most, by formula, communication free.
+  """Returns the longest idle time of a rank by formula, communication free.
 
-  Table 2 of arXiv:2412.19437. Other times than these need a simulation: `zb1p`
-  supposes that W takes no longer than F and I, and a micro-batch for each rank;
-  DualPipe that F, I and W take equally long, and FB from B to F + B.
+  Implements table 2 of arXiv:2412.19437. The formula of `zb1p` assumes that W
+  takes no longer than F and I, and at least one micro-batch for each rank; the
+  formulas of DualPipe assume equal F, I and W, and FB between B and F + B.
+  Simulate other times.
 
   Raises:
     InputError: no such schedule, or not on so many ranks.
   """
   n_micro = 4 * n_ranks  # enough for every schedule
-  if found := schedules.validate(name, n_ranks, n_micro):
-    raise InputError("\n".join(found))
+  if problems := schedules.validate(name, n_ranks, n_micro):
+    raise InputError("\n".join(problems))
   times = times or Times()
   n_stages = 2 * n_ranks if name == "dualpipev" else n_ranks
   if name == "1f1b":
