@@ -227,8 +227,8 @@ class Layout:
   def _of_step(self, kind: str) -> bool:
     return not (self.rules.gather_by_layer and kind in ("dense", "moe", "mtp"))
 
-  def _staged(self, kind: str) -> stages_lib.Kind | None:
-    return self.stages.kinds.get(kind) if self.stages else None
+  def _staged(self, kind: str) -> stages_lib.LayerStacks | None:
+    return self.stages.stacks.get(kind) if self.stages else None
 
   def reduce_scatter_grads(
     self, gradients: param_spec.Params
@@ -282,7 +282,7 @@ def make_layout(
     batch_axes=device_mesh.active_axes(
       sizes, device_mesh.BATCH if schedule else device_mesh.ROWS
     ),
-    stages=stages_lib.stages(schedule, run.model) if schedule else None,
+    stages=stages_lib.assign_stages(schedule, run.model) if schedule else None,
     experts=dispatch.make_expert_parallel_ffn(
       run.parallel.dispatch,
       sizes,

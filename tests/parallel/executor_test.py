@@ -89,7 +89,9 @@ def side_by_side(run):
   d_outputs = x, jax.ShapeDtypeStruct((), np.float32)
   return (
     jax.jit(passes.forward).trace(p, bias, x),
-    jax.jit(passes.input_gradient).trace(p, bias, passes.kept, d_outputs),
+    jax.jit(passes.input_gradient).trace(
+      p, bias, passes.residual_types, d_outputs
+    ),
   )
 
 

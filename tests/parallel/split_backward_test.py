@@ -140,7 +140,7 @@ class SplitTest(parameterized.TestCase):
     p, bias, x, _ = inputs(kind)
     passes = split_backward.split(layer, p, bias, x, put_off(p))
     sizes = {leaf.size for leaf in jax.tree.leaves(p) if leaf.ndim > 1}
-    for kept in (*passes.kept, *passes.deferred):
+    for kept in (*passes.residual_types, *passes.wgrad_types):
       self.assertNotIn(int(np.prod(kept.shape)), sizes, kept)
 
   def test_of_a_linear_layer_its_input_and_the_gradient_of_its_output(self):
@@ -150,8 +150,8 @@ class SplitTest(parameterized.TestCase):
     w, x, c = testing.normal(5, 7), testing.normal(3, 4, 5), jnp.float32(2)
     passes = split_backward.split(layer, w, c, x, [True])
     shapes = lambda types: [a.shape for a in types]
-    self.assertEqual(shapes(passes.kept), [(3, 4, 5)])
-    self.assertCountEqual(shapes(passes.deferred), [(3, 4, 5), (3, 4, 7)])
+    self.assertEqual(shapes(passes.residual_types), [(3, 4, 5)])
+    self.assertCountEqual(shapes(passes.wgrad_types), [(3, 4, 5), (3, 4, 7)])
 
   @parameterized.parameters(((), 1), (("attention", "residual", "hidden"), 6))
   def test_keeps_what_has_a_name_and_repeats_the_rest(self, names, n_kept):
@@ -159,9 +159,9 @@ class SplitTest(parameterized.TestCase):
     args = inputs(kind)
     plain = split_backward.split(layer, *args[:3], put_off(args[0]))
     passes = split_backward.split(layer, *args[:3], put_off(args[0]), names)
-    self.assertLen(passes.kept, n_kept)
-    self.assertEqual(passes.kept[0].shape, args[2].shape)
-    self.assertGreater(len(plain.kept), n_kept)
+    self.assertLen(passes.residual_types, n_kept)
+    self.assertEqual(passes.residual_types[0].shape, args[2].shape)
+    self.assertGreater(len(plain.residual_types), n_kept)
     testing.assert_same(
       jax.jit(functools.partial(in_parts, passes))(*args),
       jax.jit(functools.partial(in_parts, plain))(*args),

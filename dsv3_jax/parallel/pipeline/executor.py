@@ -1,11 +1,12 @@
-"""The executor of a schedule: one scan over the ticks of its lock-step form.
+"""Executes a pipeline schedule: one `lax.scan` over the ticks of its table.
 
-All ranks run one program. In a tick, each does what its row of a table says:
-loops over the layers of a stage run as many times as it has layers, or not at
-all, so that ranks differ without branches and every buffer is updated in place.
-What a stage made goes to its neighbours at the end of the tick. The forward
-pass keeps what the backward pass reads, see `splitting.py`; nothing is computed
-twice unless `train.remat` says so (arXiv:2412.19437, section 3.2.1).
+All ranks run one program. In a tick, each runs the operations of its row of the
+table: loops over the layers of a stage run as many times as it has layers, or
+not at all, so that ranks differ without branches and every buffer is updated in
+place. At the end of a tick, activations and gradients are sent to the
+neighbours. The forward pass saves what the backward pass reads, see
+`split_backward.py`; nothing is computed twice unless `train.remat` says so
+(arXiv:2412.19437, section 3.2.1).
 """
 
 import dataclasses
@@ -13,7 +14,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -22,21 +22,10 @@ from dsv3_jax.data.batch import Batch
 from dsv3_jax.linear import recipe
 from dsv3_jax.model import moe, transformer
 from dsv3_jax.parallel import sharding
+from dsv3_jax.parallel.pipeline import buffers as buffers_lib
 from dsv3_jax.parallel.pipeline import split_backward, tick_table
-
-
-@flax.struct.dataclass
-class _Memory:
-  """What a rank has; every array differs between all devices."""
-
-  inputs: jax.Array  # [slots + 1, B, T, D]
-  gradients: jax.Array  # the same
-  kept: dict[str, list[jax.Array]]  # [slots * places, ...] by kind of layer
-  deferred: dict[str, list[jax.Array]]
-  sums: param_spec.Params  # of gradients, f32
-  main: jax.Array  # sums of losses
-  mtp: jax.Array
-  stats: moe.Stats  # sums
+from dsv3_jax.parallel.pipeline.buffers import Buffers
+from dsv3_jax.parallel.pipeline.tick_table import EncodedOp, TickOps
 
 
 def gradient_sums(
@@ -49,10 +38,10 @@ def gradient_sums(
   run: config.Run,
   layout: sharding.Layout,
 ) -> tuple[param_spec.Params, losses.Losses, moe.Stats]:
-  """Sums over the micro-batches and stages of one device.
+  """Sums gradients over the micro-batches and stages of one device.
 
   Args:
-    params: as `layout.gather_for_step` returns them.
+    params: result of `layout.gather_for_step`.
     bias: [n_routers, E] f32.
     mtp_weight: lambda.
     batch: tokens and labels [A, B', T], the rows of this device.
@@ -61,40 +50,58 @@ def gradient_sums(
     layout: its layout, with stages.
 
   Returns:
-    As `train.gradients`, of this device alone.
+    Gradients, losses and stats as in `train.gradients`, of this device alone.
   """
-  work = tick_table.build_tick_table(layout.stages.schedule)
+  table = tick_table.build_tick_table(layout.stages.schedule)
   executor = _executor(params, bias, mtp_weight, batch, weights, run, layout)
-  memory = executor.memory(work)
   rank = jax.lax.axis_index("pipe")
 
-  def tick(memory, of_ranks):
-    turn = jax.tree.map(lambda a: a[rank], of_ranks)
-    return executor.tick(turn, memory), None
+  def tick(buffers: Buffers, ops: TickOps) -> tuple[Buffers, None]:
+    return executor.tick(jax.tree.map(lambda a: a[rank], ops), buffers), None
 
-  memory, _ = jax.lax.scan(tick, memory, jax.tree.map(jnp.asarray, work.turns))
-  balance = executor.share * memory.stats.balance.sum()
-  total = memory.main + mtp_weight * memory.mtp + balance
-  terms = losses.Losses(total, memory.main, memory.mtp, balance)
-  return memory.sums, terms, memory.stats
+  buffers = jax.tree.map(
+    executor.vary,
+    buffers_lib.zeros(
+      table,
+      layout.stages.stacks,
+      executor.passes,
+      x=jax.eval_shape(transformer.embed, params, batch.tokens[0]),
+      sums=recipe.trained(params),
+      load=bias,
+    ),
+  )
+  ops = jax.tree.map(jnp.asarray, table.ops)
+  buffers, _ = jax.lax.scan(tick, buffers, ops)
+  balance = executor.share * buffers.stats.balance.sum()
+  total = buffers.main + mtp_weight * buffers.mtp + balance
+  terms = losses.Losses(total, buffers.main, buffers.mtp, balance)
+  return buffers.sums, terms, buffers.stats
 
 
-def _executor(params, bias, mtp_weight, batch, weights, run, layout):
-  """Divides the layers of each kind into passes."""
+def _executor(
+  params: param_spec.Params,
+  bias: jax.Array,
+  mtp_weight: jax.Array,
+  batch: Batch,
+  weights: jax.Array,
+  run: config.Run,
+  layout: sharding.Layout,
+) -> "_Executor":
+  """Splits the layers of each type into passes."""
   vary = functools.partial(varying.vary, axes=layout.varying_axes)
   x = vary(transformer.embed(params, batch.tokens[0]))
   bias = vary(bias)
   passes = {}
-  for name in layout.stages.kinds:
+  for name in layout.stages.stacks:
     p = jax.tree.map(lambda a: a[0], params[name])
     trained = recipe.trained(p)
     constants = p, {"dense": (), "moe": bias[:1]}[name]
-    put_off = [leaf.ndim > 1 for leaf in jax.tree.leaves(trained)]
+    deferred = [leaf.ndim > 1 for leaf in jax.tree.leaves(trained)]
     layer = functools.partial(
       _layer, name, cfg=run.model, experts=layout.experts
     )
     passes[name] = split_backward.split(
-      layer, trained, constants, x, put_off, run.train.activations
+      layer, trained, constants, x, deferred, run.train.activations
     )
   share = 1.0 / (batch.tokens.shape[0] * layout.n_shards)
   return _Executor(
@@ -102,15 +109,29 @@ def _executor(params, bias, mtp_weight, batch, weights, run, layout):
   )
 
 
-# Layers as (parameters, router bias [1, E] if any, x) -> outputs, stats.
+# Layers as functions of (parameters, router bias [1, E] or (), x).
 
 
-def _dense(p, bias, x, cfg, experts):
+def _dense(
+  p: param_spec.Params,
+  bias: tuple[()],
+  x: jax.Array,
+  cfg: config.Model,
+  experts: moe.Experts,
+) -> tuple[tuple[jax.Array], None]:
+  """Returns (y,), and no stats."""
   del bias, experts
   return (transformer.dense_block(p, x, cfg),), None
 
 
-def _moe(p, bias, x, cfg, experts):
+def _moe(
+  p: param_spec.Params,
+  bias: jax.Array,
+  x: jax.Array,
+  cfg: config.Model,
+  experts: moe.Experts,
+) -> tuple[tuple[jax.Array, jax.Array], moe.Stats]:
+  """Returns (y, balance loss), and the stats of the layer."""
   y, stats = transformer.moe_block(p, x, bias[0], cfg, experts)
   return (y, stats.balance), stats
 
@@ -118,15 +139,22 @@ def _moe(p, bias, x, cfg, experts):
 LAYERS = {"dense": _dense, "moe": _moe}
 
 
-def _layer(name, trained, constants, x, cfg, experts):
-  """A layer as `splitting` divides it: what is trained, and all else."""
+def _layer(
+  name: str,
+  trained: Any,
+  constants: Any,
+  x: jax.Array,
+  cfg: config.Model,
+  experts: moe.Experts,
+) -> Any:
+  """Runs a layer; only `trained` and x have gradients."""
   p, bias = constants
   return LAYERS[name](recipe.joined(trained, p), bias, x, cfg, experts)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Executor:
-  """What the ticks of a step have in common."""
+  """The operations of a tick, and what all ticks of a step share."""
 
   params: param_spec.Params
   bias: jax.Array
@@ -139,197 +167,205 @@ class _Executor:
   share: float  # of a balance loss
   vary: Callable[[jax.Array], jax.Array]
 
-  def memory(self, work: tick_table.TickTable) -> _Memory:
-    """All zeros."""
-
-    def zeros(*shape, dtype=jnp.float32):
-      return self.vary(jnp.zeros(shape, dtype))
-
-    def of_layers(slots, types):
-      return {
-        name: [
-          zeros(slots * kind.size, *t.shape, dtype=t.dtype)
-          for t in types(self.passes[name])
-        ]
-        for name, kind in self.layout.stages.kinds.items()
-      }
-
-    x = jax.eval_shape(transformer.embed, self.params, self.batch.tokens[0])
-    n_routers, n_experts = self.bias.shape
-    return _Memory(
-      inputs=zeros(work.inputs + 1, *x.shape, dtype=x.dtype),
-      gradients=zeros(work.gradients + 1, *x.shape, dtype=x.dtype),
-      kept=of_layers(work.kept, lambda passes: passes.kept),
-      deferred=of_layers(work.deferred, lambda passes: passes.deferred),
-      sums=jax.tree.map(lambda a: zeros(*a.shape), recipe.trained(self.params)),
-      main=zeros(),
-      mtp=zeros(),
-      stats=moe.Stats(
-        load=zeros(n_routers, n_experts, dtype=jnp.int32),
-        balance=zeros(n_routers),
-        sent=zeros(n_routers, 2, dtype=jnp.int32),
-      ),
-    )
-
-  def tick(self, turn: tick_table.TickOps, memory: _Memory) -> _Memory:
-    """One turn."""
-    f, b, w = turn.forward, turn.backward, turn.weight
+  def tick(self, ops: TickOps, buffers: Buffers) -> Buffers:
+    """Runs the operations of a rank in a tick, and exchanges their results."""
+    f, b, w = ops.forward, ops.backward, ops.weight
     tokens = self.batch.tokens[f.micro_batch]
     first = self.vary(transformer.embed(self.params, tokens))
-    x = jnp.where(f.stage == 0, first, _get(memory.inputs, f.arrived))
-    dy = _get(memory.gradients, b.arrived)
+    x = jnp.where(
+      f.stage == 0, first, buffers_lib.get(buffers.inputs, f.input_slot)
+    )
+    dy = buffers_lib.get(buffers.gradients, b.input_slot)
     if "dense" in self.passes:
-      x, memory = self._forward("dense", f, 0, x, memory)
+      x, buffers = self._forward("dense", f, 0, x, buffers)
     if "moe" in self.passes:
-      x, dy, memory, n = self._together(turn, x, dy, memory)
-      x, memory = self._forward("moe", f, n, x, memory)
-      dy, memory = self._backward("moe", b, n, dy, memory)
+      x, dy, buffers, n = self._overlapped(ops, x, dy, buffers)
+      x, buffers = self._forward("moe", f, n, x, buffers)
+      dy, buffers = self._backward("moe", b, n, dy, buffers)
     if "dense" in self.passes:
-      dy, memory = self._backward("dense", b, 0, dy, memory)
-    done = jnp.zeros_like(w.on)
+      dy, buffers = self._backward("dense", b, 0, dy, buffers)
+    done = jnp.zeros_like(w.active)
     for name in self.passes:
-      done, memory = self._weights(name, w, done, memory)
-    memory = self._embed_gradient(b, dy, memory)
-    # The MTP module's exchange must not meet those of the layers.
-    last = f.replace(on=varying.after(f.on, done))
-    d_last, memory = self._loss(last, x, memory)
-    # Sent as one and last: ranks that meet in the middle of a tick wait for
+      done, buffers = self._weights(name, w, done, buffers)
+    buffers = self._embed_gradient(b, dy, buffers)
+    # The MTP module's exchange must not run beside those of the layers.
+    last = f.replace(active=varying.after(f.active, done))
+    d_last, buffers = self._loss(last, x, buffers)
+    # Sent together and last: ranks that meet in the middle of a tick wait for
     # each other twice.
-    made = varying.after(jnp.stack([x, dy]), done)
-    return self._deliver(turn, made, d_last, memory)
+    results = varying.after(jnp.stack([x, dy]), done)
+    return self._exchange(ops, results, d_last, buffers)
 
   # --- the layers of a stage ---
 
-  def _count(self, name: str, task: tick_table.EncodedOp) -> jax.Array:
-    """Layers that a task goes through."""
-    count = jnp.asarray(self.layout.stages.kinds[name].count, jnp.int32)
-    return task.on * count[task.stage]
+  def _n_layers(self, name: str, op: EncodedOp) -> jax.Array:
+    """Counts the layers that an operation runs; 0 if it is not active."""
+    count = jnp.asarray(self.layout.stages.stacks[name].count, jnp.int32)
+    return op.active * count[op.stage]
 
-  def _layer(self, name: str, task: tick_table.EncodedOp, i: jax.Array):
-    """Of layer i of a stage: what is trained, constants, places of both."""
-    kind = self.layout.stages.kinds[name]
-    at = task.direction * kind.size + i
-    p = jax.tree.map(lambda a: _get(a, at), self.params[name])
+  def _row(self, name: str, slot: jax.Array, i: jax.Array) -> jax.Array:
+    """Returns the row of layer i in a buffer of residuals or for W."""
+    return slot * self.layout.stages.stacks[name].size + i
+
+  def _layer_args(
+    self, name: str, op: EncodedOp, i: jax.Array
+  ) -> tuple[Any, Any, jax.Array, jax.Array | None]:
+    """Returns trained leaves and constants of layer i, its row and router."""
+    stack = self.layout.stages.stacks[name]
+    row = op.direction * stack.size + i
+    p = jax.tree.map(lambda a: buffers_lib.get(a, row), self.params[name])
     if name == "dense":
-      return recipe.trained(p), (p, ()), at, None
-    router = jnp.asarray(kind.first, jnp.int32)[task.stage] + i
-    bias = _get(self.bias, router)[None]
-    return recipe.trained(p), (p, bias), at, router
+      return recipe.trained(p), (p, ()), row, None
+    router = jnp.asarray(stack.first, jnp.int32)[op.stage] + i
+    bias = buffers_lib.get(self.bias, router)[None]
+    return recipe.trained(p), (p, bias), row, router
 
-  def _forward_layer(self, name, task, i, x, memory):
-    p, constants, _, router = self._layer(name, task, i)
-    (y, *_), told, kept = self.passes[name].forward(p, constants, x)
-    at = task.kept * self.layout.stages.kinds[name].size + i
-    memory = memory.replace(
-      kept=memory.kept | {name: _put(memory.kept[name], at, kept)}
-    )
-    if told is not None:
+  def _forward_layer(
+    self,
+    name: str,
+    op: EncodedOp,
+    i: jax.Array,
+    x: jax.Array,
+    buffers: Buffers,
+  ) -> tuple[jax.Array, Buffers]:
+    p, constants, _, router = self._layer_args(name, op, i)
+    (y, *_), stats, saved = self.passes[name].forward(p, constants, x)
+    row = self._row(name, op.residual_slot, i)
+    residuals = buffers_lib.put(buffers.residuals[name], row, saved)
+    buffers = buffers.replace(residuals=buffers.residuals | {name: residuals})
+    if stats is not None:
       stats = jax.tree.map(
-        lambda total, new: _add(total, router, new), memory.stats, told
+        lambda total, new: buffers_lib.add(total, router, new),
+        buffers.stats,
+        stats,
       )
-      memory = memory.replace(stats=stats)
-    return y, memory
+      buffers = buffers.replace(stats=stats)
+    return y, buffers
 
-  def _kept(self, name, task, i, memory):
-    at = task.kept * self.layout.stages.kinds[name].size + i
-    return [_get(a, at) for a in memory.kept[name]]
+  def _residuals(
+    self, name: str, op: EncodedOp, i: jax.Array, buffers: Buffers
+  ) -> list[jax.Array]:
+    row = self._row(name, op.residual_slot, i)
+    return [buffers_lib.get(a, row) for a in buffers.residuals[name]]
 
-  def _backward_layer(self, name, task, i, kept, dy, memory):
-    p, constants, own, _ = self._layer(name, task, i)
-    size = self.layout.stages.kinds[name].size
+  def _backward_layer(
+    self,
+    name: str,
+    op: EncodedOp,
+    i: jax.Array,
+    residuals: list[jax.Array],
+    dy: jax.Array,
+    buffers: Buffers,
+  ) -> tuple[jax.Array, Buffers]:
+    p, constants, params_row, _ = self._layer_args(name, op, i)
     d_outputs = dy, self.vary(jnp.float32(self.share))
     if name == "dense":
       d_outputs = d_outputs[:1]
-    dx, gradients, deferred = self.passes[name].input_gradient(
-      p, constants, kept, d_outputs
+    dx, gradients, saved = self.passes[name].input_gradient(
+      p, constants, residuals, d_outputs
     )
-    left = _put(memory.deferred[name], task.deferred * size + i, deferred)
-    memory = memory.replace(deferred=memory.deferred | {name: left})
-    return dx, _add_gradients(memory, name, own, gradients)
+    row = self._row(name, op.wgrad_slot, i)
+    wgrad = buffers_lib.put(buffers.wgrad[name], row, saved)
+    buffers = buffers.replace(wgrad=buffers.wgrad | {name: wgrad})
+    return dx, buffers_lib.add_gradients(buffers, name, params_row, gradients)
 
-  def _weight_layer(self, name, task, i, memory):
-    p, constants, own, _ = self._layer(name, task, i)
-    at = task.deferred * self.layout.stages.kinds[name].size + i
-    deferred = [_get(a, at) for a in memory.deferred[name]]
-    gradients = self.passes[name].weight_gradient(p, constants, deferred)
-    return _add_gradients(memory, name, own, gradients)
+  def _weight_layer(
+    self, name: str, op: EncodedOp, i: jax.Array, buffers: Buffers
+  ) -> Buffers:
+    p, constants, params_row, _ = self._layer_args(name, op, i)
+    row = self._row(name, op.wgrad_slot, i)
+    saved = [buffers_lib.get(a, row) for a in buffers.wgrad[name]]
+    gradients = self.passes[name].weight_gradient(p, constants, saved)
+    return buffers_lib.add_gradients(buffers, name, params_row, gradients)
 
-  def _forward(self, name, task, start, x, memory):
-    """Layers of a stage from the start-th on."""
-
-    def layer(i, carry):
-      return self._forward_layer(name, task, i, *carry)
-
-    n = self._count(name, task)
-    return jax.lax.fori_loop(start, n, layer, (x, memory))
-
-  def _backward(self, name, task, start, dy, memory):
-    """Layers of a stage from the start-th but last one back."""
-    n = self._count(name, task)
+  def _forward(
+    self, name: str, op: EncodedOp, start: Any, x: jax.Array, buffers: Buffers
+  ) -> tuple[jax.Array, Buffers]:
+    """Runs the layers of a stage from `start` on."""
 
     def layer(i, carry):
-      _, memory = carry
-      kept = self._kept(name, task, n - 1 - i, memory)
-      return self._backward_layer(name, task, n - 1 - i, kept, *carry)
+      return self._forward_layer(name, op, i, *carry)
 
-    return jax.lax.fori_loop(start, n, layer, (dy, memory))
+    n = self._n_layers(name, op)
+    return jax.lax.fori_loop(start, n, layer, (x, buffers))
 
-  def _weights(self, name, task, done, memory):
-    """Weight gradients of a stage's layers, whose number is added to done."""
+  def _backward(
+    self, name: str, op: EncodedOp, start: Any, dy: jax.Array, buffers: Buffers
+  ) -> tuple[jax.Array, Buffers]:
+    """Runs the layers of a stage backwards, without the last `start`."""
+    n = self._n_layers(name, op)
 
     def layer(i, carry):
-      done, memory = carry
-      return done + 1, self._weight_layer(name, task, i, memory)
+      _, buffers = carry
+      residuals = self._residuals(name, op, n - 1 - i, buffers)
+      return self._backward_layer(name, op, n - 1 - i, residuals, *carry)
 
-    n = self._count(name, task)
-    return jax.lax.fori_loop(0, n, layer, (done, memory))
+    return jax.lax.fori_loop(start, n, layer, (dy, buffers))
 
-  def _together(self, turn, x, dy, memory):
-    """A layer forward and one backward at a time, in one block of code.
+  def _weights(
+    self, name: str, op: EncodedOp, done: jax.Array, buffers: Buffers
+  ) -> tuple[jax.Array, Buffers]:
+    """Adds weight gradients of a stage, and its number of layers to `done`."""
 
-    Neither needs the other: what one sends can travel while the other computes.
-    Returns how many there were, too.
+    def layer(i, carry):
+      done, buffers = carry
+      return done + 1, self._weight_layer(name, op, i, buffers)
+
+    n = self._n_layers(name, op)
+    return jax.lax.fori_loop(0, n, layer, (done, buffers))
+
+  def _overlapped(
+    self, ops: TickOps, x: jax.Array, dy: jax.Array, buffers: Buffers
+  ) -> tuple[jax.Array, jax.Array, Buffers, jax.Array]:
+    """Runs a layer forward and one backward in each step of one loop.
+
+    They are independent: all-to-alls of one can run while the other computes.
+
+    Returns:
+      x and dy after the loop, the buffers, and the number of steps.
     """
-    f, b = turn.forward, turn.backward
-    n_forward, n_back = self._count("moe", f), self._count("moe", b)
-    n = turn.pair * jnp.minimum(n_forward, n_back)
+    f, b = ops.forward, ops.backward
+    n_forward, n_backward = self._n_layers("moe", f), self._n_layers("moe", b)
+    n = ops.overlapped * jnp.minimum(n_forward, n_backward)
 
-    # What the next layer back needs is read from the buffers as the layer
-    # forward leaves them: beside its writing, reading would copy them whole.
+    # The residuals of the next layer backwards are read after those of the
+    # layer forward are written: read before, XLA would copy the whole buffers.
     def layers(i, carry):
-      x, dy, kept, memory = carry
-      last = n_back - 1 - i
-      dx, memory = self._backward_layer("moe", b, last, kept, dy, memory)
-      y, memory = self._forward_layer("moe", f, i, x, memory)
-      return y, dx, self._kept("moe", b, last - 1, memory), memory
+      x, dy, residuals, buffers = carry
+      last = n_backward - 1 - i
+      dx, buffers = self._backward_layer("moe", b, last, residuals, dy, buffers)
+      y, buffers = self._forward_layer("moe", f, i, x, buffers)
+      return y, dx, self._residuals("moe", b, last - 1, buffers), buffers
 
-    kept = self._kept("moe", b, n_back - 1, memory)
-    carry = x, dy, kept, memory
-    x, dy, _, memory = jax.lax.fori_loop(0, n, layers, carry)
-    return x, dy, memory, n
+    residuals = self._residuals("moe", b, n_backward - 1, buffers)
+    carry = x, dy, residuals, buffers
+    x, dy, _, buffers = jax.lax.fori_loop(0, n, layers, carry)
+    return x, dy, buffers, n
 
-  # --- the ends ---
+  # --- the first and the last stage ---
 
   def _embed_gradient(
-    self, task: tick_table.EncodedOp, dx, memory: _Memory
-  ) -> _Memory:
+    self, op: EncodedOp, dx: jax.Array, buffers: Buffers
+  ) -> Buffers:
     """Adds the embedding's gradient, on the first stage."""
-    tokens = self.batch.tokens[task.micro_batch]
+    tokens = self.batch.tokens[op.micro_batch]
 
-    def add(_, memory):
-      embed = memory.sums["embed"].at[tokens].add(dx.astype(jnp.float32))
-      return memory.replace(sums=memory.sums | {"embed": embed})
+    def add(_, buffers):
+      embed = buffers.sums["embed"].at[tokens].add(dx.astype(jnp.float32))
+      return buffers.replace(sums=buffers.sums | {"embed": embed})
 
-    here = task.on * (task.stage == 0)
-    return jax.lax.fori_loop(0, here, add, memory)
+    n = op.active * (op.stage == 0)
+    return jax.lax.fori_loop(0, n, add, buffers)
 
-  def _loss(self, task: tick_table.EncodedOp, x, memory: _Memory):
-    """On the last stage: the losses of its output, and their gradient."""
+  def _loss(
+    self, op: EncodedOp, x: jax.Array, buffers: Buffers
+  ) -> tuple[jax.Array, Buffers]:
+    """Adds losses and their gradients, on the last stage; returns that of x."""
     names = [name for name in self.params if name not in self.passes]
     ends = {name: self.params[name] for name in names}
     n_layers = self.run.model.n_moe_layers
     data, token_weights = jax.tree.map(
-      lambda a: a[task.micro_batch], (self.batch, self.weights)
+      lambda a: a[op.micro_batch], (self.batch, self.weights)
     )
 
     def objective(trained, x):
@@ -348,77 +384,51 @@ class _Executor:
       return total + self.share * terms.balance, (terms, stats)
 
     def add(i, carry):
-      _, memory = carry
-      # XLA takes out of a loop what does not change in it: all ranks would do
-      # this in every tick.
+      _, buffers = carry
+      # XLA moves what does not depend on a loop out of it: then all ranks would
+      # compute the loss in every tick.
       (d_weights, dx), (terms, stats) = jax.grad(
         objective, argnums=(0, 1), has_aux=True
       )(recipe.trained(ends), varying.after(x, i))
       sums = jax.tree.map(
         lambda total, g: total + g.astype(jnp.float32),
-        {name: memory.sums[name] for name in names},
+        {name: buffers.sums[name] for name in names},
         d_weights,
       )
-      told = jax.tree.map(
-        lambda total, new: total.at[n_layers:].add(new), memory.stats, stats
+      stats = jax.tree.map(
+        lambda total, new: total.at[n_layers:].add(new), buffers.stats, stats
       )
-      return dx, memory.replace(
-        sums=memory.sums | sums,
-        main=memory.main + terms.main,
-        mtp=memory.mtp + terms.mtp,
-        stats=told,
+      return dx, buffers.replace(
+        sums=buffers.sums | sums,
+        main=buffers.main + terms.main,
+        mtp=buffers.mtp + terms.mtp,
+        stats=stats,
       )
 
     last = self.layout.stages.schedule.n_stages - 1
-    here = task.on * (task.stage == last)
-    return jax.lax.fori_loop(0, here, add, (jnp.zeros_like(x), memory))
+    n = op.active * (op.stage == last)
+    return jax.lax.fori_loop(0, n, add, (jnp.zeros_like(x), buffers))
 
-  def _deliver(self, turn: tick_table.TickOps, made, d_last, memory):
-    """Sends what the tick made, [2, B, T, D], and stores what arrives."""
-    inputs, gradients = memory.inputs, memory.gradients
-    arrived = zip(tick_table.SOURCES, turn.inputs, turn.gradients, strict=True)
-    for source, input_slot, gradient_slot in arrived:
+  def _exchange(
+    self, ops: TickOps, results: jax.Array, d_last: jax.Array, buffers: Buffers
+  ) -> Buffers:
+    """Sends activations and gradients [2, B, T, D] and stores what arrives."""
+    inputs, gradients = buffers.inputs, buffers.gradients
+    for source, input_slot, gradient_slot in zip(
+      tick_table.SOURCES, ops.input_slots, ops.gradient_slots, strict=True
+    ):
       if source == "loss":
-        gradients = _put(gradients, gradient_slot, d_last)
+        gradients = buffers_lib.put(gradients, gradient_slot, d_last)
         continue
-      y, dx = self._from(source, made)
-      inputs = _put(inputs, input_slot, y)
-      gradients = _put(gradients, gradient_slot, dx)
-    return memory.replace(inputs=inputs, gradients=gradients)
+      y, dx = self._receive(source, results)
+      inputs = buffers_lib.put(inputs, input_slot, y)
+      gradients = buffers_lib.put(gradients, gradient_slot, dx)
+    return buffers.replace(inputs=inputs, gradients=gradients)
 
-  def _from(self, step: int, a: jax.Array) -> jax.Array:
-    """What the rank some steps away has; zeros where there is none."""
+  def _receive(self, step: int, a: jax.Array) -> jax.Array:
+    """Returns a of the rank `step` ahead; zeros if there is no such rank."""
     if step == 0:
       return a
     ranks = range(self.layout.stages.schedule.n_ranks)
     pairs = [(rank + step, rank) for rank in ranks if rank + step in ranks]
     return jax.lax.ppermute(a, "pipe", pairs)
-
-
-# --- buffers ---
-
-
-def _get(a: jax.Array, at: jax.Array) -> jax.Array:
-  return jax.lax.dynamic_index_in_dim(a, at, keepdims=False)
-
-
-def _put(tree: Any, at: jax.Array, new: Any) -> Any:
-  """Arrays with row `at` replaced."""
-  put = lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, at, 0)
-  return jax.tree.map(put, tree, new)
-
-
-def _add(a: jax.Array, at: jax.Array, new: jax.Array) -> jax.Array:
-  """An array with something added to row `at`."""
-  return _put(a, at, _get(a, at) + new.astype(a.dtype))
-
-
-def _add_gradients(memory, name, at, gradients) -> _Memory:
-  """Adds gradients of a layer; None: not made by this pass."""
-  totals, structure = jax.tree.flatten(memory.sums[name])
-  totals = [
-    total if g is None else _add(total, at, g)
-    for total, g in zip(totals, gradients, strict=True)
-  ]
-  totals = jax.tree.unflatten(structure, totals)
-  return memory.replace(sums=memory.sums | {name: totals})

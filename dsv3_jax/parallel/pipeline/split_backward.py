@@ -1,11 +1,12 @@
-"""A layer's passes as functions of their own: forward, input, weight gradient.
+"""Splits a layer's gradient into forward, input-gradient and weight-gradient.
 
-A pipeline runs them at different times. What must be kept in between is read
-off the program of all three: forward keeps what depends on the input and a
-later pass reads, never a weight, so that nothing is computed twice; or only
-what has one of some names, and the input gradient makes the rest again. The
-input gradient leaves what only the weights' gradients still need, of a linear
-layer its input and the gradient of its output (arXiv:2401.10241).
+A pipeline runs the three passes at different times. The arrays saved between
+them are read off the traced program of all three: the forward pass saves what
+depends on the input and is read by a later pass, never a weight, so that
+nothing is computed twice; or only activations of given names, and the input
+gradient recomputes the others. The input gradient saves what the weight
+gradient reads, of a linear layer its input and the gradient of its output
+(arXiv:2401.10241).
 """
 
 import dataclasses
@@ -20,27 +21,59 @@ from dsv3_jax.model import remat
 Types = list[Any]  # of arrays, with shape and dtype
 Eqns = list[core.JaxprEqn]
 
-# Made again by each pass that reads them, rather than kept beside their source.
+# Recomputed by each pass that reads them rather than saved beside their source.
 VIEWS = ("name", "reshape", "squeeze", "expand_dims", "stop_gradient")
 
 
 @dataclasses.dataclass(frozen=True)
 class Passes:
-  """The passes of layer(weights, constants, x) -> (outputs, told).
+  """The passes of layer(weights, constants, x) -> (outputs, aux).
 
-  Gradients of weights come as a list of the tree's leaves, None for those that
-  another pass makes.
+  Gradients of weights are lists of the leaves of their tree, with None for
+  those that the other pass computes.
   """
 
-  # (weights, constants, x) -> outputs, told, kept
-  forward: Callable[..., Any]
-  # (weights, constants, kept, gradients of outputs) -> gradient of x, those of
-  # the weights that are not put off, deferred
-  input_gradient: Callable[..., Any]
-  # (weights, constants, deferred) -> gradients of the weights put off
-  weight_gradient: Callable[..., Any]
-  kept: Types  # what forward leaves for the input gradient
-  deferred: Types  # what that leaves for the weight gradient
+  residual_types: Types  # saved by the forward pass
+  wgrad_types: Types  # saved by the input gradient for the weight gradient
+  deferred: list[bool]  # for each weight, if the last pass has its gradient
+  results: jax.tree_util.PyTreeDef  # of (outputs, aux)
+  run_forward: Callable[..., list[jax.Array]]  # of leaves of the arguments
+  run_input: Callable[..., list[jax.Array]]
+  run_weights: Callable[..., list[jax.Array]]
+
+  def forward(
+    self, weights: Any, constants: Any, x: jax.Array
+  ) -> tuple[Any, Any, list[jax.Array]]:
+    """Returns outputs, aux and residuals."""
+    flat = self.run_forward(*jax.tree.leaves((weights, constants, x)))
+    results, residuals = _cut(flat, self.results.num_leaves)
+    return *jax.tree.unflatten(self.results, results), residuals
+
+  def input_gradient(
+    self,
+    weights: Any,
+    constants: Any,
+    residuals: list[jax.Array],
+    d_outputs: Any,
+  ) -> tuple[jax.Array, list[jax.Array | None], list[jax.Array]]:
+    """Returns the gradients of x and of early weights, and what W reads."""
+    args = weights, constants, residuals, d_outputs
+    dx, *flat = self.run_input(*jax.tree.leaves(args))
+    gradients, saved = _cut(flat, self.deferred.count(False))
+    return dx, self._all_weights(gradients, False), saved
+
+  def weight_gradient(
+    self, weights: Any, constants: Any, saved: list[jax.Array]
+  ) -> list[jax.Array | None]:
+    """Returns the gradients of the deferred weights."""
+    flat = self.run_weights(*jax.tree.leaves((weights, constants, saved)))
+    return self._all_weights(flat, True)
+
+  def _all_weights(
+    self, gradients: list[jax.Array], deferred: bool
+  ) -> list[jax.Array | None]:
+    gradients = iter(gradients)
+    return [next(gradients) if d is deferred else None for d in self.deferred]
 
 
 def split(
@@ -48,89 +81,94 @@ def split(
   weights: Any,
   constants: Any,
   x: jax.Array,
-  put_off: list[bool],
-  activations: remat.Kept = None,
+  deferred: list[bool],
+  saved_activations: remat.Kept = None,
 ) -> Passes:
-  """Divides a layer and its gradient into passes.
+  """Splits a layer and its gradient into passes.
 
   Args:
-    layer: (weights, constants, x) -> (outputs, told); told has no gradient.
+    layer: (weights, constants, x) -> (outputs, aux); aux has no gradient.
     weights: arrays or types.
-    constants: arrays or types that every pass has at hand; without gradient.
+    constants: arrays or types that every pass receives; without gradient.
     x: array or type.
-    put_off: which of the weights' leaves have their gradient in a pass apart.
-    activations: names of what forward may keep besides x; None: everything.
+    deferred: for each leaf of weights, if its gradient is in the last pass.
+    saved_activations: names of what the forward pass may save besides x; None:
+      everything.
 
   Raises:
-    ValueError: a gradient to be put off is made together with others.
+    ValueError: a deferred gradient is computed together with others.
   """
-
-  def whole(weights, constants, x, d_outputs):
-    def of(weights, x):
-      return layer(weights, constants, x)
-
-    outputs, vjp, told = jax.vjp(of, weights, x, has_aux=True)
-    d_weights, dx = vjp(d_outputs)
-    return (outputs, told), dx, jax.tree.leaves(d_weights)
-
-  made = jax.eval_shape(layer, weights, constants, x)
-  program = jax.make_jaxpr(whole)(weights, constants, x, made[0])
+  results = jax.eval_shape(layer, weights, constants, x)
+  program = _trace(layer, weights, constants, x, results[0])
+  n_results = len(jax.tree.leaves(results))
   n_fixed = len(jax.tree.leaves((weights, constants)))
   fixed, (x_in, *d_outputs) = _cut(program.jaxpr.invars, n_fixed)
-  result, structure = jax.tree.flatten(made)
-  outputs, (dx, *d_weights) = _cut(program.jaxpr.outvars, len(result))
-  late = [d for d, later in zip(d_weights, put_off, strict=True) if later]
-  early = [d for d, later in zip(d_weights, put_off, strict=True) if not later]
+  outputs, (dx, *d_weights) = _cut(program.jaxpr.outvars, n_results)
+  pairs = list(zip(d_weights, deferred, strict=True))
+  late = [d for d, is_late in pairs if is_late]
+  early = [dx, *(d for d, is_late in pairs if not is_late)]
 
   known, moving = _known(program.jaxpr.eqns, fixed, program.jaxpr.constvars)
-  named = _named(moving, d_outputs, activations)
-  forward, for_input, for_weights = _divide(
-    moving, outputs, [dx, *early], late, named
-  )
-  at_hand = _made(known) | {*fixed, *program.jaxpr.constvars}
-  deferred = _read(for_weights, late, but=at_hand)
-  kept = _read(for_input, [dx, *early, *deferred], but={*at_hand, *d_outputs})
+  named = _named(moving, d_outputs, saved_activations)
+  forward, for_input, for_weights = _divide(moving, outputs, early, late, named)
+  given = _outputs(known) | {*fixed, *program.jaxpr.constvars}
+  wgrad = _reads(for_weights, late, given)
+  residuals = _reads(for_input, [*early, *wgrad], {*given, *d_outputs})
 
-  def run(eqns, inputs, outputs):
-    eqns = _needed(_in_order(program.jaxpr.eqns, [*known, *eqns]), outputs)
-    jaxpr = program.jaxpr.replace(
-      invars=[*fixed, *inputs],
-      outvars=outputs,
-      eqns=eqns,
-      debug_info=program.jaxpr.debug_info.with_unknown_names(),
-    )
-    return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, program.consts))
-
-  run_forward = run(forward, [x_in], [*outputs, *kept])
-  run_input = run(for_input, [*kept, *d_outputs], [dx, *early, *deferred])
-  run_weights = run(for_weights, deferred, late)
-
-  def forward_pass(weights, constants, x):
-    flat = run_forward(*jax.tree.leaves((weights, constants, x)))
-    made, kept = _cut(flat, len(result))
-    return *jax.tree.unflatten(structure, made), kept
-
-  def spread(gradients, mine):
-    gradients = iter(gradients)
-    return [next(gradients) if later is mine else None for later in put_off]
-
-  def input_pass(weights, constants, kept, d_outputs):
-    args = weights, constants, kept, d_outputs
-    dx, *rest = run_input(*jax.tree.leaves(args))
-    gradients, deferred = _cut(rest, len(early))
-    return dx, spread(gradients, False), deferred
-
-  def weight_pass(weights, constants, deferred):
-    flat = run_weights(*jax.tree.leaves((weights, constants, deferred)))
-    return spread(flat, True)
+  def run(
+    eqns: Eqns, inputs: list[core.Var], outputs: list[Any]
+  ) -> Callable[..., list[jax.Array]]:
+    return _function(program, [*known, *eqns], [*fixed, *inputs], outputs)
 
   return Passes(
-    forward_pass,
-    input_pass,
-    weight_pass,
-    [var.aval for var in kept],
-    [var.aval for var in deferred],
+    residual_types=[var.aval for var in residuals],
+    wgrad_types=[var.aval for var in wgrad],
+    deferred=deferred,
+    results=jax.tree.structure(results),
+    run_forward=run(forward, [x_in], [*outputs, *residuals]),
+    run_input=run(for_input, [*residuals, *d_outputs], [*early, *wgrad]),
+    run_weights=run(for_weights, wgrad, late),
   )
+
+
+def _trace(
+  layer: Callable[..., Any],
+  weights: Any,
+  constants: Any,
+  x: Any,
+  d_outputs: Any,
+) -> core.ClosedJaxpr:
+  """Traces a layer with its gradient.
+
+  The program returns the leaves of (outputs, aux), then the gradient of x, then
+  those of the weights.
+  """
+
+  def with_gradient(weights, constants, x, d_outputs):
+    def of_trained(weights, x):
+      return layer(weights, constants, x)
+
+    outputs, vjp, aux = jax.vjp(of_trained, weights, x, has_aux=True)
+    d_weights, dx = vjp(d_outputs)
+    return (outputs, aux), dx, jax.tree.leaves(d_weights)
+
+  return jax.make_jaxpr(with_gradient)(weights, constants, x, d_outputs)
+
+
+def _function(
+  program: core.ClosedJaxpr,
+  eqns: Eqns,
+  inputs: list[core.Var],
+  outputs: list[Any],
+) -> Callable[..., list[jax.Array]]:
+  """Makes a function of some equations of a program, without unused ones."""
+  jaxpr = program.jaxpr.replace(
+    invars=inputs,
+    outvars=outputs,
+    eqns=_needed(_in_order(program.jaxpr.eqns, eqns), outputs),
+    debug_info=program.jaxpr.debug_info.with_unknown_names(),
+  )
+  return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, program.consts))
 
 
 def _cut(items: list[Any], n: int) -> tuple[list[Any], list[Any]]:
@@ -141,33 +179,35 @@ def _variables(atoms: Iterable[Any]) -> list[core.Var]:
   return [atom for atom in atoms if not isinstance(atom, core.Literal)]
 
 
-def _made(eqns: Iterable[core.JaxprEqn]) -> set[core.Var]:
+def _outputs(eqns: Iterable[core.JaxprEqn]) -> set[core.Var]:
   return {var for eqn in eqns for var in eqn.outvars}
 
 
 def _costly(eqns: Eqns) -> Eqns:
-  """Those that give more than another view of the same numbers."""
+  """Drops equations that only give another view of the same numbers."""
   return [eqn for eqn in eqns if eqn.primitive.name not in VIEWS]
 
 
 def _named(
-  eqns: Eqns, later: list[core.Var], activations: remat.Kept
+  eqns: Eqns, d_outputs: list[core.Var], saved_activations: remat.Kept
 ) -> Eqns | None:
-  """Those that name what may be kept, and need nothing that comes later."""
-  if activations is None:
+  """Selects the equations that name an activation to save, before backward."""
+  if saved_activations is None:
     return None
-  late, found = set(later), []
+  late, named = set(d_outputs), []
   for eqn in eqns:
     if not late.isdisjoint(_variables(eqn.invars)):
       late.update(eqn.outvars)
-    elif eqn.primitive.name == "name" and eqn.params["name"] in activations:
-      found.append(eqn)
-  return found
+    elif (
+      eqn.primitive.name == "name" and eqn.params["name"] in saved_activations
+    ):
+      named.append(eqn)
+  return named
 
 
 def _without(eqns: Eqns, others: Eqns) -> Eqns:
-  gone = set(map(id, others))
-  return [eqn for eqn in eqns if id(eqn) not in gone]
+  ids = set(map(id, others))
+  return [eqn for eqn in eqns if id(eqn) not in ids]
 
 
 def _in_order(eqns: Eqns, some: Eqns) -> Eqns:
@@ -175,7 +215,7 @@ def _in_order(eqns: Eqns, some: Eqns) -> Eqns:
 
 
 def _known(eqns: Eqns, *variables: Iterable[core.Var]) -> tuple[Eqns, Eqns]:
-  """Equations that follow from the variables alone, and the others."""
+  """Separates the equations that depend on the variables alone."""
   given = set().union(*variables)
   known, moving = [], []
   for eqn in eqns:
@@ -189,44 +229,44 @@ def _known(eqns: Eqns, *variables: Iterable[core.Var]) -> tuple[Eqns, Eqns]:
 
 def _divide(
   eqns: Eqns,
-  outputs: Types,
-  early: Types,
-  late: Types,
+  outputs: list[Any],
+  early: list[Any],
+  late: list[Any],
   named: Eqns | None,
 ) -> tuple[Eqns, Eqns, Eqns]:
-  """Those that make the outputs; of the rest, the early ones; the late ones.
+  """Divides equations by what needs them: outputs, early, or late gradients.
 
-  If some are named, the first make those too, and the early ones make again all
-  but those.
+  Forward also includes `named`, if given; then the input gradient recomputes
+  all of forward but those.
 
   Raises:
-    ValueError: something late is made together with something before it.
+    ValueError: a late gradient is computed together with another result.
   """
-  forward = _needed(eqns, [*outputs, *_made(named or ())])
+  forward = _needed(eqns, [*outputs, *_outputs(named or ())])
   backward = _without(eqns, _costly(forward) if named is None else named)
   for_input = _needed(backward, early)
   for_weights = _needed(_without(backward, _costly(for_input)), late)
-  if clash := set(late) & (_made(for_input) | _made(forward)):
+  if clash := set(late) & (_outputs(for_input) | _outputs(forward)):
     types = ", ".join(str(var.aval) for var in clash)
     raise ValueError(f"gradients {types} are made together with others")
   return forward, for_input, for_weights
 
 
 def _needed(eqns: Eqns, outputs: Iterable[Any]) -> Eqns:
-  """Those of the equations that the outputs need."""
-  wanted, found = set(_variables(outputs)), []
+  """Selects the equations that the outputs depend on."""
+  wanted, needed = set(_variables(outputs)), []
   for eqn in reversed(eqns):
     if not wanted.isdisjoint(eqn.outvars):
       wanted.update(_variables(eqn.invars))
-      found.append(eqn)
-  return found[::-1]
+      needed.append(eqn)
+  return needed[::-1]
 
 
-def _read(
-  eqns: Eqns, outputs: Iterable[Any], but: set[core.Var]
+def _reads(
+  eqns: Eqns, outputs: Iterable[Any], given: set[core.Var]
 ) -> list[core.Var]:
-  """What equations and outputs take from elsewhere, each once, in order."""
+  """Lists the variables that equations and outputs read, but are not given."""
   read = [var for eqn in eqns for var in _variables(eqn.invars)]
   read += _variables(outputs)
-  inside = _made(eqns) | but
+  inside = _outputs(eqns) | given
   return [var for var in dict.fromkeys(read) if var not in inside]
