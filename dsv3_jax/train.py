@@ -13,7 +13,7 @@ from dsv3_jax import config, ema, losses, optim, param_spec
 from dsv3_jax.data.batch import Batch
 from dsv3_jax.linear import recipe
 from dsv3_jax.model import moe, router, transformer
-from dsv3_jax.parallel import device_mesh, sharding
+from dsv3_jax.parallel import device_mesh, layouts
 from dsv3_jax.parallel.pipeline import executor
 
 Metrics = dict[str, jax.Array]
@@ -51,7 +51,7 @@ def _shapes(run: config.Run) -> TrainState:
 
 def shardings(run: config.Run, mesh: jax.sharding.Mesh) -> TrainState:
   """Sharding of each array of the state: the optimizer's as its parameter's."""
-  params = sharding.make_layout(run, mesh.shape).specs
+  params = layouts.make_layout(run, mesh.shape).specs
   state = _shapes(run)
   specs = jax.tree.map(lambda _: jax.P(), state)
   specs = specs.replace(
@@ -132,7 +132,7 @@ def gradients(
     of_weights = _weight_counts(state.params, run)
   else:
     n_micro = batch.tokens.shape[0]
-    layout = sharding.make_layout(run, mesh.shape, micro_batches=n_micro)
+    layout = layouts.make_layout(run, mesh.shape, micro_batches=n_micro)
     divided = device_mesh.batch_spec(mesh.shape, 1)
     sums, *told, of_weights = jax.shard_map(
       functools.partial(_local_gradients, run=run, layout=layout),

@@ -22,7 +22,7 @@ from dsv3_jax import config, optim
 from dsv3_jax.config import fields
 from dsv3_jax.errors import InputError
 from dsv3_jax.interop import weights
-from dsv3_jax.parallel import device_mesh, sharding
+from dsv3_jax.parallel import device_mesh, layout_check
 from dsv3_jax.trainer import distributed, exit_codes, heartbeat, run_args
 from experiments import allocator, flag_parser
 
@@ -127,7 +127,7 @@ def _command(
       run = config.override(run, *args.set)
     except InputError as error:
       problems += [f"--set: {line}" for line in str(error).splitlines()]
-    problems += sharding.validate(run, mesh) + optim.validate(run)
+    problems += layout_check.validate(run, mesh) + optim.validate(run)
   if not 0 <= args.seed < 2**32:
     problems.append(f"--seed={args.seed}: must be in [0, 2^32)")
   total = run.total_steps if run else 0

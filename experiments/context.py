@@ -33,7 +33,7 @@ from dsv3_jax.data import tokenizer
 from dsv3_jax.errors import InputError
 from dsv3_jax.evals import hidden, needles
 from dsv3_jax.interop import open_run
-from dsv3_jax.parallel import sharding
+from dsv3_jax.parallel import layout_check
 from dsv3_jax.trainer import metrics_writer, run_args
 from experiments import cli
 
@@ -153,7 +153,7 @@ def execute(command: run_args.RunArgs) -> None:
   lengths, problems = _problems(command)
   planned = [] if problems else phases(command.run, lengths, _WITHOUT.value)
   for phase in planned:
-    problems += sharding.validate(phase.run, command.mesh)
+    problems += layout_check.validate(phase.run, command.mesh)
   if problems:
     raise InputError("\n".join(dict.fromkeys(problems)))
   from dsv3_jax.trainer import trainer

@@ -288,11 +288,11 @@ def compute_logits(
 ) -> list[np.ndarray]:
   """Logits in float32, of the main model and of each MTP depth."""
   from dsv3_jax.evals import hidden, logits
-  from dsv3_jax.parallel import sharding
+  from dsv3_jax.parallel import layout_check, layouts
 
-  if problems := sharding.validate(run, mesh.shape):
+  if problems := layout_check.validate(run, mesh.shape):
     raise InputError("\n".join(problems))
-  layout = sharding.make_layout(run, mesh.shape, staged=False)
+  layout = layouts.make_layout(run, mesh.shape, staged=False)
   parts = load_sharded.load(source, layout, mesh, np.float32)
   model = hidden.EvalModel(*parts, run, mesh)
   b, t = tokens.shape if tokens.ndim == 2 else (0, 0)

@@ -11,7 +11,7 @@ import numpy as np
 from dsv3_jax import config, param_spec
 from dsv3_jax.linear import recipe
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import device_mesh, sharding
+from dsv3_jax.parallel import device_mesh, layouts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ def _local(params, bias, tokens, data, *, score, run, layout):
 
 @functools.partial(jax.jit, static_argnames=("score", "per_row", "run", "mesh"))
 def _scored(params, bias, tokens, data, *, score, per_row, run, mesh):
-  layout = sharding.make_layout(run, mesh.shape, staged=False)
+  layout = layouts.make_layout(run, mesh.shape, staged=False)
   divided = device_mesh.batch_spec(mesh.shape, 0, device_mesh.ROWS)
   return jax.shard_map(
     functools.partial(_local, score=score, run=run, layout=layout),

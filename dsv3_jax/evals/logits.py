@@ -10,7 +10,7 @@ from dsv3_jax.errors import InputError
 from dsv3_jax.evals import hidden
 from dsv3_jax.linear import recipe
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import device_mesh, sharding
+from dsv3_jax.parallel import device_mesh, layouts
 
 
 def _local(params, bias, tokens, *, run, layout):
@@ -33,7 +33,7 @@ def _local(params, bias, tokens, *, run, layout):
 
 @functools.partial(jax.jit, static_argnames=("run", "mesh"))
 def _logits(params, bias, tokens, *, run, mesh):
-  layout = sharding.make_layout(run, mesh.shape, staged=False)
+  layout = layouts.make_layout(run, mesh.shape, staged=False)
   divided = device_mesh.batch_spec(mesh.shape, 0, device_mesh.ROWS)
   return jax.shard_map(
     functools.partial(_local, run=run, layout=layout),

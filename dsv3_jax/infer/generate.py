@@ -29,7 +29,7 @@ from dsv3_jax.interop import (
 )
 from dsv3_jax.linear import recipe as recipe_lib
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import device_mesh, sharding
+from dsv3_jax.parallel import device_mesh, layouts
 
 MAX_LEN = 4096
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}  # and recipes
@@ -345,7 +345,7 @@ def _read_released(
 ) -> Parameters:
   source = source if drafting else source.main_only()
   run = hf_config.run(source.facts, source.model)
-  layout = sharding.make_layout(run, mesh.shape)
+  layout = layouts.make_layout(run, mesh.shape)
   return load_sharded.load(source, layout, mesh, np.float32)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from dsv3_jax import config, param_spec
 from dsv3_jax.interop import hf_mapping, resumable
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import sharding
+from dsv3_jax.parallel import layouts
 
 PIECE = 1 << 24  # numbers that are read and turned at a time
 
@@ -32,7 +32,7 @@ class Source(Protocol):
 
 def load(
   source: Source,
-  layout: sharding.Layout,
+  layout: layouts.Layout,
   mesh: jax.sharding.Mesh,
   dtype: Any,
 ) -> tuple[param_spec.Params, jax.Array]:

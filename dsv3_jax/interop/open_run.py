@@ -105,8 +105,8 @@ def _imported(
       + "\n".join(changes)
     )
   from dsv3_jax.interop import load_sharded
-  from dsv3_jax.parallel import sharding
+  from dsv3_jax.parallel import layouts
 
   return load_sharded.load(
-    source, sharding.make_layout(run, mesh.shape), mesh, np.float32
+    source, layouts.make_layout(run, mesh.shape), mesh, np.float32
   )

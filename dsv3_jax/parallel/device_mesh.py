@@ -1,7 +1,8 @@
-"""The device mesh: always the same axes, of size 1 where they are not used."""
+"""The device mesh: the same axes in every run, of size 1 if not used."""
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -10,17 +11,17 @@ from dsv3_jax.errors import InputError
 # Outermost first; `node` crosses hosts, `expert` stays inside one.
 AXES = ("pipe", "data", "node", "expert", "model")
 BATCH = ("data", "node", "expert")  # tokens are divided over these
-ROWS = ("pipe", *BATCH)  # and over these where there are no stages
+ROWS = ("pipe", *BATCH)  # tokens are divided over these if there are no stages
 EXPERTS = ("node", "expert")  # routed experts are divided over these
 
 _EXPLICIT = (jax.sharding.AxisType.Explicit,) * len(AXES)
 
 
 def make_mesh(sizes: Mapping[str, int]) -> jax.sharding.Mesh:
-  """A mesh over the first devices, with Explicit axes.
+  """Makes a mesh of the first devices, with Explicit axes.
 
   Args:
-    sizes: by axis; 1 for those not named.
+    sizes: by axis; 1 for axes that are missing.
 
   Raises:
     InputError: there are fewer devices.
@@ -37,7 +38,7 @@ def make_mesh(sizes: Mapping[str, int]) -> jax.sharding.Mesh:
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> jax.sharding.AbstractMesh:
-  """A mesh of devices that need not be here; for tracing."""
+  """Makes a mesh for tracing, without devices."""
   return jax.sharding.AbstractMesh(_shape(sizes), AXES, axis_types=_EXPLICIT)
 
 
@@ -48,62 +49,70 @@ def _shape(sizes: Mapping[str, int]) -> tuple[int, ...]:
 def active_axes(
   sizes: Mapping[str, int], axes: tuple[str, ...]
 ) -> tuple[str, ...]:
-  """Those of the axes that are larger than 1."""
+  """Selects the axes that are larger than 1."""
   return tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
 
 
 def axis_size(sizes: Mapping[str, int], axes: tuple[str, ...]) -> int:
-  """The number of devices along the axes together."""
+  """Counts the devices along the axes together."""
   return math.prod(sizes.get(axis, 1) for axis in axes)
 
 
 def spec(*dims: tuple[str, ...]) -> jax.P:
-  """The partition of an array with these mesh axes along its dims."""
+  """Makes a PartitionSpec from the mesh axes of each dim."""
   return jax.P(*(dim or None for dim in dims))
 
 
 def batch_spec(
   sizes: Mapping[str, int], dim: int, axes: tuple[str, ...] = BATCH
 ) -> jax.P:
-  """The partition of an array whose dim runs over the sequences of a batch."""
+  """Makes the PartitionSpec of an array with sequences of a batch in dim."""
   return spec(*[()] * dim, active_axes(sizes, axes))
 
 
 def local_rows(
-  n: int, devices: jax.sharding.Mesh, axes: tuple[str, ...] = BATCH
+  n: int, mesh: jax.sharding.Mesh, axes: tuple[str, ...] = BATCH
 ) -> list[int]:
-  """Which of n rows, divided over mesh axes, this process' devices hold."""
-  sharding = jax.NamedSharding(devices, batch_spec(devices.shape, 0, axes))
-  parts = sharding.addressable_devices_indices_map((n,)).values()
-  return sorted({row for (part,) in parts for row in range(n)[part]})
+  """Lists the rows, of n divided over mesh axes, on this process' devices."""
+  sharding = jax.NamedSharding(mesh, batch_spec(mesh.shape, 0, axes))
+  indices = sharding.addressable_devices_indices_map((n,)).values()
+  return sorted({row for (rows,) in indices for row in range(n)[rows]})
 
 
 def make_global_batch(
-  tree,
+  tree: Any,
   n: int,
-  devices: jax.sharding.Mesh,
+  mesh: jax.sharding.Mesh,
   dim: int = 0,
   axes: tuple[str, ...] = BATCH,
-):
-  """Arrays of this process' `local_rows` of n along dim, as global ones."""
-  sharding = jax.NamedSharding(devices, batch_spec(devices.shape, dim, axes))
-  own = local_rows(n, devices, axes)
+) -> Any:
+  """Makes global arrays of n rows from those of every process.
 
-  def leaf(a):
-    def part(index):
+  Args:
+    tree: arrays with this process' `local_rows` along `dim`.
+    n: rows of all processes.
+    mesh: of all processes.
+    dim: of the rows.
+    axes: mesh axes that divide the rows.
+  """
+  sharding = jax.NamedSharding(mesh, batch_spec(mesh.shape, dim, axes))
+  local = local_rows(n, mesh, axes)
+
+  def leaf(a: Any) -> jax.Array:
+    def shard(index: tuple[slice, ...]) -> Any:
       rows = range(n)[index[dim]]
-      start = own.index(rows[0])
-      here = slice(start, start + len(rows))
-      return a[(*index[:dim], here, *index[dim + 1 :])]
+      start = local.index(rows[0])
+      local_slice = slice(start, start + len(rows))
+      return a[(*index[:dim], local_slice, *index[dim + 1 :])]
 
     shape = (*a.shape[:dim], n, *a.shape[dim + 1 :])
-    return jax.make_array_from_callback(shape, sharding, part)
+    return jax.make_array_from_callback(shape, sharding, shard)
 
   return jax.tree.map(leaf, tree)
 
 
-def on_first_device(tree, devices: jax.sharding.Mesh):
-  """Whole copies on this process' first device of the mesh."""
-  whole = jax.NamedSharding(devices, jax.P())
-  copies = jax.jit(lambda tree: tree, out_shardings=whole)(tree)
+def on_first_device(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+  """Copies arrays, unsharded, to this process' first device of the mesh."""
+  replicated = jax.NamedSharding(mesh, jax.P())
+  copies = jax.jit(lambda tree: tree, out_shardings=replicated)(tree)
   return jax.tree.map(lambda a: a.addressable_data(0), copies)

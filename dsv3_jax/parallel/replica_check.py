@@ -1,4 +1,4 @@
-"""Whether devices that hold the same part of an array hold the same bits."""
+"""Comparison of replicas: devices with the same shard hold the same bits."""
 
 import collections
 import functools
@@ -13,65 +13,60 @@ from dsv3_jax.parallel import device_mesh
 
 
 class DivergedError(RuntimeError):
-  """Copies that must be equal are not: the devices no longer agree."""
+  """Replicas of an array differ: the devices no longer agree."""
 
 
 def check_replicas(tree: Any, mesh: jax.sharding.Mesh) -> None:
-  """Compares all copies of all parts of a tree of arrays.
+  """Compares all replicas of all shards of a tree of arrays.
 
-  Reads every array once and sends eight bytes an array and device.
+  Reads every array once, and sends eight bytes for each array and device.
 
   Raises:
-    DivergedError: some differ; names the arrays and the devices.
+    DivergedError: some replicas differ; with the arrays and the devices.
   """
   leaves = param_spec.paths(tree)
-  digests = np.asarray(_digests(list(leaves.values()), mesh))
-  found = [
+  checksums = np.asarray(_checksums(list(leaves.values()), mesh))
+  differences = [
     line
     for i, (name, leaf) in enumerate(leaves.items())
-    for line in _differences(name, leaf, digests[:, i], mesh)
+    for line in _differences(name, leaf, checksums[:, i], mesh)
   ]
-  if found:
-    raise DivergedError("\n".join(found))
+  if differences:
+    raise DivergedError("\n".join(differences))
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def _digests(leaves: list[jax.Array], mesh: jax.sharding.Mesh) -> jax.Array:
-  """Digests of what each device holds of each leaf, [devices, leaves, 2]."""
+def _checksums(leaves: list[jax.Array], mesh: jax.sharding.Mesh) -> jax.Array:
+  """Returns checksums [devices, leaves, 2] of each device's shards."""
 
-  def local(leaves):
-    own = jnp.stack(
-      [
-        varying.vary(checksum.compute(leaf), device_mesh.AXES)
-        for leaf in leaves
-      ]
-    )
-    return own[None]
+  def local(leaves: list[jax.Array]) -> jax.Array:
+    checksums = map(checksum.compute, leaves)
+    return jnp.stack([varying.vary(c, device_mesh.AXES) for c in checksums])[
+      None
+    ]
 
-  of_devices = jax.shard_map(
-    local, mesh=mesh, out_specs=jax.P(device_mesh.AXES)
-  )
-  whole = jax.NamedSharding(mesh, jax.P())
-  return jax.reshard(of_devices(leaves), whole)
+  by_device = jax.shard_map(local, mesh=mesh, out_specs=jax.P(device_mesh.AXES))
+  replicated = jax.NamedSharding(mesh, jax.P())
+  return jax.reshard(by_device(leaves), replicated)
 
 
 def _differences(
-  name: str, leaf: jax.Array, digests: np.ndarray, mesh: jax.sharding.Mesh
+  name: str, leaf: jax.Array, checksums: np.ndarray, mesh: jax.sharding.Mesh
 ) -> list[str]:
-  """A line for each part of a leaf of which there are several versions."""
-  versions = collections.defaultdict(lambda: collections.defaultdict(list))
-  part_of = leaf.sharding.devices_indices_map(leaf.shape)
-  for device, found in zip(mesh.devices.flat, digests, strict=True):
-    versions[str(part_of[device])][checksum.to_hex(found)].append(device)
+  """Describes each shard of a leaf whose replicas have several checksums."""
+  devices_of = collections.defaultdict(lambda: collections.defaultdict(list))
+  indices = leaf.sharding.devices_indices_map(leaf.shape)
+  for device, words in zip(mesh.devices.flat, checksums, strict=True):
+    devices_of[str(indices[device])][checksum.to_hex(words)].append(device)
   lines = []
-  for holders in versions.values():
-    if len(holders) > 1:
-      groups = map(_names, sorted(holders.values(), key=len))
+  for versions in devices_of.values():
+    if len(versions) > 1:
+      groups = map(_describe, sorted(versions.values(), key=len))
       lines.append(f"{name}: " + " differs from ".join(groups))
   return lines
 
 
-def _names(devices: list[jax.Device]) -> str:
-  """The copy of some devices, by their number and process."""
+def _describe(devices: list[jax.Device]) -> str:
+  """Describes the replica of some devices by their number and process."""
   names = (f"{d.id} (process {d.process_index})" for d in devices)
   return "the copy of devices " + ", ".join(names)

@@ -15,7 +15,7 @@ from dsv3_jax.data import loader, prepare, tokenized_corpus
 from dsv3_jax.errors import InputError, NotFiniteError
 from dsv3_jax.interop import open_run
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import sharding
+from dsv3_jax.parallel import layout_check
 from dsv3_jax.trainer import (
   batches,
   crash_loop,
@@ -150,7 +150,7 @@ def _prepare(
 
 def _problems(command: run_args.RunArgs, mesh: jax.sharding.Mesh) -> list[str]:
   run = command.run
-  problems = sharding.validate(run, mesh.shape) + optim.validate(run)
+  problems = layout_check.validate(run, mesh.shape) + optim.validate(run)
   form = run.parallel.dispatch
   if form.startswith("ragged") and jax.default_backend() == "cpu":
     problems.append(

@@ -53,12 +53,12 @@ def _load(folder: pathlib.Path) -> float:
   import numpy as np
 
   from dsv3_jax.interop import hf_config, hf_read, load_sharded
-  from dsv3_jax.parallel import device_mesh, sharding
+  from dsv3_jax.parallel import device_mesh, layouts
 
   released = hf_read.open_folder(folder)
   run = hf_config.run(released.facts, released.model)
   mesh = device_mesh.make_mesh({})
-  layout = sharding.make_layout(run, mesh.shape)
+  layout = layouts.make_layout(run, mesh.shape)
   dtype = hf_read.BF16 if released.tile is None else np.dtype(np.float32)
   start = time.perf_counter()
   jax.block_until_ready(load_sharded.load(released, layout, mesh, dtype))

@@ -21,7 +21,7 @@ from dsv3_jax.config import presets
 from dsv3_jax.data import corpus, text_files, token_file, tokenizer
 from dsv3_jax.interop import open_run
 from dsv3_jax.interop import safetensors as ours
-from dsv3_jax.parallel import device_mesh, sharding
+from dsv3_jax.parallel import device_mesh, layout_check
 from experiments import cli, pretrain
 
 FEW = 150
@@ -131,7 +131,7 @@ class SettingsTest(Case):
           else:
             self.assertEqual(value, text)
         # What is accepted can be planned, or is refused for the mesh.
-        self.assertIsInstance(sharding.validate(run, {}), list)
+        self.assertIsInstance(layout_check.validate(run, {}), list)
         self.assertGreaterEqual(run.total_steps, 1)
     self.assertGreater(good, n // 50)
 
@@ -162,7 +162,7 @@ class SettingsTest(Case):
           self.assertGreater(len(problem.split()), 2, problem)
         if not problems:
           self.assertEqual(command.variant, "tiny")
-          self.assertFalse(sharding.validate(command.run, command.mesh))
+          self.assertFalse(layout_check.validate(command.run, command.mesh))
 
   def test_some(self):
     self.check_settings(0, FEW)

@@ -9,7 +9,7 @@ from absl.testing import absltest
 from dsv3_jax import config
 from dsv3_jax.evals import hidden, likelihood
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import device_mesh, sharding
+from dsv3_jax.parallel import device_mesh, layouts
 
 RUN = testing.run("evaluate.batch_size=2")
 VOCAB, SEQ_LEN, N_BYTES = RUN.model.vocab_size, RUN.data.seq_len, 77
@@ -30,7 +30,7 @@ class HeldoutTest(absltest.TestCase):
   def heldout(self, *, params=None, rows=None, run=RUN, shards=1):
     mesh = device_mesh.make_mesh({"data": shards})
     params = self.params if params is None else params
-    places = sharding.make_layout(run, mesh.shape).specs
+    places = layouts.make_layout(run, mesh.shape).specs
     params = jax.tree.map(
       lambda a, spec: jax.device_put(a, jax.NamedSharding(mesh, spec)),
       params,

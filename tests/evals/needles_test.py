@@ -11,7 +11,7 @@ from absl.testing import absltest, parameterized
 from dsv3_jax.data import tokenizer
 from dsv3_jax.evals import hidden, needles
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import device_mesh, sharding
+from dsv3_jax.parallel import device_mesh, layouts
 
 NEEDLE = re.compile(r"Remember the (\w+) (\w+)\.")
 ANSWER = re.compile(r"Recall the (\w+) (\w+)\.")
@@ -86,7 +86,7 @@ class FoundTest(absltest.TestCase):
 
   def model(self, n_devices=1, **changed):
     mesh = device_mesh.make_mesh({"data": n_devices})
-    places = sharding.make_layout(RUN, mesh.shape).specs
+    places = layouts.make_layout(RUN, mesh.shape).specs
     put = lambda a, spec: jax.device_put(a, jax.NamedSharding(mesh, spec))
     params = jax.tree.map(put, self.params | changed, places)
     return hidden.EvalModel(params, put(self.bias, jax.P()), RUN, mesh)

@@ -90,7 +90,7 @@ class ExecuteTest(parameterized.TestCase):
       context.execute(self.command())
 
   def test_refuses_devices_that_a_later_phase_cannot_use(self):
-    with self.assertRaisesRegex(ValueError, "must divide the 2 sequences"):
+    with self.assertRaisesRegex(ValueError, "does not divide 2 sequences"):
       context.execute(self.command(mesh={"data": 4}))
     self.assertFalse((self.folder / "runs").exists())
 

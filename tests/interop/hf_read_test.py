@@ -16,7 +16,7 @@ from dsv3_jax import config
 from dsv3_jax.evals import hidden, logits
 from dsv3_jax.interop import hf_mapping, hf_read, load_sharded, safetensors
 from dsv3_jax.model import router, transformer
-from dsv3_jax.parallel import device_mesh, sharding
+from dsv3_jax.parallel import device_mesh, layouts
 
 CLOSE = 2e-5  # of logits, absolute; rounding in float32 stays far below
 
@@ -26,7 +26,7 @@ def loaded(found, sizes=None, layout="replicated"):
   run = dataclasses.replace(testing.run(), model=found.model)
   run = config.override(run, f"parallel.layout={layout}")
   mesh = device_mesh.make_mesh(sizes or {})
-  where = sharding.make_layout(run, mesh.shape, staged=False)
+  where = layouts.make_layout(run, mesh.shape, staged=False)
   return hidden.EvalModel(
     *load_sharded.load(found, where, mesh, np.float32), run, mesh
   )

@@ -20,7 +20,7 @@ from dsv3_jax.data.batch import make_batch
 from dsv3_jax.linear import linear, quantize
 from dsv3_jax.linear import recipe as recipe_lib
 from dsv3_jax.model import experts, moe, swiglu, transformer
-from dsv3_jax.parallel import device_mesh, dispatch, sharding
+from dsv3_jax.parallel import device_mesh, dispatch, layout_check, layouts
 from dsv3_jax.trainer import quantization
 
 HOW = config.Precision(recipe="fp8", fp8="*", tile=32, scales="power_of_two")
@@ -175,7 +175,7 @@ class SlicesTest(parameterized.TestCase):
     params["dense"]["mla"]["q_up"] = w.at[0, :32].set(0).at[0, 33].mul(1e-6)
     whole = recipe_lib.compute_params(params, specs, run.precision)
     mesh = device_mesh.make_mesh({"pipe": 2, "data": 2, "expert": 2})
-    layout = sharding.make_layout(run, mesh.shape, staged=False)
+    layout = layouts.make_layout(run, mesh.shape, staged=False)
 
     def local(params):
       args = params, specs, run.precision, layout.fsdp_dims
@@ -386,17 +386,17 @@ class MemoryTest(parameterized.TestCase):
 
 class ProblemsTest(absltest.TestCase):
   def test_model_must_not_cut_tiles(self):
-    self.assertEqual(sharding.validate(RUN, {"model": 2}), [])
+    self.assertEqual(layout_check.validate(RUN, {"model": 2}), [])
     run = config.override(RUN, "moe.ffn_dim=32")
-    (line,) = sharding.validate(run, {"model": 2})
+    (line,) = layout_check.validate(run, {"model": 2})
     self.assertIn("model=2 leaves 16 of moe/ffn/experts/down to a device", line)
 
   def test_a_recipe_must_name_weights_that_have_a_tile(self):
-    found = sharding.validate(config.override(RUN, "precision.tile=64"), {})
+    found = layout_check.validate(config.override(RUN, "precision.tile=64"), {})
     self.assertLen(found, 1)
     self.assertIn("has 32 rows or columns, which is less", found[0])
     run = config.override(RUN, "precision.fp8=moe/x,head")
-    found = sharding.validate(run, {})
+    found = layout_check.validate(run, {})
     self.assertLen(found, 2)
     self.assertIn("'head': names no weight of a linear layer", found[1])
 

@@ -11,7 +11,7 @@ import testing
 from absl.testing import absltest, parameterized
 
 from dsv3_jax import train
-from dsv3_jax.parallel import device_mesh, sharding
+from dsv3_jax.parallel import device_mesh, layouts
 
 # Two micro-batches and two layers of a kind: loops, in which what is done for
 # each of them is there once.
@@ -73,7 +73,7 @@ def compiled(mesh, *settings):
   """The collectives of a step, and the run's layout."""
   run = testing.run(*SETTINGS, *settings)
   text = module(mesh, *settings)
-  return collectives(text), sharding.make_layout(run, dict(mesh))
+  return collectives(text), layouts.make_layout(run, dict(mesh))
 
 
 def slices(layout, kinds):

@@ -16,7 +16,7 @@ from jax.extend import core
 from dsv3_jax import config, train
 from dsv3_jax.data.batch import Batch
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import device_mesh, sharding
+from dsv3_jax.parallel import device_mesh, layout_check, layouts
 from dsv3_jax.parallel.pipeline import (
   executor,
   schedules,
@@ -82,7 +82,7 @@ def side_by_side(run):
   layer = functools.partial(
     executor._moe,
     cfg=run.model,
-    experts=sharding.make_layout(run, SIZES).experts,
+    experts=layouts.make_layout(run, SIZES).experts,
   )
   put_off = [leaf.ndim > 1 for leaf in jax.tree.leaves(p)]
   passes = split_backward.split(layer, p, bias, x, put_off)
@@ -229,20 +229,20 @@ class ProblemsTest(parameterized.TestCase):
   )
   def test_says_what_is_wrong_and_what_would_do(self, sizes, settings, message):
     run = config.override(RUN, *settings)
-    self.assertRegex("\n".join(sharding.validate(run, sizes)), message)
+    self.assertRegex("\n".join(layout_check.validate(run, sizes)), message)
 
   def test_odd_micro_batches(self):
     run = config.override(RUN, "train.batch_size=22", "train.micro_batches=11")
-    found = "\n".join(sharding.validate(run, SIZES))
+    found = "\n".join(layout_check.validate(run, SIZES))
     self.assertIn("11 micro-batches: must be even and at least 8", found)
     self.assertIn("use 10 or 12", found)
 
   def test_segments_are_not_known_to_stages(self):
     run = config.override(RUN, "data.segment_mask=true")
-    (line,) = sharding.validate(run, SIZES)
+    (line,) = layout_check.validate(run, SIZES)
     self.assertIn("data.segment_mask=true with parallel.schedule", line)
     plain = config.override(run, "parallel.schedule=none")
-    self.assertEmpty(sharding.validate(plain, {"data": 2}))
+    self.assertEmpty(layout_check.validate(plain, {"data": 2}))
 
   def test_too_few_while_the_batch_grows(self):
     run = config.override(
@@ -253,14 +253,14 @@ class ProblemsTest(parameterized.TestCase):
       "train.ramp_sizes=2",
       "schedule.ramp_until=0.5",
     )
-    (line,) = sharding.validate(run, SIZES)
+    (line,) = layout_check.validate(run, SIZES)
     self.assertIn("4 micro-batches: must be even and at least 8", line)
     self.assertIn("8 sequences, 2 a micro-batch, of steps while", line)
     run = config.override(run, "train.first_batch_size=16")
-    self.assertEmpty(sharding.validate(run, SIZES))
+    self.assertEmpty(layout_check.validate(run, SIZES))
 
   def test_nothing_is_wrong(self):
-    self.assertEmpty(sharding.validate(RUN, SIZES))
+    self.assertEmpty(layout_check.validate(RUN, SIZES))
 
 
 if __name__ == "__main__":

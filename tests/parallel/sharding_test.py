@@ -12,7 +12,7 @@ from absl.testing import absltest, parameterized
 from dsv3_jax import param_spec, train
 from dsv3_jax.config import presets
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import device_mesh, sharding
+from dsv3_jax.parallel import device_mesh, layout_check, layouts, sharding
 from dsv3_jax.parallel.pipeline import schedules
 from scripts import layout_matrix
 
@@ -70,13 +70,13 @@ class InvarianceTest(parameterized.TestCase):
 
   def test_every_case_is_one_that_the_command_line_takes(self):
     for case in layout_matrix.CASES:
-      self.assertEmpty(sharding.validate(case.run, case.sizes), case)
+      self.assertEmpty(layout_check.validate(case.run, case.sizes), case)
 
   def test_the_cases_cover_every_schedule_and_number_of_stages(self):
     found = {}
     for case in layout_matrix.CASES:
       if case.run.parallel.schedule != "none":
-        stages = sharding.make_layout(case.run, case.sizes).stages
+        stages = layouts.make_layout(case.run, case.sizes).stages
         sizes = stages.schedule.n_stages, case.sizes.get("expert", 1)
         found.setdefault(case.run.parallel.schedule, set()).add(sizes)
     self.assertEqual(set(found), set(schedules.SCHEDULES))
@@ -173,11 +173,11 @@ class PlacementTest(parameterized.TestCase):
   def test_problems_name_the_sizes_and_what_fits(self):
     run = layout_matrix.RUN
     sizes = {"data": 3, "node": 3, "model": 5}
-    found = "\n".join(sharding.validate(run, sizes))
-    self.assertIn("data=3 x node=3 x expert=1 devices must divide the 8", found)
-    self.assertIn("16 routed experts; 1, 2, 4, 8, 16 do", found)
-    self.assertIn("model=5 devices must divide the 4 heads", found)
-    self.assertEmpty(sharding.validate(run, {"data": 2, "expert": 4}))
+    found = "\n".join(layout_check.validate(run, sizes))
+    self.assertIn("data=3 x node=3 does not divide 8", found)
+    self.assertIn("16 routed experts; use 1, 2, 4, 8 or 16", found)
+    self.assertIn("model=5 does not divide 4 heads", found)
+    self.assertEmpty(layout_check.validate(run, {"data": 2, "expert": 4}))
 
 
 if __name__ == "__main__":

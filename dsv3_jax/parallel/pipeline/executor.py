@@ -21,7 +21,7 @@ from dsv3_jax import config, losses, param_spec, varying
 from dsv3_jax.data.batch import Batch
 from dsv3_jax.linear import recipe
 from dsv3_jax.model import moe, transformer
-from dsv3_jax.parallel import sharding
+from dsv3_jax.parallel import layouts
 from dsv3_jax.parallel.pipeline import buffers as buffers_lib
 from dsv3_jax.parallel.pipeline import split_backward, tick_table
 from dsv3_jax.parallel.pipeline.buffers import Buffers
@@ -36,7 +36,7 @@ def gradient_sums(
   weights: jax.Array,
   *,
   run: config.Run,
-  layout: sharding.Layout,
+  layout: layouts.Layout,
 ) -> tuple[param_spec.Params, losses.Losses, moe.Stats]:
   """Sums gradients over the micro-batches and stages of one device.
 
@@ -85,7 +85,7 @@ def _executor(
   batch: Batch,
   weights: jax.Array,
   run: config.Run,
-  layout: sharding.Layout,
+  layout: layouts.Layout,
 ) -> "_Executor":
   """Splits the layers of each type into passes."""
   vary = functools.partial(varying.vary, axes=layout.varying_axes)
@@ -162,7 +162,7 @@ class _Executor:
   batch: Batch
   weights: jax.Array
   run: config.Run
-  layout: sharding.Layout
+  layout: layouts.Layout
   passes: dict[str, split_backward.Passes]
   share: float  # of a balance loss
   vary: Callable[[jax.Array], jax.Array]
