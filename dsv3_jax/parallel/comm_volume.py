@@ -1,4 +1,4 @@
-"""How much expert parallelism sends, in copies of tokens and in bytes."""
+"""Communication volume of expert parallelism: copies of tokens, and bytes."""
 
 from collections.abc import Mapping
 
@@ -19,7 +19,7 @@ def token_copies(
   cfg: config.Router,
   form: str,
 ) -> jax.Array:
-  """Copies of this device's tokens that cross nodes, and that stay in one.
+  """Counts copies of this device's tokens sent across nodes, and inside one.
 
   Args:
     chosen: [M, K] int32 experts.
@@ -30,48 +30,48 @@ def token_copies(
   Returns:
     [2] int32.
   """
-  n_nodes, n_places = (sizes.get(axis, 1) for axis in device_mesh.EXPERTS)
-  n_here = cfg.n_experts // (n_nodes * n_places)
-  node, place = (
+  n_nodes, n_devices = (sizes.get(axis, 1) for axis in device_mesh.EXPERTS)
+  n_local = cfg.n_experts // (n_nodes * n_devices)
+  node, device = (
     jax.lax.axis_index(axis) if sizes.get(axis, 1) > 1 else 0
     for axis in device_mesh.EXPERTS
   )
   reached = jax.nn.one_hot(
-    chosen // n_here, n_nodes * n_places, dtype=jnp.bool_
+    chosen // n_local, n_nodes * n_devices, dtype=jnp.bool_
   ).any(1)
-  reached = reached.reshape(-1, n_nodes, n_places)
+  reached = reached.reshape(-1, n_nodes, n_devices)
   if form == "allgather":
     reached = jnp.ones_like(reached)
-  away = (jnp.arange(n_nodes) != node)[None, :, None]
-  beside = (jnp.arange(n_places) != place)[None, None]
+  other_node = (jnp.arange(n_nodes) != node)[None, :, None]
+  other_device = (jnp.arange(n_devices) != device)[None, None]
   if form == "hierarchical_all_to_all":
-    across = reached.any(2, keepdims=True) & away
-    inside = reached & beside
+    across = reached.any(2, keepdims=True) & other_node
+    inside = reached & other_device
   else:
-    across, inside = reached & away, reached & ~away & beside
+    across, inside = reached & other_node, reached & ~other_node & other_device
   return jnp.stack([across.sum(), inside.sum()]).astype(jnp.int32)
 
 
-def bytes_sent(sent: np.ndarray, run: config.Run) -> dict[str, int]:
-  """Bytes that the forward passes of a step send over each axis.
+def bytes_sent(copies: np.ndarray, run: config.Run) -> dict[str, int]:
+  """Returns the bytes that forward passes of a step send over each axis.
 
-  A copy of a token is its state, there and back, and on the way there the
-  choices and gates of its top-k. In FP8, the state takes a byte a number and
-  four a tile on the way there.
+  A copy of a token is its state, in both directions, and its top-k choices and
+  gates on the way to the experts. With FP8 weights, the state takes one byte
+  for each number and four for each tile on the way to the experts.
 
   Args:
-    sent: [n_routers, 2] copies, as `moe.Stats` counts them.
+    copies: [n_routers, 2], as `moe.Stats` counts them.
     run: the configuration.
   """
   itemsize = 4 if run.precision.recipe == "fp32" else 2
   model, tile = run.model, run.precision.tile
-  there = back = model.d_model * itemsize
+  to_experts = back = model.d_model * itemsize
   specs = transformer.specs(model)
   if "moe/ffn/experts/gate_up" in recipe.fp8_paths(specs, run.precision):
-    there = model.d_model + 4 * -(-model.d_model // tile)
-  copy = there + back + 8 * model.router.top_k
-  token_copies = sent.sum(0, dtype=np.int64)
+    to_experts = model.d_model + 4 * -(-model.d_model // tile)
+  bytes_of_copy = to_experts + back + 8 * model.router.top_k
+  totals = copies.sum(0, dtype=np.int64)
   return {
-    axis: int(n) * copy
-    for axis, n in zip(device_mesh.EXPERTS, token_copies, strict=True)
+    axis: int(n) * bytes_of_copy
+    for axis, n in zip(device_mesh.EXPERTS, totals, strict=True)
   }

@@ -1,8 +1,8 @@
-"""Expert parallelism: tokens travel to the experts they chose, and back.
+"""Expert parallelism: sends tokens to the devices of their experts, and back.
 
-Routed experts are divided over the mesh axes `node` and `expert`. Each form has
-the signature of the local experts in `model/experts.py`, is exact and drops
-nothing; all run inside `shard_map`.
+Routed experts are divided over the mesh axes `node` and `expert`. Every form
+has the signature of the local experts in `model/experts.py`, is exact, drops no
+token, and runs inside `shard_map`.
 
   allgather                every device receives all tokens of the group; for
                            few tokens
@@ -13,17 +13,17 @@ nothing; all run inside `shard_map`.
                            devices of the node; partial sums return the same
                            way (arXiv:2412.19437, section 3.2.2)
 
-An exchange goes in rounds of a fixed number of rows for each pair of devices, a
-little more than balanced routing needs: usually one round, as many as it takes
-otherwise. Memory is that of a round. On CPU there is one, of as many rows as
-there can be: see `manual.after` for what its runtime does to loops that send.
+An exchange takes rounds of a fixed number of rows for each pair of devices, a
+little more than balanced routing needs: usually one round, and more if routing
+is unbalanced. Memory is that of one round. On CPU there is one round, of as
+many rows as possible: see `varying.after` for loops with collectives there.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import flax.struct
 import jax
@@ -35,7 +35,7 @@ from dsv3_jax.model import experts as experts_lib
 from dsv3_jax.model import moe, remat
 from dsv3_jax.parallel import comm_volume, device_mesh
 
-SLACK = 1.25  # rows of a round, in rows that balanced routing needs
+CAPACITY_FACTOR = 1.25  # rows of a round, relative to balanced routing
 
 Ffn = Callable[..., jax.Array]
 Axes = tuple[str, ...]
@@ -50,124 +50,179 @@ def make_expert_parallel_ffn(
   split_wgrad: bool = False,
   group: Axes = device_mesh.EXPERTS,
 ) -> moe.Experts:
-  """The routed experts of a mesh.
+  """Makes the function that runs the routed experts of a mesh.
 
   Args:
     form: `allgather`, `all_to_all` or `hierarchical_all_to_all`; a prefix
       `ragged_` sends only the rows in use, where the backend can; `auto` is
       hierarchical if both axes are larger than 1.
     sizes: of the mesh axes.
-    cfg: routing rules: how many experts, of which a token chooses how many.
-    rounds: `one` of the rows there can be, `many` of those expected; `auto`.
-    split_wgrad: keep the weights' gradients apart, see `experts.grouped_ffn`.
+    cfg: routing rules: numbers of experts, groups and choices.
+    rounds: `one` of the largest possible number of rows, `many` of the expected
+      number, or `auto`.
+    split_wgrad: compute weight gradients apart, see `experts.grouped_ffn`.
     group: mesh axes that the experts are divided over, nodes first.
   """
   axes = device_mesh.active_axes(sizes, group)
-  local = experts_lib.grouped_ffn
+  ffn = experts_lib.grouped_ffn
   if split_wgrad:
-    local = functools.partial(local, split_wgrad=True)
+    ffn = functools.partial(ffn, split_wgrad=True)
   if not axes:
-    return moe.Experts(local)
-  swap = _ragged_swap if form.startswith("ragged_") else _padded_swap
-  form = form.removeprefix("ragged_")
+    return moe.Experts(ffn)
+  ragged, form = form.startswith("ragged_"), form.removeprefix("ragged_")
   if form == "auto":
     form = "hierarchical_all_to_all"
   if len(axes) == 1 and form == "hierarchical_all_to_all":
     form = "all_to_all"
-  sent = functools.partial(
-    comm_volume.token_copies, sizes=sizes, cfg=cfg, form=form
-  )
-  if group != device_mesh.EXPERTS:
-    sent = moe.LOCAL.sent
-  if form == "allgather":
-    return moe.Experts(
-      functools.partial(_gathered, axes=axes, inner=local), sent
+  counts = moe.LOCAL.sent
+  if group == device_mesh.EXPERTS:
+    counts = functools.partial(
+      comm_volume.token_copies, sizes=sizes, cfg=cfg, form=form
     )
-  exchange = functools.partial(_exchange, split_wgrad=split_wgrad)
+  if form == "allgather":
+    ffn = functools.partial(_allgather_ffn, axes=axes, inner=ffn)
+    return moe.Experts(ffn, counts)
   if rounds == "auto":
     rounds = "one" if jax.default_backend() == "cpu" else "many"
-  slack = SLACK if rounds == "many" else math.inf
+  for transport in _transports(form, axes, sizes, cfg, ragged, rounds):
+    ffn = functools.partial(
+      _exchange, transport, inner=ffn, split_wgrad=split_wgrad
+    )
+  return moe.Experts(ffn, counts)
+
+
+def _transports(
+  form: str,
+  axes: Axes,
+  sizes: Mapping[str, int],
+  cfg: config.Router,
+  ragged: bool,
+  rounds: str,
+) -> list["AllToAll"]:
+  """Lists the exchanges of a token, the last hop first."""
+  hop = functools.partial(
+    AllToAll,
+    group=axes,
+    all_to_all=_ragged_all_to_all if ragged else _padded_all_to_all,
+    capacity_factor=CAPACITY_FACTOR if rounds == "many" else math.inf,
+  )
   if form == "all_to_all":
-    hop = _Hop(axes, axes, swap, n_devices=1, fanout=cfg.top_k, slack=slack)
-    return moe.Experts(functools.partial(exchange, hop, inner=local), sent)
-  n_nodes, n_places = sizes[axes[0]], device_mesh.axis_size(sizes, axes[1:])
-  # A group of experts inside one node: tokens reach no more nodes than groups.
-  aligned = cfg.n_groups % n_nodes == 0
-  fanout = cfg.top_groups if aligned else cfg.top_k
-  hop = functools.partial(_Hop, group=axes, swap=swap, slack=slack)
-  inside = hop(axes[1:], n_devices=1, fanout=cfg.top_k)
-  across = hop(axes[:1], n_devices=n_places, fanout=fanout)
-  inner = functools.partial(exchange, inside, inner=local)
-  return moe.Experts(functools.partial(exchange, across, inner=inner), sent)
+    return [hop(axes, n_devices=1, fanout=cfg.top_k)]
+  # If a group of experts is inside one node, tokens reach at most as many nodes
+  # as groups.
+  aligned = cfg.n_groups % sizes[axes[0]] == 0
+  return [
+    hop(axes[1:], n_devices=1, fanout=cfg.top_k),
+    hop(
+      axes[:1],
+      n_devices=device_mesh.axis_size(sizes, axes[1:]),
+      fanout=cfg.top_groups if aligned else cfg.top_k,
+    ),
+  ]
 
 
-# --- what travels, and how ---
+# --- transports ---
 #
-# A way takes the rows of x [M, ...] to where they are wanted, `spread`, and
-# adds up what returns of them, `collect`; each is the gradient of the other.
-# With FP8 weights, states to the experts and gradients of their outputs are
-# sent in FP8, with powers of two, and what returns of either in bfloat16
-# (section 3.3.3). Quantizing again what was received changes nothing, so the
-# number of hops does not matter.
+# A transport sends rows of x [M, ...] to their destinations, `dispatch`, and
+# adds up what returns of them, `combine`; each is the transpose of the other.
+# With FP8 weights, states sent to the experts and gradients of their outputs
+# are in FP8, with scales that are powers of two; what returns of either is in
+# bfloat16 (section 3.3.3). Quantizing received rows again changes nothing, so
+# the number of hops has no effect.
 
 
-def _spread(way: Any, tile: int, x: jax.Array, where: Any) -> jax.Array:
-  """Rows sent, in FP8 if there is a tile."""
-  spread = lambda a: remat.named(way.spread(a, where), "sent")
+class Transport(Protocol):
+  """Sends rows to the devices of their experts and back."""
+
+  def dispatch(self, x: jax.Array, rows: Any) -> jax.Array:
+    """Sends rows of x."""
+    ...
+
+  def combine(self, y: jax.Array, rows: Any) -> jax.Array:
+    """Returns rows to their devices, and adds those of one token."""
+    ...
+
+
+def _dispatch(
+  transport: Transport, tile: int, x: jax.Array, rows: Any
+) -> jax.Array:
+  """Sends rows, in FP8 if there is a tile."""
+
+  def send(a: jax.Array) -> jax.Array:
+    return remat.named(transport.dispatch(a, rows), "sent")
+
   if not tile:
-    return spread(x)
-  made = quantize.quantize(x, (1, tile), "power_of_two")
-  return quantize.dequantize(jax.tree.map(spread, made), x.dtype)
+    return send(x)
+  quantized = quantize.quantize(x, (1, tile), "power_of_two")
+  return quantize.dequantize(jax.tree.map(send, quantized), x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _send(way, tile, x, where):
-  return _spread(way, tile, x, where)
+def _dispatch_states(
+  transport: Transport, tile: int, x: jax.Array, rows: Any
+) -> jax.Array:
+  return _dispatch(transport, tile, x, rows)
 
 
-_send.defvjp(
-  lambda way, tile, x, where: (_spread(way, tile, x, where), where),
-  lambda way, _, where, dy: (way.collect(dy, where), None),
-)
+def _dispatch_states_fwd(transport, tile, x, rows):
+  return _dispatch(transport, tile, x, rows), rows
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _combine(way, tile, y, where):
+def _dispatch_states_bwd(transport, tile, rows, dy):
   del tile
-  return way.collect(y, where)
+  return transport.combine(dy, rows), None
 
 
-_combine.defvjp(
-  lambda way, _, y, where: (way.collect(y, where), where),
-  lambda way, tile, where, dx: (_spread(way, tile, dx, where), None),
-)
+_dispatch_states.defvjp(_dispatch_states_fwd, _dispatch_states_bwd)
 
 
-# --- all tokens everywhere ---
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _combine_outputs(
+  transport: Transport, tile: int, y: jax.Array, rows: Any
+) -> jax.Array:
+  del tile
+  return transport.combine(y, rows)
+
+
+def _combine_outputs_fwd(transport, tile, y, rows):
+  del tile
+  return transport.combine(y, rows), rows
+
+
+def _combine_outputs_bwd(transport, tile, rows, dx):
+  return _dispatch(transport, tile, dx, rows), None
+
+
+_combine_outputs.defvjp(_combine_outputs_fwd, _combine_outputs_bwd)
+
+
+def _local_choices(chosen: jax.Array, device: jax.Array, n: int) -> jax.Array:
+  """Renumbers choices by the n experts of a device; n for experts elsewhere."""
+  local = chosen - device * n
+  return jnp.where((local >= 0) & (local < n), local, n)
+
+
+# --- allgather ---
 
 
 @dataclasses.dataclass(frozen=True)
-class _Everyone:
-  """To all devices of some axes."""
+class AllGather:
+  """Transport of all rows to all devices along some axes."""
 
   axes: Axes
 
-  def spread(self, x: jax.Array, where: None) -> jax.Array:
-    del where
+  def dispatch(self, x: jax.Array, rows: None) -> jax.Array:
+    """Gathers the rows of all devices."""
+    del rows
     return jax.lax.all_gather(x, self.axes, tiled=True)
 
-  def collect(self, y: jax.Array, where: None) -> jax.Array:
-    del where
+  def combine(self, y: jax.Array, rows: None) -> jax.Array:
+    """Sums the rows over devices; each receives its own."""
+    del rows
     return jax.lax.psum_scatter(y, self.axes, tiled=True)
 
 
-def _owned(chosen: jax.Array, device: jax.Array, n: int) -> jax.Array:
-  """Choices among the n experts of a device by their place there, n: none."""
-  here = chosen - device * n
-  return jnp.where((here >= 0) & (here < n), here, n)
-
-
-def _gathered(
+def _allgather_ffn(
   p: param_spec.Params,
   x: jax.Array,
   chosen: jax.Array,
@@ -177,115 +232,133 @@ def _gathered(
   axes: Axes,
   inner: Ffn,
 ) -> jax.Array:
-  n, way = p["down"].shape[0], _Everyone(axes)
-  chosen_all = remat.named(way.spread(chosen, None), "sent")
-  here = _owned(chosen_all, jax.lax.axis_index(axes), n)
-  send = functools.partial(_send, way, linear.tile(p["gate_up"]))
-  gates = _send(way, 0, gates, None)
-  y = inner(p, send(x, None), here, gates, n_slots or chosen.size)
-  return _combine(way, linear.tile(p["down"]), y, None)
+  n, transport = p["down"].shape[0], AllGather(axes)
+  all_chosen = remat.named(transport.dispatch(chosen, None), "sent")
+  local = _local_choices(all_chosen, jax.lax.axis_index(axes), n)
+  gates = _dispatch_states(transport, 0, gates, None)
+  states = _dispatch_states(transport, linear.tile(p["gate_up"]), x, None)
+  y = inner(p, states, local, gates, n_slots or chosen.size)
+  return _combine_outputs(transport, linear.tile(p["down"]), y, None)
 
 
-# --- exchanges ---
+# --- all-to-all ---
 
 
-def _padded_swap(rows: jax.Array, counts: jax.Array, axes: Axes) -> jax.Array:
-  """Block i of rows [R, C, ...] goes to device i; theirs arrive in order."""
+def _padded_all_to_all(
+  rows: jax.Array, counts: jax.Array, axes: Axes
+) -> jax.Array:
+  """Sends block i of rows [R, C, ...] to device i; returns theirs in order."""
   del counts
   return jax.lax.all_to_all(rows, axes, 0, 0, tiled=True)
 
 
-def _ragged_swap(rows: jax.Array, counts: jax.Array, axes: Axes) -> jax.Array:
-  """The same, sending the first counts[i] rows of block i; the rest are 0."""
+def _ragged_all_to_all(
+  rows: jax.Array, counts: jax.Array, axes: Axes
+) -> jax.Array:
+  """Sends only the first counts[i] rows of block i; the others arrive as 0."""
   n, capacity = rows.shape[:2]
   flat = rows.reshape(n * capacity, *rows.shape[2:])
   starts = capacity * jnp.arange(n, dtype=jnp.int32)
-  mine = jnp.full_like(starts, capacity) * jax.lax.axis_index(axes)
-  theirs = _padded_swap(counts, counts, axes)
+  offsets = jnp.full_like(starts, capacity) * jax.lax.axis_index(axes)
+  incoming = _padded_all_to_all(counts, counts, axes)
   out = jax.lax.ragged_all_to_all(
     flat,
     jnp.zeros_like(flat),
-    *varying.alike(starts, counts, mine, theirs),
+    *varying.alike(starts, counts, offsets, incoming),
     axis_name=axes,
   )
   return out.reshape(rows.shape)
 
 
+@flax.struct.dataclass
+class Rows:
+  """The rows of one round of an exchange."""
+
+  token: jax.Array  # [R, C] int32, tokens for each destination; M: none
+  outgoing: jax.Array  # [R] int32, rows for each destination
+  incoming: jax.Array  # [R] int32, rows from each source
+  n_tokens: int = flax.struct.field(pytree_node=False)  # M
+
+
 @dataclasses.dataclass(frozen=True)
-class _Hop:
-  """An exchange over some axes of the expert-parallel group."""
+class AllToAll:
+  """Transport of rows to their destinations along some axes of the group."""
 
   axes: Axes  # exchanged over
   group: Axes  # all that must do as many rounds
-  swap: Callable[..., jax.Array]
-  n_devices: int  # that a destination stands for: those of a node, or 1
-  fanout: int  # destinations of a token at most
-  slack: float  # rows of a round, in rows that balanced routing needs
+  all_to_all: Callable[..., jax.Array]
+  n_devices: int  # of a destination: those of a node, or 1
+  fanout: int  # most destinations of a token
+  capacity_factor: float  # rows of a round, relative to balanced routing
 
-  def spread(self, x: jax.Array, where: "_Rows") -> jax.Array:
-    rows = x.at[where.token].get(mode="fill", fill_value=0)
-    rows = self.swap(rows, where.mine, self.axes)
-    return rows.reshape(-1, x.shape[-1])
+  def dispatch(self, x: jax.Array, rows: Rows) -> jax.Array:
+    """Sends rows of x [M, ...] to their destinations: [R * C, ...]."""
+    y = x.at[rows.token].get(mode="fill", fill_value=0)
+    y = self.all_to_all(y, rows.outgoing, self.axes)
+    return y.reshape(-1, x.shape[-1])
 
-  def collect(self, y: jax.Array, where: "_Rows") -> jax.Array:
-    y = y.reshape(*where.token.shape, -1)
-    y = self.swap(y, where.theirs, self.axes)
-    x = jnp.zeros_like(y, shape=(where.n_rows, y.shape[-1]))
-    return x.at[where.token].add(y, mode="drop")
-
-
-@flax.struct.dataclass
-class _Rows:
-  """Those of a round."""
-
-  token: jax.Array  # [R, C] int32, which go to each destination; M: none
-  mine: jax.Array  # [R] int32, how many
-  theirs: jax.Array  # [R] int32, how many come
-  n_rows: int = flax.struct.field(pytree_node=False)  # M
+  def combine(self, y: jax.Array, rows: Rows) -> jax.Array:
+    """Returns rows [R * C, D] to their sources, and adds those of a token."""
+    y = y.reshape(*rows.token.shape, -1)
+    y = self.all_to_all(y, rows.incoming, self.axes)
+    x = jnp.zeros_like(y, shape=(rows.n_tokens, y.shape[-1]))
+    return x.at[rows.token].add(y, mode="drop")
 
 
 @flax.struct.dataclass
 class DispatchPlan:
-  """Which tokens go where; M stands for none."""
+  """Queues of tokens for all destinations; M stands for none."""
 
   queue: jax.Array  # [R, Q] int32, tokens for each destination
-  counts: jax.Array  # [R] int32, how many they are
+  counts: jax.Array  # [R] int32, tokens in each queue
   chosen: jax.Array  # [M, K] int32
   rounds: jax.Array  # [] int32, the same in the whole group
 
 
 def _capacity(
-  n_rows: int, n_slots: int, size: int, fanout: int, slack: float = SLACK
+  n_rows: int,
+  n_slots: int,
+  size: int,
+  fanout: int,
+  capacity_factor: float = CAPACITY_FACTOR,
 ) -> int:
-  """Rows of a round for one destination, of n_rows with n_slots choices.
+  """Returns the rows of a round for one destination.
 
-  Choices at random leave a destination out with (1 - 1 / size)^(choices of a
-  row); limited routing sends a row to `fanout` destinations at most.
+  A row of random choices misses a destination with probability
+  (1 - 1 / size)^(choices of a row); limited routing sends a row to at most
+  `fanout` destinations.
+
+  Args:
+    n_rows: rows of this device.
+    n_slots: expected choices of all rows.
+    size: number of destinations.
+    fanout: most destinations of a row.
+    capacity_factor: relative to the expected rows.
   """
   reached = 1 - (1 - 1 / size) ** (n_slots / n_rows)
-  needed = slack * n_rows * min(reached, fanout / size)
+  needed = capacity_factor * n_rows * min(reached, fanout / size)
   return math.ceil(min(n_rows, needed))
 
 
 def _plan(
   chosen: jax.Array, n_experts: int, size: int, capacity: int, group: Axes
 ) -> DispatchPlan:
-  """Queues for `size` destinations of n_experts each."""
+  """Queues tokens for `size` destinations of n_experts each."""
   n_rows = chosen.shape[0]
   wanted = jax.nn.one_hot(chosen // n_experts, size, dtype=jnp.bool_).any(1)
-  place = jnp.cumsum(wanted, axis=0, dtype=jnp.int32) - 1
+  index = jnp.cumsum(wanted, axis=0, dtype=jnp.int32) - 1
   length = -(-n_rows // capacity) * capacity
-  place = jnp.where(wanted, place, length)
+  index = jnp.where(wanted, index, length)
   row, destination = jnp.indices(wanted.shape, dtype=jnp.int32)
   queue = jnp.full_like(chosen, n_rows, shape=(size, length))
-  queue = queue.at[destination, place].set(row, mode="drop")
+  queue = queue.at[destination, index].set(row, mode="drop")
   counts = wanted.sum(0, dtype=jnp.int32)
   rounds = jax.lax.pmax(-(-counts.max() // capacity), group)
   return DispatchPlan(queue, counts, chosen, rounds)
 
 
 def _exchange(
-  hop: _Hop,
+  transport: AllToAll,
   p: param_spec.Params,
   x: jax.Array,
   chosen: jax.Array,
@@ -295,101 +368,141 @@ def _exchange(
   inner: Ffn = experts_lib.grouped_ffn,
   split_wgrad: bool = False,
 ) -> jax.Array:
-  """Rows go to those that hold their experts; `inner` runs on what arrives."""
+  """Sends rows to the devices of their experts, and runs `inner` there."""
   if not chosen.size:
     return jnp.zeros_like(x)
   leaves, structure = jax.tree.flatten((p, x, gates))
   p, x, gates = jax.tree.unflatten(structure, varying.alike(*leaves))
   n_slots = n_slots or chosen.size
-  size, n_experts = jax.lax.axis_size(hop.axes), p["down"].shape[0]
-  capacity = _capacity(len(x), n_slots, size, hop.fanout, hop.slack)
-  plan = _plan(chosen, n_experts * hop.n_devices, size, capacity, hop.group)
-  one = functools.partial(_round, hop, inner, capacity, n_slots)
-  # As all else that one pass may keep for another.
+  size, n_experts = jax.lax.axis_size(transport.axes), p["down"].shape[0]
+  capacity = _capacity(
+    len(x), n_slots, size, transport.fanout, transport.capacity_factor
+  )
+  plan = _plan(
+    chosen, n_experts * transport.n_devices, size, capacity, transport.group
+  )
+  one_round = functools.partial(_round, transport, inner, capacity, n_slots)
+  # Marked as varying, as all that a pass may save for another.
   rounds = varying.vary(plan.rounds, varying.varying(x))
   plan = plan.replace(rounds=remat.named(rounds, "sent"))
   if capacity == len(x):
-    return one(0, p, x, gates, plan)
-  return _all_rounds(one, split_wgrad, recipe.trained(p), p, x, gates, plan)
+    return one_round(0, p, x, gates, plan)
+  trained = recipe.trained(p)
+  return _all_rounds(one_round, split_wgrad, trained, p, x, gates, plan)
 
 
-def _round(hop, inner, capacity, n_slots, i, p, x, gates, plan):
-  """Sends a round of rows to each destination and adds up what returns."""
-  n_experts = p["down"].shape[0] * hop.n_devices
+def _round(
+  transport: AllToAll,
+  inner: Ffn,
+  capacity: int,
+  n_slots: int,
+  i: Any,
+  p: param_spec.Params,
+  x: jax.Array,
+  gates: jax.Array,
+  plan: DispatchPlan,
+) -> jax.Array:
+  """Exchanges the i-th rows of every queue; returns their sums [M, D]."""
+  n_experts = p["down"].shape[0] * transport.n_devices
   token = jax.lax.dynamic_slice_in_dim(plan.queue, i * capacity, capacity, 1)
-  counts = jnp.clip(plan.counts - i * capacity, 0, capacity)
-  theirs = remat.named(_padded_swap(counts, counts, hop.axes), "sent")
-  where = _Rows(token, counts, theirs, len(x))
-  arrived = jnp.arange(capacity)[None] < theirs[:, None]
-  here = remat.named(hop.spread(plan.chosen, where), "sent")
-  here = _owned(here, jax.lax.axis_index(hop.axes), n_experts)
-  here = jnp.where(arrived.reshape(-1, 1), here, n_experts)
-  states = _send(hop, linear.tile(p["gate_up"]), x, where)
-  gates = _send(hop, 0, gates, where)
-  y = inner(p, states, here, gates, min(n_slots, here.size))
-  return _combine(hop, linear.tile(p["down"]), y, where)
+  outgoing = jnp.clip(plan.counts - i * capacity, 0, capacity)
+  incoming = _padded_all_to_all(outgoing, outgoing, transport.axes)
+  incoming = remat.named(incoming, "sent")
+  rows = Rows(token, outgoing, incoming, len(x))
+  arrived = jnp.arange(capacity)[None] < incoming[:, None]
+  local = remat.named(transport.dispatch(plan.chosen, rows), "sent")
+  device = jax.lax.axis_index(transport.axes)
+  local = _local_choices(local, device, n_experts)
+  local = jnp.where(arrived.reshape(-1, 1), local, n_experts)
+  states = _dispatch_states(transport, linear.tile(p["gate_up"]), x, rows)
+  gates = _dispatch_states(transport, 0, gates, rows)
+  y = inner(p, states, local, gates, min(n_slots, local.size))
+  return _combine_outputs(transport, linear.tile(p["down"]), y, rows)
 
 
-def _over_rounds(rounds, add, init):
-  """fori_loop over all rounds but the first, and how many there were."""
+# --- rounds ---
+
+
+def _later_rounds(
+  rounds: jax.Array, add: Callable[[jax.Array, Any], Any], init: Any
+) -> tuple[jax.Array, Any]:
+  """Adds all rounds but the first to `init`; returns their number, too."""
 
   def body(carry):
     i, total = carry
     return i + 1, add(i, total)
 
-  one = jnp.ones_like(rounds)
-  return jax.lax.while_loop(lambda c: c[0] < rounds, body, (one, init))
+  first = jnp.ones_like(rounds)
+  return jax.lax.while_loop(
+    lambda carry: carry[0] < rounds, body, (first, init)
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _all_rounds(one, split_wgrad, trained, p, x, gates, plan):
-  """The sum of `one` over all rounds; all but the first recomputed backwards.
+def _all_rounds(
+  one_round: Callable[..., jax.Array],
+  split_wgrad: bool,
+  trained: Any,
+  p: param_spec.Params,
+  x: jax.Array,
+  gates: jax.Array,
+  plan: DispatchPlan,
+) -> jax.Array:
+  """Sums all rounds; all but the first are recomputed in the backward pass.
 
-  Each loop starts from what was there before, so that it comes after that.
+  Each loop starts from an earlier result, so that XLA runs it later.
   """
-  return _all_rounds_fwd(one, split_wgrad, trained, p, x, gates, plan)[0]
+  return _all_rounds_fwd(one_round, split_wgrad, trained, p, x, gates, plan)[0]
 
 
-def _of_round(one, p, plan):
-  def of(i, trained, x, gates):
-    return one(i, recipe.joined(trained, p), x, gates, plan)
+def _round_of_trained(
+  one_round: Callable[..., jax.Array], p: param_spec.Params, plan: DispatchPlan
+) -> Callable[..., jax.Array]:
+  def round_of_trained(i, trained, x, gates):
+    return one_round(i, recipe.joined(trained, p), x, gates, plan)
 
-  return of
+  return round_of_trained
 
 
-def _all_rounds_fwd(one, split_wgrad, trained, p, x, gates, plan):
+def _all_rounds_fwd(one_round, split_wgrad, trained, p, x, gates, plan):
   del split_wgrad
-  of = _of_round(one, p, plan)
-  y, vjp = jax.vjp(functools.partial(of, 0), trained, x, gates)
-  add = lambda i, y: y + of(i, trained, x, gates)
-  _, y = _over_rounds(plan.rounds, add, y)
+  f = _round_of_trained(one_round, p, plan)
+  y, vjp = jax.vjp(functools.partial(f, 0), trained, x, gates)
+  _, y = _later_rounds(plan.rounds, lambda i, y: y + f(i, trained, x, gates), y)
   return y, (vjp, trained, p, x, gates, plan)
 
 
-def _all_rounds_bwd(one, split_wgrad, residuals, dy):
+def _all_rounds_bwd(one_round, split_wgrad, residuals, dy):
   vjp, trained, p, x, gates, plan = residuals
-  of = _of_round(one, p, plan)
+  f = _round_of_trained(one_round, p, plan)
 
-  def plus(total, rounds, of, *inputs):
-    """With the gradients of all rounds, of a function of a round and inputs."""
+  def add_later_rounds(total, rounds, f, *inputs):
+    """Adds the gradients of f(round, *inputs) for all later rounds."""
 
     def add(i, total):
-      _, vjp = jax.vjp(functools.partial(of, i), *inputs)
+      _, vjp = jax.vjp(functools.partial(f, i), *inputs)
       return jax.tree.map(jnp.add, total, vjp(dy))
 
-    return _over_rounds(rounds, add, total)
+    return _later_rounds(rounds, add, total)
 
   d_trained, dx, dgates = vjp(dy)
   if split_wgrad:
-    of_rows = lambda i, x, gates: of(i, trained, x, gates)
-    total = dx, dgates
-    done, (dx, dgates) = plus(total, plan.rounds, of_rows, x, gates)
-    of_weights = lambda i, new: of(i, new, x, gates)
-    rounds = varying.after(plan.rounds, done)
-    _, (d_trained,) = plus((d_trained,), rounds, of_weights, trained)
+    done, (dx, dgates) = add_later_rounds(
+      (dx, dgates),
+      plan.rounds,
+      lambda i, x, gates: f(i, trained, x, gates),
+      x,
+      gates,
+    )
+    _, (d_trained,) = add_later_rounds(
+      (d_trained,),
+      varying.after(plan.rounds, done),
+      lambda i, trained: f(i, trained, x, gates),
+      trained,
+    )
   else:
     total = d_trained, dx, dgates
-    _, total = plus(total, plan.rounds, of, trained, x, gates)
+    _, total = add_later_rounds(total, plan.rounds, f, trained, x, gates)
     d_trained, dx, dgates = total
   return d_trained, None, dx, dgates, None
 

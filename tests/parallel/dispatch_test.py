@@ -154,16 +154,21 @@ class DispatchTest(parameterized.TestCase):
 
   def test_what_arrives_is_what_is_counted(self):
     # Each device adds 1 for a row that arrived: copies that were really sent.
-    inside = dispatch._Hop(
+    inside = dispatch.AllToAll(
       ("expert",),
       ("node", "expert"),
-      dispatch._padded_swap,
+      dispatch._padded_all_to_all,
       1,
       4,
-      dispatch.SLACK,
+      dispatch.CAPACITY_FACTOR,
     )
-    across = dispatch._Hop(
-      ("node",), ("node", "expert"), dispatch._padded_swap, 2, 4, dispatch.SLACK
+    across = dispatch.AllToAll(
+      ("node",),
+      ("node", "expert"),
+      dispatch._padded_all_to_all,
+      2,
+      4,
+      dispatch.CAPACITY_FACTOR,
     )
 
     def one(p, x, chosen, gates, n_slots=None):
