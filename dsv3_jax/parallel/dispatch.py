@@ -19,26 +19,25 @@ is unbalanced. Memory is that of one round. On CPU there is one round, of as
 many rows as possible: see `varying.after` for loops with collectives there.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from dsv3_jax import config, param_spec, varying
-from dsv3_jax.linear import linear, quantize, recipe
+from dsv3_jax.linear import linear, recipe
 from dsv3_jax.model import experts as experts_lib
 from dsv3_jax.model import moe, remat
-from dsv3_jax.parallel import comm_volume, device_mesh
+from dsv3_jax.parallel import comm_volume, device_mesh, transports
+from dsv3_jax.parallel.transports import Axes
 
 CAPACITY_FACTOR = 1.25  # rows of a round, relative to balanced routing
 
 Ffn = Callable[..., jax.Array]
-Axes = tuple[str, ...]
 
 
 def make_expert_parallel_ffn(
@@ -98,12 +97,14 @@ def _transports(
   cfg: config.Router,
   ragged: bool,
   rounds: str,
-) -> list["AllToAll"]:
+) -> list[transports.AllToAll]:
   """Lists the exchanges of a token, the last hop first."""
   hop = functools.partial(
-    AllToAll,
+    transports.AllToAll,
     group=axes,
-    all_to_all=_ragged_all_to_all if ragged else _padded_all_to_all,
+    all_to_all=transports.ragged_all_to_all
+    if ragged
+    else transports.padded_all_to_all,
     capacity_factor=CAPACITY_FACTOR if rounds == "many" else math.inf,
   )
   if form == "all_to_all":
@@ -121,81 +122,6 @@ def _transports(
   ]
 
 
-# --- transports ---
-#
-# A transport sends rows of x [M, ...] to their destinations, `dispatch`, and
-# adds up what returns of them, `combine`; each is the transpose of the other.
-# With FP8 weights, states sent to the experts and gradients of their outputs
-# are in FP8, with scales that are powers of two; what returns of either is in
-# bfloat16 (section 3.3.3). Quantizing received rows again changes nothing, so
-# the number of hops has no effect.
-
-
-class Transport(Protocol):
-  """Sends rows to the devices of their experts and back."""
-
-  def dispatch(self, x: jax.Array, rows: Any) -> jax.Array:
-    """Sends rows of x."""
-    ...
-
-  def combine(self, y: jax.Array, rows: Any) -> jax.Array:
-    """Returns rows to their devices, and adds those of one token."""
-    ...
-
-
-def _dispatch(
-  transport: Transport, tile: int, x: jax.Array, rows: Any
-) -> jax.Array:
-  """Sends rows, in FP8 if there is a tile."""
-
-  def send(a: jax.Array) -> jax.Array:
-    return remat.named(transport.dispatch(a, rows), "sent")
-
-  if not tile:
-    return send(x)
-  quantized = quantize.quantize(x, (1, tile), "power_of_two")
-  return quantize.dequantize(jax.tree.map(send, quantized), x.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _dispatch_states(
-  transport: Transport, tile: int, x: jax.Array, rows: Any
-) -> jax.Array:
-  return _dispatch(transport, tile, x, rows)
-
-
-def _dispatch_states_fwd(transport, tile, x, rows):
-  return _dispatch(transport, tile, x, rows), rows
-
-
-def _dispatch_states_bwd(transport, tile, rows, dy):
-  del tile
-  return transport.combine(dy, rows), None
-
-
-_dispatch_states.defvjp(_dispatch_states_fwd, _dispatch_states_bwd)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _combine_outputs(
-  transport: Transport, tile: int, y: jax.Array, rows: Any
-) -> jax.Array:
-  del tile
-  return transport.combine(y, rows)
-
-
-def _combine_outputs_fwd(transport, tile, y, rows):
-  del tile
-  return transport.combine(y, rows), rows
-
-
-def _combine_outputs_bwd(transport, tile, rows, dx):
-  return _dispatch(transport, tile, dx, rows), None
-
-
-_combine_outputs.defvjp(_combine_outputs_fwd, _combine_outputs_bwd)
-
-
 def _local_choices(chosen: jax.Array, device: jax.Array, n: int) -> jax.Array:
   """Renumbers choices by the n experts of a device; n for experts elsewhere."""
   local = chosen - device * n
@@ -203,23 +129,6 @@ def _local_choices(chosen: jax.Array, device: jax.Array, n: int) -> jax.Array:
 
 
 # --- allgather ---
-
-
-@dataclasses.dataclass(frozen=True)
-class AllGather:
-  """Transport of all rows to all devices along some axes."""
-
-  axes: Axes
-
-  def dispatch(self, x: jax.Array, rows: None) -> jax.Array:
-    """Gathers the rows of all devices."""
-    del rows
-    return jax.lax.all_gather(x, self.axes, tiled=True)
-
-  def combine(self, y: jax.Array, rows: None) -> jax.Array:
-    """Sums the rows over devices; each receives its own."""
-    del rows
-    return jax.lax.psum_scatter(y, self.axes, tiled=True)
 
 
 def _allgather_ffn(
@@ -232,77 +141,16 @@ def _allgather_ffn(
   axes: Axes,
   inner: Ffn,
 ) -> jax.Array:
-  n, transport = p["down"].shape[0], AllGather(axes)
+  n, transport = p["down"].shape[0], transports.AllGather(axes)
   all_chosen = remat.named(transport.dispatch(chosen, None), "sent")
   local = _local_choices(all_chosen, jax.lax.axis_index(axes), n)
-  gates = _dispatch_states(transport, 0, gates, None)
-  states = _dispatch_states(transport, linear.tile(p["gate_up"]), x, None)
+  gates = transports.dispatch(transport, 0, gates, None)
+  states = transports.dispatch(transport, linear.tile(p["gate_up"]), x, None)
   y = inner(p, states, local, gates, n_slots or chosen.size)
-  return _combine_outputs(transport, linear.tile(p["down"]), y, None)
+  return transports.combine(transport, linear.tile(p["down"]), y, None)
 
 
 # --- all-to-all ---
-
-
-def _padded_all_to_all(
-  rows: jax.Array, counts: jax.Array, axes: Axes
-) -> jax.Array:
-  """Sends block i of rows [R, C, ...] to device i; returns theirs in order."""
-  del counts
-  return jax.lax.all_to_all(rows, axes, 0, 0, tiled=True)
-
-
-def _ragged_all_to_all(
-  rows: jax.Array, counts: jax.Array, axes: Axes
-) -> jax.Array:
-  """Sends only the first counts[i] rows of block i; the others arrive as 0."""
-  n, capacity = rows.shape[:2]
-  flat = rows.reshape(n * capacity, *rows.shape[2:])
-  starts = capacity * jnp.arange(n, dtype=jnp.int32)
-  offsets = jnp.full_like(starts, capacity) * jax.lax.axis_index(axes)
-  incoming = _padded_all_to_all(counts, counts, axes)
-  out = jax.lax.ragged_all_to_all(
-    flat,
-    jnp.zeros_like(flat),
-    *varying.alike(starts, counts, offsets, incoming),
-    axis_name=axes,
-  )
-  return out.reshape(rows.shape)
-
-
-@flax.struct.dataclass
-class Rows:
-  """The rows of one round of an exchange."""
-
-  token: jax.Array  # [R, C] int32, tokens for each destination; M: none
-  outgoing: jax.Array  # [R] int32, rows for each destination
-  incoming: jax.Array  # [R] int32, rows from each source
-  n_tokens: int = flax.struct.field(pytree_node=False)  # M
-
-
-@dataclasses.dataclass(frozen=True)
-class AllToAll:
-  """Transport of rows to their destinations along some axes of the group."""
-
-  axes: Axes  # exchanged over
-  group: Axes  # all that must do as many rounds
-  all_to_all: Callable[..., jax.Array]
-  n_devices: int  # of a destination: those of a node, or 1
-  fanout: int  # most destinations of a token
-  capacity_factor: float  # rows of a round, relative to balanced routing
-
-  def dispatch(self, x: jax.Array, rows: Rows) -> jax.Array:
-    """Sends rows of x [M, ...] to their destinations: [R * C, ...]."""
-    y = x.at[rows.token].get(mode="fill", fill_value=0)
-    y = self.all_to_all(y, rows.outgoing, self.axes)
-    return y.reshape(-1, x.shape[-1])
-
-  def combine(self, y: jax.Array, rows: Rows) -> jax.Array:
-    """Returns rows [R * C, D] to their sources, and adds those of a token."""
-    y = y.reshape(*rows.token.shape, -1)
-    y = self.all_to_all(y, rows.incoming, self.axes)
-    x = jnp.zeros_like(y, shape=(rows.n_tokens, y.shape[-1]))
-    return x.at[rows.token].add(y, mode="drop")
 
 
 @flax.struct.dataclass
@@ -358,7 +206,7 @@ def _plan(
 
 
 def _exchange(
-  transport: AllToAll,
+  transport: transports.AllToAll,
   p: param_spec.Params,
   x: jax.Array,
   chosen: jax.Array,
@@ -392,7 +240,7 @@ def _exchange(
 
 
 def _round(
-  transport: AllToAll,
+  transport: transports.AllToAll,
   inner: Ffn,
   capacity: int,
   n_slots: int,
@@ -406,18 +254,18 @@ def _round(
   n_experts = p["down"].shape[0] * transport.n_devices
   token = jax.lax.dynamic_slice_in_dim(plan.queue, i * capacity, capacity, 1)
   outgoing = jnp.clip(plan.counts - i * capacity, 0, capacity)
-  incoming = _padded_all_to_all(outgoing, outgoing, transport.axes)
+  incoming = transports.padded_all_to_all(outgoing, outgoing, transport.axes)
   incoming = remat.named(incoming, "sent")
-  rows = Rows(token, outgoing, incoming, len(x))
+  rows = transports.Rows(token, outgoing, incoming, len(x))
   arrived = jnp.arange(capacity)[None] < incoming[:, None]
   local = remat.named(transport.dispatch(plan.chosen, rows), "sent")
   device = jax.lax.axis_index(transport.axes)
   local = _local_choices(local, device, n_experts)
   local = jnp.where(arrived.reshape(-1, 1), local, n_experts)
-  states = _dispatch_states(transport, linear.tile(p["gate_up"]), x, rows)
-  gates = _dispatch_states(transport, 0, gates, rows)
+  states = transports.dispatch(transport, linear.tile(p["gate_up"]), x, rows)
+  gates = transports.dispatch(transport, 0, gates, rows)
   y = inner(p, states, local, gates, min(n_slots, local.size))
-  return _combine_outputs(transport, linear.tile(p["down"]), y, rows)
+  return transports.combine(transport, linear.tile(p["down"]), y, rows)
 
 
 # --- rounds ---

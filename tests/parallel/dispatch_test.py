@@ -14,7 +14,7 @@ from absl.testing import absltest, parameterized
 from dsv3_jax import config, param_spec
 from dsv3_jax.config import presets
 from dsv3_jax.model import swiglu
-from dsv3_jax.parallel import comm_volume, device_mesh, dispatch
+from dsv3_jax.parallel import comm_volume, device_mesh, dispatch, transports
 
 CFG = config.Router(n_experts=16, top_k=4, n_groups=8, top_groups=4)
 M, D, F = 24, 8, 6  # tokens of a device, widths
@@ -154,18 +154,18 @@ class DispatchTest(parameterized.TestCase):
 
   def test_what_arrives_is_what_is_counted(self):
     # Each device adds 1 for a row that arrived: copies that were really sent.
-    inside = dispatch.AllToAll(
+    inside = transports.AllToAll(
       ("expert",),
       ("node", "expert"),
-      dispatch._padded_all_to_all,
+      transports.padded_all_to_all,
       1,
       4,
       dispatch.CAPACITY_FACTOR,
     )
-    across = dispatch.AllToAll(
+    across = transports.AllToAll(
       ("node",),
       ("node", "expert"),
-      dispatch._padded_all_to_all,
+      transports.padded_all_to_all,
       2,
       4,
       dispatch.CAPACITY_FACTOR,
