@@ -1,1 +1,1 @@
-"""How the work is spread over devices."""
+"""Parallelism over devices: mesh, sharding, expert dispatch and pipelines."""

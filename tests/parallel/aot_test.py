@@ -30,8 +30,9 @@ sys.exit(code)
 
 COMPILE = """
 import jax
-from dsv3_jax import config, presets, train
-from dsv3_jax.parallel import topology
+from dsv3_jax import config, train
+from dsv3_jax.config import presets
+from dsv3_jax.parallel import device_mesh
 jax.config.update("jax_num_cpu_devices", 64)
 run = config.override(
     presets.V3_671B,
@@ -40,7 +41,7 @@ run = config.override(
     "train.first_batch_size=0",
     "schedule.ramp_until=0",
 )
-mesh = topology.mesh({"node": 8, "expert": 8})
+mesh = device_mesh.make_mesh({"node": 8, "expert": 8})
 compiled = train.trace_step(run, mesh).lower().compile()
 print(compiled.memory_analysis().argument_size_in_bytes)
 """
@@ -49,7 +50,7 @@ PIPELINE = """
 import time
 import jax
 from dsv3_jax import config, train
-from dsv3_jax.parallel import topology
+from dsv3_jax.parallel import device_mesh
 from scripts import layout_matrix
 jax.config.update("jax_num_cpu_devices", 64)
 run = config.override(
@@ -60,7 +61,7 @@ run = config.override(
     "train.micro_batches=64",
     "parallel.schedule=dualpipe",
 )
-mesh = topology.mesh({"pipe": 16, "expert": 4})
+mesh = device_mesh.make_mesh({"pipe": 16, "expert": 4})
 began = time.monotonic()
 train.trace_step(run, mesh).lower().compile()
 print(time.monotonic() - began)
@@ -69,7 +70,7 @@ print(time.monotonic() - began)
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-  """What a program said and took."""
+  """Output, memory and time of a program."""
 
   out: str
   seconds: float

@@ -77,13 +77,13 @@ def compiled(mesh, *settings):
 
 
 def slices(layout, kinds):
-  """How many (leaf, dim) are stored in slices."""
+  """Counts the (leaf, dim) that are stored in shards."""
   places = {k: v for k, v in layout.shardings.items() if k in kinds}
   return sum(len(place.fsdp_dims) for place in jax.tree.leaves(places))
 
 
 def of_step(found):
-  """Those that are there for a step, not for a micro-batch or a layer."""
+  """Selects collectives of a step, not of a micro-batch or a layer."""
   # XLA takes the first gathers of the MTP module, which no loop over layers
   # holds, out of the loop over micro-batches.
   return [c for c in found if not (c.looped or "mtp_1" in c.scopes)]

@@ -6,7 +6,7 @@ from dsv3_jax.parallel.pipeline import schedules, simulate
 
 
 def make(name, n_stages, n_micro):
-  """Of so many stages; n_micro in both directions."""
+  """Makes a schedule of n_stages; n_micro in both directions."""
   if name == "dualpipev":
     return schedules.dualpipev(n_stages // 2, n_micro // 2)
   return schedules.SCHEDULES[name](n_stages, n_micro)

@@ -135,13 +135,13 @@ class RowsTest(absltest.TestCase):
   def test_each_row_is_read_by_one_process(self):
     script = (
       "import sys\n"
-      "from dsv3_jax.parallel import topology\n"
+      "from dsv3_jax.parallel import device_mesh\n"
       "from experiments import cluster\n"
       "address, n, i = sys.argv[1], *map(int, sys.argv[2:])\n"
       "cluster.use_virtual_devices(2, spare_threads=True)\n"
       "cluster.Processes(address, n, i, 60).join()\n"
       "mesh = cluster.mesh({'data': 2, 'expert': 2})\n"
-      "print(topology.own_rows(8, mesh))\n"
+      "print(device_mesh.local_rows(8, mesh))\n"
     )
     address = f"127.0.0.1:{testing.free_port()}"
     ended = programs.together(

@@ -109,8 +109,10 @@ def split(
   early = [dx, *(d for d, is_late in pairs if not is_late)]
 
   known, moving = _known(program.jaxpr.eqns, fixed, program.jaxpr.constvars)
-  named = _named(moving, d_outputs, saved_activations)
-  forward, for_input, for_weights = _divide(moving, outputs, early, late, named)
+  saved_eqns = _saved_eqns(moving, d_outputs, saved_activations)
+  forward, for_input, for_weights = _divide(
+    moving, outputs, early, late, saved_eqns
+  )
   given = _outputs(known) | {*fixed, *program.jaxpr.constvars}
   wgrad = _reads(for_weights, late, given)
   residuals = _reads(for_input, [*early, *wgrad], {*given, *d_outputs})
@@ -188,21 +190,21 @@ def _costly(eqns: Eqns) -> Eqns:
   return [eqn for eqn in eqns if eqn.primitive.name not in VIEWS]
 
 
-def _named(
+def _saved_eqns(
   eqns: Eqns, d_outputs: list[core.Var], saved_activations: remat.Kept
 ) -> Eqns | None:
   """Selects the equations that name an activation to save, before backward."""
   if saved_activations is None:
     return None
-  late, named = set(d_outputs), []
+  late, saved_eqns = set(d_outputs), []
   for eqn in eqns:
     if not late.isdisjoint(_variables(eqn.invars)):
       late.update(eqn.outvars)
     elif (
       eqn.primitive.name == "name" and eqn.params["name"] in saved_activations
     ):
-      named.append(eqn)
-  return named
+      saved_eqns.append(eqn)
+  return saved_eqns
 
 
 def _without(eqns: Eqns, others: Eqns) -> Eqns:
@@ -232,18 +234,20 @@ def _divide(
   outputs: list[Any],
   early: list[Any],
   late: list[Any],
-  named: Eqns | None,
+  saved_eqns: Eqns | None,
 ) -> tuple[Eqns, Eqns, Eqns]:
   """Divides equations by what needs them: outputs, early, or late gradients.
 
-  Forward also includes `named`, if given; then the input gradient recomputes
-  all of forward but those.
+  Forward also includes `saved_eqns`, if given; then the input gradient
+  recomputes all of forward but those.
 
   Raises:
     ValueError: a late gradient is computed together with another result.
   """
-  forward = _needed(eqns, [*outputs, *_outputs(named or ())])
-  backward = _without(eqns, _costly(forward) if named is None else named)
+  forward = _needed(eqns, [*outputs, *_outputs(saved_eqns or ())])
+  backward = _without(
+    eqns, _costly(forward) if saved_eqns is None else saved_eqns
+  )
   for_input = _needed(backward, early)
   for_weights = _needed(_without(backward, _costly(for_input)), late)
   if clash := set(late) & (_outputs(for_input) | _outputs(forward)):

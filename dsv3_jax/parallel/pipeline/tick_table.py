@@ -219,7 +219,7 @@ def _received_slots(
   cells: tuple[schedules.Cell | None, ...],
   slots: Slots,
 ) -> list[dict[tuple[str, Any], int]]:
-  """For each rank, the slot of each (kind, source) that a tick sends to it."""
+  """Lists, for each rank, the slot of each (kind, source) that it receives."""
   received = [{} for _ in cells]
   for rank, cell in enumerate(cells):
     for op in cell or ():
