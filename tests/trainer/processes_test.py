@@ -136,11 +136,11 @@ class RowsTest(absltest.TestCase):
     script = (
       "import sys\n"
       "from dsv3_jax.parallel import device_mesh\n"
-      "from experiments import cluster\n"
+      "from dsv3_jax.trainer import distributed\n"
       "address, n, i = sys.argv[1], *map(int, sys.argv[2:])\n"
-      "cluster.use_virtual_devices(2, spare_threads=True)\n"
-      "cluster.Processes(address, n, i, 60).join()\n"
-      "mesh = cluster.mesh({'data': 2, 'expert': 2})\n"
+      "distributed.use_virtual_devices(2, spare_threads=True)\n"
+      "distributed.Processes(address, n, i, 60).join()\n"
+      "mesh = distributed.mesh({'data': 2, 'expert': 2})\n"
       "print(device_mesh.local_rows(8, mesh))\n"
     )
     address = f"127.0.0.1:{testing.free_port()}"
