@@ -34,6 +34,7 @@ from dsv3_jax.errors import InputError
 from dsv3_jax.evals import hidden, needles
 from dsv3_jax.interop import open_run
 from dsv3_jax.parallel import layout_check
+from dsv3_jax.report import page, plots, render
 from dsv3_jax.trainer import metrics_writer, run_args
 from experiments import cli
 
@@ -222,9 +223,6 @@ def _evaluate(
   command: run_args.RunArgs, done: Sequence[Phase], lengths: Sequence[int]
 ) -> None:
   """Grids of all models: on screen, as numbers, as a picture and a report."""
-  from dsv3_jax.report import plots, themes
-  from scripts import report
-
   short = command.run.data.seq_len
   tested = [short]
   while tested[-1] * 2 < lengths[-1]:
@@ -255,10 +253,8 @@ def _evaluate(
     plots.needles, lengths=tested, depths=DEPTHS, right=grids
   )
   height = plots.needles_height_in(len(grids))
-  (command.workdir / "needles.png").write_bytes(
-    themes.render(draw, themes.LIGHT, height)
-  )
-  print(report.write(command.workdir / last.name))
+  (command.workdir / "needles.png").write_bytes(render.png(draw, height))
+  print(page.write(command.workdir / last.name))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from absl import flags
 from dsv3_jax import config
 from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
+from dsv3_jax.report import plots, render
 from dsv3_jax.trainer import metrics_writer, run_args
 from experiments import cli
 
@@ -183,8 +184,6 @@ def _losses(runs: Sequence[tuple[str, run_args.RunArgs]]) -> Losses:
 
 def _write(command: run_args.RunArgs, losses: Losses) -> None:
   """The comparison: on screen, as numbers and as a picture."""
-  from dsv3_jax.report import plots, themes
-
   warmup = command.run.schedule.warmup_steps
   rows = compare(losses, warmup)
   print(table(rows))
@@ -196,7 +195,7 @@ def _write(command: run_args.RunArgs, losses: Losses) -> None:
   }
   text = json.dumps(metrics_writer.to_json(facts), indent=2) + "\n"
   (command.workdir / "comparison.json").write_text(text)
-  picture = themes.render(
+  picture = render.png(
     functools.partial(
       plots.gaps,
       x=[
@@ -208,7 +207,6 @@ def _write(command: run_args.RunArgs, losses: Losses) -> None:
       bar=BAR,
       warmup=warmup,
     ),
-    themes.LIGHT,
     5.2,
   )
   (command.workdir / "loss.png").write_bytes(picture)

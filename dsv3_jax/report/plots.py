@@ -1,8 +1,6 @@
-"""The pictures of a report: functions that draw arrays into a figure.
+"""Drawings: functions that draw arrays into a matplotlib figure.
 
-A drawing takes its colours from matplotlib's settings, which `themes.render`
-sets to those of a theme, so the same picture exists for light and dark pages.
-Nothing here knows of files or of runs.
+Colours and fonts are those of `render`. Files and runs are for others.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,11 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from dsv3_jax.report import render
+
 PANELS = 12  # most layers that are shown with a panel of their own
 
 
 def count(n: float) -> str:
-  """1234567 as 1.23 M."""
+  """Formats 1234567 as 1.23 M."""
   for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
     if abs(n) >= size:
       return f"{n / (1e3 if unit == 'k' else size):.3g} {unit}"
@@ -26,7 +26,7 @@ def count(n: float) -> str:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-  """Centred running mean that skips values which are not finite."""
+  """Returns the centred running mean over the finite values."""
   if window < 2:
     return values
   finite, kernel = np.isfinite(values), np.ones(window)
@@ -37,12 +37,12 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _window(n: int) -> int:
-  """A running mean of 2 % of the run."""
+  """Window of a running mean over 2 % of the run."""
   return max(1, n // 50)
 
 
 def _scales(axes: Axes, *, label: bool = True, ticks: int = 6) -> None:
-  """Training tokens to the right, and about as many ticks upwards as given."""
+  """Formats the axes: tokens to the right, about `ticks` ticks upwards."""
   # The default number of ticks depends on the room that the layout leaves,
   # and this on the width of their labels: a label could be cut off.
   axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(ticks))
@@ -54,7 +54,7 @@ def _scales(axes: Axes, *, label: bool = True, ticks: int = 6) -> None:
 
 
 def _trend(axes: Axes, x: np.ndarray, y: np.ndarray, label: str) -> None:
-  """A running mean over the faint values it is made of."""
+  """Draws the running mean of y over the faint values themselves."""
   window = _window(len(y))
   marker = "o" if len(y) == 1 else None
   (line,) = axes.plot(x, smooth(y, window), marker=marker, label=label)
@@ -68,7 +68,7 @@ def losses(
   curves: Mapping[str, np.ndarray],
   points: Mapping[str, tuple[np.ndarray, np.ndarray]],
 ) -> None:
-  """Losses of every step, as trends, and of evaluations, as points.
+  """Draws losses of every step as trends, those of evaluations as points.
 
   Args:
     figure: drawn into.
@@ -94,7 +94,7 @@ def gaps(
   bar: float,
   warmup: int,
 ) -> None:
-  """Losses of several runs, and below how far they are from the first.
+  """Draws losses of several runs, and below their gaps to the first.
 
   Args:
     figure: drawn into.
@@ -127,9 +127,9 @@ def gaps(
 
 
 def bits_per_byte(
-  figure: Figure, x: np.ndarray, y: np.ndarray, rivals: Mapping[str, float]
+  figure: Figure, x: np.ndarray, y: np.ndarray, baselines: Mapping[str, float]
 ) -> None:
-  """Held-out bits per byte, and what other compressors need as lines."""
+  """Draws held-out bits per byte, with those of compressors as lines."""
   axes = figure.subplots()
   axes.plot(x, y, marker="o", markersize=4)
   left = {"textcoords": "offset points", "ha": "right"}
@@ -137,8 +137,8 @@ def bits_per_byte(
     at = x[-1], y[-1]
     axes.annotate(f"{y[-1]:.2f}", at, (0, -6), va="top", **left)
   edge = axes.get_yaxis_transform()  # x = 1 is the right edge
-  for name, value in rivals.items():
-    axes.axhline(value, color=axes.yaxis.label.get_color(), ls="--", lw=1)
+  for name, value in baselines.items():
+    axes.axhline(value, color=render.INK, ls="--", lw=1)
     text = f"{name} {value:.2f}"
     axes.annotate(text, (1, value), (0, 3), edge, va="bottom", **left)
   axes.set_ylabel("bits per byte of held-out text")
@@ -149,12 +149,11 @@ def bits_per_byte(
 def max_violation(
   figure: Figure, x: np.ndarray, vio: np.ndarray, names: Sequence[str]
 ) -> None:
-  """Running mean of MaxVio [steps, routers], a line a router, by depth."""
+  """Draws the running mean of MaxVio [steps, routers], one line per router."""
   axes = figure.subplots()
   n = len(names)
   ramp = matplotlib.colormaps["viridis"]
-  # The ends of the ramp are too faint on a white or on a black page.
-  colours = ramp(np.linspace(0.18, 0.88, n))
+  colours = ramp(np.linspace(0.1, 0.88, n))  # its end is too faint on white
   window, marker = _window(len(x)), "o" if len(x) == 1 else None
   for column, colour in zip(vio.T, colours, strict=True):
     axes.plot(x, smooth(column, window), color=colour, marker=marker, lw=1.5)
@@ -179,13 +178,18 @@ def load_maps(
   titles: Sequence[str],
   names: Sequence[str],
 ) -> None:
-  """Heat maps of expert load [times, routers, experts], 1 where it is even."""
+  """Draws heat maps of expert load [times, routers, experts]; 1 is even."""
   times, routers, _ = shares.shape
   columns = min(times, 2)
   grid = figure.subplots(-(-times // columns), columns, squeeze=False)
   for axes, share, title in zip(grid.flat, shares, titles, strict=False):
     image = axes.imshow(
-      share, vmin=0, vmax=2, aspect="auto", interpolation="nearest"
+      share,
+      vmin=0,
+      vmax=2,
+      aspect="auto",
+      interpolation="nearest",
+      cmap=render.LOAD,
     )
     axes.set_title(title, loc="left")
     axes.tick_params(length=0)
@@ -205,7 +209,7 @@ def load_maps(
 def load_over_time(
   figure: Figure, x: np.ndarray, shares: np.ndarray, names: Sequence[str]
 ) -> None:
-  """One heat map a router: experts upwards, tokens to the right.
+  """Draws one heat map per router: experts upwards, tokens to the right.
 
   Args:
     figure: drawn into.
@@ -213,14 +217,18 @@ def load_over_time(
     shares: [times, routers, experts], 1 where the load is even.
     names: of the routers.
   """
-  shown = spread(len(names), PANELS)
+  shown = evenly_spaced(len(names), PANELS)
   columns = min(len(shown), 2)
   rows = -(-len(shown) // columns)
   grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
   experts = np.arange(shares.shape[-1])
   for axes, i in zip(grid.flat, shown, strict=False):
     image = axes.pcolormesh(
-      x, experts, shares[:, i].T, vmin=0, vmax=2, shading="nearest"
+      *(x, experts, shares[:, i].T),
+      vmin=0,
+      vmax=2,
+      shading="nearest",
+      cmap=render.LOAD,
     )
     axes.set_title(names[i], loc="left")
     axes.tick_params(length=0)
@@ -245,13 +253,13 @@ def _share_bar(figure: Figure, image: object, grid: np.ndarray) -> None:
   bar.set_label("load of an expert (1: its even share)")
 
 
-def placement(
+def expert_placement(
   figure: Figure,
   in_order: np.ndarray,
   placed: np.ndarray,
   names: Sequence[str],
 ) -> None:
-  """Load of the busiest device, before and after, a line a router.
+  """Draws the load of the busiest device per router, before and after EPLB.
 
   Args:
     figure: drawn into.
@@ -263,16 +271,16 @@ def placement(
   rows = np.arange(len(names))
   axes.hlines(rows, placed, in_order, color="C0", alpha=0.35, linewidth=1.2)
   size = 6 if len(rows) <= 16 else 3
-  how = {"linestyle": "none", "markersize": size}
-  axes.plot(in_order, rows, "o", label="experts in order", **how)
-  axes.plot(placed, rows, "D", label="placed by load, with replicas", **how)
+  marks = {"linestyle": "none", "markersize": size}
+  axes.plot(in_order, rows, "o", label="experts in order", **marks)
+  axes.plot(placed, rows, "D", label="placed by load, with replicas", **marks)
   shown = np.arange(0, len(rows), -(-len(rows) // 16))
   axes.set_yticks(shown, [names[i] for i in shown])
   axes.tick_params(axis="y", length=0)
   axes.set_ylim(len(rows) - 0.5, -0.5)  # first layer on top
   axes.grid(True, axis="x", linewidth=0.8)
   axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6))
-  axes.axvline(1, color=axes.yaxis.label.get_color(), ls="--", lw=1)
+  axes.axvline(1, color=render.INK, ls="--", lw=1)
   axes.margins(x=0.04)
   axes.set_xlabel("load of the busiest device (1: the mean of all)")
   figure.legend(loc="outside upper left", ncols=2)
@@ -289,19 +297,17 @@ def needles(
   depths: Sequence[float],
   right: Mapping[str, Sequence[Sequence[float]]],
 ) -> None:
-  """A heat map a model: context to the right, depth of the needle downwards.
+  """Draws a heat map per model: context length by depth of the needle.
 
   Args:
     figure: drawn into.
     lengths: of contexts, in tokens.
     depths: of needles, 0 to 1.
-    right: shares of right answers [lengths, depths], by model.
+    right: shares of right answers [lengths, depths] by model.
   """
-  colours = [
-    matplotlib.rcParams["axes.facecolor"],
-    matplotlib.rcParams["axes.prop_cycle"].by_key()["color"][0],
-  ]
-  ramp = LinearSegmentedColormap.from_list("found", colours)
+  ramp = LinearSegmentedColormap.from_list(
+    "share-right", [render.PAPER, render.SERIES[0]]
+  )
   columns = min(len(right), 2)
   rows = -(-len(right) // columns)
   grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
@@ -312,7 +318,7 @@ def needles(
     axes.set_title(label, loc="left")
     axes.tick_params(length=0)
     axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
-    shown = spread(len(depths), 3)
+    shown = evenly_spaced(len(depths), 3)
     axes.set_yticks(shown, [f"{depths[i]:.0%}" for i in shown])
     axes.spines[:].set_visible(True)
   for axes in grid.flat[len(right) :]:
@@ -327,8 +333,8 @@ def needles(
   bar.set_label("right answers")
 
 
-def spread(n: int, most: int) -> list[int]:
-  """At most `most` indices below n, first and last among them, evenly apart."""
+def evenly_spaced(n: int, most: int) -> list[int]:
+  """At most `most` evenly spaced indices below n, first and last included."""
   return sorted({round(i) for i in np.linspace(0, n - 1, min(n, most))})
 
 
@@ -339,7 +345,7 @@ def panels(
   *,
   noisy: bool,
 ) -> None:
-  """Curves of different units, one above the other.
+  """Draws curves of different units, one above the other.
 
   Args:
     figure: drawn into.

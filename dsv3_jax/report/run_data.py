@@ -1,4 +1,4 @@
-"""What a run has written, read back: rows, settings, and figures of merit."""
+"""Reads a workdir for the report: rows, settings and figures of merit."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ LAST_LOADS = 0.25  # experts are placed for the loads of this share of them
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-  """What a run has written."""
+  """The content of a workdir."""
 
   name: str
   steps: list[dict]  # rows of optimizer steps
@@ -34,8 +34,8 @@ class Record:
 
 
 @dataclasses.dataclass(frozen=True)
-class Balance:
-  """What placing the experts by their load does for devices that serve."""
+class ExpertBalance:
+  """Load of serving devices with experts in order, and with EPLB."""
 
   n_devices: int
   n_experts: int
@@ -68,7 +68,7 @@ def _read_object(path: pathlib.Path, missing: list[str]) -> dict[str, Any]:
 
 
 def _needles(path: pathlib.Path) -> dict[str, Any]:
-  """What few runs have, so that none lacks it."""
+  """Reads the answers of experiments.context; {} where there are none."""
   if not path.is_file():
     return {}
   try:
@@ -78,7 +78,7 @@ def _needles(path: pathlib.Path) -> dict[str, Any]:
 
 
 def read(workdir: str | os.PathLike) -> Record:
-  """Everything that the report needs from a workdir.
+  """Reads everything that the report needs from a workdir.
 
   Raises:
     InputError: there is no training step in it.
@@ -120,7 +120,7 @@ def column(rows: Sequence[dict], key: str) -> np.ndarray | None:
 
 
 def nested(rows: Sequence[dict], key: str) -> tuple[list[int], np.ndarray]:
-  """Where rows have a nested list under a key, and the lists as one array."""
+  """Returns indices of rows with a nested list, and the lists as one array."""
   at = [i for i, row in enumerate(rows) if row.get(key)]
   return at, np.array([rows[i][key] for i in at], float)
 
@@ -164,8 +164,8 @@ def shares(run: Record) -> tuple[list[int], np.ndarray]:
   return at, np.divide(load, mean, np.full_like(load, np.nan), where=mean > 0)
 
 
-def balance(run: Record) -> Balance | None:
-  """Of the mean load at the end; None where there is nothing to divide."""
+def expert_balance(run: Record) -> ExpertBalance | None:
+  """Balances the mean load at the end; None without experts to divide."""
   at, load = nested(run.steps, "load")
   if not load.size:
     return None
@@ -174,13 +174,13 @@ def balance(run: Record) -> Balance | None:
   if (n := _devices(n_experts)) < 2:
     return None
   in_order, placed = (
-    eplb.imbalance(where.loads(mean, n))
-    for where in (
+    eplb.imbalance(placement.loads(mean, n))
+    for placement in (
       eplb.identity(n_layers, n_experts),
       eplb.place(mean, n_replicas=n_experts + n, n_devices=n),
     )
   )
-  return Balance(n, n_experts, in_order, placed)
+  return ExpertBalance(n, n_experts, in_order, placed)
 
 
 def _devices(n_experts: int) -> int:
@@ -189,7 +189,7 @@ def _devices(n_experts: int) -> int:
   return most if most < n_experts else n_experts // 2
 
 
-def rivals(run: Record) -> dict[str, float]:
+def baselines(run: Record) -> dict[str, float]:
   """Bits per byte that other compressors need for the held-out text."""
   known = {"bzip2 -9": "bzip2_bpb", "xz -9e": "xz_bpb"}
   return {

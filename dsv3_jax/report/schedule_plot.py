@@ -13,9 +13,9 @@ from matplotlib.legend_handler import HandlerTuple
 from matplotlib.patches import Patch, Rectangle
 
 from dsv3_jax.parallel.pipeline import schedules, simulate
-from dsv3_jax.report import themes
+from dsv3_jax.report import render
 
-KINDS = {
+OP_NAMES = {
   "F": "forward",
   "B": "backward",
   "I": "input gradient",
@@ -34,16 +34,14 @@ Colour = tuple[float, float, float]
 def png(
   schedule: schedules.Schedule,
   timeline: simulate.Timeline,
-  theme: themes.Theme = themes.LIGHT,
 ) -> bytes:
-  """The picture as PNG bytes."""
+  """Renders the picture as PNG bytes."""
   shortest = min(end - start for _, start, end, _ in timeline.cells(schedule))
   width_in = LABELS_IN + CELL_IN * timeline.makespan / shortest
-  width_in = min(max(width_in, themes.WIDTH_IN), WIDEST_IN)
+  width_in = min(max(width_in, render.WIDTH_IN), WIDEST_IN)
   unit_in = (width_in - LABELS_IN) / timeline.makespan
-  return themes.render(
+  return render.png(
     lambda figure: _draw(figure, schedule, timeline, unit_in),
-    theme,
     1.5 + ROW_IN * schedule.n_ranks,
     width_in,
   )
@@ -65,7 +63,7 @@ def _draw(
       at = start + width / 2, y + height / 2
       _number(axes, op.micro_batch, at, width * unit_in, color=ink)
     if len(cell) == 2:
-      axes.add_patch(Rectangle((start, top), width, THICK, **_joined()))
+      axes.add_patch(Rectangle((start, top), width, THICK, **_pair_edge()))
   _frame(axes, schedule, timeline)
   _legend(figure, schedule)
 
@@ -79,7 +77,7 @@ def _number(
     axes.text(*at, str(n), color=color, **text)
 
 
-def _joined() -> dict[str, Any]:
+def _pair_edge() -> dict[str, Any]:
   """The look of the frame around a pair."""
   ink = matplotlib.rcParams["text.color"]
   return {"fill": False, "ec": ink, "lw": 1.2, "zorder": 3}
@@ -89,7 +87,7 @@ def _colours(op: schedules.Op) -> tuple[Colour, Colour]:
   """Of an operation and of the number in it: a hue a kind, pale one way."""
   settings = matplotlib.rcParams
   series = settings["axes.prop_cycle"].by_key()["color"]
-  hue = to_rgb(series[list(KINDS).index(op.kind)])
+  hue = to_rgb(series[list(OP_NAMES).index(op.kind)])
   paper, ink = (
     to_rgb(settings[name]) for name in ("figure.facecolor", "text.color")
   )
@@ -130,12 +128,12 @@ def _legend(figure: Figure, schedule: schedules.Schedule) -> None:
       Patch(fc=_colours(schedules.Op(kind, direction, 0))[0])
       for direction in directions
     )
-    for kind, name in KINDS.items()
+    for kind, name in OP_NAMES.items()
     if kind in kinds
   }
   title = None
   if len(directions) > 1:
-    entries["overlapped"] = (Patch(**_joined()),)
+    entries["overlapped"] = (Patch(**_pair_edge()),)
     title = "direction 0 dark, direction 1 pale"
   figure.legend(
     entries.values(),

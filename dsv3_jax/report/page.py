@@ -1,77 +1,27 @@
-"""The HTML of a report: one page with its style and pictures inside."""
+"""The page of a report: report.html, one file with its pictures inside."""
 
 import base64
 import dataclasses
 import html
-from collections.abc import Iterator, Sequence
+import os
+import pathlib
+import string
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from dsv3_jax.report import plots, run_data
+from dsv3_jax.report import pictures, plots, render, run_data
 from dsv3_jax.trainer import event_log, metrics_writer
 
+TEMPLATE = pathlib.Path(__file__).with_name("page.html")
 SAMPLES = 6  # most samples of text that are shown
 
-STYLE = """
-:root { color-scheme: light dark; --paper: #ffffff; --ink: #2b3036;
-  --soft: #667079; --line: #e3e6ea; --card: #f6f7f9; --accent: #0072b2; }
-@media (prefers-color-scheme: dark) { :root { --paper: #1b1f24;
-  --ink: #d5dae0; --soft: #98a2ad; --line: #333a43; --card: #242a31;
-  --accent: #56b4e9; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 50rem;
-  background: var(--paper); color: var(--ink);
-  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0; }
-h2 { font-size: 1.25rem; margin: 3rem 0 .6rem; }
-.sub { color: var(--soft); margin: .2rem 0 1.2rem; overflow-wrap: anywhere; }
-.tiles { display: grid; gap: .75rem; margin: 1.6rem 0;
-  grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); }
-.tile { background: var(--card); border-radius: .5rem; padding: .8rem 1rem; }
-.tile b { display: block; font-size: 1.55rem; line-height: 1.25;
-  color: var(--accent); font-variant-numeric: tabular-nums; }
-.tile span { font-size: .85rem; color: var(--soft); line-height: 1.35;
-  display: block; }
-table { width: 100%; border-collapse: collapse; font-size: .93rem;
-  font-variant-numeric: tabular-nums; }
-th, td { text-align: left; vertical-align: top; padding: .32rem .5rem .32rem 0;
-  border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
-th { font-weight: normal; color: var(--soft); width: 40%; }
-th.group { color: var(--ink); font-weight: 600; padding-top: 1.3rem; }
-figure { margin: 0; }
-.scroll { overflow-x: auto; }
-img { display: block; width: 100%; min-width: 26rem; height: auto; }
-figcaption, .note { font-size: .88rem; line-height: 1.5; color: var(--soft);
-  margin-top: .5rem; }
-.sample { margin: 0 0 1.2rem; }
-.sample h3 { font-size: .88rem; font-weight: 600; color: var(--soft);
-  margin: 0 0 .3rem; }
-.sample p { margin: 0; padding: .8rem 1rem; background: var(--card);
-  border-radius: .5rem; font-family: Georgia, "Times New Roman", serif;
-  white-space: pre-wrap; overflow-wrap: anywhere; }
-details { margin-top: 1.5rem; } summary { cursor: pointer; }
-summary h2 { display: inline; font-size: 1rem; }
-@media print { h2 { break-after: avoid; } figure, .sample {
-  break-inside: avoid; } }
-"""
-
-
-@dataclasses.dataclass(frozen=True)
-class Figure:
-  """A picture with its words."""
-
-  title: str
-  caption: str
-  light: bytes  # PNG
-  dark: bytes  # PNG
-
-
-# --- numbers as people read them ---
+# --- numbers and values as text ---
 
 
 def seconds(s: float) -> str:
-  """281 as 4 min 41 s."""
+  """Formats 281 as 4 min 41 s."""
   if s < 60:
     return f"{s:.1f} s"
   minutes, rest = divmod(round(s), 60)
@@ -79,8 +29,8 @@ def seconds(s: float) -> str:
   return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
-def shown(value: Any) -> str:
-  """A setting or a figure, whatever its type."""
+def as_text(value: Any) -> str:
+  """Formats a setting or a figure of any type."""
   if isinstance(value, bool) or value is None:
     return {True: "yes", False: "no", None: "none"}[value]
   if isinstance(value, int):
@@ -88,18 +38,18 @@ def shown(value: Any) -> str:
   if isinstance(value, float):
     return f"{value:.6g}"
   if isinstance(value, list):
-    unique = list(dict.fromkeys(map(shown, value)))
+    unique = list(dict.fromkeys(map(as_text, value)))
     times = f"{len(value)} x " if len(unique) == 1 < len(value) else ""
     return times + ", ".join(unique)
   return str(value)
 
 
-# --- what is said ---
+# --- figures of merit, in words and tables ---
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-  """Figures of merit; None where a run doesn't have them."""
+  """Figures of merit; None where a run lacks them."""
 
   steps: int
   budget: int | None  # steps in the token budget
@@ -112,7 +62,7 @@ class Results:
 
 
 def results(run: run_data.Record) -> Results:
-  """The figures of merit of a run."""
+  """Computes the figures of merit of a run."""
   last = run_data.last_steps(run)
   loss = run_data.column(last, "main_loss")
   if loss is None:
@@ -134,7 +84,7 @@ def results(run: run_data.Record) -> Results:
 
 
 def _summary(run: run_data.Record, r: Results) -> str:
-  """One paragraph: what was trained, how good it is, how even its experts."""
+  """Describes model, training, quality and expert balance in a paragraph."""
   sizes = run.summary.get("parameters")
   active = run.summary.get("active_parameters")
   text = "A model of the DeepSeek-V3 kind"
@@ -151,7 +101,7 @@ def _summary(run: run_data.Record, r: Results) -> str:
   if r.heldout_bpb is not None:
     text += f" It needs {r.heldout_bpb:.2f} bits for a byte of text that it"
     text += " has never seen"
-    for name, bits in run_data.rivals(run).items():
+    for name, bits in run_data.baselines(run).items():
       text += f"; {name} needs {bits:.2f}"
     text += "."
   else:
@@ -165,7 +115,7 @@ def _summary(run: run_data.Record, r: Results) -> str:
 
 
 def _tiles(run: run_data.Record, r: Results) -> Iterator[tuple[str, str]]:
-  """(figure, what it is) of the most important results."""
+  """Yields (figure, caption) of the most important results."""
   if r.heldout_bpb is not None:
     yield f"{r.heldout_bpb:.3f}", "bits per byte of held-out text"
   if r.loss is not None:
@@ -177,8 +127,8 @@ def _tiles(run: run_data.Record, r: Results) -> Iterator[tuple[str, str]]:
 
 
 def _table(run: run_data.Record, r: Results) -> dict[str, dict[str, Any]]:
-  """{group: {what: value}}, without what the run doesn't have."""
-  c, s, rivals = run.config, run.summary, run_data.rivals(run).items()
+  """Returns {group: {name: value}}, without the values that the run lacks."""
+  c, s, baselines = run.config, run.summary, run_data.baselines(run).items()
 
   def size(key: str) -> str | None:
     return f"{plots.count(s[key])} ({s[key]:,})" if s.get(key) else None
@@ -209,7 +159,7 @@ def _table(run: run_data.Record, r: Results) -> dict[str, dict[str, Any]]:
       "Training loss, last tenth (nats per token)": _digits(r.loss, 4),
       "Held-out loss (nats per token)": _digits(r.heldout_loss, 4),
       "Held-out bits per byte": _digits(r.heldout_bpb, 3),
-      **{f"{name}, same bytes": _digits(b, 3) for name, b in rivals},
+      **{f"{name}, same bytes": _digits(b, 3) for name, b in baselines},
       "MaxVio of the least even layer, last tenth": (
         r.worst and f"{r.worst[1]:.3f} ({r.worst[0]})"
       ),
@@ -221,13 +171,13 @@ def _table(run: run_data.Record, r: Results) -> dict[str, dict[str, Any]]:
     },
   }
   return {
-    group: {k: v for k, v in facts.items() if v is not None}
-    for group, facts in groups.items()
+    group: {k: v for k, v in values.items() if v is not None}
+    for group, values in groups.items()
   }
 
 
 def _time(run: run_data.Record) -> dict[str, Any]:
-  """What the time of a run went into, from its first start on."""
+  """Returns the wall time of all starts by what it was spent on."""
   spent = event_log.goodput(run.events)
   total = sum(spent.values())
   if not total:
@@ -275,33 +225,28 @@ def _batch(c: dict[str, Any]) -> str | None:
 # --- HTML ---
 
 
-def _rows(facts: dict[str, Any]) -> str:
+def _rows(values: Mapping[str, Any]) -> str:
   return "".join(
     f"<tr><th scope=row>{html.escape(str(key))}</th>"
-    f"<td>{html.escape(shown(value))}</td></tr>\n"
-    for key, value in facts.items()
+    f"<td>{html.escape(as_text(value))}</td></tr>\n"
+    for key, value in values.items()
   )
 
 
 def _table_html(run: run_data.Record, r: Results) -> str:
-  body = "".join(
-    f"<tr><th class=group colspan=2>{group}</th></tr>\n{_rows(facts)}"
-    for group, facts in _table(run, r).items()
-    if facts
+  return "".join(
+    f"<tr><th class=group colspan=2>{group}</th></tr>\n{_rows(values)}"
+    for group, values in _table(run, r).items()
+    if values
   )
-  return f"<h2>The run</h2>\n<table>\n{body}</table>\n"
 
 
-def _figure_html(figure: Figure) -> str:
-  light, dark = (
-    "data:image/png;base64," + base64.b64encode(png).decode()
-    for png in (figure.light, figure.dark)
-  )
+def _figure_html(picture: pictures.Picture, png: bytes) -> str:
+  source = "data:image/png;base64," + base64.b64encode(png).decode()
   return (
-    f"<h2>{figure.title}</h2>\n<figure><div class=scroll><picture>"
-    f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-    f'<img alt="{html.escape(figure.title)}" src="{light}"></picture></div>\n'
-    f"<figcaption>{html.escape(figure.caption)}</figcaption></figure>\n"
+    f"<h2>{picture.title}</h2>\n<figure><div class=scroll>"
+    f'<img alt="{html.escape(picture.title)}" src="{source}"></div>\n'
+    f"<figcaption>{html.escape(picture.caption)}</figcaption></figure>\n"
   )
 
 
@@ -309,7 +254,7 @@ def _samples_html(run: run_data.Record) -> str:
   rows = [row for row in run.evals if row.get("sample")]
   if not rows:
     return ""
-  chosen = [rows[i] for i in plots.spread(len(rows), SAMPLES)]
+  chosen = [rows[i] for i in plots.evenly_spaced(len(rows), SAMPLES)]
   parts = []
   for row in chosen:
     bits = row.get("heldout_bpb")
@@ -332,24 +277,26 @@ def _list_html(title: str, lines: Sequence[str]) -> str:
   return f"<h2>{title}</h2>\n<ul class=note>\n{items}</ul>\n"
 
 
-def _details_html(title: str, facts: dict[str, Any]) -> str:
-  if not facts:
+def _details_html(title: str, values: Mapping[str, Any]) -> str:
+  if not values:
     return ""
   return (
     f"<details><summary><h2>{title}</h2></summary>\n"
-    f"<table>\n{_rows(facts)}</table></details>\n"
+    f"<table>\n{_rows(values)}</table></details>\n"
   )
 
 
-def html_of(
-  run: run_data.Record, figures: Sequence[Figure], missing: Sequence[str]
+def to_html(
+  run: run_data.Record,
+  figures: Sequence[tuple[pictures.Picture, bytes]],
+  missing: Sequence[str],
 ) -> str:
-  """The whole page.
+  """Fills the template.
 
   Args:
-    run: what was written.
-    figures: in order.
-    missing: sentences that say what the run doesn't have.
+    run: read from its workdir.
+    figures: pictures in order, and their PNG bytes.
+    missing: sentences on what the run lacks.
   """
   r = results(run)
   missing = list(missing)
@@ -360,26 +307,52 @@ def html_of(
     for name, (mean, top) in run_data.final_violation(run).items()
   }
   variant = str(run.config.get("variant", run.name))
-  title = html.escape(f"Training run: {variant}")
-  tiles = "".join(
+  tiles = (
     f"<div class=tile><b>{html.escape(figure)}</b>"
-    f"<span>{html.escape(what)}</span></div>\n"
-    for figure, what in _tiles(run, r)
+    f"<span>{html.escape(caption)}</span></div>\n"
+    for figure, caption in _tiles(run, r)
   )
-  return (
-    '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-    '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-    f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-    f"<h1>{title}</h1>\n"
-    f"<p class=sub>workdir {html.escape(run.name)}</p>\n"
-    f"<p>{html.escape(_summary(run, r))}</p>\n"
-    f"<div class=tiles>\n{tiles}</div>\n"
-    + "".join(map(_figure_html, figures))
-    + _samples_html(run)
-    + _table_html(run, r)
-    + _list_html("Not in this report", missing)
-    + _details_html("MaxVio of every layer, last tenth", violation)
-    + _details_html("All settings", run.config)
-    + _details_html("All of summary.json", run.summary)
-    + "</body>\n</html>\n"
+  details = {
+    "MaxVio of every layer, last tenth": violation,
+    "All settings": run.config,
+    "All of summary.json": run.summary,
+  }
+  return string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+    title=html.escape(f"Training run: {variant}"),
+    name=html.escape(run.name),
+    summary=html.escape(_summary(run, r)),
+    tiles="".join(tiles),
+    figures="".join(_figure_html(*figure) for figure in figures),
+    samples=_samples_html(run),
+    table=_table_html(run, r),
+    missing=_list_html("Not in this report", missing),
+    details="".join(_details_html(*item) for item in details.items()),
   )
+
+
+def write(workdir: str | os.PathLike) -> pathlib.Path:
+  """Writes report.html, and the pictures in report/, of a workdir.
+
+  Returns:
+    The path of the page.
+
+  Raises:
+    InputError: there is no training step in the workdir.
+  """
+  run, workdir = run_data.read(workdir), pathlib.Path(workdir)
+  (workdir / "report").mkdir(exist_ok=True)
+  figures, missing = [], list(run.missing)
+  for picture in pictures.pictures(run):
+    if isinstance(picture, str):
+      missing.append(picture)
+      continue
+    png = render.png(picture.draw, picture.height_in)
+    (workdir / "report" / f"{picture.name}.png").write_bytes(png)
+    figures.append((picture, png))
+  path = workdir / "report.html"
+  partial = path.with_suffix(".partial")
+  # A model may write half a surrogate pair, which has no UTF-8.
+  text = to_html(run, figures, missing)
+  partial.write_text(text, encoding="utf-8", errors="replace")
+  os.replace(partial, path)
+  return path

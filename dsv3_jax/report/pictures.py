@@ -1,0 +1,259 @@
+"""Pictures of a run: title, caption and drawing of each."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+from matplotlib.figure import Figure
+
+from dsv3_jax.report import plots, run_data
+
+SNAPSHOTS = 4  # heat maps of expert load
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+  """A figure of the report."""
+
+  name: str  # of its file
+  title: str
+  caption: str
+  draw: Callable[[Figure], None]
+  height_in: float = 3.4
+
+
+# Each function returns a Picture, or a sentence on what the run lacks.
+
+
+def _curves(run: run_data.Record, keys: dict[str, str]) -> dict:
+  """Returns the columns that the run has, by label."""
+  columns = {k: run_data.column(run.steps, key) for k, key in keys.items()}
+  return {label: y for label, y in columns.items() if y is not None}
+
+
+def _losses(run: run_data.Record) -> Picture | str:
+  curves = _curves(run, {"next token": "main_loss", "MTP": "mtp_loss"})
+  if not (curves := curves or _curves(run, {"training": "loss"})):
+    return "Loss: no step has a finite one."
+  caption = "Every step faint, a running mean over 2% of the run solid."
+  if "MTP" in curves:
+    caption += (
+      " MTP is the loss of the multi-token prediction modules: they predict"
+      " one token further and are given one token more, so the two can be"
+      " alike."
+    )
+  points = {}
+  if (heldout := run_data.column(run.evals, "heldout_loss")) is not None:
+    at = run_data.tokens_at(run, [row["step"] for row in run.evals])
+    points["held-out text, next token"] = at, heldout
+    caption += " Held-out text is never trained on."
+  return Picture(
+    name="loss",
+    title="Loss",
+    caption=caption,
+    draw=functools.partial(
+      plots.losses,
+      x=run_data.column(run.steps, "tokens"),
+      curves=curves,
+      points=points,
+    ),
+  )
+
+
+def _bits_per_byte(run: run_data.Record) -> Picture | str:
+  bits = run_data.column(run.evals, "heldout_bpb")
+  if bits is None:
+    return "Bits per byte: no held-out evaluation was written."
+  baselines = run_data.baselines(run)
+  x = run_data.tokens_at(run, [row["step"] for row in run.evals])
+  caption = (
+    "How well the model would compress held-out text; lower is better, and"
+    " the tokenizer has no influence on it."
+  )
+  if baselines:
+    caption += (
+      " Dashed: what these programs need for the same bytes after the same"
+      " training text."
+    )
+  return Picture(
+    name="bits_per_byte",
+    title="Bits per byte",
+    caption=caption,
+    draw=functools.partial(
+      plots.bits_per_byte, x=x, y=bits, baselines=baselines
+    ),
+  )
+
+
+def _max_violation(run: run_data.Record) -> Picture | str:
+  at, vio = run_data.nested(run.steps, "max_vio_per_layer")
+  if not vio.size:
+    return "MaxVio: no row has it; without MoE layers there is none."
+  return Picture(
+    name="max_violation",
+    title="Balance of the experts",
+    caption=(
+      "MaxVio: how far the busiest expert of a layer is above its even"
+      " share of a step's tokens, as a part of that share; running mean"
+      " over 2% of the run. At 0, all experts have the same load."
+    ),
+    draw=functools.partial(
+      plots.max_violation,
+      x=run_data.column(run.steps, "tokens")[at],
+      vio=vio,
+      names=run_data.router_names(run, vio.shape[1]),
+    ),
+  )
+
+
+def _load_maps(run: run_data.Record) -> Picture | str:
+  at, shares = run_data.shares(run)
+  if not shares.size:
+    return "Expert load: no row has it; without MoE layers there is none."
+  shown = plots.evenly_spaced(len(at), SNAPSHOTS)
+  names = run_data.router_names(run, shares.shape[1])
+  rows = -(-len(shown) // 2)
+  return Picture(
+    name="expert_load",
+    title="Load of every expert",
+    caption=(
+      "Share of a layer's tokens that each expert received in one step,"
+      " relative to an even share. Blue experts were idle, orange ones"
+      " busy; an evenly used layer fades into the page. Layers count from"
+      " 0, dense ones have no experts."
+    ),
+    draw=functools.partial(
+      plots.load_maps,
+      shares=shares[shown],
+      titles=[f"step {run.steps[at[i]]['step']:,}" for i in shown],
+      names=names,
+    ),
+    height_in=1.2 + rows * (0.8 + 0.16 * min(16, len(names))),
+  )
+
+
+def _load_over_time(run: run_data.Record) -> Picture | str:
+  at, shares = run_data.shares(run)
+  if len(at) < 3:
+    return "Expert load over time: fewer than three rows have the loads."
+  n = shares.shape[1]
+  shown = min(n, plots.PANELS)
+  return Picture(
+    name="expert_load_over_time",
+    title="Load over time",
+    caption="The same shares through the whole run, a panel a layer."
+    + (f" {shown} of {n} layers are shown." if shown < n else ""),
+    draw=functools.partial(
+      plots.load_over_time,
+      x=run_data.column(run.steps, "tokens")[at],
+      shares=shares,
+      names=run_data.router_names(run, n),
+    ),
+    height_in=1.2 + 1.35 * -(-shown // 2),
+  )
+
+
+def _placement(run: run_data.Record) -> Picture | str:
+  if (found := run_data.expert_balance(run)) is None:
+    return "Expert placement: no row has loads of experts that devices share."
+  names = run_data.router_names(run, len(found.placed))
+  n, each = found.n_devices, found.n_experts // found.n_devices
+  means, worst = zip(
+    *(
+      (f"{y.mean():.3f}", f"{y.max():.3f} ({names[y.argmax()]})")
+      for y in (found.in_order, found.placed)
+    ),
+    strict=True,
+  )
+  return Picture(
+    name="expert_placement",
+    title="Placement of the experts",
+    caption=(
+      f"Load of the busiest of {n} devices that share a layer's"
+      f" {found.n_experts} experts when the model serves, relative to the"
+      " mean of the devices; at 1, none waits for another. Loads are means"
+      f" over the last quarter of the run. In order there are {each}"
+      f" experts on each device. Placed by load there are {each + 1}:"
+      f" busy experts have replicas, {n} in all. The mean over layers goes"
+      f" from {means[0]} to {means[1]}, the highest from {worst[0]} to"
+      f" {worst[1]}."
+    ),
+    draw=functools.partial(
+      plots.expert_placement,
+      in_order=found.in_order,
+      placed=found.placed,
+      names=names,
+    ),
+    height_in=1.2 + 0.22 * min(16, len(names)),
+  )
+
+
+def _schedules(run: run_data.Record) -> Picture | str:
+  keys = {
+    "learning rate": "lr",
+    "step of the router bias": "bias_speed",
+    "weight of the MTP loss": "mtp_weight",
+  }
+  if not (curves := _curves(run, keys)):
+    return "Schedules: no row has a learning rate."
+  x = run_data.column(run.steps, "tokens")
+  return Picture(
+    name="schedules",
+    title="Schedules",
+    caption="What was set from outside, by the number of tokens seen.",
+    draw=functools.partial(plots.panels, x=x, curves=curves, noisy=False),
+    height_in=0.6 + 1.35 * len(curves),
+  )
+
+
+def _throughput(run: run_data.Record) -> Picture | str:
+  keys = {
+    "training tokens per second": "tokens_per_s",
+    "norm of the gradient before clipping": "grad_norm",
+  }
+  if not (curves := _curves(run, keys)):
+    return "Throughput: no row has tokens_per_s."
+  x = run_data.column(run.steps, "tokens")
+  return Picture(
+    name="throughput",
+    title="Throughput and gradients",
+    caption="Every step faint, a running mean over 2% of the run solid.",
+    draw=functools.partial(plots.panels, x=x, curves=curves, noisy=True),
+    height_in=0.6 + 1.35 * len(curves),
+  )
+
+
+def _needles(run: run_data.Record) -> list[Picture]:
+  """Returns the picture of needles in a haystack, if the run has answers."""
+  if not run.needles:
+    return []
+  keys = ("lengths", "depths", "right")
+  answers = {key: run.needles[key] for key in keys}
+  n_models = len(answers["right"])
+  return [
+    Picture(
+      name="needles",
+      title="Needles in a haystack",
+      caption=(
+        "Facts hidden at some depth of a context and asked for at its"
+        " end: the share of right answers, by length of the context."
+      ),
+      draw=functools.partial(plots.needles, **answers),
+      height_in=plots.needles_height_in(n_models),
+    )
+  ]
+
+
+def pictures(run: run_data.Record) -> list[Picture | str]:
+  """Returns the pictures of a run in order; a sentence for each it lacks."""
+  return [
+    _losses(run),
+    _bits_per_byte(run),
+    _max_violation(run),
+    _load_maps(run),
+    _load_over_time(run),
+    _placement(run),
+    _schedules(run),
+    _throughput(run),
+    *_needles(run),
+  ]
