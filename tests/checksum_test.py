@@ -1,4 +1,4 @@
-"""Tests of digests of arrays."""
+"""Tests of checksums of arrays."""
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,8 @@ def expected(array):
   """The same in Python's integers."""
   kind = f"u{array.dtype.itemsize}"
   sums = [0, 0]
-  for place, bits in enumerate(array.ravel().view(kind).tolist()):
-    first = mixed((bits + place * 0x9E3779B1) & MASK)
+  for index, bits in enumerate(array.ravel().view(kind).tolist()):
+    first = mixed((bits + index * 0x9E3779B1) & MASK)
     for i, h in enumerate((first, mixed(first ^ 0x5BD1E995))):
       sums[i] = (sums[i] + h) & MASK
   return sums
@@ -36,10 +36,10 @@ class DigestTest(parameterized.TestCase):
     rng = np.random.default_rng(0)
     a = rng.normal(size=(3, 4, 5), scale=50).astype("float32")
     a = np.asarray(jnp.abs(a).astype(dtype))
-    found = jax.jit(checksum.compute)(a)
-    self.assertEqual(found.tolist(), expected(a))
+    result = jax.jit(checksum.compute)(a)
+    self.assertEqual(result.tolist(), expected(a))
     self.assertEqual(
-      checksum.to_hex(found), "".join(f"{part:08x}" for part in expected(a))
+      checksum.to_hex(result), "".join(f"{part:08x}" for part in expected(a))
     )
 
   @parameterized.parameters((), (0,), (1,), (2, 0, 3))
@@ -50,10 +50,10 @@ class DigestTest(parameterized.TestCase):
   def test_does_not_depend_on_where_the_parts_are(self):
     mesh = device_mesh.make_mesh({"data": 2, "expert": 4})
     a = jax.random.normal(jax.random.key(0), (8, 6, 4))
-    whole = checksum.compute(a).tolist()
+    unsharded = checksum.compute(a).tolist()
     for spec in (("data",), (None, "data"), ("expert", None, "data"), ()):
       placed = jax.device_put(a, jax.NamedSharding(mesh, jax.P(*spec)))
-      self.assertEqual(jax.jit(checksum.compute)(placed).tolist(), whole)
+      self.assertEqual(jax.jit(checksum.compute)(placed).tolist(), unsharded)
 
   def test_every_bit_counts(self):
     a = np.zeros(3, np.float32)
@@ -68,11 +68,13 @@ class DigestTest(parameterized.TestCase):
 
   def test_two_signs_do_not_cancel(self):
     a = np.ones(64, np.float32)
-    whole = checksum.compute(jnp.asarray(a)).tolist()
+    unsharded = checksum.compute(jnp.asarray(a)).tolist()
     for i in range(1, 64):
       other = a.copy()
       other[[0, i]] *= -1
-      self.assertNotEqual(checksum.compute(jnp.asarray(other)).tolist(), whole)
+      self.assertNotEqual(
+        checksum.compute(jnp.asarray(other)).tolist(), unsharded
+      )
 
   def test_a_key_is_its_data(self):
     key = jax.random.key(3)

@@ -1,4 +1,4 @@
-"""Tests of steps traced, lowered and compiled for devices that are not here."""
+"""Tests of steps traced, lowered and compiled for more devices than exist."""
 
 import collections
 import dataclasses

@@ -1,4 +1,4 @@
-"""Tests of when devices speak to each other in a step, on what XLA compiled."""
+"""Tests of the collectives in a compiled step, inside and outside of loops."""
 
 import collections
 import dataclasses
@@ -47,16 +47,16 @@ class Collective:
 
 def collectives(text):
   """The collectives of an HLO module, from its text."""
-  found, entry = [], False
+  ops, entry = [], False
   for line in text.splitlines():
     if line and not line[0].isspace():  # a computation begins or ends
       entry = line.startswith("ENTRY")
     elif match := COLLECTIVE.search(line):
       shapes = tuple(re.findall(r"\w+\[[\d,]*\]", match["type"]))
-      found.append(
+      ops.append(
         Collective(match["kind"], shapes, match["op"] or "", not entry)
       )
-  return found
+  return ops
 
 
 @functools.cache
@@ -78,15 +78,15 @@ def compiled(mesh, *settings):
 
 def slices(layout, kinds):
   """Counts the (leaf, dim) that are stored in shards."""
-  places = {k: v for k, v in layout.shardings.items() if k in kinds}
-  return sum(len(place.fsdp_dims) for place in jax.tree.leaves(places))
+  shardings = {k: v for k, v in layout.shardings.items() if k in kinds}
+  return sum(len(of.fsdp_dims) for of in jax.tree.leaves(shardings))
 
 
-def of_step(found):
+def of_step(ops):
   """Selects collectives of a step, not of a micro-batch or a layer."""
   # XLA takes the first gathers of the MTP module, which no loop over layers
   # holds, out of the loop over micro-batches.
-  return [c for c in found if not (c.looped or "mtp_1" in c.scopes)]
+  return [c for c in ops if not (c.looped or "mtp_1" in c.scopes)]
 
 
 ZERO1 = ("parallel.layout=zero1",)
@@ -102,12 +102,12 @@ WAYS = (
 class StepTest(parameterized.TestCase):
   @parameterized.parameters(*WAYS)
   def test_only_the_experts_speak_while_tokens_pass(self, mesh, settings):
-    found, layout = compiled(mesh, *settings)
+    ops, layout = compiled(mesh, *settings)
     silent = {"embed", "router", "mla", "shared", "loss"}
-    for each in found:
+    for each in ops:
       self.assertFalse(each.scopes & silent, each)
-    in_step = of_step(found)
-    inside = [c for c in found if c not in in_step]
+    in_step = of_step(ops)
+    inside = [c for c in ops if c not in in_step]
     dispatch = [c for c in inside if "experts" in c.scopes]
     # Tokens, choices and gates, there and back; how many rounds there are.
     kinds = {c.kind for c in dispatch}
@@ -128,10 +128,10 @@ class StepTest(parameterized.TestCase):
 
   @parameterized.parameters(*WAYS)
   def test_a_slice_is_gathered_and_scattered_once_a_step(self, mesh, settings):
-    found, layout = compiled(mesh, *settings)
+    ops, layout = compiled(mesh, *settings)
     of_layers = LAYERS if layout.rules.gather_by_layer else ()
     n = slices(layout, layout.shardings.keys() - set(of_layers))
-    counts = collections.Counter(c.kind for c in of_step(found))
+    counts = collections.Counter(c.kind for c in of_step(ops))
     del counts["all-reduce"]
     self.assertEqual(counts, {"all-gather": n, "reduce-scatter": n})
 
@@ -141,8 +141,8 @@ class StepTest(parameterized.TestCase):
 
   @parameterized.parameters(*WAYS)
   def test_what_is_summed_is_numbers_and_counts(self, mesh, settings):
-    found, _ = compiled(mesh, *settings)
-    sums = [c for c in of_step(found) if c.kind == "all-reduce"]
+    ops, _ = compiled(mesh, *settings)
+    sums = [c for c in of_step(ops) if c.kind == "all-reduce"]
     # Labels, losses and norms; expert counts and copies sent, of three routers.
     # No gradient: all of them are stored in slices here.
     shapes = {shape for each in sums for shape in each.shapes}

@@ -1,7 +1,4 @@
-"""Tests of what the executor of schedules compiles to.
-
-That it changes no number is in `sharding_test`.
-"""
+"""Tests of the compiled executor; `sharding_test` tests its results."""
 
 import functools
 import re

@@ -1,4 +1,4 @@
-"""Tests of the comparison of what several devices hold alike."""
+"""Tests of the comparison of replicas."""
 
 from unittest import mock
 
@@ -46,8 +46,11 @@ class CheckTest(parameterized.TestCase):
 
   @parameterized.parameters("float32", "bfloat16", "int32", "uint8")
   def test_one_bit_on_one_device(self, dtype):
-    whole = placed(jnp.arange(24, dtype=dtype).reshape(4, 6))
-    tree = {"a": {"b": testing.with_other_copy(whole, 5, last_bit)}, "c": whole}
+    replicated = placed(jnp.arange(24, dtype=dtype).reshape(4, 6))
+    tree = {
+      "a": {"b": testing.with_other_copy(replicated, 5, last_bit)},
+      "c": replicated,
+    }
     with self.assertRaises(replica_check.DivergedError) as caught:
       replica_check.check_replicas(tree, MESH)
     self.assertEqual(
@@ -58,10 +61,10 @@ class CheckTest(parameterized.TestCase):
     )
 
   def test_elements_that_changed_places(self):
-    whole = placed(jnp.arange(6.0))
+    replicated = placed(jnp.arange(6.0))
     with self.assertRaisesRegex(replica_check.DivergedError, "devices 2 "):
       replica_check.check_replicas(
-        [testing.with_other_copy(whole, 2, swap)], MESH
+        [testing.with_other_copy(replicated, 2, swap)], MESH
       )
 
   def test_compares_a_part_with_its_own_copies_only(self):

@@ -370,29 +370,29 @@ class SlotsTest(parameterized.TestCase):
 
   def test_one_way_schedules_keep_one_a_stage_that_follows(self):
     for name in ("1f1b", "zb1p"):
-      kept = tick_table.assign_slots(make(name, 4, 9))
-      self.assertEqual(tick_table.n_slots(kept.residuals), (4, 3, 2, 1))
-    self.assertEqual(tick_table.n_slots(kept.wgrad), (1, 2, 3, 4))
-    self.assertEqual(tick_table.n_slots(kept.inputs), (0, 1, 1, 1))
+      slots = tick_table.assign_slots(make(name, 4, 9))
+      self.assertEqual(tick_table.n_slots(slots.residuals), (4, 3, 2, 1))
+    self.assertEqual(tick_table.n_slots(slots.wgrad), (1, 2, 3, 4))
+    self.assertEqual(tick_table.n_slots(slots.inputs), (0, 1, 1, 1))
     # The last rank keeps what its own loss makes.
-    self.assertEqual(tick_table.n_slots(kept.gradients), (1, 1, 1, 1))
+    self.assertEqual(tick_table.n_slots(slots.gradients), (1, 1, 1, 1))
 
   @parameterized.parameters(*CASES)
   def test_what_is_written_is_still_there_when_read(
     self, name, n_ranks, n_micro
   ):
     schedule = make(name, n_ranks, n_micro)
-    kept = tick_table.assign_slots(schedule)
+    slots = tick_table.assign_slots(schedule)
     held = {
       field: [{} for _ in range(n_ranks)]
       for field in ("inputs", "residuals", "gradients", "wgrad")
     }
 
     def write(field, rank, which):
-      held[field][rank][getattr(kept, field)[rank][which]] = which
+      held[field][rank][getattr(slots, field)[rank][which]] = which
 
     def read(field, rank, which):
-      slot = getattr(kept, field)[rank][which]
+      slot = getattr(slots, field)[rank][which]
       self.assertEqual(held[field][rank].get(slot), which)
 
     arriving = []
@@ -422,15 +422,15 @@ class SlotsTest(parameterized.TestCase):
 
   @parameterized.parameters(*CASES)
   def test_slots_are_dense(self, name, n_ranks, n_micro):
-    kept = tick_table.assign_slots(make(name, n_ranks, n_micro))
-    for field in dataclasses.fields(kept):
+    slots = tick_table.assign_slots(make(name, n_ranks, n_micro))
+    for field in dataclasses.fields(slots):
       for slot_of, n in zip(
-        (buffer := getattr(kept, field.name)),
+        (buffer := getattr(slots, field.name)),
         tick_table.n_slots(buffer),
         strict=True,
       ):
         self.assertEqual(set(slot_of.values()), set(range(n)))
-    due = set(itertools.chain(*(r for r in kept.residuals)))
+    due = set(itertools.chain(*(r for r in slots.residuals)))
     self.assertLen(due, n_micro if name != "dualpipev" else 2 * n_micro)
 
 

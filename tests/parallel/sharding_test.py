@@ -1,4 +1,4 @@
-"""Tests of where parameters live, and that it changes no maths."""
+"""Tests of parameter shardings, and that layouts change no result."""
 
 import contextlib
 import io
@@ -35,11 +35,11 @@ BOUNDS = {
 
 
 def check(case):
-  found = layout_matrix.measure(case)
-  assert found.counts_equal, found
-  assert not found.diverged, found
+  result = layout_matrix.measure(case)
+  assert result.counts_equal, result
+  assert not result.diverged, result
   for name, bound in BOUNDS.items():
-    assert getattr(found, name) < bound, (name, found)
+    assert getattr(result, name) < bound, (name, result)
 
 
 @pytest.mark.slow
@@ -73,14 +73,14 @@ class InvarianceTest(parameterized.TestCase):
       self.assertEmpty(layout_check.validate(case.run, case.sizes), case)
 
   def test_the_cases_cover_every_schedule_and_number_of_stages(self):
-    found = {}
+    result = {}
     for case in layout_matrix.CASES:
       if case.run.parallel.schedule != "none":
         stages = layouts.make_layout(case.run, case.sizes).stages
         sizes = stages.schedule.n_stages, case.sizes.get("expert", 1)
-        found.setdefault(case.run.parallel.schedule, set()).add(sizes)
-    self.assertEqual(set(found), set(schedules.SCHEDULES))
-    for sizes in found.values():
+        result.setdefault(case.run.parallel.schedule, set()).add(sizes)
+    self.assertEqual(set(result), set(schedules.SCHEDULES))
+    for sizes in result.values():
       self.assertLessEqual(set(itertools.product((2, 4, 8), (1, 2))), sizes)
 
 
@@ -105,9 +105,11 @@ class TableTest(parameterized.TestCase):
 
   def test_a_row_says_what_was_found(self):
     case = layout_matrix.Case("data=2", "fsdp", settings=("train.remat=block",))
-    found = layout_matrix.Differences(0.0, 3.4e-7, 1e-10, 2e-6, 1.0, False, "x")
+    result = layout_matrix.Differences(
+      0.0, 3.4e-7, 1e-10, 2e-6, 1.0, False, "x"
+    )
     self.assertEqual(
-      layout_matrix.row(case, found),
+      layout_matrix.row(case, result),
       "| data=2 | fsdp, train.remat=block | auto | 0 | 3e-7 | 1e-10 | 2e-6"
       " | 1e0 | DIFFER | DIFFER |",
     )
@@ -130,10 +132,10 @@ class PlacementTest(parameterized.TestCase):
     sizes = {"data": 2, "node": 2, "expert": 4}
     specs = transformer.specs(presets.PRESETS[variant].model)
     for name, spec in param_spec.paths(specs).items():
-      place = sharding.param_sharding(spec, rules, sizes)
-      axes = [axis for dim in place.dims for axis in dim]
+      param = sharding.param_sharding(spec, rules, sizes)
+      axes = [axis for dim in param.dims for axis in dim]
       self.assertLen(set(axes), len(axes), name)
-      for size, dim in zip(spec.shape, place.dims, strict=True):
+      for size, dim in zip(spec.shape, param.dims, strict=True):
         self.assertEqual(size % device_mesh.axis_size(sizes, dim), 0, name)
       if "experts" in name:
         self.assertLessEqual({"node", "expert"}, set(axes))
@@ -173,10 +175,10 @@ class PlacementTest(parameterized.TestCase):
   def test_problems_name_the_sizes_and_what_fits(self):
     run = layout_matrix.RUN
     sizes = {"data": 3, "node": 3, "model": 5}
-    found = "\n".join(layout_check.validate(run, sizes))
-    self.assertIn("data=3 x node=3 does not divide 8", found)
-    self.assertIn("16 routed experts; use 1, 2, 4, 8 or 16", found)
-    self.assertIn("model=5 does not divide 4 heads", found)
+    result = "\n".join(layout_check.validate(run, sizes))
+    self.assertIn("data=3 x node=3 does not divide 8", result)
+    self.assertIn("16 routed experts; use 1, 2, 4, 8 or 16", result)
+    self.assertIn("model=5 does not divide 4 heads", result)
     self.assertEmpty(layout_check.validate(run, {"data": 2, "expert": 4}))
 
 

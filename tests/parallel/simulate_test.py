@@ -15,21 +15,21 @@ def make(name, n_stages, n_micro):
 class SimulatorTest(parameterized.TestCase):
   @parameterized.parameters((4, 8, 26, 2), (8, 20, 66, 6), (16, 64, 206, 14))
   def test_dualpipe(self, n_ranks, n_micro, makespan, idle):
-    found = simulate.simulate(schedules.dualpipe(n_ranks, n_micro))
-    self.assertEqual(found.makespan, makespan)
-    self.assertEqual(found.idle, (idle,) * n_ranks)
-    self.assertEqual(found.peak_activations, (n_ranks + 1,) * n_ranks)
+    timeline = simulate.simulate(schedules.dualpipe(n_ranks, n_micro))
+    self.assertEqual(timeline.makespan, makespan)
+    self.assertEqual(timeline.idle, (idle,) * n_ranks)
+    self.assertEqual(timeline.peak_activations, (n_ranks + 1,) * n_ranks)
 
   @parameterized.parameters((2, 4, 26), (4, 8, 54), (4, 10, 66), (4, 20, 126))
   def test_dualpipev(self, n_ranks, n_micro, makespan):
-    found = simulate.simulate(schedules.dualpipev(n_ranks, n_micro))
-    self.assertEqual(found.makespan, makespan)
-    self.assertEqual(found.peak_activations, (2 * n_ranks + 1,) * n_ranks)
+    timeline = simulate.simulate(schedules.dualpipev(n_ranks, n_micro))
+    self.assertEqual(timeline.makespan, makespan)
+    self.assertEqual(timeline.peak_activations, (2 * n_ranks + 1,) * n_ranks)
 
   @parameterized.parameters("1f1b", "zb1p")
   def test_one_way_peak_activations(self, name):
-    found = simulate.simulate(make(name, 8, 20))
-    self.assertEqual(found.peak_activations, (8, 7, 6, 5, 4, 3, 2, 1))
+    timeline = simulate.simulate(make(name, 8, 20))
+    self.assertEqual(timeline.peak_activations, (8, 7, 6, 5, 4, 3, 2, 1))
 
   @parameterized.product(
     name=tuple(schedules.SCHEDULES),
@@ -43,9 +43,9 @@ class SimulatorTest(parameterized.TestCase):
     times = simulate.Times(FB=pair)
     n_micro = 2 * n_micro if name == "dualpipev" else n_micro
     schedule = make(name, n_stages, n_micro)
-    found = simulate.simulate(schedule, times)
+    timeline = simulate.simulate(schedule, times)
     formula = simulate.bubble(name, schedule.n_ranks, times)
-    self.assertAlmostEqual(max(found.idle), formula)
+    self.assertAlmostEqual(max(timeline.idle), formula)
 
   def test_formulas(self):
     times = simulate.Times(F=1.5, B=4, W=1.2, FB=5)
@@ -72,19 +72,19 @@ class SimulatorTest(parameterized.TestCase):
     times = simulate.Times(**times)
     for n_stages in (4, 8, 16):
       schedule = make(name, n_stages, 64)
-      found = simulate.simulate(schedule, times)
+      timeline = simulate.simulate(schedule, times)
       formula = simulate.bubble(name, schedule.n_ranks, times)
-      self.assertAlmostEqual(max(found.idle), formula)
+      self.assertAlmostEqual(max(timeline.idle), formula)
 
   def test_cells_do_not_overlap_and_fill_the_time(self):
     schedule = schedules.dualpipe(6, 16)
-    found = simulate.simulate(schedule, simulate.Times(F=1.1, FB=2.7))
+    timeline = simulate.simulate(schedule, simulate.Times(F=1.1, FB=2.7))
     for starts, ends, idle in zip(
-      found.starts, found.ends, found.idle, strict=True
+      timeline.starts, timeline.ends, timeline.idle, strict=True
     ):
       gaps = [b - a for a, b in zip((0, *ends), starts, strict=False)]
       self.assertGreaterEqual(min(gaps), 0)
-      tail = found.makespan - ends[-1]
+      tail = timeline.makespan - ends[-1]
       self.assertAlmostEqual(sum(gaps) + tail, idle)
 
   @parameterized.parameters((4, 8, 26), (8, 20, 72), (16, 64, 224))
@@ -124,11 +124,11 @@ class SimulatorTest(parameterized.TestCase):
 
   def test_a_result_travels_and_no_rank_is_busy_with_it(self):
     times = simulate.Times(comm=5)
-    found = simulate.simulate(schedules.one_f_one_b(2, 1), times)
-    self.assertEqual(found.starts, ((0, 14), (6, 7)))
-    self.assertEqual(found.idle, (13, 13))
-    found = simulate.simulate(schedules.one_f_one_b(2, 3), times)
-    self.assertEqual(found.starts[1][:3], (6, 7, 9))
+    timeline = simulate.simulate(schedules.one_f_one_b(2, 1), times)
+    self.assertEqual(timeline.starts, ((0, 14), (6, 7)))
+    self.assertEqual(timeline.idle, (13, 13))
+    timeline = simulate.simulate(schedules.one_f_one_b(2, 3), times)
+    self.assertEqual(timeline.starts[1][:3], (6, 7, 9))
 
   def test_a_rank_sends_itself_nothing(self):
     schedule = schedules.dualpipev(1, 2)

@@ -1,4 +1,4 @@
-"""Tests of a layer cut into passes, against its gradient as one."""
+"""Tests of a layer split into passes, against its gradient as a whole."""
 
 import functools
 import itertools
@@ -59,19 +59,19 @@ def put_off(p):
 def whole(layer, p, bias, x, d_outputs):
   """Outputs and gradients for weights and x, in one go."""
   of = lambda p, x: layer(p, bias, x)
-  outputs, vjp, told = jax.vjp(of, p, x, has_aux=True)
-  return outputs, told, *vjp(d_outputs)
+  outputs, vjp, aux = jax.vjp(of, p, x, has_aux=True)
+  return outputs, aux, *vjp(d_outputs)
 
 
 def in_parts(passes, p, bias, x, d_outputs):
-  outputs, told, kept = passes.forward(p, bias, x)
-  dx, early, deferred = passes.input_gradient(p, bias, kept, d_outputs)
+  outputs, aux, residuals = passes.forward(p, bias, x)
+  dx, early, deferred = passes.input_gradient(p, bias, residuals, d_outputs)
   late = passes.weight_gradient(p, bias, deferred)
   pairs = list(zip(early, late, strict=True))
   assert all((a is None) != (b is None) for a, b in pairs)
   leaves = [b if a is None else a for a, b in pairs]
   dp = jax.tree.unflatten(jax.tree.structure(p), leaves)
-  return outputs, told, dp, dx
+  return outputs, aux, dp, dx
 
 
 def products(f, *args):
@@ -102,15 +102,15 @@ class SplitTest(parameterized.TestCase):
     passes = split_backward.split(
       of_trained, *args[:3], put_off(trained), activations
     )
-    found = jax.jit(functools.partial(in_parts, passes))(*args)
+    result = jax.jit(functools.partial(in_parts, passes))(*args)
     expected = jax.jit(functools.partial(whole, of_trained))(*args)
     # The same operations in the same order: nothing but fusion may differ.
     # It may move a number over the edge between two of FP8.
     eps = testing.EPS if recipe == "fp32" else float(jnp.finfo("bfloat16").eps)
-    self.assertEqual(*map(jax.tree.structure, (found, expected)))
+    self.assertEqual(*map(jax.tree.structure, (result, expected)))
     pairs = zip(
       jax.tree.leaves_with_path(expected),
-      jax.tree.leaves(found),
+      jax.tree.leaves(result),
       strict=True,
     )
     for (path, a), b in pairs:
@@ -124,10 +124,10 @@ class SplitTest(parameterized.TestCase):
     kind, layer = LAYERS[name]
     p, bias, x, d_outputs = inputs(kind)
     passes = split_backward.split(layer, p, bias, x, put_off(p))
-    _, _, kept = passes.forward(p, bias, x)
-    _, _, deferred = passes.input_gradient(p, bias, kept, d_outputs)
+    _, _, residuals = passes.forward(p, bias, x)
+    _, _, deferred = passes.input_gradient(p, bias, residuals, d_outputs)
     forward = products(passes.forward, p, bias, x)
-    back = products(passes.input_gradient, p, bias, kept, d_outputs)
+    back = products(passes.input_gradient, p, bias, residuals, d_outputs)
     late = products(passes.weight_gradient, p, bias, deferred)
     one = products(functools.partial(whole, layer), p, bias, x, d_outputs)
     self.assertEqual(forward + back + late, one)
@@ -140,8 +140,8 @@ class SplitTest(parameterized.TestCase):
     p, bias, x, _ = inputs(kind)
     passes = split_backward.split(layer, p, bias, x, put_off(p))
     sizes = {leaf.size for leaf in jax.tree.leaves(p) if leaf.ndim > 1}
-    for kept in (*passes.residual_types, *passes.wgrad_types):
-      self.assertNotIn(int(np.prod(kept.shape)), sizes, kept)
+    for types in (*passes.residual_types, *passes.wgrad_types):
+      self.assertNotIn(int(np.prod(types.shape)), sizes, types)
 
   def test_of_a_linear_layer_its_input_and_the_gradient_of_its_output(self):
     def layer(w, constant, x):
