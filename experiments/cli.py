@@ -21,7 +21,7 @@ from absl import flags
 from dsv3_jax import config, optim
 from dsv3_jax.config import fields
 from dsv3_jax.errors import InputError
-from dsv3_jax.interop import weights
+from dsv3_jax.interop import hf_import
 from dsv3_jax.parallel import device_mesh, layout_check
 from dsv3_jax.trainer import distributed, exit_codes, heartbeat, run_args
 from experiments import allocator, flag_parser
@@ -152,11 +152,11 @@ def _command(
     )
   workdir = pathlib.Path(args.workdir) if args.workdir else None
   init_from = pathlib.Path(args.init_from) if args.init_from else None
-  parts = "checkpoints", weights.FOLDER
+  parts = "checkpoints", hf_import.FOLDER, hf_import.OLD_FOLDER
   # Not `Path.is_dir`, which raises where a name is too long.
   if init_from and not any(os.path.isdir(init_from / part) for part in parts):
     problems.append(
-      f"--init_from={init_from}: neither checkpoints nor imported weights there"
+      f"--init_from={init_from}: must have checkpoints/ or an imported hf/"
     )
   command = run_args.RunArgs(
     variant=name,

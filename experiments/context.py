@@ -212,7 +212,7 @@ def _models(
   mesh = distributed.mesh(command.mesh)
   for phase in done:
     folder = command.workdir / phase.name
-    parts = open_run.newest(folder, phase.run, mesh)
+    parts = open_run.load_newest_params(folder, phase.run, mesh)
     yield phase.label, hidden.EvalModel(*parts, phase.run, mesh)
     if not phase.start:
       yarn = with_yarn(phase.run, longest)

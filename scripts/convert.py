@@ -1,6 +1,7 @@
-r"""Released checkpoints, in and out.
+r"""Converts released checkpoints: import, export, verification and logits.
 
-  python -m scripts.convert --mode=import --hf=DIR --workdir=DIR
+  python -m scripts.convert --mode=import --hf=DIR --workdir=DIR \
+      [--link=hard | --link=symbolic]
   python -m scripts.convert --mode=export --workdir=DIR --hf=DIR \
       [--fp8 | --dtype=bfloat16] [--ema]
   python -m scripts.convert --mode=export --workdir=DIR --gguf=FILE
@@ -8,12 +9,13 @@ r"""Released checkpoints, in and out.
   python -m scripts.convert --mode=logits --hf=DIR --tokens=IN.npy \
       --out=OUT.npy [--mtp_out=FILE.npy] [--mesh=expert=4]
 
-Import, export and verify take a few tensors at a time, however large the whole.
-An interrupted import or export goes on with the same command.
+Import, export and verify hold a few tensors in memory at a time, whatever the
+size of the checkpoint. The same command resumes an interrupted import or
+export.
 """
 
 import contextlib
-import hashlib
+import functools
 import math
 import os
 import pathlib
@@ -21,64 +23,75 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import tokenizers
 from absl import flags
 from rich import console, progress
 
-from dsv3_jax import config, param_spec
+from dsv3_jax import config
 from dsv3_jax.data import tokenizer
 from dsv3_jax.errors import InputError
+from dsv3_jax.evals import checkpoint_logits
 from dsv3_jax.interop import (
+  export_run,
+  gguf,
   hf_config,
-  hf_mapping,
+  hf_import,
   hf_read,
+  hf_verify,
   hf_write,
-  load_sharded,
   open_run,
   resumable,
   tokenizer_files,
-  weights,
 )
 from dsv3_jax.model import transformer
+from dsv3_jax.parallel import device_mesh
 from dsv3_jax.trainer import distributed, workdir
 from experiments import allocator, cli
 
 _MODE = flags.DEFINE_string("mode", None, "import, export, verify or logits")
 _HF = flags.DEFINE_string("hf", None, "folder of a released checkpoint")
-_GGUF = flags.DEFINE_string("gguf", None, "file to export to")
+_LINK = flags.DEFINE_string(
+  "link",
+  "",
+  "import hard or symbolic links to the shards; default: copies",
+)
+_GGUF = flags.DEFINE_string("gguf", None, "GGUF file to export to")
 _FP8 = flags.DEFINE_bool("fp8", False, "export linear layers in FP8")
 _DTYPE = flags.DEFINE_string(
   "dtype",
   "stored",
-  "of an export: stored (of a run: float32), float32 or bfloat16",
+  "type to export: stored (a run stores float32), float32 or bfloat16",
 )
 _EMA = flags.DEFINE_bool(
   "ema",
   False,
-  "export the averaged parameters",
+  "export the moving average of the parameters",
   allow_override=True,  # `experiments.sample` has it too
 )
-_TOKENS = flags.DEFINE_string("tokens", None, "integers [B, T], .npy")
+_TOKENS = flags.DEFINE_string("tokens", None, "file of integers [B, T], .npy")
 _OUT = flags.DEFINE_string("out", None, "file for logits, .npy")
-_MTP_OUT = flags.DEFINE_string("mtp_out", None, "file for the MTP layer's")
+_MTP_OUT = flags.DEFINE_string(
+  "mtp_out", None, "file for the logits of the MTP layer, .npy"
+)
 _AUTO_MAP = flags.DEFINE_bool(
   "ignore_auto_map",
   False,
   "accept a config.json that names code, which is not run",
 )
-_LINKS = flags.DEFINE_bool("follow_links", False, "shards may be links")
+_FOLLOW_LINKS = flags.DEFINE_bool(
+  "follow_links", False, "accept shards that are symbolic links"
+)
 
-_NEEDED = {
+_REQUIRED = {
   "import": ("hf", "workdir"),
   "export": ("workdir",),
   "verify": (),
   "logits": ("hf", "tokens", "out"),
 }
-# Flags that mean something in one mode only.
-_OF_MODE = {
+_ONLY_WITH = {  # the mode of flags that have one
+  "link": "import",
   "gguf": "export",
   "fp8": "export",
   "dtype": "export",
@@ -88,114 +101,117 @@ _OF_MODE = {
   "mtp_out": "logits",
   "mesh": "logits",
 }
-PROMPTS = 4, 64  # random ones that `verify` compares logits of: rows, tokens
-CLOSE = 2e-5  # of float32 logits of the size that networks have at first
+PROMPTS = 4, 64  # rows and tokens whose logits `verify` compares
+# Largest difference of float32 logits, relative to logits above 1.
+TOLERANCE = 2e-5
 
 
-def _problems() -> list[str]:
+def _validate_flags() -> list[str]:
   mode, args = _MODE.value, flags.FLAGS
-  if mode not in _NEEDED:
-    return [f"--mode={mode}: must be one of {', '.join(_NEEDED)}"]
+  if mode not in _REQUIRED:
+    return [f"--mode={mode}: must be one of {', '.join(_REQUIRED)}"]
   problems = [
     f"--{name} is missing: --mode={mode} needs it"
-    for name in _NEEDED[mode]
+    for name in _REQUIRED[mode]
     if not args[name].value
   ]
   problems += [
-    f"--{name}: means nothing with --mode={mode}"
-    for name, only in _OF_MODE.items()
+    f"--{name}: is not used by --mode={mode}, only by --mode={only}"
+    for name, only in _ONLY_WITH.items()
     if only != mode and args[name].present
   ]
   for name in ("out", "mtp_out"):
     path = args[name].value
     if path and not pathlib.Path(path).parent.is_dir():
-      problems.append(f"--{name}={path}: there is no such folder")
+      problems.append(f"--{name}={path}: the folder does not exist")
   if mode == "verify" and bool(_HF.value) == bool(args.workdir):
     problems.append("--mode=verify needs one of --hf=DIR and --workdir=DIR")
+  if _LINK.value not in hf_import.LINKS:
+    problems.append(f"--link={_LINK.value}: must be hard or symbolic")
   if mode == "export":
-    if bool(_HF.value) == bool(_GGUF.value):
-      problems.append("--mode=export needs one of --hf=DIR and --gguf=FILE")
-    if _DTYPE.value not in ("stored", "float32", "bfloat16"):
-      problems.append(
-        f"--dtype={_DTYPE.value}: must be stored, float32 or bfloat16"
-      )
-    if _FP8.value and (_DTYPE.present or _GGUF.value):
-      problems.append("--fp8: goes without --dtype and --gguf")
+    problems += _validate_export_flags()
   return problems + cli.parse_mesh(args.mesh)[1]
 
 
-# --- how far it is ---
+def _validate_export_flags() -> list[str]:
+  problems = []
+  if bool(_HF.value) == bool(_GGUF.value):
+    problems.append("--mode=export needs one of --hf=DIR and --gguf=FILE")
+  if _DTYPE.value not in ("stored", "float32", "bfloat16"):
+    problems.append(
+      f"--dtype={_DTYPE.value}: must be stored, float32 or bfloat16"
+    )
+  if _FP8.value and (_DTYPE.present or _GGUF.value):
+    problems.append("--fp8: cannot be combined with --dtype or --gguf")
+  return problems
 
 
 @contextlib.contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-  """Yields what is to be called with the bytes of each part that is done."""
+def _progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+  """Shows a progress bar; yields a function to call with bytes done."""
   columns = (
-    progress.TextColumn(what),
+    progress.TextColumn(title),
     progress.BarColumn(),
     progress.DownloadColumn(),
     progress.TransferSpeedColumn(),
     progress.TimeRemainingColumn(),
   )
   with progress.Progress(*columns, console=console.Console(stderr=True)) as bar:
-    task = bar.add_task(what, total=total)
+    task = bar.add_task(title, total=total)
     yield lambda n_bytes: bar.update(task, advance=n_bytes)
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
   print(text, flush=True)
+
+
+def _open_released() -> hf_read.ReleasedCheckpoint:
+  released = hf_read.open_folder(
+    pathlib.Path(_HF.value),
+    ignore_auto_map=_AUTO_MAP.value,
+    follow_links=_FOLLOW_LINKS.value,
+  )
+  for note in released.notes:
+    _print(f"note: {note}")
+  return released
+
+
+def _check_values(released: hf_read.ReleasedCheckpoint) -> None:
+  if problems := list(hf_read.validate_values(released)):
+    raise InputError("\n".join(f"{released.folder}: {p}" for p in problems))
 
 
 # --- import ---
 
 
-def _opened() -> hf_read.Released:
-  released = hf_read.open_folder(
-    pathlib.Path(_HF.value),
-    ignore_auto_map=_AUTO_MAP.value,
-    follow_links=_LINKS.value,
-  )
-  for note in released.notes:
-    _say(f"note: {note}")
-  return released
-
-
-def _checked(released: hf_read.Released) -> hf_read.Released:
-  if problems := list(hf_read.bad_values(released)):
-    raise InputError("\n".join(f"{released.folder}: {p}" for p in problems))
-  return released
-
-
 def _import() -> None:
-  released, folder = _checked(_opened()), pathlib.Path(flags.FLAGS.workdir)
-  description = workdir.run_identity(
-    "imported", 0, hf_config.run(released.facts, released.model)
-  )
+  released, folder = _open_released(), pathlib.Path(flags.FLAGS.workdir)
+  _check_values(released)
+  hf_import.check_format(folder)
   if (folder / open_run.CONFIG).exists():
-    raise InputError(f"--workdir={folder}: belongs to a run; take another")
-  target = folder / weights.FOLDER
-  total = sum(map(released.n_bytes, hf_mapping.of_model(released.model)))
-  with _bar("import", total) as advance:
-    weights.import_released(released, target, advance)
+    raise InputError(
+      f"--workdir={folder}: belongs to a run; take another folder"
+    )
+  target, total = folder / hf_import.FOLDER, released.total_bytes()
+  with _progress_bar("import", total) as advance:
+    hf_import.import_checkpoint(released, target, _LINK.value, advance)
   try:
-    found = tokenizer_files.copy(released.folder, target)
-    if tokenizer_files.TOKENIZER in found:
-      _take_tokenizer(target / tokenizer_files.TOKENIZER, folder)
-    else:
-      _say(
-        f"note: no {tokenizer_files.TOKENIZER} in {released.folder}: no text"
-      )
+    _import_tokenizer(target / tokenizer_files.TOKENIZER, folder)
+    description = workdir.run_identity("imported", 0, released.make_run())
     workdir.write_config(folder, description)
   except OSError as error:
     raise resumable.disk_error(folder, error) from error
-  _say(f"{folder}: {total:,} bytes of parameters")
+  _print(f"{folder}: {total:,} bytes of tensors")
 
 
-def _take_tokenizer(path: pathlib.Path, folder: pathlib.Path) -> None:
+def _import_tokenizer(path: pathlib.Path, folder: pathlib.Path) -> None:
+  if not path.exists():
+    _print(f"note: {path.name} is missing: text cannot be sampled")
+    return
   try:
     tok = tokenizer.load(path)
   except InputError as error:
-    _say(f"note: not a tokenizer that text is made with here: {error}")
+    _print(f"note: not a tokenizer that can be used here: {error}")
     return
   (folder / "data").mkdir(exist_ok=True)
   tokenizer.save(tok, folder / "data" / tokenizer_files.TOKENIZER)
@@ -204,112 +220,63 @@ def _take_tokenizer(path: pathlib.Path, folder: pathlib.Path) -> None:
 # --- export ---
 
 
-def _source() -> tuple[hf_write.Source, dict[str, Any]]:
-  """Parameters of the workdir, and their config.json."""
-  folder = pathlib.Path(flags.FLAGS.workdir)
-  run = open_run.run_of(open_run.read_config(folder))
-  if (folder / weights.FOLDER).is_dir():
-    if _EMA.value:
-      raise InputError(f"--ema: {folder} is imported, it has no average")
-    source = weights.open_weights(folder / weights.FOLDER)
-    return source, source.facts
-  # These start JAX.
-  from dsv3_jax.parallel import device_mesh
-
-  mesh = device_mesh.make_mesh({})
-  params, bias = open_run.newest(folder, run, mesh, average=_EMA.value)
-  arrays = {path: np.asarray(a) for path, a in param_spec.paths(params).items()}
-  arrays[hf_mapping.BIAS] = np.asarray(bias)
-  if run.model.router.score == "softmax" and arrays[hf_mapping.BIAS].any():
-    raise InputError(
-      "router.score=softmax with a bias that is not 0: the format of V2 has"
-      " none; train with router.bias_speed=0"
-    )
-  source = hf_write.Arrays(run.model, arrays)
-  facts = hf_config.write(run) | {
-    "torch_dtype": "float32",
-    "bos_token_id": tokenizer.BOS_ID,
-    "eos_token_id": tokenizer.EOS_ID,
-    "pad_token_id": tokenizer.PAD_ID,
-  }
-  return source, facts
-
-
 def _export() -> None:
-  source, facts = _source()
   folder = pathlib.Path(flags.FLAGS.workdir)
-  kind = "fp8" if _FP8.value else _DTYPE.value
-  if _FP8.value and source.tile:  # so it is already: not a bit is changed
-    kind = "stored"
-  form = hf_write.Form(source, kind)
+  source, config_json = export_run.open_source(folder, average=_EMA.value)
+  # A source in FP8 keeps its own bits and scales.
+  quantize = _FP8.value and not source.tile
+  dtype = "fp8" if quantize else _DTYPE.value
+  export_format = hf_write.ExportFormat(source, dtype)
+  max_len = hf_config.max_len(config_json)
   if _GGUF.value:
-    _export_gguf(form, facts, folder)
+    _export_gguf(export_format, _load_tokenizer(folder), max_len)
     return
   target = pathlib.Path(_HF.value)
-  if isinstance(source, weights.Weights):
-    beside = lambda: tokenizer_files.copy(source.folder, target)
+  if isinstance(source, hf_read.ReleasedCheckpoint):
+    write_tokenizer = functools.partial(
+      tokenizer_files.copy_files, source.folder, target
+    )
   else:
-    tok, max_len = _tokenizer(folder), hf_config.max_len(facts)
-    beside = lambda: tokenizer_files.write(tok, target, max_len)
-  facts = hf_write.described(facts, form)
-  with _bar("export", hf_write.total_bytes(form)) as advance:
-    hf_write.export(form, target, facts, advance, beside)
-  _say(
-    f"{target}: {hf_write.total_bytes(form):,} bytes, sums in {hf_read.SUMS}"
-  )
+    write_tokenizer = functools.partial(
+      tokenizer_files.write_files, _load_tokenizer(folder), target, max_len
+    )
+  config_json = hf_write.exported_config_json(config_json, export_format)
+  total = export_format.total_bytes()
+  with _progress_bar("export", total) as advance:
+    hf_write.export(
+      export_format, target, config_json, advance, write_tokenizer
+    )
+  _print(f"{target}: {total:,} bytes, SHA-256 in {hf_read.SUMS}")
 
 
-def _export_gguf(form, facts, folder) -> None:
-  from dsv3_jax.interop import gguf
-
+def _export_gguf(
+  export_format: hf_write.ExportFormat,
+  tok: tokenizers.Tokenizer,
+  max_len: int,
+) -> None:
   path = pathlib.Path(_GGUF.value)
-  tok, max_len = _tokenizer(folder), hf_config.max_len(facts)
-  with _bar("export", gguf.total_bytes(form)) as advance:
-    gguf.write(form, tok, path, max_len, advance)
-  _say(f"{path}: {path.stat().st_size:,} bytes")
+  with _progress_bar("export", gguf.total_bytes(export_format)) as advance:
+    gguf.write(export_format, tok, path, max_len, advance)
+  _print(f"{path}: {path.stat().st_size:,} bytes")
 
 
-def _tokenizer(folder: pathlib.Path) -> tokenizers.Tokenizer:
+def _load_tokenizer(folder: pathlib.Path) -> tokenizers.Tokenizer:
   return tokenizer.load(folder / "data" / tokenizer_files.TOKENIZER)
 
 
 # --- logits ---
 
 
-def _rows(path: str) -> np.ndarray:
+def _load_tokens(path: str) -> np.ndarray:
   try:
     return np.load(path, allow_pickle=False)
   except (OSError, ValueError, EOFError) as error:
     raise InputError(f"--tokens={path}: cannot be read: {error}") from error
 
 
-def compute_logits(
-  source: load_sharded.Source, run: config.Run, tokens: np.ndarray, mesh: Any
-) -> list[np.ndarray]:
-  """Logits in float32, of the main model and of each MTP depth."""
-  from dsv3_jax.evals import hidden, logits
-  from dsv3_jax.parallel import layout_check, layouts
-
-  if problems := layout_check.validate(run, mesh.shape):
-    raise InputError("\n".join(problems))
-  layout = layouts.make_layout(run, mesh.shape, staged=False)
-  parts = load_sharded.load(source, layout, mesh, np.float32)
-  model = hidden.EvalModel(*parts, run, mesh)
-  b, t = tokens.shape if tokens.ndim == 2 else (0, 0)
-  found = [
-    np.empty((b, max(t - k, 0), run.model.vocab_size), np.float32)
-    for k in range(1 + run.model.mtp.depth)
-  ]
-  for rows, made in logits.of_rows(model, tokens):
-    for whole, some in zip(found, made, strict=True):
-      whole[rows] = some
-  return found
-
-
 def _logits() -> None:
-  from dsv3_jax.parallel import device_mesh
-
-  tokens, released = _rows(_TOKENS.value), _checked(_opened())
+  tokens, released = _load_tokens(_TOKENS.value), _open_released()
+  _check_values(released)
   sizes, _ = cli.parse_mesh(flags.FLAGS.mesh)
   if sizes:
     n_devices = math.prod(sizes.values())
@@ -318,111 +285,96 @@ def _logits() -> None:
   if mtp_out and not released.model.mtp.depth:
     raise InputError(f"--mtp_out={mtp_out}: the checkpoint has no MTP layer")
   if not mtp_out:
-    released = released.main_only()
-  run = hf_config.run(released.facts, released.model)
+    released = released.without_mtp()
+  run = released.make_run()
   if sizes:
     run = config.override(run, "parallel.layout=fsdp")
-  found = compute_logits(released, run, tokens, device_mesh.make_mesh(sizes))
-  for path, made in zip((_OUT.value, mtp_out), found, strict=False):
+  mesh = device_mesh.make_mesh(sizes)
+  logits = checkpoint_logits.compute_logits(released, run, tokens, mesh)
+  for path, array in zip((_OUT.value, mtp_out), logits, strict=False):
     partial = pathlib.Path(f"{path}.partial")
     with partial.open("wb") as file:
-      np.save(file, made)
+      np.save(file, array)
     partial.replace(path)
 
 
 # --- verify ---
 
 
-def _damaged_shards(released: hf_read.Released) -> Iterator[str]:
-  """Files whose sums are not those beside them."""
-  sums = released.folder / hf_read.SUMS
-  if not sums.exists():
-    _say(f"note: no {hf_read.SUMS} in {released.folder}: digests not compared")
-    return
-  wanted = {}
-  for line in sums.read_text(encoding="utf-8").splitlines():
-    digest, _, name = line.partition("  ")
-    wanted[name] = digest
-  files = sorted({t.file for t in released.tensors.values()})
-  for path in files:
-    if path.name not in wanted:
-      yield f"{path}: not in {hf_read.SUMS}"
-  with _bar("verify", sum(path.stat().st_size for path in files)) as advance:
-    for path in files:
-      digest = hashlib.sha256()
-      with path.open("rb") as file:
-        while data := file.read(1 << 24):
-          digest.update(data)
-          advance(len(data))
-      if digest.hexdigest() != wanted.get(path.name):
-        yield f"{path}: damaged, its sha256 is {digest.hexdigest()}"
-
-
-def _verify_workdir(folder: pathlib.Path) -> None:
-  if not (folder / weights.FOLDER).is_dir():
-    raise InputError(f"--workdir={folder}: holds nothing imported")
-  source = weights.open_weights(folder / weights.FOLDER)
-  todo = hf_mapping.of_model(source.model)
-  with _bar("verify", sum(map(source.n_bytes, todo))) as advance:
-    problems = list(weights.damaged(source, advance))
-  if problems:
-    raise InputError("\n".join(problems))
-  _say(f"{folder}: {len(todo):,} blocks, all as they were imported")
-
-
 def _verify() -> None:
   if flags.FLAGS.workdir:
-    _verify_workdir(pathlib.Path(flags.FLAGS.workdir))
+    _verify_import(pathlib.Path(flags.FLAGS.workdir))
     return
-  released = _opened()
+  released = _open_released()
   n = len(released.tensors)
-  _say(f"{released.folder}: {n:,} tensors, all accounted for")
-  if problems := list(_damaged_shards(released)):
-    raise InputError("\n".join(problems))
-  _checked(released)
-  _compare(released)
-
-
-def _compare(released: hf_read.Released) -> None:
-  """Logits with those of `transformers`, where that is installed."""
-  from dsv3_jax.parallel import device_mesh
-
-  have = "import torch, transformers"
-  command = [sys.executable, "-c", have]
-  if subprocess.run(command, capture_output=True, check=False).returncode:
-    _say("note: transformers is not installed: logits not compared")
-    return
-  main = transformer.parameter_counts(released.model)["main"]
-  memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-  if 3 * 4 * main > memory:  # in float32, by both, and some to work with
-    _say(
-      f"note: {main:,} parameters are too many for this machine's memory:"
-      " logits not compared"
+  _print(f"{released.folder}: {n:,} tensors, all accounted for")
+  if (released.folder / hf_read.SUMS).exists():
+    total = sum(path.stat().st_size for path in hf_verify.shards(released))
+    with _progress_bar("verify", total) as advance:
+      problems = list(hf_verify.corrupt_shards(released, advance))
+    if problems:
+      raise InputError("\n".join(problems))
+  else:
+    _print(
+      f"note: no {hf_read.SUMS} in {released.folder}: SHA-256 not compared"
     )
-    return
-  if released.tile:
-    _say("note: weights in FP8: logits not compared with transformers")
+  _check_values(released)
+  _compare_with_transformers(released)
+
+
+def _verify_import(folder: pathlib.Path) -> None:
+  imported = hf_import.open_import(folder)
+  with _progress_bar("verify", imported.total_bytes()) as advance:
+    problems = list(hf_import.corrupt_tensors(imported, advance))
+  if problems:
+    raise InputError("\n".join(problems))
+  _print(f"{folder}: {len(imported.tensors):,} tensors, all as imported")
+
+
+def _no_comparison(released: hf_read.ReleasedCheckpoint) -> str:
+  """Returns why logits cannot be compared with transformers'; "": they can."""
+  command = [sys.executable, "-c", "import torch, transformers"]
+  if subprocess.run(command, capture_output=True, check=False).returncode:
+    return "transformers is not installed"
+  n_parameters = transformer.parameter_counts(released.model)["main"]
+  memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  if 3 * 4 * n_parameters > memory:  # both models in float32, and activations
+    return f"{n_parameters:,} parameters do not fit into memory"
+  return "weights are in FP8" if released.tile else ""
+
+
+def _compare_with_transformers(released: hf_read.ReleasedCheckpoint) -> None:
+  """Compares logits of random tokens, if transformers is installed."""
+  if reason := _no_comparison(released):
+    _print(f"note: {reason}: logits not compared with transformers")
     return
   rng = np.random.default_rng(0)
-  rows = rng.integers(0, released.model.vocab_size, PROMPTS).astype(np.int32)
-  released = released.main_only()
-  run = hf_config.run(released.facts, released.model)
-  ours, *_ = compute_logits(released, run, rows, device_mesh.make_mesh({}))
-  with tempfile.TemporaryDirectory() as scratch:
-    tokens, out = (str(pathlib.Path(scratch, f)) for f in ("in.npy", "out.npy"))
-    np.save(tokens, rows)
+  tokens = rng.integers(0, released.model.vocab_size, PROMPTS).astype(np.int32)
+  released = released.without_mtp()
+  ours, *_ = checkpoint_logits.compute_logits(
+    released, released.make_run(), tokens, device_mesh.make_mesh({})
+  )
+  with tempfile.TemporaryDirectory() as folder:
+    paths = [str(pathlib.Path(folder, name)) for name in ("in.npy", "out.npy")]
+    np.save(paths[0], tokens)
     worker = [sys.executable, "-m", "scripts.bench.transformers_logits"]
-    subprocess.run([*worker, str(released.folder), tokens, out], check=True)
-    theirs = np.load(out)
-  apart = np.abs(ours - theirs).max()
-  _say(f"logits of {rows.size} random tokens: {apart:.1e} from transformers'")
-  if not apart <= CLOSE * max(1, np.abs(theirs).max()):
-    raise InputError(f"logits are {apart:.1e} apart, should be below {CLOSE}")
+    subprocess.run([*worker, str(released.folder), *paths], check=True)
+    theirs = np.load(paths[1])
+  difference = np.abs(ours - theirs).max()
+  _print(
+    f"logits of {tokens.size} random tokens: {difference:.1e} from"
+    " transformers'"
+  )
+  if not difference <= TOLERANCE * max(1, np.abs(theirs).max()):
+    raise InputError(
+      f"logits differ by {difference:.1e} from transformers', should be below"
+      f" {TOLERANCE}"
+    )
 
 
 def main() -> None:
-  """Does what the flags ask for."""
-  if problems := cli.parse_flags(sys.argv) or _problems():
+  """Runs the command that --mode names."""
+  if problems := cli.parse_flags(sys.argv) or _validate_flags():
     raise InputError("\n".join(problems))
   modes = {
     "import": _import,

@@ -21,7 +21,6 @@ from dsv3_jax.errors import InputError
 from dsv3_jax.infer import engine as engine_lib
 from dsv3_jax.infer import inference_params, serving_mesh
 from dsv3_jax.interop import (
-  hf_config,
   hf_read,
   load_sharded,
   open_run,
@@ -314,9 +313,11 @@ def open_model(
     path, model = folder / tokenizer_files.TOKENIZER, source.model
     read = functools.partial(_read_released, source)
   else:
-    run = open_run.run_of(open_run.read_config(folder))
+    run = open_run.run_from_config(open_run.read_config(folder))
     path, model = folder / "data" / tokenizer_files.TOKENIZER, run.model
-    read = lambda mesh, _: open_run.newest(folder, run, mesh, average=average)
+    read = lambda mesh, _: open_run.load_newest_params(
+      folder, run, mesh, average=average
+    )
   tok = tokenizer.load(path)
   tokenizer.check_fits(tok, model.vocab_size)
   return LoadedModel(model, tok, read)
@@ -341,10 +342,10 @@ def is_released(folder: pathlib.Path) -> bool:
 
 
 def _read_released(
-  source: hf_read.Released, mesh: jax.sharding.Mesh, drafting: bool
+  source: hf_read.ReleasedCheckpoint, mesh: jax.sharding.Mesh, drafting: bool
 ) -> Parameters:
-  source = source if drafting else source.main_only()
-  run = hf_config.run(source.facts, source.model)
+  source = source if drafting else source.without_mtp()
+  run = source.make_run()
   layout = layouts.make_layout(run, mesh.shape)
   return load_sharded.load(source, layout, mesh, np.float32)
 

@@ -1,1 +1,1 @@
-"""Other software's formats, in and out."""
+"""Reads and writes checkpoints in the formats of other software."""

@@ -1,10 +1,12 @@
-"""Parameters as a GGUF file, which llama.cpp and what is built on it serve.
+"""Writes parameters as a GGUF file for llama.cpp and its derivatives.
 
-The main model alone: llama.cpp reads no MTP layers. Its attention is the
-absorbed one, so keys' and values' up-projections are apart and by head.
+The file holds the main model only: llama.cpp reads no MTP layers. llama.cpp
+computes absorbed attention, so the up-projections of keys and values are
+separate tensors with a dim for heads.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -23,7 +25,7 @@ from dsv3_jax.interop import hf_mapping, hf_read, hf_write, resumable
 
 _ARCHITECTURE = gguf.MODEL_ARCH.DEEPSEEK2
 _T = gguf.MODEL_TENSOR
-# By a parameter's path without the kind of its layer.
+# By the path of a parameter within its layer.
 _TENSORS = {
   "embed": _T.TOKEN_EMBD,
   "norm": _T.OUTPUT_NORM,
@@ -49,115 +51,145 @@ _PAIRS = {
   "ffn/experts/gate_up": (_T.FFN_GATE_EXP, _T.FFN_UP_EXP),
 }
 _SPLIT = {"mla/kv_up": (_T.ATTN_K_B, _T.ATTN_V_B)}
-# Files must have these in float32, and all that is no matrix.
+# Matrices that llama.cpp reads in float32, as it reads all vectors.
 _FLOAT32 = ("ffn/router",)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
+  """A tensor of the file, made when it is written."""
+
   name: str
   shape: tuple[int, ...]
   dtype: np.dtype
-  make: Callable[[], np.ndarray]  # [E, ...] of experts
+  make: Callable[[], np.ndarray]  # returns [E, ...] for experts
 
   @property
   def n_bytes(self) -> int:
     return math.prod(self.shape) * self.dtype.itemsize
 
 
-def problems(model: config.Model) -> list[str]:
-  """Why llama.cpp would not read a model, or would misread it."""
-  found = []
+def validate(model: config.Model) -> list[str]:
+  """Returns the reasons why llama.cpp would refuse or misread a model."""
+  problems = []
   if not model.mla.q_rank and model.n_layers not in (26, 27):
-    found.append(
+    problems.append(
       f"mla.q_rank=0 with n_layers={model.n_layers}: llama.cpp expects"
-      " compressed queries of all but V2-Lite (27 layers) and Moonlight's"
-      " like; export to --hf instead"
+      " compressed queries except with 26 or 27 layers (V2-Lite, Moonlight);"
+      " export to --hf instead"
     )
   if model.norm_eps != model.mla.norm_eps:
-    found.append(
+    problems.append(
       f"norm_eps={model.norm_eps:g}, mla.norm_eps={model.mla.norm_eps:g}:"
       " llama.cpp takes one number for both"
     )
   if model.router.score == "softmax" and model.router.n_groups > 1:
-    found.append(
+    problems.append(
       f"router.n_groups={model.router.n_groups} with router.score=softmax:"
       " llama.cpp ranks groups by their two best experts, V2 by the best"
     )
   if not model.moe.n_shared:
-    found.append("moe.n_shared=0: llama.cpp expects shared experts")
+    problems.append("moe.n_shared=0: llama.cpp expects shared experts")
   if not model.n_moe_layers:
-    found.append("n_dense_layers=n_layers: llama.cpp expects mixture layers")
-  return found
+    problems.append("n_dense_layers=n_layers: llama.cpp expects mixture layers")
+  return problems
 
 
-def _of_layer(path: str) -> str:
-  """The path of a parameter within its layer."""
+def _path_in_layer(path: str) -> str:
+  """Returns the path of a parameter within its layer."""
   return path.partition("/")[2] or path
 
 
 def _stacks(model: config.Model) -> Iterator[list[hf_mapping.Block]]:
-  """Blocks of the main model; all experts of a layer together."""
-  main = (b for b in hf_mapping.of_model(model) if b.layer < model.n_layers)
-  key = lambda b: (b.layer, len(b.index) > 1, b.path)
-  for _, found in itertools.groupby(sorted(main, key=key), key):
-    yield list(found)
+  """Yields blocks of the main model; all experts of a layer in one list."""
+  main = (b for b in hf_mapping.model_blocks(model) if b.layer < model.n_layers)
+
+  def key(block: hf_mapping.Block) -> tuple[int, bool, str]:
+    return block.layer, len(block.index) > 1, block.path
+
+  for _, blocks in itertools.groupby(sorted(main, key=key), key):
+    yield list(blocks)
 
 
-def _tensors(form: hf_write.Form) -> Iterator[_Tensor]:
-  model = form.source.model
-  names = gguf.TENSOR_NAMES
-  for stack in _stacks(model):
-    first = stack[0]
-    within, n = _of_layer(first.path), len(stack)
-    lead = (n,) if len(first.index) > 1 else ()
-    dtype = form.dtypes(first)[0]
-    if within in _FLOAT32 or len(first.shape) < 2:
-      dtype = hf_read.F32
-
-    def named(kind, first=first):
-      end = "bias" if first.path == hf_mapping.BIAS else "weight"
-      return f"{names[kind].format(bid=first.layer)}.{end}"
-
-    if within in _SPLIT:
-      for i, kind in enumerate(_SPLIT[within]):
-        make = lambda b=first, i=i: _by_head(form, b, model.mla)[i]
-        yield _Tensor(named(kind), _head_shapes(model.mla)[i], dtype, make)
-    else:
-      kinds = _PAIRS.get(within) or (_TENSORS[within],)
-      for i, kind in enumerate(kinds):
-        make = lambda s=stack, i=i, lead=lead, d=dtype: _stacked(
-          form, s, i, lead, d
+def _tensors(export_format: hf_write.ExportFormat) -> Iterator[_Tensor]:
+  """Yields the tensors of the file in order."""
+  attention = export_format.source.model.mla
+  for stack in _stacks(export_format.source.model):
+    block = stack[0]
+    path, is_expert = _path_in_layer(block.path), len(block.index) > 1
+    if path in _SPLIT:
+      dtype = export_format.dtypes(block)[0]
+      for i, tensor in enumerate(_SPLIT[path]):
+        yield _Tensor(
+          _name(tensor, block),
+          _kv_up_shapes(attention)[i],
+          dtype,
+          functools.partial(_split_kv_up, export_format, block, attention, i),
         )
-        yield _Tensor(named(kind), (*lead, *first.shape), dtype, make)
+      continue
+    dtype, shape = export_format.dtypes(block)[0], block.tensor_shape
+    if path in _FLOAT32 or len(shape) < 2:
+      dtype = hf_read.F32
+    if is_expert:
+      shape = len(stack), *shape
+    for i, tensor in enumerate(_PAIRS.get(path) or (_TENSORS[path],)):
+      yield _Tensor(
+        _name(tensor, block),
+        shape,
+        dtype,
+        functools.partial(
+          _stack_experts, export_format, stack, i, shape, dtype
+        ),
+      )
 
 
-def _parts(form: hf_write.Form, block: hf_mapping.Block) -> list[np.ndarray]:
-  return [array for _, array in form.tensors(block)]
+def _name(tensor: gguf.MODEL_TENSOR, block: hf_mapping.Block) -> str:
+  """Returns the name of a tensor in the layer of a block."""
+  suffix = "bias" if block.path == hf_mapping.BIAS else "weight"
+  return f"{gguf.TENSOR_NAMES[tensor].format(bid=block.layer)}.{suffix}"
 
 
-def _stacked(form, stack, i, lead, dtype) -> np.ndarray:
-  if not lead:
-    return _parts(form, stack[0])[i].astype(dtype, copy=False)
-  out = np.empty((*lead, *stack[0].shape), dtype)
+def _block_tensors(
+  export_format: hf_write.ExportFormat, block: hf_mapping.Block
+) -> list[np.ndarray]:
+  return [array for _, array in export_format.tensors(block)]
+
+
+def _stack_experts(
+  export_format: hf_write.ExportFormat,
+  stack: list[hf_mapping.Block],
+  i: int,
+  shape: tuple[int, ...],
+  dtype: np.dtype,
+) -> np.ndarray:
+  """Returns tensor i of a block, or of all experts, [E, ...]."""
+  if len(stack[0].index) < 2:
+    array = _block_tensors(export_format, stack[0])[i]
+    return array.astype(dtype, copy=False)
+  out = np.empty(shape, dtype)
   for array, block in zip(out, stack, strict=True):
-    array[:] = _parts(form, block)[i]
+    array[:] = _block_tensors(export_format, block)[i]
   return out
 
 
-def _head_shapes(mla: config.MLA) -> tuple[tuple[int, ...], ...]:
+def _kv_up_shapes(mla: config.MLA) -> tuple[tuple[int, ...], ...]:
   return (
     (mla.n_heads, mla.kv_rank, mla.nope_dim),
     (mla.n_heads, mla.v_dim, mla.kv_rank),
   )
 
 
-def _by_head(form, block, mla) -> tuple[np.ndarray, np.ndarray]:
-  """Keys' and values' up-projections; a head's keys are turned round."""
-  (matrix,) = _parts(form, block)
+def _split_kv_up(
+  export_format: hf_write.ExportFormat,
+  block: hf_mapping.Block,
+  mla: config.MLA,
+  i: int,
+) -> np.ndarray:
+  """Returns the up-projection of keys (i=0), transposed, or of values (i=1)."""
+  (matrix,) = _block_tensors(export_format, block)
   heads = matrix.reshape(mla.n_heads, -1, mla.kv_rank)
   keys, values = np.split(heads, [mla.nope_dim], axis=1)
-  return np.ascontiguousarray(keys.swapaxes(1, 2)), np.ascontiguousarray(values)
+  return np.ascontiguousarray(values if i else keys.swapaxes(1, 2))
 
 
 def _describe_model(
@@ -207,25 +239,22 @@ def _describe_model(
 def _describe_tokens(
   writer: gguf.GGUFWriter, tok: tokenizers.Tokenizer, n_rows: int
 ) -> None:
-  """The tokenizer, with a name for every row of the embedding."""
-  facts = json.loads(tok.to_str())
-  ids = {i: name for name, i in tok.get_vocab().items()}
-  special = {t["id"] for t in facts["added_tokens"] if t["special"]}
-  added = {t["id"] for t in facts["added_tokens"]}
-  kinds = gguf.TokenType
+  """Writes the tokenizer, with a name for every row of the embedding."""
+  tokenizer_json = json.loads(tok.to_str())
+  names = {i: name for name, i in tok.get_vocab().items()}
+  added = {t["id"]: t["special"] for t in tokenizer_json["added_tokens"]}
 
-  def kind(i):
-    if i in special:
-      return kinds.CONTROL
+  def token_type(i: int) -> gguf.TokenType:
     if i in added:
-      return kinds.USER_DEFINED
-    return kinds.NORMAL if i in ids else kinds.UNUSED
+      types = gguf.TokenType
+      return types.CONTROL if added[i] else types.USER_DEFINED
+    return gguf.TokenType.NORMAL if i in names else gguf.TokenType.UNUSED
 
-  merges = facts["model"]["merges"]
+  merges = tokenizer_json["model"]["merges"]
   writer.add_tokenizer_model("gpt2")
   writer.add_tokenizer_pre("deepseek-v3")
-  writer.add_token_list([ids.get(i, f"[PAD{i}]") for i in range(n_rows)])
-  writer.add_token_types([kind(i) for i in range(n_rows)])
+  writer.add_token_list([names.get(i, f"[PAD{i}]") for i in range(n_rows)])
+  writer.add_token_types([token_type(i) for i in range(n_rows)])
   writer.add_token_merges(
     [m if isinstance(m, str) else " ".join(m) for m in merges]
   )
@@ -237,63 +266,73 @@ def _describe_tokens(
   writer.add_chat_template(chat.TEMPLATE)
 
 
-def total_bytes(form: hf_write.Form) -> int:
-  """Of all tensors that are written."""
-  return sum(tensor.n_bytes for tensor in _tensors(form))
+def total_bytes(export_format: hf_write.ExportFormat) -> int:
+  """Returns the size of all tensors in bytes."""
+  return sum(tensor.n_bytes for tensor in _tensors(export_format))
 
 
 def write(
-  form: hf_write.Form,
+  export_format: hf_write.ExportFormat,
   tok: tokenizers.Tokenizer,
   path: pathlib.Path,
   max_len: int,
   advance: Callable[[int], None],
 ) -> None:
-  """Writes a file, complete or not at all.
+  """Writes a GGUF file atomically.
 
   Args:
-    form: of what, and in what types; not FP8.
-    tok: of the model.
-    path: where to.
-    max_len: tokens that the model reads.
-    advance: is told the bytes of every tensor that is written.
+    export_format: the parameters, and the types to write; not FP8.
+    tok: the tokenizer of the model.
+    path: the file to write.
+    max_len: the longest context of the model in tokens.
+    advance: called with the bytes of every tensor that is written.
 
   Raises:
-    InputError: llama.cpp would not read it, there is a file already, or no
-      room.
+    InputError: llama.cpp would refuse or misread the model, the file exists,
+      or the disk is full.
   """
-  model = form.source.model
-  if found := problems(model):
-    raise InputError("\n".join(found))
+  model = export_format.source.model
+  if problems := validate(model):
+    raise InputError("\n".join(problems))
   tokenizer.check_fits(tok, model.vocab_size)
   if not path.parent.is_dir():
     raise InputError(f"{path}: there is no folder {path.parent}")
   if path.exists():
-    raise InputError(f"{path}: is there already; take another name")
-  tensors = list(_tensors(form))
+    raise InputError(f"{path}: already exists; take another name")
+  tensors = list(_tensors(export_format))
   if any(t.dtype == hf_read.E4M3 for t in tensors):
-    raise InputError(f"{path}: GGUF has no FP8; say --dtype=bfloat16")
-  resumable.check_room(path.parent, total_bytes(form))
+    raise InputError(f"{path}: GGUF has no FP8; use --dtype=bfloat16")
+  resumable.check_free_space(path.parent, total_bytes(export_format))
   partial = path.with_name(f".{path.name}.partial")
   writer = gguf.GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[_ARCHITECTURE])
   _describe_model(writer, model, max_len)
   _describe_tokens(writer, tok, model.vocab_size)
-  quantizations = gguf.GGMLQuantizationType
-  for t in tensors:
-    raw = quantizations.F32 if t.dtype == hf_read.F32 else quantizations.BF16
-    writer.add_tensor_info(t.name, t.shape, t.dtype, t.n_bytes, raw)
   try:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    size = lambda t: t.n_bytes
-    for t, array in resumable.in_order(lambda t: t.make(), tensors, size):
-      writer.write_tensor_data(array.view(np.uint8))
-      advance(t.n_bytes)
-    writer.flush()
+    _write_tensors(writer, tensors, advance)
   except OSError as error:
     partial.unlink(missing_ok=True)
     raise resumable.disk_error(path, error) from error
   finally:
     writer.close()
   os.replace(partial, path)
+
+
+def _write_tensors(
+  writer: gguf.GGUFWriter,
+  tensors: list[_Tensor],
+  advance: Callable[[int], None],
+) -> None:
+  """Writes the header and all tensors."""
+  types = gguf.GGMLQuantizationType
+  for t in tensors:
+    raw = types.F32 if t.dtype == hf_read.F32 else types.BF16
+    writer.add_tensor_info(t.name, t.shape, t.dtype, t.n_bytes, raw)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_ti_data_to_file()
+  for tensor, array in resumable.map_in_order(
+    lambda t: t.make(), tensors, lambda t: t.n_bytes
+  ):
+    writer.write_tensor_data(array.view(np.uint8))
+    advance(tensor.n_bytes)
+  writer.flush()

@@ -1,4 +1,4 @@
-"""config.json of released checkpoints, both ways."""
+"""Converts config.json of released checkpoints to a model, and back."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -9,8 +9,8 @@ from dsv3_jax.config import model as model_lib
 from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
 
-# The key of config.json and the setting of `config.Model` that are one number.
-_NUMBERS = {
+# Maps keys of config.json to settings of `config.Model` with the same value.
+_SETTINGS = {
   "vocab_size": "vocab_size",
   "hidden_size": "d_model",
   "num_hidden_layers": "n_layers",
@@ -34,7 +34,7 @@ _NUMBERS = {
   "routed_scaling_factor": "router.scale",
   "num_nextn_predict_layers": "mtp.depth",
 }
-_NULL = {  # what null, or nothing, means
+_DEFAULTS = {  # values of keys that are null or missing
   "q_lora_rank": 0,
   "n_shared_experts": 0,
   "n_group": 1,
@@ -51,12 +51,13 @@ _YARN = {
   "beta_slow": "beta_slow",
   "mscale_all_dim": "mscale",
 }
-_GATES = {  # model_type: score, default of norm_topk_prob, choice of experts
+# The score, default of norm_topk_prob, and topk_methods of a model_type.
+_MODEL_TYPES = {
   "deepseek_v3": ("sigmoid", True, ("noaux_tc",)),
   "kimi_k2": ("sigmoid", True, ("noaux_tc",)),
   "deepseek_v2": ("softmax", False, ("greedy", "group_limited_greedy")),
 }
-_ONLY = {  # the one value that we compute
+_REQUIRED = {  # the only supported value
   "hidden_act": "silu",
   "attention_bias": False,
   "mlp_bias": False,
@@ -66,35 +67,36 @@ _ONLY = {  # the one value that we compute
 }
 
 
-def read(facts: dict[str, Any]) -> config.Model:
-  """The model that a config.json describes.
+def read_model(config_json: dict[str, Any]) -> config.Model:
+  """Returns the model that a config.json describes.
 
   Raises:
-    InputError: it is none of this architecture; one line a problem.
+    InputError: the model is not of this architecture; lists all problems.
   """
-  kind = facts.get("model_type")
-  if not isinstance(kind, str) or kind not in _GATES:
+  model_type = config_json.get("model_type")
+  if not isinstance(model_type, str) or model_type not in _MODEL_TYPES:
     raise InputError(
-      f"config.json: model_type={kind!r}: must be one of {', '.join(_GATES)}"
+      f"config.json: model_type={model_type!r}: must be one of"
+      f" {', '.join(_MODEL_TYPES)}"
     )
-  problems = list(_unsupported(facts))
+  problems = list(_unsupported_settings(config_json))
   values = {}
-  for key, path in _NUMBERS.items():
-    value = facts.get(key)
+  for key, path in _SETTINGS.items():
+    value = config_json.get(key)
     if value is None:
-      value = _NULL.get(key)
+      value = _DEFAULTS.get(key)
     if key == "norm_topk_prob" and value is None:
-      value = _GATES[kind][1]
+      value = _MODEL_TYPES[model_type][1]
     if value is None:
       problems.append(f"config.json: {key} is missing")
     else:
       values[path] = value
-  values["router.score"] = _GATES[kind][0]
-  if facts.get("topk_method") == "greedy":
+  values["router.score"] = _MODEL_TYPES[model_type][0]
+  if config_json.get("topk_method") == "greedy":
     values |= {"router.n_groups": 1, "router.top_groups": 1}
   try:
-    max_len(facts)
-    values["mla.rope_theta"], yarn = _rope(facts)
+    max_len(config_json)
+    values["mla.rope_theta"], yarn = _rope(config_json)
   except InputError as error:
     problems += str(error).splitlines()
   if problems:
@@ -102,40 +104,45 @@ def read(facts: dict[str, Any]) -> config.Model:
   return _model(values, yarn)
 
 
-def _unsupported(facts: dict[str, Any]) -> Iterator[str]:
-  for key, only in _ONLY.items():
-    if facts.get(key, only) != only:
-      yield f"config.json: {key}={facts[key]!r}: only {only!r} is known here"
-  score, _, methods = _GATES[facts["model_type"]]
-  if facts.get("scoring_func", score) != score:
+def _unsupported_settings(config_json: dict[str, Any]) -> Iterator[str]:
+  for key, only in _REQUIRED.items():
+    if config_json.get(key, only) != only:
+      yield f"config.json: {key}={config_json[key]!r}: must be {only!r}"
+  score, _, methods = _MODEL_TYPES[config_json["model_type"]]
+  if config_json.get("scoring_func", score) != score:
     yield (
-      f"config.json: scoring_func={facts['scoring_func']!r}: with"
-      f" model_type={facts['model_type']!r} only {score!r} is known here"
+      f"config.json: scoring_func={config_json['scoring_func']!r}: must be"
+      f" {score!r} with model_type={config_json['model_type']!r}"
     )
-  if facts.get("topk_method", methods[0]) not in methods:
+  if config_json.get("topk_method", methods[0]) not in methods:
     yield (
-      f"config.json: topk_method={facts['topk_method']!r}: must be"
+      f"config.json: topk_method={config_json['topk_method']!r}: must be"
       f" {' or '.join(methods)}"
     )
-  heads = facts.get("num_attention_heads")
-  if facts.get("num_key_value_heads", heads) not in (heads, None):
+  heads = config_json.get("num_attention_heads")
+  kv_heads = config_json.get("num_key_value_heads")
+  if kv_heads not in (heads, None):
     yield (
-      f"config.json: num_key_value_heads={facts['num_key_value_heads']!r}:"
-      f" must be num_attention_heads={heads}"
+      f"config.json: num_key_value_heads={kv_heads!r}: must be"
+      f" num_attention_heads={heads}"
     )
 
 
-def _rope(facts: dict[str, Any]) -> tuple[float, model_lib.Yarn]:
-  """Base of the rotation, and its extension."""
-  rope = facts.get("rope_parameters") or facts.get("rope_scaling") or {}
+def _rope(config_json: dict[str, Any]) -> tuple[float, model_lib.Yarn]:
+  """Returns the base of the rotary embedding, and its YaRN extension."""
+  rope = (
+    config_json.get("rope_parameters") or config_json.get("rope_scaling") or {}
+  )
   if not isinstance(rope, dict):
     raise InputError(f"config.json: rope_scaling={rope!r}: must be an object")
-  theta = rope.get("rope_theta", facts.get("rope_theta", 10_000.0))
-  kind = rope.get("rope_type", rope.get("type", "default"))
-  if kind == "default":
+  theta = rope.get("rope_theta", config_json.get("rope_theta", 10_000.0))
+  rope_type = rope.get("rope_type", rope.get("type", "default"))
+  if rope_type == "default":
     return theta, model_lib.Yarn()
-  if kind != "yarn":
-    raise InputError(f"config.json: rope type {kind!r}: only yarn is known")
+  if rope_type != "yarn":
+    raise InputError(
+      f"config.json: rope_type={rope_type!r}: must be 'default' or 'yarn'"
+    )
   needed = "factor", "original_max_position_embeddings", "mscale_all_dim"
   problems = [
     f"config.json: rope_scaling: {key} is missing"
@@ -143,89 +150,92 @@ def _rope(facts: dict[str, Any]) -> tuple[float, model_lib.Yarn]:
     if not rope.get(key)
   ]
   problems += [
-    f"config.json: rope_scaling: {key}={rope[key]!r}: only {only!r} is known"
+    f"config.json: rope_scaling: {key}={rope[key]!r}: must be {only!r}"
     for key, only in (("attention_factor", None), ("truncate", True))
     if rope.get(key, only) != only
   ]
   if rope.get("mscale", 0) != rope.get("mscale_all_dim", 0):
     problems.append(
       f"config.json: rope_scaling: mscale={rope.get('mscale')!r}: must equal"
-      f" mscale_all_dim={rope.get('mscale_all_dim')!r}, or the rotation is"
-      " scaled too, which is not known here"
+      f" mscale_all_dim={rope.get('mscale_all_dim')!r}: a scaled rotation is"
+      " not supported"
     )
   if problems:
     raise InputError("\n".join(problems))
   given = {ours: rope[key] for key, ours in _YARN.items() if key in rope}
-  return theta, _checked(model_lib.Yarn, given)
+  return theta, _construct(model_lib.Yarn, given)
 
 
-def _checked(cls: type, values: dict[str, Any]) -> Any:
-  """A part of the model; JSON writes whole numbers without a point."""
-  floats = {name for name, kind in cls.__annotations__.items() if kind is float}
+def _construct(cls: type, values: dict[str, Any]) -> Any:
+  """Constructs a config class; JSON may write a float as an integer."""
+  types = cls.__annotations__
   return cls(
     **{
-      name: float(value) if name in floats and type(value) is int else value
+      name: float(value)
+      if types.get(name) is float and type(value) is int
+      else value
       for name, value in values.items()
     }
   )
 
 
 def _model(values: dict[str, Any], yarn: model_lib.Yarn) -> config.Model:
-  parts = {
+  """Returns the model with values by the path of the setting."""
+  classes = {
     "mla": model_lib.MLA,
     "moe": model_lib.MoE,
     "router": model_lib.Router,
     "mtp": model_lib.MTP,
   }
-  if values["router.score"] == "softmax":  # balanced by a loss alone
+  if values["router.score"] == "softmax":  # balanced only by a loss
     values["router.bias_speed"] = 0.0
-  made, problems = {}, []
-  for name, cls in parts.items():
-    own = {
+  sections, problems = {}, []
+  for name, cls in classes.items():
+    section = {
       path.partition(".")[2]: value
       for path, value in values.items()
       if path.startswith(f"{name}.")
     }
     if name == "mla":
-      own["yarn"] = yarn
+      section["yarn"] = yarn
     try:
-      made[name] = _checked(cls, own)
+      sections[name] = _construct(cls, section)
     except InputError as error:
       problems += [f"config.json: {line}" for line in str(error).splitlines()]
   if problems:
     raise InputError("\n".join(problems))
-  whole = {path: value for path, value in values.items() if "." not in path}
-  return _checked(config.Model, whole | made)
+  flat = {path: value for path, value in values.items() if "." not in path}
+  return _construct(config.Model, flat | sections)
 
 
-def max_len(facts: dict[str, Any]) -> int:
-  """Tokens that the model reads."""
-  length = facts.get("max_position_embeddings", 4096)
+def max_len(config_json: dict[str, Any]) -> int:
+  """Returns the longest context of the model in tokens."""
+  length = config_json.get("max_position_embeddings", 4096)
   if type(length) is not int or length < 1:
     raise InputError(
-      f"config.json: max_position_embeddings={length!r}: must be a number"
-      " above 0"
+      f"config.json: max_position_embeddings={length!r}: must be an"
+      " integer above 0"
     )
   return length
 
 
-def run(facts: dict[str, Any], model: config.Model) -> config.Run:
-  """A run of the model; what is not of the network is that of preset S."""
-  length = max_len(facts)
+def make_run(config_json: dict[str, Any], model: config.Model) -> config.Run:
+  """Returns a run of the model; all other settings are those of preset S."""
+  length = max_len(config_json)
   if model.mla.yarn.factor > 1:
     length = model.mla.yarn.original_len
   data = dataclasses.replace(presets.S.data, seq_len=min(length, 4096))
   return dataclasses.replace(presets.S, model=model, data=data)
 
 
-def tile(facts: dict[str, Any]) -> tuple[int, int] | None:
-  """The tile of weights in FP8, outputs and inputs; None: there are none.
+def read_fp8_tile(config_json: dict[str, Any]) -> tuple[int, int] | None:
+  """Returns the FP8 tile of outputs and inputs; None: weights are not FP8.
 
   Raises:
-    InputError: they are quantized in another way.
+    InputError: weights are quantized in another way.
   """
-  how = facts.get("quantization_config")
-  if how is None:
+  quantization = config_json.get("quantization_config")
+  if quantization is None:
     return None
   wanted = {
     "quant_method": "fp8",
@@ -234,20 +244,25 @@ def tile(facts: dict[str, Any]) -> tuple[int, int] | None:
   }
   problems = (
     ["must be an object"]
-    if not isinstance(how, dict)
+    if not isinstance(quantization, dict)
     else [
-      f"{key}={how.get(key)!r}: must be {value!r}"
+      f"{key}={quantization.get(key)!r}: must be {value!r}"
       for key, value in wanted.items()
-      if how.get(key, value) != value or "quant_method" not in how
+      if quantization.get(key, value) != value
+      or "quant_method" not in quantization
     ]
   )
-  size = how.get("weight_block_size") if isinstance(how, dict) else None
+  size = (
+    quantization.get("weight_block_size")
+    if isinstance(quantization, dict)
+    else None
+  )
   if not problems and not (
     isinstance(size, list)
     and len(size) == 2
     and all(type(n) is int and n > 0 for n in size)
   ):
-    problems.append(f"weight_block_size={size!r}: must be two numbers above 0")
+    problems.append(f"weight_block_size={size!r}: must be two integers above 0")
   if problems:
     raise InputError(
       "\n".join(f"config.json: quantization_config: {p}" for p in problems)
@@ -255,35 +270,25 @@ def tile(facts: dict[str, Any]) -> tuple[int, int] | None:
   return tuple(size)
 
 
-def write(run: config.Run) -> dict[str, Any]:
-  """The config.json of a model, without what its files are written in.
+def make_config_json(run: config.Run) -> dict[str, Any]:
+  """Returns the config.json of a model, without the types of its files.
 
   Raises:
-    InputError: the model cannot be said in one.
+    InputError: config.json cannot express the model.
   """
   model = run.model
-  if model.mtp.depth and model.mtp.input_state != "post_norm":
-    raise InputError(
-      f"mtp.input_state={model.mtp.input_state!r}: released checkpoints,"
-      " and what reads them, have 'post_norm'"
-    )
-  if model.mla.norm_eps != 1e-6:
-    raise InputError(
-      f"mla.norm_eps={model.mla.norm_eps:g}: what reads released checkpoints"
-      " takes 1e-06"
-    )
-  if not model.n_moe_layers:
-    raise InputError("a model without mixture layers has no released form")
+  if problems := list(_inexpressible_settings(model)):
+    raise InputError("\n".join(problems))
   settings = config.flatten(model)
-  facts = {key: settings[path] for key, path in _NUMBERS.items()}
-  facts["q_lora_rank"] = facts["q_lora_rank"] or None
-  facts["num_key_value_heads"] = facts["num_attention_heads"]
+  config_json = {key: settings[path] for key, path in _SETTINGS.items()}
+  config_json["q_lora_rank"] = config_json["q_lora_rank"] or None
+  config_json["num_key_value_heads"] = config_json["num_attention_heads"]
   yarn = model.mla.yarn
   longest = run.data.seq_len
-  facts["rope_theta"] = model.mla.rope_theta
+  config_json["rope_theta"] = model.mla.rope_theta
   if yarn.factor > 1:
     longest = int(yarn.max_len)
-    facts["rope_scaling"] = {
+    config_json["rope_scaling"] = {
       "type": "yarn",
       "mscale": yarn.mscale,
     } | {key: getattr(yarn, ours) for key, ours in _YARN.items()}
@@ -291,8 +296,8 @@ def write(run: config.Run) -> dict[str, Any]:
   name = "DeepseekV3ForCausalLM" if v3 else "DeepseekV2ForCausalLM"
   grouped = "group_limited_greedy" if model.router.n_groups > 1 else "greedy"
   return (
-    facts
-    | _ONLY
+    config_json
+    | _REQUIRED
     | {
       "architectures": [name],
       "model_type": "deepseek_v3" if v3 else "deepseek_v2",
@@ -305,8 +310,27 @@ def write(run: config.Run) -> dict[str, Any]:
   )
 
 
-# What read() looks at, and what has no meaning for the network itself.
-KNOWN = frozenset(_NUMBERS) | frozenset(_ONLY) | frozenset((
+def _inexpressible_settings(model: config.Model) -> Iterator[str]:
+  """Yields settings that config.json has no key for, or another value."""
+  if model.mtp.depth and model.mtp.input_state != "post_norm":
+    yield (
+      f"mtp.input_state={model.mtp.input_state!r}: must be 'post_norm' in a"
+      " released checkpoint"
+    )
+  if model.mla.norm_eps != 1e-6:
+    yield (
+      f"mla.norm_eps={model.mla.norm_eps:g}: must be 1e-06 in a released"
+      " checkpoint"
+    )
+  if not model.n_moe_layers:
+    yield (
+      f"n_dense_layers={model.n_dense_layers}: must be below"
+      f" n_layers={model.n_layers} in a released checkpoint"
+    )
+
+
+# Keys that are read, and keys that have no meaning for the model itself.
+KNOWN = frozenset(_SETTINGS) | frozenset(_REQUIRED) | frozenset((
     "architectures", "model_type", "num_key_value_heads", "rope_theta",
     "rope_scaling", "rope_parameters", "scoring_func", "topk_method",
     "quantization_config", "auto_map", "max_position_embeddings",

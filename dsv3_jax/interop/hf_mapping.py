@@ -1,9 +1,8 @@
-"""How parameters are cut into the tensors of released checkpoints.
+"""Maps parameters to the tensors of released checkpoints.
 
-A block is one layer's, or one expert's, share of a parameter of the schema. In
-files it is a tensor, or two (gate and up), each [outputs, inputs]: the other
-way round than here, and without dims such as heads. `turned` is between the
-two.
+A block is one layer's, or one expert's, share of a stacked parameter. In files
+it is a tensor, or two (gate and up), each [outputs, inputs]; parameters are
+[inputs, outputs] and have dims for heads. `convert_layout` goes both ways.
 """
 
 import dataclasses
@@ -17,8 +16,8 @@ import numpy as np
 from dsv3_jax import config, param_spec
 from dsv3_jax.model import transformer
 
-BIAS = "router_bias"  # as the path of a parameter
-SCALES = "_scale_inv"  # a tensor's scales have its name and this; they multiply
+BIAS = "router_bias"  # stands for a parameter's path
+SCALES = "_scale_inv"  # suffix of the tensor with the scales of an FP8 tensor
 
 _LAYER = {
   "mla_norm": "input_layernorm",
@@ -45,59 +44,63 @@ _MTP = {
   "proj": "eh_proj",
   "norm": "shared_head.norm",
 }
-_WHOLE = {
+_UNSTACKED = {
   "embed": "model.embed_tokens.weight",
   "norm": "model.norm.weight",
   "head": "lm_head.weight",
 }
-# What an MTP layer repeats of the main model.
-_COPIES = {"embed_tokens": "embed", "shared_head.head": "head"}
+# Tensors of an MTP layer that repeat one of the main model.
+_MTP_COPIES = {"embed_tokens": "embed", "shared_head.head": "head"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
   """One layer's or expert's share of a parameter."""
 
-  path: str  # of the parameter, or BIAS
-  index: tuple[int, ...]  # of layer and expert, in the parameter's leading dims
-  inputs: tuple[int, ...]  # dims after those
-  outputs: tuple[int, ...]  # a vector has no inputs
-  names: tuple[str, ...]  # of the tensors in files
-  layer: int  # of files; -1: before all of them
-  quantized: bool  # whether the released weights are in FP8
+  path: str  # path of the parameter, or BIAS
+  index: tuple[int, ...]  # index of layer and expert in the leading dims
+  inputs: tuple[int, ...]  # input dims, after the leading ones; a vector: none
+  outputs: tuple[int, ...]  # output dims
+  names: tuple[str, ...]  # names of its tensors in files
+  layer: int  # layer number in files; -1: belongs to no layer
+  quantized: bool  # whether DeepSeek releases it in FP8
 
   @property
-  def matrix(self) -> tuple[int, ...]:
-    """[inputs, outputs], or [outputs] of a vector."""
+  def matrix_shape(self) -> tuple[int, ...]:
+    """[inputs, outputs] of a matrix, [outputs] of a vector."""
     inputs = (math.prod(self.inputs),) if self.inputs else ()
     return (*inputs, math.prod(self.outputs))
 
   @property
-  def table(self) -> bool:
-    """Whether files have it as it is here."""
-    return len(self.matrix) == 1 or self.path == "embed"
+  def transposed(self) -> bool:
+    """Whether files have the transpose of the parameter's matrix."""
+    return len(self.matrix_shape) > 1 and self.path != "embed"
 
   @property
-  def shape(self) -> tuple[int, ...]:
-    """Of each tensor in files."""
-    if self.table:
-      return self.matrix
-    return self.matrix[1] // len(self.names), self.matrix[0]
+  def tensor_shape(self) -> tuple[int, ...]:
+    """Shape of each of its tensors in files."""
+    if not self.transposed:
+      return self.matrix_shape
+    return self.matrix_shape[1] // len(self.names), self.matrix_shape[0]
 
   def scales_shape(self, tile: tuple[int, int]) -> tuple[int, int]:
-    """Of the scales of each tensor in files."""
-    return tuple(-(-n // t) for n, t in zip(self.shape, tile, strict=True))
+    """Shape of the scales of each of its tensors in files."""
+    sizes = zip(self.tensor_shape, tile, strict=True)
+    return tuple(-(-n // t) for n, t in sizes)
 
 
-def _layer_of(path: str, index: int, cfg: config.Model) -> int:
+def _file_layer(path: str, index: int, cfg: config.Model) -> int:
+  """Returns the layer number that files give to a layer of a stack."""
   first = {"dense": 0, "moe": cfg.n_dense_layers, "mtp": cfg.n_layers}
   return first[path.partition("/")[0]] + index
 
 
-def _names(path: str, index: tuple[int, ...], cfg: config.Model) -> list[str]:
-  """Of the tensors of a block of a stacked parameter."""
+def _tensor_names(
+  path: str, index: tuple[int, ...], cfg: config.Model
+) -> list[str]:
+  """Returns the names of the tensors of a block of a stacked parameter."""
   within = path.partition("/")[2]
-  prefix = f"model.layers.{_layer_of(path, index[0], cfg)}."
+  prefix = f"model.layers.{_file_layer(path, index[0], cfg)}."
   if path.startswith("mtp/"):
     if within in _MTP:
       return [f"{prefix}{_MTP[within]}.weight"]
@@ -110,26 +113,28 @@ def _names(path: str, index: tuple[int, ...], cfg: config.Model) -> list[str]:
   return [f"{prefix}{inside}.{p}.weight" for p in _PROJECTIONS[projection]]
 
 
-def _of_parameter(
+def _parameter_blocks(
   path: str, spec: param_spec.ParamSpec, cfg: config.Model
 ) -> Iterable[Block]:
   n = spec.n_stack
   dims = spec.shape[n:]
   n_in = len(dims) > 1 and max(spec.n_in, 1)
   for index in np.ndindex(spec.shape[:n]):
-    whole = not index
+    stacked = bool(index)
     yield Block(
       path,
       index,
       dims[:n_in],
       dims[n_in:],
-      (_WHOLE[path],) if whole else tuple(_names(path, index, cfg)),
-      -1 if whole else _layer_of(path, index[0], cfg),
+      tuple(_tensor_names(path, index, cfg))
+      if stacked
+      else (_UNSTACKED[path],),
+      _file_layer(path, index[0], cfg) if stacked else -1,
       spec.n_in > 0 and path != "mtp/proj",
     )
 
 
-def _of_bias(cfg: config.Model) -> Iterable[Block]:
+def _bias_blocks(cfg: config.Model) -> Iterable[Block]:
   for i in range(cfg.n_routers if cfg.router.score == "sigmoid" else 0):
     layer = cfg.n_dense_layers + i
     name = f"model.layers.{layer}.mlp.gate.e_score_correction_bias"
@@ -138,101 +143,104 @@ def _of_bias(cfg: config.Model) -> Iterable[Block]:
 
 
 @functools.lru_cache(maxsize=4)
-def of_model(cfg: config.Model) -> tuple[Block, ...]:
-  """All blocks of a model, in the order of layers."""
+def model_blocks(cfg: config.Model) -> tuple[Block, ...]:
+  """Returns all blocks of a model in the order of layers."""
   specs = param_spec.paths(transformer.specs(cfg))
-  found = [
+  blocks = [
     block
     for path, spec in specs.items()
-    for block in _of_parameter(path, spec, cfg)
+    for block in _parameter_blocks(path, spec, cfg)
   ]
-  found += _of_bias(cfg)
-  # An expert's tensors one after the other.
-  return tuple(sorted(found, key=lambda b: (b.layer, b.index[1:])))
+  blocks += _bias_blocks(cfg)
+  # All tensors of an expert follow each other.
+  return tuple(sorted(blocks, key=lambda b: (b.layer, b.index[1:])))
 
 
-def count(cfg: config.Model) -> int:
-  """How many there are, of parameters; quickly, whatever the model says."""
+def count_blocks(cfg: config.Model) -> int:
+  """Counts the blocks of parameters; fast, however large the model is."""
   specs = jax.tree.leaves(transformer.specs(cfg))
   return sum(math.prod(spec.shape[: spec.n_stack]) for spec in specs)
 
 
-def copies(cfg: config.Model) -> dict[str, str]:
-  """Tensors of MTP layers that repeat one of the main model, and which."""
+def mtp_copies(cfg: config.Model) -> dict[str, str]:
+  """Maps tensors of MTP layers to those of the main model that they repeat."""
   return {
-    f"model.layers.{cfg.n_layers + i}.{copy}.weight": _WHOLE[path]
+    f"model.layers.{cfg.n_layers + i}.{copy}.weight": _UNSTACKED[path]
     for i in range(cfg.mtp.depth)
-    for copy, path in _COPIES.items()
+    for copy, path in _MTP_COPIES.items()
   }
 
 
 Slices = tuple[slice, ...]
 
 
-def spans(block: Block, inner: Slices) -> tuple[slice, slice]:
-  """Inputs, and outputs of each tensor, that a part of a block is within.
+def bounding_slices(block: Block, inner: Slices) -> tuple[slice, slice]:
+  """Returns the inputs, and outputs of each tensor, that a slice is within.
 
   Args:
-    block: which one.
-    inner: of its dims, inputs then outputs.
+    block: the block that the slice is cut out of.
+    inner: slices of its dims, inputs then outputs.
   """
   n, pair = len(block.inputs), len(block.names) > 1
-  ins = _span(block.inputs, inner[0]) if n else slice(None)
-  return ins, _span(block.outputs[pair:], inner[n + pair])
+  ins = _flatten_slice(block.inputs, inner[0]) if n else slice(None)
+  return ins, _flatten_slice(block.outputs[pair:], inner[n + pair])
 
 
-def _span(dims: tuple[int, ...], first: slice) -> slice:
-  """What a slice of the first of some dims is of all of them as one."""
-  rest, rows = math.prod(dims[1:]), range(dims[0])[first]
-  return slice(rows.start * rest, rows.stop * rest)
+def _flatten_slice(dims: tuple[int, ...], first: slice) -> slice:
+  """Returns a slice of the first dim as a slice of all dims flattened."""
+  stride, rows = math.prod(dims[1:]), range(dims[0])[first]
+  return slice(rows.start * stride, rows.stop * stride)
 
 
-def part(block: Block, inner: Slices, matrix: np.ndarray) -> np.ndarray:
-  """The part of a block, of the inputs and outputs within its `spans`."""
+def take_slice(block: Block, inner: Slices, matrix: np.ndarray) -> np.ndarray:
+  """Cuts a slice of a block out of the matrix within its `bounding_slices`."""
   n, pair = len(block.inputs), len(block.names) > 1
-  dims, rest = [*block.inputs, *block.outputs], list(inner)
+  dims, remaining = [*block.inputs, *block.outputs], list(inner)
   for i in {0, n + pair}:
-    dims[i], rest[i] = len(range(dims[i])[inner[i]]), slice(None)
-  return matrix.reshape(dims)[tuple(rest)]
+    dims[i], remaining[i] = len(range(dims[i])[inner[i]]), slice(None)
+  return matrix.reshape(dims)[tuple(remaining)]
 
 
-def turned(matrix: np.ndarray) -> np.ndarray:
-  """The transpose of a matrix, in its own memory."""
-  if matrix.ndim < 2:
-    return matrix
+def convert_layout(block: Block, matrix: np.ndarray) -> np.ndarray:
+  """Converts a block between the layout of files and that of parameters."""
+  return transpose(matrix) if block.transposed else matrix
+
+
+def transpose(matrix: np.ndarray) -> np.ndarray:
+  """Returns a contiguous transpose of a matrix."""
   # Several times as fast as NumPy, which does not transpose in tiles.
-  first = jax.local_devices(backend="cpu")[0]
-  return np.asarray(jax.device_put(matrix.T, first))
+  cpu = jax.local_devices(backend="cpu")[0]
+  return np.asarray(jax.device_put(matrix.T, cpu))
 
 
-def tiles_of(block: Block, outs: slice, size: int) -> np.ndarray:
-  """Which tile each output is in, of the tensors of a block one by one."""
-  own = np.arange(block.shape[0])[outs] // size
-  n_tiles = -(-block.shape[0] // size)
-  return np.concatenate([own + i * n_tiles for i in range(len(block.names))])
+def output_tiles(block: Block, outs: slice, size: int) -> np.ndarray:
+  """Returns the tile index of each output, tensor by tensor of a block."""
+  n_rows = block.tensor_shape[0]
+  tiles, n_tiles = np.arange(n_rows)[outs] // size, -(-n_rows // size)
+  return np.concatenate([tiles + i * n_tiles for i in range(len(block.names))])
 
 
 @functools.lru_cache(maxsize=4)
-def _numbers(dtype: np.dtype) -> np.ndarray:
-  """All 256 numbers of a type of one byte."""
+def _decoded_codes(dtype: np.dtype) -> np.ndarray:
+  """Returns the float32 values of all 256 codes of a one-byte type."""
   return np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
 
 
-def dequantized(
+def dequantize(
   values: np.ndarray,
   scales: np.ndarray,
   row_tiles: np.ndarray,
   column_tiles: np.ndarray,
 ) -> np.ndarray:
-  """values * scales in float32.
+  """Returns values * scales in float32, [R, C].
 
   Args:
-    values: [R, C] of a type of one byte.
+    values: [R, C] of a one-byte type.
     scales: [row tiles, column tiles].
-    row_tiles: [R], which tile a row is in.
-    column_tiles: [C].
+    row_tiles: [R], the tile index of each row.
+    column_tiles: [C], the tile index of each column.
   """
-  out = _numbers(values.dtype)[values.view(np.uint8)]
+  out = _decoded_codes(values.dtype)[values.view(np.uint8)]
   across = scales.astype(np.float32)[:, column_tiles]
   for tile in np.unique(row_tiles):
     out[row_tiles == tile] *= across[tile]

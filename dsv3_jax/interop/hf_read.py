@@ -1,7 +1,8 @@
-"""A folder with a released checkpoint, of which everything is accounted for.
+"""Reads a folder with a released checkpoint; every tensor is accounted for.
 
-`config.json`, shards of tensors, and `model.safetensors.index.json` that says
-which tensor is in which. Nothing in it is ever executed.
+The folder has `config.json`, shards of tensors in the safetensors format, and
+`model.safetensors.index.json`, which names the shard of each tensor. Nothing in
+it is ever executed.
 """
 
 import dataclasses
@@ -9,7 +10,7 @@ import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,110 +29,135 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
 @dataclasses.dataclass(frozen=True)
-class Released:
-  """A folder that was found complete."""
+class ReleasedCheckpoint:
+  """A released checkpoint whose names, shapes and types have been checked."""
 
   folder: pathlib.Path
-  facts: dict[str, Any]  # config.json
+  config_json: dict[str, Any]
   model: config.Model
-  tensors: dict[str, safetensors.Tensor]  # by name
-  tile: tuple[int, int] | None  # of weights in FP8, if there are such
-  notes: tuple[str, ...]  # what a user should know
+  tensors: dict[str, safetensors.StoredTensor]  # by name
+  tile: tuple[int, int] | None  # FP8 tile of outputs and inputs; None: no FP8
+  notes: tuple[str, ...]  # messages for the user
+  # CRC-32 of tensors by name, compared whenever all of a tensor is read.
+  checksums: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
-  def main_only(self) -> "Released":
-    """The same without its MTP layers."""
+  def without_mtp(self) -> "ReleasedCheckpoint":
+    """Returns the checkpoint of the main model alone."""
     model = config.override(self.model, "mtp.depth=0")
     return dataclasses.replace(self, model=model)
 
-  def dtype(self, block: hf_mapping.Block) -> np.dtype:
-    """What a block is written in, as all of its parameter."""
-    return self.tensors[block.names[0]].dtype
+  def make_run(self) -> config.Run:
+    """Returns a run of the model, see `hf_config.make_run`."""
+    return hf_config.make_run(self.config_json, self.model)
 
-  def scales_dtype(self, block: hf_mapping.Block) -> np.dtype | None:
-    """What its scales are written in; None: it is not in FP8."""
-    scales = self.tensors.get(block.names[0] + hf_mapping.SCALES)
-    return scales and scales.dtype
+  def total_bytes(self) -> int:
+    """Returns the size of all tensors in bytes."""
+    return sum(tensor.n_bytes for tensor in self.tensors.values())
 
-  def n_bytes(self, block: hf_mapping.Block) -> int:
-    """Of a block, without its scales."""
-    return sum(self.tensors[name].n_bytes for name in block.names)
-
-  def place(self, block: hf_mapping.Block) -> tuple[str, int]:
-    """Where a block begins: in which file, at which byte."""
-    first = self.tensors[block.names[0]]
-    return first.file.name, first.offset
+  def dtypes(self, block: hf_mapping.Block) -> tuple[np.dtype, np.dtype | None]:
+    """Returns the types of a block's values and scales; None: not in FP8."""
+    name = block.names[0]
+    scales = self.tensors.get(name + hf_mapping.SCALES)
+    return self.tensors[name].dtype, scales and scales.dtype
 
   def fingerprint(self) -> str:
-    """Of what is there, as far as can be told without reading all of it."""
-    seen = [json.dumps(self.facts, sort_keys=True)]
+    """Returns a digest of config.json, all headers, and sizes and times."""
+    seen = [json.dumps(self.config_json, sort_keys=True)]
     for name, tensor in sorted(self.tensors.items()):
       stat = tensor.file.stat()
       seen.append(f"{name} {tensor} {stat.st_size} {stat.st_mtime_ns}")
     return hashlib.sha256("\n".join(seen).encode()).hexdigest()
 
-  def stored(
+  def read_block(
     self, block: hf_mapping.Block
   ) -> tuple[np.ndarray, np.ndarray | None]:
-    """A block as the parameter has it, and its scales if it is in FP8.
+    """Reads a block as it is stored, and the scales of FP8.
 
-    Nothing is rounded: [inputs, outputs] of the type that the files have, and
-    [tiles of inputs, tiles of outputs].
+    Returns:
+      [inputs, outputs] of the type in the files, and
+      [tiles of inputs, tiles of outputs] or None.
     """
-    values = self._joined(block, slice(None), slice(None))
-    values = values if block.table else hf_mapping.turned(values)
-    return values, self._scales(block)
+    matrix = self._read_rows(block, slice(None), slice(None))
+    return hf_mapping.convert_layout(block, matrix), self._read_scales(block)
 
-  def part(
+  def read_slice(
     self, block: hf_mapping.Block, inner: hf_mapping.Slices
   ) -> np.ndarray:
-    """Some of a block's numbers; of FP8, what they stand for in float32.
+    """Reads a slice of a block; FP8 is dequantized to float32.
 
     Args:
-      block: which one.
-      inner: of its dims, inputs then outputs; no more is read of the files
-        than what they are within along the first of each.
+      block: the block.
+      inner: slices of its dims, inputs then outputs. The files are read only
+        within the slices of the first input and the first output dim.
     """
-    ins, outs = hf_mapping.spans(block, inner)
-    across = block.table and block.inputs
-    rows, columns = (ins, outs) if across else (outs, ins)
-    values = self._joined(block, rows, columns)
-    scales = self._scales(block)
+    ins, outs = hf_mapping.bounding_slices(block, inner)
+    swapped = block.transposed or not block.inputs
+    rows, columns = (outs, ins) if swapped else (ins, outs)
+    matrix = self._read_rows(block, rows, columns)
+    scales = self._read_scales(block)
     if scales is not None:
       tall, wide = self.tile
-      rows = hf_mapping.tiles_of(block, rows, tall)
-      columns = np.arange(block.shape[1])[columns] // wide
-      values = hf_mapping.dequantized(values, scales.T, rows, columns)
-    values = values if block.table else hf_mapping.turned(values)
-    return hf_mapping.part(block, inner, values)
+      row_tiles = hf_mapping.output_tiles(block, rows, tall)
+      column_tiles = np.arange(block.tensor_shape[1])[columns] // wide
+      matrix = hf_mapping.dequantize(matrix, scales.T, row_tiles, column_tiles)
+    return hf_mapping.take_slice(
+      block, inner, hf_mapping.convert_layout(block, matrix)
+    )
 
-  def cheap_dim(self, block: hf_mapping.Block) -> int:
-    """The dim along which the rows of files are cut."""
-    if block.table:
+  def chunk_dim(self, block: hf_mapping.Block) -> int | None:
+    """Returns the dim of a block along which files can be read in chunks.
+
+    None where there are checksums, which need the whole tensor.
+    """
+    if self.checksums:
+      return None
+    if not block.transposed:
       return 0
     return len(block.inputs) + (len(block.names) > 1)
 
-  def _joined(
+  def _read_rows(
     self, block: hf_mapping.Block, rows: slice, columns: slice
   ) -> np.ndarray:
-    """Rows of each of a block's tensors, one below the other."""
-    tensors = [self.tensors[name] for name in block.names]
-    if len(tensors) == 1:
-      return safetensors.read(tensors[0], rows, columns)
+    """Reads rows of each tensor of a block, and concatenates them."""
+    if len(block.names) == 1:
+      return self.read_tensor(block.names[0], rows, columns)
     n, width = (
       len(range(size)[s])
-      for size, s in zip(block.shape, (rows, columns), strict=True)
+      for size, s in zip(block.tensor_shape, (rows, columns), strict=True)
     )
-    out = np.empty((len(tensors), n, width), tensors[0].dtype)
-    for one, tensor in zip(out, tensors, strict=True):
-      safetensors.read(tensor, rows, columns, one)
+    out = np.empty((len(block.names), n, width), self.dtypes(block)[0])
+    for name, array in zip(block.names, out, strict=True):
+      self.read_tensor(name, rows, columns, array)
     return out.reshape(-1, width)
 
-  def _scales(self, block: hf_mapping.Block) -> np.ndarray | None:
-    if self.dtype(block) != E4M3:
+  def _read_scales(self, block: hf_mapping.Block) -> np.ndarray | None:
+    if self.dtypes(block)[0] != E4M3:
       return None
     names = [name + hf_mapping.SCALES for name in block.names]
-    scales = [safetensors.read(self.tensors[name]) for name in names]
+    scales = [self.read_tensor(name) for name in names]
     return np.ascontiguousarray(np.concatenate(scales).T)
+
+  def read_tensor(
+    self,
+    name: str,
+    rows: slice = slice(None),
+    columns: slice = slice(None),
+    out: np.ndarray | None = None,
+  ) -> np.ndarray:
+    """Reads rows and columns of a tensor, see `safetensors.read`.
+
+    Raises:
+      InputError: all of the tensor is read, and its checksum is wrong.
+    """
+    tensor, recorded = self.tensors[name], self.checksums.get(name)
+    array = safetensors.read(tensor, rows, columns, out)
+    if recorded is not None and array.nbytes == tensor.n_bytes:
+      if (checksum := safetensors.crc32(array)) != recorded:
+        raise InputError(
+          f"{tensor.file}: {name}: corrupt: its CRC-32 is {checksum:08x}, must"
+          f" be {recorded:08x} as imported; import the checkpoint again"
+        )
+    return array
 
 
 def open_folder(
@@ -139,67 +165,69 @@ def open_folder(
   *,
   ignore_auto_map: bool = False,
   follow_links: bool = False,
-) -> Released:
-  """Looks at names, shapes and types of everything in a folder.
+) -> ReleasedCheckpoint:
+  """Opens a checkpoint: checks the names, shapes and types of all tensors.
 
   Args:
-    folder: which one.
-    ignore_auto_map: whether a config.json may name code, which is not run.
-    follow_links: whether shards may be symbolic links.
+    folder: the folder of the checkpoint.
+    ignore_auto_map: accept a config.json that names code; it is not run.
+    follow_links: accept shards that are symbolic links.
 
   Raises:
-    InputError: anything is missing, left over or not as it must be; all of it.
+    InputError: a tensor is missing, unused, or of another shape or type; lists
+      all problems.
   """
-  facts = _facts(folder, ignore_auto_map)
-  model, tile = hf_config.read(facts), hf_config.tile(facts)
-  tensors, problems = _tensors(folder, follow_links)
+  config_json = _read_config_json(folder, ignore_auto_map)
+  model = hf_config.read_model(config_json)
+  tile = hf_config.read_fp8_tile(config_json)
+  tensors, problems = _read_headers(folder, follow_links)
   if problems:
     raise InputError("\n".join(problems))
   notes = [
-    f"{CONFIG}: {key}={facts[key]!r} is not known here and not used"
-    for key in sorted(facts.keys() - hf_config.KNOWN)
+    f"{CONFIG}: {key}={config_json[key]!r} is unknown and ignored"
+    for key in sorted(config_json.keys() - hf_config.KNOWN)
   ]
-  if model.mtp.depth and _last_layer(tensors) < model.n_layers:
+  if model.mtp.depth and _largest_layer(tensors) < model.n_layers:
     notes.append(
       f"{CONFIG}: num_nextn_predict_layers={model.mtp.depth}, but no tensor"
       f" begins with model.layers.{model.n_layers}.: read as a model without"
       " MTP layers"
     )
     model = config.override(model, "mtp.depth=0")
-  # Before they are all listed.
-  if (n := hf_mapping.count(model)) > 2 * len(tensors) + 1000:
+  # Compared before blocks are listed: a wrong size could make billions.
+  if (n := hf_mapping.count_blocks(model)) > 2 * len(tensors) + 1000:
     raise InputError(
       f"{folder}: {CONFIG} describes a model of {n:,} tensors or more, there"
       f" are {len(tensors):,}"
     )
-  if problems := list(_account(tensors, model, tile)):
+  if problems := [
+    *_check_tensors(tensors, model, tile),
+    *_check_copies(tensors, model),
+  ]:
     raise InputError("\n".join(f"{folder}: {line}" for line in problems))
-  biases = [
-    b.names[0] for b in hf_mapping.of_model(model) if b.path == hf_mapping.BIAS
-  ]
-  if biases and tensors[biases[0]].dtype != F32:
-    notes.append(
-      f"{biases[0]} and the others are {tensors[biases[0]].dtype}: whoever"
-      " wrote them has rounded them; DeepSeek's are float32"
-    )
-  return Released(folder, facts, model, tensors, tile, tuple(notes))
+  notes += _rounded_biases(tensors, model)
+  return ReleasedCheckpoint(
+    folder, config_json, model, tensors, tile, tuple(notes)
+  )
 
 
-def _facts(folder: pathlib.Path, ignore_auto_map: bool) -> dict[str, Any]:
+def _read_config_json(
+  folder: pathlib.Path, ignore_auto_map: bool
+) -> dict[str, Any]:
   if not folder.is_dir():
     raise InputError(f"{folder}: no such folder")
-  facts = resumable.read_object(folder / CONFIG)
-  if "auto_map" in facts and not ignore_auto_map:
+  config_json = resumable.read_object(folder / CONFIG)
+  if "auto_map" in config_json and not ignore_auto_map:
     raise InputError(
       f"{folder / CONFIG}: auto_map names code that comes with the"
-      " checkpoint; it is never run here. If the model is DeepSeek-V3's"
-      " architecture without it, say --ignore_auto_map"
+      " checkpoint, which is never run here; if the model has DeepSeek-V3's"
+      " architecture without it, use --ignore_auto_map"
     )
-  return facts
+  return config_json
 
 
-def _shards(folder: pathlib.Path) -> dict[str, str]:
-  """The file of each tensor, as the index says; "": of a single file."""
+def _read_weight_map(folder: pathlib.Path) -> dict[str, str]:
+  """Maps each tensor to its file, by the index; {"": FILE} if there is none."""
   if (folder / INDEX).exists():
     names = resumable.read_object(folder / INDEX).get("weight_map")
     if not isinstance(names, dict) or not names:
@@ -218,7 +246,7 @@ def _shards(folder: pathlib.Path) -> dict[str, str]:
   pickles = [p.name for p in folder.iterdir() if p.suffix in _PICKLES]
   if pickles:
     raise InputError(
-      f"{folder}: offers {', '.join(sorted(pickles))} only: pickles can run"
+      f"{folder}: holds only {', '.join(sorted(pickles))}: pickles can run"
       " code and are never read here. Convert them with the software that"
       " wrote them: model.save_pretrained(FOLDER, safe_serialization=True)"
     )
@@ -233,11 +261,11 @@ def _is_shard(file: Any) -> bool:
   )
 
 
-def _tensors(
+def _read_headers(
   folder: pathlib.Path, follow_links: bool
-) -> tuple[dict[str, safetensors.Tensor], list[str]]:
-  """All tensors of all shards by name, and what is wrong with the shards."""
-  weight_map = _shards(folder)
+) -> tuple[dict[str, safetensors.StoredTensor], list[str]]:
+  """Returns all tensors by name, and the problems of the shards."""
+  weight_map = _read_weight_map(folder)
   files, tensors, problems = sorted(set(weight_map.values())), {}, []
   headers = {}
   for path in sorted(folder.glob("*.safetensors")):
@@ -247,51 +275,53 @@ def _tensors(
     path = folder / file
     if path.is_symlink() and not follow_links:
       problems.append(
-        f"{path}: is a link to {path.readlink()}; if you trust what it leads"
-        " to, as in a download cache, say --follow_links"
+        f"{path}: is a link to {path.readlink()}; if you trust that file, as"
+        " in a download cache, use --follow_links"
       )
       continue
     try:
-      headers[file] = safetensors.header(path)
+      headers[file] = safetensors.read_header(path)
     except InputError as error:
       problems.append(str(error))
       continue
     for name, tensor in headers[file].items():
-      home = weight_map.get(name, weight_map.get(""))
-      if home != file:
-        where = f"the index has it in {home}" if home else "not in the index"
+      indexed = weight_map.get(name, weight_map.get(""))
+      if indexed != file:
+        where = (
+          f"the index has it in {indexed}" if indexed else "not in the index"
+        )
         problems.append(f"{path}: {name}: {where}")
       else:
         tensors[name] = tensor
-  for name, home in weight_map.items():
-    if name and home in headers and name not in headers[home]:
+  for name, file in weight_map.items():
+    if name and file in headers and name not in headers[file]:
       problems.append(
-        f"{folder / home}: {name}: missing, the index has it there"
+        f"{folder / file}: {name}: missing, the index has it there"
       )
   return tensors, problems
 
 
-def _last_layer(names: Iterable[str]) -> int:
-  """The largest number of a layer; -1: there is none."""
-  layers = (re.match(r"model\.layers\.(\d{1,9})\.", name) for name in names)
-  return max((int(found[1]) for found in layers if found), default=-1)
+def _largest_layer(names: Iterable[str]) -> int:
+  """Returns the largest layer number in names of tensors; -1: none."""
+  matches = (re.match(r"model\.layers\.(\d{1,9})\.", name) for name in names)
+  return max((int(match[1]) for match in matches if match), default=-1)
 
 
-def _account(
-  tensors: dict[str, safetensors.Tensor],
+def _check_tensors(
+  tensors: dict[str, safetensors.StoredTensor],
   model: config.Model,
   tile: tuple[int, int] | None,
 ) -> Iterator[str]:
-  """What is missing, left over, or of another shape or type."""
-  left, dtypes = dict(tensors), {}
-  for block in hf_mapping.of_model(model):
+  """Yields tensors that are missing, unused, or of another shape or type."""
+  unused, dtypes = dict(tensors), {}
+  for block in hf_mapping.model_blocks(model):
     for name in block.names:
-      tensor = left.pop(name, None)
+      tensor = unused.pop(name, None)
       if tensor is None:
         yield f"{name}: missing"
         continue
-      if tensor.shape != block.shape:
-        yield f"{name}: shape {tensor.shape}, must be {block.shape}"
+      if tensor.shape != block.tensor_shape:
+        yield f"{name}: shape {tensor.shape}, must be {block.tensor_shape}"
       fp8 = block.quantized and tile is not None
       allowed = (F32, BF16, E4M3) if fp8 else (F32, BF16)
       if tensor.dtype not in allowed:
@@ -303,25 +333,47 @@ def _account(
       if tensor.dtype != first[1]:
         yield f"{name}: dtype {tensor.dtype}, but {first[0]} is {first[1]}"
       if fp8 and tensor.dtype == E4M3:
-        yield from _account_scales(name, block.scales_shape(tile), left)
-  for name, of in hf_mapping.copies(model).items():
-    copy = left.pop(name, None)
-    if copy is None:
-      yield f"{name}: missing"
-    elif of in tensors and copy.shape != tensors[of].shape:
-      yield f"{name}: shape {copy.shape}, must be {tensors[of].shape} as {of}"
-    elif of in tensors and copy.dtype != tensors[of].dtype:
-      yield f"{name}: dtype {copy.dtype}, must be {tensors[of].dtype} as {of}"
-  for name in left:
+        yield from _check_scales(name, block.scales_shape(tile), unused)
+  for name in sorted(unused.keys() - hf_mapping.mtp_copies(model).keys()):
     yield f"{name}: not part of this model"
 
 
-def _account_scales(
+def _check_copies(
+  tensors: dict[str, safetensors.StoredTensor], model: config.Model
+) -> Iterator[str]:
+  """Yields MTP copies that are missing, or of another shape or type."""
+  for name, original in hf_mapping.mtp_copies(model).items():
+    copy, wanted = tensors.get(name), tensors.get(original)
+    if copy is None:
+      yield f"{name}: missing"
+    elif wanted and copy.shape != wanted.shape:
+      yield f"{name}: shape {copy.shape}, must be {wanted.shape} as {original}"
+    elif wanted and copy.dtype != wanted.dtype:
+      yield f"{name}: dtype {copy.dtype}, must be {wanted.dtype} as {original}"
+
+
+def _rounded_biases(
+  tensors: dict[str, safetensors.StoredTensor], model: config.Model
+) -> list[str]:
+  """Returns a note if router biases are not float32."""
+  for block in hf_mapping.model_blocks(model):
+    if block.path == hf_mapping.BIAS:
+      name = block.names[0]
+      if tensors[name].dtype == F32:
+        break
+      return [
+        f"{name}: router biases are {tensors[name].dtype}: they were rounded"
+        " when the file was written; DeepSeek's are float32"
+      ]
+  return []
+
+
+def _check_scales(
   name: str,
   shape: tuple[int, int],
-  left: dict[str, safetensors.Tensor],
+  unused: dict[str, safetensors.StoredTensor],
 ) -> Iterator[str]:
-  scales = left.pop(name + hf_mapping.SCALES, None)
+  scales = unused.pop(name + hf_mapping.SCALES, None)
   if scales is None:
     yield f"{name + hf_mapping.SCALES}: missing, {name} is in FP8"
     return
@@ -334,9 +386,10 @@ def _account_scales(
     )
 
 
-def bad_values(released: Released) -> Iterator[str]:
-  """Scales that cannot be, and copies that differ from what they repeat."""
-  powers = _powers_of_two(released.facts)
+def validate_values(released: ReleasedCheckpoint) -> Iterator[str]:
+  """Yields scales that are not valid, and MTP copies that differ."""
+  quantization = released.config_json.get("quantization_config") or {}
+  powers = quantization.get("scale_fmt") == "ue8m0"
   for name, tensor in released.tensors.items():
     if not name.endswith(hf_mapping.SCALES):
       continue
@@ -347,21 +400,21 @@ def bad_values(released: Released) -> Iterator[str]:
       yield f"{name}: not all above 0"
     elif powers and (np.frexp(scales)[0] != 0.5).any():
       yield f"{name}: not all powers of two, as scale_fmt=ue8m0 says"
-  for name, of in hf_mapping.copies(released.model).items():
-    if not _equal(released.tensors[name], released.tensors[of]):
-      yield f"{name}: differs from {of}, which it must repeat"
+  for name, original in hf_mapping.mtp_copies(released.model).items():
+    if not _equal_bytes(released.tensors[name], released.tensors[original]):
+      yield f"{name}: differs from {original}, which it must repeat"
 
 
-def _powers_of_two(facts: dict[str, Any]) -> bool:
-  return (facts.get("quantization_config") or {}).get("scale_fmt") == "ue8m0"
-
-
-def _equal(a: safetensors.Tensor, b: safetensors.Tensor) -> bool:
-  """Byte by byte, some rows at a time."""
+def _equal_bytes(
+  a: safetensors.StoredTensor, b: safetensors.StoredTensor
+) -> bool:
+  """Compares two tensors byte by byte, some rows at a time."""
   step = max((1 << 26) // max(a.n_bytes // a.shape[0], 1), 1)
   for row in range(0, a.shape[0], step):
     rows = slice(row, row + step)
-    one, other = (safetensors.read(t, rows) for t in (a, b))
-    if safetensors.as_bytes(one) != safetensors.as_bytes(other):
+    bytes_a, bytes_b = (
+      safetensors.as_bytes(safetensors.read(t, rows)) for t in (a, b)
+    )
+    if bytes_a != bytes_b:
       return False
   return True

@@ -1,7 +1,7 @@
-"""Parameters as a released checkpoint that other software reads.
+"""Writes parameters as a released checkpoint that other software reads.
 
-Shards are written under temporary names, read again and compared with what was
-meant, then renamed; the index comes last: without it there is no checkpoint.
+Shards are written under temporary names, read again, compared by SHA-256 and
+renamed. The index is written last: a folder without it holds no checkpoint.
 """
 
 import dataclasses
@@ -22,44 +22,44 @@ from dsv3_jax.interop import hf_mapping, hf_read, resumable, safetensors
 from dsv3_jax.linear import quantize
 
 JOURNAL = ".export.jsonl"
-SHARD_BYTES = 4_300_000_000  # most in a file, unless a tensor has more
-TILE = 128, 128  # of weights in FP8
+SHARD_BYTES = 4_300_000_000  # most bytes of a file, unless a block has more
+TILE = 128, 128  # FP8 tile of outputs and inputs
 
 
-class Source(Protocol):
-  """Where parameters are."""
+class ParamSource(Protocol):
+  """Parameters that can be exported, block by block."""
 
   model: config.Model
-  tile: tuple[int, int] | None
+  tile: tuple[int, int] | None  # FP8 tile of outputs and inputs
 
-  def dtype(self, block: hf_mapping.Block) -> np.dtype: ...
-  def scales_dtype(self, block: hf_mapping.Block) -> np.dtype | None: ...
-  def stored(
+  def dtypes(
+    self, block: hf_mapping.Block
+  ) -> tuple[np.dtype, np.dtype | None]: ...
+  def read_block(
     self, block: hf_mapping.Block
   ) -> tuple[np.ndarray, np.ndarray | None]: ...
   def fingerprint(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Arrays:
+class ParamArrays:
   """Parameters in memory, float32."""
 
   model: config.Model
   params: Mapping[str, np.ndarray]  # by path; BIAS too
   tile: None = None
 
-  def dtype(self, block: hf_mapping.Block) -> np.dtype:
-    return self.params[block.path].dtype
+  def dtypes(self, block: hf_mapping.Block) -> tuple[np.dtype, None]:
+    """Returns the type of a block, and None: it has no scales."""
+    return self.params[block.path].dtype, None
 
-  def scales_dtype(self, block: hf_mapping.Block) -> None:
-    del block
-
-  def stored(self, block: hf_mapping.Block) -> tuple[np.ndarray, None]:
-    """As of `hf.Released.stored`."""
-    return self.params[block.path][block.index].reshape(block.matrix), None
+  def read_block(self, block: hf_mapping.Block) -> tuple[np.ndarray, None]:
+    """Returns a block as [inputs, outputs], and None: it has no scales."""
+    array = self.params[block.path][block.index]
+    return array.reshape(block.matrix_shape), None
 
   def fingerprint(self) -> str:
-    """Of every number."""
+    """Returns a digest of the model and every number."""
     digest = hashlib.sha256(repr(self.model).encode())
     for path in sorted(self.params):
       digest.update(safetensors.as_bytes(self.params[path]))
@@ -67,85 +67,107 @@ class Arrays:
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
-  """What numbers are written in."""
+class ExportFormat:
+  """Converts the blocks of a source to tensors of the types to write."""
 
-  source: Source
-  kind: str  # stored, float32, bfloat16 or fp8
+  source: ParamSource
+  dtype: str  # stored, float32, bfloat16 or fp8
 
   @property
   def tile(self) -> tuple[int, int] | None:
-    """Of weights in FP8, if there are."""
-    return {"stored": self.source.tile, "fp8": TILE}.get(self.kind)
+    """FP8 tile of what is written; None: no FP8."""
+    return {"stored": self.source.tile, "fp8": TILE}.get(self.dtype)
 
   def dtypes(self, block: hf_mapping.Block) -> tuple[np.dtype, np.dtype | None]:
-    """Of a block's tensors, and of their scales."""
-    if self.kind == "stored":
-      return self.source.dtype(block), self.source.scales_dtype(block)
-    if self.kind == "float32" or block.path == hf_mapping.BIAS:
+    """Returns the types of a block's tensors and of their scales."""
+    if self.dtype == "stored":
+      return self.source.dtypes(block)
+    if self.dtype == "float32" or block.path == hf_mapping.BIAS:
       return hf_read.F32, None
-    if self.kind == "fp8" and block.quantized:
+    if self.dtype == "fp8" and block.quantized:
       return hf_read.E4M3, hf_read.F32
     return hf_read.BF16, None
 
   def tensors(
     self, block: hf_mapping.Block
   ) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of a block, in the order of `shapes`."""
-    values, scales = self.source.stored(block)
-    if self.kind != "stored" and scales is not None:
-      tall, wide = self.source.tile
-      rows = np.arange(block.shape[1]) // wide
-      columns = hf_mapping.tiles_of(block, slice(None), tall)
-      values, scales = (
-        hf_mapping.dequantized(values, scales, rows, columns),
-        None,
-      )
+    """Yields names and arrays of a block's tensors, in the order of `shapes`.
+
+    Raises:
+      InputError: a weight is not finite and is to be quantized.
+    """
+    values, scales = self.source.read_block(block)
     dtype, scales_dtype = self.dtypes(block)
+    if scales is not None and self.dtype != "stored":
+      values, scales = self._dequantize(block, values, scales), None
     if scales_dtype is None:
       values = values.astype(dtype, copy=False)
-    values = values if block.table else hf_mapping.turned(values)
-    parts = np.split(values, len(block.names))
+    matrices = np.split(
+      hf_mapping.convert_layout(block, values), len(block.names)
+    )
     if scales_dtype is None:
-      yield from zip(block.names, parts, strict=True)
+      yield from zip(block.names, matrices, strict=True)
       return
     if scales is None:
-      made = [_quantized(part) for part in parts]
+      pairs = map(_quantize, matrices)
     else:
-      apart = np.split(np.ascontiguousarray(scales.T), len(block.names))
-      made = zip(parts, apart, strict=True)
-    for name, (part, own) in zip(block.names, made, strict=True):
-      yield name, part
-      yield name + hf_mapping.SCALES, own
+      tiles = np.split(np.ascontiguousarray(scales.T), len(block.names))
+      pairs = zip(matrices, tiles, strict=True)
+    for name, (matrix, tile_scales) in zip(block.names, pairs, strict=True):
+      yield name, matrix
+      yield name + hf_mapping.SCALES, tile_scales
+
+  def _dequantize(
+    self, block: hf_mapping.Block, values: np.ndarray, scales: np.ndarray
+  ) -> np.ndarray:
+    """Returns a block of the source in float32."""
+    tall, wide = self.source.tile
+    row_tiles = np.arange(block.tensor_shape[1]) // wide
+    column_tiles = hf_mapping.output_tiles(block, slice(None), tall)
+    return hf_mapping.dequantize(values, scales, row_tiles, column_tiles)
 
   def shapes(self, block: hf_mapping.Block) -> safetensors.Shapes:
-    """What a block is written as."""
+    """Returns types and shapes of a block's tensors, by name."""
     dtype, scales_dtype = self.dtypes(block)
-    found = {}
+    shapes = {}
     for name in block.names:
-      found[name] = dtype, block.shape
+      shapes[name] = dtype, block.tensor_shape
       if scales_dtype is not None:
-        own = scales_dtype, block.scales_shape(self.tile)
-        found[name + hf_mapping.SCALES] = own
-    return found
+        scales_shape = block.scales_shape(self.tile)
+        shapes[name + hf_mapping.SCALES] = scales_dtype, scales_shape
+    return shapes
+
+  def total_bytes(self) -> int:
+    """Returns the size of all tensors in bytes."""
+    return sum(_n_bytes(shapes) for _, shapes in _blocks_and_shapes(self))
 
 
-def _quantized(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  made = quantize.quantize(jnp.asarray(matrix, jnp.float32), TILE)
-  if not np.isfinite(made.scales).all():
+def _quantize(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns a matrix in FP8, and the scales of its tiles.
+
+  Raises:
+    InputError: a weight is not finite.
+  """
+  result = quantize.quantize(jnp.asarray(matrix, jnp.float32), TILE)
+  if not np.isfinite(result.scales).all():
     raise InputError("a weight is not finite: FP8 cannot hold it")
-  return np.asarray(made.bits).view(hf_read.E4M3), np.asarray(made.scales)
+  return np.asarray(result.bits).view(hf_read.E4M3), np.asarray(result.scales)
 
 
-def _items(form: Form) -> list[tuple[hf_mapping.Block, safetensors.Shapes]]:
-  """Blocks and the tensors written of each; copies come last."""
-  model = form.source.model
-  whole = {b.names[0]: b for b in hf_mapping.of_model(model)}
-  found = [(b, form.shapes(b)) for b in hf_mapping.of_model(model)]
-  for name, of in hf_mapping.copies(model).items():
-    dtype, _ = form.dtypes(whole[of])
-    found.append((whole[of], {name: (dtype, whole[of].shape)}))
-  return found
+BlockShapes = tuple[hf_mapping.Block, safetensors.Shapes]
+
+
+def _blocks_and_shapes(export_format: ExportFormat) -> list[BlockShapes]:
+  """Returns blocks and the shapes of their tensors; MTP copies come last."""
+  model = export_format.source.model
+  blocks = hf_mapping.model_blocks(model)
+  by_name = {block.names[0]: block for block in blocks}
+  result = [(block, export_format.shapes(block)) for block in blocks]
+  for name, original in hf_mapping.mtp_copies(model).items():
+    block = by_name[original]
+    dtype, _ = export_format.dtypes(block)
+    result.append((block, {name: (dtype, block.tensor_shape)}))
+  return result
 
 
 def _n_bytes(shapes: safetensors.Shapes) -> int:
@@ -154,58 +176,65 @@ def _n_bytes(shapes: safetensors.Shapes) -> int:
   )
 
 
-def _shards(items: list) -> list[list]:
-  """Blocks by file."""
-  found, size = [[]], 0
+def _split_into_shards(items: list[BlockShapes]) -> list[list[BlockShapes]]:
+  """Splits blocks into files of at most SHARD_BYTES, or of a single block."""
+  shards, size = [[]], 0
   for item in items:
-    n = _n_bytes(item[1])
-    if found[-1] and size + n > SHARD_BYTES:
-      found.append([])
+    n_bytes = _n_bytes(item[1])
+    if shards[-1] and size + n_bytes > SHARD_BYTES:
+      shards.append([])
       size = 0
-    found[-1].append(item)
-    size += n
-  return found
+    shards[-1].append(item)
+    size += n_bytes
+  return shards
 
 
-def described(facts: dict[str, Any], form: Form) -> dict[str, Any]:
-  """A config.json for what is written, of one for the model."""
-  depth = form.source.model.mtp.depth
-  facts = facts | {"num_nextn_predict_layers": depth}
-  facts.pop("auto_map", None)
-  if form.kind == "stored":
-    return facts
+def exported_config_json(
+  config_json: dict[str, Any], export_format: ExportFormat
+) -> dict[str, Any]:
+  """Returns the config.json of an export: types and MTP depth are set.
+
+  Args:
+    config_json: the config.json of the model.
+    export_format: the types that are written.
+  """
+  depth = export_format.source.model.mtp.depth
+  config_json = config_json | {"num_nextn_predict_layers": depth}
+  config_json.pop("auto_map", None)
+  if export_format.dtype == "stored":
+    return config_json
   for key in ("quantization_config", "dtype", "torch_dtype"):
-    facts.pop(key, None)
-  if form.kind == "fp8":
-    facts["quantization_config"] = {
+    config_json.pop(key, None)
+  if export_format.dtype == "fp8":
+    config_json["quantization_config"] = {
       "quant_method": "fp8",
       "fmt": "e4m3",
       "activation_scheme": "dynamic",
       "weight_block_size": list(TILE),
     }
-  dtype = "float32" if form.kind == "float32" else "bfloat16"
-  return facts | {"torch_dtype": dtype}
+  dtype = "float32" if export_format.dtype == "float32" else "bfloat16"
+  return config_json | {"torch_dtype": dtype}
 
 
 def export(
-  form: Form,
+  export_format: ExportFormat,
   folder: pathlib.Path,
-  facts: dict[str, Any],
+  config_json: dict[str, Any],
   advance: Callable[[int], None],
-  beside: Callable[[], Any],
+  write_other_files: Callable[[], Any],
 ) -> None:
-  """Writes a checkpoint; an interrupted call's finished shards are kept.
+  """Writes a checkpoint; an interrupted call is resumed by the same call.
 
   Args:
-    form: of what, and in what types.
-    folder: where to; empty, or left by an interrupted call.
-    facts: config.json.
-    advance: is told the bytes of every tensor that is written.
-    beside: writes what else belongs into the folder.
+    export_format: the parameters, and the types to write.
+    folder: the target; empty, or left by an interrupted call.
+    config_json: written into the folder.
+    advance: called with the bytes of every tensor that is written.
+    write_other_files: called once all shards are written.
 
   Raises:
-    InputError: there is something else already, no room, or a file does not
-      read as it was written.
+    InputError: the folder holds something else, the disk is full, or a file
+      does not read as it was written.
   """
   if (folder / hf_read.INDEX).exists() or (folder / hf_read.SINGLE).exists():
     raise InputError(
@@ -213,92 +242,108 @@ def export(
     )
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    _write(form, folder, facts, advance, beside)
+    journal, weight_map = _write_shards(
+      export_format, folder, config_json, advance
+    )
+    names = dict.fromkeys(weight_map.values())
+    sums = "".join(f"{journal.done[name]}  {name}\n" for name in names)
+    resumable.write_text(folder / hf_read.SUMS, sums)
+    write_other_files()
+    index = {
+      "metadata": {"total_size": export_format.total_bytes()},
+      "weight_map": weight_map,
+    }
+    _write_json(folder / hf_read.CONFIG, config_json)
+    _write_json(folder / hf_read.INDEX, index)
+    journal.path.unlink()
   except OSError as error:
     raise resumable.disk_error(folder, error) from error
 
 
-def total_bytes(form: Form) -> int:
-  """Of all tensors that are written."""
-  return sum(_n_bytes(shapes) for _, shapes in _items(form))
+def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+  resumable.write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def _write(form, folder, facts, advance, beside):
-  how = json.dumps([form.kind, facts, SHARD_BYTES], sort_keys=True)
-  journal = resumable.Journal(folder / JOURNAL, form.source.fingerprint() + how)
-  items = _items(form)
-  shards = _shards(items)
-  names = [
-    f"model-{i:05}-of-{len(shards):05}.safetensors"
-    for i in range(1, len(shards) + 1)
-  ]
+def _write_shards(
+  export_format: ExportFormat,
+  folder: pathlib.Path,
+  config_json: dict[str, Any],
+  advance: Callable[[int], None],
+) -> tuple[resumable.Journal, dict[str, str]]:
+  """Writes the shards that the journal lacks.
+
+  Returns:
+    The journal with the SHA-256 of all shards, and the shard of each tensor.
+  """
+  settings = [export_format.dtype, config_json, SHARD_BYTES]
+  identity = export_format.source.fingerprint() + json.dumps(
+    settings, sort_keys=True
+  )
+  journal = resumable.Journal(folder / JOURNAL, identity)
   if not journal.begun:
-    if left := sorted(p.name for p in folder.iterdir()):
-      raise InputError(f"{folder}: must be empty, holds {', '.join(left)}")
-    resumable.check_room(folder, sum(_n_bytes(shapes) for _, shapes in items))
+    resumable.check_empty(folder)
+    resumable.check_free_space(folder, export_format.total_bytes())
     journal.begin()
-  weight_map, total = {}, 0
-  for name, own in zip(names, shards, strict=True):
-    shapes = {k: v for _, tensors in own for k, v in tensors.items()}
+  shards = _split_into_shards(_blocks_and_shapes(export_format))
+  weight_map = {}
+  for i, items in enumerate(shards, 1):
+    name = f"model-{i:05}-of-{len(shards):05}.safetensors"
+    shapes = {k: v for _, tensors in items for k, v in tensors.items()}
     weight_map |= dict.fromkeys(shapes, name)
-    total += _n_bytes(shapes)
     if name in journal.done:
       advance(_n_bytes(shapes))
       continue
     partial = folder / f".{name}.partial"
-    digest = _write_shard(form, partial, own, shapes, advance)
-    if _sum(partial) != digest:
-      raise InputError(f"{partial}: does not read as it was written")
+    digest = _write_shard(export_format, partial, items, shapes, advance)
+    if _sha256_on_disk(partial) != digest:
+      raise InputError(
+        f"{partial}: does not read as it was written; check the disk"
+      )
     os.replace(partial, folder / name)
     journal.add({name: digest}, [folder / name])
-  sums = "".join(f"{journal.done[name]}  {name}\n" for name in names)
-  resumable.write_text(folder / hf_read.SUMS, sums)
-  beside()
-  resumable.write_text(
-    folder / hf_read.CONFIG, json.dumps(facts, indent=2) + "\n"
-  )
-  index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-  resumable.write_text(
-    folder / hf_read.INDEX, json.dumps(index, indent=2) + "\n"
-  )
-  journal.path.unlink()
+  return journal, weight_map
 
 
-def _write_shard(form, path, items, shapes, advance) -> str:
-  """Writes a file from its beginning to its end; returns its sha256."""
-  head, _ = safetensors.plan(path, shapes)
-  digest = hashlib.sha256(head)
+def _write_shard(
+  export_format: ExportFormat,
+  path: pathlib.Path,
+  items: list[BlockShapes],
+  shapes: safetensors.Shapes,
+  advance: Callable[[int], None],
+) -> str:
+  """Writes a file from its beginning to its end; returns its SHA-256."""
+  header, _ = safetensors.plan_file(path, shapes)
+  digest = hashlib.sha256(header)
 
-  def made(item):
+  def make_tensors(item: BlockShapes) -> dict[str, np.ndarray]:
     block, wanted = item
-    found = dict(form.tensors(block))
-    # A copy has another name, and no scales.
-    return (
-      found
-      if wanted.keys() <= found.keys()
-      else dict(zip(wanted, found.values(), strict=True))
-    )
+    tensors = dict(export_format.tensors(block))
+    if wanted.keys() <= tensors.keys():
+      return tensors
+    # An MTP copy has another name, and no scales.
+    return dict(zip(wanted, tensors.values(), strict=True))
 
   with path.open("wb") as file:
-    # A function's names do not keep an array while the next is made.
-    def write(array):
+    # A function, so that no name keeps an array while the next is made.
+    def write(array: np.ndarray) -> None:
       data = safetensors.as_bytes(array)
       digest.update(data)
       file.write(data)
       advance(len(data))
 
-    file.write(head)
-    size = lambda item: _n_bytes(item[1])
-    for (_, wanted), found in resumable.in_order(made, items, size):
+    file.write(header)
+    for (_, wanted), tensors in resumable.map_in_order(
+      make_tensors, items, lambda item: _n_bytes(item[1])
+    ):
       for name in wanted:
-        write(found.pop(name))
+        write(tensors.pop(name))
     file.flush()
     os.fsync(file.fileno())
   return digest.hexdigest()
 
 
-def _sum(path: pathlib.Path) -> str:
-  """Of what is on the disk."""
+def _sha256_on_disk(path: pathlib.Path) -> str:
+  """Returns the SHA-256 of a file, read from the disk and not from a cache."""
   with path.open("rb") as file:
-    safetensors.forget(file.fileno())
+    safetensors.drop_from_cache(file.fileno())
     return hashlib.file_digest(file, "sha256").hexdigest()

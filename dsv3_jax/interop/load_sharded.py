@@ -1,4 +1,4 @@
-"""Parameters from files straight to the devices that hold them."""
+"""Loads parameters from files straight to the devices that hold them."""
 
 import concurrent.futures
 import math
@@ -13,128 +13,168 @@ from dsv3_jax.interop import hf_mapping, resumable
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import layouts
 
-PIECE = 1 << 24  # numbers that are read and turned at a time
+CHUNK = 1 << 24  # numbers that are read and converted at a time
 
 
-class Source(Protocol):
-  """Where parameters are: a released folder, or a workdir's."""
+class SliceSource(Protocol):
+  """Parameters that can be read in slices of blocks."""
 
   model: config.Model
 
-  def part(
+  def read_slice(
     self, block: hf_mapping.Block, inner: hf_mapping.Slices
   ) -> np.ndarray:
-    """Some of a block's numbers, see `hf.Released.part`."""
+    """Reads a slice of a block, see `hf_read.ReleasedCheckpoint.read_slice`."""
 
-  def cheap_dim(self, block: hf_mapping.Block) -> int | None:
-    """The dim of a block that parts are best cut along; None: none is."""
+  def chunk_dim(self, block: hf_mapping.Block) -> int | None:
+    """Returns the dim to read a block in chunks along; None: all at once."""
+
+
+Blocks = dict[tuple[int, ...], hf_mapping.Block]  # of a parameter, by index
 
 
 def load(
-  source: Source,
+  source: SliceSource,
   layout: layouts.Layout,
   mesh: jax.sharding.Mesh,
   dtype: Any,
 ) -> tuple[param_spec.Params, jax.Array]:
-  """Parameters and router bias; a device's slices are all that is read for it.
+  """Returns parameters and router bias; reads each device's slices only.
 
   Args:
-    source: where they are.
-    layout: of the model.
-    mesh: where to.
-    dtype: of the parameters; FP8 becomes what it stands for. The bias stays
-      float32.
+    source: the checkpoint.
+    layout: shards the parameters.
+    mesh: the devices.
+    dtype: the type of the parameters; FP8 is dequantized. The bias is float32.
   """
-  model, found = source.model, {}
-  for block in hf_mapping.of_model(model):
-    found.setdefault(block.path, {})[block.index] = block
-  specs = param_spec.paths(transformer.specs(model))
-  shapes = {path: spec.shape for path, spec in specs.items()}
+  model = source.model
+  blocks: dict[str, Blocks] = {}
+  for block in hf_mapping.model_blocks(model):
+    blocks.setdefault(block.path, {})[block.index] = block
+  shapes = {
+    path: spec.shape
+    for path, spec in param_spec.paths(transformer.specs(model)).items()
+  }
   with concurrent.futures.ThreadPoolExecutor(resumable.WORKERS) as pool:
 
-    def placed(path, spec, dtype):
-      made = {}  # devices that hold the same share what is read
+    def load_param(path: str, spec: jax.P) -> jax.Array:
+      device_sharding = jax.NamedSharding(mesh, spec)
+      return _load_param(
+        source, blocks[path], shapes[path], device_sharding, dtype, pool
+      )
 
-      def of_device(index):
-        key = str(index)
-        if key not in made:
-          made[key] = _assembled(
-            source, found[path], shapes[path], index, dtype, pool
-          )
-        return made[key]
-
-      place = jax.NamedSharding(mesh, spec)
-      return jax.make_array_from_callback(shapes[path], place, of_device)
-
-    # Some of them beside each other, or the disk waits for the last piece.
-    with concurrent.futures.ThreadPoolExecutor(2) as some:
-      params = jax.tree.map_with_path(
-        lambda path, spec: some.submit(
-          placed, param_spec.name(path), spec, dtype
+    # Two parameters at a time: reading one alone waits for its last chunk.
+    with concurrent.futures.ThreadPoolExecutor(2) as pairs:
+      futures = jax.tree.map_with_path(
+        lambda path, spec: pairs.submit(
+          load_param, param_spec.name(path), spec
         ),
         layout.specs,
       )
-    params = jax.tree.map(lambda future: future.result(), params)
+    params = jax.tree.map(lambda future: future.result(), futures)
     bias = transformer.router_bias(model)
-    if hf_mapping.BIAS in found:
-      shapes[hf_mapping.BIAS] = bias.shape
-      bias = placed(hf_mapping.BIAS, jax.P(), np.float32)
+    replicated = jax.NamedSharding(mesh, jax.P())
+    if bias_blocks := blocks.get(hf_mapping.BIAS):
+      bias = _load_param(
+        source, bias_blocks, bias.shape, replicated, np.float32, pool
+      )
     else:
-      bias = jax.device_put(bias, jax.NamedSharding(mesh, jax.P()))
+      bias = jax.device_put(bias, replicated)
   return params, bias
 
 
-def _pieces(
-  source: Source, block: hf_mapping.Block, inner: hf_mapping.Slices
-) -> Iterator[tuple[hf_mapping.Slices, hf_mapping.Slices]]:
-  """Pieces of a part of a block: where they are in the block, and in the part.
+def _load_param(
+  source: SliceSource,
+  blocks: Blocks,
+  shape: tuple[int, ...],
+  device_sharding: jax.NamedSharding,
+  dtype: Any,
+  pool: concurrent.futures.Executor,
+) -> jax.Array:
+  """Loads one parameter; devices with the same slice share what is read."""
+  slices = {}
 
-  Several are worked on at once, each in little memory of its own.
+  def read_slice(index: tuple[slice, ...]) -> np.ndarray:
+    key = str(index)
+    if key not in slices:
+      slices[key] = _assemble_slice(source, blocks, shape, index, dtype, pool)
+    return slices[key]
+
+  return jax.make_array_from_callback(shape, device_sharding, read_slice)
+
+
+def _split_slice(
+  source: SliceSource, block: hf_mapping.Block, inner: hf_mapping.Slices
+) -> Iterator[tuple[hf_mapping.Slices, hf_mapping.Slices]]:
+  """Yields chunks of a slice: as slices of the block, and of the slice.
+
+  Several chunks are read at once, each in little memory of its own.
   """
-  dim, dims = source.cheap_dim(block), (*block.inputs, *block.outputs)
-  whole = (slice(None),) * len(dims)
+  dim, dims = source.chunk_dim(block), (*block.inputs, *block.outputs)
+  everything = (slice(None),) * len(dims)
   if dim is None:
-    yield inner, whole
+    yield inner, everything
     return
   rows = range(dims[dim])[inner[dim]]
-  step = max(PIECE * dims[dim] // math.prod(dims), 1)
+  step = max(CHUNK * dims[dim] // math.prod(dims), 1)
   for start in range(0, len(rows), step):
-    own = rows[start : start + step]
+    chunk = rows[start : start + step]
     yield (
-      (*inner[:dim], slice(own.start, own.stop), *inner[dim + 1 :]),
-      (*whole[:dim], slice(start, start + step), *whole[dim + 1 :]),
+      (*inner[:dim], slice(chunk.start, chunk.stop), *inner[dim + 1 :]),
+      (
+        *everything[:dim],
+        slice(start, start + step),
+        *everything[dim + 1 :],
+      ),
     )
 
 
-def _assembled(source, found, shape, index, dtype, pool):
-  """The slice of a parameter that a device holds."""
-  n = len(next(iter(found)))
+def _assemble_slice(
+  source: SliceSource,
+  blocks: Blocks,
+  shape: tuple[int, ...],
+  index: tuple[slice, ...],
+  dtype: Any,
+  pool: concurrent.futures.Executor,
+) -> np.ndarray:
+  """Reads the slice of a parameter that a device holds.
+
+  Args:
+    source: the checkpoint.
+    blocks: the blocks of the parameter.
+    shape: the shape of the parameter.
+    index: the slice of each dim.
+    dtype: the type of the result.
+    pool: reads chunks.
+  """
+  n = len(next(iter(blocks)))
   leading = [range(size)[s] for size, s in zip(shape[:n], index, strict=False)]
   inner = index[n:]
   sizes = [len(range(size)[s]) for size, s in zip(shape, index, strict=True)]
-  out = _aligned(sizes, np.dtype(dtype))
+  out = _empty_aligned(sizes, np.dtype(dtype))
 
-  def todo():
-    for place in np.ndindex(*sizes[:n]):
-      at = tuple(int(r[i]) for r, i in zip(leading, place, strict=True))
-      for piece, here in _pieces(source, found[at], inner):
-        yield found[at], piece, (*place, *here)
+  def chunks():
+    for position in np.ndindex(*sizes[:n]):
+      stack = zip(leading, position, strict=True)
+      block = blocks[tuple(int(r[i]) for r, i in stack)]
+      for in_block, in_slice in _split_slice(source, block, inner):
+        yield block, in_block, (*position, *in_slice)
 
-  def one(task):
-    block, piece, place = task
-    values, to = source.part(block, piece), out[place]
-    if values.dtype == to.dtype:
-      # NumPy copies one number at a time of types that it does not know.
-      bits = f"u{to.dtype.itemsize}"
-      values, to = values.view(bits), to.view(bits)
-    to[...] = values
+  def read(chunk):
+    block, in_block, in_out = chunk
+    values, target = source.read_slice(block, in_block), out[in_out]
+    if values.dtype == target.dtype:
+      # NumPy copies types that it does not know one number at a time.
+      bits = f"u{target.dtype.itemsize}"
+      values, target = values.view(bits), target.view(bits)
+    target[...] = values
 
-  list(pool.map(one, todo()))
+  list(pool.map(read, chunks()))
   return out
 
 
-def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
-  """Memory that a device on this machine's processor can take as it is."""
+def _empty_aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+  """Returns memory that a CPU device can use without a copy."""
   n_bytes = math.prod(shape) * dtype.itemsize
   memory = np.empty(n_bytes + 64, np.uint8)
   start = -memory.ctypes.data % 64

@@ -1,4 +1,4 @@
-"""What the folder of a run holds: its configuration and its parameters."""
+"""Reads the configuration and the parameters of a run from its workdir."""
 
 import json
 import pathlib
@@ -7,74 +7,74 @@ from typing import Any
 import jax
 import numpy as np
 
-from dsv3_jax import config, param_spec
-from dsv3_jax.checkpoint import manifest
+from dsv3_jax import config, param_spec, train
+from dsv3_jax.checkpoint import checkpointer, manifest
 from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
-from dsv3_jax.interop import weights
+from dsv3_jax.interop import hf_import, hf_read, load_sharded
+from dsv3_jax.parallel import layouts
 
 CONFIG, CHECKPOINTS = "config.json", "checkpoints"
-_FACTS = {"variant", "seed", "settings"}
+_KEYS = {"variant", "seed", "settings"}
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any]:
-  """The config.json of a run: its variant, its seed and all its settings.
+  """Reads the config.json of a run: its variant, seed and all settings.
 
   Settings that have been renamed since get their new names.
 
   Raises:
-    InputError: there is none, or it is not one.
+    InputError: the file is missing, or is not the config.json of a run.
   """
   path = workdir / CONFIG
   try:
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    if not (isinstance(facts["settings"], dict) and facts.keys() >= _FACTS):
+    metadata = json.loads(path.read_text(encoding="utf-8"))
+    if not (
+      isinstance(metadata["settings"], dict) and metadata.keys() >= _KEYS
+    ):
       raise ValueError
-    facts["settings"] = config.with_current_names(facts["settings"])
+    metadata["settings"] = config.with_current_names(metadata["settings"])
   except OSError as error:
     raise InputError(
       f"{workdir}: holds no run, {path.name} is missing"
     ) from error
   except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise InputError(f"{path}: is not the configuration of a run") from error
-  return facts
+  return metadata
 
 
-def run_of(facts: dict[str, Any]) -> config.Run:
-  """The run that a config.json describes."""
+def run_from_config(metadata: dict[str, Any]) -> config.Run:
+  """Returns the run that a config.json describes."""
   base = next(iter(presets.PRESETS.values()))
-  settings = facts["settings"].items()
+  settings = metadata["settings"].items()
   return config.override(base, *(f"{path}={value}" for path, value in settings))
 
 
-def newest(
+def load_newest_params(
   folder: pathlib.Path,
   run: config.Run,
   mesh: jax.sharding.Mesh,
   *,
   average: bool = False,
 ) -> tuple[param_spec.Params, jax.Array]:
-  """Parameters and router bias, where the run's layout has them.
+  """Loads parameters and router bias of the newest checkpoint, or an import.
 
   Args:
     folder: the workdir.
-    run: of it.
-    mesh: where to.
-    average: the parameters' average instead.
+    run: the run of the workdir; its layout shards the parameters.
+    mesh: the devices.
+    average: load the parameters' moving average instead.
 
   Raises:
-    InputError: there is no average, or it is of another architecture.
-    MissingError: there is none, or all are damaged.
+    InputError: the run has no average, or another architecture than the run
+      given.
+    MissingError: the run has no checkpoint, or all of them are damaged.
   """
   if average and not run.optim.ema_decay:
     raise InputError(f"{folder}: has no average, optim.ema_decay is 0")
-  imported = folder / weights.FOLDER
-  if imported.is_dir():
-    return _imported(weights.open_weights(imported), run, mesh)
-  # Slow to import, and not needed to look at a configuration.
-  from dsv3_jax import train
-  from dsv3_jax.checkpoint import checkpointer
-
+  if (folder / hf_import.FOLDER).is_dir():
+    return _load_imported(hf_import.open_import(folder), run, mesh)
+  hf_import.check_format(folder)
   saved = folder / CHECKPOINTS
   if not saved.is_dir():
     raise manifest.MissingError(f"{folder}: has no checkpoints yet")
@@ -93,20 +93,16 @@ def newest(
   return found[1]
 
 
-def _imported(
-  source: weights.Weights, run: config.Run, mesh: jax.sharding.Mesh
+def _load_imported(
+  source: hf_read.ReleasedCheckpoint, run: config.Run, mesh: jax.sharding.Mesh
 ) -> tuple[param_spec.Params, jax.Array]:
   if source.model != run.model:
     changes = config.diff(
       config.flatten(source.model), config.flatten(run.model)
     )
     raise InputError(
-      f"{source.folder}: is of another model (there -> here):\n"
+      f"{source.folder}: has another model (there -> here):\n"
       + "\n".join(changes)
     )
-  from dsv3_jax.interop import load_sharded
-  from dsv3_jax.parallel import layouts
-
-  return load_sharded.load(
-    source, layouts.make_layout(run, mesh.shape), mesh, np.float32
-  )
+  layout = layouts.make_layout(run, mesh.shape)
+  return load_sharded.load(source, layout, mesh, np.float32)

@@ -1,4 +1,4 @@
-"""Work of many pieces: some at a time, in bounded memory, and resumable."""
+"""Parallel map in bounded memory, and a journal to resume interrupted work."""
 
 import collections
 import concurrent.futures
@@ -16,51 +16,50 @@ from dsv3_jax.interop import safetensors
 T, R = TypeVar("T"), TypeVar("R")
 
 WORKERS = 4
-IN_FLIGHT = 1 << 28  # bytes of pieces being worked on, unless one is larger
+IN_FLIGHT = 1 << 28  # bytes of items being worked on, unless one has more
 
 
-def in_order(
-  work: Callable[[T], R], pieces: Iterable[T], n_bytes: Callable[[T], int]
+def map_in_order(
+  work: Callable[[T], R], items: Iterable[T], n_bytes: Callable[[T], int]
 ) -> Iterator[tuple[T, R]]:
-  """Pieces and what became of them, several worked on at once.
+  """Yields items with their results in order; threads work on several at once.
 
   Args:
-    work: called by threads.
-    pieces: what to call it with.
-    n_bytes: the size of a piece; those in work together stay below IN_FLIGHT,
-      or there is one alone.
+    work: called by threads, once for each item.
+    items: the arguments of the calls.
+    n_bytes: returns the size of an item; items in work together have at most
+      IN_FLIGHT bytes, unless there is only one.
   """
   with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
     running, size = collections.deque(), 0
-    for piece in pieces:
-      while running and size + n_bytes(piece) > IN_FLIGHT:
+    for item in items:
+      while running and size + n_bytes(item) > IN_FLIGHT:
         size -= n_bytes(running[0][0])
-        # No name holds on to a result while the next pieces are worked on.
+        # Not bound to a name, which would keep the result in memory.
         yield running[0][0], running.popleft()[1].result()
-      running.append((piece, pool.submit(work, piece)))
-      size += n_bytes(piece)
+      running.append((item, pool.submit(work, item)))
+      size += n_bytes(item)
     while running:
       yield running[0][0], running.popleft()[1].result()
 
 
 class Journal:
-  """What is done, in a file that survives an interruption."""
+  """Records finished items in a file that survives an interruption."""
 
   def __init__(self, path: pathlib.Path, source: str):
-    """Reads what an earlier try has done.
+    """Reads the entries of an interrupted call, if there was one.
 
     Args:
-      path: a line of JSON for each entry.
-      source: identifies what the work is of.
+      path: the journal, a line of JSON for each entry.
+      source: identifies the work; a journal of other work is refused.
 
     Raises:
-      InputError: the earlier try was of another source, or the file is not
-        what it wrote.
+      InputError: the journal belongs to other work, or is corrupt.
     """
     self.path, self.done = path, {}
     self._source = source
     text = path.read_bytes() if path.exists() else b""
-    # What follows the last newline was being written when the try ended.
+    # An entry without a newline was cut off by the interruption.
     lines = text.split(b"\n")[:-1]
     self.begun = bool(lines)
     try:
@@ -76,25 +75,24 @@ class Journal:
       RecursionError,
     ) as error:
       raise InputError(
-        f"{path}: is not what an earlier try wrote ({error!r}); remove the"
-        " folder"
+        f"{path}: corrupt: {error!r}; remove the folder and start again"
       ) from error
     if other:
       raise InputError(
-        f"{path.parent}: holds part of something else; remove the folder, or"
-        " take another"
+        f"{path.parent}: holds a part of another checkpoint; remove the folder"
+        " or take another"
       )
 
   def begin(self) -> None:
-    """From now on there is something to go on from."""
+    """Writes the first entry, which names the source."""
     self._append({"source": self._source})
 
   def add(self, done: dict[str, Any], files: Iterable[pathlib.Path]) -> None:
-    """Enters what is done, once it is on the disk with the files given."""
+    """Records finished items, once the files given are on the disk."""
     for path in files:
       with path.open("rb") as file:
         os.fsync(file.fileno())
-        safetensors.forget(file.fileno())
+        safetensors.drop_from_cache(file.fileno())
     self._append({"done": done})
     self.done |= done
 
@@ -106,20 +104,20 @@ class Journal:
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:
-  """The JSON object that a file holds; InputError where there is none."""
+  """Reads a JSON object; raises InputError for anything else."""
   try:
-    facts = json.loads(path.read_text(encoding="utf-8"))
+    value = json.loads(path.read_text(encoding="utf-8"))
   except OSError as error:
     raise InputError(f"{path}: cannot be read: {error}") from error
   except (ValueError, RecursionError) as error:
     raise InputError(f"{path}: is not JSON: {error}") from error
-  if not isinstance(facts, dict):
+  if not isinstance(value, dict):
     raise InputError(f"{path}: must hold an object")
-  return facts
+  return value
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a file, complete or not at all."""
+  """Writes a text file atomically."""
   partial = path.with_name(f".{path.name}.partial")
   with partial.open("w", encoding="utf-8") as file:
     file.write(text)
@@ -128,18 +126,23 @@ def write_text(path: pathlib.Path, text: str) -> None:
   os.replace(partial, path)
 
 
-def check_room(folder: pathlib.Path, n_bytes: int) -> None:
-  """Raises InputError where a disk has no room for so many bytes."""
+def check_free_space(folder: pathlib.Path, n_bytes: int) -> None:
+  """Raises InputError if the disk of a folder has less space than needed."""
   free = shutil.disk_usage(folder).free
   if n_bytes > free:
     raise InputError(
-      f"{folder}: disk full: {n_bytes:,} bytes are to be written, {free:,}"
-      " are free"
+      f"{folder}: disk full: {n_bytes:,} bytes are needed, {free:,} are free"
     )
 
 
+def check_empty(folder: pathlib.Path) -> None:
+  """Raises InputError if a folder holds anything."""
+  if present := sorted(path.name for path in folder.iterdir()):
+    raise InputError(f"{folder}: must be empty, holds {', '.join(present)}")
+
+
 def disk_error(folder: pathlib.Path, error: OSError) -> InputError:
-  """What to tell where writing failed."""
+  """Returns the error to raise if writing into a folder failed."""
   full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-  what = "disk full" if full else "cannot be written"
-  return InputError(f"{folder}: {what}, it is not complete: {error}")
+  problem = "disk full" if full else "cannot be written"
+  return InputError(f"{folder}: {problem}, the folder is incomplete: {error}")

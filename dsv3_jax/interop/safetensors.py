@@ -1,8 +1,9 @@
-"""Files of tensors in the safetensors format: a JSON header, then bytes.
+"""Reads and writes tensors in safetensors files: a JSON header, then bytes.
 
-The package of that name gives NumPy neither BF16 nor FP8, maps files whole,
-which counts as memory, and takes the last of two tensors of one name. Here a
-header is believed only if all of it is right, and reads are of what is asked.
+The package of that name gives NumPy neither BF16 nor FP8, maps whole files,
+which counts as memory, takes the last of two tensors of one name, and writes
+only files whose tensors are all in memory. This module checks all of a header,
+reads only the rows that are asked for, and writes tensors one by one.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import json
 import math
 import os
 import pathlib
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,14 +39,14 @@ DTYPES = {
   "BOOL": np.dtype(np.bool_),
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-MAX_HEADER = 100_000_000  # bytes, as of the format
+MAX_HEADER = 100_000_000  # bytes; the limit of the format
 
 Shapes = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # by name
 
 
 @dataclasses.dataclass(frozen=True)
-class Tensor:
-  """Where a tensor is."""
+class StoredTensor:
+  """Position, type and shape of a tensor in a file."""
 
   file: pathlib.Path
   offset: int  # bytes from the start of the file
@@ -56,70 +58,81 @@ class Tensor:
     return math.prod(self.shape) * self.dtype.itemsize
 
 
-def header(path: pathlib.Path) -> dict[str, Tensor]:
-  """The tensors of a file, in the order of their bytes.
+def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
+  """Reads the header of a file; returns its tensors in the order of bytes.
 
   Raises:
     InputError: the file cannot be read, or its header does not describe
       exactly the bytes that follow it.
   """
-  text, size = _head(path)
+  head, size = read_header_bytes(path)
   try:
-    facts = json.loads(text, object_pairs_hook=_unique)
-    if not isinstance(facts, dict):
+    entries = json.loads(head[8:], object_pairs_hook=_reject_duplicates)
+    if not isinstance(entries, dict):
       raise InputError("not an object")
   except (ValueError, RecursionError) as error:
     raise InputError(f"{path}: bad header: {error}") from error
-  facts.pop("__metadata__", None)
-  start = 8 + len(text)
-  found = {name: _tensor(path, start, name, f) for name, f in facts.items()}
-  found = dict(sorted(found.items(), key=lambda item: item[1].offset))
+  entries.pop("__metadata__", None)
+  start = len(head)
+  tensors = {
+    name: _parse_tensor(path, start, name, entry)
+    for name, entry in entries.items()
+  }
+  tensors = dict(sorted(tensors.items(), key=lambda item: item[1].offset))
   end = start
-  for name, tensor in found.items():
+  for name, tensor in tensors.items():
     if tensor.offset != end:
       raise InputError(
         f"{path}: bad header: {name} begins at byte {tensor.offset - start},"
-        f" what is before it ends at {end - start}"
+        f" but the tensor before it ends at {end - start}"
       )
     end += tensor.n_bytes
   if end != size:
-    what = "truncated" if end > size else "trailing bytes"
-    raise InputError(f"{path}: {what}: {size} bytes, its header says {end}")
-  return found
+    problem = "truncated" if end > size else "trailing bytes"
+    raise InputError(f"{path}: {problem}: {size} bytes, its header says {end}")
+  return tensors
 
 
-def _head(path: pathlib.Path) -> tuple[bytes, int]:
-  """The text of a file's header, and the size of the file."""
+def read_header_bytes(path: pathlib.Path) -> tuple[bytes, int]:
+  """Reads the bytes before the first tensor; returns them and the file's size.
+
+  Raises:
+    InputError: the file cannot be read, or is shorter than its header.
+  """
   try:
     size = path.stat().st_size
     with path.open("rb") as file:
-      length = int.from_bytes(file.read(8), "little")
+      first = file.read(8)
+      length = int.from_bytes(first, "little")
       if size >= 8 and length <= min(size - 8, MAX_HEADER):
-        return file.read(length), size
+        return first + file.read(length), size
   except OSError as error:
     raise InputError(f"{path}: cannot be read: {error}") from error
   raise InputError(
-    f"{path}: truncated, or no safetensors file: {size} bytes, the first of"
-    f" which announce a header of {length}"
+    f"{path}: truncated, or not a safetensors file: {size} bytes, with a"
+    f" header of {length}"
   )
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  found = dict(pairs)
-  if len(found) != len(pairs):
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """Returns a JSON object as a dict; raises InputError for a name twice."""
+  result = dict(pairs)
+  if len(result) != len(pairs):
     names = [name for name, _ in pairs]
-    twice = {name for name in names if names.count(name) > 1}
-    raise InputError(f"twice in it: {', '.join(sorted(twice))}")
-  return found
+    duplicates = {name for name in names if names.count(name) > 1}
+    raise InputError(f"duplicate names: {', '.join(sorted(duplicates))}")
+  return result
 
 
-def _tensor(path: pathlib.Path, start: int, name: str, facts: Any) -> Tensor:
-  """A tensor as its entry in a header describes it."""
-  problem = InputError(f"{path}: bad header: {name}: {facts!r}"[:500])
-  if not isinstance(facts, dict):
+def _parse_tensor(
+  path: pathlib.Path, start: int, name: str, entry: Any
+) -> StoredTensor:
+  """Returns the tensor that an entry of a header describes."""
+  problem = InputError(f"{path}: bad header: {name}: {entry!r}"[:500])
+  if not isinstance(entry, dict):
     raise problem
-  dtype, shape = DTYPES.get(str(facts.get("dtype"))), facts.get("shape")
-  offsets = facts.get("data_offsets")
+  dtype, shape = DTYPES.get(str(entry.get("dtype"))), entry.get("shape")
+  offsets = entry.get("data_offsets")
   for numbers in (shape, offsets):
     if not isinstance(numbers, list):
       raise problem
@@ -127,24 +140,24 @@ def _tensor(path: pathlib.Path, start: int, name: str, facts: Any) -> Tensor:
       raise problem
   if dtype is None or len(offsets) != 2:
     raise problem
-  tensor = Tensor(path, start + offsets[0], dtype, tuple(shape))
+  tensor = StoredTensor(path, start + offsets[0], dtype, tuple(shape))
   if offsets[1] - offsets[0] != tensor.n_bytes:
     raise problem
   return tensor
 
 
 def read(
-  tensor: Tensor,
+  tensor: StoredTensor,
   rows: slice = slice(None),
   columns: slice = slice(None),
   out: np.ndarray | None = None,
 ) -> np.ndarray:
-  """Rows and columns of a matrix, or rows of an array of any rank.
+  """Reads rows and columns of a matrix, or rows of an array of any rank.
 
   Args:
-    tensor: which one.
-    rows: of its first dim.
-    columns: of all other dims together.
+    tensor: the tensor.
+    rows: slice of its first dim.
+    columns: slice of all other dims flattened.
     out: [rows, columns], contiguous, to read into.
 
   Raises:
@@ -156,14 +169,14 @@ def read(
     out = np.empty((len(rows), len(columns)), tensor.dtype)
   size = tensor.dtype.itemsize
   start = tensor.offset + (rows.start * width + columns.start) * size
-  # A row at a time unless rows are read whole.
-  parts = [out] if len(columns) == width else out
+  # All at once if rows are complete, else row by row.
+  arrays = [out] if len(columns) == width else out
   try:
     with tensor.file.open("rb", buffering=0) as file:
-      for i, part in enumerate(parts):
-        _fill(file.fileno(), part, start + i * width * size)
-      if parts is not out:
-        forget(file.fileno(), start, out.nbytes)
+      for i, array in enumerate(arrays):
+        _fill(file.fileno(), array, start + i * width * size)
+      if arrays is not out:
+        drop_from_cache(file.fileno(), start, out.nbytes)
   except (OSError, EOFError) as error:
     raise InputError(f"{tensor.file}: cannot be read: {error}") from error
   if len(columns) == width:
@@ -171,71 +184,70 @@ def read(
   return out
 
 
-def forget(file: int, offset: int = 0, n_bytes: int = 0) -> None:
-  """Takes a part of a file, or all of it, out of the system's cache.
+def drop_from_cache(file: int, offset: int = 0, n_bytes: int = 0) -> None:
+  """Removes a range of a file, by default all of it, from the page cache.
 
-  What is read or written once would push out what others use, and a machine
-  whose memory is lent to it page by page waits for each new one.
+  Data that is read or written once would evict pages that are used again, and
+  virtual machines wait for each page of memory that the host gives them.
   """
   if hasattr(os, "posix_fadvise"):
     os.posix_fadvise(file, offset, n_bytes, os.POSIX_FADV_DONTNEED)
 
 
 def as_bytes(array: np.ndarray) -> memoryview:
-  """The memory of an array of any type.
+  """Returns the memory of an array of any type.
 
   Raises:
-    InputError: it is not contiguous.
+    ValueError: the array is not contiguous.
   """
   if not array.flags.c_contiguous:
     raise ValueError("array must be contiguous")
   return memoryview(array.reshape(-1).view(np.uint8))
 
 
+def crc32(array: np.ndarray) -> int:
+  """Returns the CRC-32 of an array; computing it is faster than reading."""
+  return zlib.crc32(as_bytes(array))
+
+
 def _fill(file: int, array: np.ndarray, offset: int) -> None:
-  left = as_bytes(array)
-  while left:
-    n = os.preadv(file, [left], offset)
+  """Reads bytes of a file into an array; raises EOFError if it ends early."""
+  remaining = as_bytes(array)
+  while remaining:
+    n = os.preadv(file, [remaining], offset)
     if not n:
       raise EOFError("it ends early; was it changed meanwhile?")
-    left, offset = left[n:], offset + n
+    remaining, offset = remaining[n:], offset + n
 
 
-def plan(
+def plan_file(
   path: pathlib.Path, tensors: Shapes
-) -> tuple[bytes, dict[str, Tensor]]:
-  """The header of a file of tensors in this order, and where each will be."""
-  facts, end = {"__metadata__": {"format": "pt"}}, 0
+) -> tuple[bytes, dict[str, StoredTensor]]:
+  """Returns the header of a file, and its tensors, stored in this order."""
+  header, end = {"__metadata__": {"format": "pt"}}, 0
   for name, (dtype, shape) in tensors.items():
     begin, end = end, end + math.prod(shape) * dtype.itemsize
-    facts[name] = {
+    header[name] = {
       "dtype": CODES[dtype],
       "shape": list(shape),
       "data_offsets": [begin, end],
     }
-  text = json.dumps(facts, separators=(",", ":")).encode()
-  text += b" " * (-len(text) % 8)  # the bytes of tensors are aligned
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)  # aligns the tensors
   start = 8 + len(text)
-  places = {
-    name: Tensor(path, start + facts[name]["data_offsets"][0], *kind)
-    for name, kind in tensors.items()
+  stored = {
+    name: StoredTensor(
+      path, start + header[name]["data_offsets"][0], dtype, shape
+    )
+    for name, (dtype, shape) in tensors.items()
   }
-  return len(text).to_bytes(8, "little") + text, places
+  return len(text).to_bytes(8, "little") + text, stored
 
 
-def create(path: pathlib.Path, tensors: Shapes) -> dict[str, Tensor]:
-  """A file for tensors that are still to be written, zeros until then."""
-  head, places = plan(path, tensors)
-  with path.open("wb") as file:
-    file.write(head)
-    file.truncate(len(head) + sum(t.n_bytes for t in places.values()))
-  return places
-
-
-def write(tensor: Tensor, array: np.ndarray) -> None:
-  """Writes a tensor into a file that `create` made."""
-  left, offset = as_bytes(array), tensor.offset
+def write(tensor: StoredTensor, array: np.ndarray) -> None:
+  """Writes a tensor into a file that has a header already."""
+  remaining, offset = as_bytes(array), tensor.offset
   with tensor.file.open("r+b", buffering=0) as file:
-    while left:
-      n = os.pwrite(file.fileno(), left, offset)
-      left, offset = left[n:], offset + n
+    while remaining:
+      n = os.pwrite(file.fileno(), remaining, offset)
+      remaining, offset = remaining[n:], offset + n

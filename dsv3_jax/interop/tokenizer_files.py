@@ -1,8 +1,9 @@
-"""Tokenizer files beside a checkpoint, for software that serves it."""
+"""Copies and writes the tokenizer files that serving software reads."""
 
 import json
 import pathlib
 import shutil
+from collections.abc import Iterable
 
 import tokenizers
 from tokenizers import processors
@@ -11,7 +12,7 @@ from dsv3_jax.data import chat, tokenizer
 from dsv3_jax.interop import resumable
 
 TOKENIZER = "tokenizer.json"
-# What a checkpoint may have beside its tensors; taken over as it is.
+# Files of a checkpoint that are copied unchanged.
 FILES = (
   TOKENIZER,
   "tokenizer_config.json",
@@ -21,35 +22,38 @@ FILES = (
 )
 
 
-def copy(source: pathlib.Path, target: pathlib.Path) -> list[str]:
-  """Copies those of FILES that there are; returns their names."""
-  found = [name for name in FILES if (source / name).is_file()]
-  for name in found:
-    partial = target / f".{name}.partial"
-    shutil.copyfile(source / name, partial)
-    partial.replace(target / name)
-  return found
+def copy_files(
+  source: pathlib.Path,
+  target: pathlib.Path,
+  names: Iterable[str] = FILES,
+) -> None:
+  """Copies the files that exist, each atomically."""
+  for name in names:
+    if (source / name).is_file():
+      partial = target / f".{name}.partial"
+      shutil.copyfile(source / name, partial)
+      partial.replace(target / name)
 
 
-def write(
+def write_files(
   tok: tokenizers.Tokenizer, folder: pathlib.Path, max_len: int
 ) -> None:
-  """Writes tokenizer, chat template and how text is to be generated.
+  """Writes the tokenizer, its chat template and generation settings.
 
   Args:
-    tok: of the model.
-    folder: where to.
-    max_len: tokens that the model reads.
+    tok: the tokenizer of the model.
+    folder: where the files are written.
+    max_len: the longest context of the model in tokens.
   """
-  own = tokenizers.Tokenizer.from_str(tok.to_str())
-  # Who encodes for this model begins with BOS, as it was trained.
-  own.post_processor = processors.TemplateProcessing(
+  with_bos = tokenizers.Tokenizer.from_str(tok.to_str())
+  # The model was trained on texts that begin with BOS.
+  with_bos.post_processor = processors.TemplateProcessing(
     single=f"{tokenizer.BOS} $A",
     pair=f"{tokenizer.BOS} $A {tokenizer.BOS} $B",
     special_tokens=[(tokenizer.BOS, tokenizer.BOS_ID)],
   )
-  resumable.write_text(folder / TOKENIZER, own.to_str(pretty=True))
-  about = {
+  resumable.write_text(folder / TOKENIZER, with_bos.to_str(pretty=True))
+  tokenizer_config = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "bos_token": tokenizer.BOS,
     "eos_token": tokenizer.EOS,
@@ -65,9 +69,9 @@ def write(
     "eos_token_id": tokenizer.EOS_ID,
     "pad_token_id": tokenizer.PAD_ID,
   }
-  for name, facts in (
-    ("tokenizer_config.json", about),
+  for name, value in (
+    ("tokenizer_config.json", tokenizer_config),
     ("generation_config.json", generation),
   ):
-    text = json.dumps(facts, indent=2, ensure_ascii=False)
+    text = json.dumps(value, indent=2, ensure_ascii=False)
     resumable.write_text(folder / name, text + "\n")

@@ -88,7 +88,7 @@ def _with_parameters(
   folder = command.init_from
   facts = open_run.read_config(folder)
   source = config.override(
-    open_run.run_of(facts),
+    open_run.run_from_config(facts),
     f"parallel.layout={command.run.parallel.layout}",
   )
   of = lambda run: {
@@ -100,7 +100,7 @@ def _with_parameters(
       f"--init_from={folder} has another architecture (there -> here):\n"
       + "\n".join(f"  {line}" for line in changes)
     )
-  params, bias = open_run.newest(folder, source, mesh)
+  params, bias = open_run.load_newest_params(folder, source, mesh)
   return state.replace(params=params, router_bias=bias)
 
 

@@ -1,12 +1,12 @@
-r"""How fast a released checkpoint is read, next to a plain read of its files.
+r"""Measures the speed of loading a released checkpoint, next to a plain read.
 
   python -m scripts.bench.convert --hf=DIR [--rounds=3] [--scratch=DIR]
 
-Prints a JSON object a round and one of medians: bytes a second of reading the
-files from beginning to end, of loading them into arrays on the devices here
-and, with --scratch, of importing them into a folder that is removed again; and
-the peak of memory of the latter two. Each is a process, and the system is told
-to forget the files before.
+Prints a JSON object for each round, and one of medians: bytes per second of
+reading the files from beginning to end, of loading them into arrays on the
+devices and, with --scratch, of importing them into a folder that is removed
+again; and the peak memory of the latter two. Each is measured in a process of
+its own, after the files were removed from the page cache.
 """
 
 import json
@@ -19,19 +19,23 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 from absl import flags
 
 from dsv3_jax.errors import InputError
+from dsv3_jax.interop import hf_import, hf_read, load_sharded
+from dsv3_jax.parallel import device_mesh, layouts
 from experiments import allocator, cli
 
 _HF = flags.DEFINE_string("hf", None, "folder of a released checkpoint")
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "times that all are measured")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "number of measurements")
 _SCRATCH = flags.DEFINE_string("scratch", None, "folder to import to")
-_TASK = flags.DEFINE_string("task", None, "what this process is to do")
+_TASK = flags.DEFINE_string("task", None, "read, load or import, and exit")
 
 
-def _forget(folder: pathlib.Path) -> None:
-  """Takes the files out of the page cache."""
+def _drop_from_cache(folder: pathlib.Path) -> None:
+  """Removes the shards from the page cache."""
   os.sync()
   for path in folder.glob("*.safetensors"):
     with path.open("rb") as file:
@@ -49,16 +53,9 @@ def _read(folder: pathlib.Path) -> float:
 
 
 def _load(folder: pathlib.Path) -> float:
-  import jax
-  import numpy as np
-
-  from dsv3_jax.interop import hf_config, hf_read, load_sharded
-  from dsv3_jax.parallel import device_mesh, layouts
-
   released = hf_read.open_folder(folder)
-  run = hf_config.run(released.facts, released.model)
   mesh = device_mesh.make_mesh({})
-  layout = layouts.make_layout(run, mesh.shape)
+  layout = layouts.make_layout(released.make_run(), mesh.shape)
   dtype = hf_read.BF16 if released.tile is None else np.dtype(np.float32)
   start = time.perf_counter()
   jax.block_until_ready(load_sharded.load(released, layout, mesh, dtype))
@@ -66,12 +63,10 @@ def _load(folder: pathlib.Path) -> float:
 
 
 def _import(folder: pathlib.Path) -> float:
-  from dsv3_jax.interop import hf_read, weights
-
   target = pathlib.Path(_SCRATCH.value)
   start = time.perf_counter()
   released = hf_read.open_folder(folder)
-  weights.import_released(released, target, lambda n_bytes: None)
+  hf_import.import_checkpoint(released, target, "", lambda n_bytes: None)
   seconds = time.perf_counter() - start
   shutil.rmtree(target)
   return seconds
@@ -80,9 +75,9 @@ def _import(folder: pathlib.Path) -> float:
 TASKS = {"read": _read, "load": _load, "import": _import}
 
 
-def _measured(task: str, folder: pathlib.Path) -> dict[str, float]:
-  """What a process of its own prints."""
-  _forget(folder)
+def _measure(task: str, folder: pathlib.Path) -> dict[str, float]:
+  """Runs a task in a new process; returns the numbers it prints."""
+  _drop_from_cache(folder)
   command = [sys.executable, "-m", "scripts.bench.convert"]
   command += [f"--hf={folder}", f"--task={task}"]
   if _SCRATCH.value:
@@ -93,19 +88,19 @@ def _measured(task: str, folder: pathlib.Path) -> dict[str, float]:
 
 def _round(folder: pathlib.Path) -> dict[str, float]:
   n_bytes = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-  found = {}
+  result = {}
   for task in ("read", "load", *(["import"] if _SCRATCH.value else [])):
-    told = _measured(task, folder)
-    found[f"{task}_gb_per_s"] = n_bytes / told["seconds"] / 1e9
+    numbers = _measure(task, folder)
+    result[f"{task}_gb_per_s"] = n_bytes / numbers["seconds"] / 1e9
     if task != "read":
-      ratio = found[f"{task}_gb_per_s"] / found["read_gb_per_s"]
-      found[f"{task}_ratio"] = ratio
-      found[f"{task}_peak_rss_mib"] = told["peak_rss_mib"]
-  return found
+      ratio = result[f"{task}_gb_per_s"] / result["read_gb_per_s"]
+      result[f"{task}_ratio"] = ratio
+      result[f"{task}_peak_rss_mib"] = numbers["peak_rss_mib"]
+  return result
 
 
 def main() -> None:
-  """Measures, or does one of the tasks."""
+  """Measures all tasks, or runs the one that --task names."""
   problems = cli.parse_flags(sys.argv)
   if not _HF.value:
     problems.append("--hf is missing: the folder of a released checkpoint")
@@ -114,7 +109,7 @@ def main() -> None:
   if _ROUNDS.value < 1:
     problems.append(f"--rounds={_ROUNDS.value}: must be at least 1")
   if _SCRATCH.value and pathlib.Path(_SCRATCH.value).exists():
-    problems.append(f"--scratch={_SCRATCH.value}: is there already")
+    problems.append(f"--scratch={_SCRATCH.value}: already exists")
   if _TASK.value not in (None, *TASKS):
     problems.append(f"--task={_TASK.value}: must be one of {', '.join(TASKS)}")
   if problems:

@@ -227,7 +227,7 @@ class FilesTest(Case):
       raw = changed(good, rng)
       path.write_bytes(raw)
       with about(raw=raw):
-        found = self.taken(lambda: ours.header(path))
+        found = self.taken(lambda: ours.read_header(path))
         if found is None:
           refused += 1
           continue
@@ -286,7 +286,7 @@ class FilesTest(Case):
       with about(raw=raw):
         found = self.taken(lambda: open_run.read_config(folder))
         if found is not None:
-          run = self.taken(lambda f=found: open_run.run_of(f))
+          run = self.taken(lambda f=found: open_run.run_from_config(f))
           self.assertIn(type(run), (config.Run, type(None)))
 
   def check_tokens(self, seed, n):

@@ -416,12 +416,12 @@ class WorkdirTest(parameterized.TestCase):
 
   def test_config_gives_the_run_back(self):
     facts = open_run.read_config(self.folder)
-    self.assertEqual(open_run.run_of(facts), presets.TINY)
+    self.assertEqual(open_run.run_from_config(facts), presets.TINY)
     run = config.override(
       presets.V2_LITE_16B, "data.path=a b=c", "optim.moments=float32"
     )
     facts = json.loads(json.dumps(workdir_lib.run_identity("x", 0, run)))
-    self.assertEqual(open_run.run_of(facts), run)
+    self.assertEqual(open_run.run_from_config(facts), run)
 
   @parameterized.parameters("", "{}", "[1]", '{"settings": 3}', "\x00")
   def test_refuses_what_is_no_configuration(self, text):

@@ -452,7 +452,9 @@ class LoadTest(FolderTest):
 
   def test_lists_all_problems_without_reading_parameters(self):
     wrong = {"dtype": "float16", "n_slots": 0, "max_len": 0, "chunk": 3}
-    unread = mock.patch.object(open_run, "newest", side_effect=AssertionError)
+    unread = mock.patch.object(
+      open_run, "load_newest_params", side_effect=AssertionError
+    )
     with unread, self.assertRaises(ValueError) as caught:
       generate.load(self.run_dir, n_drafts=-1, **wrong)
     lines = str(caught.exception).splitlines()

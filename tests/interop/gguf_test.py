@@ -1,4 +1,4 @@
-"""llama.cpp writes the same text, with the same probabilities, as we do."""
+"""Tests that llama.cpp writes the same text with the same probabilities."""
 
 import json
 import os
@@ -29,7 +29,7 @@ _YARN = (
 
 
 def _arrays(model, tok=None):
-  """Random parameters; with a tokenizer they prefer its ASCII tokens.
+  """Returns random parameters, which prefer ASCII tokens of a tokenizer.
 
   llama.cpp tells nothing of a token that is part of a character.
   """
@@ -46,7 +46,7 @@ def _arrays(model, tok=None):
     bias[:] = 0
   else:
     arrays[hf_mapping.BIAS] = bias
-  return params, bias, hf_write.Arrays(model, arrays)
+  return params, bias, hf_write.ParamArrays(model, arrays)
 
 
 def _llama(path, prompt, n=_N):
@@ -95,7 +95,7 @@ class GgufTest(parameterized.TestCase):
   def test_writes_the_same_text(self, assignments, dtype, close):
     model = testing.tiny("vocab_size=304", *assignments)
     params, bias, source = _arrays(model, self.tok)
-    self.write(hf_write.Form(source, dtype))
+    self.write(hf_write.ExportFormat(source, dtype))
     if dtype == "bfloat16":
       halved = lambda a: a.astype(jax.numpy.bfloat16).astype(np.float32)
       norms = lambda path: param_spec.name(path).endswith(("norm", "router"))
@@ -123,7 +123,7 @@ class GgufTest(parameterized.TestCase):
 
   def test_reads_text_as_we_do(self):
     _, _, source = _arrays(testing.tiny("vocab_size=304"), self.tok)
-    self.write(hf_write.Form(source, "float32"))
+    self.write(hf_write.ExportFormat(source, "float32"))
     for text in (*_TEXTS, "  a\n\nb 12345 x", f"a{tokenizer.USER}b"):
       parts = text.split(tokenizer.USER)
       # Of a special token's name llama.cpp makes the token.
@@ -145,14 +145,14 @@ class GgufTest(parameterized.TestCase):
   def test_what_llama_cpp_would_misread(self, message, *assignments):
     _, _, source = _arrays(testing.tiny("vocab_size=304", *assignments))
     with self.assertRaisesRegex(ValueError, message):
-      self.write(hf_write.Form(source, "float32"))
+      self.write(hf_write.ExportFormat(source, "float32"))
     self.assertFalse(self.path.exists())
 
   def test_a_bias_in_bfloat16_is_written_in_float32(self):
     _, _, source = _arrays(testing.tiny("vocab_size=304"))
     bias = source.params[hf_mapping.BIAS].astype(jax.numpy.bfloat16)
     source.params[hf_mapping.BIAS] = bias
-    self.write(hf_write.Form(source, "stored"))
+    self.write(hf_write.ExportFormat(source, "stored"))
     found = {t.name: t.data for t in library.GGUFReader(self.path).tensors}
     for i in range(3):
       got = found[f"blk.{i + 1}.exp_probs_b.bias"]
@@ -162,18 +162,18 @@ class GgufTest(parameterized.TestCase):
   def test_fp8(self):
     _, _, source = _arrays(testing.tiny("vocab_size=304"))
     with self.assertRaisesRegex(ValueError, "no FP8"):
-      self.write(hf_write.Form(source, "fp8"))
+      self.write(hf_write.ExportFormat(source, "fp8"))
 
   def test_a_file_that_is_there(self):
     self.path.write_text("")
     _, _, source = _arrays(testing.tiny("vocab_size=304"))
-    with self.assertRaisesRegex(ValueError, "is there already"):
-      self.write(hf_write.Form(source, "float32"))
+    with self.assertRaisesRegex(ValueError, "already exists"):
+      self.write(hf_write.ExportFormat(source, "float32"))
 
   def test_a_tokenizer_that_is_too_large(self):
     _, _, source = _arrays(testing.tiny("vocab_size=256"))
     with self.assertRaisesRegex(ValueError, "vocab_size=256"):
-      self.write(hf_write.Form(source, "float32"))
+      self.write(hf_write.ExportFormat(source, "float32"))
 
   def test_stopped_half_way_leaves_no_file(self):
     _, _, source = _arrays(testing.tiny("vocab_size=304"))
@@ -182,7 +182,9 @@ class GgufTest(parameterized.TestCase):
       raise KeyboardInterrupt
 
     with self.assertRaises(KeyboardInterrupt):
-      gguf.write(hf_write.Form(source, "float32"), self.tok, self.path, 9, stop)
+      gguf.write(
+        hf_write.ExportFormat(source, "float32"), self.tok, self.path, 9, stop
+      )
     self.assertFalse(self.path.exists())
 
 

@@ -157,7 +157,7 @@ class ReadTest(parameterized.TestCase):
     # How it is trained does not stand in the file as it was.
     training = f"router.balance_weight={1e-4}"
     want = config.override(preset, *_YARN_40, *assignments, training).model
-    got = hf_config.read(facts)
+    got = hf_config.read_model(facts)
     both = config.flatten(want), config.flatten(got)
     self.assertEqual(config.diff(*both), [])
 
@@ -168,22 +168,22 @@ class ReadTest(parameterized.TestCase):
     ("kimi_k2", _KIMI_K2, 1e12, 32e9, 0.05),
   )
   def test_counts_of_other_models(self, facts, main, active, delta):
-    model = hf_config.read(facts)
+    model = hf_config.read_model(facts)
     counts = transformer.parameter_counts(model)
     outer = 2 * model.vocab_size * model.d_model
     self.assertAlmostEqual((counts["main"] - outer) / main, 1, delta=delta)
     self.assertAlmostEqual(counts["active_no_head"] / active, 1, delta=delta)
 
   def test_details_of_other_models(self):
-    moonlight = hf_config.read(_MOONLIGHT)
+    moonlight = hf_config.read_model(_MOONLIGHT)
     self.assertEqual(moonlight.mla.rope_theta, 50_000)
     self.assertEqual(moonlight.norm_eps, 1e-5)
     self.assertEqual(moonlight.mla.norm_eps, 1e-6)
     self.assertEqual(moonlight.mla.yarn.factor, 1)
-    kimi = hf_config.read(_KIMI_K2)
+    kimi = hf_config.read_model(_KIMI_K2)
     self.assertEqual(kimi.mla.yarn.max_len, 131_072)
     self.assertEqual(kimi.router.scale, 2.827)
-    self.assertEqual(hf_config.read(_V2).router.bias_speed, 0)
+    self.assertEqual(hf_config.read_model(_V2).router.bias_speed, 0)
 
   def test_what_newer_files_call_the_rotation(self):
     old = _V3 | {"rope_theta": 7.0}
@@ -191,7 +191,7 @@ class ReadTest(parameterized.TestCase):
     yarn = {k: v for k, v in _V3["rope_scaling"].items() if k != "type"}
     yarn |= {"rope_type": "yarn", "rope_theta": 7}
     new["rope_parameters"] = yarn
-    self.assertEqual(hf_config.read(new), hf_config.read(old))
+    self.assertEqual(hf_config.read_model(new), hf_config.read_model(old))
 
   def test_nothing_of_v3_is_unknown(self):
     for facts in (_V3, _V31, _V2, _MOONLIGHT, _KIMI_K2):
@@ -199,24 +199,24 @@ class ReadTest(parameterized.TestCase):
 
   @parameterized.parameters((_V3, (128, 128)), (_V31, (128, 128)), ({}, None))
   def test_tile(self, facts, want):
-    self.assertEqual(hf_config.tile(facts), want)
+    self.assertEqual(hf_config.read_fp8_tile(facts), want)
 
 
 class BothWaysTest(parameterized.TestCase):
   @parameterized.parameters(*presets.PRESETS)
   def test_presets(self, name):
     run = presets.PRESETS[name]
-    facts = json.loads(json.dumps(hf_config.write(run)))
+    facts = json.loads(json.dumps(hf_config.make_config_json(run)))
     training = f"router.balance_weight={run.model.router.balance_weight}"
     speed = f"router.bias_speed={run.model.router.bias_speed}"
-    got = config.override(hf_config.read(facts), training, speed)
+    got = config.override(hf_config.read_model(facts), training, speed)
     self.assertEqual(got, run.model)
     self.assertEqual(facts["max_position_embeddings"], run.data.seq_len)
 
   def test_extended_context(self):
     run = config.override(presets.V3_671B, *_YARN_40)
-    facts = hf_config.write(run)
-    self.assertEqual(hf_config.read(facts), run.model)
+    facts = hf_config.make_config_json(run)
+    self.assertEqual(hf_config.read_model(facts), run.model)
     for key, value in _V3["rope_scaling"].items():
       self.assertEqual(facts["rope_scaling"][key], value)
     theirs = {k: v for k, v in _V3.items() if k in facts}
@@ -225,12 +225,12 @@ class BothWaysTest(parameterized.TestCase):
   @parameterized.parameters(
     ("mtp.input_state=pre_norm", "post_norm"),
     ("mla.norm_eps=1e-5", "1e-06"),
-    ("n_dense_layers=61", "mixture"),
+    ("n_dense_layers=61", "must be below n_layers=61"),
   )
-  def test_what_cannot_be_said(self, assignment, message):
+  def test_refuses_what_config_json_cannot_express(self, assignment, message):
     run = config.override(presets.V3_671B, assignment)
     with self.assertRaisesRegex(ValueError, message):
-      hf_config.write(run)
+      hf_config.make_config_json(run)
 
 
 class RefusedTest(parameterized.TestCase):
@@ -238,39 +238,39 @@ class RefusedTest(parameterized.TestCase):
     ({"model_type": "llama"}, "model_type='llama': must be one of"),
     ({"model_type": ["x"]}, "must be one of"),
     ({"model_type": None}, "must be one of"),
-    ({"hidden_act": "gelu"}, "only 'silu'"),
-    ({"attention_bias": True}, "only False"),
-    ({"tie_word_embeddings": True}, "only False"),
-    ({"moe_layer_freq": 2}, "only 1"),
-    ({"rope_interleave": False}, "only True"),
-    ({"scoring_func": "softmax"}, "only 'sigmoid'"),
+    ({"hidden_act": "gelu"}, "must be 'silu'"),
+    ({"attention_bias": True}, "must be False"),
+    ({"tie_word_embeddings": True}, "must be False"),
+    ({"moe_layer_freq": 2}, "must be 1"),
+    ({"rope_interleave": False}, "must be True"),
+    ({"scoring_func": "softmax"}, "must be 'sigmoid'"),
     ({"topk_method": "greedy"}, "must be noaux_tc"),
     ({"num_key_value_heads": 8}, "must be num_attention_heads=128"),
     ({"hidden_size": None}, "hidden_size is missing"),
     ({"hidden_size": "7168"}, "expected int"),
     ({"hidden_size": -1}, "at least 1"),
     ({"n_group": 7}, "must divide"),
-    ({"max_position_embeddings": "x"}, "must be a number"),
-    ({"max_position_embeddings": 0}, "must be a number"),
+    ({"max_position_embeddings": "x"}, "must be an integer"),
+    ({"max_position_embeddings": 0}, "must be an integer"),
     ({"rms_norm_eps": float("nan")}, "finite"),
     ({"norm_topk_prob": "yes"}, "expected bool"),
-    ({"rope_scaling": {"type": "linear"}}, "only yarn"),
+    ({"rope_scaling": {"type": "linear"}}, "must be 'default' or 'yarn'"),
     ({"rope_scaling": "yarn"}, "must be an object"),
     ({"rope_scaling": {"type": "yarn"}}, "factor is missing"),
     ({"rope_scaling": _OLD_YARN | {"mscale": 1.0}}, "must equal"),
-    ({"rope_scaling": _OLD_YARN | {"attention_factor": 2.0}}, "only None"),
-    ({"rope_scaling": _OLD_YARN | {"truncate": False}}, "only True"),
+    ({"rope_scaling": _OLD_YARN | {"attention_factor": 2.0}}, "must be None"),
+    ({"rope_scaling": _OLD_YARN | {"truncate": False}}, "must be True"),
     ({"rope_scaling": _OLD_YARN | {"factor": 0.5}}, "at least 1"),
     ({"rope_scaling": _OLD_YARN | {"factor": "x"}}, "expected float"),
   )
-  def test_says_why(self, changes, message):
+  def test_names_the_problem(self, changes, message):
     with self.assertRaisesRegex(ValueError, message):
-      hf_config.read(_V3 | changes)
+      hf_config.read_model(_V3 | changes)
 
-  def test_says_all_at_once(self):
+  def test_lists_all_problems(self):
     bad = _V3 | {"hidden_act": "gelu", "vocab_size": None, "rope_scaling": 3}
     with self.assertRaises(ValueError) as caught:
-      hf_config.read(bad)
+      hf_config.read_model(bad)
     self.assertLen(str(caught.exception).splitlines(), 3)
 
 

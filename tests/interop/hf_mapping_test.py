@@ -44,8 +44,8 @@ _TABLE = {
 class TableTest(parameterized.TestCase):
   def test_is_that_of_the_released_files(self):
     found = {
-      name: (b.shape, b.scales_shape(_TILE) if b.quantized else None)
-      for b in hf_mapping.of_model(_V3)
+      name: (b.tensor_shape, b.scales_shape(_TILE) if b.quantized else None)
+      for b in hf_mapping.model_blocks(_V3)
       for name in b.names
     }
     for name, want in _TABLE.items():
@@ -53,13 +53,13 @@ class TableTest(parameterized.TestCase):
 
   def test_counts_tensors_and_bytes(self):
     tensors, n_bytes = 0, 0
-    for b in hf_mapping.of_model(_V3):
+    for b in hf_mapping.model_blocks(_V3):
       size = 4 if b.path == hf_mapping.BIAS else 1 if b.quantized else 2
-      n_bytes += len(b.names) * math.prod(b.shape) * size
+      n_bytes += len(b.names) * math.prod(b.tensor_shape) * size
       if b.quantized:
         n_bytes += len(b.names) * math.prod(b.scales_shape(_TILE)) * 4
       tensors += len(b.names) * (1 + b.quantized)
-    copies = hf_mapping.copies(_V3)
+    copies = hf_mapping.mtp_copies(_V3)
     self.assertEqual(
       copies,
       {
@@ -72,25 +72,25 @@ class TableTest(parameterized.TestCase):
     self.assertEqual(n_bytes, 688_574_839_360)
 
   def test_queries_that_are_not_compressed(self):
-    found = hf_mapping.of_model(presets.V2_LITE_16B.model)
-    names = {name: b.shape for b in found for name in b.names}
+    found = hf_mapping.model_blocks(presets.V2_LITE_16B.model)
+    names = {name: b.tensor_shape for b in found for name in b.names}
     name = "model.layers.26.self_attn.q_proj.weight"
     self.assertEqual(names[name], (16 * 192, 2048))
     self.assertFalse([n for n in names if "q_a_" in n or "e_score" in n])
 
   def test_names_are_of_one_tensor_each(self):
     for preset in ("v3_671b", "v2_236b", "tiny"):
-      found = hf_mapping.of_model(presets.PRESETS[preset].model)
+      found = hf_mapping.model_blocks(presets.PRESETS[preset].model)
       names = [name for b in found for name in b.names]
       self.assertEqual(len(names), len(set(names)))
 
 
-class PartTest(parameterized.TestCase):
+class SliceTest(parameterized.TestCase):
   @parameterized.parameters("tiny", "S")
-  def test_parts_within_spans_are_the_parts(self, preset):
+  def test_slices_are_cut_out_of_their_bounding_slices(self, preset):
     model = config.override(presets.PRESETS[preset].model, "n_layers=2")
     rng = np.random.default_rng(0)
-    seen = {b.path: b for b in hf_mapping.of_model(model)}
+    seen = {b.path: b for b in hf_mapping.model_blocks(model)}
     for b in seen.values():
       dims = *b.inputs, *b.outputs
       whole = rng.random(dims, np.float32)
@@ -98,14 +98,14 @@ class PartTest(parameterized.TestCase):
         inner = tuple(
           slice(*sorted(rng.choice(n + 1, 2, replace=False))) for n in dims
         )
-        ins, outs = hf_mapping.spans(b, inner)
-        matrix = whole.reshape(b.matrix)
+        ins, outs = hf_mapping.bounding_slices(b, inner)
+        matrix = whole.reshape(b.matrix_shape)
         if b.inputs:
           pairs = matrix.reshape(len(matrix), len(b.names), -1)
           matrix = pairs[ins][:, :, outs]
         else:
           matrix = matrix[outs]
-        got = hf_mapping.part(b, inner, np.ascontiguousarray(matrix))
+        got = hf_mapping.take_slice(b, inner, np.ascontiguousarray(matrix))
         np.testing.assert_array_equal(got, whole[inner], b.path)
 
 
@@ -113,16 +113,16 @@ class NumbersTest(parameterized.TestCase):
   @parameterized.parameters(
     np.float32, np.uint8, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
   )
-  def test_turned_is_the_transpose_in_its_own_memory(self, dtype):
+  def test_transpose_is_contiguous(self, dtype):
     matrix = np.arange(35).reshape(5, 7).astype(dtype)
-    got = hf_mapping.turned(matrix)
+    got = hf_mapping.transpose(matrix)
     self.assertEqual(got.dtype, matrix.dtype)
     self.assertTrue(got.flags.c_contiguous)
     np.testing.assert_array_equal(
       got.view(np.uint8), np.ascontiguousarray(matrix.T).view(np.uint8)
     )
 
-  def test_dequantized_has_scales_at_ragged_edges(self):
+  def test_dequantize_applies_scales_at_ragged_edges(self):
     rng = np.random.default_rng(0)
     values = rng.normal(size=(10, 7)).astype(ml_dtypes.float8_e4m3fn)
     scales = rng.random((3, 2), np.float32)
@@ -130,15 +130,15 @@ class NumbersTest(parameterized.TestCase):
     for r in range(10):
       for c in range(7):
         want[r, c] = float(values[r, c]) * float(scales[r // 4, c // 5])
-    got = hf_mapping.dequantized(
+    got = hf_mapping.dequantize(
       values, scales, np.arange(10) // 4, np.arange(7) // 5
     )
     np.testing.assert_array_equal(got, want.astype(np.float32))
 
   def test_tiles_of_two_tensors_are_counted_one_after_the_other(self):
     path = "moe/ffn/experts/gate_up"
-    b = next(b for b in hf_mapping.of_model(_V3) if b.path == path)
-    got = hf_mapping.tiles_of(b, slice(120, 130), 128)
+    b = next(b for b in hf_mapping.model_blocks(_V3) if b.path == path)
+    got = hf_mapping.output_tiles(b, slice(120, 130), 128)
     np.testing.assert_array_equal(got, [0] * 8 + [1, 1] + [16] * 8 + [17, 17])
 
 

@@ -1,4 +1,4 @@
-"""Released checkpoints are read as `transformers` reads them, or not at all."""
+"""Tests that released checkpoints are read as `transformers` reads them."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ CLOSE = 2e-5  # of logits, absolute; rounding in float32 stays far below
 
 
 def loaded(found, sizes=None, layout="replicated"):
-  """The model of a folder on a mesh."""
+  """Returns the model of a folder on a mesh."""
   run = dataclasses.replace(testing.run(), model=found.model)
   run = config.override(run, f"parallel.layout={layout}")
   mesh = device_mesh.make_mesh(sizes or {})
@@ -170,10 +170,10 @@ class Fp8Test(parameterized.TestCase):
 
   def test_stands_for_values_times_scales(self):
     tensors = released.tensors(self.folder)
-    by_name = {b.names[0]: b for b in hf_mapping.of_model(self.found.model)}
+    by_name = {b.names[0]: b for b in hf_mapping.model_blocks(self.found.model)}
     for name, b in by_name.items():
       inner = (slice(None),) * len((*b.inputs, *b.outputs))
-      got = self.found.part(b, inner).astype(np.float32)
+      got = self.found.read_slice(b, inner).astype(np.float32)
       want = []
       for one in b.names:
         values = tensors[one].double()
@@ -184,21 +184,21 @@ class Fp8Test(parameterized.TestCase):
           values = (values * scales).float().double()
         want.append(values.numpy())
       want = np.stack(want, 0)
-      if not b.table:
+      if b.transposed:
         want = want.transpose(2, 0, 1)
       np.testing.assert_array_equal(got, want.reshape(got.shape), name)
 
   def test_parts_are_parts(self):
     rng = np.random.default_rng(0)
-    for b in hf_mapping.of_model(self.found.model):
+    for b in hf_mapping.model_blocks(self.found.model):
       dims = *b.inputs, *b.outputs
-      whole = self.found.part(b, (slice(None),) * len(dims))
+      whole = self.found.read_slice(b, (slice(None),) * len(dims))
       inner = tuple(
         slice(*sorted(map(int, rng.choice(n + 1, 2, replace=False))))
         for n in dims
       )
       np.testing.assert_array_equal(
-        self.found.part(b, inner), whole[inner], b.names[0]
+        self.found.read_slice(b, inner), whole[inner], b.names[0]
       )
 
   def test_a_bf16_model_with_the_same_numbers_has_the_same_logits(self):
@@ -233,7 +233,7 @@ class LoadTest(absltest.TestCase):
     # One row at a time, and some.
     for piece in (1, 700):
       self.enter_context(
-        absltest.mock.patch.object(load_sharded, "PIECE", piece)
+        absltest.mock.patch.object(load_sharded, "CHUNK", piece)
       )
       got = loaded(found, mesh, "zero1")
       testing.assert_same(
@@ -269,7 +269,7 @@ class LoadTest(absltest.TestCase):
   "refused",
 )
 class RefusedTest(parameterized.TestCase):
-  """What is wrong with a folder is said, all of it."""
+  """Tests that all problems of a folder are listed."""
 
   @classmethod
   def setUpClass(cls):
@@ -285,7 +285,7 @@ class RefusedTest(parameterized.TestCase):
   def refused(self, *messages, **how):
     with self.assertRaises(ValueError) as caught:
       found = hf_read.open_folder(self.folder, **how)
-      if problems := list(hf_read.bad_values(found)):
+      if problems := list(hf_read.validate_values(found)):
         raise ValueError("\n".join(problems))
     for message in messages:
       self.assertIn(message, str(caught.exception))
@@ -297,7 +297,7 @@ class RefusedTest(parameterized.TestCase):
   def test_the_good_one_is_not(self):
     found = hf_read.open_folder(self.folder)
     self.assertEmpty(found.notes)
-    self.assertEmpty(list(hf_read.bad_values(found)))
+    self.assertEmpty(list(hf_read.validate_values(found)))
 
   @pytest.mark.fault(
     "F45",
@@ -407,7 +407,7 @@ class RefusedTest(parameterized.TestCase):
   )
   def test_only_pickles(self, name):
     (self.folder / "model.safetensors").rename(self.folder / name)
-    self.refused(f"offers {name} only", "safe_serialization=True")
+    self.refused(f"holds only {name}", "safe_serialization=True")
 
   def test_nothing_there(self):
     (self.folder / "model.safetensors").unlink()
@@ -482,7 +482,7 @@ class RefusedTest(parameterized.TestCase):
 
 @pytest.mark.fault("F43")
 class MutatedTest(parameterized.TestCase):
-  """Whatever a file holds: it is read, or refused by a ValueError."""
+  """Tests that a file with any content is read or refused by InputError."""
 
   @parameterized.parameters("config.json", "model.safetensors", "index")
   def test_bytes(self, name):
@@ -508,7 +508,7 @@ class MutatedTest(parameterized.TestCase):
         content[at:at] = rng.bytes(int(rng.integers(1, 9)))
       path.write_bytes(content)
       try:
-        list(hf_read.bad_values(hf_read.open_folder(folder)))
+        list(hf_read.validate_values(hf_read.open_folder(folder)))
       except ValueError:
         refused += 1
     self.assertGreater(refused, 50)
@@ -538,7 +538,7 @@ class RoundedBiasTest(absltest.TestCase):
           found[name] = found[name].to(torch.bfloat16)
 
     found = hf_read.open_folder(released.rewrite(folder, change))
-    self.assertIn("whoever wrote them has rounded them", found.notes[0])
+    self.assertIn("they were rounded when the file was", found.notes[0])
 
 
 if __name__ == "__main__":

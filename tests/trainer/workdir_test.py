@@ -23,7 +23,7 @@ class OldNamesTest(absltest.TestCase):
     super().setUp()
     folder = self.enterContext(tempfile.TemporaryDirectory())
     self.folder = pathlib.Path(folder)
-    facts = workdir.describe("tiny", 0, RUN)
+    facts = workdir.run_identity("tiny", 0, RUN)
     old = {new: old for old, new in overrides.RENAMED.items()}
     facts["settings"] = {
       self.old_name(path, old): value
@@ -41,18 +41,18 @@ class OldNamesTest(absltest.TestCase):
   def test_is_the_same_run(self):
     written = (self.folder / open_run.CONFIG).read_text()
     self.assertIn('"model.mtp.hidden": "pre_norm"', written)
-    workdir.check_same(self.folder, workdir.describe("tiny", 0, RUN))
+    workdir.check_same(self.folder, workdir.run_identity("tiny", 0, RUN))
 
   def test_gives_the_same_settings(self):
     facts = open_run.read_config(self.folder)
-    self.assertEqual(open_run.run_of(facts), RUN)
+    self.assertEqual(open_run.run_from_config(facts), RUN)
 
   def test_another_value_is_another_run(self):
     other = config.override(RUN, "data.heldout_fraction=0.25")
     with self.assertRaisesRegex(
       ValueError, "data.heldout_fraction: 0.125 -> 0.25"
     ):
-      workdir.check_same(self.folder, workdir.describe("tiny", 0, other))
+      workdir.check_same(self.folder, workdir.run_identity("tiny", 0, other))
 
 
 if __name__ == "__main__":
