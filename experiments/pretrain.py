@@ -18,8 +18,8 @@ from absl import flags
 from dsv3_jax import config, train
 from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
-from dsv3_jax.model import transformer
 from dsv3_jax.parallel import device_mesh
+from dsv3_jax.plan import flops
 from dsv3_jax.trainer import run_args
 from experiments import cli
 
@@ -45,7 +45,7 @@ def variants() -> dict[str, config.Run]:
 def dry_run(command: run_args.RunArgs) -> None:
   """Prints what would be trained."""
   run = command.run
-  counts = transformer.parameter_counts(run.model)
+  counts = flops.parameter_counts(run.model)
   length = run.data.seq_len
   sizes = [f"{phase.batch_size * length:,}" for phase in run.phases]
   lines = {

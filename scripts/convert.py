@@ -45,8 +45,8 @@ from dsv3_jax.interop import (
   resumable,
   tokenizer_files,
 )
-from dsv3_jax.model import transformer
 from dsv3_jax.parallel import device_mesh
+from dsv3_jax.plan import flops
 from dsv3_jax.trainer import distributed, workdir
 from experiments import allocator, cli
 
@@ -336,7 +336,7 @@ def _no_comparison(released: hf_read.ReleasedCheckpoint) -> str:
   command = [sys.executable, "-c", "import torch, transformers"]
   if subprocess.run(command, capture_output=True, check=False).returncode:
     return "transformers is not installed"
-  n_parameters = transformer.parameter_counts(released.model)["main"]
+  n_parameters = flops.parameter_counts(released.model)["main"]
   memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
   if 3 * 4 * n_parameters > memory:  # both models in float32, and activations
     return f"{n_parameters:,} parameters do not fit into memory"

@@ -252,29 +252,3 @@ def logits(params: param_spec.Params, hidden: jax.Array) -> jax.Array:
     params["head"],
     preferred_element_type=jnp.float32,
   )
-
-
-def parameter_counts(cfg: config.Model) -> dict[str, int]:
-  """Parameters as the papers count them.
-
-  `main` excludes the MTP modules and the router biases; `mtp` is what the MTP
-  modules add, their biases included, without copies of embedding and head;
-  `active` is what one token meets in the main model, the head included and the
-  embedding not.
-  """
-  tree = specs(cfg)
-  total = param_spec.count(tree)
-  e, router = cfg.router.n_experts, cfg.router
-  unique = param_spec.count(tree.get("mtp", {}))
-  idle = 0
-  if cfg.n_moe_layers:
-    routed = param_spec.count(tree["moe"]["ffn"]["experts"])
-    idle = routed * (e - router.top_k) // e
-  embed = param_spec.count({"embed": tree["embed"]})
-  return {
-    "main": total - unique,
-    "router_bias": cfg.n_moe_layers * e,
-    "mtp": unique + cfg.mtp.depth * e,
-    "active": total - unique - idle - embed,
-    "active_no_head": total - unique - idle - 2 * embed,
-  }

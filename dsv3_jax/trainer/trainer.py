@@ -16,6 +16,7 @@ from dsv3_jax.errors import InputError, NotFiniteError
 from dsv3_jax.interop import open_run
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import layout_check
+from dsv3_jax.plan import flops
 from dsv3_jax.trainer import (
   batches,
   crash_loop,
@@ -312,7 +313,7 @@ def _summary(
   run: config.Run, data: tokenized_corpus.TokenizedCorpus
 ) -> dict[str, Any]:
   """Returns figures of the model and of the text, for the report."""
-  counts = transformer.parameter_counts(run.model)
+  counts = flops.parameter_counts(run.model)
   sizes = {
     "parameters": counts["main"] + counts["mtp"],
     "active_parameters": counts["active"],

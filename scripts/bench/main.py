@@ -36,6 +36,7 @@ from absl import app, flags
 
 from dsv3_jax import config
 from dsv3_jax.config import presets
+from dsv3_jax.plan import flops
 from experiments import flag_parser
 from scripts.bench import worker as worker_lib
 
@@ -71,54 +72,7 @@ _BASELINE_PYTHON = flags.DEFINE_string(
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds each.", lower_bound=1)
 
 
-# --- what a token costs ---
-
-
-def active_weights(model: config.Model) -> int:
-  """Weights of the matrices that one token is multiplied with (no MTP).
-
-  Attention, the dense or the shared and the chosen top-k experts, the router
-  and the head; the embedding is looked up and the norms are no matrices.
-  """
-  mla, d = model.mla, model.d_model
-  q = mla.n_heads * mla.qk_dim
-  attention = (
-    (mla.q_rank * (d + q) if mla.q_rank else d * q)
-    + d * (mla.kv_rank + mla.rope_dim)
-    + mla.kv_rank * mla.n_heads * (mla.nope_dim + mla.v_dim)
-    + mla.n_heads * mla.v_dim * d
-  )
-  dense = 3 * d * model.dense_ffn_dim
-  experts = model.router.top_k + model.moe.n_shared
-  moe = d * model.router.n_experts + experts * 3 * d * model.moe.ffn_dim
-  return (
-    model.n_layers * attention
-    + model.n_dense_layers * dense
-    + model.n_moe_layers * moe
-    + d * model.vocab_size
-  )
-
-
-def forward_flops(model: config.Model, n_tokens: int, n_logits: int) -> int:
-  """Matmul FLOPs of one text's forward pass, without MTP.
-
-  For each token 2 a weight of `active_weights`, the head's only where its
-  logits are wanted; and for each layer, head and pair of a token with one that
-  it attends to 2 * (qk_dim + v_dim). Keys and values count once for each token,
-  as if a cache held them: a cache of latents makes others of it, with more
-  FLOPs.
-
-  Args:
-    model: its sizes.
-    n_tokens: that are read, at once or one after the other.
-    n_logits: tokens that the head is applied to.
-  """
-  mla = model.mla
-  head = model.d_model * model.vocab_size
-  pairs = n_tokens * (n_tokens + 1) // 2
-  attention = model.n_layers * mla.n_heads * (mla.qk_dim + mla.v_dim) * pairs
-  layers = n_tokens * (active_weights(model) - head)
-  return 2 * (layers + attention + n_logits * head)
+# --- loads ---
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,10 +108,10 @@ class Load:
     The last token that is written is not read any more.
     """
     if self.what == "train":
-      return self.batch * 3 * forward_flops(model, self.seq, self.seq)
+      return self.batch * 3 * flops.forward_flops(model, self.seq, self.seq)
     n_logits = max(1, self.new)
     n_tokens = self.prompt + n_logits - 1
-    return self.batch * forward_flops(model, n_tokens, n_logits)
+    return self.batch * flops.forward_flops(model, n_tokens, n_logits)
 
 
 def loads(what: str, cfg: config.Run) -> list[Load]:

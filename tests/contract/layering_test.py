@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 # A part imports only what stands left of it, and itself.
 ORDER = (
   "errors config param_spec checksum varying data linear model losses"
-  " parallel optim ema train checkpoint interop infer evals trainer report"
+  " parallel plan optim ema train checkpoint interop infer evals trainer report"
 ).split()
 # Where communication may be written by hand.
 MANUAL = ("parallel", "train", "evals", "infer")

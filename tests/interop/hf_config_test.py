@@ -5,7 +5,7 @@ from absl.testing import absltest, parameterized
 from dsv3_jax import config
 from dsv3_jax.config import presets
 from dsv3_jax.interop import hf_config
-from dsv3_jax.model import transformer
+from dsv3_jax.plan import flops
 
 # What DeepSeek's config.json of V3 says; R1's is the same.
 _V3 = {
@@ -169,7 +169,7 @@ class ReadTest(parameterized.TestCase):
   )
   def test_counts_of_other_models(self, facts, main, active, delta):
     model = hf_config.read_model(facts)
-    counts = transformer.parameter_counts(model)
+    counts = flops.parameter_counts(model)
     outer = 2 * model.vocab_size * model.d_model
     self.assertAlmostEqual((counts["main"] - outer) / main, 1, delta=delta)
     self.assertAlmostEqual(counts["active_no_head"] / active, 1, delta=delta)

@@ -8,6 +8,7 @@ from absl.testing import absltest, parameterized
 from dsv3_jax import param_spec
 from dsv3_jax.config import presets
 from dsv3_jax.model import transformer
+from dsv3_jax.plan import flops
 
 # A layer of the tiny model: MLA down, up, scores, values, out, then the router
 # and an expert or the dense FFN, up and down.
@@ -145,7 +146,7 @@ class SpecsTest(parameterized.TestCase):
     self.assertEqual(
       param_spec.count(tree["dense"]["ffn"]), cfg.n_dense_layers * dense
     )
-    counts = transformer.parameter_counts(cfg)
+    counts = flops.parameter_counts(cfg)
     self.assertEqual(counts["main"], total)
     self.assertEqual(counts["active"], active)
     self.assertEqual(counts["active_no_head"], active_no_head)
@@ -157,7 +158,7 @@ class SpecsTest(parameterized.TestCase):
     self.assertEqual(
       param_spec.count(transformer.specs(cfg)["mtp"]), unique - 256
     )
-    counts = transformer.parameter_counts(cfg)
+    counts = flops.parameter_counts(cfg)
     self.assertEqual(counts["mtp"], unique)
     self.assertEqual(counts["router_bias"], 14_848)
     self.assertEqual(transformer.router_bias(cfg).shape, (59, 256))

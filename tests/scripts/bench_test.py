@@ -11,23 +11,24 @@ from absl.testing import absltest, parameterized
 
 from dsv3_jax import config
 from dsv3_jax.config import presets
+from dsv3_jax.plan import flops
 from scripts.bench import against_jax, main
 from scripts.bench import worker as worker_lib
 
 # A worker whose step sleeps and prints, and whose waiting can be watched.
 FAKE_WORKER = """
 import time
-from scripts import bench_worker
+from scripts.bench import worker
 
 def prepare(job):
   def step():
     print("noise on stdout")
     time.sleep(job["step_s"])
     return 1.5
-  return bench_worker.Task(step=step, matmul=lambda: time.sleep(1e-3),
+  return worker.Task(step=step, matmul=lambda: time.sleep(1e-3),
                            version="fake")
 
-bench_worker.serve(prepare)
+worker.serve(prepare)
 """
 
 
@@ -44,14 +45,14 @@ class CostTest(parameterized.TestCase):
   )
   def test_active_weights_are_the_published_ones(self, name, active):
     model = presets.PRESETS[name].model
-    self.assertEqual(main.active_weights(model) + norm_gains(model), active)
+    self.assertEqual(flops.active_weights(model) + norm_gains(model), active)
 
   def test_attention_cost_counts_the_causal_pairs(self):
     model, seq_len = presets.S.model, 7
     pairs = sum(range(1, seq_len + 1))
     mla = model.mla
     per_pair = 2 * model.n_layers * mla.n_heads * (mla.qk_dim + mla.v_dim)
-    linear = 6 * main.active_weights(model) * seq_len
+    linear = 6 * flops.active_weights(model) * seq_len
     self.assertEqual(
       main.Load("train", 2, seq_len).flops(model),
       2 * (linear + 3 * per_pair * pairs),
