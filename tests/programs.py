@@ -54,7 +54,8 @@ def environment():
   env = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "LD_PRELOAD": "",  # one start instead of two
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0"
+    " --xla_cpu_use_fusion_emitters=false",
     "PYTHONPATH": str(ROOT),
   }
   env.pop("NPROC", None)  # the program's own choice is tested

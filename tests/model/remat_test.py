@@ -194,6 +194,7 @@ class StepTest(parameterized.TestCase):
     compiled = lowered.compile(
       {
         "xla_backend_optimization_level": 3,
+        "xla_cpu_use_fusion_emitters": True,
         "xla_allow_excess_precision": False,
       }
     )
