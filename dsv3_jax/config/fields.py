@@ -9,6 +9,7 @@ from typing import Any
 
 from dsv3_jax.errors import InputError
 
+T = typing.TypeVar("T")
 # Whole numbers up to here are exact as floats, and in JSON, everywhere.
 LARGEST = 2**53
 
@@ -85,7 +86,12 @@ def _validate(cfg: Any) -> None:
     raise InputError("\n".join(problems))
 
 
-def checked(cls: type) -> type:
+@typing.dataclass_transform(
+  frozen_default=True,
+  kw_only_default=True,
+  field_specifiers=(number, choice, dataclasses.field),
+)
+def checked(cls: type[T]) -> type[T]:
   """Makes a frozen keyword-only dataclass that validates itself.
 
   The fields' declared types and limits are checked first; the relations between
