@@ -15,6 +15,7 @@ export.
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
@@ -26,7 +27,6 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import tokenizers
-from absl import flags
 from rich import console, progress
 
 from dsv3_jax import config
@@ -48,49 +48,20 @@ from dsv3_jax.interop import (
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.plan import flops
 from dsv3_jax.trainer import distributed, workdir
-from experiments import allocator, cli
+from experiments import allocator, cli, flag_parser
+from experiments.flag_parser import flag
 
-_MODE = flags.DEFINE_string("mode", None, "import, export, verify or logits")
-_HF = flags.DEFINE_string("hf", None, "folder of a released checkpoint")
-_LINK = flags.DEFINE_string(
-  "link",
-  "",
-  "import hard or symbolic links to the shards; default: copies",
-)
-_GGUF = flags.DEFINE_string("gguf", None, "GGUF file to export to")
-_FP8 = flags.DEFINE_bool("fp8", False, "export linear layers in FP8")
-_DTYPE = flags.DEFINE_string(
-  "dtype",
-  "stored",
-  "type to export: stored (a run stores float32), float32 or bfloat16",
-)
-_EMA = flags.DEFINE_bool(
-  "ema",
-  False,
-  "export the moving average of the parameters",
-  allow_override=True,  # `experiments.sample` has it too
-)
-_TOKENS = flags.DEFINE_string("tokens", None, "file of integers [B, T], .npy")
-_OUT = flags.DEFINE_string("out", None, "file for logits, .npy")
-_MTP_OUT = flags.DEFINE_string(
-  "mtp_out", None, "file for the logits of the MTP layer, .npy"
-)
-_AUTO_MAP = flags.DEFINE_bool(
-  "ignore_auto_map",
-  False,
-  "accept a config.json that names code, which is not run",
-)
-_FOLLOW_LINKS = flags.DEFINE_bool(
-  "follow_links", False, "accept shards that are symbolic links"
-)
+PROMPTS = 4, 64  # rows and tokens whose logits `verify` compares
+# Largest difference of float32 logits, relative to logits above 1.
+TOLERANCE = 2e-5
 
-_REQUIRED = {
+_REQUIRED = {  # flags that a mode needs
   "import": ("hf", "workdir"),
   "export": ("workdir",),
   "verify": (),
   "logits": ("hf", "tokens", "out"),
 }
-_ONLY_WITH = {  # the mode of flags that have one
+_ONLY_WITH = {  # the only mode that uses a flag
   "link": "import",
   "gguf": "export",
   "fp8": "export",
@@ -101,49 +72,59 @@ _ONLY_WITH = {  # the mode of flags that have one
   "mtp_out": "logits",
   "mesh": "logits",
 }
-PROMPTS = 4, 64  # rows and tokens whose logits `verify` compares
-# Largest difference of float32 logits, relative to logits above 1.
-TOLERANCE = 2e-5
 
 
-def _validate_flags() -> list[str]:
-  mode, args = _MODE.value, flags.FLAGS
-  if mode not in _REQUIRED:
-    return [f"--mode={mode}: must be one of {', '.join(_REQUIRED)}"]
-  problems = [
-    f"--{name} is missing: --mode={mode} needs it"
-    for name in _REQUIRED[mode]
-    if not args[name].value
-  ]
-  problems += [
-    f"--{name}: is not used by --mode={mode}, only by --mode={only}"
-    for name, only in _ONLY_WITH.items()
-    if only != mode and args[name].present
-  ]
-  for name in ("out", "mtp_out"):
-    path = args[name].value
-    if path and not pathlib.Path(path).parent.is_dir():
-      problems.append(f"--{name}={path}: the folder does not exist")
-  if mode == "verify" and bool(_HF.value) == bool(args.workdir):
-    problems.append("--mode=verify needs one of --hf=DIR and --workdir=DIR")
-  if _LINK.value not in hf_import.LINKS:
-    problems.append(f"--link={_LINK.value}: must be hard or symbolic")
-  if mode == "export":
-    problems += _validate_export_flags()
-  return problems + cli.parse_mesh(args.mesh)[1]
+@dataclasses.dataclass(frozen=True)
+class Args:
+  """Flags."""
 
+  mode: str = flag("", "import, export, verify or logits")
+  hf: str = flag("", "folder of a released checkpoint")
+  workdir: str = flag("", "folder of a run, or of an import")
+  link: str = flag(
+    "", "import hard or symbolic links to the shards; default: copies"
+  )
+  gguf: str = flag("", "GGUF file to export to")
+  fp8: bool = flag(False, "export linear layers in FP8")
+  dtype: str = flag(
+    "stored",
+    "type to export; a run stores float32",
+    choices=("stored", "float32", "bfloat16"),
+  )
+  ema: bool = flag(False, "export the moving average of the parameters")
+  tokens: str = flag("", "file of integers [B, T], .npy")
+  out: str = flag("", "file for logits, .npy")
+  mtp_out: str = flag("", "file for the logits of the MTP layer, .npy")
+  mesh: str = flag("", "devices by axis, such as expert=4")
+  ignore_auto_map: bool = flag(
+    False, "accept a config.json that names code, which is not run"
+  )
+  follow_links: bool = flag(False, "accept shards that are symbolic links")
 
-def _validate_export_flags() -> list[str]:
-  problems = []
-  if bool(_HF.value) == bool(_GGUF.value):
-    problems.append("--mode=export needs one of --hf=DIR and --gguf=FILE")
-  if _DTYPE.value not in ("stored", "float32", "bfloat16"):
-    problems.append(
-      f"--dtype={_DTYPE.value}: must be stored, float32 or bfloat16"
-    )
-  if _FP8.value and (_DTYPE.present or _GGUF.value):
-    problems.append("--fp8: cannot be combined with --dtype or --gguf")
-  return problems
+  def validate(self) -> Iterator[str]:
+    """Yields problems of flags that do not fit together."""
+    if self.mode not in _REQUIRED:
+      yield f"--mode={self.mode}: must be one of {', '.join(_REQUIRED)}"
+      return
+    for name in _REQUIRED[self.mode]:
+      if not getattr(self, name):
+        yield f"--{name} is missing: --mode={self.mode} needs it"
+    for name, only in _ONLY_WITH.items():
+      if only != self.mode and getattr(self, name) != getattr(Args, name):
+        yield f"--{name}: is not used by --mode={self.mode}, only by {only}"
+    for name in ("out", "mtp_out"):
+      path = getattr(self, name)
+      if path and not pathlib.Path(path).parent.is_dir():
+        yield f"--{name}={path}: the folder does not exist"
+    if self.link not in hf_import.LINKS:
+      yield f"--link={self.link}: must be hard or symbolic"
+    if self.mode == "verify" and bool(self.hf) == bool(self.workdir):
+      yield "--mode=verify needs one of --hf=DIR and --workdir=DIR"
+    if self.mode == "export" and bool(self.hf) == bool(self.gguf):
+      yield "--mode=export needs one of --hf=DIR and --gguf=FILE"
+    if self.fp8 and (self.dtype != "stored" or self.gguf):
+      yield "--fp8: cannot be combined with --dtype or --gguf"
+    yield from cli.parse_mesh(self.mesh)[1]
 
 
 @contextlib.contextmanager
@@ -165,11 +146,11 @@ def _print(text: str) -> None:
   print(text, flush=True)
 
 
-def _open_released() -> hf_read.ReleasedCheckpoint:
+def _open_released(args: Args) -> hf_read.ReleasedCheckpoint:
   released = hf_read.open_folder(
-    pathlib.Path(_HF.value),
-    ignore_auto_map=_AUTO_MAP.value,
-    follow_links=_FOLLOW_LINKS.value,
+    pathlib.Path(args.hf),
+    ignore_auto_map=args.ignore_auto_map,
+    follow_links=args.follow_links,
   )
   for note in released.notes:
     _print(f"note: {note}")
@@ -184,8 +165,8 @@ def _check_values(released: hf_read.ReleasedCheckpoint) -> None:
 # --- import ---
 
 
-def _import() -> None:
-  released, folder = _open_released(), pathlib.Path(flags.FLAGS.workdir)
+def _import(args: Args) -> None:
+  released, folder = _open_released(args), pathlib.Path(args.workdir)
   _check_values(released)
   hf_import.check_format(folder)
   if (folder / open_run.CONFIG).exists():
@@ -194,7 +175,7 @@ def _import() -> None:
     )
   target, total = folder / hf_import.FOLDER, released.total_bytes()
   with _progress_bar("import", total) as advance:
-    hf_import.import_checkpoint(released, target, _LINK.value, advance)
+    hf_import.import_checkpoint(released, target, args.link, advance)
   try:
     _import_tokenizer(target / tokenizer_files.TOKENIZER, folder)
     description = workdir.run_identity("imported", 0, released.make_run())
@@ -220,18 +201,21 @@ def _import_tokenizer(path: pathlib.Path, folder: pathlib.Path) -> None:
 # --- export ---
 
 
-def _export() -> None:
-  folder = pathlib.Path(flags.FLAGS.workdir)
-  source, config_json = export_run.open_source(folder, average=_EMA.value)
+def _export(args: Args) -> None:
+  folder = pathlib.Path(args.workdir)
+  source, config_json = export_run.open_source(folder, average=args.ema)
   # A source in FP8 keeps its own bits and scales.
-  quantize = _FP8.value and not source.tile
-  dtype = "fp8" if quantize else _DTYPE.value
+  quantize = args.fp8 and not source.tile
+  dtype = "fp8" if quantize else args.dtype
   export_format = hf_write.ExportFormat(source, dtype)
   max_len = hf_config.max_len(config_json)
-  if _GGUF.value:
-    _export_gguf(export_format, _load_tokenizer(folder), max_len)
+  if args.gguf:
+    path, tok = pathlib.Path(args.gguf), _load_tokenizer(folder)
+    with _progress_bar("export", gguf.total_bytes(export_format)) as advance:
+      gguf.write(export_format, tok, path, max_len, advance)
+    _print(f"{path}: {path.stat().st_size:,} bytes")
     return
-  target = pathlib.Path(_HF.value)
+  target = pathlib.Path(args.hf)
   if isinstance(source, hf_read.ReleasedCheckpoint):
     write_tokenizer = functools.partial(
       tokenizer_files.copy_files, source.folder, target
@@ -249,17 +233,6 @@ def _export() -> None:
   _print(f"{target}: {total:,} bytes, SHA-256 in {hf_read.SUMS}")
 
 
-def _export_gguf(
-  export_format: hf_write.ExportFormat,
-  tok: tokenizers.Tokenizer,
-  max_len: int,
-) -> None:
-  path = pathlib.Path(_GGUF.value)
-  with _progress_bar("export", gguf.total_bytes(export_format)) as advance:
-    gguf.write(export_format, tok, path, max_len, advance)
-  _print(f"{path}: {path.stat().st_size:,} bytes")
-
-
 def _load_tokenizer(folder: pathlib.Path) -> tokenizers.Tokenizer:
   return tokenizer.load(folder / "data" / tokenizer_files.TOKENIZER)
 
@@ -274,24 +247,25 @@ def _load_tokens(path: str) -> np.ndarray:
     raise InputError(f"--tokens={path}: cannot be read: {error}") from error
 
 
-def _logits() -> None:
-  tokens, released = _load_tokens(_TOKENS.value), _open_released()
+def _logits(args: Args) -> None:
+  tokens, released = _load_tokens(args.tokens), _open_released(args)
   _check_values(released)
-  sizes, _ = cli.parse_mesh(flags.FLAGS.mesh)
+  sizes, _ = cli.parse_mesh(args.mesh)
   if sizes:
     n_devices = math.prod(sizes.values())
     distributed.use_virtual_devices(n_devices, spare_threads=n_devices > 1)
-  mtp_out = _MTP_OUT.value
-  if mtp_out and not released.model.mtp.depth:
-    raise InputError(f"--mtp_out={mtp_out}: the checkpoint has no MTP layer")
-  if not mtp_out:
+  if args.mtp_out and not released.model.mtp.depth:
+    raise InputError(
+      f"--mtp_out={args.mtp_out}: the checkpoint has no MTP layer"
+    )
+  if not args.mtp_out:
     released = released.without_mtp()
   run = released.make_run()
   if sizes:
     run = config.override(run, "parallel.layout=fsdp")
   mesh = device_mesh.make_mesh(sizes)
   logits = checkpoint_logits.compute_logits(released, run, tokens, mesh)
-  for path, array in zip((_OUT.value, mtp_out), logits, strict=False):
+  for path, array in zip((args.out, args.mtp_out), logits, strict=False):
     partial = pathlib.Path(f"{path}.partial")
     with partial.open("wb") as file:
       np.save(file, array)
@@ -301,11 +275,11 @@ def _logits() -> None:
 # --- verify ---
 
 
-def _verify() -> None:
-  if flags.FLAGS.workdir:
-    _verify_import(pathlib.Path(flags.FLAGS.workdir))
+def _verify(args: Args) -> None:
+  if args.workdir:
+    _verify_import(pathlib.Path(args.workdir))
     return
-  released = _open_released()
+  released = _open_released(args)
   n = len(released.tensors)
   _print(f"{released.folder}: {n:,} tensors, all accounted for")
   if (released.folder / hf_read.SUMS).exists():
@@ -372,19 +346,25 @@ def _compare_with_transformers(released: hf_read.ReleasedCheckpoint) -> None:
     )
 
 
-def main() -> None:
+_COMMANDS = {
+  "import": _import,
+  "export": _export,
+  "verify": _verify,
+  "logits": _logits,
+}
+
+
+def execute() -> None:
   """Runs the command that --mode names."""
-  if problems := cli.parse_flags(sys.argv) or _validate_flags():
-    raise InputError("\n".join(problems))
-  modes = {
-    "import": _import,
-    "export": _export,
-    "verify": _verify,
-    "logits": _logits,
-  }
-  modes[_MODE.value]()
+  args = flag_parser.parse(Args, sys.argv)
+  _COMMANDS[args.mode](args)
+
+
+def main() -> None:
+  """Runs the program from the command line."""
+  allocator.keep_large_blocks()
+  cli.run_main(execute, functools.partial(flag_parser.help_text, Args))
 
 
 if __name__ == "__main__":
-  allocator.keep_large_blocks()
-  cli.run_main(main)
+  main()

@@ -42,7 +42,8 @@ def import_checkpoint(
     InputError: the folder holds something else, or the disk is full.
   """
   if (folder / RECORD).exists():
-    if resumable.read_object(folder / RECORD)["source"] == source.fingerprint():
+    record = resumable.read_object(folder / RECORD)
+    if record.get("source") == source.fingerprint():
       return
     raise InputError(
       f"{folder}: holds another checkpoint already; take another --workdir"

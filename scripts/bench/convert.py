@@ -9,6 +9,8 @@ again; and the peak memory of the latter two. Each is measured in a process of
 its own, after the files were removed from the page cache.
 """
 
+import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -18,20 +20,38 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
-from absl import flags
 
-from dsv3_jax.errors import InputError
 from dsv3_jax.interop import hf_import, hf_read, load_sharded
 from dsv3_jax.parallel import device_mesh, layouts
-from experiments import allocator, cli
+from experiments import allocator, cli, flag_parser
+from experiments.flag_parser import flag
 
-_HF = flags.DEFINE_string("hf", None, "folder of a released checkpoint")
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "number of measurements")
-_SCRATCH = flags.DEFINE_string("scratch", None, "folder to import to")
-_TASK = flags.DEFINE_string("task", None, "read, load or import, and exit")
+TASKS = "read", "load", "import"
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+  """Flags."""
+
+  hf: str = flag("", "folder of a released checkpoint")
+  rounds: int = flag(3, "number of measurements", low=1)
+  scratch: str = flag("", "folder to import to; it is removed again")
+  task: str = flag("", f"run one task and exit: {', '.join(TASKS)}")
+
+  def validate(self) -> Iterator[str]:
+    """Yields problems of the folders and of the task."""
+    if not self.hf:
+      yield "--hf is missing: the folder of a released checkpoint"
+    elif not list(pathlib.Path(self.hf).glob("*.safetensors")):
+      yield f"--hf={self.hf}: holds no *.safetensors"
+    if self.scratch and pathlib.Path(self.scratch).exists():
+      yield f"--scratch={self.scratch}: already exists"
+    if self.task not in ("", *TASKS):
+      yield f"--task={self.task}: must be one of {', '.join(TASKS)}"
 
 
 def _drop_from_cache(folder: pathlib.Path) -> None:
@@ -62,8 +82,7 @@ def _load(folder: pathlib.Path) -> float:
   return time.perf_counter() - start
 
 
-def _import(folder: pathlib.Path) -> float:
-  target = pathlib.Path(_SCRATCH.value)
+def _import(folder: pathlib.Path, target: pathlib.Path) -> float:
   start = time.perf_counter()
   released = hf_read.open_folder(folder)
   hf_import.import_checkpoint(released, target, "", lambda n_bytes: None)
@@ -72,58 +91,50 @@ def _import(folder: pathlib.Path) -> float:
   return seconds
 
 
-TASKS = {"read": _read, "load": _load, "import": _import}
+def _run_task(args: Args) -> None:
+  """Runs one task in this process and prints its measurements."""
+  allocator.keep_large_blocks()
+  folder = pathlib.Path(args.hf)
+  if args.task == "import":
+    seconds = _import(folder, pathlib.Path(args.scratch))
+  else:
+    seconds = {"read": _read, "load": _load}[args.task](folder)
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+  print(json.dumps({"seconds": seconds, "peak_rss_mib": peak}))
 
 
-def _measure(task: str, folder: pathlib.Path) -> dict[str, float]:
+def _measure(task: str, args: Args) -> dict[str, float]:
   """Runs a task in a new process; returns the numbers it prints."""
-  _drop_from_cache(folder)
+  _drop_from_cache(pathlib.Path(args.hf))
   command = [sys.executable, "-m", "scripts.bench.convert"]
-  command += [f"--hf={folder}", f"--task={task}"]
-  if _SCRATCH.value:
-    command.append(f"--scratch={_SCRATCH.value}")
+  command += [f"--hf={args.hf}", f"--task={task}", f"--scratch={args.scratch}"]
   done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
   return json.loads(done.stdout)
 
 
-def _round(folder: pathlib.Path) -> dict[str, float]:
-  n_bytes = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-  result = {}
-  for task in ("read", "load", *(["import"] if _SCRATCH.value else [])):
-    numbers = _measure(task, folder)
-    result[f"{task}_gb_per_s"] = n_bytes / numbers["seconds"] / 1e9
+def _measure_all(args: Args) -> dict[str, float]:
+  """Returns speeds in GB/s, ratios to a plain read, and peaks of memory."""
+  shards = pathlib.Path(args.hf).glob("*.safetensors")
+  n_bytes, result = sum(path.stat().st_size for path in shards), {}
+  for task in TASKS if args.scratch else TASKS[:-1]:
+    numbers = _measure(task, args)
+    speed = n_bytes / numbers["seconds"] / 1e9
+    result[f"{task}_gb_per_s"] = speed
     if task != "read":
-      ratio = result[f"{task}_gb_per_s"] / result["read_gb_per_s"]
-      result[f"{task}_ratio"] = ratio
+      result[f"{task}_ratio"] = speed / result["read_gb_per_s"]
       result[f"{task}_peak_rss_mib"] = numbers["peak_rss_mib"]
   return result
 
 
-def main() -> None:
+def execute() -> None:
   """Measures all tasks, or runs the one that --task names."""
-  problems = cli.parse_flags(sys.argv)
-  if not _HF.value:
-    problems.append("--hf is missing: the folder of a released checkpoint")
-  elif not list(pathlib.Path(_HF.value).glob("*.safetensors")):
-    problems.append(f"--hf={_HF.value}: holds no *.safetensors")
-  if _ROUNDS.value < 1:
-    problems.append(f"--rounds={_ROUNDS.value}: must be at least 1")
-  if _SCRATCH.value and pathlib.Path(_SCRATCH.value).exists():
-    problems.append(f"--scratch={_SCRATCH.value}: already exists")
-  if _TASK.value not in (None, *TASKS):
-    problems.append(f"--task={_TASK.value}: must be one of {', '.join(TASKS)}")
-  if problems:
-    raise InputError("\n".join(problems))
-  folder = pathlib.Path(_HF.value)
-  if _TASK.value:
-    allocator.keep_large_blocks()
-    seconds = TASKS[_TASK.value](folder)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    print(json.dumps({"seconds": seconds, "peak_rss_mib": peak}))
+  args = flag_parser.parse(Args, sys.argv)
+  if args.task:
+    _run_task(args)
     return
   rounds = []
-  for _ in range(_ROUNDS.value):
-    rounds.append(_round(folder))
+  for _ in range(args.rounds):
+    rounds.append(_measure_all(args))
     print(json.dumps(rounds[-1]), flush=True)
   medians = {
     name: statistics.median(r[name] for r in rounds) for name in rounds[0]
@@ -131,5 +142,10 @@ def main() -> None:
   print(json.dumps({"median": medians}))
 
 
+def main() -> None:
+  """Runs the program from the command line."""
+  cli.run_main(execute, functools.partial(flag_parser.help_text, Args))
+
+
 if __name__ == "__main__":
-  cli.run_main(main)
+  main()

@@ -40,7 +40,7 @@ from dsv3_jax.trainer import distributed, exit_codes, run_args, trainer
 from experiments import cli
 from scripts import convert
 
-convert_main = functools.partial(cli.run_main, convert.main)
+convert_main = functools.partial(cli.run_main, convert.execute)
 
 
 def converted(mode, **arguments):
@@ -420,7 +420,7 @@ class LogitsTest(ConvertTest):
 
 class CommandTest(ConvertTest):
   @parameterized.parameters(
-    ({}, "--mode=None"),
+    ({}, "--mode=: must be one of"),
     ({"mode": "imprt"}, "--mode=imprt: must be one of"),
     ({"mode": "import"}, "--hf is missing"),
     ({"mode": "verify", "hf": "x", "fp8": True}, "--fp8: is not used by"),
