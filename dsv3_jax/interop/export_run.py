@@ -43,9 +43,10 @@ def open_source(
   )
   arrays = {path: np.asarray(a) for path, a in param_spec.paths(params).items()}
   arrays[hf_mapping.BIAS] = np.asarray(bias)
-  if run.model.router.score == "softmax" and arrays[hf_mapping.BIAS].any():
+  score = run.model.router.score
+  if not hf_config.has_router_bias(score) and arrays[hf_mapping.BIAS].any():
     raise InputError(
-      "router.score=softmax with a bias that is not 0: the format of V2 has"
+      f"router.score={score} with a bias that is not 0: the format of V2 has"
       " none; train with router.bias_speed=0"
     )
   config_json = hf_config.make_config_json(run) | {

@@ -51,6 +51,10 @@ _PAIRS = {
   "ffn/experts/gate_up": (_T.FFN_GATE_EXP, _T.FFN_UP_EXP),
 }
 _SPLIT = {"mla/kv_up": (_T.ATTN_K_B, _T.ATTN_V_B)}
+_GATING_FUNCTIONS = {
+  "sigmoid": gguf.ExpertGatingFuncType.SIGMOID,
+  "softmax": gguf.ExpertGatingFuncType.SOFTMAX,
+}
 # Matrices that llama.cpp reads in float32, as it reads all vectors.
 _FLOAT32 = ("ffn/router",)
 
@@ -87,6 +91,11 @@ def validate(model: config.Model) -> list[str]:
     problems.append(
       f"router.n_groups={model.router.n_groups} with router.score=softmax:"
       " llama.cpp ranks groups by their two best experts, V2 by the best"
+    )
+  if model.router.score not in _GATING_FUNCTIONS:
+    problems.append(
+      f"router.score={model.router.score}: llama.cpp has only"
+      f" {' and '.join(_GATING_FUNCTIONS)}"
     )
   if not model.moe.n_shared:
     problems.append("moe.n_shared=0: llama.cpp expects shared experts")
@@ -228,9 +237,7 @@ def _describe_model(
   writer.add_expert_feed_forward_length(model.moe.ffn_dim)
   writer.add_expert_weights_scale(router.scale)
   writer.add_expert_weights_norm(router.renormalize)
-  gates = gguf.ExpertGatingFuncType
-  sigmoid = router.score == "sigmoid"
-  writer.add_expert_gating_func(gates.SIGMOID if sigmoid else gates.SOFTMAX)
+  writer.add_expert_gating_func(_GATING_FUNCTIONS[router.score])
   if router.n_groups > 1:
     writer.add_expert_group_count(router.n_groups)
     writer.add_expert_group_used_count(router.top_groups)

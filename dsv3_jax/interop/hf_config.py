@@ -51,12 +51,31 @@ _YARN = {
   "beta_slow": "beta_slow",
   "mscale_all_dim": "mscale",
 }
-# The score, default of norm_topk_prob, and topk_methods of a model_type.
-_MODEL_TYPES = {
-  "deepseek_v3": ("sigmoid", True, ("noaux_tc",)),
-  "kimi_k2": ("sigmoid", True, ("noaux_tc",)),
-  "deepseek_v2": ("softmax", False, ("greedy", "group_limited_greedy")),
-}
+
+
+@dataclasses.dataclass(frozen=True)
+class _ModelType:
+  """The router of a `model_type`, in the terms of config.json."""
+
+  score: str  # key of the scores in model/router.py
+  architecture: str
+  renormalize: bool  # default of norm_topk_prob
+  topk_methods: tuple[str, ...]  # with one group, and with several
+  has_bias: bool  # files have e_score_correction_bias
+
+
+_V3 = _ModelType(
+  "sigmoid", "DeepseekV3ForCausalLM", True, ("noaux_tc",), has_bias=True
+)
+_V2 = _ModelType(
+  "softmax",
+  "DeepseekV2ForCausalLM",
+  False,
+  ("greedy", "group_limited_greedy"),
+  has_bias=False,
+)
+# A model is written with the first type that has the score of its router.
+_MODEL_TYPES = {"deepseek_v3": _V3, "kimi_k2": _V3, "deepseek_v2": _V2}
 _REQUIRED = {  # the only supported value
   "hidden_act": "silu",
   "attention_bias": False,
@@ -86,12 +105,12 @@ def read_model(config_json: dict[str, Any]) -> config.Model:
     if value is None:
       value = _DEFAULTS.get(key)
     if key == "norm_topk_prob" and value is None:
-      value = _MODEL_TYPES[model_type][1]
+      value = _MODEL_TYPES[model_type].renormalize
     if value is None:
       problems.append(f"config.json: {key} is missing")
     else:
       values[path] = value
-  values["router.score"] = _MODEL_TYPES[model_type][0]
+  values["router.score"] = _MODEL_TYPES[model_type].score
   if config_json.get("topk_method") == "greedy":
     values |= {"router.n_groups": 1, "router.top_groups": 1}
   try:
@@ -108,7 +127,8 @@ def _unsupported_settings(config_json: dict[str, Any]) -> Iterator[str]:
   for key, only in _REQUIRED.items():
     if config_json.get(key, only) != only:
       yield f"config.json: {key}={config_json[key]!r}: must be {only!r}"
-  score, _, methods = _MODEL_TYPES[config_json["model_type"]]
+  model_type = _MODEL_TYPES[config_json["model_type"]]
+  score, methods = model_type.score, model_type.topk_methods
   if config_json.get("scoring_func", score) != score:
     yield (
       f"config.json: scoring_func={config_json['scoring_func']!r}: must be"
@@ -292,22 +312,39 @@ def make_config_json(run: config.Run) -> dict[str, Any]:
       "type": "yarn",
       "mscale": yarn.mscale,
     } | {key: getattr(yarn, ours) for key, ours in _YARN.items()}
-  v3 = model.router.score == "sigmoid"
-  name = "DeepseekV3ForCausalLM" if v3 else "DeepseekV2ForCausalLM"
-  grouped = "group_limited_greedy" if model.router.n_groups > 1 else "greedy"
-  return (
-    config_json
-    | _REQUIRED
-    | {
-      "architectures": [name],
-      "model_type": "deepseek_v3" if v3 else "deepseek_v2",
-      "max_position_embeddings": longest,
-      "scoring_func": model.router.score,
-      "topk_method": "noaux_tc" if v3 else grouped,
-      "attention_dropout": 0.0,
-      "use_cache": True,
-    }
+  name, model_type = _model_type(model.router.score)
+  return config_json | {
+    **_REQUIRED,
+    "architectures": [model_type.architecture],
+    "model_type": name,
+    "max_position_embeddings": longest,
+    "scoring_func": model_type.score,
+    "topk_method": model_type.topk_methods[
+      -1 if model.router.n_groups > 1 else 0
+    ],
+    "attention_dropout": 0.0,
+    "use_cache": True,
+  }
+
+
+def _model_type(score: str) -> tuple[str, _ModelType]:
+  """Returns the `model_type` whose router has this score, and its settings.
+
+  Raises:
+    InputError: no released checkpoint has such a router.
+  """
+  for name, model_type in _MODEL_TYPES.items():
+    if model_type.score == score:
+      return name, model_type
+  raise InputError(
+    f"router.score={score!r}: must be {_V3.score!r} or {_V2.score!r} in a"
+    " released checkpoint"
   )
+
+
+def has_router_bias(score: str) -> bool:
+  """Whether released checkpoints have a router bias, for a router's score."""
+  return _model_type(score)[1].has_bias
 
 
 def _inexpressible_settings(model: config.Model) -> Iterator[str]:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from dsv3_jax import config, param_spec
+from dsv3_jax.interop import hf_config
 from dsv3_jax.model import transformer
 
 BIAS = "router_bias"  # stands for a parameter's path
@@ -135,7 +136,8 @@ def _parameter_blocks(
 
 
 def _bias_blocks(cfg: config.Model) -> Iterable[Block]:
-  for i in range(cfg.n_routers if cfg.router.score == "sigmoid" else 0):
+  has_bias = hf_config.has_router_bias(cfg.router.score)
+  for i in range(cfg.n_routers if has_bias else 0):
     layer = cfg.n_dense_layers + i
     name = f"model.layers.{layer}.mlp.gate.e_score_correction_bias"
     dims = (), (cfg.router.n_experts,)
