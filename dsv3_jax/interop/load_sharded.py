@@ -153,14 +153,14 @@ def _assemble_slice(
   sizes = [len(range(size)[s]) for size, s in zip(shape, index, strict=True)]
   out = _empty_aligned(sizes, np.dtype(dtype))
 
-  def chunks():
+  def chunks() -> Iterator[tuple[hf_mapping.Block, hf_mapping.Slices, tuple]]:
     for position in np.ndindex(*sizes[:n]):
       stack = zip(leading, position, strict=True)
       block = blocks[tuple(int(r[i]) for r, i in stack)]
       for in_block, in_slice in _split_slice(source, block, inner):
         yield block, in_block, (*position, *in_slice)
 
-  def read(chunk):
+  def read(chunk: tuple[hf_mapping.Block, hf_mapping.Slices, tuple]) -> None:
     block, in_block, in_out = chunk
     values, target = source.read_slice(block, in_block), out[in_out]
     if values.dtype == target.dtype:

@@ -81,7 +81,7 @@ def load_newest_params(
   checkpoints = checkpointer.Checkpointer(saved, run.checkpoint)
   like = train.abstract_state(run, mesh)
 
-  def load(step):
+  def load(step: int) -> Any:
     return checkpoints.restore_parameters(step, like, average=average)
 
   try:

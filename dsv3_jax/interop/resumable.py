@@ -46,7 +46,7 @@ def map_in_order(
 class Journal:
   """Records finished items in a file that survives an interruption."""
 
-  def __init__(self, path: pathlib.Path, source: str):
+  def __init__(self, path: pathlib.Path, source: str) -> None:
     """Reads the entries of an interrupted call, if there was one.
 
     Args:

@@ -142,7 +142,9 @@ class GgufTest(parameterized.TestCase):
     ("one number for both", "norm_eps=1e-5"),
     ("groups", "router.score=softmax", "mtp.depth=0"),
   )
-  def test_what_llama_cpp_would_misread(self, message, *assignments):
+  def test_models_that_llama_cpp_would_misread_are_refused(
+    self, message, *assignments
+  ):
     _, _, source = _arrays(testing.tiny("vocab_size=304", *assignments))
     with self.assertRaisesRegex(ValueError, message):
       self.write(hf_write.ExportFormat(source, "float32"))
@@ -164,18 +166,18 @@ class GgufTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "no FP8"):
       self.write(hf_write.ExportFormat(source, "fp8"))
 
-  def test_a_file_that_is_there(self):
+  def test_existing_file_is_refused(self):
     self.path.write_text("")
     _, _, source = _arrays(testing.tiny("vocab_size=304"))
     with self.assertRaisesRegex(ValueError, "already exists"):
       self.write(hf_write.ExportFormat(source, "float32"))
 
-  def test_a_tokenizer_that_is_too_large(self):
+  def test_too_large_tokenizer_is_refused(self):
     _, _, source = _arrays(testing.tiny("vocab_size=256"))
     with self.assertRaisesRegex(ValueError, "vocab_size=256"):
       self.write(hf_write.ExportFormat(source, "float32"))
 
-  def test_stopped_half_way_leaves_no_file(self):
+  def test_interrupted_write_leaves_no_file(self):
     _, _, source = _arrays(testing.tiny("vocab_size=304"))
 
     def stop(n_bytes):

@@ -185,7 +185,7 @@ class ReadTest(parameterized.TestCase):
     self.assertEqual(kimi.router.scale, 2.827)
     self.assertEqual(hf_config.read_model(_V2).router.bias_speed, 0)
 
-  def test_what_newer_files_call_the_rotation(self):
+  def test_rope_parameters_of_newer_files(self):
     old = _V3 | {"rope_theta": 7.0}
     new = {k: v for k, v in _V3.items() if not k.startswith("rope_")}
     yarn = {k: v for k, v in _V3["rope_scaling"].items() if k != "type"}

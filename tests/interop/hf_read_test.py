@@ -168,7 +168,7 @@ class Fp8Test(parameterized.TestCase):
     self.folder = released.in_fp8(folder, (16, 28))
     self.found = hf_read.open_folder(self.folder)
 
-  def test_stands_for_values_times_scales(self):
+  def test_is_dequantized(self):
     tensors = released.tensors(self.folder)
     by_name = {b.names[0]: b for b in hf_mapping.model_blocks(self.found.model)}
     for name, b in by_name.items():
@@ -188,7 +188,7 @@ class Fp8Test(parameterized.TestCase):
         want = want.transpose(2, 0, 1)
       np.testing.assert_array_equal(got, want.reshape(got.shape), name)
 
-  def test_parts_are_parts(self):
+  def test_slices_are_slices_of_the_block(self):
     rng = np.random.default_rng(0)
     for b in hf_mapping.model_blocks(self.found.model):
       dims = *b.inputs, *b.outputs
@@ -225,7 +225,7 @@ class Fp8Test(parameterized.TestCase):
 
 
 class LoadTest(absltest.TestCase):
-  def test_in_pieces(self):
+  def test_in_chunks(self):
     folder, _ = released.with_mtp(testing.folder(self))
     found = hf_read.open_folder(released.in_fp8(folder, (28, 20)))
     mesh = {"expert": 2, "data": 2, "model": 2}
@@ -290,11 +290,11 @@ class RefusedTest(parameterized.TestCase):
     for message in messages:
       self.assertIn(message, str(caught.exception))
 
-  def facts(self, **changes):
+  def change_config(self, **changes):
     path = self.folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
-  def test_the_good_one_is_not(self):
+  def test_valid_checkpoint_is_accepted(self):
     found = hf_read.open_folder(self.folder)
     self.assertEmpty(found.notes)
     self.assertEmpty(list(hf_read.validate_values(found)))
@@ -372,12 +372,12 @@ class RefusedTest(parameterized.TestCase):
     released.in_fp8(self.folder)
     path = self.folder / "config.json"
     how = json.loads(path.read_text())["quantization_config"]
-    self.facts(quantization_config=how | {"scale_fmt": "ue8m0"})
+    self.change_config(quantization_config=how | {"scale_fmt": "ue8m0"})
     self.refused("not all powers of two")
 
-  def test_fp8_that_the_config_does_not_tell_of(self):
+  def test_fp8_without_quantization_config(self):
     released.in_fp8(self.folder)
-    self.facts(quantization_config=None)
+    self.change_config(quantization_config=None)
     self.refused("dtype float8_e4m3fn, must be float32 or bfloat16")
 
   @parameterized.parameters(
@@ -388,7 +388,7 @@ class RefusedTest(parameterized.TestCase):
     ([], "must be an object"),
   )
   def test_other_quantization(self, how, message):
-    self.facts(quantization_config=how)
+    self.change_config(quantization_config=how)
     self.refused("quantization_config", message)
 
   @pytest.mark.fault("F46")
@@ -396,7 +396,7 @@ class RefusedTest(parameterized.TestCase):
     marker = self.folder / "ran"
     code = f"open({str(marker)!r}, 'w').close()\n"
     (self.folder / "modeling_evil.py").write_text(code)
-    self.facts(auto_map={"AutoConfig": "modeling_evil.Config"})
+    self.change_config(auto_map={"AutoConfig": "modeling_evil.Config"})
     self.refused("auto_map", "never run", "--ignore_auto_map")
     hf_read.open_folder(self.folder, ignore_auto_map=True)
     self.assertFalse(marker.exists())
@@ -409,7 +409,7 @@ class RefusedTest(parameterized.TestCase):
     (self.folder / "model.safetensors").rename(self.folder / name)
     self.refused(f"holds only {name}", "safe_serialization=True")
 
-  def test_nothing_there(self):
+  def test_empty_folder(self):
     (self.folder / "model.safetensors").unlink()
     self.refused("has neither model.safetensors.index.json nor")
 
@@ -529,7 +529,7 @@ class MutatedTest(parameterized.TestCase):
 
 
 class RoundedBiasTest(absltest.TestCase):
-  def test_is_told_of(self):
+  def test_is_noted(self):
     folder = released.save(released.model(), testing.folder(self))
 
     def change(found):

@@ -71,7 +71,7 @@ class FileTest(parameterized.TestCase):
     (slice(None), slice(6, 7)),
     (slice(4, 5), slice(0, 0)),
   )
-  def test_reads_parts(self, rows, columns):
+  def test_reads_slices(self, rows, columns):
     library.save_file({"pad": torch.zeros(3), "f": _ALL["f"]}, self.path)
     tensor = safetensors.read_header(self.path)["f"]
     want = _ALL["f"].numpy()[rows, columns]

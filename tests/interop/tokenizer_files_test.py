@@ -107,7 +107,7 @@ class ReleasedTest(parameterized.TestCase):
         self.tok.encode(text, add_special_tokens=False).ids,
       )
 
-  def test_how_to_generate(self):
+  def test_generation_config(self):
     facts = json.loads((self.folder / "generation_config.json").read_text())
     self.assertEqual(facts["eos_token_id"], 1)
     about = json.loads((self.folder / "tokenizer_config.json").read_text())
@@ -115,7 +115,7 @@ class ReleasedTest(parameterized.TestCase):
 
 
 class CopyTest(absltest.TestCase):
-  def test_copies_what_there_is(self):
+  def test_copies_existing_files(self):
     source, target = testing.folder(self), testing.folder(self)
     (source / "tokenizer.json").write_text("{}")
     (source / "chat_template.jinja").write_text("x")

@@ -271,7 +271,7 @@ class ExportTest(ConvertTest):
         wrong += (error > bound * 1.001).sum()
     self.assertEqual(wrong, 0)
 
-  def test_fp8_of_what_is_not_finite(self):
+  def test_fp8_of_nan(self):
     _, state, _ = micro.make(self.workdir)
     source = hf_write.ParamArrays(
       testing.run().model,
@@ -366,7 +366,7 @@ class LogitsTest(ConvertTest):
     self.tokens = self.folder / "in.npy"
     np.save(self.tokens, released.random_tokens(3, 11))
 
-  def test_are_those_of_the_oracle(self):
+  def test_logits_are_those_of_the_oracle(self):
     main, ahead = self.folder / "main.npy", self.folder / "ahead.npy"
     self.convert(
       "logits", hf=self.hf, tokens=self.tokens, out=main, mtp_out=ahead
@@ -558,14 +558,14 @@ class InterruptedTest(ConvertTest):
     self.convert("export", workdir=self.workdir, hf=self.out)
     self.assertEqual(released.raw(self.out), released.raw(self.hf))
 
-  def test_import_of_something_else_meanwhile(self):
+  def test_other_import_into_an_interrupted_one(self):
     with mock.patch.object(hf_import, "_COMMIT", 3000):
       self.stopped(40, "import", hf=self.hf, workdir=self.workdir)
     other = released.with_mtp(self.folder / "other", seed=5)[0]
     err = self.convert("import", code=2, hf=other, workdir=self.workdir)
     self.assertIn("holds a part of another checkpoint", err)
 
-  def test_a_half_written_entry_of_the_journal(self):
+  def test_cut_off_entry_of_the_journal(self):
     how = {"hf": self.hf, "workdir": self.workdir}
     with mock.patch.object(hf_import, "_COMMIT", 3000):
       self.stopped(40, "import", **how)
@@ -576,7 +576,7 @@ class InterruptedTest(ConvertTest):
     self.assertEqual(released.raw(self.out), released.raw(self.hf))
 
   @parameterized.parameters("nothing", "[]", '{"done": 3}', "[" * 100_000)
-  def test_a_damaged_journal(self, line):
+  def test_corrupt_journal(self, line):
     folder = testing.folder(self)
     path = folder / "journal.jsonl"
     path.write_text(f"{line}\n")
@@ -613,7 +613,7 @@ class InterruptedTest(ConvertTest):
     self.assertEqual(released.raw(self.out), released.raw(self.hf))
     self.assertEmpty(list(self.out.glob(".*")))
 
-  def test_export_of_something_else_meanwhile(self):
+  def test_other_export_into_an_interrupted_one(self):
     self.convert("import", hf=self.hf, workdir=self.workdir)
     self.stopped(30, "export", workdir=self.workdir, hf=self.out)
     err = self.convert(
@@ -621,7 +621,7 @@ class InterruptedTest(ConvertTest):
     )
     self.assertIn("holds a part of another checkpoint", err)
 
-  def test_no_room(self):
+  def test_disk_without_space(self):
     usage = mock.Mock(free=1000)
     with mock.patch.object(shutil, "disk_usage", return_value=usage):
       err = self.convert("import", code=2, hf=self.hf, workdir=self.workdir)
@@ -632,7 +632,7 @@ class InterruptedTest(ConvertTest):
       err = self.convert("export", code=2, workdir=self.workdir, hf=self.out)
       self.assertIn("disk full", err)
 
-  def test_disk_full_on_the_way(self):
+  def test_disk_full_while_writing(self):
     full = OSError(errno.ENOSPC, "No space left on device")
     with mock.patch.object(os, "pwrite", side_effect=full):
       err = self.convert("import", code=2, hf=self.hf, workdir=self.workdir)
@@ -646,7 +646,7 @@ class InterruptedTest(ConvertTest):
     self.convert("export", workdir=self.workdir, hf=self.out)
     self.assertEqual(released.raw(self.out), released.raw(self.hf))
 
-  def test_a_shard_that_does_not_read_as_written(self):
+  def test_shard_that_does_not_read_as_written(self):
     self.convert("import", hf=self.hf, workdir=self.workdir)
     with mock.patch.object(hf_write, "_sha256_on_disk", return_value="other"):
       err = self.convert("export", code=2, workdir=self.workdir, hf=self.out)
