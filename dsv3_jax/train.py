@@ -293,8 +293,8 @@ def make_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """The jitted step of a run; the state is donated.
 
-  With a mesh, the state is where `shardings` says and the batch where `place`
-  puts it.
+  With a mesh, the state is sharded as `shardings` says, and the batch as
+  `device_mesh.make_global_batch` does.
   """
   step = functools.partial(train_step, run=run, mesh=mesh)
   return jax.jit(step, donate_argnums=0)
@@ -315,11 +315,6 @@ def trace_step(
   )
   batch = Batch(ids, ids)
   return make_step(run, mesh).trace(abstract_state(run, mesh), batch)
-
-
-def place(batch: Batch, n_rows: int, mesh: jax.sharding.Mesh) -> Batch:
-  """This process' rows [A, B', T] of a batch [A, n_rows, T], on a mesh."""
-  return device_mesh.make_global_batch(batch, n_rows, mesh, dim=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -223,7 +223,9 @@ def _train(run: config.Run, mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
   for step in range(STEPS):
     batch = _batch(run, step)
     if mesh is not None:
-      batch = train.place(batch, run.train.micro_batch_size, mesh)
+      batch = device_mesh.make_global_batch(
+        batch, run.train.micro_batch_size, mesh, dim=1
+      )
     grads, terms, stats, _ = gradients(state, batch)
     moved = clipped(grads, state.opt_state, state.params)
     state, metrics = update(state, grads, terms, stats)

@@ -36,7 +36,9 @@ def first_state(**changes):
 
 
 def placed(seed=0):
-  return train.place(batch_of(seed=seed), RUN.train.micro_batch_size, MESH)
+  n_rows = RUN.train.micro_batch_size
+  batch = batch_of(seed=seed)
+  return device_mesh.make_global_batch(batch, n_rows, MESH, dim=1)
 
 
 def batch_of(run=RUN, seed=0):

@@ -126,7 +126,8 @@ def inputs(
   rows = np.arange(n_micro, dtype=np.int32)[:, None, None]
   rows = np.broadcast_to(rows, (n_micro, 1, run.data.seq_len + 1))
   batch = make_batch(np.ascontiguousarray(rows))
-  return state, train.place(batch, run.train.micro_batch_size, mesh)
+  n_rows = run.train.micro_batch_size
+  return state, device_mesh.make_global_batch(batch, n_rows, mesh, dim=1)
 
 
 def executor(run: config.Run, mesh: jax.sharding.Mesh, sleeper: Sleeper):

@@ -1,5 +1,6 @@
 """Tests that run every example of docs/extend.md."""
 
+import json
 import pathlib
 import re
 from unittest import mock
@@ -9,7 +10,8 @@ import numpy as np
 import testing
 from absl.testing import absltest, parameterized
 
-from dsv3_jax import optim, train
+from dsv3_jax import config, optim, train
+from dsv3_jax.data import loader, prepare, sources
 from dsv3_jax.data.batch import make_batch
 from dsv3_jax.parallel import device_mesh
 
@@ -35,7 +37,7 @@ def losses(run, n_steps, mesh=None):
   state = testing.state(run)
   shape = 1, run.train.batch_size, run.data.seq_len + 1
   rows = testing.tokens(*shape, vocab_size=run.model.vocab_size)
-  batch = make_batch(rows, run.model.vocab_size)
+  batch = make_batch(rows)
   if mesh is not None:
     state = jax.device_put(state, train.shardings(run, mesh))
     batch = device_mesh.make_global_batch(
@@ -103,6 +105,42 @@ class ScheduleTest(absltest.TestCase):
     expected = run.optim.peak_lr * shares
     # A handful of float32 operations.
     np.testing.assert_allclose(rates, expected, rtol=8 * testing.EPS * 100)
+
+
+class DataSourceTest(absltest.TestCase):
+  def test_lines_become_documents_of_their_domains(self):
+    self.enter_context(mock.patch.dict(sources.SOURCES))
+    run_example("Data source")
+    folder = testing.folder(self)
+    records = [
+      {"text": f"x[{i}] = {i};\n" * 9, "domain": "code"} for i in range(30)
+    ] + [
+      {"text": f"Clock {i} was striking thirteen.\n", "domain": "prose"}
+      for i in range(300)
+    ]
+    path = folder / "text.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    data = config.Data(
+      source="lines", path=str(path), domains="prose=3,code=1", seq_len=16
+    )
+    corpus = prepare.prepare(data, 300, folder / "data")
+    self.assertEqual([d.name for d in corpus.domains], ["prose", "code"])
+    prose, code = (
+      corpus.tokenizer.decode(domain.train.open()) for domain in corpus.domains
+    )
+    self.assertIn("was striking", prose)
+    self.assertNotIn("x[", prose)
+    self.assertIn("x[7] = 7;", code)
+    run = testing.run("data.source=lines", f"data.path={path}")
+    merged = prepare.prepare(run.data, 300, folder / "merged")
+    self.assertEqual(merged.train_bytes, corpus.train_bytes)
+    batch = loader.BatchSource(merged, run, 0)(0)
+    self.assertEqual(batch.tokens.shape, (1, 8, 8))
+
+  def test_unknown_source(self):
+    data = config.Data(source="file", seq_len=16)
+    with self.assertRaisesRegex(ValueError, "must be one of.*did you mean"):
+      prepare.prepare(data, 300, testing.folder(self))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,13 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from dsv3_jax import config
-from dsv3_jax.data import corpus, prepare, text_files, tokenizer
+from dsv3_jax.data import (
+  corpus,
+  prepare,
+  text_files,
+  tokenized_corpus,
+  tokenizer,
+)
 
 
 @pytest.mark.fault("F39")
@@ -64,6 +70,49 @@ class PrepareTest(parameterized.TestCase):
     self.assertEqual(
       written, {p: p.stat().st_mtime_ns for p in self.directory.iterdir()}
     )
+
+  def open(self):
+    data = config.Data(path=str(self.text), seq_len=16)
+    return tokenized_corpus.open_corpus(data, self.directory)
+
+  def test_opening_needs_no_text(self):
+    written = self.prepare()
+    self.text.unlink()
+    opened = self.open()
+    self.assertEqual(opened.digests, written.digests)
+    self.assertEqual(opened.compression, written.compression)
+    self.assertEqual(set(opened.compression), {"bzip2_bpb", "xz_bpb"})
+    for i in (0, 7, 1000):
+      np.testing.assert_array_equal(
+        opened.shuffled(3)[i]["tokens"], written.shuffled(3)[i]["tokens"]
+      )
+
+  @parameterized.parameters("train.json", "train.bin", "heldout.bin")
+  def test_opening_names_what_is_missing(self, name):
+    self.prepare()
+    (self.directory / name).unlink()
+    missing = name.replace(".json", ".bin")
+    with self.assertRaisesRegex(ValueError, f"{missing}: missing"):
+      self.open()
+
+  @parameterized.parameters(None, "", "[]", "{}", '{"digests": {}}')
+  def test_lost_figures_of_compression_are_measured_again(self, content):
+    first = self.prepare()
+    manifest = self.directory / tokenized_corpus.MANIFEST
+    written = manifest.read_text()
+    manifest.unlink()
+    if content is not None:
+      manifest.write_text(content)
+    self.assertIsNone(self.open().compression)
+    self.assertEqual(self.prepare().compression, first.compression)
+    self.assertEqual(manifest.read_text(), written)
+
+  def test_large_text_is_not_compressed(self):
+    self.enter_context(
+      absltest.mock.patch.object(prepare, "COMPRESSED_BYTES", 100)
+    )
+    self.assertEqual(self.prepare().compression, {})
+    self.assertEqual(self.open().compression, {})
 
   @parameterized.parameters("text", "heldout")
   def test_changed_corpus_is_refused(self, what):

@@ -257,7 +257,9 @@ def step_gradients(run, sizes=()):
   batch = make_batch(rows)
   if mesh is not None:
     state = jax.device_put(state, train.shardings(run, mesh))
-    batch = train.place(batch, run.train.micro_batch_size, mesh)
+    batch = device_mesh.make_global_batch(
+      batch, run.train.micro_batch_size, mesh, dim=1
+    )
   of = functools.partial(train.gradients, run=run, mesh=mesh)
   return jax.device_get(jax.jit(of)(state, batch))
 

@@ -73,7 +73,7 @@ class ReporterTest(parameterized.TestCase):
   def setting(self, *settings, **how):
     report = self.make(*settings, **how)
     nothing = types.SimpleNamespace(bytes_sent=lambda *_: {})
-    self.enter_context(mock.patch.object(step_monitor, "traffic", nothing))
+    self.enter_context(mock.patch.object(step_monitor, "comm_volume", nothing))
     return report
 
   @pytest.mark.fault("F29")
