@@ -133,7 +133,10 @@ class DataSourceTest(absltest.TestCase):
     self.assertIn("x[7] = 7;", code)
     run = testing.run("data.source=lines", f"data.path={path}")
     merged = prepare.prepare(run.data, 300, folder / "merged")
-    self.assertEqual(merged.train_bytes, corpus.train_bytes)
+    self.assertEqual(
+      merged.train_bytes + merged.heldout_bytes,
+      corpus.train_bytes + corpus.heldout_bytes,
+    )
     batch = loader.BatchSource(merged, run, 0)(0)
     self.assertEqual(batch.tokens.shape, (1, 8, 8))
 
