@@ -59,8 +59,10 @@ class Journal:
     self.path, self.done = path, {}
     self._source = source
     text = path.read_bytes() if path.exists() else b""
-    # An entry without a newline was cut off by the interruption.
     lines = text.split(b"\n")[:-1]
+    if text and not text.endswith(b"\n"):
+      # The interruption cut off the last entry: the next one takes its place.
+      path.write_bytes(b"".join(line + b"\n" for line in lines))
     self.begun = bool(lines)
     try:
       entries = [json.loads(line) for line in lines]

@@ -575,6 +575,14 @@ class InterruptedTest(ConvertTest):
     self.convert("export", workdir=self.workdir, hf=self.out)
     self.assertEqual(released.raw(self.out), released.raw(self.hf))
 
+  def test_entries_after_a_cut_off_one_are_read(self):
+    path = testing.folder(self) / "journal.jsonl"
+    resumable.Journal(path, "source").begin()
+    with path.open("a") as file:
+      file.write('{"done": {"a')
+    resumable.Journal(path, "source").add({"b": 1}, [])
+    self.assertEqual(resumable.Journal(path, "source").done, {"b": 1})
+
   @parameterized.parameters("nothing", "[]", '{"done": 3}', "[" * 100_000)
   def test_corrupt_journal(self, line):
     folder = testing.folder(self)
