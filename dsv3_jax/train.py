@@ -1,15 +1,14 @@
-"""The training state, one optimizer step, and the loop."""
+"""The training state and one optimizer step."""
 
-import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
-from dsv3_jax import config, ema, losses, optim, param_spec
+from dsv3_jax import config, losses, optim, param_spec
 from dsv3_jax.data.batch import Batch
 from dsv3_jax.linear import recipe
 from dsv3_jax.model import moe, router, transformer
@@ -315,76 +314,3 @@ def trace_step(
   )
   batch = Batch(ids, ids)
   return make_step(run, mesh).trace(abstract_state(run, mesh), batch)
-
-
-@dataclasses.dataclass(frozen=True)
-class Hooks:
-  """What a loop does besides training."""
-
-  # Takes the number of steps done and the metrics of the last.
-  report: Callable[[int, Metrics], None]
-  # Called every `run.parallel.replica_check_every` steps, before a save.
-  check: Callable[[TrainState], None]
-  # Called every `run.evaluate.every` steps.
-  evaluate: Callable[[TrainState], None]
-  # Called every `run.checkpoint.every` steps.
-  save: Callable[[TrainState], None]
-  # Asked with the number of steps started, before each.
-  should_continue: Callable[[int], bool] = lambda done: True
-
-
-def fit(
-  state: TrainState,
-  run: config.Run,
-  batches: Iterator[Batch],
-  stop: int,
-  *,
-  hooks: Hooks,
-  mesh: jax.sharding.Mesh | None = None,
-  average: ema.Average | None = None,
-) -> TrainState:
-  """Trains until `stop` optimizer steps are done, or it may not go on.
-
-  The host's work on a step overlaps the next one. The last step is always
-  saved, and evaluated if it is `stop`.
-
-  Args:
-    state: where to go on from; donated.
-    run: the configuration.
-    batches: micro-batched batches from the state's step on.
-    stop: steps done at the end.
-    hooks: what is done besides.
-    mesh: of the devices that share the work; None for one device.
-    average: of the parameters, which every step updates.
-  """
-  step_fn = make_step(run, mesh)
-  pending = None
-  done = saved = int(state.step)
-  while done < stop and hooks.should_continue(done):
-    done += 1
-    state, metrics = step_fn(state, next(batches))  # starts, does not wait
-    if average:
-      average.update(done, state.params, metrics["finite"])
-    if pending:
-      hooks.report(*pending)
-    pending = (done, metrics)
-    evaluating = done % run.evaluate.every == 0 or done == stop
-    saving = done % run.checkpoint.every == 0 or done == stop
-    if evaluating or saving:  # what is saved has been reported
-      hooks.report(*pending)
-      pending = None
-    if (
-      run.parallel.replica_check_every
-      and done % run.parallel.replica_check_every == 0
-    ):
-      hooks.check(state)
-    if evaluating:
-      hooks.evaluate(state)
-    if saving:
-      hooks.save(state)
-      saved = done
-  if pending:
-    hooks.report(*pending)
-  if saved < done:
-    hooks.save(state)
-  return state

@@ -9,7 +9,6 @@ command line are listed at once, before JAX starts.
 
 import math
 import os
-import pathlib
 import re
 import sys
 import traceback
@@ -18,12 +17,17 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 from absl import flags
 
-from dsv3_jax import config, optim
+from dsv3_jax import config
 from dsv3_jax.config import fields
 from dsv3_jax.errors import InputError
-from dsv3_jax.interop import hf_import
-from dsv3_jax.parallel import device_mesh, layout_check
-from dsv3_jax.trainer import distributed, exit_codes, heartbeat, run_args
+from dsv3_jax.parallel import device_mesh
+from dsv3_jax.trainer import (
+  distributed,
+  exit_codes,
+  heartbeat,
+  metrics_writer,
+  run_args,
+)
 from experiments import allocator, flag_parser
 
 OK, BAD_INPUT, NOT_FINITE = (
@@ -72,6 +76,11 @@ flags.DEFINE_bool(
 flags.DEFINE_bool(
   "ignore_crash_loop", False, "start even if a crash loop was detected"
 )
+flags.DEFINE_list(
+  "writers",
+  list(metrics_writer.DEFAULT),
+  f"writers of metrics, of {', '.join(metrics_writer.WRITERS)}",
+)
 
 # Old name -> new name of flags; old names are read for one release.
 _RENAMED = {
@@ -118,60 +127,38 @@ def _command(
   args = flags.FLAGS
   mesh, problems = parse_mesh(args.mesh)
   name = args.variant or next(iter(variants))
-  run = variants.get(name)
-  if run is None:
-    hint = fields.nearest(name, variants)
-    problems.append(f"--variant={name}: one of {', '.join(variants)}{hint}")
-  else:
+  stop = args.steps
+  if name in variants:
+    run = variants[name]
     try:
       run = config.override(run, *args.set)
     except InputError as error:
       problems += [f"--set: {line}" for line in str(error).splitlines()]
-    problems += layout_check.validate(run, mesh) + optim.validate(run)
-  if not 0 <= args.seed < 2**32:
-    problems.append(f"--seed={args.seed}: must be in [0, 2^32)")
-  total = run.total_steps if run else 0
-  stop = total if args.steps is None else args.steps
-  if run and not 0 < stop <= total:
-    problems.append(
-      f"--steps={stop}: must be in 1 to {total}, the steps of the token"
-      " budget train.tokens"
-    )
-  processes = distributed.Processes(
-    args.coordinator, args.processes, args.process, args.join_timeout
-  )
-  timeouts = heartbeat.Timeouts(
-    args.heartbeat, args.watchdog_timeout, args.grace_period
-  )
-  problems += processes.problems() + timeouts.problems()
-  n_devices = math.prod(mesh.values())
-  if processes.count > 1 and n_devices % processes.count:
-    problems.append(
-      f"--mesh={args.mesh}: {n_devices} devices do not divide over"
-      f" --processes={processes.count}"
-    )
-  workdir = pathlib.Path(args.workdir) if args.workdir else None
-  init_from = pathlib.Path(args.init_from) if args.init_from else None
-  parts = "checkpoints", hf_import.FOLDER, hf_import.OLD_FOLDER
-  # Not `Path.is_dir`, which raises where a name is too long.
-  if init_from and not any(os.path.isdir(init_from / part) for part in parts):
-    problems.append(
-      f"--init_from={init_from}: must have checkpoints/ or an imported hf/"
-    )
+  else:
+    hint = fields.nearest(name, variants)
+    problems.append(f"--variant={name}: one of {', '.join(variants)}{hint}")
+    # What does not depend on the variant is still checked.
+    run, mesh, stop = next(iter(variants.values())), {}, None
   command = run_args.RunArgs(
+    run,
+    args.workdir,
     variant=name,
-    run=run,
-    workdir=workdir,
     seed=args.seed,
     stop=stop,
     mesh=mesh,
-    processes=processes,
-    init_from=init_from,
-    timeouts=timeouts,
+    init_from=args.init_from,
+    writers=tuple(args.writers),
+    processes=distributed.Processes(
+      args.coordinator, args.processes, args.process, args.join_timeout
+    ),
+    timeouts=heartbeat.Timeouts(
+      args.heartbeat, args.watchdog_timeout, args.grace_period
+    ),
     ignore_crash_loop=args.ignore_crash_loop,
     deterministic=args.deterministic,
+    own_process=True,
   )
-  return command, problems
+  return command, problems + command.validate()
 
 
 def _help() -> str:

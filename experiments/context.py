@@ -35,7 +35,7 @@ from dsv3_jax.evals import hidden, needles
 from dsv3_jax.interop import open_run
 from dsv3_jax.parallel import layout_check
 from dsv3_jax.report import page, plots, render
-from dsv3_jax.trainer import metrics_writer, run_args
+from dsv3_jax.trainer import metrics_writer, run_args, trainer
 from experiments import cli
 
 DEPTHS = tuple(np.linspace(0, 1, 11).tolist())
@@ -157,8 +157,6 @@ def execute(command: run_args.RunArgs) -> None:
     problems += layout_check.validate(phase.run, command.mesh)
   if problems:
     raise InputError("\n".join(dict.fromkeys(problems)))
-  from dsv3_jax.trainer import trainer
-
   cli.start_jax(command)
   done = []
   for phase in planned:
@@ -172,7 +170,7 @@ def execute(command: run_args.RunArgs) -> None:
       stop=run.total_steps,
       init_from=command.workdir / phase.start if phase.start else None,
     )
-    trainer.execute(one)
+    trainer.fit(one)
     jax.clear_caches()
     done.append(dataclasses.replace(phase, run=run))
   _evaluate(command, done, lengths)

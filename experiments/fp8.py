@@ -30,7 +30,7 @@ from dsv3_jax import config
 from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
 from dsv3_jax.report import plots, render
-from dsv3_jax.trainer import metrics_writer, run_args
+from dsv3_jax.trainer import metrics_writer, run_args, trainer
 from experiments import cli
 
 ARMS = {
@@ -132,11 +132,9 @@ def execute(command: run_args.RunArgs) -> None:
   if problems:
     raise InputError("\n".join(problems))
   runs = _runs(command, arms)
-  from dsv3_jax.trainer import trainer
-
   cli.start_jax(command)
   for _, one in runs:
-    trainer.execute(one)
+    trainer.fit(one)
     jax.clear_caches()
   if jax.process_index() == 0:
     _write(command, _losses(runs))

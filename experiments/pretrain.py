@@ -20,7 +20,7 @@ from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.plan import flops
-from dsv3_jax.trainer import run_args
+from dsv3_jax.trainer import replay, run_args, trainer
 from experiments import cli
 
 _DRY_RUN = flags.DEFINE_bool(
@@ -89,14 +89,11 @@ def execute(command: run_args.RunArgs) -> None:
     return
   if command.workdir is None:
     raise InputError("--workdir is missing: the folder that the run writes to")
-  # They pull in what a dry run does not need.
-  from dsv3_jax.trainer import replay, trainer
-
   cli.start_jax(command)
   if _REPLAY.value is None:
-    trainer.execute(command)
+    trainer.fit(command)
   else:
-    replay.execute(command, _REPLAY.value)
+    replay.replay(command, _REPLAY.value)
 
 
 if __name__ == "__main__":

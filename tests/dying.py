@@ -47,7 +47,7 @@ def main():
   where = {
     "compile": (heartbeat.Heartbeat, "should_continue", die),
     "step": (heartbeat.Heartbeat, "should_continue", die),
-    "arrays": (orbax_io, "named", die),
+    "arrays": (orbax_io, "orbax_keys", die),
     "manifest": (manifest, "write", die),
     "rename": (manifest, "write", die, True),
     "remove": (checkpointer, "_remove", die),

@@ -17,6 +17,7 @@ from dsv3_jax.data import loader, prepare
 from dsv3_jax.data.batch import make_batch
 from dsv3_jax.model import router
 from dsv3_jax.parallel import device_mesh
+from dsv3_jax.trainer import loop
 from dsv3_jax.trainer.batches import global_batches
 
 RUN = testing.run()
@@ -170,6 +171,8 @@ class ResumeTest(absltest.TestCase):
 
     def fit(state, stop, save=lambda state: None):
       first, fed = int(state.step), []
+      hooks = loop.Hooks()
+      hooks.save = save
 
       def batches():
         source = loader.BatchSource(data, run, 5)
@@ -177,12 +180,12 @@ class ResumeTest(absltest.TestCase):
           fed.append(batch.tokens)
           yield batch
 
-      state = train.fit(
+      state = loop.fit(
         state,
         run,
         batches(),
         stop,
-        hooks=train.Hooks(lambda *_: None, None, lambda *_: None, save),
+        hooks=hooks,
       )
       return state, np.array(fed)
 
@@ -220,19 +223,21 @@ class FitTest(absltest.TestCase):
       calls.append(("start", batch))
       return state, next(done)
 
+    class Hooks(loop.Hooks):
+      def report(self, done, metrics):
+        calls.append(("report", done, metrics))
+
+      def check(self, state):
+        calls.append("check")
+
+      def evaluate(self, state):
+        calls.append("evaluate")
+
+      def save(self, state):
+        calls.append("save")
+
     with mock.patch.object(train, "make_step", lambda *_: fake_step):
-      train.fit(
-        mock.Mock(step=0),
-        run,
-        itertools.count(1),
-        5,
-        hooks=train.Hooks(
-          lambda step, metrics: calls.append(("report", step, metrics)),
-          check=lambda _: calls.append("check"),
-          evaluate=lambda _: calls.append("evaluate"),
-          save=lambda _: calls.append("save"),
-        ),
-      )
+      loop.fit(mock.Mock(step=0), run, itertools.count(1), 5, hooks=Hooks())
     reports = [call[1:] for call in calls if call[0] == "report"]
     self.assertEqual(reports, [(i, i) for i in range(1, 6)])
     # Step 2 starts before the host looks at step 1; what is saved or evaluated

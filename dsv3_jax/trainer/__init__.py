@@ -1,1 +1,6 @@
-"""A training run in a workdir."""
+"""Trains a run in a workdir: `Trainer(run, workdir).fit()`."""
+
+from dsv3_jax.trainer.run_args import RunArgs
+from dsv3_jax.trainer.trainer import FitResult, Trainer
+
+__all__ = ["FitResult", "RunArgs", "Trainer"]

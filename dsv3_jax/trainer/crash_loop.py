@@ -1,4 +1,4 @@
-"""How a run starts again: what it cleans up, and what it takes down."""
+"""Restart: repairs the workdir, detects crash loops, logs start and end."""
 
 import contextlib
 import faulthandler
@@ -19,41 +19,46 @@ FATAL = "fatal.txt"
 
 
 def repair_workdir(
-  command: run_args.RunArgs, checkpoints: checkpointer.Checkpointer
+  args: run_args.RunArgs, checkpoints: checkpointer.Checkpointer
 ) -> None:
-  """Removes what a kill left, and goes a checkpoint back where starts fail."""
+  """Removes leftovers of a kill; after repeated crashes, drops a checkpoint.
+
+  The newest checkpoint is quarantined after `event_log.TRIES` failed starts.
+
+  Raises:
+    MissingError: as many starts failed again, or there is no older checkpoint.
+  """
   for line in checkpoints.repair():
-    logging.error("set aside: %s", line)
-  _record_fatal(command.workdir)
-  events, steps = event_log.read(command.workdir), checkpoints.steps()
+    logging.error("quarantined: %s", line)
+  _log_fatal(args.workdir)
+  events, steps = event_log.read(args.workdir), checkpoints.steps()
   n, reached = event_log.crashes(events)
-  if command.ignore_crash_loop or n < event_log.TRIES or steps[-1:] > [reached]:
+  if args.ignore_crash_loop or n < event_log.TRIES or steps[-1:] > [reached]:
     return
   older = [step for step in steps if step < reached]
   if n >= 2 * event_log.TRIES or not older:
     ends = [event for event in events if event["event"] == "end"]
     last = ends[-1]["text"] if ends else "killed"
     raise manifest.MissingError(
-      f"--workdir={command.workdir}: {n} starts in a row failed before there"
-      f" was a checkpoint after step {reached}, the last with: {last}. When"
-      " the cause is mended, --ignore_crash_loop starts from the newest"
-      " checkpoint"
+      f"--workdir={args.workdir}: {n} starts in a row failed before there was"
+      f" a checkpoint after step {reached}, the last with: {last}. When the"
+      " cause is fixed, --ignore_crash_loop starts from the newest checkpoint"
     )
   for step in steps[len(older) :]:
-    aside = checkpoints.quarantine(step, checkpointer.SUSPECT)
+    folder = checkpoints.quarantine(step, checkpointer.SUSPECT)
     logging.error(
-      "%d starts failed before there was a checkpoint after step %d: going"
-      " back to step %d; %s keeps the other",
-      *(n, reached, older[-1], aside),
+      "%d starts failed before there was a checkpoint after step %d:"
+      " restarting from step %d; the newer checkpoint is %s now",
+      *(n, reached, older[-1], folder),
     )
 
 
-def _record_fatal(folder: pathlib.Path) -> None:
-  """Takes down what ended the start before, if a fatal signal did."""
+def _log_fatal(folder: pathlib.Path) -> None:
+  """Logs the stack trace of the previous process if a fatal signal ended it."""
   path = folder / FATAL
   stacks = path.read_text(errors="replace") if path.exists() else ""
   if stacks:
-    logging.error("the start before ended so:\n%s", stacks)
+    logging.error("a fatal signal ended the previous process:\n%s", stacks)
     text, *_ = stacks.splitlines()
     event_log.add(folder, "end", code=exit_codes.INTERNAL, text=text)
     path.unlink()
@@ -61,7 +66,7 @@ def _record_fatal(folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _fatal_to(path: pathlib.Path) -> Iterator[None]:
-  """Stacks go to a file where a fatal signal ends the process."""
+  """Sends stack traces to a file if a fatal signal ends the process."""
   before = faulthandler.is_enabled()
   with open(path, "w", encoding="utf-8") as file:
     faulthandler.enable(file)
@@ -75,24 +80,30 @@ def _fatal_to(path: pathlib.Path) -> Iterator[None]:
 
 
 def steps_up_to(folder: pathlib.Path, step: int) -> list[metrics_writer.Row]:
-  """The rows of the steps that were done when a step was saved."""
-  path = folder / metrics_writer.METRICS
-  rows = metrics_writer.read(path) if path.exists() else []
+  """Reads the rows of the steps up to one."""
+  rows = metrics_writer.read(folder / metrics_writer.METRICS)
   return [row for row in rows if "loss" in row and row["step"] <= step]
 
 
 @contextlib.contextmanager
 def log_start_and_end(
-  command: run_args.RunArgs,
+  args: run_args.RunArgs,
   first: int,
   began: float,
-  watch: event_log.GoodputTimer,
+  timer: event_log.GoodputTimer,
 ) -> Iterator[Callable[..., None]]:
-  """What adds to the history, which gets the start and the end."""
+  """Logs start and end of the block as events; yields what adds an event.
+
+  Args:
+    args: arguments of the run.
+    first: step that training starts at.
+    began: when the program started, in seconds since 1970.
+    timer: measures the phases.
+  """
   if jax.process_index():
-    yield lambda event, **facts: None
+    yield lambda event, **fields: None
     return
-  folder = command.workdir
+  folder = args.workdir
   metrics = folder / metrics_writer.METRICS
   record = functools.partial(event_log.add, folder)
   record(
@@ -100,7 +111,7 @@ def log_start_and_end(
     step=first,
     began=began,
     seen_at=metrics.stat().st_mtime if metrics.exists() else 0.0,
-    again=command.ignore_crash_loop,
+    again=args.ignore_crash_loop,
     host=socket.gethostname(),
     process=os.getpid(),
   )
@@ -112,4 +123,4 @@ def log_start_and_end(
     code, text = exit_codes.code_of(error) or exit_codes.INTERNAL, f"{error}"
     raise
   finally:
-    record("end", code=code, text=text, seconds=watch.seconds)
+    record("end", code=code, text=text, seconds=timer.seconds)

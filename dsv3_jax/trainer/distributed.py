@@ -1,4 +1,4 @@
-"""Several processes that train as one.
+"""Start of several processes that train as one, and their mesh.
 
 Each runs the same command with `--coordinator=HOST:PORT --processes=N
 --process=I`, process 0 on HOST. `--coordinator=auto` asks the environment, as
@@ -22,12 +22,12 @@ from jax.experimental import multihost_utils
 from dsv3_jax.checkpoint import manifest
 from dsv3_jax.errors import InputError
 from dsv3_jax.parallel import device_mesh
-from dsv3_jax.trainer import exit_codes
+from dsv3_jax.trainer import exit_codes, peers
 
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-  """Who takes part; the default: this process alone."""
+  """The processes of a run; by default this one alone."""
 
   coordinator: str = ""
   count: int = 1
@@ -36,46 +36,46 @@ class Processes:
 
   @property
   def host(self) -> str:
-    """Of process 0; "": its environment knows."""
+    """Address of process 0; "" if only the environment knows it."""
     return self.coordinator.rpartition(":")[0]
 
-  def problems(self) -> list[str]:
-    """What is wrong with it, a line each."""
-    found = []
+  def validate(self) -> list[str]:
+    """Returns what is wrong with the values, one line each."""
+    problems = []
     if not self.coordinator:
       if self.count != 1 or self.index:
-        found.append("--coordinator is missing: HOST:PORT of process 0")
-      return found
+        problems.append("--coordinator is missing: HOST:PORT of process 0")
+      return problems
     _, colon, port = self.coordinator.rpartition(":")
     if self.coordinator != "auto" and not (colon and port.isdecimal()):
-      found.append(
+      problems.append(
         f"--coordinator={self.coordinator}: expected HOST:PORT or auto"
       )
     if self.count < 1:
-      found.append(f"--processes={self.count}: must be at least 1")
+      problems.append(f"--processes={self.count}: must be at least 1")
     elif not 0 <= self.index < self.count:
-      found.append(
+      problems.append(
         f"--process={self.index}: must be in 0 to {self.count - 1}, below"
         f" --processes={self.count}"
       )
     if self.timeout_s < 1:
-      found.append(f"--join_timeout={self.timeout_s}: must be at least 1 s")
-    return found
+      problems.append(f"--join_timeout={self.timeout_s}: must be at least 1 s")
+    return problems
 
   def join(self) -> None:
-    """Waits for the others and connects JAX to them.
+    """Waits for the other processes and connects JAX to them.
 
     Raises:
-      InputError: some did not come in time; names them.
+      InputError: some did not join in time; names them.
     """
     if not self.coordinator:
       return
-    # It would take SIGTERM for itself: `preemption` hears it.
+    # JAX's service would handle SIGTERM; `preemption` does.
     jax.config.update("jax_enable_preemption_service", False)
     if self.coordinator == "auto":
       jax.distributed.initialize(initialization_timeout=self.timeout_s)
       return
-    # JAX would end the process where one is missing, and not say which.
+    # JAX would exit if a process is missing, without saying which.
     if problem := _roll_call(self):
       raise InputError(problem)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -87,78 +87,84 @@ class Processes:
     )
 
 
-def _roll_call(who: Processes) -> str:
-  """Process 0 hears from all others and tells them what is wrong, if it is."""
-  host, _, port = who.coordinator.rpartition(":")
-  address, deadline = (host, int(port)), time.monotonic() + who.timeout_s
-  return (_answer if who.index else _call)(who, address, deadline)
+def _roll_call(processes: Processes) -> str:
+  """Lets process 0 hear from all others; returns what is wrong, in all.
+
+  The connections end here: the port is JAX's next, and with
+  `--coordinator=auto` there is no roll call, so that the heartbeat makes its
+  own connections.
+  """
+  host, _, port = processes.coordinator.rpartition(":")
+  deadline = time.monotonic() + processes.timeout_s
+  if processes.index:
+    return _answer(processes, (host, int(port)), deadline)
+  return _call(processes, int(port), deadline)
 
 
-def _left(deadline: float) -> float:
-  return max(deadline - time.monotonic(), 0.01)
-
-
-def _call(who: Processes, address: tuple[str, int], deadline: float) -> str:
+def _call(processes: Processes, port: int, deadline: float) -> str:
+  missing, problem = set(range(1, processes.count)), ""
   with contextlib.ExitStack() as stack:
     try:
-      server = stack.enter_context(socket.create_server(("", address[1])))
+      server = stack.enter_context(socket.create_server(("", port)))
     except OSError as error:
-      return f"--coordinator={who.coordinator}: cannot listen there: {error}"
-    missing, peers, problem = set(range(1, who.count)), [], ""
+      return (
+        f"--coordinator={processes.coordinator}: cannot listen there: {error}"
+      )
+    channels = []
     while missing and not problem:
-      server.settimeout(_left(deadline))
       try:
-        peer = stack.enter_context(server.accept()[0])
-        peer.settimeout(_left(deadline))
-        count, index = json.loads(_line(peer))
+        channel, hello = peers.accept(server, deadline)
       except TimeoutError:
         names = ", ".join(map(str, sorted(missing)))
         problem = (
-          f"--processes={who.count}: {names} did not join within"
-          f" {who.timeout_s} s; start them, or raise --join_timeout"
+          f"--processes={processes.count}: {names} did not join within"
+          f" {processes.timeout_s} s; start them, or raise --join_timeout"
         )
         break
-      except (OSError, ValueError, TypeError):  # not one of ours
-        continue
-      peers.append(peer)
-      if count != who.count:
-        problem = f"--processes: {who.count} here, {count} at {index}"
+      stack.enter_context(channel)
+      match hello:
+        case [int(count), int(index)]:
+          channels.append(channel)
+        case _:  # not a process of this run
+          continue
+      if count != processes.count:
+        problem = f"--processes: {processes.count} here, {count} at {index}"
       elif index not in missing:
         problem = f"--process={index}: was started twice"
       missing.discard(index)
-    for peer in peers:
-      with contextlib.suppress(OSError):  # it has gone; the others matter
-        peer.sendall(json.dumps(problem).encode() + b"\n")
+    for channel in channels:
+      with contextlib.suppress(OSError):  # one is lost; answer the others
+        channel.sendall(json.dumps(problem).encode() + b"\n")
   return problem
 
 
-def _line(peer: socket.socket) -> str:
-  with peer.makefile() as file:
-    return file.readline()
-
-
-def _answer(who: Processes, address: tuple[str, int], deadline: float) -> str:
+def _answer(
+  processes: Processes, address: tuple[str, int], deadline: float
+) -> str:
+  hello = json.dumps([processes.count, processes.index]).encode() + b"\n"
   while True:
+    timeout_s = peers.seconds_left(deadline)
     try:
-      with socket.create_connection(address, timeout=_left(deadline)) as peer:
-        peer.settimeout(_left(deadline) + 5)  # process 0 may have begun later
-        peer.sendall(json.dumps([who.count, who.index]).encode() + b"\n")
-        return json.loads(_line(peer))
+      with socket.create_connection(address, timeout=timeout_s) as channel:
+        channel.settimeout(timeout_s + 5)  # process 0 may have begun later
+        channel.sendall(hello)
+        with channel.makefile() as file:
+          return json.loads(file.readline())
     except (OSError, ValueError):
       if time.monotonic() >= deadline:
         return (
-          f"--coordinator={who.coordinator}: process 0 did not answer within"
-          f" {who.timeout_s} s"
+          f"--coordinator={processes.coordinator}: process 0 did not answer"
+          f" within {processes.timeout_s} s"
         )
       time.sleep(0.1)
 
 
 def use_virtual_devices(n: int, *, spare_threads: bool) -> None:
-  """Makes n devices of a processor; does nothing where there are others.
+  """Makes n devices of a CPU; has no effect on other platforms.
 
-  A device that waits for the others keeps a thread. With one for each device,
-  which is XLA's choice, some step of a layout that gathers waits for ever; more
-  threads than are needed cost a tenth of the speed. Call before JAX starts.
+  A device that waits for others blocks a thread. With one thread a device,
+  XLA's default, a step of a layout that gathers may wait for ever; more threads
+  than needed cost a tenth of the speed. Call before JAX starts.
   """
   jax.config.update("jax_num_cpu_devices", n)
   if spare_threads:
@@ -166,11 +172,11 @@ def use_virtual_devices(n: int, *, spare_threads: bool) -> None:
 
 
 def fix_order_of_sums() -> None:
-  """Has GPUs add in the same order every time. Call before JAX starts.
+  """Makes sums on GPUs deterministic. Call before JAX starts.
 
-  Left alone, XLA's threads add to one place in the order they come, as in the
-  gradient of an embedding: no two runs end in the same bits then. On an H100
-  the fixed order cost a small model a sixth of its speed.
+  By default XLA's threads add to one address in the order of their arrival, as
+  in the gradient of an embedding, and no two runs are bitwise identical. On an
+  H100 the fixed order cost a small model a sixth of its speed.
   """
   name, given = "--xla_gpu_deterministic_ops", os.environ.get("XLA_FLAGS", "")
   if name not in given:
@@ -178,13 +184,13 @@ def fix_order_of_sums() -> None:
 
 
 def run_on_process_zero(work: Callable[[], Any]) -> Any:
-  """Process 0 works while the others wait, so that a file has one writer.
+  """Runs `work` in process 0 while the others wait, for files with one writer.
 
   Returns:
     What `work` returns in process 0, None in the others.
 
   Raises:
-    Exception: work's own in process 0; in the others one with its exit code.
+    Exception: that of `work` in process 0, one of its exit code in the others.
   """
   result, error, code = None, None, exit_codes.OK
   if jax.process_index() == 0:
@@ -195,18 +201,20 @@ def run_on_process_zero(work: Callable[[], Any]) -> Any:
   if jax.process_count() > 1:
     code = int(multihost_utils.broadcast_one_to_all(np.int32(code)))
   if code and error is None:
-    kinds = {
+    error_types = {
       exit_codes.BAD_INPUT: InputError,
       exit_codes.NO_CHECKPOINT: manifest.MissingError,
     }
-    error = kinds.get(code, RuntimeError)("process 0 failed; see its output")
+    error = error_types.get(code, RuntimeError)(
+      "process 0 failed; see its output"
+    )
   if error:
     raise error
   return result
 
 
-def mesh(sizes: Mapping[str, int]) -> jax.sharding.Mesh:
-  """The mesh over all devices of all processes; without sizes, all of `data`.
+def mesh(sizes: Mapping[str, int] | None = None) -> jax.sharding.Mesh:
+  """Makes a mesh of all devices of all processes; by default on axis `data`.
 
   Raises:
     InputError: the sizes do not multiply to the number of devices.
@@ -217,8 +225,10 @@ def mesh(sizes: Mapping[str, int]) -> jax.sharding.Mesh:
   if product == n:
     return device_mesh.make_mesh(sizes)
   given = ",".join(f"{axis}={size}" for axis, size in sizes.items())
-  rest = product // sizes.get("data", 1)
-  fits = f"data={n}" if n % rest else f"data={n // rest} with the others kept"
+  others = product // sizes.get("data", 1)
+  fits = f"data={n // others} and the other axes as given"
+  if n % others:
+    fits = f"data={n}"
   raise InputError(
     f"--mesh={given}: multiplies to {product}, and there are {n} devices;"
     f" {fits} would fit"

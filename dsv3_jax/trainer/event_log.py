@@ -1,14 +1,14 @@
-"""What happened to a run over all of its starts: events.jsonl in the workdir.
+"""Event log of a run over all of its starts: events.jsonl in the workdir.
 
-A JSON object a line, each with `event` and `time` (seconds since 1970):
+One JSON object a line, each with `event` and `time` (seconds since 1970):
 
-  start   from `step`; `began`: when the program did. `seen`, `seen_at`: the
-          last step that the start before had reported, and when
+  start   training starts at `step`; `began`: when the program started;
+          `seen_at`: when the start before last wrote metrics
   saved   the checkpoint of `step` is finished
-  bad     `step` was skipped, or stands out; `why`, `rows` that it read
-  end     with exit `code` and `text`; missing where the process was killed
+  bad     `step` was skipped or is a spike; `why`, and `rows` that it read
+  end     exit `code` and `text`; missing if the process was killed
 
-`saved` and `end` also hold the seconds since the start, by what was done.
+`saved` and `end` also hold the seconds since the start, by phase.
 """
 
 import dataclasses
@@ -22,20 +22,20 @@ from typing import Any
 from dsv3_jax.trainer import exit_codes, metrics_writer
 
 FILE = "events.jsonl"
-TRIES = 3  # failed starts in a row, before an older checkpoint is taken
-KINDS = "compiling", "training", "evaluating", "saving"
+TRIES = 3  # failed starts in a row before an older checkpoint is used
+PHASES = "compiling", "training", "evaluating", "saving"
 
 Event = dict[str, Any]
 
 
 def read(workdir: pathlib.Path) -> list[Event]:
-  """All events, oldest first; a torn last line is left out."""
+  """Reads all events, oldest first; skips a torn last line."""
   path = workdir / FILE
   if not path.exists():
     return []
   with open(path, encoding="utf-8", errors="replace") as lines:
-    found = map(_parse, lines)
-    return [event for event in found if event is not None]
+    events = map(_parse, lines)
+    return [event for event in events if event is not None]
 
 
 def _parse(line: str) -> Event | None:
@@ -47,29 +47,26 @@ def _parse(line: str) -> Event | None:
   return event if good and isinstance(event.get("time"), float) else None
 
 
-def add(workdir: pathlib.Path, event: str, **facts: Any) -> None:
+def add(workdir: pathlib.Path, event: str, **fields: Any) -> None:
   """Appends an event."""
-  facts = {"event": event, "time": time.time()} | metrics_writer.to_json(facts)
-  line = json.dumps(facts) + "\n"
+  row = {"event": event, "time": time.time()} | metrics_writer.to_json(fields)
+  line = json.dumps(row) + "\n"
   path = workdir / FILE
   with open(path, "ab+") as file:
-    # What a kill has torn gets a line of its own.
+    # A line that a kill has torn ends here.
     if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
       line = "\n" + line
     file.write(line.encode())
 
 
 def crashes(events: Sequence[Event]) -> tuple[int, int]:
-  """Starts that ended in an error since a checkpoint of a later step.
+  """Counts starts that failed since the last checkpoint of a later step.
 
-  One that was killed says nothing of the run: whoever takes machines away does
-  so again and again, and often at the same place, where most time is spent.
-
-  Args:
-    events: of the run.
+  Starts that were killed do not count: machines that are preempted again and
+  again are often preempted at the same place, where most time is spent.
 
   Returns:
-    Their number, and the latest step of which there was a checkpoint.
+    Number of failed starts, and the latest step that had a checkpoint.
   """
   n, reached = 0, -1
   for event in events:
@@ -85,48 +82,47 @@ def crashes(events: Sequence[Event]) -> tuple[int, int]:
 
 @dataclasses.dataclass
 class GoodputTimer:
-  """Seconds since a start, by what was done."""
+  """Seconds of a start by phase, see `PHASES`."""
 
   since: float = dataclasses.field(default_factory=time.monotonic)
   seconds: dict[str, float] = dataclasses.field(
-    default_factory=lambda: dict.fromkeys(KINDS, 0.0)
+    default_factory=lambda: dict.fromkeys(PHASES, 0.0)
   )
 
-  def lap(self, kind: str) -> float:
-    """Counts the time since the last lap as a kind; returns it."""
+  def lap(self, phase: str) -> float:
+    """Adds the time since the last lap to a phase; returns it."""
     now = time.monotonic()
     lap, self.since = now - self.since, now
-    self.seconds[kind] += lap
+    self.seconds[phase] += lap
     return lap
 
 
 def goodput(events: Sequence[Event]) -> dict[str, float]:
-  """Seconds by what they went into, from the first start to the last event.
+  """Sums the seconds of all starts by phase, up to the last event.
 
-  The kinds of a `GoodputTimer`, and: `lost`, on steps that a later start did
-  again; `starting`, before the first step; `down`, from an end to the next
-  start.
+  Besides `PHASES`: `lost`, on steps that a later start repeated; `starting`,
+  before the first step; `down`, from an end to the next start.
   """
-  kinds = dict.fromkeys(KINDS, 0.0)
+  seconds = dict.fromkeys(PHASES, 0.0)
   other = dict.fromkeys(("starting", "lost", "down"), 0.0)
-  kept, last = {}, None  # `kinds` when a step was saved; the event before
+  at_save, last = {}, None  # `seconds` by saved step; the event before
   for event in events:
     if event["event"] == "start":
       other["starting"] += event["time"] - event["began"]
       if last:
         ended = max(event["seen_at"], last["time"])
         other["down"] += max(event["began"] - ended, 0.0)
-        before = kept.get(event["step"], kinds)
-        other["lost"] += sum(kinds.values()) - sum(before.values())
+        before = at_save.get(event["step"], seconds)
+        other["lost"] += sum(seconds.values()) - sum(before.values())
         other["lost"] += ended - last["time"]
-        kinds = dict(before)
+        seconds = dict(before)
     elif "seconds" in event:
       since = last.get("seconds", {})
-      for kind in KINDS:
-        kinds[kind] += event["seconds"][kind] - since.get(kind, 0.0)
+      for phase in PHASES:
+        seconds[phase] += event["seconds"][phase] - since.get(phase, 0.0)
     else:
       continue
     last = event
     if event["event"] in ("start", "saved"):
-      kept[event["step"]] = dict(kinds)
-  return kinds | other
+      at_save[event["step"]] = dict(seconds)
+  return seconds | other

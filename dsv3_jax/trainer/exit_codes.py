@@ -1,4 +1,4 @@
-"""Exit codes, and which error stands for which."""
+"""Exit codes of programs, and the errors that they stand for."""
 
 import errno
 
@@ -9,40 +9,41 @@ from dsv3_jax.parallel import replica_check
 OK, BAD_INPUT, NOT_FINITE, NO_CHECKPOINT = 0, 2, 3, 4
 INTERNAL, PREEMPTED, STUCK = 70, 75, 124
 
-# Of the storage: full, read-only, broken.
+# Errors of storage: full, read-only, broken.
 _STORAGE = {
   getattr(errno, name)
   for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "ESTALE")
 }
-# Of a path that somebody gave: forbidden, without end, through a file.
+# Errors of a user's path: too long, permission, symlink loop, not a directory.
 _PATH = {errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP, errno.ENOTDIR}
 
 
 class PreemptedError(Exception):
-  """The run was told to leave, and has saved what it did."""
+  """A signal stopped the run, which is saved."""
 
 
 class MismatchError(RuntimeError):
-  """A step that was done again gave something else."""
+  """A replayed step gave other numbers."""
 
 
 class SpikeError(RuntimeError):
-  """Loss or gradient jumped, and the data around it is to be left out."""
+  """Loss or gradient jumped; the data around that step is to be skipped."""
 
   def __init__(self, step: int, text: str):
-    """Remembers where.
+    """Stores where it happened.
 
     Args:
-      step: steps done with the one that jumped.
-      text: what happened.
+      step: steps done, including the step that jumped.
+      text: description.
     """
     super().__init__(text)
     self.step = step
-    self.back_to: int | None = None  # the step of a checkpoint
+    self.back_to: int | None = None  # checkpoint to restart from
 
 
 _CODES = {
   PreemptedError: PREEMPTED,
+  KeyboardInterrupt: PREEMPTED,  # in a notebook; nothing of the run failed
   manifest.MissingError: NO_CHECKPOINT,
   InputError: BAD_INPUT,
   NotFiniteError: NOT_FINITE,
@@ -54,12 +55,12 @@ _CODES = {
 
 
 def code_of(error: BaseException) -> int | None:
-  """The exit code of an error that says what is wrong; None: of a bug."""
+  """Returns the exit code of an expected error; None: it is a bug."""
   if isinstance(error, OSError) and error.errno in _STORAGE:
     return INTERNAL
   if isinstance(error, OSError) and error.errno in _PATH:
     return BAD_INPUT
-  for kind, code in _CODES.items():
-    if isinstance(error, kind):
+  for error_type, code in _CODES.items():
+    if isinstance(error, error_type):
       return code
   return None

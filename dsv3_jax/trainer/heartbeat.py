@@ -1,18 +1,15 @@
-"""What keeps the processes of a run from waiting for each other for ever.
+"""Heartbeat and watchdog: ends all processes when one dies, hangs or is silent.
 
-Each has a thread that watches. It notices that the process makes no steps any
-more. With several processes, all tell process 0 each second where they are, and
-it tells them what all have to know: that one has gone, is silent or stuck, and
-after which step to leave. Whoever hears of an end says why and ends at once,
-which a main thread that waits for a collective could not.
+A thread of each process notices when the process makes no progress. With
+several processes, each sends its step to process 0 every second, and process 0
+tells all others when one is lost or stuck, and after which step to stop. A
+process that learns of an end prints why and exits at once, which a main thread
+that waits for a collective could not.
 """
 
 import collections
-import contextlib
 import dataclasses
 import faulthandler
-import json
-import secrets
 import selectors
 import socket
 import sys
@@ -21,29 +18,26 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from dsv3_jax.errors import InputError
-from dsv3_jax.trainer import exit_codes, preemption
+from dsv3_jax.trainer import exit_codes, peers, preemption
 
 BEAT_S = 1.0
-TEXT = 2000  # characters of an error that others are told
-_TOKEN_BYTES, _ADDRESS_BYTES = 16, 300
-_AGAIN = "; start all again: the run goes on from its newest checkpoint"
+MAX_TEXT = 2000  # characters of an error that other processes get
+_RESTART = "; restart all processes to resume from the newest checkpoint"
 
 
 @dataclasses.dataclass(frozen=True)
 class Timeouts:
-  """How long to wait, in seconds."""
+  """Seconds to wait before a process is given up."""
 
-  heartbeat_s: float = 10.0  # for a sign of life from another process
-  # For a step, or what else is done once there was one; 0: for ever.
+  heartbeat_s: float = 10.0  # for a message from another process
+  # Watchdog timeout of one step or phase, after the first step; 0 disables it.
   stuck_s: float = 1800.0
   grace_s: float = 25.0  # to save after the first signal
 
-  def problems(self) -> list[str]:
-    """What is wrong with it, a line each."""
+  def validate(self) -> list[str]:
+    """Returns what is wrong with the values, one line each."""
     return [
       f"--{flag}={value:g}: must be at least {low:g} s"
       for flag, value, low in (
@@ -55,184 +49,100 @@ class Timeouts:
     ]
 
 
-class _Peer:
-  """A connection to another process; messages are JSON objects, a line each."""
-
-  def __init__(self, channel: socket.socket, index: int):
-    self.channel, self.index = channel, index
-    self.heard = time.monotonic()
-    self._unread = b""
-
-  def send(self, **message: Any) -> None:
-    with contextlib.suppress(OSError):  # that it has gone is read, not written
-      self.channel.sendall(json.dumps(message).encode() + b"\n")
-
-  def receive(self) -> list[dict[str, Any]] | None:
-    """Whole messages that have arrived; None: the other end has gone."""
-    try:
-      got = self.channel.recv(1 << 16)
-    except OSError:
-      got = b""
-    if not got:
-      return None
-    self.heard = time.monotonic()
-    *lines, self._unread = (self._unread + got).split(b"\n")
-    return [json.loads(line) for line in lines]
-
-
 class Heartbeat:
-  """Watches a process while it is entered; else it only counts steps."""
+  """Watches a process, and its peers, while it is entered."""
 
-  def __init__(self, timeouts: Timeouts = Timeouts(), host: str = ""):
+  def __init__(
+    self,
+    timeouts: Timeouts = Timeouts(),
+    host: str = "",
+    own_process: bool = True,
+  ):
     """Prepares to watch.
 
     Args:
       timeouts: how long to wait for what.
-      host: where others reach process 0; "": by the name of its machine.
+      host: address of process 0; "": the name of its machine.
+      own_process: SIGTERM and SIGINT stop the run, and the process exits where
+        it is stuck. Else a process without peers is not watched.
     """
     self._timeouts, self._host = timeouts, host
-    self._index, self._count = 0, 1
-    self._peers: dict[int, _Peer] = {}
-    self._step, self._progress = -1, time.monotonic()  # this process
-    self._steps = collections.defaultdict(lambda: -1)  # others, by index
-    # About leaving, guarded by `_changed`:
-    self._changed = threading.Condition()
-    self._told = False
-    self._ready: dict[int, int] = {}  # in process 0: who waits after which step
-    self._stop_at: int | None = None
+    self._own_process = own_process
+    self._index = 0
+    self._peers: dict[int, peers.Peer] = {}
+    self._step, self._progress_at = -1, time.monotonic()  # of this process
+    self._steps = collections.defaultdict(lambda: -1)  # of others, by index
 
   def __enter__(self) -> "Heartbeat":
-    self._index, self._count = jax.process_index(), jax.process_count()
-    if self._count > 1:
-      self._connect()
-    self._wake, self._waker = socket.socketpair()
-    self._thread = threading.Thread(target=self._watch, daemon=True)
-    self._thread.start()
-    self._listener = preemption.Listener(self._timeouts.grace_s, self.tell)
-    self._listener.__enter__()
+    main = threading.current_thread() is threading.main_thread()
+    if self._own_process and not main:
+      raise InputError("own_process: train in the main thread, or unset it")
+    self._index, count = jax.process_index(), jax.process_count()
+    if count > 1:
+      self._peers = peers.connect_all(
+        self._index, count, self._timeouts.heartbeat_s, self._host
+      )
+    self._vote = preemption.StopVote(self._index, count, self._send)
+    self._thread = None
+    if self._own_process or self._peers:
+      self._wake, self._waker = socket.socketpair()
+      self._thread = threading.Thread(target=self._watch, daemon=True)
+      self._thread.start()
+    self._listener = None
+    if self._own_process:
+      self._listener = preemption.Listener(
+        self._timeouts.grace_s, self.request_stop
+      )
+      self._listener.__enter__()
     return self
 
   def __exit__(
-    self, kind: type | None, error: BaseException | None, _: Any
+    self, error_type: type | None, error: BaseException | None, _: Any
   ) -> None:
-    if error and self._count > 1 and exit_codes.code_of(error) is None:
-      # Where another process has gone, this is what it led to; the thread is
-      # about to say so.
+    if error and self._peers and exit_codes.code_of(error) is None:
+      # A lost process may have caused this error; the thread then reports the
+      # loss, and exits.
       time.sleep(BEAT_S)
-    self._listener.__exit__()
+    if self._listener:
+      self._listener.__exit__()
     code = exit_codes.code_of(error) if error else exit_codes.OK
     if code in (exit_codes.OK, exit_codes.PREEMPTED):
       self._send(leaving=True)
     else:
-      text = f"{kind.__name__}: {error}"[:TEXT]
+      text = f"{error_type.__name__}: {error}"[:MAX_TEXT]
       self._send(end=[code or exit_codes.INTERNAL, text])
-    self._waker.close()
-    self._thread.join()
+    if self._thread:
+      self._waker.close()
+      self._thread.join()
+      self._wake.close()
     for peer in self._peers.values():
       peer.channel.close()
-    self._wake.close()
 
-  def tell(self) -> None:
-    """Asks all processes to leave after a step; from any thread."""
-    with self._changed:
-      if not self._told:
-        self._told = True
-        self._send(stop=True)
-      self._decide()
+  def request_stop(self) -> None:
+    """Asks all processes to stop after a step; from any thread."""
+    self._vote.request()
 
   def progress(self) -> None:
-    """Says that something was done that is no step."""
-    self._progress = time.monotonic()
+    """Resets the watchdog after work that is no step."""
+    self._progress_at = time.monotonic()
 
   def should_continue(self, done: int, last: bool = False) -> bool:
-    """Whether to do another step; called before each, and after the last.
-
-    Once a process was told to leave, all of them wait here until each has said
-    how far it is, and go on to the step of the farthest: one may be ahead of
-    another by the steps that are under way.
+    """Returns whether to start another step; see `StopVote`.
 
     Args:
-      done: steps that were started.
-      last: there is no other one.
+      done: number of steps started.
+      last: there is no further step.
     """
     self._step = done
     self.progress()
-    with self._changed:
-      if last or (self._told and self._stop_at is None):
-        self._say_ready(done)
-      if not last and self._told:
-        self._changed.wait_for(lambda: self._stop_at is not None)
-      return self._stop_at is None or done < self._stop_at
-
-  def _say_ready(self, done: int) -> None:
-    if self._index:
-      self._send(ready=done)
-    else:
-      self._ready[0] = done
-      self._decide()
-
-  def _decide(self) -> None:
-    """In process 0, once all have said how far they are."""
-    everyone = len(self._ready) == self._count
-    if self._told and everyone and self._stop_at is None:
-      self._stop_at = max(self._ready.values())
-      self._send(stop_at=self._stop_at)
-      self._changed.notify_all()
-
-  def _connect(self) -> None:
-    """Process 0 listens; where, and a word to know each other by, is shared."""
-    shared = np.zeros(_TOKEN_BYTES + _ADDRESS_BYTES, np.uint8)
-    with contextlib.ExitStack() as stack:
-      if self._index == 0:
-        server = stack.enter_context(socket.create_server(("", 0)))
-        host, port = self._host or socket.gethostname(), server.getsockname()[1]
-        text = secrets.token_bytes(_TOKEN_BYTES) + f"{host} {port}".encode()
-        shared[: len(text)] = list(text)
-      shared = bytes(multihost_utils.broadcast_one_to_all(shared))
-      token = shared[:_TOKEN_BYTES].hex()
-      host, port = shared[_TOKEN_BYTES:].rstrip(b"\0").decode().split()
-      if self._index == 0:
-        self._accept(server, token)
-      else:
-        address, timeouts = (host, int(port)), self._timeouts.heartbeat_s
-        try:
-          channel = socket.create_connection(address, timeout=timeouts)
-        except OSError as error:
-          raise InputError(
-            f"process 0 does not answer at {host}:{port}, where it hears from"
-            f" the others: {error}"
-          ) from error
-        self._peers[0] = _Peer(channel, 0)
-        self._peers[0].send(hello=self._index, token=token)
-
-  def _accept(self, server: socket.socket, token: str) -> None:
-    deadline = time.monotonic() + self._timeouts.heartbeat_s
-    while missing := set(range(1, self._count)) - self._peers.keys():
-      server.settimeout(max(deadline - time.monotonic(), 0.01))
-      try:
-        channel, _ = server.accept()
-      except TimeoutError:
-        raise InputError(
-          f"{_names(missing)}: no connection to process 0 within"
-          f" {self._timeouts.heartbeat_s:g} s"
-        ) from None
-      channel.settimeout(self._timeouts.heartbeat_s)
-      try:
-        with channel.makefile() as file:
-          hello = json.loads(file.readline(200))
-        if hello["hello"] not in missing or hello["token"] != token:
-          raise ValueError
-      except (OSError, ValueError, TypeError, KeyError):  # not one of ours
-        channel.close()
-        continue
-      self._peers[hello["hello"]] = _Peer(channel, hello["hello"])
+    return self._vote.should_continue(done, last=last)
 
   def _watch(self) -> None:
     with selectors.DefaultSelector() as selector:
       selector.register(self._wake, selectors.EVENT_READ)
       for peer in self._peers.values():
         selector.register(peer.channel, selectors.EVENT_READ, peer)
-      beat = now = time.monotonic()
+      beat_at = now = time.monotonic()
       while True:
         ready = selector.select(BEAT_S / 4)
         before, now = now, time.monotonic()
@@ -240,39 +150,35 @@ class Heartbeat:
           self._end(
             exit_codes.INTERNAL,
             f"process {self._index}, this one, was stopped for"
-            f" {now - before:.0f} s; the others did not wait{_AGAIN}",
+            f" {now - before:.0f} s; the others did not wait{_RESTART}",
           )
         for key, _ in ready:
           if key.data is None:
             return
-          if not self._hear(key.data):
+          if not self._receive(key.data):
             selector.unregister(key.fileobj)
-            del self._peers[key.data.index]
-        if now - beat >= BEAT_S:
+            self._peers.pop(key.data.index).channel.close()
+        if now - beat_at >= BEAT_S:
           self._send(step=self._step)
-          beat = now
-        self._look_for_silence(now)
-        self._look_for_stuck(now)
+          beat_at = now
+        self._check_silence(now)
+        self._check_progress(now)
 
-  def _hear(self, peer: _Peer) -> bool:
-    """Takes in what a process says; false: it says no more."""
+  def _receive(self, peer: peers.Peer) -> bool:
+    """Handles the messages of a peer; returns False if it leaves."""
     messages = peer.receive()
     if messages is None:
-      self._lose(peer, "has gone")
+      self._lose(peer, "disconnected")
     for message in messages:
       match message:
         case {"step": step}:
           self._steps[peer.index] = step
         case {"stop": _}:
-          self.tell()
+          self._vote.request()
         case {"ready": step}:
-          with self._changed:
-            self._ready[peer.index] = step
-            self._decide()
+          self._vote.set_started(peer.index, step)
         case {"stop_at": step}:
-          with self._changed:
-            self._stop_at = step
-            self._changed.notify_all()
+          self._vote.set_stop(step)
         case {"stuck": _}:
           self._end_stuck()
         case {"end": [code, text]} if self._index:
@@ -283,20 +189,22 @@ class Heartbeat:
           return False
     return True
 
-  def _look_for_silence(self, now: float) -> None:
+  def _check_silence(self, now: float) -> None:
+    limit = self._timeouts.heartbeat_s
     for peer in list(self._peers.values()):
-      if now - peer.heard > self._timeouts.heartbeat_s:
-        self._lose(peer, f"is silent for {self._timeouts.heartbeat_s:g} s")
+      if now - peer.heard_at > limit:
+        self._lose(peer, f"sent no heartbeat for {limit:g} s")
 
-  def _lose(self, peer: _Peer, how: str) -> None:
+  def _lose(self, peer: peers.Peer, what: str) -> None:
     step = self._steps[peer.index]
     self._end(
-      exit_codes.INTERNAL, f"process {peer.index} {how}, at step {step}{_AGAIN}"
+      exit_codes.INTERNAL,
+      f"process {peer.index} {what}, at step {step}{_RESTART}",
     )
 
-  def _look_for_stuck(self, now: float) -> None:
+  def _check_progress(self, now: float) -> None:
     limit, begun = self._timeouts.stuck_s, self._step >= 0
-    if not (limit and begun and now - self._progress > limit):
+    if not (limit and begun and now - self._progress_at > limit):
       return
     if self._index:  # process 0 knows who is behind
       self._send(stuck=True)
@@ -305,14 +213,14 @@ class Heartbeat:
       self._end_stuck()
 
   def _end_stuck(self) -> None:
-    """Names who is behind, and therefore who is waited for."""
+    """Names the processes that are behind, for which the others wait."""
     steps = dict(self._steps) | {self._index: self._step}
     least = min(steps.values())
     behind = {index for index, step in steps.items() if step == least}
-    text = f"{_names(behind)}: nothing done for {self._timeouts.stuck_s:g} s"
-    text += f" after step {least} was started"
+    text = f"{peers.names(behind)}: no progress for {self._timeouts.stuck_s:g}"
+    text += f" s after step {least} was started"
     if ahead := steps.keys() - behind:
-      text += f"; {_names(ahead)} did more, and would wait for ever"
+      text += f"; {peers.names(ahead)} did more, and would wait for ever"
     self._end(exit_codes.STUCK, text)
 
   def _end(self, code: int, text: str) -> None:
@@ -321,12 +229,8 @@ class Heartbeat:
       self._send(end=[code, text])
     if code == exit_codes.STUCK:
       faulthandler.dump_traceback(sys.stderr, all_threads=True)
-    preemption.leave(code, text)
+    preemption.exit_now(code, text)
 
   def _send(self, **message: Any) -> None:
     for peer in list(self._peers.values()):
       peer.send(**message)
-
-
-def _names(indices: set[int]) -> str:
-  return "process " + ", ".join(map(str, sorted(indices)))

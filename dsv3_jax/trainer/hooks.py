@@ -1,4 +1,4 @@
-"""What a run does besides training: comparisons, evaluations, checkpoints."""
+"""TrainHooks: replica checks, evaluations and checkpoints of a training run."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,13 +12,19 @@ from dsv3_jax.data import loader, packing, tokenized_corpus, tokenizer
 from dsv3_jax.evals import hidden, likelihood
 from dsv3_jax.infer import engine, inference_params
 from dsv3_jax.parallel import device_mesh, replica_check
-from dsv3_jax.trainer import event_log, heartbeat
+from dsv3_jax.trainer import (
+  event_log,
+  heartbeat,
+  loop,
+  metrics_writer,
+  step_monitor,
+)
 
 
 def checkpoint_metadata(
   source: loader.BatchSource, step: int
 ) -> dict[str, Any]:
-  """What a checkpoint holds beside the state."""
+  """Describes data, model and position in the data, to save with a state."""
   return {
     "data": source.corpus.digests | {"seed": source.seed},
     "model": config.flatten(source.run.model),
@@ -27,67 +33,71 @@ def checkpoint_metadata(
 
 
 @dataclasses.dataclass
-class TrainHooks:
-  """What a run does now and then besides training."""
+class TrainHooks(loop.Hooks):
+  """Work of a run besides its steps."""
 
   source: loader.BatchSource
   mesh: jax.sharding.Mesh
   checkpoints: checkpointer.Checkpointer
-  book: Any
-  record: Callable[..., None]
-  watch: event_log.GoodputTimer
-  line: heartbeat.Heartbeat
+  writer: metrics_writer.MetricsWriter | metrics_writer.NullWriter
+  record: Callable[..., None]  # appends to the event log
+  timer: event_log.GoodputTimer
+  watchdog: heartbeat.Heartbeat
   average: ema.Average | None
-  heldout: dict[str, float] = dataclasses.field(default_factory=dict)  # last
+  monitor: step_monitor.StepMonitor
+  heldout: dict[str, float] = dataclasses.field(default_factory=dict)  # newest
 
   def should_continue(self, done: int) -> bool:
-    """Whether to do another step; sees whether saving went well."""
-    self._saving(self.checkpoints.check)
-    return self.line.should_continue(done)
+    """Returns whether to start a step; checks the save that is under way."""
+    self._run_save(self.checkpoints.check)
+    return self.watchdog.should_continue(done)
+
+  def report(self, done: int, metrics: train.Metrics) -> None:
+    """Writes the row of a step, see `StepMonitor.report`."""
+    self.monitor.report(done, metrics)
 
   def check(self, state: train.TrainState) -> None:
-    """Compares what devices hold alike."""
+    """Compares the copies of replicated arrays."""
     replica_check.check_replicas(state, self.mesh)
 
   def evaluate(self, state: train.TrainState) -> None:
     """Writes the likelihood of held-out text, and a sample."""
     run, mesh, data = self.source.run, self.mesh, self.source.corpus
-    found = _heldout(state, data, run, mesh)
+    scores = _heldout(state, data, run, mesh)
     if run.evaluate.ema:
-      places = jax.tree.map(lambda a: a.sharding, state.params)
-      averaged = jax.device_put(self.average.params(), places)
+      shardings = jax.tree.map(lambda a: a.sharding, state.params)
+      averaged = jax.device_put(self.average.params(), shardings)
       averaged = state.replace(params=averaged)
-      more = _heldout(averaged, data, run, mesh)
-      found |= {f"{name}_ema": value for name, value in more.items()}
-    self.heldout.update(found)
-    row = {"step": int(state.step)} | found
+      ema_scores = _heldout(averaged, data, run, mesh)
+      scores |= {f"{name}_ema": value for name, value in ema_scores.items()}
+    self.heldout.update(scores)
+    row = {"step": int(state.step)} | scores
     if run.evaluate.sample_tokens:
       row["sample"] = _sample(state, data.tokenizer, run, mesh)
-    self.book.evaluation(row)
-    self.line.progress()
-    self.watch.lap("evaluating")
+    self.writer.write(row)
+    self.watchdog.progress()
+    self.timer.lap("evaluating")
 
   def save(self, state: train.TrainState) -> None:
     """Starts saving the state and the average."""
-    step = int(state.step)
-    beside = checkpoint_metadata(self.source, step)
+    metadata = checkpoint_metadata(self.source, int(state.step))
     average = self.average.params() if self.average else None
-    self._saving(self.checkpoints.wait)
-    self._saving(lambda: self.checkpoints.save(state, beside, average))
-    self.line.progress()
-    self.watch.lap("saving")
+    self._run_save(self.checkpoints.wait)
+    self._run_save(lambda: self.checkpoints.save(state, metadata, average))
+    self.watchdog.progress()
+    self.timer.lap("saving")
 
-  def _saving(self, work: Callable[[], int | None]) -> None:
-    """Does a part of saving; takes down what it finished."""
+  def _run_save(self, work: Callable[[], int | None]) -> None:
+    """Runs a part of saving; logs the step that it finished."""
     try:
       step = work()
     except checkpointer.SaveError as error:
       if self.source.run.checkpoint.on_error == "stop":
         raise
-      self.book.note(f"{error}; going on")
+      self.writer.note(f"{error}; training continues")
       return
     if step is not None:
-      self.record("saved", step=step, seconds=self.watch.seconds)
+      self.record("saved", step=step, seconds=self.timer.seconds)
 
   def finish(self, done: int) -> None:
     """Waits for the last save.
@@ -95,8 +105,8 @@ class TrainHooks:
     Raises:
       SaveError: there is no checkpoint of the last step.
     """
-    self._saving(self.checkpoints.wait)
-    self.watch.lap("saving")
+    self._run_save(self.checkpoints.wait)
+    self.timer.lap("saving")
     if jax.process_index() == 0 and done not in self.checkpoints.steps():
       raise checkpointer.SaveError(
         f"{self.checkpoints.folder(done)}: the last step is not saved"
@@ -110,17 +120,17 @@ def _heldout(
   mesh: jax.sharding.Mesh,
 ) -> dict[str, float]:
   model = hidden.EvalModel(state.params, state.router_bias, run, mesh)
-  found = {}
+  by_domain = {}
   for domain in data.domains:
     rows, mask = packing.heldout_windows(
       domain.heldout_tokens, run.data.seq_len
     )
     if run.data.segment_mask:
       mask &= rows[:, 1:] != run.data.segment_start
-    found[domain.name] = likelihood.heldout(
+    by_domain[domain.name] = likelihood.heldout(
       model, rows, mask, domain.heldout.text_bytes
     )
-  return likelihood.joined(found)
+  return likelihood.joined(by_domain)
 
 
 def _sample(
@@ -129,14 +139,14 @@ def _sample(
   run: config.Run,
   mesh: jax.sharding.Mesh,
 ) -> str:
-  """Text that process 0 lets the model write from nothing, on one device."""
-  parts = state.params, state.router_bias, state.step
-  params, bias, step = device_mesh.on_first_device(parts, mesh)
+  """Generates text without a prompt, in process 0 on one device."""
+  arrays = state.params, state.router_bias, state.step
+  params, bias, step = device_mesh.on_first_device(arrays, mesh)
   n = run.evaluate.sample_tokens
   if jax.process_index() or not n:
     return ""
   model = config.override(run.model, "mtp.depth=0")
-  writer = engine.Engine(
+  generator = engine.Engine(
     inference_params.from_params(params, bias, model),
     model,
     n_slots=1,
@@ -150,5 +160,5 @@ def _sample(
     seed=int(step),
     stop=(tokenizer.EOS_ID,),
   )
-  events = writer.run([request])
+  events = generator.run([request])
   return tok.decode([e.token for e in events if e.finish_reason != engine.STOP])

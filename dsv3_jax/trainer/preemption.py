@@ -1,4 +1,4 @@
-"""Leaving when told to: SIGTERM and SIGINT."""
+"""Preemption: signals, and agreement on the step after which to stop."""
 
 import os
 import signal
@@ -12,20 +12,20 @@ SIGNALS = signal.SIGTERM, signal.SIGINT
 
 
 class Listener:
-  """Hears signals while it is entered, whatever the main thread does.
+  """Handles signals in its own thread; the first one starts the grace period.
 
-  After the first one there is a while to save. When it is over, or at a second
-  signal, the process ends at once: what was saved before stays as it is.
+  When that is over, or at a second signal, the process exits at once: what was
+  saved before stays as it is.
   """
 
-  def __init__(self, grace_s: float, told: Callable[[], None]):
-    """Prepares to listen.
+  def __init__(self, grace_s: float, on_signal: Callable[[], None]):
+    """Prepares to listen; `__enter__` must be called in the main thread.
 
     Args:
-      grace_s: from the first signal to the end.
-      told: called once, from another thread, at the first signal.
+      grace_s: time from the first signal to the exit.
+      on_signal: called once, from another thread, at the first signal.
     """
-    self._grace_s, self._told = grace_s, told
+    self._grace_s, self._on_signal = grace_s, on_signal
     self._old = {}
 
   def __enter__(self) -> "Listener":
@@ -51,37 +51,106 @@ class Listener:
   def _listen(self) -> None:
     if not (name := self._next()):
       return
-    late = f"not saved in {self._grace_s:g} s; the last checkpoint is whole"
-    over = threading.Timer(self._grace_s, leave, (exit_codes.PREEMPTED, late))
-    over.daemon = True
-    over.start()
-    say(
-      f"{name}: saving, then leaving, in {self._grace_s:g} s at most; again:"
-      " leaving at once"
+    late = f"not saved in {self._grace_s:g} s; the last checkpoint is complete"
+    timer = threading.Timer(
+      self._grace_s, exit_now, (exit_codes.PREEMPTED, late)
     )
-    self._told()
+    timer.daemon = True
+    timer.start()
+    write_line(
+      f"{name}: saving, then exiting, within {self._grace_s:g} s; a second"
+      " signal exits at once"
+    )
+    self._on_signal()
     if again := self._next():
-      leave(exit_codes.PREEMPTED, f"{again} again: leaving at once")
-    over.cancel()
+      exit_now(exit_codes.PREEMPTED, f"second signal, {again}: exiting at once")
+    timer.cancel()
 
   def _next(self) -> str:
-    """The next of the signals' names; "": it is over."""
+    """Waits for a signal; returns its name, or "" when listening ends."""
     while byte := os.read(self._read, 1):
       if byte[0] in SIGNALS:
         return signal.Signals(byte[0]).name
     return ""
 
 
-def say(text: str) -> None:
+class StopVote:
+  """Agreement of all processes on the step after which to stop.
+
+  After a request to stop, each process tells process 0 how many steps it has
+  started, and waits. Process 0 picks the most: one process may be ahead of
+  another by the steps that are under way.
+  """
+
+  def __init__(self, index: int, count: int, send: Callable[..., None]):
+    """Begins without a request.
+
+    Args:
+      index: index of this process.
+      count: number of processes.
+      send: sends a message to process 0, or from process 0 to all others.
+    """
+    self._index, self._count, self._send = index, count, send
+    self._changed = threading.Condition()  # guards what follows
+    self._requested = False
+    self._started: dict[int, int] = {}  # in process 0: steps by waiting process
+    self._stop_at: int | None = None
+
+  def request(self) -> None:
+    """Asks all processes to stop; from any thread."""
+    with self._changed:
+      if not self._requested:
+        self._requested = True
+        self._send(stop=True)
+      self._decide()
+
+  def set_started(self, index: int, done: int) -> None:
+    """In process 0: stores that a process waits after `done` steps."""
+    with self._changed:
+      self._started[index] = done
+      self._decide()
+
+  def set_stop(self, step: int) -> None:
+    """In the others: stores the decision of process 0."""
+    with self._changed:
+      self._stop_at = step
+      self._changed.notify_all()
+
+  def _decide(self) -> None:
+    everyone = len(self._started) == self._count
+    if self._requested and everyone and self._stop_at is None:
+      self._stop_at = max(self._started.values())
+      self._send(stop_at=self._stop_at)
+      self._changed.notify_all()
+
+  def should_continue(self, done: int, *, last: bool) -> bool:
+    """Returns whether to start another step; waits for a pending decision.
+
+    Args:
+      done: number of steps started.
+      last: there is no further step.
+    """
+    with self._changed:
+      if last or (self._requested and self._stop_at is None):
+        if self._index:
+          self._send(ready=done)
+        else:
+          self.set_started(0, done)
+      if not last and self._requested:
+        self._changed.wait_for(lambda: self._stop_at is not None)
+      return self._stop_at is None or done < self._stop_at
+
+
+def write_line(text: str) -> None:
   """Writes a line to stderr, from any thread."""
   try:
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
-  except OSError:  # nobody reads it any more
+  except OSError:  # its reader has ended
     pass
 
 
-def leave(code: int, text: str) -> None:
+def exit_now(code: int, text: str) -> None:
   """Ends the process at once, from any thread."""
-  say(f"error: {text}")
+  write_line(f"error: {text}")
   os._exit(code)

@@ -1,7 +1,6 @@
-"""Does a logged step again: what computes right gets the same bits."""
+"""Replays logged steps and compares them bitwise, to find bad hardware."""
 
 import dataclasses
-from typing import Any
 
 import jax
 
@@ -15,6 +14,7 @@ from dsv3_jax.trainer import (
   event_log,
   exit_codes,
   heartbeat,
+  loop,
   metrics_writer,
   run_args,
   step_monitor,
@@ -22,52 +22,62 @@ from dsv3_jax.trainer import (
   workdir,
 )
 
-_OF_TIME = {"tokens_per_s"}
+_TIMINGS = {"tokens_per_s"}
 
 
-class _Compared(metrics_writer.NullWriter):
-  """A logbook that compares its rows with those of another one."""
+class _Comparison(metrics_writer.NullWriter):
+  """Compares the rows of steps with logged rows."""
 
   def __init__(self, logged: dict[int, metrics_writer.Row]):
     self._logged = logged
-    self.found: list[str] = []  # differences, a line each
-    self.n = 0  # numbers compared
+    self.differences: list[str] = []
+    self.n_numbers = 0
 
-  def step(self, row: metrics_writer.Row) -> None:
+  def write(self, row: metrics_writer.Row) -> None:
     row = metrics_writer.to_json(row)
     step = row["step"]
     if step not in self._logged:
       raise InputError(f"step {step} is not in {metrics_writer.METRICS}")
     logged = self._logged[step]
-    for key in sorted(logged.keys() & row.keys() - _OF_TIME):
-      self.n += 1
+    for key in sorted(logged.keys() & row.keys() - _TIMINGS):
+      self.n_numbers += 1
       if logged[key] != row[key]:
-        self.found.append(
+        self.differences.append(
           f"step {step}: {key} was {logged[key]}, is {row[key]}"
         )
 
 
-def execute(command: run_args.RunArgs, step: int) -> None:
-  """Replays from the newest checkpoint before a step; writes nothing.
+class _Hooks(loop.Hooks):
+  """Reports steps and does nothing else."""
 
-  Every step on the way is compared too. Device number and layout must be those
-  of the run: others sum in another order.
+  def __init__(self, monitor: step_monitor.StepMonitor):
+    self._monitor = monitor
+
+  def report(self, done: int, metrics: train.Metrics) -> None:
+    self._monitor.report(done, metrics)
+
+
+def replay(args: run_args.RunArgs, step: int) -> None:
+  """Replays from the newest checkpoint before `step`; writes nothing.
+
+  Every step on the way is compared too. Number of devices and layout must be
+  those of the run: others sum in another order.
 
   Raises:
     InputError: the step is not logged.
     MissingError: there is no checkpoint before it.
-    MismatchError: something differs; names it.
+    MismatchError: numbers differ; names them.
   """
-  with heartbeat.Heartbeat(command.timeouts, command.processes.host):
-    _replay(command, step)
+  with heartbeat.Heartbeat(
+    args.timeouts, args.processes.host, args.own_process
+  ):
+    _replay(args, step)
 
 
-def _replay(command: run_args.RunArgs, step: int) -> None:
-  run, folder = command.run, command.workdir
-  workdir.check_same(
-    folder, workdir.run_identity(command.variant, command.seed, run)
-  )
-  mesh = distributed.mesh(command.mesh)
+def _replay(args: run_args.RunArgs, step: int) -> None:
+  run, folder = args.run, args.workdir
+  workdir.check_same(folder, workdir.run_identity(args.variant, args.seed, run))
+  mesh = distributed.mesh(args.mesh)
   rows = metrics_writer.read(folder / metrics_writer.METRICS)
   logged = {row["step"]: row for row in rows if "loss" in row}
   if step not in logged:
@@ -76,41 +86,45 @@ def _replay(command: run_args.RunArgs, step: int) -> None:
   checkpoints = checkpointer.Checkpointer(
     folder / "checkpoints", run.checkpoint
   )
-  state = _before(checkpoints, step, train.abstract_state(run, mesh))
+  state = _restore_before(checkpoints, step, train.abstract_state(run, mesh))
   first = int(state.step)
-  facts = checkpoints.metadata(first)
+  metadata = checkpoints.metadata(first)
   checkpoints.close()
-  source = loader.BatchSource(trainer.read_data(command), run, command.seed)
-  left_out = facts["rows"] - source.positions(first).start
-  source = dataclasses.replace(source, n_skipped=left_out)
-  book, nothing = _Compared(logged), lambda *_, **__: None
-  report = step_monitor.StepMonitor(
-    book, source, command.stop, nothing, event_log.GoodputTimer()
+  source = loader.BatchSource(trainer.read_data(args), run, args.seed)
+  n_skipped = metadata["rows"] - source.positions(first).start
+  source = dataclasses.replace(source, n_skipped=n_skipped)
+  comparison = _Comparison(logged)
+  monitor = step_monitor.StepMonitor(
+    comparison,
+    source,
+    args.stop,
+    lambda *_, **__: None,
+    event_log.GoodputTimer(),
   )
-  train.fit(
+  loop.fit(
     state,
     run,
     batches.global_batches(source, first, mesh),
     step,
-    hooks=train.Hooks(report.step, nothing, nothing, nothing),
+    hooks=_Hooks(monitor),
     mesh=mesh,
   )
-  if book.found:
+  if comparison.differences:
     raise exit_codes.MismatchError(
-      "\n".join(book.found)
-      + "\na device that computes wrongly; or another number or kind of"
-      " devices, another layout, another version, --nodeterministic on GPUs"
+      "\n".join(comparison.differences)
+      + "\na device computes wrongly, or the run had another number or type of"
+      " devices, another layout, another version, or --nodeterministic on GPUs"
     )
   if jax.process_index() == 0:
     print(
-      f"steps {first + 1} to {step} again, from checkpoint {first}: all"
-      f" {book.n} numbers are those logged, bit for bit"
+      f"steps {first + 1} to {step} replayed from checkpoint {first}: all"
+      f" {comparison.n_numbers} numbers are bitwise identical"
     )
 
 
-def _before(
+def _restore_before(
   checkpoints: checkpointer.Checkpointer, step: int, like: train.TrainState
-) -> Any:
+) -> train.TrainState:
   steps = [s for s in checkpoints.steps() if s < step]
   if not steps:
     raise manifest.MissingError(

@@ -1,4 +1,4 @@
-"""The folder of a run: what it was made with, and where it stands."""
+"""Workdir of a run: configuration, environment, summary and lock."""
 
 import contextlib
 import fcntl
@@ -21,35 +21,39 @@ from dsv3_jax.interop import open_run
 
 ENV, SUMMARY, LOCK = "env.json", "summary.json", "lock"
 
-# Settings that change when things are looked at and where they are computed,
-# not what is trained.
-_HARMLESS = ("settings.checkpoint.", "settings.evaluate.", "settings.parallel.")
+# Settings of when to evaluate or save and where to compute, not of what is
+# trained: a run may change them.
+_CHANGEABLE = (
+  "settings.checkpoint.",
+  "settings.evaluate.",
+  "settings.parallel.",
+)
 
 
 def run_identity(variant: str, seed: int, run: config.Run) -> dict[str, Any]:
-  """What config.json holds."""
+  """Returns the content of config.json, which identifies the run."""
   return {"variant": variant, "seed": seed, "settings": config.flatten(run)}
 
 
-def _write(path: pathlib.Path, facts: dict[str, Any]) -> None:
+def _write(path: pathlib.Path, content: dict[str, Any]) -> None:
   partial = path.with_suffix(".partial")
-  partial.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+  partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
   os.replace(partial, path)
 
 
-def _flat(facts: dict[str, Any]) -> dict[str, Any]:
-  settings = {f"settings.{k}": v for k, v in facts["settings"].items()}
-  return {"seed": facts["seed"], "variant": facts["variant"]} | settings
+def _flat(identity: dict[str, Any]) -> dict[str, Any]:
+  settings = {f"settings.{k}": v for k, v in identity["settings"].items()}
+  return {"seed": identity["seed"], "variant": identity["variant"]} | settings
 
 
-def check_or_create(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
-  """Makes the workdir of a run, or checks that it is this run's.
+def check_or_create(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
+  """Creates the workdir of a run, or checks that it belongs to this run.
 
-  It becomes the run's by `write_config`: settings that turn out to be wrong
-  before that do not stand in the way of right ones.
+  `write_config` makes it the run's, later: settings that prove wrong before
+  that do not claim the folder.
 
   Raises:
-    InputError: it cannot be written, or was made by another configuration.
+    InputError: it cannot be written, or belongs to another configuration.
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -62,21 +66,23 @@ def check_or_create(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
     raise InputError(
       f"--workdir={workdir}: cannot be written: {error}"
     ) from error
-  check_same(workdir, facts)
+  check_same(workdir, identity)
 
 
-def check_same(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
-  """Checks that a workdir is of the run described.
+def check_same(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
+  """Checks that a workdir belongs to a run.
 
   Raises:
-    InputError: it was made by another configuration, or by none.
+    InputError: it belongs to another configuration, or to none.
   """
-  there, here = _flat(open_run.read_config(workdir)), _flat(facts)
+  there, here = _flat(open_run.read_config(workdir)), _flat(identity)
   # A setting newer than the run: its default is what was done without it.
   for name, value in config.default_settings(config.Run).items():
     there.setdefault(f"settings.{name}", value)
   changes = [
-    line for line in config.diff(there, here) if not line.startswith(_HARMLESS)
+    line
+    for line in config.diff(there, here)
+    if not line.startswith(_CHANGEABLE)
   ]
   if changes:
     raise InputError(
@@ -90,20 +96,20 @@ def check_same(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
     )
 
 
-def write_config(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
-  """Makes the workdir that of the run described, if it is of none."""
+def write_config(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
+  """Writes config.json, if there is none."""
   if not (workdir / open_run.CONFIG).exists():
-    _write(workdir / open_run.CONFIG, facts)
+    _write(workdir / open_run.CONFIG, identity)
 
 
 @contextlib.contextmanager
 def lock(workdir: pathlib.Path) -> Iterator[None]:
-  """Keeps other runs out of the workdir while the block runs.
+  """Locks the workdir while the block runs.
 
-  The system lets go of it when the process ends, however it does.
+  The system releases the lock when the process ends, however it does.
 
   Raises:
-    InputError: another process has it; names it.
+    InputError: another process holds the lock; names it.
   """
   with open(workdir / LOCK, "a+", encoding="utf-8") as file:
     try:
@@ -111,8 +117,9 @@ def lock(workdir: pathlib.Path) -> Iterator[None]:
     except BlockingIOError as error:
       file.seek(0)
       raise InputError(
-        f"--workdir={workdir}: {file.read().strip() or 'another process'} is"
-        " at work there; wait for it, or take another folder"
+        f"--workdir={workdir} is locked by"
+        f" {file.read().strip() or 'another process'}; wait for it, or use"
+        " another folder"
       ) from error
     except OSError as error:  # not every shared file system has locks
       logging.warning("%s: cannot be locked: %s", workdir, error)
@@ -123,7 +130,7 @@ def lock(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def _revision() -> str:
-  """The git revision of this code, or that there is none."""
+  """Returns the git revision of this code, or that there is none."""
   folder = pathlib.Path(__file__).parent
   command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
   try:
@@ -149,6 +156,6 @@ def write_environment(workdir: pathlib.Path) -> None:
   )
 
 
-def write_summary(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
+def write_summary(workdir: pathlib.Path, summary: dict[str, Any]) -> None:
   """Writes summary.json: figures for the report."""
-  _write(workdir / SUMMARY, facts)
+  _write(workdir / SUMMARY, summary)

@@ -71,7 +71,6 @@ class ExecuteTest(parameterized.TestCase):
       "seed": 3,
       "stop": 5,
       "mesh": {"data": 1},
-      "processes": distributed.Processes(),
     }
     return run_args.RunArgs(**values | changes)
 

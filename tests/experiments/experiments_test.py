@@ -23,7 +23,7 @@ from dsv3_jax.config import presets
 from dsv3_jax.data.batch import Batch
 from dsv3_jax.interop import open_run
 from dsv3_jax.parallel import device_mesh
-from dsv3_jax.trainer import distributed, metrics_writer, run_args, trainer
+from dsv3_jax.trainer import distributed, metrics_writer, trainer
 from dsv3_jax.trainer import workdir as workdir_lib
 from experiments import cli, pretrain, sample
 
@@ -457,9 +457,14 @@ class StartTest(parameterized.TestCase):
     path = changes.get("path", self.text)
     run = testing.run(f"data.path={path}")
     folder = self.root / "run"
-    seed, alone = changes.get("seed", 0), distributed.Processes()
-    mesh = {"data": 8, "model": 2}
-    return run_args.RunArgs("tiny", run, folder, seed, 4, mesh, alone)
+    return trainer.Trainer(
+      run,
+      folder,
+      variant="tiny",
+      seed=changes.get("seed", 0),
+      stop=4,
+      mesh={"data": 8, "model": 2},
+    )
 
   @parameterized.parameters(
     ("missing.txt", None, "missing.txt"),
@@ -471,7 +476,7 @@ class StartTest(parameterized.TestCase):
     if raw is not None:
       path.write_bytes(raw)
     with self.assertRaisesRegex(ValueError, message):
-      trainer.execute(self.command(path=path))
+      self.command(path=path).fit()
     # The right path can be given next.
     self.assertFalse((self.root / "run" / open_run.CONFIG).exists())
 
@@ -484,7 +489,7 @@ class StartTest(parameterized.TestCase):
     metrics = command.workdir / metrics_writer.METRICS
     metrics.write_text('{"step": 3, "loss": 1.0}\n')
     with self.assertRaisesRegex(manifest.MissingError, "no checkpoint"):
-      trainer.execute(command)
+      command.fit()
     self.assertEqual(metrics.read_text(), '{"step": 3, "loss": 1.0}\n')
 
   def test_sample_says_that_there_is_no_checkpoint(self):

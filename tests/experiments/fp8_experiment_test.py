@@ -97,7 +97,6 @@ class ExecuteTest(parameterized.TestCase):
       "seed": 3,
       "stop": stop,
       "mesh": {"data": 1},
-      "processes": distributed.Processes(),
     }
     return run_args.RunArgs(**values | changes)
 
@@ -161,7 +160,7 @@ class ExecuteTest(parameterized.TestCase):
       "train.max_bad_steps=0",
     )
     with self.assertRaisesRegex(FloatingPointError, "not finite"):
-      trainer.execute(self.command(run=run))
+      trainer.fit(self.command(run=run))
     log = (self.folder / "runs" / "log.txt").read_text()
     self.assertRegex(
       log, r"(?m)step \d: moe/\S+, layer 0: \d+ tiles of the \w+ are not"

@@ -21,7 +21,7 @@ from dsv3_jax.linear import linear, quantize
 from dsv3_jax.linear import recipe as recipe_lib
 from dsv3_jax.model import experts, moe, swiglu, transformer
 from dsv3_jax.parallel import device_mesh, dispatch, layout_check, layouts
-from dsv3_jax.trainer import quantization
+from dsv3_jax.trainer import step_monitor
 
 HOW = config.Precision(recipe="fp8", fp8="*", tile=32, scales="power_of_two")
 CFG = config.Router(n_experts=16, top_k=4, n_groups=8, top_groups=4)
@@ -414,19 +414,19 @@ class WordsTest(absltest.TestCase):
       "gradient": {"moe/mla/out": gradients},
       "weight": {"head": np.array([8.0, 2, 0, 1024, 0, 1])},
     }
-    shares = quantization.shares(counted)
+    shares = step_monitor.fp8_shares(counted)
     self.assertEqual(shares["fp8_gradient_underflow"], 64 / 1536)
     self.assertEqual(shares["fp8_gradient_zero"], 1 / 12)
     self.assertEqual(shares["fp8_activation_underflow"], 0)
     self.assertEqual(shares["fp8_weight_underflow"], 1 / 1024)
     self.assertEqual(
-      list(quantization.not_finite(counted)),
+      list(step_monitor.not_finite_tiles(counted)),
       [
         "moe/mla/out, layer 2: 1 tiles of the gradient are not finite",
         "head: 2 tiles of the weight are not finite",
       ],
     )
-    self.assertEqual(quantization.shares({}), {})
+    self.assertEqual(step_monitor.fp8_shares({}), {})
 
 
 if __name__ == "__main__":

@@ -75,11 +75,11 @@ def write_run(workdir: pathlib.Path, steps: int = STEPS) -> None:
   ) as log:
     for step in range(1, steps + 1):
       row = step_row(rng, step, steps)
-      log.step(row)
+      log.write(row)
       if step % 50 == 0 or step == steps:
         loss = row["main_loss"] + 0.1
         bits = loss / np.log(2) / 2.9
-        log.evaluation(
+        log.write(
           {
             "step": step,
             "heldout_loss": loss,

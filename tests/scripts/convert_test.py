@@ -36,7 +36,7 @@ from dsv3_jax.interop import (
   safetensors,
 )
 from dsv3_jax.parallel import device_mesh
-from dsv3_jax.trainer import distributed, exit_codes, run_args, trainer
+from dsv3_jax.trainer import exit_codes, loop, trainer
 from experiments import cli
 from scripts import convert
 
@@ -336,21 +336,18 @@ class FineTuneTest(ConvertTest):
     text = self.folder / "text.txt"
     text.write_text("It was a bright cold day in April.\n" * 100)
     run = config.override(run, f"data.path={text}")
-    command = run_args.RunArgs(
-      variant="test",
-      run=run,
-      workdir=self.folder / "tuned",
-      seed=0,
+    command = trainer.Trainer(
+      run,
+      self.folder / "tuned",
       stop=1,
       mesh={"data": 8, "model": 2},
-      processes=distributed.Processes("", 1, 0, 1),
       init_from=imported,
     )
     # Before the first step.
     fit = lambda state, *_, **__: state
-    self.enter_context(mock.patch.object(train, "fit", fit))
+    self.enter_context(mock.patch.object(loop, "fit", fit))
     with self.assertRaises(exit_codes.PreemptedError):
-      trainer.execute(command)
+      command.fit()
     got = open_run.load_newest_params(
       command.workdir, run, device_mesh.make_mesh({})
     )

@@ -15,9 +15,9 @@ from absl.testing import absltest
 
 from dsv3_jax import config
 from dsv3_jax.checkpoint import checkpointer, manifest
+from dsv3_jax.errors import NotFiniteError
 from dsv3_jax.trainer import (
   crash_loop,
-  distributed,
   event_log,
   exit_codes,
   metrics_writer,
@@ -46,9 +46,7 @@ class CleanTest(absltest.TestCase):
     super().setUp()
     self.folder = testing.folder(self)
     run = testing.run()
-    self.command = run_args.RunArgs(
-      "tiny", run, self.folder, 0, 9, {}, distributed.Processes()
-    )
+    self.command = run_args.RunArgs(run, self.folder, variant="tiny", stop=9)
     self.store = checkpointer.Checkpointer(
       self.folder / "checkpoints", config.Checkpoint(keep=9)
     )
@@ -80,7 +78,7 @@ class CleanTest(absltest.TestCase):
   def test_goes_back_one_after_more(self):
     self.crash(event_log.TRIES)
     said = self.clean()
-    self.assertRegex(said, "going back to step 4; .*8.suspect keeps the other")
+    self.assertRegex(said, "restarting from step 4; .*8.suspect now")
     self.assertEqual(self.store.steps(), [0, 4])
 
   def test_stays_back_when_it_fails_there(self):
@@ -122,7 +120,7 @@ class CleanTest(absltest.TestCase):
     )
     self.assertEqual(done.returncode, -signal.SIGSEGV)
     said = self.clean()
-    self.assertIn("ended so:\nFatal Python error: Segmentation fault", said)
+    self.assertIn("process:\nFatal Python error: Segmentation fault", said)
     self.assertIn("in recorded_work", said)
     self.assertIn("3 starts failed", said)
     self.assertEqual(self.store.steps(), [0, 4])
@@ -139,7 +137,7 @@ class RecordedTest(absltest.TestCase):
     super().setUp()
     self.folder = testing.folder(self)
     self.command = run_args.RunArgs(
-      "tiny", testing.run(), self.folder, 0, 9, {}, distributed.Processes()
+      testing.run(), self.folder, variant="tiny", stop=9
     )
 
   def recorded(self):
@@ -161,7 +159,7 @@ class RecordedTest(absltest.TestCase):
   def test_an_end_by_an_error(self):
     for error, code in (
       (exit_codes.PreemptedError("told"), exit_codes.PREEMPTED),
-      (FloatingPointError("nan"), exit_codes.NOT_FINITE),
+      (NotFiniteError("nan"), exit_codes.NOT_FINITE),
       (manifest.SaveError("full"), exit_codes.INTERNAL),
       (TypeError("a bug"), exit_codes.INTERNAL),
       (OSError(errno.ENOSPC, "No space left on device"), exit_codes.INTERNAL),

@@ -79,18 +79,18 @@ class ProblemsTest(parameterized.TestCase):
     (("host:1", 2, 1, 0), "--join_timeout=0"),
   )
   def test_says_what_is_wrong(self, fields, message):
-    self.assertIn(message, "\n".join(distributed.Processes(*fields).problems()))
+    self.assertIn(message, "\n".join(distributed.Processes(*fields).validate()))
 
   def test_good_ones(self):
     for fields in ((), ("host:80", 2, 1), ("auto", 1, 0)):
-      self.assertEmpty(distributed.Processes(*fields).problems())
+      self.assertEmpty(distributed.Processes(*fields).validate())
 
 
 class MeshTest(absltest.TestCase):
   def test_must_multiply_to_the_devices(self):
     with self.assertRaisesRegex(ValueError, "to 6, and there are 16 .*data=16"):
       distributed.mesh({"data": 2, "expert": 3})
-    with self.assertRaisesRegex(ValueError, "to 4, .*data=8 with the others"):
+    with self.assertRaisesRegex(ValueError, "to 4, .*data=8 and the other"):
       distributed.mesh({"data": 2, "expert": 2})
 
   def test_all_devices_share_the_data_unless_told(self):

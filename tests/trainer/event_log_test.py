@@ -84,7 +84,7 @@ class GoodputTest(absltest.TestCase):
   def test_adds_up_to_the_time_there_was(self):
 
     def seconds(compiling, training, saving=0.0):
-      kinds = dict.fromkeys(event_log.KINDS, 0.0)
+      kinds = dict.fromkeys(event_log.PHASES, 0.0)
       return kinds | {
         "compiling": compiling,
         "training": training,

@@ -24,7 +24,7 @@ from dsv3_jax.trainer import event_log, exit_codes, workdir
 EVERY = 10  # steps, of checkpoints
 HEARTBEAT_S = 5
 STUCK_S = 15  # longer than compiling takes
-AGAIN = "the run goes on from its newest checkpoint"
+RESTART = "resume from the newest checkpoint"
 
 
 KEPT = tempfile.TemporaryDirectory()
@@ -238,8 +238,8 @@ class SignalTest(Case):
       self.assert_one_goes_on(
         started,
         exit_codes.PREEMPTED,
-        "saving, then leaving",
-        "goes on from there",
+        "saving, then exiting",
+        "rerun the command to resume",
       )
 
   @pytest.mark.fault(
@@ -294,7 +294,7 @@ class SignalTest(Case):
       for _ in range(2):
         started.processes[0].terminate()
         time.sleep(0.5)
-      self.assert_one_goes_on(started, exit_codes.PREEMPTED, "leaving at once")
+      self.assert_one_goes_on(started, exit_codes.PREEMPTED, "exiting at once")
 
   @pytest.mark.slow
   @pytest.mark.fault("F04")
@@ -321,7 +321,7 @@ class SignalTest(Case):
         (refused,) = second.ended()
       (first,) = started.processes
       self.assertEqual(refused.code, exit_codes.BAD_INPUT)
-      self.assertRegex(refused.err, f"process {first.pid} on .* is at work")
+      self.assertRegex(refused.err, f"locked by process {first.pid} on")
       first.kill()
       started.ended()
     self.goes_on()  # the lock went with its process
@@ -370,7 +370,7 @@ class LoopTest(Case):
         started,
         exit_codes.STUCK,
         r"dying.py.* in hang",
-        rf"process 0: nothing done for {STUCK_S} s after step 1[89] was",
+        rf"process 0: no progress for {STUCK_S} s after step 1[89] was",
       )
 
 
@@ -415,7 +415,7 @@ class StorageTest(Case):
       exit_codes.INTERNAL, "--set=checkpoint.on_error=continue", "--steps=60"
     )
     self.assertEqual(self.steps()[-1], 60)
-    self.assertRegex(ended.out, "could not be saved: .*; going on")
+    self.assertRegex(ended.out, "could not be saved: .*; training continues")
     self.assertRegex(ended.err, "the last step is not saved")
     self.launch(wait=True)
     self.assert_whole()
@@ -468,7 +468,7 @@ class StorageTest(Case):
     os.truncate(largest, 10)
     ended = self.launch(wait=True)
     self.assertRegex(ended[0].out, "tiny: 20 of 100")
-    self.assertRegex(ended[0].err, "set aside: .*30.corrupt: .*: 10 bytes")
+    self.assertRegex(ended[0].err, "quarantined: .*30.corrupt: .*: 10 bytes")
     shutil.rmtree(self.run_ / "checkpoints" / "30.corrupt")
     self.assertEqual(
       programs.saved(self.run_, 100), programs.saved(self.whole[self.N], 100)
@@ -511,7 +511,7 @@ class TwoTest(Case):
       others = [i for i in range(self.N) if i != index]
       for each in started.ended(*others):
         self.assertEqual(each.code, exit_codes.INTERNAL, each)
-        self.assertRegex(each.err, f"error: process {index} {says}.*{AGAIN}")
+        self.assertRegex(each.err, f"error: process {index} {says}.*{RESTART}")
         self.assertNotIn("Traceback", each.err)
       self.assertLess(time.monotonic() - began, HEARTBEAT_S + 5)
     self.goes_on()
@@ -529,7 +529,7 @@ class TwoTest(Case):
     steps = set()
     for each in ended:
       self.assertEqual(each.code, exit_codes.PREEMPTED, each)
-      (step,) = re.findall(r"leave after step (\d+), which is", each.err)
+      (step,) = re.findall(r"preempted; step (\d+) is saved", each.err)
       steps.add(step)
     self.assertLen(steps, 1)
     self.goes_on()
@@ -542,22 +542,22 @@ class TwoTest(Case):
     " is bitwise identical",
   )
   def test_another_is_killed(self):
-    self.check_lost(self.N - 1, signal.SIGKILL, "has gone")
+    self.check_lost(self.N - 1, signal.SIGKILL, "disconnected")
 
   @pytest.mark.slow
   @pytest.mark.fault("F07")
   def test_the_first_is_killed(self):
-    self.check_lost(0, signal.SIGKILL, "has gone")
+    self.check_lost(0, signal.SIGKILL, "disconnected")
 
   @pytest.mark.slow
   @pytest.mark.fault("F07")
   def test_another_is_stopped(self):
-    self.check_lost(1, signal.SIGSTOP, f"is silent for {HEARTBEAT_S} s")
+    self.check_lost(1, signal.SIGSTOP, f"sent no heartbeat for {HEARTBEAT_S} s")
 
   @pytest.mark.slow
   @pytest.mark.fault("F07")
   def test_the_first_is_stopped(self):
-    self.check_lost(0, signal.SIGSTOP, f"is silent for {HEARTBEAT_S} s")
+    self.check_lost(0, signal.SIGSTOP, f"sent no heartbeat for {HEARTBEAT_S} s")
 
   @pytest.mark.slow
   @pytest.mark.fault("F08")
@@ -570,7 +570,7 @@ class TwoTest(Case):
         self.assertEqual(each.code, exit_codes.STUCK, each)
         self.assertRegex(
           each.err,
-          f"process 1: nothing done for {STUCK_S} s after step 1[89] was",
+          f"process 1: no progress for {STUCK_S} s after step 1[89] was",
         )
         self.assertIn("most recent call first", each.err)
     self.goes_on()

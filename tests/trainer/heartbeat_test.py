@@ -20,28 +20,28 @@ class HeartbeatTest(parameterized.TestCase):
     ({"grace_s": -0.5}, "--grace_period=-0.5: must be at least 0 s"),
   )
   def test_says_what_is_wrong(self, fields, message):
-    self.assertEqual(heartbeat.Timeouts(**fields).problems(), [message])
+    self.assertEqual(heartbeat.Timeouts(**fields).validate(), [message])
 
   def test_the_default_is_good(self):
-    self.assertEqual(heartbeat.Timeouts().problems(), [])
+    self.assertEqual(heartbeat.Timeouts().validate(), [])
 
   def test_one_process_stops_where_it_is(self):
-    with heartbeat.Heartbeat() as line:
-      self.assertTrue(line.should_continue(0))
-      self.assertTrue(line.should_continue(1))
-      line.tell()
-      self.assertFalse(line.should_continue(2))
+    with heartbeat.Heartbeat() as watchdog:
+      self.assertTrue(watchdog.should_continue(0))
+      self.assertTrue(watchdog.should_continue(1))
+      watchdog.request_stop()
+      self.assertFalse(watchdog.should_continue(2))
 
   def test_is_told_before_the_first_step(self):
-    with heartbeat.Heartbeat() as line:
-      line.tell()
-      self.assertFalse(line.should_continue(7))
+    with heartbeat.Heartbeat() as watchdog:
+      watchdog.request_stop()
+      self.assertFalse(watchdog.should_continue(7))
 
   def test_two_may_follow_each_other(self):
     for _ in range(2):
-      with heartbeat.Heartbeat() as line:
-        self.assertTrue(line.should_continue(0))
-        self.assertTrue(line.should_continue(9, last=True))
+      with heartbeat.Heartbeat() as watchdog:
+        self.assertTrue(watchdog.should_continue(0))
+        self.assertTrue(watchdog.should_continue(9, last=True))
 
 
 class SuperviseTest(parameterized.TestCase):

@@ -43,28 +43,30 @@ def events(workdir: pathlib.Path) -> list[event_pb2.Event]:
   return found
 
 
-class BookTestCase(parameterized.TestCase):
+class WriterTestCase(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     parent = self.enter_context(tempfile.TemporaryDirectory())
-    self.workdir = pathlib.Path(parent) / "run"  # the logbook makes it
+    self.workdir = pathlib.Path(parent) / "run"  # the writer makes it
     self.metrics = self.workdir / "metrics.jsonl"
     clock = mock.patch("time.monotonic", side_effect=lambda: self.now)
     self.enter_context(clock)
     self.enter_context(mock.patch.dict("os.environ", {"TERM": "xterm"}))
     self.now = 100.0
 
-  def book(self, total=10, done=0, stream=None) -> metrics_writer.MetricsWriter:
+  def writer(
+    self, total=10, done=0, stream=None
+  ) -> metrics_writer.MetricsWriter:
     return metrics_writer.MetricsWriter(
       self.workdir, total, done, stream or io.StringIO()
     )
 
 
-class LogbookTest(BookTestCase):
+class MetricsWriterTest(WriterTestCase):
   def write(self, first: int, last: int) -> None:
-    with self.book(done=first - 1) as log:
+    with self.writer(done=first - 1) as log:
       for step in range(first, last + 1):
-        log.step(row(step))
+        log.write(row(step))
 
   def steps(self) -> list[int]:
     return [r["step"] for r in metrics_writer.read(self.metrics)]
@@ -72,15 +74,15 @@ class LogbookTest(BookTestCase):
   def test_rows_round_trip(self):
     load = np.arange(6, dtype=np.int32).reshape(2, 3)
     evaluation = {"step": 1, "heldout_bpb": 1.5, "sample": "“a”\n\ud800"}
-    with self.book() as log:
-      log.step(row(1, load=load, lr=np.float32(0.5)))
-      log.evaluation(evaluation)
+    with self.writer() as log:
+      log.write(row(1, load=load, lr=np.float32(0.5)))
+      log.write(evaluation)
     expected = row(1, load=load.tolist(), lr=0.5)
     self.assertEqual(metrics_writer.read(self.metrics), [expected, evaluation])
 
   def test_a_row_is_on_disk_when_the_call_returns(self):
-    log = self.book()
-    log.step(row(1))
+    log = self.writer()
+    log.write(row(1))
     self.assertEqual(self.steps(), [1])
     log.close()
 
@@ -90,8 +92,8 @@ class LogbookTest(BookTestCase):
 
     bad = [float("inf"), np.float32("nan"), 1.0]
     stream = io.StringIO()
-    with self.book(stream=stream) as log:
-      log.step(row(1, loss=float("nan"), max_vio_per_layer=bad))
+    with self.writer(stream=stream) as log:
+      log.write(row(1, loss=float("nan"), max_vio_per_layer=bad))
     text = self.metrics.read_text()
     parsed = json.loads(text, parse_constant=refuse)
     self.assertIsNone(parsed["loss"])
@@ -101,8 +103,8 @@ class LogbookTest(BookTestCase):
   @parameterized.parameters(3, 5)
   def test_resume_leaves_one_row_a_step(self, done):
     self.write(1, 5)
-    with self.book(done=5) as log:
-      log.evaluation({"step": 5, "heldout_loss": 1.0})
+    with self.writer(done=5) as log:
+      log.write({"step": 5, "heldout_loss": 1.0})
     self.write(done + 1, 6)
     steps = [
       r["step"] for r in metrics_writer.read(self.metrics) if "loss" in r
@@ -127,9 +129,9 @@ class LogbookTest(BookTestCase):
     self.assertEqual(self.steps(), [1])
 
   def test_events_hold_the_scalars_and_purge_on_resume(self):
-    with self.book() as log:
-      log.step(row(1, max_vio_per_layer=[0.5, None], load=[[1, 2]]))
-      log.evaluation({"step": 1, "heldout_bpb": 1.5, "sample": "text"})
+    with self.writer() as log:
+      log.write(row(1, max_vio_per_layer=[0.5, None], load=[[1, 2]]))
+      log.write({"step": 1, "heldout_bpb": 1.5, "sample": "text"})
     written = {
       value.tag: value.simple_value
       for event in events(self.workdir)
@@ -147,12 +149,12 @@ class LogbookTest(BookTestCase):
     self.assertLen(list((self.workdir / "tensorboard").iterdir()), 2)
 
 
-class ProgressTest(BookTestCase):
+class ProgressTest(WriterTestCase):
   def test_pipe_gets_a_line_every_five_seconds(self):
     stream = io.StringIO()
-    with self.book(stream=stream) as log:
+    with self.writer(stream=stream) as log:
       for step in range(1, 9):
-        log.step(row(step))
+        log.write(row(step))
         self.now += 2
     lines = stream.getvalue().splitlines()
     shown = [line.split()[1] for line in lines]
@@ -163,11 +165,11 @@ class ProgressTest(BookTestCase):
 
   def test_line_says_what_a_person_wants_to_know(self):
     stream = io.StringIO()
-    with self.book(stream=stream) as log:
-      log.step(row(1))
-      log.evaluation({"step": 1, "heldout_loss": 4.0, "heldout_bpb": 1.987})
+    with self.writer(stream=stream) as log:
+      log.write(row(1))
+      log.write({"step": 1, "heldout_loss": 4.0, "heldout_bpb": 1.987})
       self.now += 60
-      log.step(row(4))
+      log.write(row(4))
     line = stream.getvalue().splitlines()[-1]
     # Three steps took 60 s and six are left.
     self.assertEqual(
@@ -179,9 +181,9 @@ class ProgressTest(BookTestCase):
 
   def test_terminal_rewrites_one_line(self):
     stream = Terminal()
-    with self.book(stream=stream) as log:
+    with self.writer(stream=stream) as log:
       for step in range(1, 5):
-        log.step(row(step))
+        log.write(row(step))
         self.now += 1
       live = stream.getvalue()
     self.assertNotIn("\n", live)
@@ -193,9 +195,9 @@ class ProgressTest(BookTestCase):
 
   def test_evaluation_always_gets_a_line_and_its_sample_one(self):
     stream = Terminal()
-    with self.book(stream=stream) as log:
-      log.step(row(1))
-      log.evaluation(
+    with self.writer(stream=stream) as log:
+      log.write(row(1))
+      log.write(
         {
           "step": 1,
           "heldout_loss": 4.0,
@@ -212,7 +214,7 @@ class ProgressTest(BookTestCase):
   def test_letters_that_the_stream_cannot_show_are_escaped(self):
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
-    with self.book(stream=stream) as log:
+    with self.writer(stream=stream) as log:
       log.note("“quoted”")
     self.assertEqual(raw.getvalue(), b"\\u201cquoted\\u201d\n")
 

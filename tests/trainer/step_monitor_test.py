@@ -22,7 +22,7 @@ class Book(metrics_writer.NullWriter):
   def __init__(self):
     self.rows, self.notes = [], []
 
-  def step(self, row):
+  def write(self, row):
     self.rows.append(row)
 
   def note(self, text):
@@ -79,9 +79,9 @@ class ReporterTest(parameterized.TestCase):
   @pytest.mark.fault("F29")
   def test_a_bad_step_is_told_with_what_it_read(self):
     report = self.setting(left_out=7)
-    report.step(1, self.metrics())
+    report.report(1, self.metrics())
     self.assertEqual((self.book.notes, self.events), ([], []))
-    report.step(2, self.metrics(loss=np.nan))
+    report.report(2, self.metrics(loss=np.nan))
     size = self.run_.phase(1).batch_size
     first = self.run_.rows_before(1) + 7
     (line,), ((event, facts),) = self.book.notes, self.events
@@ -99,20 +99,20 @@ class ReporterTest(parameterized.TestCase):
     report = self.setting("train.max_bad_steps=2")
     bad = self.metrics(grad_norm=np.inf)
     for step in (1, 2, 4, 5):
-      report.step(step, bad)
+      report.report(step, bad)
       if step == 2:
-        report.step(3, self.metrics())
+        report.report(3, self.metrics())
     with self.assertRaisesRegex(
       FloatingPointError, "3 steps in a row up to step 6 were not finite"
     ):
-      report.step(6, bad)
+      report.report(6, bad)
     self.assertLen(self.events, 5)
 
   def rise(self, report, n, key, value):
     rng = np.random.default_rng(0)
     for step in range(1, n + 1):
-      report.step(step, self.metrics(*rng.uniform(0.9, 1.1, 2)))
-    report.step(n + 1, self.metrics(**{key: value}))
+      report.report(step, self.metrics(*rng.uniform(0.9, 1.1, 2)))
+    report.report(n + 1, self.metrics(**{key: value}))
 
   @parameterized.parameters(("loss", 3.0), ("grad_norm", 50.0))
   def test_a_jump_is_told(self, key, value):
@@ -134,7 +134,7 @@ class ReporterTest(parameterized.TestCase):
   def test_a_jump_does_not_make_the_next_one_small(self):
     report = self.setting("train.spike_factor=2")
     self.rise(report, 30, "loss", 3.0)
-    report.step(32, self.metrics(loss=3.0))
+    report.report(32, self.metrics(loss=3.0))
     self.assertLen(self.events, 2)
 
   def test_steps_before_a_restart_count(self):
@@ -144,7 +144,7 @@ class ReporterTest(parameterized.TestCase):
     with self.assertRaisesRegex(
       exit_codes.SpikeError, "step 31 jumped"
     ) as caught:
-      report.step(31, self.metrics(loss=3.0))
+      report.report(31, self.metrics(loss=3.0))
     self.assertEqual(caught.exception.step, 31)
 
   def test_a_window_needs_a_factor(self):

@@ -25,7 +25,6 @@ from dsv3_jax.trainer import (
   event_log,
   exit_codes,
   metrics_writer,
-  run_args,
   step_monitor,
   trainer,
   workdir,
@@ -75,21 +74,15 @@ class CheckedRunTest(absltest.TestCase):
       "evaluate.sample_tokens=0",
       *settings,
     )
-    return run_args.RunArgs(
-      "tiny",
-      run,
-      self.folder / "run",
-      seed=0,
-      stop=4,
-      mesh={"data": 2},
-      processes=distributed.Processes(),
+    return trainer.Trainer(
+      run, self.folder / "run", variant="tiny", stop=4, mesh={"data": 2}
     )
 
   def train(self, make_step=compiled_step, *settings):
     """Four steps on two devices; exit code and what it said."""
     command = self.command(*settings)
     with mock.patch.object(train, "make_step", make_step):
-      return self.ended(functools.partial(trainer.execute, command))
+      return self.ended(lambda: command.fit() and None)
 
   def ended(self, work):
     with (
@@ -230,7 +223,7 @@ class NumbersTest(CheckedRunTest):
       "train.spike_skip=1",
     )
     self.assertEqual(code, exit_codes.NOT_FINITE)
-    self.assertRegex(err, "jumped: .*with other data after step 2 it was no")
+    self.assertRegex(err, "jumped: .*other data after step 2 did not help 3")
     self.assertEqual([event["step"] for event in self.events("bad")], [3] * 4)
 
   def test_a_damaged_average_is_a_damaged_checkpoint(self):
@@ -262,7 +255,7 @@ class NumbersTest(CheckedRunTest):
 
   def replay(self, step):
     self.patch(train, "make_step", compiled_step)
-    work = functools.partial(replay_lib.execute, self.command(), step)
+    work = functools.partial(replay_lib.replay, self.command(), step)
     return self.ended(work)
 
   @pytest.mark.fault(
@@ -274,7 +267,7 @@ class NumbersTest(CheckedRunTest):
     self.train()
     before = sorted(self.folder.rglob("*"))
     self.assertEqual(self.replay(3), (exit_codes.OK, ""))
-    self.assertRegex(self.said, "steps 3 to 3 again, .*: all .* bit for bit")
+    self.assertRegex(self.said, "steps 3 to 3 replayed .*: all .* bitwise")
     self.assertEqual(sorted(self.folder.rglob("*")), before)
 
   @pytest.mark.fault("F28")

@@ -1,0 +1,103 @@
+"""State that training starts from: checkpoint, another run's, or random."""
+
+import jax
+
+from dsv3_jax import config, ema, param_spec, train
+from dsv3_jax.checkpoint import checkpointer, manifest
+from dsv3_jax.data import loader
+from dsv3_jax.errors import InputError
+from dsv3_jax.interop import open_run
+from dsv3_jax.model import transformer
+from dsv3_jax.trainer import hooks, metrics_writer, run_args
+
+
+def restore_or_create(
+  args: run_args.RunArgs,
+  checkpoints: checkpointer.Checkpointer,
+  source: loader.BatchSource,
+  mesh: jax.sharding.Mesh,
+) -> tuple[train.TrainState, ema.Average | None]:
+  """Restores state and average of the newest good checkpoint, or makes them.
+
+  A new state is saved at once: this shows before any work that saving works,
+  and from then on a workdir without a checkpoint must have lost it.
+
+  Raises:
+    InputError: the checkpoint has another architecture or other data.
+    MissingError: the workdir has metrics but no checkpoint.
+  """
+  run, expected = args.run, hooks.checkpoint_metadata(source, 0)
+  like = train.abstract_state(run, mesh)
+
+  def load(step):
+    saved = checkpoints.metadata(step)
+    # A setting newer than the checkpoint had its default's effect then.
+    model = config.with_current_names(saved["model"])
+    saved["model"] = config.default_settings(config.Model) | model
+    for part in ("model", "data"):
+      if changes := config.diff(saved[part], expected[part]):
+        raise InputError(
+          f"the {part} is not that of {checkpoints.folder(step)} (there ->"
+          " here):\n" + "\n".join(f"  {line}" for line in changes)
+        )
+    state = checkpoints.restore(step, like)
+    return state, _average(run, checkpoints, state)
+
+  if newest := checkpoints.newest(load, quarantine=True):
+    return newest[1]
+  if metrics_writer.read(args.workdir / metrics_writer.METRICS):
+    raise manifest.MissingError(
+      f"{args.workdir} holds metrics of a run but no checkpoint under"
+      f" {checkpoints.directory}; restore it, or start in a new --workdir"
+    )
+  state = train.make_state(run, mesh, args.seed)
+  if args.init_from:
+    state = _with_parameters(state, args, mesh)
+  checkpoints.save(state, expected)
+  checkpoints.wait()
+  return state, _average(run, checkpoints, state)
+
+
+def _with_parameters(
+  state: train.TrainState, args: run_args.RunArgs, mesh: jax.sharding.Mesh
+) -> train.TrainState:
+  """Replaces parameters and router bias by those of `args.init_from`.
+
+  Raises:
+    InputError: that run has another architecture, or no checkpoint.
+  """
+  folder = args.init_from
+  source = config.override(
+    open_run.run_from_config(open_run.read_config(folder)),
+    f"parallel.layout={args.run.parallel.layout}",
+  )
+  if changes := config.diff(_shapes(source.model), _shapes(args.run.model)):
+    raise InputError(
+      f"--init_from={folder} has another architecture (there -> here):\n"
+      + "\n".join(f"  {line}" for line in changes)
+    )
+  params, bias = open_run.load_newest_params(folder, source, mesh)
+  return state.replace(params=params, router_bias=bias)
+
+
+def _shapes(model: config.Model) -> dict[str, str]:
+  specs = param_spec.paths(transformer.specs(model))
+  return {path: str(spec.shape) for path, spec in specs.items()}
+
+
+def _average(
+  run: config.Run,
+  checkpoints: checkpointer.Checkpointer,
+  state: train.TrainState,
+) -> ema.Average | None:
+  """Restores the average of the parameters, or starts one at step 0."""
+  if not run.optim.ema_decay:
+    return None
+  step = int(state.step)
+  if not step:
+    return ema.Average(state.params, run.optim.ema_decay)
+  in_host = jax.tree.map(ema.in_host_memory, state.params)
+  params, _ = checkpoints.restore_parameters(
+    step, state.replace(params=in_host), average=True
+  )
+  return ema.Average(params, run.optim.ema_decay)

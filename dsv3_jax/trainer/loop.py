@@ -1,0 +1,84 @@
+"""Training loop: steps, overlapped with the host's work on the step before."""
+
+from collections.abc import Iterator
+
+import jax
+
+from dsv3_jax import config, ema, train
+from dsv3_jax.data.batch import Batch
+
+
+class Hooks:
+  """Work besides the steps of a loop; each method here does nothing."""
+
+  def should_continue(self, done: int) -> bool:
+    """Returns whether to start a step, when `done` steps were started."""
+    del done
+    return True
+
+  def report(self, done: int, metrics: train.Metrics) -> None:
+    """Receives the metrics of the step after which `done` are done."""
+
+  def check(self, state: train.TrainState) -> None:
+    """Runs every `run.parallel.replica_check_every` steps, before a save."""
+
+  def evaluate(self, state: train.TrainState) -> None:
+    """Runs every `run.evaluate.every` steps and after the last."""
+
+  def save(self, state: train.TrainState) -> None:
+    """Runs every `run.checkpoint.every` steps and after the last."""
+
+
+def fit(
+  state: train.TrainState,
+  run: config.Run,
+  batches: Iterator[Batch],
+  stop: int,
+  *,
+  hooks: Hooks,
+  mesh: jax.sharding.Mesh | None = None,
+  average: ema.Average | None = None,
+) -> train.TrainState:
+  """Trains until `stop` steps are done or a hook says not to continue.
+
+  The host's work on a step overlaps the next step. The state after the last
+  step is always saved, and evaluated if that step is `stop`.
+
+  Args:
+    state: the state to start from; donated.
+    run: the configuration.
+    batches: batches [A, B, T] from the state's step on.
+    stop: number of steps done at the end.
+    hooks: work besides the steps.
+    mesh: devices that share the work; None for one device.
+    average: moving average of the parameters, updated after every step.
+  """
+  step_fn = train.make_step(run, mesh)
+  pending = None
+  done = saved = int(state.step)
+  while done < stop and hooks.should_continue(done):
+    done += 1
+    state, metrics = step_fn(state, next(batches))  # starts, does not wait
+    if average:
+      average.update(done, state.params, metrics["finite"])
+    if pending:
+      hooks.report(*pending)
+    pending = (done, metrics)
+    evaluating = done % run.evaluate.every == 0 or done == stop
+    saving = done % run.checkpoint.every == 0 or done == stop
+    if evaluating or saving:  # a step is reported before its state is saved
+      hooks.report(*pending)
+      pending = None
+    check_every = run.parallel.replica_check_every
+    if check_every and done % check_every == 0:
+      hooks.check(state)
+    if evaluating:
+      hooks.evaluate(state)
+    if saving:
+      hooks.save(state)
+      saved = done
+  if pending:
+    hooks.report(*pending)
+  if saved < done:
+    hooks.save(state)
+  return state
