@@ -20,6 +20,7 @@ from absl.testing import absltest, parameterized
 from dsv3_jax import config, train
 from dsv3_jax.checkpoint import checkpointer, manifest
 from dsv3_jax.config import presets
+from dsv3_jax.data import prepare
 from dsv3_jax.data.batch import Batch
 from dsv3_jax.interop import open_run
 from dsv3_jax.parallel import device_mesh
@@ -498,7 +499,7 @@ class StartTest(parameterized.TestCase):
     command.workdir.mkdir()
     workdir_lib.write_config(command.workdir, facts)
     (command.workdir / "checkpoints").mkdir()
-    trainer.stream.prepare(
+    prepare.prepare(
       command.run.data, command.run.model.vocab_size, command.workdir / "data"
     )
     code, _, err = testing.command_line(
