@@ -1,4 +1,4 @@
-"""A moving average of the parameters in host memory (section 3.2.3).
+"""Moving average of the parameters in host memory (section 3.2.3).
 
 It estimates early how good the model will be after the learning rate's decay.
 Devices hold none of it and do not wait: a step's parameters are copied to the
@@ -17,7 +17,7 @@ BLOCK = 1 << 16  # numbers averaged at a time: they stay in a core's cache
 
 
 def decay_at(step: int, decay: float) -> float:
-  """Weight of the average so far at a step, from 1: less at first.
+  """Computes the weight of the average so far at a step >= 1.
 
   (1 + step) / (10 + step) until that reaches `decay`, so that the first
   parameters are soon forgotten.
@@ -26,16 +26,16 @@ def decay_at(step: int, decay: float) -> float:
 
 
 def in_host_memory(a: jax.Array) -> jax.ShapeDtypeStruct:
-  """The type of the array, in the host memory of its devices."""
+  """Describes the array in the host memory of its devices."""
   to = a.sharding.with_memory_kind("pinned_host")
   return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=to)
 
 
 class Average:
-  """The average of all parameters seen; each process holds its own slices."""
+  """Average of all parameters seen; each process holds its own slices."""
 
   def __init__(self, params: param_spec.Params, decay: float):
-    """Begins with parameters, or goes on from an average in their place."""
+    """Starts from parameters, or from a saved average."""
     self._decay = decay
     leaves, self._structure = jax.tree.flatten(params)
     self._types = [in_host_memory(leaf) for leaf in leaves]
@@ -47,30 +47,30 @@ class Average:
     self._job = None
 
   def update(
-    self, step: int, params: param_spec.Params, good: jax.Array
+    self, step: int, params: param_spec.Params, finite: jax.Array
   ) -> None:
-    """Starts to average in the parameters after a step; does not wait for it.
+    """Starts to add the parameters after a step to the average.
 
-    Waits for the one before, which bounds memory. The parameters may be donated
-    right after.
+    Waits for the update before, which bounds memory, not for this one. The
+    parameters may be donated right after.
 
     Args:
       step: steps done.
       params: as the first ones.
-      good: [] bool; if false, nothing changes.
+      finite: [] bool; if false, nothing changes.
 
     Raises:
-      Exception: what went wrong in the update before.
+      Exception: that of the update before.
     """
     self._wait()
-    # Of what several devices hold alike, one copy.
+    # One copy of each slice, also if several devices hold it.
     slices = [_slices(leaf) for leaf in jax.tree.leaves(params)]
     copies = jax.device_put(slices, jax.tree.map(_host_of, slices))
     decay = decay_at(step, self._decay)
-    self._job = self._thread.submit(self._average, copies, good, decay)
+    self._job = self._thread.submit(self._average, copies, finite, decay)
 
-  def _average(self, copies, good, decay):
-    if not good:
+  def _average(self, copies, finite, decay):
+    if not finite:
       return
     weight = np.float32(1 - decay)
     for slices, copy in zip(self._slices, copies, strict=True):
@@ -82,15 +82,16 @@ class Average:
       self._job.result()
 
   def params(self) -> param_spec.Params:
-    """The average, divided like the parameters, in host memory."""
+    """Returns the average, sharded like the parameters, in host memory."""
     self._wait()
     arrays = []
-    for kind, slices in zip(self._types, self._slices, strict=True):
-      # Copies: what comes later must not change what is being saved.
-      own = {key: part.copy() for key, part in slices.items()}
-      of = functools.partial(_slice_of, own, kind.shape)
-      made = jax.make_array_from_callback(kind.shape, kind.sharding, of)
-      arrays.append(made)
+    for like, slices in zip(self._types, self._slices, strict=True):
+      # Copies: later updates must not change arrays that are being saved.
+      copies = {key: part.copy() for key, part in slices.items()}
+      get_slice = functools.partial(_slice_of, copies, like.shape)
+      arrays.append(
+        jax.make_array_from_callback(like.shape, like.sharding, get_slice)
+      )
     return jax.tree.unflatten(self._structure, arrays)
 
   def close(self) -> None:
@@ -114,15 +115,15 @@ def _key(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple:
 
 
 def _slices(a: jax.Array) -> dict[tuple, jax.Array]:
-  """What this process holds of an array, each part once."""
-  found = {}
+  """Returns the slices of an array that this process holds, each once."""
+  slices = {}
   for shard in a.addressable_shards:
-    found.setdefault(_key(shard.index, a.shape), shard.data)
-  return found
+    slices.setdefault(_key(shard.index, a.shape), shard.data)
+  return slices
 
 
 def _host_of(part: jax.Array) -> jax.sharding.Sharding:
-  """The host memory of the device that holds it."""
+  """Returns the sharding in the host memory of its device."""
   return part.sharding.with_memory_kind("pinned_host")
 
 

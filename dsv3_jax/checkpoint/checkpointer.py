@@ -1,10 +1,10 @@
-"""Checkpoints that can be believed: orbax, digests, and what to fall back on.
+"""Verified checkpoints: Orbax arrays with checksums; fallback to older steps.
 
-A folder a step. Orbax writes the arrays under a temporary name; then come the
-digest of every array and the caller's facts, in a manifest; then the folder
-gets its name, so that one with a name and a whole manifest is finished. Digests
-are of arrays in the devices' memory, compared after they were read back into
-it: what happens in between is noticed, wherever it happens.
+Each step has a folder. Orbax writes the arrays under a temporary name; then a
+manifest gets the checksum of every array and the caller's metadata; then the
+folder gets its name, so that a folder with a name and a complete manifest is
+finished. Checksums are of arrays in device memory, and are compared after the
+arrays were read back into it: damage anywhere in between is detected.
 """
 
 import os
@@ -27,21 +27,21 @@ DamagedError, MissingError = manifest.DamagedError, manifest.MissingError
 SaveError = manifest.SaveError
 T = TypeVar("T")
 
-# What is not a checkpoint, by the end of its name: being written, being
-# removed, found damaged, set aside since runs from it failed.
+# Suffixes of folders that are no checkpoints: being written, being removed,
+# quarantined as damaged, quarantined since runs from it failed.
 _TEMPORARY, _REMOVED = ".orbax-checkpoint-tmp", ".removed"
 CORRUPT, SUSPECT = ".corrupt", ".suspect"
 
 
 class Checkpointer:
-  """The checkpoints of a run."""
+  """Saves, verifies and restores the checkpoints of a run."""
 
   def __init__(self, directory: pathlib.Path, cfg: config.Checkpoint):
-    """Opens a folder, which is made if it is not there.
+    """Opens a folder, and makes it if needed.
 
     Args:
       directory: the folder.
-      cfg: which steps to keep.
+      cfg: settings, such as which steps to keep.
     """
     orbax_io.silence()
     self.directory = directory.absolute()
@@ -57,19 +57,19 @@ class Checkpointer:
     )
 
   def folder(self, step: int) -> pathlib.Path:
-    """Where a step is."""
+    """Returns the folder of a step."""
     return self.directory / str(step)
 
   def steps(self) -> list[int]:
-    """Finished steps that hold the files they should, oldest first."""
-    return [step for step in self._named() if not self._problem(step)]
+    """Lists finished steps with the files of their manifests, oldest first."""
+    return [step for step in self._all_steps() if not self._problem(step)]
 
   def problems(self) -> dict[int, str]:
-    """Steps that do not, and why."""
-    found = {step: self._problem(step) for step in self._named()}
-    return {step: problem for step, problem in found.items() if problem}
+    """Maps each damaged step to its problem."""
+    problems = {step: self._problem(step) for step in self._all_steps()}
+    return {step: problem for step, problem in problems.items() if problem}
 
-  def _named(self) -> list[int]:
+  def _all_steps(self) -> list[int]:
     names = os.listdir(self.directory)
     return sorted(int(name) for name in names if _is_step(name))
 
@@ -81,7 +81,7 @@ class Checkpointer:
     return ""
 
   def metadata(self, step: int) -> dict[str, Any]:
-    """What was saved beside the arrays of a step; all processes call it.
+    """Reads the metadata of a step; all processes call it.
 
     Raises:
       DamagedError: it is damaged.
@@ -89,14 +89,14 @@ class Checkpointer:
     return self._manifest(step).metadata
 
   def _manifest(self, step: int) -> manifest.Manifest:
-    """That of a step, if all processes can read it."""
-    found, problem = None, ""
+    """Reads the manifest of a step, if all processes can."""
+    saved, problem = None, ""
     try:
-      found = manifest.read(self.folder(step))
+      saved = manifest.read(self.folder(step))
     except DamagedError as error:
       problem = str(error)
     _agree(problem)
-    return found
+    return saved
 
   def save(
     self,
@@ -130,48 +130,48 @@ class Checkpointer:
       manifest.write(folder, step, arrays, metadata)
 
     self._saving, self._finish = step, finish
-    self._raising(
+    self._run(
       lambda: self._saver.save(
         self.folder(step), args=ocp.args.PyTreeSave(orbax_io.orbax_keys(leaves))
       )
     )
 
   def _finalize(self) -> None:
-    """In process 0, when all files are there and the name is still temporary.
+    """Writes the manifest, in process 0 before the folder gets its name.
 
-    Called by a thread of orbax.
+    A thread of Orbax calls it.
     """
     (folder,) = self.directory.glob(f"{self._saving}{_TEMPORARY}*")
     self._finish(folder)
 
   def check(self) -> int | None:
-    """The step that was being saved, once it is; does not wait.
+    """Returns the step that was being saved, once it is; does not wait.
 
     Raises:
       SaveError: saving it failed.
     """
     if self._saving is None:
       return None
-    self._raising(self._saver.check_for_errors)
+    self._run(self._saver.check_for_errors)
     if not self.folder(self._saving).exists():
       return None
     return self.wait()
 
   def wait(self) -> int | None:
-    """Waits for the save that was started; its step, if there was one.
+    """Waits for the save that was started; returns its step, if any.
 
     Raises:
       SaveError: it failed.
     """
     if self._saving is None:
       return None
-    self._raising(self._saver.wait_until_finished)
+    self._run(self._saver.wait_until_finished)
     step, self._saving = self._saving, None
     self._remove_old()
     return step
 
-  def _raising(self, work: Callable[[], None]) -> None:
-    """Does a part of saving; what was written goes where it fails."""
+  def _run(self, work: Callable[[], None]) -> None:
+    """Runs a part of saving; if it fails, removes what was written."""
     if not (problem := orbax_io.first_error_line(work)):
       return
     step, self._saving = self._saving, None
@@ -193,17 +193,17 @@ class Checkpointer:
         _remove(self.folder(step))
 
   def close(self) -> None:
-    """Waits for what is being saved, and ends the threads; never raises."""
+    """Waits for the save under way and ends the threads; never raises."""
     if problem := orbax_io.first_error_line(self._saver.close):
       logging.warning("%s: %s", self.directory, problem)
 
   def repair(self) -> list[str]:
-    """Removes what a killed run left; sets aside what is no checkpoint.
+    """Removes leftovers of a killed run; quarantines damaged checkpoints.
 
-    For the one process that writes here.
+    Only the process that writes here may call it.
 
     Returns:
-      What was set aside, a line each.
+      One line for each quarantined checkpoint.
     """
     for name in os.listdir(self.directory):
       if _TEMPORARY in name or name.endswith(_REMOVED):
@@ -213,33 +213,33 @@ class Checkpointer:
       lines.append(f"{self.quarantine(step, CORRUPT)}: {problem}")
     return lines
 
-  def quarantine(self, step: int, kind: str) -> pathlib.Path:
-    """Takes a step out of those to be read; keeps its files, once.
+  def quarantine(self, step: int, suffix: str) -> pathlib.Path:
+    """Renames a checkpoint so that it is not read; keeps the last such folder.
 
     Args:
-      step: which.
-      kind: CORRUPT or SUSPECT.
+      step: step of the checkpoint.
+      suffix: CORRUPT or SUSPECT.
 
     Returns:
-      The folder it is now.
+      The new folder.
     """
-    aside = self.folder(step).with_suffix(kind)
-    if aside.exists():
-      _remove(aside)
-    self.folder(step).rename(aside)
-    return aside
+    folder = self.folder(step).with_suffix(suffix)
+    if folder.exists():
+      _remove(folder)
+    self.folder(step).rename(folder)
+    return folder
 
   def restore(self, step: int, like: train.TrainState) -> train.TrainState:
-    """The state of a step.
+    """Restores the state of a step.
 
     Args:
-      step: which one.
-      like: shapes, types and places, see `train.abstract_state`; the places
-        need not be those it was saved from.
+      step: step of the checkpoint.
+      like: shapes, types and shardings, see `train.abstract_state`; they may
+        differ from the shardings that the state was saved with.
 
     Raises:
       DamagedError: it is damaged.
-      InputError: it is of another architecture; names what differs.
+      InputError: the architecture differs; names the arrays.
     """
     template = jax.tree.map(
       lambda s, to: s.update(sharding=to.sharding),
@@ -252,12 +252,12 @@ class Checkpointer:
   def restore_parameters(
     self, step: int, like: train.TrainState, *, average: bool = False
   ) -> tuple[param_spec.Params, jax.Array]:
-    """Parameters and router bias of a step; nothing else is read.
+    """Restores only parameters and router bias of a step.
 
     Args:
-      step: which one.
-      like: as of `restore`.
-      average: the parameters' average instead.
+      step: step of the checkpoint.
+      like: as for `restore`.
+      average: restore the parameters' moving average instead.
 
     Raises:
       DamagedError: it is damaged.
@@ -290,16 +290,16 @@ class Checkpointer:
     return jax.tree.unflatten(jax.tree.structure(like), found.values())
 
   def verify(self, step: int) -> None:
-    """Reads all arrays of a step, one after another, on one device.
+    """Reads and verifies all arrays of a step, one by one, on one device.
 
     Raises:
-      DamagedError: something is not as it was saved; names it.
+      DamagedError: an array is not as it was saved; names it.
     """
     for _ in self.arrays(step):
       pass
 
   def arrays(self, step: int) -> Iterator[tuple[str, jax.Array]]:
-    """Names and arrays of a step, whole and on one device.
+    """Yields names and unsharded arrays of a step, on one device.
 
     Raises:
       DamagedError: one is not as it was saved.
@@ -319,7 +319,7 @@ class Checkpointer:
     like: dict[str, jax.ShapeDtypeStruct],
     saved: dict[str, dict[str, Any]],
   ) -> dict[str, jax.Array]:
-    """Arrays by name, with the digests that they were saved with."""
+    """Reads arrays by name and compares their checksums."""
     arrays = {}
 
     def read():
@@ -341,29 +341,27 @@ class Checkpointer:
   def newest(
     self, load: Callable[[int], T], *, quarantine: bool
   ) -> tuple[int, T] | None:
-    """What `load` returns of the newest step for which it is not damaged.
-
-    All processes call it.
+    """Loads the newest step that is not damaged; all processes call it.
 
     Args:
       load: reads a step, as `restore` does.
-      quarantine: also renames damaged steps, which only the run itself may do.
+      quarantine: also quarantine damaged steps, as only the run itself may.
 
     Returns:
-      The step and what was loaded; None: there are no checkpoints at all.
+      The step and the result of `load`; None if there are no checkpoints.
 
     Raises:
-      MissingError: there are, and all are damaged.
+      MissingError: there are checkpoints, and all are damaged.
     """
     steps, problems = self.steps(), list(self.problems().values())
-    aside = sorted(self.directory.glob(f"*{CORRUPT}"))
-    problems += [f"{folder}: was damaged and set aside" for folder in aside]
+    corrupt = sorted(self.directory.glob(f"*{CORRUPT}"))
+    problems += [f"{folder}: was damaged, quarantined" for folder in corrupt]
     for step in reversed(_of_first(steps)):
       try:
         return step, load(step)
       except DamagedError as error:
         problems.append(str(error))
-        logging.error("%s; trying the one before", error)
+        logging.error("%s; trying the checkpoint before", error)
         if quarantine and jax.process_index() == 0:
           self.quarantine(step, CORRUPT)
     if problems:
@@ -378,12 +376,12 @@ def _is_step(name: str) -> bool:
 
 
 def _group(name: str) -> str:
-  """What is read or left as a whole: `state/params` and the like."""
+  """Returns the group that is restored together, such as `state/params`."""
   return "/".join(name.split("/")[:2])
 
 
 def _remove(folder: pathlib.Path) -> None:
-  """A folder loses its name first: a kill leaves nothing half there."""
+  """Removes a folder; renames it first, so that a kill leaves no torn one."""
   going = folder.with_name(folder.name + _REMOVED)
   shutil.rmtree(going, ignore_errors=True)
   folder.rename(going)
@@ -400,7 +398,7 @@ def _agree(problem: str) -> None:
 
 
 def _of_first(steps: Sequence[int]) -> list[int]:
-  """The list of process 0: others may see a folder later."""
+  """Returns the list of process 0; others may see a folder later."""
   if jax.process_count() == 1:
     return list(steps)
   n = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
@@ -409,16 +407,16 @@ def _of_first(steps: Sequence[int]) -> list[int]:
 
 
 def _start_digests(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  """Digests [2] of all leaves, computed where they are."""
-  found = {}
+  """Computes checksums [2] of all leaves, where they are."""
+  digests = {}
   for lead in ("state/", "average/"):  # which may be on other devices
     on_devices = {
       name: jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
       for name, leaf in leaves.items()
       if name.startswith(lead)
     }
-    found |= _digests(on_devices)
-  return found
+    digests |= _digests(on_devices)
+  return digests
 
 
 @jax.jit
@@ -427,5 +425,5 @@ def _digests(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _raw(state: train.TrainState) -> train.TrainState:
-  """The state with its key as plain integers, which files can hold."""
+  """Replaces the PRNG key by plain integers, which files can hold."""
   return state.replace(key=jax.random.key_data(state.key))

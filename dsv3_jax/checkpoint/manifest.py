@@ -1,7 +1,7 @@
-"""What a checkpoint's folder must hold to be one, in its `manifest.json`.
+"""Manifest of a checkpoint: arrays with checksums, files with sizes.
 
-It is the last file that is written before the folder gets its name: a folder
-without a whole one was never finished, or only half copied.
+It is the last file written before the folder gets its name: a folder without a
+complete `manifest.json` was never finished, or only half copied.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ _IGNORED = NAME, "_CHECKPOINT_METADATA", "commit_success.txt"
 
 
 class DamagedError(InputError):
-  """A checkpoint is not what was saved."""
+  """A checkpoint differs from what was saved."""
 
 
 class MissingError(InputError):
-  """A checkpoint was expected and there is none that can be used."""
+  """There is no usable checkpoint."""
 
 
 class SaveError(RuntimeError):
@@ -35,16 +35,16 @@ class SaveError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-  """What was saved."""
+  """Content of a checkpoint."""
 
   step: int
-  # Of each by name: `type`, such as float32[2,3], and `digest`.
+  # By name: `type`, such as float32[2,3], and `digest`.
   arrays: dict[str, dict[str, Any]]
   metadata: dict[str, Any]  # the caller's; `facts` in the file
-  files: dict[str, int]  # path in the folder: bytes
+  files: dict[str, int]  # size in bytes by path in the folder
 
   def __post_init__(self):
-    """TypeError where a field is of another type."""
+    """Raises TypeError if a field has another type."""
     _expect(self.step, int)
     for field in (self.arrays, self.metadata, self.files):
       _expect(field, dict)
@@ -57,9 +57,9 @@ class Manifest:
         raise TypeError(f"{array['type']!r} is no type of an array")
 
 
-def _expect(value: Any, kind: type) -> None:
-  if type(value) is not kind:  # true is no number
-    raise TypeError(f"{value!r} where {kind.__name__} is expected")
+def _expect(value: Any, expected: type) -> None:
+  if type(value) is not expected:  # true is no number
+    raise TypeError(f"{value!r} where {expected.__name__} is expected")
 
 
 def write(
@@ -68,7 +68,7 @@ def write(
   arrays: dict[str, dict[str, Any]],
   metadata: dict[str, Any],
 ) -> None:
-  """Adds the manifest to a folder in which all else has been written."""
+  """Writes the manifest of a folder whose other files are complete."""
   body = {"version": VERSION} | dataclasses.asdict(
     Manifest(step, arrays, metadata, _files(folder))
   )
@@ -81,7 +81,7 @@ def write(
 
 
 def read(folder: pathlib.Path) -> Manifest:
-  """The manifest of a folder that holds what it lists, by name and size.
+  """Reads a manifest and checks that its files exist with their sizes.
 
   Raises:
     DamagedError: something is missing, of another size, too much, a link, or
@@ -137,7 +137,7 @@ def _seal(body: dict[str, Any]) -> str:
 
 
 def _files(folder: pathlib.Path) -> dict[str, int]:
-  """Sizes of all files in a folder that a manifest lists.
+  """Measures all files in a folder that a manifest lists.
 
   Raises:
     DamagedError: something is neither a file nor a folder, as a link is not.

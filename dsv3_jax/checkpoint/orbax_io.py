@@ -1,4 +1,4 @@
-"""Arrays in a folder, by orbax, whose errors are many and loud."""
+"""Reads and writes array trees with Orbax; reduces its errors to one line."""
 
 import functools
 import logging
@@ -15,26 +15,26 @@ T = TypeVar("T")
 
 
 def orbax_keys(leaves: dict[str, T]) -> dict[str, T]:
-  """Leaves by the names that orbax makes files of."""
+  """Renames leaves to the names that Orbax writes."""
   return {name.replace("/", "."): leaf for name, leaf in leaves.items()}
 
 
 def dtype_and_shape(a: Any) -> str:
-  """Type and shape of an array, such as float32[2,3]."""
+  """Formats dtype and shape of an array, such as float32[2,3]."""
   return f"{a.dtype}[{','.join(map(str, a.shape))}]"
 
 
 def read(
   folder: pathlib.Path, like: dict[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-  """Some of the arrays of a folder, by name, of the types and places given.
+  """Reads some of the arrays of a folder, by name, as `like` describes them.
 
   Raises:
     Exception: one cannot be read.
   """
   item = orbax_keys(like)
   # Not `Checkpointer`: it would wait for a process in which this fails.
-  found = ocp.PyTreeCheckpointHandler().restore(
+  restored = ocp.PyTreeCheckpointHandler().restore(
     folder,
     args=ocp.args.PyTreeRestore(
       item=item,
@@ -42,17 +42,17 @@ def read(
       partial_restore=True,
     ),
   )
-  arrays = {name: found[key] for name, key in zip(like, item, strict=True)}
+  arrays = {name: restored[key] for name, key in zip(like, item, strict=True)}
   for name, array in arrays.items():
-    # What its metadata do not know, orbax leaves as it was asked for.
-    kind = dtype_and_shape(like[name])
-    if not isinstance(array, jax.Array) or dtype_and_shape(array) != kind:
-      raise ValueError(f"{name} is not there as {kind}")
+    # Orbax returns the request itself for an array that it does not know.
+    expected = dtype_and_shape(like[name])
+    if not isinstance(array, jax.Array) or dtype_and_shape(array) != expected:
+      raise ValueError(f"{name} is not there as {expected}")
   return arrays
 
 
 def first_error_line(work: Callable[[], None]) -> str:
-  """The first line of the error of any kind that orbax raises; "": none."""
+  """Runs `work`; returns the first line of its error, "" if there is none."""
   try:
     work()
     return ""
@@ -62,9 +62,9 @@ def first_error_line(work: Callable[[], None]) -> str:
 
 @functools.cache
 def silence() -> None:
-  """Keeps orbax from telling an error many times over: we tell it once.
+  """Stops Orbax from logging an error many times; callers report it once.
 
-  Where one of its tasks fails it logs tracebacks, and leaves the others behind.
+  If one of its tasks fails, it logs tracebacks and abandons the others.
   """
   before = sys.unraisablehook
   late = "Event loop is closed", "Encountered error while reading array"

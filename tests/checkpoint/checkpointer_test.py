@@ -351,7 +351,7 @@ class DamageTest(Case):
     store = self.copy()
     for step in (1, 2):
       (store.folder(step) / manifest.NAME).write_text("{}")
-    for _ in range(2):  # found again when they are set aside
+    for _ in range(2):  # found again when they are quarantined
       with self.assertRaises(checkpointer.MissingError) as caught:
         self.newest(store)
       for step in (1, 2):
@@ -368,7 +368,7 @@ class DamageTest(Case):
     names = {path.name for path in store.directory.iterdir()}
     self.assertEqual(names, {"1", "2", "5.corrupt"})
 
-  def test_what_is_set_aside_is_kept_once(self):
+  def test_a_quarantined_step_is_kept_once(self):
     store = self.copy()
     for _ in range(2):
       shutil.copytree(self.kept / "1", store.folder(7))

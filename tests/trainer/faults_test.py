@@ -461,7 +461,7 @@ class StorageTest(Case):
 
   @pytest.mark.slow
   @pytest.mark.fault("F14")
-  def test_a_damaged_checkpoint_is_set_aside(self):
+  def test_a_damaged_checkpoint_is_quarantined(self):
     self.launch("run", "--steps=30", wait=True)
     folder = self.run_ / "checkpoints" / "30"
     largest = max(folder.rglob("d/*"), key=lambda p: p.stat().st_size)
