@@ -14,6 +14,7 @@ from dsv3_jax import config, optim, train
 from dsv3_jax.data import loader, prepare, sources
 from dsv3_jax.data.batch import make_batch
 from dsv3_jax.parallel import device_mesh
+from dsv3_jax.trainer import metrics_writer
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "extend.md"
 LONGEST = 30  # lines of code of an example, without imports and blank lines
@@ -144,6 +145,21 @@ class DataSourceTest(absltest.TestCase):
     data = config.Data(source="file", seq_len=16)
     with self.assertRaisesRegex(ValueError, "must be one of.*did you mean"):
       prepare.prepare(data, 300, testing.folder(self))
+
+
+class MetricsWriterTest(absltest.TestCase):
+  def test_writes_a_line_a_row(self):
+    self.enter_context(mock.patch.dict(metrics_writer.WRITERS))
+    run_example("Metrics writer")
+    folder = testing.folder(self)
+    writer = metrics_writer.MetricsWriter(folder, 2, writers=("jsonl", "csv"))
+    with writer:
+      writer.write({"step": 1, "loss": np.float32(2.5)})
+      writer.write({"step": 1, "heldout_loss": float("nan")})
+    self.assertEqual(
+      (folder / "metrics.csv").read_text().splitlines(), ["1,2.5,", "1,,"]
+    )
+    self.assertLen(metrics_writer.read(folder / metrics_writer.METRICS), 2)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,109 @@
+"""Tests of `Trainer(run, workdir).fit()` in notebooks and other programs."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+from unittest import mock
+
+import programs
+import testing
+from absl.testing import absltest
+
+from dsv3_jax import config, train
+from dsv3_jax.config import presets
+from dsv3_jax.trainer import Trainer, event_log, metrics_writer, trainer
+
+PROGRAM = """
+import sys
+from dsv3_jax import config
+from dsv3_jax.config import presets
+from dsv3_jax.trainer import Trainer
+
+run = config.override(presets.TINY, *sys.argv[1:])
+result = Trainer(run, "run", stop=2).fit()
+assert int(result.state.step) == result.metrics["step"] == 2
+print(sorted(result.heldout))
+"""
+
+
+class NotebookTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = testing.folder(self)
+    text = self.folder / "text.txt"
+    text.write_text("".join(programs.PROSE.format(i) for i in range(200)))
+    self.settings = (*programs.SETTINGS, f"data.path={text}")
+
+  def trainer(self, stop):
+    run = config.override(presets.TINY, *self.settings)
+    return Trainer(run, str(self.folder / "run"), stop=stop, mesh={"data": 2})
+
+  def test_runs_from_another_folder(self):
+    done = subprocess.run(
+      [sys.executable, "-c", PROGRAM, *self.settings],
+      cwd=self.folder,
+      env=programs.environment(),
+      capture_output=True,
+      text=True,
+      timeout=programs.TIMEOUT_S,
+    )
+    self.assertEqual(done.returncode, 0, done.stderr)
+    self.assertIn("heldout_bpb", done.stdout)
+    self.assertLen(programs.rows(self.folder / "run"), 3)
+
+  def enter_mesh_of_two(self):
+    """A process of tests has more devices than the run uses."""
+    make_mesh = lambda sizes: trainer.distributed.device_mesh.make_mesh(sizes)
+    self.enter_context(
+      mock.patch.object(trainer.distributed, "mesh", make_mesh)
+    )
+
+  def test_a_second_trainer_resumes_and_signals_stay(self):
+    self.enter_mesh_of_two()
+    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    before = set(threading.enumerate())
+    self.assertEqual(int(self.trainer(2).fit().state.step), 2)
+    result = self.trainer(4).fit()
+    self.assertEqual(result.metrics["step"], 4)
+    self.assertIn("heldout_bpb", result.heldout)
+    starts = [
+      event["step"]
+      for event in event_log.read(self.folder / "run")
+      if event["event"] == "start"
+    ]
+    self.assertEqual(starts, [0, 2])
+    self.assertEqual(
+      handlers, [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    )
+    self.assertEmpty(set(threading.enumerate()) - before)
+
+  def test_an_error_leaves_no_thread_lock_or_open_file(self):
+    self.enter_mesh_of_two()
+    self.trainer(1).fit()
+    before, files = set(threading.enumerate()), self.open_files()
+    with mock.patch.object(train, "make_step", side_effect=ValueError("bug")):
+      with self.assertRaisesRegex(ValueError, "bug") as caught:
+        self.trainer(2).fit()
+    # The traceback, which a notebook keeps, holds the frames.
+    self.assertIsNotNone(caught.exception.__traceback__)
+    self.assertEmpty(set(threading.enumerate()) - before)
+    self.assertEqual(self.open_files(), files)
+    log = (self.folder / "run" / metrics_writer.LOG).read_text()
+    self.assertIn("ValueError: bug", log)
+    self.assertEqual(int(self.trainer(2).fit().state.step), 2)
+
+  def open_files(self):
+    links = []
+    for link in pathlib.Path("/proc/self/fd").iterdir():
+      try:
+        links.append(os.readlink(link))
+      except FileNotFoundError:  # of the listing itself
+        pass
+    return sorted(name for name in links if str(self.folder) in name)
+
+
+if __name__ == "__main__":
+  absltest.main()
