@@ -71,7 +71,7 @@ def show(checkpoints: checkpointer.Checkpointer) -> None:
     )
   for folder in sorted(checkpoints.directory.iterdir()):
     if folder.suffix in (checkpointer.CORRUPT, checkpointer.SUSPECT):
-      table.add_row(folder.name, "", "", "", "set aside")
+      table.add_row(folder.name, "", "", "", "quarantined")
   rich.console.Console().print(table)
 
 

@@ -49,7 +49,7 @@ class ScriptTest(parameterized.TestCase):
     self.assertEqual((code, err), (exit_codes.OK, ""))
     self.assertRegex(out, r"\n +0 +\S+ +\d+ +whole")
     self.assertRegex(out, "(?s)3 .*has no")
-    self.assertRegex(out, r"9\.corrupt +set aside")
+    self.assertRegex(out, r"9\.corrupt +quarantined")
 
   def test_verifies_all_or_one(self):
     code, out, err = self.call("--mode=verify")
