@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh machine to tested: installs, lints, runs the suite.
 # usage: scripts/test.sh [--all]   (--all: the slow tests too)
-. "$(dirname "$0")/venv.sh" requirements-dev.txt
+. "$(dirname "$0")/venv.sh" requirements.txt requirements-dev.txt
 case "${1:-}" in
   "") selection="not slow" ;;
   --all) selection="slow or not slow" ;;
@@ -9,4 +9,6 @@ case "${1:-}" in
      exit 2 ;;
 esac
 .venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/pyrefly check
 exec .venv/bin/python -m pytest -m "$selection" --durations=10
