@@ -108,18 +108,18 @@ def _pipeline(
   return Case(mesh, layout, dispatch, settings, DEEP)
 
 
-# Each axis, layout and form of dispatch but for `allgather`;
-# these run in the fast tests.
+# One of each form of dispatch but `allgather`, with other layouts and axes, and
+# a pipeline; these run in the fast tests.
 QUICK = (
-  Case("data=2"),
   Case("model=2", "fsdp"),
   Case("expert=4", "zero1", "all_to_all"),
   Case("node=2,expert=2", "zero1", "hierarchical_all_to_all"),
-  Case("node=2,model=2", "replicated", "all_to_all"),
   _pipeline("pipe=4,expert=2", "dualpipe"),
 )
 CASES = (
   *QUICK,
+  Case("data=2"),
+  Case("node=2,model=2", "replicated", "all_to_all"),
   Case("data=2,expert=2", "fsdp", "allgather", ("train.remat=block",)),
   _pipeline("pipe=2", "1f1b", "replicated"),
   _pipeline("pipe=4", "zb1p"),

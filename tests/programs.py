@@ -74,7 +74,7 @@ class Ended:
 class Started:
   """Processes that run Python with lists of arguments; a context manager."""
 
-  def __init__(self, *commands, deadline_s=TIMEOUT_S, **popen):
+  def __init__(self, *commands, deadline_s=TIMEOUT_S, cache=True, **popen):
     self._deadline = time.monotonic() + deadline_s
     self._files, self.processes = [], []
     for command in commands:
@@ -83,7 +83,7 @@ class Started:
       process = subprocess.Popen(
         [sys.executable, *command],
         cwd=ROOT,
-        env=environment(),
+        env=environment() | {"JAX_ENABLE_COMPILATION_CACHE": str(cache)},
         stdout=out,
         stderr=err,
         **popen,

@@ -3,7 +3,6 @@
 import pathlib
 import pickle
 import tempfile
-import time
 
 import numpy as np
 from absl.testing import absltest, parameterized
@@ -72,10 +71,8 @@ class BestFitTest(parameterized.TestCase):
 
   def test_a_million_documents(self):
     lengths = np.random.default_rng(0).integers(2, 4097, 1_000_000)
-    began = time.monotonic()
     filled = np.bincount(packing.best_fit(lengths, 4097), lengths)
-    # 0.8 s on a core; a search of all rows for each would be quadratic.
-    self.assertLess(time.monotonic() - began, 20)
+    # A search of all rows for each would not end: 1e12 of them.
     self.assertLess(1 - filled.mean() / 4097, 0.01)
 
 

@@ -7,6 +7,7 @@ import re
 
 import hlo
 import jax
+import pytest
 import testing
 from absl.testing import absltest, parameterized
 
@@ -92,16 +93,37 @@ def of_step(ops):
 ZERO1 = ("parallel.layout=zero1",)
 FSDP = "parallel.layout=fsdp", "train.remat=block"
 WAYS = (
-  ((("data", 2), ("expert", 2)), ZERO1),
   ((("node", 2), ("expert", 2)), ZERO1),
   ((("data", 2), ("expert", 2)), FSDP),
+)
+MORE_WAYS = (
+  ((("data", 2), ("expert", 2)), ZERO1),
   ((("expert", 2),), (*ZERO1, "parallel.rounds=many")),
 )
 
 
 class StepTest(parameterized.TestCase):
   @parameterized.parameters(*WAYS)
-  def test_only_the_experts_speak_while_tokens_pass(self, mesh, settings):
+  def test_speaks_when_it_must(self, mesh, settings):
+    self.check(mesh, settings)
+
+  @pytest.mark.slow
+  @parameterized.parameters(*MORE_WAYS)
+  def test_speaks_when_it_must_in_other_ways(self, mesh, settings):
+    self.check(mesh, settings)
+
+  def check(self, mesh, settings):
+    """All there is to say of a compiled step, which takes long to compile."""
+    with self.subTest("only the experts speak while tokens pass"):
+      self.check_experts(mesh, settings)
+    with self.subTest("a slice is gathered and scattered once a step"):
+      self.check_slices(mesh, settings)
+    with self.subTest("none speaks while a loop does"):
+      self.assertEmpty(hlo.meetings(module(mesh, *settings)))
+    with self.subTest("what is summed is numbers and counts"):
+      self.check_sums(mesh, settings)
+
+  def check_experts(self, mesh, settings):
     ops, layout = compiled(mesh, *settings)
     silent = {"embed", "router", "mla", "shared", "loss"}
     for each in ops:
@@ -126,8 +148,7 @@ class StepTest(parameterized.TestCase):
       expected = {"all-gather": 2 * n, "reduce-scatter": n}
     self.assertEqual(others, expected)
 
-  @parameterized.parameters(*WAYS)
-  def test_a_slice_is_gathered_and_scattered_once_a_step(self, mesh, settings):
+  def check_slices(self, mesh, settings):
     ops, layout = compiled(mesh, *settings)
     of_layers = LAYERS if layout.rules.gather_by_layer else ()
     n = slices(layout, layout.shardings.keys() - set(of_layers))
@@ -135,12 +156,7 @@ class StepTest(parameterized.TestCase):
     del counts["all-reduce"]
     self.assertEqual(counts, {"all-gather": n, "reduce-scatter": n})
 
-  @parameterized.parameters(*WAYS)
-  def test_none_speaks_while_a_loop_does(self, mesh, settings):
-    self.assertEmpty(hlo.meetings(module(mesh, *settings)))
-
-  @parameterized.parameters(*WAYS)
-  def test_what_is_summed_is_numbers_and_counts(self, mesh, settings):
+  def check_sums(self, mesh, settings):
     ops, _ = compiled(mesh, *settings)
     sums = [c for c in of_step(ops) if c.kind == "all-reduce"]
     # Labels, losses and norms; expert counts and copies sent, of three routers.

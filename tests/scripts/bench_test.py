@@ -7,6 +7,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+import testing
 from absl.testing import absltest, parameterized
 
 from dsv3_jax import config
@@ -129,13 +130,17 @@ class FlagsTest(parameterized.TestCase):
     arguments = ["--against=transformers", "--baseline_python=false"]
     self.assert_refused(arguments, "cannot import torch and transformers")
 
-  def assert_refused(self, arguments, *named):
-    command = [sys.executable, "-m", "scripts.bench", *arguments]
+  def test_the_program_exits_2(self):
+    command = [sys.executable, "-m", "scripts.bench", "--roundz=3"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    self.assertEqual(done.returncode, 2, done.stderr)
-    self.assertEqual(done.stdout, "")
+    self.assertEqual((done.returncode, done.stdout), (2, ""), done.stderr)
+    self.assertIn("roundz", done.stderr)
+
+  def assert_refused(self, arguments, *named):
+    code, out, err = testing.command_line(main.run, *arguments)
+    self.assertEqual((code, out), (2, ""), err)
     for text in named:
-      self.assertIn(text, done.stderr)
+      self.assertIn(text, err)
 
 
 class WorkerTest(parameterized.TestCase):

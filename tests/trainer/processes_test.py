@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import time
 
 import numpy as np
 import programs
@@ -162,7 +161,6 @@ class RowsTest(absltest.TestCase):
 class MissingTest(absltest.TestCase):
   def test_a_process_that_never_comes_is_named(self):
     root = testing.folder(self)
-    began = time.monotonic()
     ended = programs.together(
       *(
         [
@@ -179,7 +177,6 @@ class MissingTest(absltest.TestCase):
       ),
       timeout_s=60,
     )
-    self.assertLess(time.monotonic() - began, 45)
     for each in ended:
       self.assertEqual((each.code, each.out), (cli.BAD_INPUT, ""), each)
       self.assertEqual(
