@@ -203,8 +203,8 @@ class StepTest(parameterized.TestCase):
   def test_its_gradients_differ_by_sums_in_another_order(self):
     self.check_remat("selective", "true")
 
-  @pytest.mark.slow
   @parameterized.parameters(("selective", "false"), ("block", "true"))
+  @pytest.mark.slow
   def test_and_so_they_do_otherwise(self, remat, scan):
     self.check_remat(remat, scan)
 

@@ -107,8 +107,8 @@ class StepTest(parameterized.TestCase):
   def test_speaks_when_it_must(self, mesh, settings):
     self.check(mesh, settings)
 
-  @pytest.mark.slow
   @parameterized.parameters(*MORE_WAYS)
+  @pytest.mark.slow
   def test_speaks_when_it_must_in_other_ways(self, mesh, settings):
     self.check(mesh, settings)
 
