@@ -22,6 +22,7 @@ from dsv3_jax.checkpoint import checkpointer, manifest
 from dsv3_jax.config import presets
 from dsv3_jax.data import prepare
 from dsv3_jax.data.batch import Batch
+from dsv3_jax.errors import InputError, NotFiniteError
 from dsv3_jax.interop import open_run
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.trainer import distributed, metrics_writer, trainer
@@ -179,9 +180,9 @@ class CommandLineTest(parameterized.TestCase):
     self.assertEqual(command.seed, 3)
 
   @parameterized.parameters(
-    (FloatingPointError("x\ny"), cli.NOT_FINITE),
+    (NotFiniteError("x\ny"), cli.NOT_FINITE),
     (manifest.MissingError("x\ny"), cli.NO_CHECKPOINT),
-    (ValueError("x\ny"), cli.BAD_INPUT),
+    (InputError("x\ny"), cli.BAD_INPUT),
   )
   def test_errors_have_exit_codes(self, error, expected):
     main = functools.partial(cli.run_main, mock.Mock(side_effect=error))
