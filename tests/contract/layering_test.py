@@ -20,6 +20,12 @@ FORBIDDEN_IMPORTS = (
   " transformers"
 ).split()
 WORKERS = "against_transformers.py", "transformers_logits.py"
+# No docstring begins with a pronoun, a preposition or a question.
+FIRST_WORDS = (
+  "As Each For Here How If In Of That Their Those They This Under What When"
+  " Where Which Who Whose With"
+).split()
+DOCUMENTED = ast.Module, ast.ClassDef, ast.FunctionDef
 FORBIDDEN_NAMES = "os.environ os.getenv".split()
 
 
@@ -96,6 +102,19 @@ class EverywhereTest(absltest.TestCase):
         # Workers are processes of their own.
         if path.name not in WORKERS:
           self.assertFalse(within(imported, ["torch", "transformers"]), path)
+
+  def test_docstrings_begin_with_a_verb_or_the_name_of_the_result(self):
+    wrong = []
+    for folder in ("dsv3_jax", "experiments", "scripts", "tests"):
+      for path in sources(folder):
+        for node in ast.walk(ast.parse(path.read_text())):
+          if not isinstance(node, DOCUMENTED):
+            continue
+          first = (ast.get_docstring(node) or "-").split(None, 1)[0]
+          if first.rstrip(",.:;") in FIRST_WORDS:
+            line = getattr(node, "lineno", 1)
+            wrong.append(f"{path.relative_to(ROOT)}:{line} {first}")
+    self.assertEmpty(wrong, "\n".join(wrong))
 
   def test_linters_are_obeyed_and_not_silenced(self):
     marks = ["# no" + "qa", "# type: " + "ignore", "# pylint: " + "disable"]
