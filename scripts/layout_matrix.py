@@ -262,7 +262,7 @@ def _worst(actual: Any, expected: Any) -> float:
 
 
 def measure(case: Case) -> Differences:
-  """How far a case is from one device."""
+  """Differences of a case to one device."""
   expected = _expected(case.base)
   actual = _train(case.run, device_mesh.make_mesh(case.sizes))
   names = ("loss", "gradients", "norm", "update", "params")
@@ -306,12 +306,12 @@ def markdown(cells: Iterable[str]) -> str:
 
 
 def names(case: Case) -> tuple[str, str, str]:
-  """What a row of the table says of a case."""
+  """Cells of the table that name a case."""
   return case.mesh, ", ".join((case.layout, *case.settings)), case.dispatch
 
 
 def _power(value: float) -> str:
-  """As 3e-7."""
+  """Formats 3.4e-7 as 3e-7."""
   mantissa, _, exponent = f"{value:.0e}".partition("e")
   return f"{mantissa}e{int(exponent)}" if value else "0"
 

@@ -32,7 +32,7 @@ def placed(seed=0, spec=("data", None)):
 
 
 def reference(seeds):
-  """In float64."""
+  """Computes the average in float64."""
   params = [jax.tree.map(np.float64, jax.device_get(placed(s))) for s in seeds]
   average = params[0]
   for step, new in enumerate(params[1:], start=1):

@@ -1,4 +1,4 @@
-"""What tests read from the text of a compiled program."""
+"""Reads collectives and loops from the text of a compiled program."""
 
 import dataclasses
 import functools
@@ -39,7 +39,7 @@ class Op:
 
 
 def computations(text: str) -> dict[str, list[Op]]:
-  """Of a module, by name; instructions as they are scheduled."""
+  """Computations of a module by name, instructions as scheduled."""
   found, ops = {}, None
   for line in text.splitlines():
     if line and not line[0].isspace():

@@ -50,7 +50,7 @@ SETTINGS = (
 
 
 def environment():
-  """What programs are started with: a quick compiler, and no allocator."""
+  """Returns the environment of programs: a quick compiler, no allocator."""
   env = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "LD_PRELOAD": "",  # one start instead of two
@@ -64,7 +64,7 @@ def environment():
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-  """What a process left."""
+  """Exit code and output of a process."""
 
   code: int
   out: str
@@ -115,7 +115,7 @@ class Started:
       time.sleep(0.02)
 
   def ended(self, *indices):
-    """What processes left, all of them without indices."""
+    """Waits for processes, all of them without indices."""
     found = []
     for i in indices or range(len(self.processes)):
       code = self.processes[i].wait(self.left_s)
@@ -128,7 +128,7 @@ class Started:
 
 
 def together(*commands, timeout_s=TIMEOUT_S):
-  """What Python with each of the argument lists leaves, all run at once."""
+  """Runs Python with each argument list, all at once."""
   with Started(*commands, deadline_s=timeout_s) as started:
     return started.ended()
 
@@ -163,7 +163,7 @@ def saved(folder, step):
 
 
 def names(folder):
-  """What lies among the checkpoints."""
+  """Names in the folder of checkpoints."""
   try:
     return sorted(os.listdir(folder / "checkpoints"))
   except FileNotFoundError:

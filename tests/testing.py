@@ -177,7 +177,7 @@ def draw(specs: param_spec.Specs, seed: int = 0) -> param_spec.Params:
 
 
 def assert_close(actual, expected, terms: int) -> None:
-  """Each float32 array is within terms * eps of the float64 one.
+  """Asserts that float32 arrays are within terms * eps of float64 ones.
 
   A float32 sum of n products is off by at most n * eps / 2 of the sum of their
   absolute values (Higham, Accuracy and Stability of Numerical Algorithms,
@@ -203,7 +203,7 @@ def assert_close(actual, expected, terms: int) -> None:
 
 
 def assert_slopes(f, tree, gradients, terms: int) -> None:
-  """Each gradient is the slope of f along a random direction.
+  """Asserts that gradients are slopes of f along random directions.
 
   Args:
     f: function of a float64 tree, its arrays' values read at every call.

@@ -84,7 +84,7 @@ def _pair_edge() -> dict[str, Any]:
 
 
 def _colours(op: schedules.Op) -> tuple[Colour, Colour]:
-  """Of an operation and of the number in it: a hue a kind, pale one way."""
+  """Colours of an operation and of its number: a hue per kind, pale one way."""
   settings = matplotlib.rcParams
   series = settings["axes.prop_cycle"].by_key()["color"]
   hue = to_rgb(series[list(OP_NAMES).index(op.kind)])

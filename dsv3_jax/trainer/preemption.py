@@ -105,13 +105,13 @@ class StopVote:
       self._decide()
 
   def set_started(self, index: int, done: int) -> None:
-    """In process 0: stores that a process waits after `done` steps."""
+    """Stores, in process 0, that a process waits after `done` steps."""
     with self._changed:
       self._started[index] = done
       self._decide()
 
   def set_stop(self, step: int) -> None:
-    """In the others: stores the decision of process 0."""
+    """Stores, in the others, the decision of process 0."""
     with self._changed:
       self._stop_at = step
       self._changed.notify_all()

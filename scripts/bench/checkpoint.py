@@ -1,4 +1,4 @@
-"""What digests and manifest cost a save, next to orbax alone, in turns.
+"""Cost of checksums and manifest in a save, next to Orbax alone, in turns.
 
   python -m scripts.bench.checkpoint [--variant=small] [--rounds=5]
 

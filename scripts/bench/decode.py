@@ -27,7 +27,7 @@ LONGEST_CHUNK = 2048
 def _deployment(
   job: dict[str, Any], cfg: config.Model
 ) -> serving_mesh.ServingConfig | None:
-  """How it is fastest on the cores of one processor; None: on one device.
+  """Fastest serving configuration on the cores of one CPU; None: one device.
 
   To write divides texts, to read divides heads. A single text leaves too
   little to divide where it is written.
@@ -60,7 +60,7 @@ def _params(cfg: config.Model) -> inference_params.InferenceParams:
 
 
 def _engine(job: dict[str, Any], cfg: config.Model) -> engine.Engine:
-  """With random parameters and a slot for each prompt."""
+  """Makes an engine with random parameters and a slot for each prompt."""
   n, longest = len(job["prompts"]), len(job["prompts"][0])
   unit = placed = None
   if wanted := _deployment(job, cfg):

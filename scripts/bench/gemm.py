@@ -1,4 +1,4 @@
-"""How fast is a product in FP8 on a GPU, and how exact?
+"""Speed and error of FP8 products on a GPU.
 
   python -m scripts.bench.gemm [--shapes=model] [--rounds=5]
 
@@ -54,7 +54,7 @@ def _relative(a: jax.Array, b: jax.Array) -> float:
 def _calls(
   x: jax.Array, w: jax.Array
 ) -> tuple[dict[str, Callable[[], jax.Array]], dict[str, str]]:
-  """What is timed, by name, and why what is missing can't be."""
+  """Returns timed calls by name, and the reason for each missing one."""
   a = jax.jit(lambda x: quantize_lib.quantize(x, (1, 128)))(x)
   b = jax.jit(lambda w: quantize_lib.quantize(w, (128, 128)))(w)
   matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)

@@ -1,4 +1,4 @@
-"""How fast is this package on this machine, and how fast is `transformers`?
+"""Speed of training, prefill and decoding, next to `transformers`.
 
   python -m scripts.bench --what=train,prefill,decode --shape=S --json
   python -m scripts.bench --what=decode --shape=S --against=transformers
@@ -77,7 +77,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds each.", lower_bound=1)
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-  """What is measured: one step of a worker.
+  """Work of one step of a worker.
 
   Attributes:
     what: of `WHAT`.
@@ -98,7 +98,7 @@ class Load:
 
   @property
   def tokens(self) -> int:
-    """What a step counts as: tokens written, or else read."""
+    """Tokens of a step: those written, or else those read."""
     return self.batch * (self.new or self.prompt)
 
   def flops(self, model: config.Model) -> int:
@@ -115,7 +115,7 @@ class Load:
 
 
 def loads(what: str, cfg: config.Run) -> list[Load]:
-  """What `--what` measures of a run, one after the other."""
+  """Returns the loads that `--what` measures, in order."""
   if what == "train":
     return [Load(what, cfg.train.batch_size, cfg.data.seq_len)]
   if what == "prefill":
@@ -165,7 +165,7 @@ class Side:
 
 
 def job(shape: str, load: Load, settings: Sequence[str]) -> dict[str, Any]:
-  """What a worker is told first; prompts depend on nothing but their number."""
+  """Builds the first message to a worker; prompts depend on their number."""
   cfg = config.override(presets.PRESETS[shape], *settings)
   rng = np.random.default_rng(0)
   prompts = rng.integers(cfg.model.vocab_size, size=(load.batch, load.prompt))
@@ -201,7 +201,7 @@ def measure(
 
 
 def _sides() -> dict[str, Side]:
-  """What the flags compare; ours first."""
+  """Returns the sides that the flags compare; ours first."""
   sides = {OURS: Side(precision=_PRECISION.value)}
   rival = _AGAINST.value
   if rival == "transformers":

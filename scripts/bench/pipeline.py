@@ -68,7 +68,7 @@ class Sleeper:
     return varying.vary(zero, sorted(varying.varying(args[-1])))
 
   def layer(self, p, bias, x, cfg, experts):
-    """In the place of a mixture layer; uses one of its weights."""
+    """Stands in for an MoE layer; uses one of its weights."""
     del cfg, experts
 
     @jax.custom_vjp

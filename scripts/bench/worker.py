@@ -21,7 +21,7 @@ PEAK_REPEATS = 4
 
 
 class Task(NamedTuple):
-  """What a worker times.
+  """Functions that a worker times.
 
   Attributes:
     step: does one optimizer step, prefill or generation, and returns a number

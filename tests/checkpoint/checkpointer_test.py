@@ -386,7 +386,7 @@ class DamageTest(Case):
   "F21", "the writer thread fails", "raised at the next step at the latest"
 )
 class FailedSaveTest(Case):
-  """With files limited to a size, as where a disk is full."""
+  """Saves with files limited to a size, as on a full disk."""
 
   def limit(self, n_bytes):
     old = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -24,7 +24,7 @@ RUN = config.override(
 
 @pytest.mark.fault("F41")
 class FieldTest(parameterized.TestCase):
-  """What a class refuses by itself; every message names value and limit."""
+  """Values that a class refuses; each message names value and limit."""
 
   @parameterized.parameters(
     # MLA

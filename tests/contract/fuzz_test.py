@@ -78,7 +78,7 @@ def about(**what):
 
 class Case(parameterized.TestCase):
   def taken(self, work):
-    """What work returns; None where it refuses, which it does in words."""
+    """Returns what work returns; None where it refuses with an InputError."""
     try:
       return work()
     except ValueError as error:

@@ -45,7 +45,7 @@ ALLOWED = {
 
 
 def unsafe(tree):
-  """What in a source is none of data's business."""
+  """Returns the modules and names in a source that run code."""
   found = set()
   for node in ast.walk(tree):
     if isinstance(node, ast.Import):

@@ -116,7 +116,7 @@ class BatchSourceTest(parameterized.TestCase):
     return loader.BatchSource(self.corpus, run, seed, n_skipped)
 
   def rows_of(self, batch):
-    """Which rows a batch holds, by their first tokens."""
+    """Indices of the rows of a batch, from their first tokens."""
     return (np.asarray(batch.tokens)[..., 0] // self.SEQ).ravel().tolist()
 
   def test_batches_are_the_next_rows_of_the_order(self):

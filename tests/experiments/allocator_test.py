@@ -19,7 +19,7 @@ print(sys.argv[1], "libmimalloc" in open("/proc/self/maps").read())
 
 
 def _run(**env):
-  """What the program prints, started without a preloaded library."""
+  """Runs the program without a preloaded library; returns its output."""
   inherited = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
   command = [sys.executable, "-c", PROGRAM, "--flag=a b"]
   done = subprocess.run(

@@ -39,7 +39,7 @@ def model(*assignments):
 
 
 def full(cfg, params, bias, tokens):
-  """What the whole network makes of texts in float64, without any cache."""
+  """Runs the whole network in float64, without a cache."""
   return reference.forward(*reference.f64((params, bias)), tokens, cfg)
 
 

@@ -395,7 +395,7 @@ class WriterTest(FolderTest):
 
 class LoadTest(FolderTest):
   def served(self, folder, **options):
-    """What the engine of a folder is made with."""
+    """Returns the arguments that the engine of a folder is made with."""
     with mock.patch.object(generate.engine_lib, "Engine") as made:
       generate.load(folder, **options)
     (params, cfg), options = made.call_args

@@ -141,7 +141,7 @@ def of_one_device(n_drafts=0, skew=0.1):
 
 @functools.cache
 def load(used):
-  """That of the texts of a unit."""
+  """Load of the texts of a unit."""
   made = make(used)
   run(made)
   return made.load

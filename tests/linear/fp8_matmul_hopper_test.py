@@ -25,7 +25,7 @@ def operands(m, k, n, a_tile=ROWS, b_tile=SQUARE):
 
 
 def lower(a, b, *args, **kwargs):
-  """For a Hopper GPU, to text."""
+  """Lowers for a Hopper GPU; returns the text."""
   call = lambda a, b: fp8_matmul_hopper.blocked(a, b, *args, **kwargs)
   with mock.patch.object(fp8_matmul_hopper, "supported", lambda: True):
     traced = jax.jit(call).trace(a, b)

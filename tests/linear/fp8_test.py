@@ -331,7 +331,7 @@ class MoreLayoutsTest(parameterized.TestCase):
 
 
 def kept_bytes(kind, recipe, n_tokens):
-  """Of a layer of shape S, what its forward pass leaves for the backward."""
+  """Bytes that the forward pass of a layer of shape S saves."""
   cfg = presets.S.model
   how = dataclasses.replace(presets.S.precision, recipe=recipe, fp8="*")
   specs = transformer.specs(cfg)[kind]

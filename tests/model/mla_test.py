@@ -120,7 +120,7 @@ def pieces(x, start, size):
 
 
 def latents(p, x, cfg):
-  """What a cache holds of a text from position 0, in float64."""
+  """Cache content of a text from position 0, in float64."""
   down = x @ p["kv_down"]
   latent = reference.rms_norm(p["kv_norm"], down[..., :14], cfg.norm_eps)
   turns = reference.frequencies(4, cfg.rope_theta)

@@ -26,7 +26,7 @@ MODES = {"none": None, "selective": KEPT, "block": ()}
 
 
 def layer(kind, recipe, kept, n_tokens=N_TOKENS):
-  """Of shape S: a function that returns its backward pass, and arguments."""
+  """Returns a function with a backward pass, of shape S, and arguments."""
   how = config.override(presets.S, f"precision.recipe={recipe}").precision
   specs = transformer.specs(CFG)[kind]
 
@@ -88,7 +88,7 @@ def more_kept(recipe, kind, kept=KEPT):
 
 
 def gradient_equations(kept, recipe="fp32", kind="moe"):
-  """Of a layer's passes, forward and back."""
+  """Returns the equations of a layer's forward and backward pass."""
   backward, args = layer(kind, recipe, kept)
 
   def both(*args):

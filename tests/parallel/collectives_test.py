@@ -42,7 +42,7 @@ class Collective:
 
   @property
   def scopes(self) -> set[str]:
-    """Each scope it lies in, without the transformations around it."""
+    """Returns the named scopes of an instruction, outermost first."""
     return set(re.findall(r"\w+", self.op))
 
 

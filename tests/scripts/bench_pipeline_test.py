@@ -15,7 +15,7 @@ LAYERS_OF_STAGE = 2
 
 
 def due(schedule, rank, cell):
-  """What each operation of a cell does, in order: kind, layer, micro-batch."""
+  """Returns (kind, layer, micro-batch) of the operations of a cell."""
   found = {}
   for op in cell:
     stage = schedule.stages[rank][op.direction]

@@ -238,7 +238,7 @@ class ReportTest(absltest.TestCase):
     self.assertEqual(rows[0]["tokens_per_s"], 16 * 5)
 
   def results(self):
-    """Of two sides: three rounds of two steps each."""
+    """Results of two sides: three rounds of two steps each."""
     return {
       name: {
         "version": name,

@@ -14,7 +14,7 @@ from dsv3_jax.trainer import distributed
 
 
 def call(port, *members, timeout_s=20):
-  """What each of (count, index) hears when they call each other."""
+  """Returns what each of (count, index) hears in a roll call."""
 
   def hear(member):
     who = distributed.Processes(f"127.0.0.1:{port}", *member, timeout_s)

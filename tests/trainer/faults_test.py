@@ -137,7 +137,7 @@ class Case(programs.Programs):
 
 
 def _bytes(folder):
-  """Of all checkpoints, and what is left of some."""
+  """Returns the bytes of all files of checkpoints."""
   files = (folder / "checkpoints").rglob("*")
   return sum(p.stat().st_size for p in files if p.is_file())
 
@@ -481,7 +481,7 @@ class StorageTest(Case):
   "F26", "other intervals of checkpoints and evaluations", "bitwise identical"
 )
 class IntervalsTest(Case):
-  """When things are looked at and saved."""
+  """Intervals of evaluations and checkpoints."""
 
   @pytest.mark.slow
   def test_changes_nothing(self):
