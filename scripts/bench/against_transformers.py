@@ -20,7 +20,7 @@ Step = Callable[[], float]
 def model_config(
   settings: dict[str, Any], n_positions: int, **options: Any
 ) -> transformers.DeepseekV3Config:
-  """Configuration in transformers of a run given as `config.flatten`, without MTP."""
+  """Configuration in transformers of a run from `config.flatten`; no MTP."""
   model = {
     path.removeprefix("model."): value
     for path, value in settings.items()
