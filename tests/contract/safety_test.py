@@ -31,6 +31,7 @@ ALLOWED = {
   # Processes of a run find and hear each other.
   "dsv3_jax/trainer/distributed.py": {"socket"},
   "dsv3_jax/trainer/heartbeat.py": {"socket"},
+  "dsv3_jax/trainer/peers.py": {"socket"},
   # The name of the machine; `git describe` of this repository.
   "dsv3_jax/trainer/crash_loop.py": {"socket"},
   "dsv3_jax/trainer/workdir.py": {"socket", "subprocess"},
