@@ -35,7 +35,7 @@ from dsv3_jax.evals import hidden, needles
 from dsv3_jax.interop import open_run
 from dsv3_jax.parallel import layout_check
 from dsv3_jax.report import page, plots, render
-from dsv3_jax.trainer import metrics_writer, run_args, trainer
+from dsv3_jax.trainer import distributed, metrics_writer, run_args, trainer
 from experiments import cli
 
 DEPTHS = tuple(np.linspace(0, 1, 11).tolist())
@@ -205,8 +205,6 @@ def _models(
   command: run_args.RunArgs, done: Sequence[Phase], longest: int
 ) -> Iterator[tuple[str, hidden.EvalModel]]:
   """All models to look at, by label."""
-  from dsv3_jax.trainer import distributed
-
   mesh = distributed.mesh(command.mesh)
   for phase in done:
     folder = command.workdir / phase.name
