@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from dsv3_jax import config, train
+from dsv3_jax import config, ema, train
 from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.data import loader, prepare, tokenized_corpus
 from dsv3_jax.errors import InputError, NotFiniteError
@@ -113,23 +113,8 @@ def _train(
     stack.callback(average.close)
   first = int(state.step)
   source = _skip_spikes(source, checkpoints, first, spikes)
-  earlier = crash_loop.steps_up_to(args.workdir, first)
-  timer = event_log.GoodputTimer()
-  record = stack.enter_context(
-    crash_loop.log_start_and_end(args, first, began, timer)
-  )
-  writer = stack.enter_context(_open_writer(args, first))
-  writer.note(
-    f"{args.variant}: {first} of {args.stop} steps done,"
-    f" {data.n_tokens:,} tokens of text an epoch, {data.padding:.2%}"
-    " padding in rows"
-  )
-  monitor = step_monitor.StepMonitor(
-    writer, source, args.stop, record, timer, earlier
-  )
-  train_hooks = hooks.TrainHooks(
-    *(source, mesh, checkpoints, writer, record, timer, watchdog, average),
-    monitor,
+  train_hooks = _open_hooks(
+    args, stack, watchdog, source, mesh, checkpoints, average, first, began
   )
   # Closed here, since the traceback of an error would keep its thread.
   batch_iterator = stack.enter_context(
@@ -153,7 +138,40 @@ def _train(
     )
   if first < args.stop and jax.process_index() == 0:
     _write_summary(args, data, train_hooks.heldout, began)
-  return FitResult(state, monitor.row, train_hooks.heldout)
+  return FitResult(state, train_hooks.monitor.row, train_hooks.heldout)
+
+
+def _open_hooks(
+  args: run_args.RunArgs,
+  stack: contextlib.ExitStack,
+  watchdog: heartbeat.Heartbeat,
+  source: loader.BatchSource,
+  mesh: jax.sharding.Mesh,
+  checkpoints: checkpointer.Checkpointer,
+  average: ema.Average | None,
+  first: int,
+  began: float,
+) -> hooks.TrainHooks:
+  """Opens event log and metrics writer, which `stack` closes."""
+  corpus = source.corpus
+  earlier = crash_loop.steps_up_to(args.workdir, first)
+  timer = event_log.GoodputTimer()
+  record = stack.enter_context(
+    crash_loop.log_start_and_end(args, first, began, timer)
+  )
+  writer = stack.enter_context(_open_writer(args, first))
+  writer.note(
+    f"{args.variant}: {first} of {args.stop} steps done,"
+    f" {corpus.n_tokens:,} tokens of text an epoch, {corpus.padding:.2%}"
+    " padding in rows"
+  )
+  monitor = step_monitor.StepMonitor(
+    writer, source, args.stop, record, timer, earlier
+  )
+  return hooks.TrainHooks(
+    *(source, mesh, checkpoints, writer, record, timer, watchdog, average),
+    monitor,
+  )
 
 
 def _open_writer(
