@@ -1,4 +1,4 @@
-"""Text from a run's newest checkpoint, or from a released one.
+"""Generates text with a run's newest checkpoint, or with a released one.
 
   python -m experiments.sample --workdir=runs/demo --prompt="It is a truth"
   python -m experiments.sample --workdir=runs/demo \
@@ -7,52 +7,54 @@
 With --prompts, many texts at a time: see `experiments/batch_generate.py`.
 """
 
+import dataclasses
 import math
 import pathlib
 import sys
 import time
-from typing import Any
 
 from absl import flags
 
 from dsv3_jax.errors import InputError
-from dsv3_jax.infer import engine, generate, serving_mesh
+from dsv3_jax.infer import engine, generate, load, serving_mesh
+from dsv3_jax.infer import request as request_lib
+from dsv3_jax.infer.request import GenerationRequest
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.trainer import distributed
 from experiments import batch_generate, cli
 
-_PROMPT = flags.DEFINE_string("prompt", "", "what the text starts with")
+_PROMPT = flags.DEFINE_string("prompt", "", "the text to continue")
 _PROMPTS = flags.DEFINE_string("prompts", None, "a JSON Lines file of prompts")
 _OUT = flags.DEFINE_string(
   "out",
   None,
-  "where their texts go, in JSON Lines",
+  "JSON Lines file for the generated texts",
   allow_override=True,  # `scripts.convert` has it too
 )
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 200, "tokens to write")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is greedy")
-_TOP_P = flags.DEFINE_float("top_p", 0.95, "nucleus of the distribution")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "most likely tokens; 0: all")
-_STOP = flags.DEFINE_multi_string("stop", [], "a string that ends the text")
+_DEFAULTS = GenerationRequest("", max_tokens=200, temperature=0.8, top_p=0.95)
 _SPECULATIVE = flags.DEFINE_bool(
   "speculative", False, "draft tokens with the MTP module"
 )
-_DRAFTS = flags.DEFINE_integer("drafts", 1, "how many at a time")
-_SLOTS = flags.DEFINE_integer("slots", 8, "texts at the same time")
+_DRAFTS = flags.DEFINE_integer("drafts", 1, "drafted tokens in a step")
+_MAX_BATCH = flags.DEFINE_integer("max_batch", 8, "texts at the same time")
 _MAX_LEN = flags.DEFINE_integer(
-  "max_len", None, f"tokens of prompt and text; default: {generate.MAX_LEN}"
+  "max_len",
+  None,
+  f"tokens of prompt and text; default: {engine.DEFAULT_MAX_LEN}",
 )
 _CHUNK = flags.DEFINE_integer("chunk", 512, "tokens of a prompt read at once")
 _COMPUTE = flags.DEFINE_string("compute", "float32", "or bfloat16")
-_EMA = flags.DEFINE_bool("ema", False, "the averaged parameters")
-_UNIT = flags.DEFINE_string(
-  "unit", "decode", "with --mesh, how it divides the model, or prefill"
+_EMA = flags.DEFINE_bool("ema", False, "use the averaged parameters")
+_ROLE = flags.DEFINE_string(
+  "role", "decode", "with --mesh: decode or prefill, how to divide the model"
 )
 _REDUNDANT = flags.DEFINE_integer(
-  "redundant", None, "more slots than experts; default: as many as must be"
+  "redundant_experts",
+  None,
+  "redundant expert replicas; default: fewest that divide evenly",
 )
 _REBALANCE = flags.DEFINE_integer(
-  "rebalance", 0, "cycles after which experts are placed anew; 0: never"
+  "rebalance_every", 0, "decode steps between moves of experts; 0: never"
 )
 # Of a released checkpoint, as for `scripts.convert`.
 _AUTO_MAP = flags.DEFINE_bool(
@@ -65,67 +67,74 @@ _LINKS = flags.DEFINE_bool(
   "follow_links", False, "shards may be links", allow_override=True
 )
 
-# Those of all experiments that mean something here.
+# Flags of all experiments that this one reads.
 _SHARED = ("workdir", "seed", "mesh")
-# Options of `text.Options` that are flags by another name.
-_FLAGS = {
-  "n_slots": "slots",
-  "n_drafts": "drafts",
-  "dtype": "compute",
-  "role": "unit",
-  "redundant_experts": "redundant",
-  "rebalance_every": "rebalance",
+# Flags of engine options whose field has another name.
+_FLAGS = {"n_drafts": "drafts", "dtype": "compute"}
+# Old name -> new name of flags; old names are read for one release.
+_RENAMED = {
+  "slots": "max_batch",
+  "unit": "role",
+  "redundant": "redundant_experts",
+  "rebalance": "rebalance_every",
 }
 
 
-def _settings() -> dict[str, Any]:
-  """Of a text, where its prompt does not say otherwise."""
-  return {
-    "max_tokens": _MAX_TOKENS.value,
-    "temperature": _TEMPERATURE.value,
-    "top_p": _TOP_P.value,
-    "top_k": _TOP_K.value,
-    "seed": flags.FLAGS.seed,
-    "stop": tuple(_STOP.value),
+def _define_settings() -> None:
+  """Defines a flag for each setting of a request; `seed` is a shared one."""
+  define = {
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    tuple[str, ...]: flags.DEFINE_multi_string,
   }
+  for name, field in request_lib.SETTINGS.items():
+    if name not in _SHARED:
+      default = getattr(_DEFAULTS, name)
+      define[field.type](name, default, field.metadata["help"])
 
 
-def _ask() -> generate.GenerationRequest:
-  return generate.GenerationRequest(_PROMPT.value, **_settings())
+_define_settings()
+
+
+def _request() -> GenerationRequest:
+  """Returns the request that the flags describe."""
+  settings = {name: flags.FLAGS[name].value for name in request_lib.SETTINGS}
+  settings["stop"] = tuple(settings["stop"])
+  return dataclasses.replace(_DEFAULTS, prompt=_PROMPT.value, **settings)
 
 
 def _mesh() -> dict[str, int]:
   return cli.parse_mesh(flags.FLAGS.mesh)[0]
 
 
-def _options() -> generate.EngineOptions:
-  deployment, n_slots = None, _SLOTS.value
+def _options() -> engine.EngineOptions:
+  serving, max_batch = None, _MAX_BATCH.value
   if mesh := _mesh():
-    deployment = serving_mesh.ServingConfig(mesh, _UNIT.value, _REDUNDANT.value)
-  if not _PROMPTS.value and n_slots > 0:
-    n_slots = device_mesh.axis_size(mesh, device_mesh.BATCH)
-  return generate.EngineOptions(
+    serving = serving_mesh.ServingConfig(mesh, _ROLE.value, _REDUNDANT.value)
+  if not _PROMPTS.value and max_batch > 0:
+    max_batch = device_mesh.axis_size(mesh, device_mesh.BATCH)
+  return engine.EngineOptions(
     dtype=_COMPUTE.value,
-    n_slots=n_slots,
+    max_batch=max_batch,
     max_len=_MAX_LEN.value,
     chunk=_CHUNK.value,
     n_drafts=max(_DRAFTS.value, 0) if _SPECULATIVE.value else 0,
-    deployment=deployment,
+    serving=serving,
     rebalance_every=_REBALANCE.value,
   )
 
 
-def _problems() -> list[str]:
-  """What is wrong with the flags, whatever the model."""
+def _validate() -> list[str]:
+  """Lists what is wrong with the flags, whatever the model."""
   problems = [
-    f"--{flag.name}: means nothing here"
+    f"--{flag.name}: is not used by experiments.sample"
     for flag in flags.FLAGS.get_flags_for_module(cli.__name__)
     if flag.present and flag.name not in _SHARED
   ]
   problems += cli.parse_mesh(flags.FLAGS.mesh)[1]
   problems += [
-    f"--{flag.name}: means nothing without --mesh"
-    for flag in (flags.FLAGS[h.name] for h in (_UNIT, _REDUNDANT, _REBALANCE))
+    f"--{flag.name}: is not used without --mesh"
+    for flag in (flags.FLAGS[h.name] for h in (_ROLE, _REDUNDANT, _REBALANCE))
     if flag.present and not flags.FLAGS.mesh
   ]
   if not flags.FLAGS.workdir:
@@ -133,90 +142,91 @@ def _problems() -> list[str]:
   if bool(_PROMPTS.value) != bool(_OUT.value):
     problems.append("--prompts and --out: one needs the other")
   elif _OUT.value:
-    problems += batch_generate.file_problems(*_files())
+    problems += batch_generate.validate_files(*_files())
   if _PROMPTS.value and _PROMPT.value:
     problems.append("--prompt and --prompts: give one of them")
   if _DRAFTS.value < 1:
     problems.append(f"--drafts={_DRAFTS.value}: must be at least 1")
-  return problems + list(map(_of_flag, batch_generate.problems(_settings())))
+  return problems + list(map(_of_flag, _request().validate()))
 
 
 def _of_flag(problem: str) -> str:
-  """A problem of `name=value`, with the name that the flag has."""
+  """Renames a problem of a field, `name=value`, to that of its flag."""
   name, equals, rest = problem.partition("=")
   return f"--{_FLAGS.get(name, name)}{equals}{rest}"
 
 
-def _found(problems: list[str]) -> generate.LoadedModel:
-  """The model that the flags ask for.
+def _open_model(problems: list[str]) -> load.LoadedModel:
+  """Opens the model that the flags name.
 
   Args:
-    problems: that there are already; all are told together.
+    problems: of the flags; they are reported together with those of the model.
   """
-  found, problems = None, [*problems]
+  model, problems = None, [*problems]
   if folder := flags.FLAGS.workdir:
     try:
-      found = generate.open_model(
+      model = load.open_model(
         folder,
         average=_EMA.value,
         ignore_auto_map=_AUTO_MAP.value,
         follow_links=_LINKS.value,
       )
-      # Bad settings have been told already.
-      asks = [] if problems or _PROMPTS.value else [_ask()]
-      problems += map(_of_flag, found.problems(_options(), *asks))
+      # Settings that are out of range are among the problems already.
+      requests = [] if problems or _PROMPTS.value else [_request()]
+      problems += map(_of_flag, model.validate(_options(), *requests))
     except InputError as error:
       problems += str(error).splitlines()
   if problems:
     raise InputError("\n".join(problems))
-  return found
+  return model
 
 
 def _files() -> tuple[pathlib.Path, pathlib.Path]:
   return pathlib.Path(_PROMPTS.value), pathlib.Path(_OUT.value)
 
 
-def _show(writer: generate.Generator) -> None:
-  """Prints the prompt and what follows it, piece by piece."""
+def _print_text(generator: generate.Generator) -> None:
+  """Prints the prompt, and the text as it is generated."""
   start, n = time.perf_counter(), 0
   print(_PROMPT.value, end="", flush=True)
-  for piece in writer.stream([_ask()]):
-    print(piece.text, end="", flush=True)
+  for chunk in generator.stream([_request()]):
+    print(chunk.text, end="", flush=True)
     n += 1
   print()
   if _SPECULATIVE.value:
+    acceptance = batch_generate.describe_drafts(generator.engine.stats)
     print(
       f"{n} tokens in {time.perf_counter() - start:.1f} s, compiling"
-      f" included; {batch_generate.drafted(writer.engine.stats)}",
+      f" included; {acceptance}",
       file=sys.stderr,
     )
 
 
-def sample() -> None:
-  """Writes the texts that the flags ask for."""
-  problems = cli.parse_flags(sys.argv)
-  if not flags.FLAGS.is_parsed():  # a value of the wrong type
-    raise InputError("\n".join(problems))
-  problems += _problems()
-  if (n := math.prod(_mesh().values())) > 1:
-    distributed.use_virtual_devices(n, spare_threads=True)
-  writer = _found(problems).writer(_options())
-  if _PROMPTS.value:
-    batch_generate.write(writer, *_files(), _settings())
-  else:
-    _show(writer)
-  if _mesh():
-    _tell_balance(writer.engine)
-
-
-def _tell_balance(made: engine.Engine) -> None:
-  """How even the load of the devices was, each time that experts moved."""
-  found = [*made.stats.imbalance, made.imbalance().mean()]
+def _print_balance(made: engine.Engine) -> None:
+  """Prints the load imbalance of the devices, before each rebalancing."""
+  values = [*made.stats.imbalance, made.balancer.imbalance().mean()]
   print(
     "largest over mean load of the devices, mean over layers: "
-    + ", ".join(f"{value:.2f}" for value in found),
+    + ", ".join(f"{value:.2f}" for value in values),
     file=sys.stderr,
   )
+
+
+def sample() -> None:
+  """Generates the texts that the flags ask for."""
+  problems = cli.parse_flags(sys.argv, _RENAMED)
+  if not flags.FLAGS.is_parsed():  # a value of the wrong type
+    raise InputError("\n".join(problems))
+  problems += _validate()
+  if (n := math.prod(_mesh().values())) > 1:
+    distributed.use_virtual_devices(n, spare_threads=True)
+  generator = _open_model(problems).generator(_options())
+  if _PROMPTS.value:
+    batch_generate.generate_all(generator, *_files(), _request())
+  else:
+    _print_text(generator)
+  if _mesh():
+    _print_balance(generator.engine)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def replicate(
   return expert, rank, count
 
 
-def place(
+def balance_experts(
   load: np.ndarray,
   *,
   n_replicas: int,
@@ -148,7 +148,8 @@ def place(
   if n_groups % n_nodes:
     n_groups = n_nodes = 1
   layers = [
-    _place_layer(row, n_replicas, n_devices, n_groups, n_nodes) for row in load
+    _balance_layer(row, n_replicas, n_devices, n_groups, n_nodes)
+    for row in load
   ]
   expert, rank = np.stack(layers, axis=1)
   return _placement(expert, rank, n_experts)
@@ -181,7 +182,7 @@ def imbalance(loads: np.ndarray) -> np.ndarray:
   return np.divide(loads.max(-1), mean, out=np.ones_like(mean), where=mean > 0)
 
 
-def _place_layer(
+def _balance_layer(
   load: np.ndarray,
   n_replicas: int,
   n_devices: int,

@@ -246,7 +246,7 @@ class SampleTest(parameterized.TestCase):
     flags.append("--temperature=0")  # it compiles less
     found = []
     for n_slots in (1, 4):
-      _, err = self.text(*flags, f"--slots={n_slots}", "--stop=e")
+      _, err = self.text(*flags, f"--max_batch={n_slots}", "--stop=e")
       self.assertRegex(err, r"5 texts, \d+ tokens in .*\n1 lines had an er")
       found.append(out.read_text())
       out.unlink()
@@ -282,7 +282,7 @@ class SampleTest(parameterized.TestCase):
     (("--stop=",), "--stop=: a stop string must not be empty"),
     (("--drafts=0",), "--drafts=0: must be at least 1"),
     (("--drafts=-1", "--speculative"), "--drafts=-1: must be at least 1"),
-    (("--slots=0",), "--slots=0: must be at least 1"),
+    (("--max_batch=0",), "--max_batch=0: must be at least 1"),
     (("--max_len=0",), "--max_len=0: must be at least 1"),
     (("--chunk=100",), "--chunk=100: must be a power of two, at least 16"),
     (("--chunk=8",), "--chunk=8: must be a power of two, at least 16"),
@@ -291,7 +291,7 @@ class SampleTest(parameterized.TestCase):
     (("--out=x",), "--prompts and --out: one needs the other"),
     (("--prompt_=x",), "unknown flag '--prompt_=x'; did you mean --prompt?"),
     (("cold",), "stray argument 'cold'"),
-    (("--set=d_model=3",), "--set: means nothing here"),
+    (("--set=d_model=3",), "--set: is not used by experiments.sample"),
     (
       ("--prompt=It was", "--max_tokens=5000"),
       "prompt of 3 tokens with max_tokens=5000: needs 5003 positions of the"
@@ -306,11 +306,11 @@ class SampleTest(parameterized.TestCase):
   def test_lists_all_problems_at_once(self):
     self.assert_refused(
       "--temperature=-1 --top_p=2 --top_k=-2 --seed=-3 --max_tokens=-4"
-      " --stop= --drafts=0 --slots=0 --max_len=-5 --chunk=3 --compute=int8"
+      " --stop= --drafts=0 --max_batch=0 --max_len=-5 --chunk=3 --compute=int8"
       " --prompts=/nowhere/p --out=/nowhere/o --prompt=x --nothing=1"
       " --steps=3".split(),
       "unknown flag '--nothing=1'",
-      "--steps: means nothing here",
+      "--steps: is not used by experiments.sample",
       "--prompts=/nowhere/p: there is no such file",
       "--out=/nowhere/o: there is no such folder",
       "--prompt and --prompts: give one of them",
@@ -322,7 +322,7 @@ class SampleTest(parameterized.TestCase):
       "--max_tokens=-4",
       "--stop=",
       "--compute=int8",
-      "--slots=0",
+      "--max_batch=0",
       "--max_len=-5",
       "--chunk=3",
     )
