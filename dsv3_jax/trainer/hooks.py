@@ -131,7 +131,7 @@ def _heldout(
     by_domain[domain.name] = likelihood.heldout(
       model, rows, mask, domain.heldout.text_bytes
     )
-  return likelihood.joined(by_domain)
+  return likelihood.metrics(by_domain)
 
 
 def _sample(
