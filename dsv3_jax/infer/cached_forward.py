@@ -20,9 +20,11 @@ Attention = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 def local_experts(n_slots: int) -> moe.Experts:
-  """Returns the feed-forward of one device for n_slots (token, expert) pairs."""
+  """Returns the experts of one device for n_slots (token, expert) pairs."""
   few = n_slots <= FEW
-  return moe.Experts(experts_lib.few_ffn if few else experts_lib.grouped_ffn)
+  return moe.Experts(
+    experts_lib.slotwise_ffn if few else experts_lib.grouped_ffn
+  )
 
 
 def _block(
