@@ -16,7 +16,7 @@ import time
 from absl import flags
 
 from dsv3_jax.errors import InputError
-from dsv3_jax.infer import engine, generate, load, serving_mesh
+from dsv3_jax.infer import engine, engine_options, generate, load, serving_mesh
 from dsv3_jax.infer import request as request_lib
 from dsv3_jax.infer.request import GenerationRequest
 from dsv3_jax.parallel import device_mesh
@@ -40,7 +40,7 @@ _MAX_BATCH = flags.DEFINE_integer("max_batch", 8, "texts at the same time")
 _MAX_LEN = flags.DEFINE_integer(
   "max_len",
   None,
-  f"tokens of prompt and text; default: {engine.DEFAULT_MAX_LEN}",
+  f"tokens of prompt and text; default: {engine_options.DEFAULT_MAX_LEN}",
 )
 _CHUNK = flags.DEFINE_integer("chunk", 512, "tokens of a prompt read at once")
 _COMPUTE = flags.DEFINE_string("compute", "float32", "or bfloat16")
@@ -107,13 +107,13 @@ def _mesh() -> dict[str, int]:
   return cli.parse_mesh(flags.FLAGS.mesh)[0]
 
 
-def _options() -> engine.EngineOptions:
+def _options() -> engine_options.EngineOptions:
   serving, max_batch = None, _MAX_BATCH.value
   if mesh := _mesh():
     serving = serving_mesh.ServingConfig(mesh, _ROLE.value, _REDUNDANT.value)
   if not _PROMPTS.value and max_batch > 0:
     max_batch = device_mesh.axis_size(mesh, device_mesh.BATCH)
-  return engine.EngineOptions(
+  return engine_options.EngineOptions(
     dtype=_COMPUTE.value,
     max_batch=max_batch,
     max_len=_MAX_LEN.value,

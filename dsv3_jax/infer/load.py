@@ -19,12 +19,13 @@ from dsv3_jax.data import tokenizer
 from dsv3_jax.errors import InputError
 from dsv3_jax.infer import (
   engine,
+  engine_options,
   generate,
   inference_params,
   serving_mesh,
   serving_params,
 )
-from dsv3_jax.infer.engine import EngineOptions
+from dsv3_jax.infer.engine_options import EngineOptions
 from dsv3_jax.infer.request import GenerationRequest
 from dsv3_jax.interop import hf_read, load_sharded, open_run, tokenizer_files
 from dsv3_jax.linear import recipe as recipe_lib
@@ -48,11 +49,11 @@ class LoadedModel:
   ) -> list[str]:
     """Lists what is wrong with options or requests; reads no parameters."""
     cfg = self._served_config(options)
-    problems = engine.validate_options(cfg, options)
+    problems = engine_options.validate_options(cfg, options)
     for request in () if problems else requests:
       try:
         request = generate.tokenize(self.tok, request)
-        problems += engine.validate_request(cfg, options, request)
+        problems += engine_options.validate_request(cfg, options, request)
       except InputError as error:
         problems += str(error).splitlines()
     return problems
@@ -98,7 +99,9 @@ class LoadedModel:
       params, bias = jax.tree.map(
         lambda a: a.addressable_data(0), (params, bias)
       )
-    return _convert(params, bias, cfg=cfg, recipe=engine.DTYPES[options.dtype])
+    return _convert(
+      params, bias, cfg=cfg, recipe=engine_options.DTYPES[options.dtype]
+    )
 
 
 @jax.jit(static_argnames=("cfg", "recipe"))

@@ -11,6 +11,7 @@ from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.data import loader, packing, tokenized_corpus, tokenizer
 from dsv3_jax.evals import hidden, likelihood
 from dsv3_jax.infer import engine, inference_params
+from dsv3_jax.infer.engine_options import EngineOptions
 from dsv3_jax.infer.request import GenerationRequest
 from dsv3_jax.parallel import device_mesh, replica_check
 from dsv3_jax.trainer import (
@@ -150,7 +151,7 @@ def _sample(
   generator = engine.Engine(
     inference_params.from_params(params, bias, model),
     model,
-    engine.EngineOptions(max_batch=1, max_len=n + 1),
+    EngineOptions(max_batch=1, max_len=n + 1),
   )
   request = GenerationRequest(
     [tokenizer.BOS_ID],

@@ -17,6 +17,7 @@ import numpy as np
 from dsv3_jax import config
 from dsv3_jax.config import presets
 from dsv3_jax.infer import engine, inference_params, kvcache, serving_mesh
+from dsv3_jax.infer.engine_options import EngineOptions
 from dsv3_jax.infer.request import GenerationRequest
 from dsv3_jax.trainer import distributed
 from experiments import allocator
@@ -69,7 +70,7 @@ def _engine(job: dict[str, Any], cfg: config.Model) -> engine.Engine:
     params = _params(cfg)
   else:
     params = jax.device_put(_params(cfg))
-  options = engine.EngineOptions(
+  options = EngineOptions(
     max_batch=n,
     max_len=longest + max(1, job["new"]),
     chunk=kvcache.bucket(longest, LONGEST_CHUNK),

@@ -92,7 +92,7 @@ class FoundTest(absltest.TestCase):
     return hidden.EvalModel(params, put(self.bias, jax.P()), RUN, mesh)
 
   def guesses(self, text, n):
-    """Decodes greedily after a text with the reference."""
+    """Decodes the tokens after a text with the reference."""
     args = reference.f64((self.params, self.bias))
     ids = self.tok.encode(text).ids
     for _ in range(n):

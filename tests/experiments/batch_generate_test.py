@@ -12,6 +12,7 @@ from absl.testing import absltest, parameterized
 
 from dsv3_jax.data import tokenizer
 from dsv3_jax.infer import engine, generate
+from dsv3_jax.infer.engine_options import EngineOptions
 from dsv3_jax.infer.request import GenerationRequest
 from experiments import batch_generate
 
@@ -84,9 +85,7 @@ class BatchTest(parameterized.TestCase):
 
   def write(self, *, n_slots=3, patience=10**9, **settings):
     """Runs the command; returns the asks that were written."""
-    author = Author(
-      {}, MODEL, engine.EngineOptions(max_batch=n_slots, max_len=64)
-    )
+    author = Author({}, MODEL, EngineOptions(max_batch=n_slots, max_len=64))
     author.patience = patience
     writer = generate.Generator(author, TOK)
     asked, stream = [], writer.stream
@@ -158,7 +157,7 @@ class LineTest(BatchTest):
     self.put(*({"prompt": "a" * n, "max_tokens": 5} for n in range(20)))
     asked = self.write()
     writer = generate.Generator(
-      Author({}, MODEL, engine.EngineOptions(max_len=64)), TOK
+      Author({}, MODEL, EngineOptions(max_len=64)), TOK
     )
     for ask, row in zip(asked, self.rows(), strict=True):
       pieces = list(writer.stream([ask]))

@@ -39,7 +39,7 @@ def model(*assignments):
 
 
 def full(cfg, params, bias, tokens):
-  """Runs the whole network in float64, without a cache."""
+  """Runs the whole network on texts in float64, without any cache."""
   return reference.forward(*reference.f64((params, bias)), tokens, cfg)
 
 

@@ -16,6 +16,7 @@ from sampling_test import distribution, joint, p_value
 
 from dsv3_jax import config
 from dsv3_jax.infer import engine, inference_params
+from dsv3_jax.infer.engine_options import EngineOptions
 from dsv3_jax.infer.request import GenerationRequest
 from dsv3_jax.model import transformer
 
@@ -81,7 +82,7 @@ def parameters(*assignments):
 
 
 def make(n_drafts=0, n_slots=SLOTS, assignments=(), params=None):
-  options = engine.EngineOptions(
+  options = EngineOptions(
     max_batch=n_slots, max_len=MAX_LEN, chunk=CHUNK, n_drafts=n_drafts
   )
   return engine.Engine(
@@ -541,7 +542,7 @@ class MoreSlotsTest(parameterized.TestCase):
 class RefusalTest(parameterized.TestCase):
   def engine(self, *assignments, **options):
     cfg = config.override(model()[0], *assignments)
-    return engine.Engine(parameters(), cfg, engine.EngineOptions(**options))
+    return engine.Engine(parameters(), cfg, EngineOptions(**options))
 
   @parameterized.parameters(
     (dict(max_batch=0), "max_batch=0: must be at least 1"),

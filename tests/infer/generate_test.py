@@ -20,7 +20,7 @@ from dsv3_jax import config
 from dsv3_jax.checkpoint import manifest
 from dsv3_jax.data import chat, tokenizer
 from dsv3_jax.infer import engine, generate, load
-from dsv3_jax.infer.engine import EngineOptions
+from dsv3_jax.infer.engine_options import EngineOptions
 from dsv3_jax.infer.request import GenerationRequest
 from dsv3_jax.interop import load_sharded, open_run
 from experiments import cli
@@ -404,7 +404,7 @@ class WriterTest(FolderTest):
 
 class LoadTest(FolderTest):
   def served(self, folder, **options):
-    """What the engine of a folder is made with."""
+    """Returns the arguments that the engine of a folder is made with."""
     with mock.patch.object(engine, "Engine") as made:
       generator(folder, **options)
     (params, cfg, options), _ = made.call_args

@@ -38,7 +38,7 @@ def rows_of(settings):
 
 
 def distribution(logits, temperature, top_p, top_k):
-  """Distribution of one row of float64 logits [C], and the closest tie.
+  """Returns the distribution of one row of float64 logits [C], and a margin.
 
   Returns:
     Probabilities [C], and the least distance of top_p from a share at which
@@ -57,7 +57,7 @@ def distribution(logits, temperature, top_p, top_k):
 
 
 def p_value(counts, p, least=5):
-  """P-value of counts drawn from p; rare ones are pooled.
+  """Returns the p-value of counts drawn from p; rare ones are pooled.
 
   The sum of (count - expected)^2 / expected has a chi-square distribution with
   one degree of freedom less than there are terms, if each expects a few.

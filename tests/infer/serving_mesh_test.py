@@ -25,6 +25,7 @@ from dsv3_jax.infer import (
   serving_mesh,
   serving_params,
 )
+from dsv3_jax.infer.engine_options import EngineOptions
 from dsv3_jax.infer.request import GenerationRequest
 from dsv3_jax.model import swiglu, transformer
 from dsv3_jax.parallel import device_mesh, sharding
@@ -121,7 +122,7 @@ def make(used=None, n_drafts=0, *, skew=0.1, params=None, placed=None, **more):
   """An engine of a unit, or of one device."""
   cfg, *_ = model(skew)
   sizes = dict(max_batch=SLOTS, max_len=MAX_LEN, chunk=CHUNK) | more
-  options = engine.EngineOptions(n_drafts=n_drafts, **sizes)
+  options = EngineOptions(n_drafts=n_drafts, **sizes)
   return engine.Engine(
     params or parameters(skew), cfg, options, mesh=used, placement=placed
   )
@@ -146,7 +147,7 @@ def of_one_device(n_drafts=0, skew=0.1):
 
 @functools.cache
 def load(used):
-  """Load of the texts of a unit."""
+  """Returns the load of the texts on a serving mesh."""
   made = make(used)
   run(made)
   return made.balancer.load
@@ -678,7 +679,7 @@ class RefusalTest(parameterized.TestCase):
       device_mesh.abstract_mesh({"expert": 3}), serving_mesh.DECODE, 16
     )
     with self.assertRaises(ValueError) as caught:
-      options = engine.EngineOptions(max_batch=4, n_drafts=-1)
+      options = EngineOptions(max_batch=4, n_drafts=-1)
       engine.Engine(parameters(), cfg, options, mesh=used)
     found = str(caught.exception)
     for said in (

@@ -65,7 +65,7 @@ def markov_cycle(p, q, last, how, position, k, mode):
 
 
 def texts_of(p, q, how, k, mode, length):
-  """Draws texts of the Markov chain p after token 0, with drafts of q.
+  """Draws texts of the Markov chain p after a first token 0, with drafts of q.
 
   Returns:
     Tokens [B, length], and how many drafts each cycle kept, [cycles, B].
