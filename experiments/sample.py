@@ -29,7 +29,6 @@ _OUT = flags.DEFINE_string(
   "out",
   None,
   "JSON Lines file for the generated texts",
-  allow_override=True,  # `scripts.convert` has it too
 )
 _DEFAULTS = GenerationRequest("", max_tokens=200, temperature=0.8, top_p=0.95)
 _SPECULATIVE = flags.DEFINE_bool(
@@ -43,7 +42,9 @@ _MAX_LEN = flags.DEFINE_integer(
   f"tokens of prompt and text; default: {engine_options.DEFAULT_MAX_LEN}",
 )
 _CHUNK = flags.DEFINE_integer("chunk", 512, "tokens of a prompt read at once")
-_COMPUTE = flags.DEFINE_string("compute", "float32", "or bfloat16")
+_DTYPE = flags.DEFINE_string(
+  "dtype", "float32", "of parameters and cache: float32 or bfloat16"
+)
 _EMA = flags.DEFINE_bool("ema", False, "use the averaged parameters")
 _ROLE = flags.DEFINE_string(
   "role", "decode", "with --mesh: decode or prefill, how to divide the model"
@@ -56,23 +57,21 @@ _REDUNDANT = flags.DEFINE_integer(
 _REBALANCE = flags.DEFINE_integer(
   "rebalance_every", 0, "decode steps between moves of experts; 0: never"
 )
-# Of a released checkpoint, as for `scripts.convert`.
+# Of a released checkpoint.
 _AUTO_MAP = flags.DEFINE_bool(
   "ignore_auto_map",
   False,
   "accept a config.json that names code, which is not run",
-  allow_override=True,
 )
-_LINKS = flags.DEFINE_bool(
-  "follow_links", False, "shards may be links", allow_override=True
-)
+_LINKS = flags.DEFINE_bool("follow_links", False, "shards may be links")
 
 # Flags of all experiments that this one reads.
 _SHARED = ("workdir", "seed", "mesh")
 # Flags of engine options whose field has another name.
-_FLAGS = {"n_drafts": "drafts", "dtype": "compute"}
+_FLAGS = {"n_drafts": "drafts"}
 # Old name -> new name of flags; old names are read for one release.
 _RENAMED = {
+  "compute": "dtype",
   "slots": "max_batch",
   "unit": "role",
   "redundant": "redundant_experts",
@@ -114,7 +113,7 @@ def _options() -> engine_options.EngineOptions:
   if not _PROMPTS.value and max_batch > 0:
     max_batch = device_mesh.axis_size(mesh, device_mesh.BATCH)
   return engine_options.EngineOptions(
-    dtype=_COMPUTE.value,
+    dtype=_DTYPE.value,
     max_batch=max_batch,
     max_len=_MAX_LEN.value,
     chunk=_CHUNK.value,

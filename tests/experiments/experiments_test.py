@@ -286,7 +286,7 @@ class SampleTest(parameterized.TestCase):
     (("--max_len=0",), "--max_len=0: must be at least 1"),
     (("--chunk=100",), "--chunk=100: must be a power of two, at least 16"),
     (("--chunk=8",), "--chunk=8: must be a power of two, at least 16"),
-    (("--compute=float16",), "--compute=float16: must be one of float32, b"),
+    (("--dtype=float16",), "--dtype=float16: must be one of float32, b"),
     (("--prompts=x",), "--prompts and --out: one needs the other"),
     (("--out=x",), "--prompts and --out: one needs the other"),
     (("--prompt_=x",), "unknown flag '--prompt_=x'; did you mean --prompt?"),
@@ -306,7 +306,7 @@ class SampleTest(parameterized.TestCase):
   def test_lists_all_problems_at_once(self):
     self.assert_refused(
       "--temperature=-1 --top_p=2 --top_k=-2 --seed=-3 --max_tokens=-4"
-      " --stop= --drafts=0 --max_batch=0 --max_len=-5 --chunk=3 --compute=int8"
+      " --stop= --drafts=0 --max_batch=0 --max_len=-5 --chunk=3 --dtype=int8"
       " --prompts=/nowhere/p --out=/nowhere/o --prompt=x --nothing=1"
       " --steps=3".split(),
       "unknown flag '--nothing=1'",
@@ -321,7 +321,7 @@ class SampleTest(parameterized.TestCase):
       "--seed=-3",
       "--max_tokens=-4",
       "--stop=",
-      "--compute=int8",
+      "--dtype=int8",
       "--max_batch=0",
       "--max_len=-5",
       "--chunk=3",
