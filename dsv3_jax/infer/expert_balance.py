@@ -56,7 +56,7 @@ class ExpertBalancer:
 
   def imbalance(self) -> np.ndarray:
     """Largest over mean load of the mesh's devices, [n] of each router."""
-    load = self.mesh.load(self.load, self.cfg)
+    load = self.mesh.with_shared(self.load, self.cfg)
     return eplb.imbalance(self.placement.loads(load, self.mesh.n_devices))
 
   def rebalance(

@@ -412,7 +412,7 @@ class ResumeTest(BatchTest):
     self.write()
     self.lines[index] = line
     self.put(*self.lines)
-    self.assert_refused(f"holds a text of line {index + 1} that was asked")
+    self.assert_refused(f"holds a text of line {index + 1} with another")
 
   @parameterized.parameters(
     {"max_tokens": 4},

@@ -19,7 +19,13 @@ from absl.testing import absltest, parameterized
 from dsv3_jax import config
 from dsv3_jax.checkpoint import manifest
 from dsv3_jax.data import chat, tokenizer
-from dsv3_jax.infer import engine, generate, load
+from dsv3_jax.infer import (
+  engine,
+  generate,
+  load,
+  serving_mesh,
+  serving_params,
+)
 from dsv3_jax.infer.engine_options import EngineOptions
 from dsv3_jax.infer.request import GenerationRequest
 from dsv3_jax.interop import load_sharded, open_run
@@ -365,7 +371,7 @@ class FolderTest(parameterized.TestCase):
     cls.run_dir, cls.released = folder / "run", folder / "released"
     _, cls.state, cls.tok = micro.make(cls.run_dir, "optim.ema_decay=0.9")
     arguments = f"--mode=export --workdir={cls.run_dir} --hf={cls.released}"
-    program = functools.partial(cli.run_main, convert.main)
+    program = functools.partial(cli.run_main, convert.execute)
     code, _, err = testing.command_line(program, *arguments.split())
     assert not code, err
 
@@ -510,6 +516,33 @@ class LoadTest(FolderTest):
     (folder / "tokenizer.json").unlink()
     with self.assertRaisesRegex(ValueError, "not a readable tokenizer"):
       generator(folder)
+
+
+class ServingMeshTest(FolderTest):
+  @parameterized.product(
+    folder=("run_dir", "released"),
+    sizes=({"expert": 2, "model": 2}, {"expert": 3}),
+  )
+  def test_devices_read_their_parts_alone(self, folder, sizes):
+    model = load.open_model(getattr(self, folder))
+    sharded = EngineOptions(
+      max_batch=6, n_drafts=1, serving=serving_mesh.ServingConfig(sizes)
+    )
+    with mock.patch.object(load, "_convert", wraps=load._convert) as convert:
+      made = model.generator(sharded).engine
+    (params, _), _ = convert.call_args
+    if "model" in sizes:
+      # 3 devices divide none of their dims evenly.
+      for p in params["moe"]["ffn"]["experts"].values():
+        self.assertEqual(4 * p.addressable_shards[0].data.size, p.size)
+      up = params["moe"]["mla"]["kv_up"]
+      self.assertEqual(2 * up.addressable_shards[0].data.size, up.size)
+    alone = model.generator(EngineOptions(n_drafts=1)).engine
+    placement = serving_params.uniform_placement(made.mesh, made.cfg)
+    expected = serving_params.shard_params(
+      alone._params, placement, made.mesh, made.cfg
+    )
+    testing.assert_same(jax.device_get(made._params), jax.device_get(expected))
 
 
 class BadRunTest(parameterized.TestCase):

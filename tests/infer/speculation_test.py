@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
-from sampling_test import joint, p_value, probabilities, rows_of
+from sampling_test import joint, p_value, probabilities, request, rows_of
 
 from dsv3_jax.infer import sampling, speculation
 
@@ -95,7 +95,7 @@ class JudgeTest(parameterized.TestCase):
 
   @parameterized.parameters(*CASES)
   def test_texts_have_the_distribution_of_the_target(self, settings, k, c):
-    mode = sampling.mode([settings])
+    mode = sampling.mode([request(*settings)])
     p, q = tables(k, c, settings, mode)
     how = same_rows(DRAWS, *settings)
     length = min(k + 1, 3)
@@ -164,7 +164,7 @@ class JudgeTest(parameterized.TestCase):
       np.broadcast_to(p, (DRAWS, 2, 4)),
       np.broadcast_to(2 * p, (DRAWS, 1, 4)),
       np.zeros((DRAWS, 1), np.int32),
-      same_rows(DRAWS, 1, 1, 0),
+      same_rows(DRAWS, 1, 1, 0).seed,
       np.ones(DRAWS, np.int32),
       sampling.UNTRUNCATED,
     )
@@ -181,7 +181,7 @@ class JudgeTest(parameterized.TestCase):
         np.stack([p, p]),
         np.stack([q[:1], p[:1]]),
         np.int32([[0], [1]]),
-        same_rows(2, 1, 1, 0),
+        same_rows(2, 1, 1, 0).seed,
         np.int32([3, 3]),
         sampling.UNTRUNCATED,
       )
