@@ -58,7 +58,7 @@ class Scripted:
     self.scripts, self.submitted, self.cancelled = scripts, 0, []
 
   def validate_request(self, request):
-    return []
+    return request.validate()
 
   def cancel(self, number):
     self.cancelled.append(number)
