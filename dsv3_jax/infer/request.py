@@ -32,8 +32,6 @@ class GenerationRequest:
   def validate(self) -> list[str]:
     """Lists the settings that are out of range, a line each."""
     problems = []
-    if self.max_tokens < 1:
-      problems.append(f"max_tokens={self.max_tokens}: must be at least 1")
     if not 0 <= self.temperature <= MAX_TEMPERATURE:
       problems.append(
         f"temperature={self.temperature}: must be at least 0, and at most"
@@ -47,6 +45,8 @@ class GenerationRequest:
       )
     if not 0 <= self.seed < 2**32:
       problems.append(f"seed={self.seed}: must be in [0, 2^32)")
+    if self.max_tokens < 1:
+      problems.append(f"max_tokens={self.max_tokens}: must be at least 1")
     if "" in self.stop:
       problems.append("stop=: a stop string must not be empty")
     return problems

@@ -15,7 +15,7 @@ from absl.testing import absltest, parameterized
 from sampling_test import distribution, joint, p_value
 
 from dsv3_jax import config
-from dsv3_jax.infer import engine, inference_params
+from dsv3_jax.infer import engine, expert_balance, inference_params
 from dsv3_jax.infer.engine_options import EngineOptions
 from dsv3_jax.infer.request import GenerationRequest
 from dsv3_jax.model import transformer
@@ -288,7 +288,7 @@ class GreedyTest(parameterized.TestCase):
   def test_counts_what_experts_get(self):
     cfg, params, bias = model()
     asked, made = requests(), make()
-    with mock.patch.object(engine, "MANY", 5):
+    with mock.patch.object(expert_balance, "MAX_PENDING", 5):
       run(made, asked)
     expected = 0
     for r, text in zip(asked, due(), strict=True):
@@ -576,7 +576,7 @@ class RefusalTest(parameterized.TestCase):
   @parameterized.parameters(-1, 5)
   def test_refuses_to_place_experts_of_one_device(self, every):
     with self.assertRaisesRegex(
-      ValueError, f"^rebalance_every={every}: must be at least 0, and 0 where"
+      ValueError, f"^rebalance_every={every}: must be at least 0, and 0 without"
     ):
       self.engine(rebalance_every=every)
 
