@@ -48,8 +48,8 @@ VARIANTS = {
     "d_model=128",
     "n_layers=3",
     "dense_ffn_dim=256",
-    "mla.n_heads=4",
-    "mla.q_rank=64",
+    "attention.n_heads=4",
+    "attention.q_rank=64",
     "moe.ffn_dim=64",
     "init_std=0.045",
     "data.heldout_fraction=0.01",
@@ -87,8 +87,8 @@ def with_yarn(run: config.Run, longest: int) -> config.Run:
   short = run.data.seq_len
   return config.override(
     run,
-    f"model.mla.yarn.factor={longest / short:g}",
-    f"model.mla.yarn.original_len={short}",
+    f"model.attention.yarn.factor={longest / short:g}",
+    f"model.attention.yarn.original_len={short}",
   )
 
 

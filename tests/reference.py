@@ -221,7 +221,7 @@ def moe(p, x, bias, cfg):
 
 def block(p, x, bias, cfg):
   """Pre-norm block: y, and load and balance loss of a mixture, else None."""
-  x = x + mla(p["mla"], rms_norm(p["mla_norm"], x, cfg.norm_eps), cfg.mla)
+  x = x + mla(p["mla"], rms_norm(p["mla_norm"], x, cfg.norm_eps), cfg.attention)
   h = rms_norm(p["ffn_norm"], x, cfg.norm_eps)
   if "router" not in p["ffn"]:
     return x + swiglu(p["ffn"], h), None, None

@@ -28,7 +28,7 @@ TINY = config.Model(
   n_layers=4,
   n_dense_layers=1,
   dense_ffn_dim=128,
-  mla=config.MLA(
+  attention=config.MLA(
     n_heads=4, q_rank=32, kv_rank=16, nope_dim=16, rope_dim=8, v_dim=16
   ),
   moe=config.MoE(n_shared=1, ffn_dim=32),
@@ -49,12 +49,12 @@ def run(*assignments: str) -> config.Run:
     "d_model=16",
     "n_layers=2",
     "dense_ffn_dim=24",
-    "mla.n_heads=2",
-    "mla.q_rank=8",
-    "mla.kv_rank=8",
-    "mla.nope_dim=4",
-    "mla.rope_dim=4",
-    "mla.v_dim=4",
+    "attention.n_heads=2",
+    "attention.q_rank=8",
+    "attention.kv_rank=8",
+    "attention.nope_dim=4",
+    "attention.rope_dim=4",
+    "attention.v_dim=4",
     "moe.ffn_dim=8",
     "router.n_experts=8",
     "router.top_k=2",

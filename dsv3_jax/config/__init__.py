@@ -5,7 +5,7 @@ and therefore a static argument of `jit`. `override` applies `a.b=value`
 assignments and reports all their problems at once.
 """
 
-from dsv3_jax.config.model import MLA, MTP, Model, MoE, Router, Yarn
+from dsv3_jax.config.model import MLA, MTP, Attention, Model, MoE, Router, Yarn
 from dsv3_jax.config.overrides import (
   default_settings,
   diff,
@@ -31,6 +31,7 @@ __all__ = [
   "ACTIVATIONS",
   "MLA",
   "MTP",
+  "Attention",
   "Checkpoint",
   "Data",
   "Evaluate",

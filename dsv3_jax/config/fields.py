@@ -43,7 +43,10 @@ def _field_problems(cfg: Any) -> Iterator[str]:
     value, kind = getattr(cfg, field.name), hints[field.name]
     where = f"{type(cfg).__name__}.{field.name}={value!r}"
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    accepted = is_number if kind is float else type(value) is kind
+    if kind in (int, str, bool):
+      accepted = type(value) is kind
+    else:
+      accepted = is_number if kind is float else isinstance(value, kind)
     if not accepted:
       yield f"{where}: expected {kind.__name__}"
     elif type(value) is int and abs(value) > LARGEST:

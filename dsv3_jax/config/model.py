@@ -26,10 +26,32 @@ class Yarn:
     return self.factor * self.original_len if self.factor > 1 else math.inf
 
 
+class Attention:
+  """Base of the settings of an attention, which `Model.attention` holds.
+
+  A subclass is a `fields.checked` class with a field `type`, its name: it picks
+  the functions in `model/attentions.py`, and is the key of its parameters.
+  """
+
+  type: str
+  n_heads: int  # divided over the mesh axis `model`
+
+  @property
+  def max_len(self) -> float:
+    """The longest context that the settings allow."""
+    return math.inf
+
+
+def attention_types() -> dict[str, type[Attention]]:
+  """Settings classes by the name of their attention."""
+  return {cls.type: cls for cls in Attention.__subclasses__()}
+
+
 @fields.checked
-class MLA:
+class MLA(Attention):
   """Multi-head latent attention (section 2.1.1)."""
 
+  type: str = "mla"
   n_heads: int = number(low=1)
   q_rank: int = number(low=0)  # 0: no query compression (V2-Lite)
   kv_rank: int = number(low=1)
@@ -53,8 +75,13 @@ class MLA:
     return self.nope_dim + self.rope_dim
 
   @property
-  def divisor(self) -> float:
-    """Of attention's scores; YaRN makes it smaller."""
+  def max_len(self) -> float:
+    """The longest context that YaRN extends to; infinite without YaRN."""
+    return self.yarn.max_len
+
+  @property
+  def softmax_divisor(self) -> float:
+    """The divisor of attention scores, 1 / softmax_scale; YaRN lowers it."""
     root_t = 0.1 * self.yarn.mscale * math.log(self.yarn.factor) + 1
     return math.sqrt(self.qk_dim) / root_t**2
 
@@ -125,7 +152,7 @@ class Model:
   n_layers: int = number(low=1, high=10_000)
   n_dense_layers: int = number(low=0)
   dense_ffn_dim: int = number(low=1)
-  mla: MLA
+  attention: Attention
   moe: MoE
   router: Router
   mtp: MTP = MTP()

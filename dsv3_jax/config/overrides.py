@@ -1,5 +1,6 @@
 """Settings of a configuration by path: listed, replaced, compared."""
 
+import copy
 import dataclasses
 import functools
 import typing
@@ -8,7 +9,7 @@ from typing import Any
 
 from absl import logging
 
-from dsv3_jax.config import fields
+from dsv3_jax.config import fields, model
 from dsv3_jax.errors import InputError
 
 # Old name -> new name of settings, or of a group of settings such as a
@@ -18,6 +19,7 @@ from dsv3_jax.errors import InputError
 RENAMED = {
   "data.heldout": "data.heldout_fraction",
   "data.on_bad_text": "data.on_decode_error",
+  "mla": "attention",
   "mtp.hidden": "mtp.input_state",
   "optim.tail_lr": "optim.final_lr",
   "parallel.check_every": "parallel.replica_check_every",
@@ -68,7 +70,7 @@ def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
-  """All settings as {"model.mla.n_heads": value}, in order."""
+  """All settings as {"model.attention.n_heads": value}, in order."""
   out = {}
   for field in dataclasses.fields(cfg):
     value, path = getattr(cfg, field.name), prefix + field.name
@@ -79,13 +81,25 @@ def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
   return out
 
 
-def default_settings(cls: type, prefix: str = "") -> dict[str, Any]:
-  """Settings of a class that need not be given, with their values."""
+def default_settings(
+  cls: type, settings: Mapping[str, Any], prefix: str = ""
+) -> dict[str, Any]:
+  """Values of settings of a class that need not be given.
+
+  Args:
+    cls: `Run`, `Model` or another class of settings.
+    settings: stored ones, of which `attention.type` picks the attention's
+      class; MLA without it.
+    prefix: before each path.
+  """
   out, hints = {}, typing.get_type_hints(cls)
   for field in dataclasses.fields(cls):
-    path = prefix + field.name
-    if dataclasses.is_dataclass(hints[field.name]):
-      out |= default_settings(hints[field.name], path + ".")
+    path, nested = prefix + field.name, hints[field.name]
+    if nested is model.Attention:
+      name = settings.get(f"{path}.type")
+      nested = model.attention_types().get(name, model.MLA)
+    if dataclasses.is_dataclass(nested):
+      out |= default_settings(nested, settings, path + ".")
     elif field.default is not dataclasses.MISSING:
       out[path] = field.default
   return out
@@ -151,8 +165,45 @@ def _rebuild(
     return None
 
 
+def _with_attention(cfg: Any, cls: type[model.Attention]) -> Any:
+  """A config, not yet validated, with settings of another attention.
+
+  Settings of the same name keep their value; others have their default, or 0
+  where there is none.
+  """
+  new = copy.copy(cfg)
+  if not isinstance(cfg, model.Model):
+    object.__setattr__(new, "model", _with_attention(cfg.model, cls))
+    return new
+  hints, settings = typing.get_type_hints(cls), object.__new__(cls)
+  for field in dataclasses.fields(cls):
+    value = vars(cfg.attention).get(field.name, field.default)
+    if value is dataclasses.MISSING:
+      value = hints[field.name]()
+    object.__setattr__(settings, field.name, value)
+  object.__setattr__(settings, "type", cls.type)
+  object.__setattr__(new, "attention", settings)
+  return new
+
+
+def _with_attention_type(
+  cfg: Any, assignments: Sequence[str]
+) -> tuple[Any, list[str]]:
+  """The config with the attention that `attention.type` asks for; problems."""
+  types, problems = model.attention_types(), []
+  for text in assignments:
+    path, _, name = text.partition("=")
+    if path.removeprefix("model.") == "attention.type":
+      if name in types:
+        cfg = _with_attention(cfg, types[name])
+      else:
+        hint = fields.nearest(name, types)
+        problems.append(f"{text}: must be one of {', '.join(types)}{hint}")
+  return cfg, problems
+
+
 def override(cfg: Any, *assignments: str) -> Any:
-  """The config with settings such as `mla.n_heads=4` or `train.tokens=1e6`.
+  """The config with settings such as `router.top_k=4` or `train.tokens=1e6`.
 
   Paths start at `cfg`; a leading `model.` may be left out. Values take the type
   of the setting.
@@ -160,7 +211,9 @@ def override(cfg: Any, *assignments: str) -> Any:
   Raises:
     InputError: one line a problem, of all assignments together.
   """
-  values, problems = _assignments(flatten(cfg), assignments)
+  cfg, problems = _with_attention_type(cfg, assignments)
+  values, invalid = _assignments(flatten(cfg), assignments)
+  problems += invalid
   result = _rebuild(cfg, values, "", problems)
   if problems:
     raise InputError("\n".join(problems))

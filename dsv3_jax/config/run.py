@@ -282,11 +282,11 @@ class Run:
         f"Data.seq_len={self.data.seq_len}: must be above MTP.depth="
         f"{self.model.mtp.depth}, or no position has a target that far ahead"
       )
-    longest = self.model.mla.yarn.max_len
+    longest = self.model.attention.max_len
     if self.data.seq_len > longest:
       yield (
         f"Data.seq_len={self.data.seq_len}: must be at most {longest:g}, what"
-        " model.mla.yarn extends to: factor * original_len"
+        " model.attention allows (of MLA: yarn.factor * yarn.original_len)"
       )
     if self.evaluate.ema and not self.optim.ema_decay:
       yield "Evaluate.ema=True: needs an average, optim.ema_decay above 0"

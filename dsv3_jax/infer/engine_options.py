@@ -31,7 +31,7 @@ class EngineOptions:
     """Fills in the default of `max_len` for a model."""
     if self.max_len is not None:
       return self
-    longest = int(min(DEFAULT_MAX_LEN, cfg.mla.yarn.max_len))
+    longest = int(min(DEFAULT_MAX_LEN, cfg.attention.max_len))
     return dataclasses.replace(self, max_len=longest)
 
   def n_positions(self, request: GenerationRequest) -> int:
@@ -59,10 +59,10 @@ def validate_options(
   for name in ("max_batch", "max_len"):
     if (value := getattr(options, name)) < 1:
       problems.append(f"{name}={value}: must be at least 1")
-  if options.max_len > (longest := cfg.mla.yarn.max_len):
+  if options.max_len > (longest := cfg.attention.max_len):
     problems.append(
       f"max_len={options.max_len}: must be at most {longest:g}, the length that"
-      " mla.yarn extends to"
+      " the model's attention allows"
     )
   if options.chunk < kvcache.MIN_LENGTH or options.chunk & (options.chunk - 1):
     problems.append(

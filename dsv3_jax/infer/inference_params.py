@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax import config, param_spec
-from dsv3_jax.model import mla, transformer
+from dsv3_jax.model import attentions, transformer
 
 InferenceParams = dict[str, Any]
 
@@ -58,20 +58,24 @@ def from_params(
 def _layer(
   p: param_spec.Params, i: int, bias: jax.Array | None, cfg: config.Model
 ) -> param_spec.Params:
-  p = p | {"mla": mla.served(p["mla"], cfg.mla)}
+  settings = cfg.attention
+  convert = attentions.functions(settings).inference_params
+  p = p | {settings.type: convert(p[settings.type], settings)}
   return p if bias is None else p | {"bias": bias[i]}
 
 
 def specs(cfg: config.Model) -> param_spec.Specs:
   """Returns the specs of the parameters that `from_params` returns."""
   tree, router = transformer.specs(cfg), cfg.router.n_experts
+  name = cfg.attention.type
+  convert = attentions.functions(cfg.attention).inference_specs
 
   def bare(spec):
     return dataclasses.replace(spec, dims=spec.dims[1:])
 
   def layer(stacked, routed):
     p = jax.tree.map(bare, stacked)
-    p = p | {"mla": mla.served_specs(p["mla"], cfg.mla)}
+    p = p | {name: convert(p[name], cfg.attention)}
     bias = param_spec.ParamSpec(
       (("scores", router),), jax.nn.initializers.zeros
     )

@@ -76,15 +76,15 @@ class _Tensor:
 def validate(model: config.Model) -> list[str]:
   """Returns the reasons why llama.cpp would refuse or misread a model."""
   problems = []
-  if not model.mla.q_rank and model.n_layers not in (26, 27):
+  if not model.attention.q_rank and model.n_layers not in (26, 27):
     problems.append(
-      f"mla.q_rank=0 with n_layers={model.n_layers}: llama.cpp expects"
+      f"attention.q_rank=0 with n_layers={model.n_layers}: llama.cpp expects"
       " compressed queries except with 26 or 27 layers (V2-Lite, Moonlight);"
       " export to --hf instead"
     )
-  if model.norm_eps != model.mla.norm_eps:
+  if model.norm_eps != model.attention.norm_eps:
     problems.append(
-      f"norm_eps={model.norm_eps:g}, mla.norm_eps={model.mla.norm_eps:g}:"
+      f"norm_eps={model.norm_eps:g}, attention.norm_eps={model.attention.norm_eps:g}:"
       " llama.cpp takes one number for both"
     )
   if model.router.score == "softmax" and model.router.n_groups > 1:
@@ -122,7 +122,7 @@ def _stacks(model: config.Model) -> Iterator[list[hf_mapping.Block]]:
 
 def _tensors(export_format: hf_write.ExportFormat) -> Iterator[_Tensor]:
   """Yields the tensors of the file in order."""
-  attention = export_format.source.model.mla
+  attention = export_format.source.model.attention
   for stack in _stacks(export_format.source.model):
     block = stack[0]
     path, is_expert = _path_in_layer(block.path), len(block.index) > 1
@@ -204,7 +204,7 @@ def _split_kv_up(
 def _describe_model(
   writer: gguf.GGUFWriter, model: config.Model, max_len: int
 ) -> None:
-  mla, router = model.mla, model.router
+  mla, router = model.attention, model.router
   writer.add_vocab_size(model.vocab_size)
   writer.add_context_length(max_len)
   writer.add_embedding_length(model.d_model)

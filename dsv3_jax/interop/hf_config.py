@@ -18,12 +18,12 @@ _SETTINGS = {
   "intermediate_size": "dense_ffn_dim",
   "rms_norm_eps": "norm_eps",
   "initializer_range": "init_std",
-  "num_attention_heads": "mla.n_heads",
-  "q_lora_rank": "mla.q_rank",
-  "kv_lora_rank": "mla.kv_rank",
-  "qk_nope_head_dim": "mla.nope_dim",
-  "qk_rope_head_dim": "mla.rope_dim",
-  "v_head_dim": "mla.v_dim",
+  "num_attention_heads": "attention.n_heads",
+  "q_lora_rank": "attention.q_rank",
+  "kv_lora_rank": "attention.kv_rank",
+  "qk_nope_head_dim": "attention.nope_dim",
+  "qk_rope_head_dim": "attention.rope_dim",
+  "v_head_dim": "attention.v_dim",
   "n_shared_experts": "moe.n_shared",
   "moe_intermediate_size": "moe.ffn_dim",
   "n_routed_experts": "router.n_experts",
@@ -115,7 +115,7 @@ def read_model(config_json: dict[str, Any]) -> config.Model:
     values |= {"router.n_groups": 1, "router.top_groups": 1}
   try:
     max_len(config_json)
-    values["mla.rope_theta"], yarn = _rope(config_json)
+    values["attention.rope_theta"], yarn = _rope(config_json)
   except InputError as error:
     problems += str(error).splitlines()
   if problems:
@@ -202,7 +202,7 @@ def _construct(cls: type, values: dict[str, Any]) -> Any:
 def _model(values: dict[str, Any], yarn: model_lib.Yarn) -> config.Model:
   """Returns the model with values by the path of the setting."""
   classes = {
-    "mla": model_lib.MLA,
+    "attention": model_lib.MLA,
     "moe": model_lib.MoE,
     "router": model_lib.Router,
     "mtp": model_lib.MTP,
@@ -216,7 +216,7 @@ def _model(values: dict[str, Any], yarn: model_lib.Yarn) -> config.Model:
       for path, value in values.items()
       if path.startswith(f"{name}.")
     }
-    if name == "mla":
+    if name == "attention":
       section["yarn"] = yarn
     try:
       sections[name] = _construct(cls, section)
@@ -242,8 +242,8 @@ def max_len(config_json: dict[str, Any]) -> int:
 def make_run(config_json: dict[str, Any], model: config.Model) -> config.Run:
   """Returns a run of the model; all other settings are those of preset S."""
   length = max_len(config_json)
-  if model.mla.yarn.factor > 1:
-    length = model.mla.yarn.original_len
+  if model.attention.yarn.factor > 1:
+    length = model.attention.yarn.original_len
   data = dataclasses.replace(presets.S.data, seq_len=min(length, 4096))
   return dataclasses.replace(presets.S, model=model, data=data)
 
@@ -303,9 +303,9 @@ def make_config_json(run: config.Run) -> dict[str, Any]:
   config_json = {key: settings[path] for key, path in _SETTINGS.items()}
   config_json["q_lora_rank"] = config_json["q_lora_rank"] or None
   config_json["num_key_value_heads"] = config_json["num_attention_heads"]
-  yarn = model.mla.yarn
+  yarn = model.attention.yarn
   longest = run.data.seq_len
-  config_json["rope_theta"] = model.mla.rope_theta
+  config_json["rope_theta"] = model.attention.rope_theta
   if yarn.factor > 1:
     longest = int(yarn.max_len)
     config_json["rope_scaling"] = {
@@ -354,9 +354,9 @@ def _inexpressible_settings(model: config.Model) -> Iterator[str]:
       f"mtp.input_state={model.mtp.input_state!r}: must be 'post_norm' in a"
       " released checkpoint"
     )
-  if model.mla.norm_eps != 1e-6:
+  if model.attention.norm_eps != 1e-6:
     yield (
-      f"mla.norm_eps={model.mla.norm_eps:g}: must be 1e-06 in a released"
+      f"attention.norm_eps={model.attention.norm_eps:g}: must be 1e-06 in a released"
       " checkpoint"
     )
   if not model.n_moe_layers:

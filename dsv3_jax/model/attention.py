@@ -15,7 +15,7 @@ leading dims of both its operands. Both are much faster on CPU.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,7 +26,6 @@ from dsv3_jax.model import remat
 
 CHUNK = 128  # queries that attend together
 BLOCKS = 8
-KEYS = 512  # that are expanded together from a cache
 
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 _slice = jax.lax.dynamic_slice_in_dim
@@ -197,103 +196,3 @@ def _attend_bwd(e5m6_columns, residuals, dout):
 
 
 attend.defvjp(_attend_fwd, _attend_bwd)
-
-
-# --- against a cache ---
-
-
-def extend(
-  q: jax.Array,
-  kept: jax.Array,
-  start: jax.Array,
-  expand: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
-) -> jax.Array:
-  """Attention of new queries to all that a cache holds up to each of them.
-
-  One block of the cache at a time is expanded; its softmax is joined with that
-  of the blocks before (arXiv:2205.14135, section 3.1). Blocks behind the last
-  query cost nothing, nor do chunks of queries before a block.
-
-  Args:
-    q: [B, N, T, X], already scaled; T is at most `CHUNK` or a multiple of it.
-    kept: [B, S, C]; where start + t < S they are filled up to there.
-    start: [B] int32, position of the first query.
-    expand: makes keys [N, s, X] and values [N, V, s] of s positions [s, C].
-
-  Returns:
-    [B, T, N, V].
-  """
-  n_queries, length = q.shape[2], kept.shape[1]
-  n, size = min(CHUNK, n_queries), min(KEYS, length)
-  if n_queries % n:
-    raise ValueError(
-      f"{n_queries} queries: must be at most {CHUNK} or a multiple of it"
-    )
-
-  def sequence(args):
-    q, kept, start = args
-    _, values = jax.eval_shape(expand, kept[:size])
-
-    def block(j, state):
-      # The last block may be ragged: it then begins earlier, in part again.
-      first = jnp.minimum(j * size, length - size)
-      k, v = expand(_slice(kept, first, size, 0))
-      key = first + jnp.arange(size)
-
-      def chunk(i, state, masked):
-        scores = _dot("NSX,NTX->NST", k, _slice(q, i * n, n, 1))
-        if masked:
-          query = start + i * n + jnp.arange(n)
-          seen = (key[:, None] <= query[None]) & (key >= j * size)[:, None]
-          scores = jnp.where(seen[None], scores, -jnp.inf)
-        joined = _with_keys([_slice(a, i * n, n, -1) for a in state], scores, v)
-        return tuple(
-          jax.lax.dynamic_update_slice_in_dim(a, b, i * n, a.ndim - 1)
-          for a, b in zip(state, joined, strict=True)
-        )
-
-      n_chunks = n_queries // n
-      before = jnp.maximum(j * size - start, 0) // n
-      # From here on queries see the whole block.
-      end = jnp.maximum((j + 1) * size - 1 - start, 0)
-      ragged = first < j * size
-      whole = jnp.where(ragged, n_chunks, jnp.minimum(-(-end // n), n_chunks))
-      whole = jnp.maximum(whole, before)
-      masked, free = (
-        functools.partial(chunk, masked=mask) for mask in (True, False)
-      )
-      state = jax.lax.fori_loop(before, whole, masked, state)
-      return jax.lax.fori_loop(whole, n_chunks, free, state)
-
-    heads = q.shape[0]
-    state = (
-      jnp.full_like(q, -jnp.inf, jnp.float32, (heads, n_queries)),
-      jnp.zeros_like(q, jnp.float32, (heads, n_queries)),
-      jnp.zeros_like(q, jnp.float32, (heads, values.shape[1], n_queries)),
-    )
-    end = jnp.minimum(start + n_queries, length)
-    state = jax.lax.fori_loop(0, -(-end // size), block, state)
-    _, total, out = state
-    return (out / total[:, None]).astype(q.dtype)
-
-  out = jax.lax.map(sequence, (q, kept, start))
-  return jnp.moveaxis(out, 3, 1)
-
-
-def _with_keys(
-  state: Sequence[jax.Array], scores: jax.Array, v: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """A softmax over some keys and its mixture, with more keys.
-
-  Args:
-    state: the highest score [N, T], the sum of exp(score - highest) [N, T], and
-      the mixture of values weighted by these [N, V, T].
-    scores: [N, s, T] of the new keys.
-    v: [N, V, s], their values.
-  """
-  top, total, out = state
-  new_top = jnp.maximum(top, scores.max(1))
-  weights = jnp.exp(scores - new_top[:, None])
-  fade = jnp.exp(top - new_top)
-  more = _dot("NVS,NST->NVT", v, weights.astype(v.dtype))
-  return new_top, fade * total + weights.sum(1), fade[:, None] * out + more

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax import config, param_spec
-from dsv3_jax.model import layers, mla, moe, mtp, remat, swiglu
+from dsv3_jax.model import attentions, layers, moe, mtp, remat, swiglu
 
 
 @flax.struct.dataclass
@@ -22,9 +22,11 @@ class Output:
 
 def block_specs(cfg: config.Model, ffn: param_spec.Specs) -> param_spec.Specs:
   """A pre-norm block around the feed-forward given."""
+  name = cfg.attention.type
+  attention = attentions.functions(cfg.attention)
   return {
-    "mla_norm": param_spec.gain(cfg.d_model),
-    "mla": mla.specs(cfg.mla, cfg.d_model, cfg.init_std),
+    f"{name}_norm": param_spec.gain(cfg.d_model),
+    name: attention.specs(cfg.attention, cfg.d_model, cfg.init_std),
     "ffn_norm": param_spec.gain(cfg.d_model),
     "ffn": ffn,
   }
@@ -62,7 +64,7 @@ def dense_block(
   cfg: config.Model,
   segments: jax.Array | None = None,
 ) -> jax.Array:
-  """h += MLA(norm(h)); h += SwiGLU(norm(h))."""
+  """h += attention(norm(h)); h += SwiGLU(norm(h))."""
   x = _attention(p, x, cfg, segments)
   h = layers.rms_norm(p["ffn_norm"], x, cfg.norm_eps)
   return x + swiglu.swiglu(p["ffn"], h)
@@ -76,7 +78,7 @@ def moe_block(
   experts: moe.Experts,
   segments: jax.Array | None = None,
 ) -> tuple[jax.Array, moe.Stats]:
-  """h += MLA(norm(h)); h += MoE(norm(h)); and what the mixture tells."""
+  """h += attention(norm(h)); h += MoE(norm(h)); and what the mixture tells."""
   x = _attention(p, x, cfg, segments)
   h = layers.rms_norm(p["ffn_norm"], x, cfg.norm_eps)
   y, stats = moe.moe(p["ffn"], h, bias, cfg, experts)
@@ -89,9 +91,11 @@ def _attention(
   cfg: config.Model,
   segments: jax.Array | None,
 ) -> jax.Array:
-  with jax.named_scope("mla"):
-    h = layers.rms_norm(p["mla_norm"], x, cfg.norm_eps)
-    x = x + mla.mla(p["mla"], h, cfg.mla, segments)
+  name = cfg.attention.type
+  attention = attentions.functions(cfg.attention)
+  with jax.named_scope(name):
+    h = layers.rms_norm(p[f"{name}_norm"], x, cfg.norm_eps)
+    x = x + attention.forward(p[name], h, cfg.attention, segments)
     return remat.named(x, "residual")
 
 

@@ -22,7 +22,7 @@ def validate(run: config.Run, sizes: Mapping[str, int]) -> list[str]:
 
 def _validate_sizes(run: config.Run, sizes: Mapping[str, int]) -> Iterator[str]:
   model, sequences = run.model, run.train.micro_batch_size
-  n_experts, n_heads = model.router.n_experts, model.mla.n_heads
+  n_experts, n_heads = model.router.n_experts, model.attention.n_heads
   for label, size, axes in (
     (f"{sequences} sequences of a micro-batch", sequences, device_mesh.BATCH),
     (f"{n_experts} routed experts", n_experts, device_mesh.EXPERTS),

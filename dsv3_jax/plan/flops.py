@@ -59,7 +59,7 @@ def forward_flops(cfg: config.Model, n_tokens: int, n_logits: int) -> int:
   """
   head = cfg.d_model * cfg.vocab_size
   pairs = n_tokens * (n_tokens + 1) // 2
-  attention = cfg.mla
+  attention = cfg.attention
   per_pair = (
     cfg.n_layers * attention.n_heads * (attention.qk_dim + attention.v_dim)
   )

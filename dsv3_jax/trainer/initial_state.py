@@ -33,7 +33,7 @@ def restore_or_create(
     saved = checkpoints.metadata(step)
     # A setting newer than the checkpoint had its default's effect then.
     model = config.with_current_names(saved["model"])
-    saved["model"] = config.default_settings(config.Model) | model
+    saved["model"] = config.default_settings(config.Model, model) | model
     for part in ("model", "data"):
       if changes := config.diff(saved[part], expected[part]):
         raise InputError(

@@ -75,10 +75,11 @@ def check_same(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
   Raises:
     InputError: it belongs to another configuration, or to none.
   """
-  there, here = _flat(open_run.read_config(workdir)), _flat(identity)
+  saved = open_run.read_config(workdir)
   # A setting newer than the run: its default is what was done without it.
-  for name, value in config.default_settings(config.Run).items():
-    there.setdefault(f"settings.{name}", value)
+  default = config.default_settings(config.Run, saved["settings"])
+  saved["settings"] = default | saved["settings"]
+  there, here = _flat(saved), _flat(identity)
   changes = [
     line
     for line in config.diff(there, here)

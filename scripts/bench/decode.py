@@ -35,7 +35,7 @@ def _serving(
   little to divide where it is written.
   """
   writes = job["new"] > 0
-  divided = len(job["prompts"]) if writes else cfg.mla.n_heads
+  divided = len(job["prompts"]) if writes else cfg.attention.n_heads
   cores = 1 << (os.cpu_count() or 1).bit_length() - 1
   n = math.gcd(cores, divided, cfg.router.n_experts)
   if n == 1:

@@ -142,7 +142,7 @@ class SaveTest(Case):
 
 class RefuseTest(Case):
   @parameterized.parameters(
-    ("mla.q_rank=0", r"state/params/.*mla/q_down.*'float32\[.*not there"),
+    ("attention.q_rank=0", r"state/params/.*mla/q_down.*'float32\[.*not there"),
     ("mtp.depth=0", r"state/params/mtp.*not there"),
     ("mtp.depth=2", r"state/params/mtp.*float32\[1,.* -> 'float32\[2,"),
     ("router.n_experts=16", r"state/router_bias: 'float32\[.,8\]' -> "),

@@ -28,14 +28,14 @@ class FieldTest(parameterized.TestCase):
 
   @parameterized.parameters(
     # MLA
-    ("mla.n_heads", 0, "at least 1"),
-    ("mla.q_rank", -1, "at least 0"),
-    ("mla.kv_rank", 0, "at least 1"),
-    ("mla.nope_dim", 0, "at least 1"),
-    ("mla.rope_dim", 1, "at least 2"),
-    ("mla.rope_dim", 7, "must be even"),
-    ("mla.v_dim", 0, "at least 1"),
-    ("mla.rope_theta", 0.0, "above 0"),
+    ("attention.n_heads", 0, "at least 1"),
+    ("attention.q_rank", -1, "at least 0"),
+    ("attention.kv_rank", 0, "at least 1"),
+    ("attention.nope_dim", 0, "at least 1"),
+    ("attention.rope_dim", 1, "at least 2"),
+    ("attention.rope_dim", 7, "must be even"),
+    ("attention.v_dim", 0, "at least 1"),
+    ("attention.rope_theta", 0.0, "above 0"),
     # Router
     ("router.n_experts", 0, "at least 1"),
     ("router.top_k", 0, "at least 1"),
@@ -75,8 +75,8 @@ class FieldTest(parameterized.TestCase):
     ("data.fim_rate", -0.1, "at least 0"),
     ("data.split_rate", 2.0, "at most 1"),
     ("data.domains", "a=1", "needs Data.path"),
-    ("mla.yarn.factor", 0.5, "at least 1"),
-    ("mla.yarn.original_len", 0, "at least 1"),
+    ("attention.yarn.factor", 0.5, "at least 1"),
+    ("attention.yarn.original_len", 0, "at least 1"),
     ("optim.peak_lr", -1.0, "above 0"),
     ("optim.min_lr", -1.0, "at least 0"),
     ("optim.final_lr", -1.0, "at least 0"),
@@ -144,11 +144,11 @@ class FieldTest(parameterized.TestCase):
   @pytest.mark.fault("F37")
   def test_refuses_other_types(self, **fields):
     with self.assertRaisesRegex(ValueError, "expected int"):
-      dataclasses.replace(RUN.model.mla, **fields)
+      dataclasses.replace(RUN.model.attention, **fields)
 
   def test_an_integer_is_a_fine_float(self):
     self.assertEqual(
-      dataclasses.replace(RUN.model.mla, rope_theta=500).rope_theta, 500
+      dataclasses.replace(RUN.model.attention, rope_theta=500).rope_theta, 500
     )
 
   def test_a_class_lists_all_its_problems(self):
@@ -167,8 +167,8 @@ class FieldTest(parameterized.TestCase):
 @pytest.mark.fault("F41")
 class OverrideTest(parameterized.TestCase):
   @parameterized.parameters(
-    ("model.mla.n_heads=4", "model.mla.n_heads", 4),
-    ("mla.n_heads=4", "model.mla.n_heads", 4),
+    ("model.attention.n_heads=4", "model.attention.n_heads", 4),
+    ("attention.n_heads=4", "model.attention.n_heads", 4),
     ("router.bias_speed=0", "model.router.bias_speed", 0.0),
     ("router.renormalize=False", "model.router.renormalize", False),
     ("router.renormalize=1", "model.router.renormalize", True),
@@ -195,19 +195,19 @@ class OverrideTest(parameterized.TestCase):
     with self.assertRaises(ValueError) as raised:
       config.override(
         RUN,
-        "mla.n_head=4",
+        "attention.n_head=4",
         "optim.peak_lr=fast",
         "router.top_k=99",
         "train.micro_batches=5",
         "mtp.depth",
-        "mla.rope_dim=9",
+        "attention.rope_dim=9",
         "data.seq_len=1.5",
         "router.renormalize=maybe",
       )
     lines = str(raised.exception).splitlines()
     self.assertLen(lines, 8)
     for words in (
-      ("mla.n_head", "did you mean 'mla.n_heads'?"),
+      ("attention.n_head", "did you mean 'attention.n_heads'?"),
       ("optim.peak_lr='fast'", "expected float"),
       ("Router.top_k=99", "at most 8"),
       ("Train.micro_batches=5", "must divide batch_size=16"),
@@ -220,8 +220,10 @@ class OverrideTest(parameterized.TestCase):
       self.assertLen(matching, 1, (words, lines))
 
   def test_the_same_setting_under_both_names_is_one(self):
-    cfg = config.override(RUN, "mla.n_heads=2", "model.mla.n_heads=3")
-    self.assertEqual(cfg.model.mla.n_heads, 3)
+    cfg = config.override(
+      RUN, "attention.n_heads=2", "model.attention.n_heads=3"
+    )
+    self.assertEqual(cfg.model.attention.n_heads, 3)
 
   def test_difference_names_each_setting(self):
     old = config.flatten(RUN)
@@ -266,7 +268,7 @@ class OldNamesTest(parameterized.TestCase):
       config.override(RUN, text)
 
   def test_groups_and_values_are_renamed(self):
-    groups = {"attn": "mla", "attn.heads": "mla.n_heads"}
+    groups = {"attn": "attention", "attn.heads": "attention.n_heads"}
     values = {("router.score", "logistic"): "sigmoid"}
     with (
       mock.patch.dict(overrides.RENAMED, groups),
@@ -278,10 +280,10 @@ class OldNamesTest(parameterized.TestCase):
       stored = config.with_current_names(
         {"attn.heads": 3, "model.router.score": "logistic", "x": ["y"]}
       )
-    self.assertEqual((run.model.mla.n_heads, run.model.mla.v_dim), (3, 5))
+    self.assertEqual((run.model.attention.n_heads, run.model.attention.v_dim), (3, 5))
     self.assertEqual(run.model.router.score, "sigmoid")
     self.assertEqual(
-      stored, {"mla.n_heads": 3, "model.router.score": "sigmoid", "x": ["y"]}
+      stored, {"attention.n_heads": 3, "model.router.score": "sigmoid", "x": ["y"]}
     )
 
 
@@ -430,15 +432,15 @@ class PresetTest(parameterized.TestCase):
       config.override(RUN, "data.path=x", f"data.domains={text}")
 
   def test_a_context_beyond_the_extension_is_refused(self):
-    yarn = "mla.yarn.factor=2", "mla.yarn.original_len=100"
+    yarn = "attention.yarn.factor=2", "attention.yarn.original_len=100"
     config.override(RUN, *yarn, "data.seq_len=200")
     with self.assertRaisesRegex(ValueError, "seq_len=201: must be at most 200"):
       config.override(RUN, *yarn, "data.seq_len=201")
 
   def test_defaults_are_those_of_the_classes(self):
-    found = config.default_settings(config.Run)
+    found = config.default_settings(config.Run, {})
     self.assertEqual(found["optim.beta2"], 0.95)
-    self.assertEqual(found["model.mla.yarn.factor"], 1.0)
+    self.assertEqual(found["model.attention.yarn.factor"], 1.0)
     self.assertNotIn("train.tokens", found)
     self.assertLessEqual(set(found), set(config.flatten(RUN)))
 

@@ -20,9 +20,9 @@ TINY = config.override(
   "d_model=16",
   "n_layers=2",
   "dense_ffn_dim=16",
-  "mla.n_heads=2",
-  "mla.q_rank=8",
-  "mla.kv_rank=8",
+  "attention.n_heads=2",
+  "attention.q_rank=8",
+  "attention.kv_rank=8",
   "moe.ffn_dim=8",
   "router.n_experts=4",
   "router.top_k=2",
@@ -44,7 +44,7 @@ class PhasesTest(absltest.TestCase):
     self.assertEqual([p.run.data.seq_len for p in longer], [2048, 8192])
     self.assertEqual([p.start for p in longer], ["short", "yarn-2048"])
     for phase in longer:
-      yarn = phase.run.model.mla.yarn
+      yarn = phase.run.model.attention.yarn
       self.assertEqual((yarn.factor, yarn.original_len), (32, 256))
       self.assertEqual(phase.run.data.seq_len % 2048, 0)
 

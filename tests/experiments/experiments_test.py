@@ -115,7 +115,7 @@ class CommandLineTest(parameterized.TestCase):
     ("--set=optim.peak_lr=-1", "Optim.peak_lr=-1.0: must be above 0"),
     ("--set=router.top_k=99", "Router.top_k=99: must be at most 8"),
     ("--set=router.n_groups=5", "Router.n_groups=5: must divide"),
-    ("--set=mla.rope_dim=7", "MLA.rope_dim=7: must be even"),
+    ("--set=attention.rope_dim=7", "MLA.rope_dim=7: must be even"),
     ("--set=data.seq_len=1", "Data.seq_len=1: must be above MTP.depth=1"),
     ("--set=router.bais_speed=0", "did you mean 'router.bias_speed'"),
   )
@@ -135,7 +135,7 @@ class CommandLineTest(parameterized.TestCase):
     err = self.assert_refused(
       refusing,
       ["--wrokdir=x", "stray", "--seed=-1", "--mesh=a=1"]
-      + ["--set=optim.eps=0", "--set=mla.n_heads=0", "--set=no"],
+      + ["--set=optim.eps=0", "--set=attention.n_heads=0", "--set=no"],
       "--wrokdir",
       "stray",
       "--seed",
@@ -162,7 +162,7 @@ class CommandLineTest(parameterized.TestCase):
 
   def test_a_good_command_is_passed_on(self):
     arguments = ["--variant=tiny", "--workdir=w", "--steps=7", "--seed=3"]
-    arguments += ["--set=mla.n_heads=4", "--set=optim.eps=1e-9"]
+    arguments += ["--set=attention.n_heads=4", "--set=optim.eps=1e-9"]
     seen = []
     with (
       mock.patch.object(cli.allocator, "use_mimalloc"),
@@ -172,7 +172,9 @@ class CommandLineTest(parameterized.TestCase):
         lambda: pretrain_main(seen.append), *arguments
       )
     self.assertEqual((code, err), (cli.OK, ""))
-    expected = config.override(presets.TINY, "mla.n_heads=4", "optim.eps=1e-9")
+    expected = config.override(
+      presets.TINY, "attention.n_heads=4", "optim.eps=1e-9"
+    )
     (command,) = seen
     self.assertEqual(command.run, expected)
     self.assertEqual(command.workdir, pathlib.Path("w"))
@@ -348,8 +350,8 @@ class SampleTest(parameterized.TestCase):
     facts = json.loads(path.read_text())
     facts["settings"] |= {
       "model.mtp.depth": 0,
-      "model.mla.yarn.factor": 2,
-      "model.mla.yarn.original_len": 50,
+      "model.attention.yarn.factor": 2,
+      "model.attention.yarn.original_len": 50,
     }
     path.write_text(json.dumps(facts))
     self.assert_refused(
@@ -407,7 +409,7 @@ class WorkdirTest(parameterized.TestCase):
   @pytest.mark.fault("F18")
   def test_another_configuration_is_told_field_by_field(self):
     before = self.contents()
-    run = config.override(presets.TINY, "optim.eps=1e-9", "mla.n_heads=3")
+    run = config.override(presets.TINY, "optim.eps=1e-9", "attention.n_heads=3")
     with self.assertRaises(ValueError) as caught:
       workdir_lib.check_or_create(
         self.folder, workdir_lib.run_identity("tiny", 1, run)
@@ -418,7 +420,7 @@ class WorkdirTest(parameterized.TestCase):
       lines,
       [
         "  seed: 0 -> 1",
-        "  model.mla.n_heads: 6 -> 3",
+        "  model.attention.n_heads: 6 -> 3",
         "  optim.eps: 1e-08 -> 1e-09",
       ],
     )
@@ -553,7 +555,7 @@ class EndToEndTest(absltest.TestCase):
     "d_model=32",
     "n_layers=2",
     "dense_ffn_dim=32",
-    "mla.n_heads=2",
+    "attention.n_heads=2",
     "moe.ffn_dim=16",
     "data.seq_len=32",
     "train.batch_size=4",
@@ -634,7 +636,11 @@ class EndToEndTest(absltest.TestCase):
       "experiments.sample", folder, f"--prompt={prompt}", "--ema"
     )
     self.assertStartsWith(out, prompt)
-    yarn = "mla.yarn.factor=4", "mla.yarn.original_len=32", "data.seq_len=64"
+    yarn = (
+      "attention.yarn.factor=4",
+      "attention.yarn.original_len=32",
+      "data.seq_len=64",
+    )
     yarn = [f"--set={setting}" for setting in yarn]
     pretrain("longer", 1, f"--init_from={root / 'parts'}", *yarn)
     (first, *_) = metrics_writer.read(root / "longer" / metrics_writer.METRICS)

@@ -14,20 +14,20 @@ from dsv3_jax.infer import (
   kvcache,
   speculation,
 )
-from dsv3_jax.model import experts, mla, transformer
+from dsv3_jax.model import experts, transformer
 
 VOCAB, LENGTH = 61, 9
-FORMS = {"absorbed": mla.absorbed, "chunk": mla.chunk}
+FORMS = {"decode": False, "prefill": True}
 # Of a layer of the tiny model, see transformer_test; the absorbed products are
 # over the latent, of 16, twice more. Then the head.
 LAYER_TERMS = 465 + 2 * 16
 # Row 1 falls behind row 0, and reads some positions again.
 PIECES = (
-  ("chunk", (0, 0), 4),
-  ("absorbed", (4, 1), 1),
-  ("absorbed", (5, 2), 1),
-  ("chunk", (5, 3), 4),
-  ("chunk", (5, 5), 4),
+  ("prefill", (0, 0), 4),
+  ("decode", (4, 1), 1),
+  ("decode", (5, 2), 1),
+  ("prefill", (5, 3), 4),
+  ("prefill", (5, 5), 4),
 )
 
 
@@ -61,9 +61,9 @@ class ReadTest(parameterized.TestCase):
     (
       "n_layers=1",
       "n_dense_layers=0",
-      "mla.q_rank=0",
-      "mla.yarn.factor=5",
-      "mla.yarn.original_len=400",
+      "attention.q_rank=0",
+      "attention.yarn.factor=5",
+      "attention.yarn.original_len=400",
       "mtp.depth=0",
     ),
     ("n_layers=1", "n_dense_layers=1", "mtp.depth=0"),
@@ -102,7 +102,7 @@ class ReadTest(parameterized.TestCase):
 
     @jax.jit
     def read(params, cache, valid):
-      how = cached_forward.ForwardOptions(mla.chunk, valid)
+      how = cached_forward.ForwardOptions(True, valid)
       start = jnp.zeros(2, jnp.int32)
       x, cache, load = cached_forward.forward(
         params, cache, tokens, start, cfg, how
@@ -208,7 +208,7 @@ class MtpTest(absltest.TestCase):
 class ServedTest(parameterized.TestCase):
   @parameterized.parameters(
     ("n_dense_layers=1", "mtp.depth=2"),
-    ("n_dense_layers=0", "mla.q_rank=0", "mtp.depth=0"),
+    ("n_dense_layers=0", "attention.q_rank=0", "mtp.depth=0"),
     ("n_dense_layers=2", "moe.n_shared=0"),
   )
   def test_specs_are_of_the_parameters(self, *settings):

@@ -451,7 +451,7 @@ class LoadTest(FolderTest):
   def test_a_text_is_as_long_as_the_model_reads(self):
     found = load.open_model(self.run_dir)
     for factor, expected in ((1, 4096), (8, 128), (1000, 4096)):
-      yarn = f"mla.yarn.factor={factor}", "mla.yarn.original_len=16"
+      yarn = f"attention.yarn.factor={factor}", "attention.yarn.original_len=16"
       model = config.override(found.model, *yarn)
       other = dataclasses.replace(found, model=model)
       self.assertEqual(EngineOptions().resolve(model).max_len, expected)
@@ -607,9 +607,12 @@ class BadRunTest(parameterized.TestCase):
       generator(self.folder)
 
   @parameterized.parameters(
-    ({"model__mla__q_rank": 0}, "another architecture.*moe/mla/q_down"),
+    ({"model__attention__q_rank": 0}, "another architecture.*moe/mla/q_down"),
     ({"model__mtp__depth": 1}, "another architecture.*mtp"),
-    ({"model__mla__n_hands": 2}, "mla.n_hands: .*did you mean.*n_heads"),
+    (
+      {"model__attention__n_hands": 2},
+      "attention.n_hands: .*did you mean.*n_heads",
+    ),
     ({"model__d_model": "wide"}, "model.d_model='wide': expected int"),
   )
   @pytest.mark.fault("F18")

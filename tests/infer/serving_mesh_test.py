@@ -634,13 +634,13 @@ class RefusalTest(parameterized.TestCase):
     (
       {"model": 3},
       dict(n_replicas=18, rules=serving_mesh.PREFILL),
-      ["mla.n_heads=4: must be a multiple of 3, the devices model=3"],
+      ["attention.n_heads=4: must be a multiple of 3, the devices model=3"],
     ),
     (
       {"model": 3},
       dict(n_replicas=18),
       [
-        "mla.n_heads=4: must be a multiple of 3, the devices model=3",
+        "attention.n_heads=4: must be a multiple of 3, the devices model=3",
         "dense_ffn_dim=128: must be a multiple of 3, the devices model=3",
       ],
     ),

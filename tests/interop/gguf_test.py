@@ -22,9 +22,9 @@ _TEXTS = ["It was a bright cold day in April.", "你好，世界。 1984 + 1\n"]
 _N = 12
 _ONE_GROUP = "router.n_groups=1", "router.top_groups=1"
 _YARN = (
-  "mla.yarn.factor=8",
-  "mla.yarn.original_len=16",
-  "mla.yarn.mscale=0.707",
+  "attention.yarn.factor=8",
+  "attention.yarn.original_len=16",
+  "attention.yarn.mscale=0.707",
 )
 
 
@@ -87,7 +87,7 @@ class GgufTest(parameterized.TestCase):
     ),
     (
       "queries_as_they_are",
-      ("mla.q_rank=0", "n_layers=27", "vocab_size=300"),
+      ("attention.q_rank=0", "n_layers=27", "vocab_size=300"),
       "float32",
       1e-4,
     ),
@@ -136,7 +136,7 @@ class GgufTest(parameterized.TestCase):
       self.assertEqual(_llama(self.path, text, 3), want, text)
 
   @parameterized.parameters(
-    ("compressed queries", "mla.q_rank=0"),
+    ("compressed queries", "attention.q_rank=0"),
     ("shared experts", "moe.n_shared=0"),
     ("mixture layers", "n_dense_layers=4"),
     ("one number for both", "norm_eps=1e-5"),

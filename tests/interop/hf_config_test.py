@@ -143,15 +143,15 @@ _KIMI_K2 = _V3 | {
   "rope_theta": 50000.0,
   "rope_scaling": _V3["rope_scaling"] | {"factor": 32.0, "beta_fast": 1.0},
 }
-_YARN_40 = ("mla.yarn.factor=40", "init_std=0.02")
+_YARN_40 = ("attention.yarn.factor=40", "init_std=0.02")
 
 
 class ReadTest(parameterized.TestCase):
   @parameterized.named_parameters(
     ("v3", _V3, presets.V3_671B, ()),
     ("v31", _V31, presets.V3_671B, ()),
-    ("v2", _V2, presets.V2_236B, ("mla.yarn.mscale=0.707",)),
-    ("v2_lite", _V2_LITE, presets.V2_LITE_16B, ("mla.yarn.mscale=0.707",)),
+    ("v2", _V2, presets.V2_236B, ("attention.yarn.mscale=0.707",)),
+    ("v2_lite", _V2_LITE, presets.V2_LITE_16B, ("attention.yarn.mscale=0.707",)),
   )
   def test_is_the_preset(self, facts, preset, assignments):
     # How it is trained does not stand in the file as it was.
@@ -176,12 +176,12 @@ class ReadTest(parameterized.TestCase):
 
   def test_details_of_other_models(self):
     moonlight = hf_config.read_model(_MOONLIGHT)
-    self.assertEqual(moonlight.mla.rope_theta, 50_000)
+    self.assertEqual(moonlight.attention.rope_theta, 50_000)
     self.assertEqual(moonlight.norm_eps, 1e-5)
-    self.assertEqual(moonlight.mla.norm_eps, 1e-6)
-    self.assertEqual(moonlight.mla.yarn.factor, 1)
+    self.assertEqual(moonlight.attention.norm_eps, 1e-6)
+    self.assertEqual(moonlight.attention.yarn.factor, 1)
     kimi = hf_config.read_model(_KIMI_K2)
-    self.assertEqual(kimi.mla.yarn.max_len, 131_072)
+    self.assertEqual(kimi.attention.yarn.max_len, 131_072)
     self.assertEqual(kimi.router.scale, 2.827)
     self.assertEqual(hf_config.read_model(_V2).router.bias_speed, 0)
 
@@ -224,7 +224,7 @@ class BothWaysTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ("mtp.input_state=pre_norm", "post_norm"),
-    ("mla.norm_eps=1e-5", "1e-06"),
+    ("attention.norm_eps=1e-5", "1e-06"),
     ("n_dense_layers=61", "must be below n_layers=61"),
   )
   def test_refuses_what_config_json_cannot_express(self, assignment, message):

@@ -33,11 +33,11 @@ RUN = config.override(
   "n_layers=4",
   "n_dense_layers=2",
   "dense_ffn_dim=64",
-  "mla.n_heads=4",
-  "mla.q_rank=32",
-  "mla.kv_rank=32",
-  "mla.nope_dim=16",
-  "mla.v_dim=16",
+  "attention.n_heads=4",
+  "attention.q_rank=32",
+  "attention.kv_rank=32",
+  "attention.nope_dim=16",
+  "attention.v_dim=16",
   "moe.ffn_dim=64",
   "init_std=0.1",
   "data.seq_len=16",
@@ -166,7 +166,10 @@ class SlicesTest(parameterized.TestCase):
   @parameterized.parameters("zero1", "fsdp")
   def test_slices_are_quantized_as_the_whole(self, layout):
     run = config.override(
-      RUN, f"parallel.layout={layout}", "mla.q_rank=36", "mla.kv_rank=40"
+      RUN,
+      f"parallel.layout={layout}",
+      "attention.q_rank=36",
+      "attention.kv_rank=40",
     )
     specs = transformer.specs(run.model)
     params = testing.draw(specs)
@@ -361,7 +364,7 @@ class MemoryTest(parameterized.TestCase):
     self, kind
   ):
     cfg, tile = presets.S.model, presets.S.precision.tile
-    d, mla, ffn = cfg.d_model, cfg.mla, cfg.moe.ffn_dim
+    d, mla, ffn = cfg.d_model, cfg.attention, cfg.moe.ffn_dim
     # Inputs of the projections down and up to queries and to the latent; that
     # of the output is as it was, as attention keeps it too. Then those of the
     # feed-forward layers, and their hidden states, of which the inputs of their

@@ -9,7 +9,7 @@ import testing
 from absl.testing import absltest, parameterized
 
 from dsv3_jax import config
-from dsv3_jax.model import attention, mla
+from dsv3_jax.model import attention, cached_attention, mla, mla_decode
 
 D_MODEL = 24
 CFG = config.MLA(
@@ -103,7 +103,7 @@ class MlaTest(parameterized.TestCase):
       self.assertTrue(np.isfinite(leaf).all())
 
 
-FORMS = {"absorbed": mla.absorbed, "chunk": mla.chunk}
+FORMS = {"decode": mla_decode.decode, "prefill": mla_decode.prefill}
 YARN = dataclasses.replace(
   CFG, q_rank=0, yarn=config.Yarn(factor=5, original_len=400, mscale=0.7)
 )
@@ -136,12 +136,12 @@ class CacheTest(parameterized.TestCase):
     # Several chunks of queries, and blocks of the cache of which the last one
     # overlaps the one before.
     for name, size in (("CHUNK", 2), ("KEYS", 5)):
-      self.enter_context(mock.patch.object(attention, name, size))
+      self.enter_context(mock.patch.object(cached_attention, name, size))
 
   def read(self, form, cfg):
     """(x, kept, start) -> as the form; and x [2, LENGTH, D] and what is due."""
     p, x, _ = _run(cfg, LENGTH)
-    served = mla.served(p, cfg)
+    served = mla_decode.inference_params(p, cfg)
     run = jax.jit(
       lambda x, kept, start: FORMS[form](served, x, kept, start, cfg)
     )
@@ -201,13 +201,15 @@ class CacheTest(parameterized.TestCase):
 
   def test_memory_of_a_chunk_does_not_grow_with_what_was_before(self):
     wide = dataclasses.replace(CFG, n_heads=64)
-    p = mla.served(testing.draw(mla.specs(wide, D_MODEL, 0.1)), wide)
+    p = mla_decode.inference_params(
+      testing.draw(mla.specs(wide, D_MODEL, 0.1)), wide
+    )
 
     def nbytes(length):
       shapes = (2, 4, D_MODEL), (2, length, 14 + 4)
       x, kept = (jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)
       run = jax.jit(
-        lambda x, kept, start: mla.chunk(p, x, kept, start, wide),
+        lambda x, kept, start: mla_decode.prefill(p, x, kept, start, wide),
         donate_argnums=1,
       )
       start = jax.ShapeDtypeStruct((2,), jnp.int32)
@@ -222,7 +224,7 @@ class CacheTest(parameterized.TestCase):
 class ServedTest(absltest.TestCase):
   def test_up_projections_are_a_matrix_a_head(self):
     p = testing.draw(mla.specs(CFG, D_MODEL, 0.1))
-    served = mla.served(p, CFG)
+    served = mla_decode.inference_params(p, CFG)
     self.assertEqual(set(served), set(p) - {"kv_up"} | {"up_k", "up_v"})
     for head in range(3):
       both = p["kv_up"][:, head]

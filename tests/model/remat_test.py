@@ -59,7 +59,7 @@ def equations(jaxpr):
 def expected(recipe, kind, n_tokens):
   """Bytes that a layer keeps, as docs/recipe.md says."""
   size = 4 if recipe == "fp32" else 2
-  m, k, n_experts = CFG.mla, CFG.router.top_k, CFG.router.n_experts
+  m, k, n_experts = CFG.attention, CFG.router.top_k, CFG.router.n_experts
   width = 2 * CFG.d_model + m.q_rank + m.kv_rank + m.rope_dim
   width += m.n_heads * m.v_dim
   total = n_tokens * (size * width + 4 * m.n_heads)
@@ -114,7 +114,7 @@ class KeptTest(parameterized.TestCase):
   def test_is_the_list_and_nothing_else(self):
     backward, args = layer("dense", "bf16", KEPT)
     made = jax.tree.leaves(jax.eval_shape(backward, *args))
-    m, t = CFG.mla, N_TOKENS
+    m, t = CFG.attention, N_TOKENS
     self.assertCountEqual(
       [leaf.shape for leaf in made if t in leaf.shape],
       [
@@ -133,14 +133,14 @@ class KeptTest(parameterized.TestCase):
     backward, args = layer(kind, "fp32", MODES[name])
     for leaf in jax.tree.leaves(jax.eval_shape(backward, *args)):
       tokens = [n for n in leaf.shape if n in (attention.CHUNK, N_TOKENS)]
-      if CFG.mla.n_heads in leaf.shape:
+      if CFG.attention.n_heads in leaf.shape:
         self.assertLess(len(tokens), 2, leaf)
 
   def test_of_nothing_is_the_input_alone(self):
     self.assertEqual(more_kept("fp32", "moe", ()), 256 * 4 * CFG.d_model)
 
   def test_more_can_be_kept(self):
-    m = CFG.mla
+    m = CFG.attention
     more = more_kept("fp32", "moe", (*KEPT, "up")) - more_kept("fp32", "moe")
     self.assertEqual(more, 256 * 4 * m.n_heads * (2 * m.qk_dim + m.v_dim))
 
@@ -154,7 +154,7 @@ class MadeAgainTest(parameterized.TestCase):
   def test_the_up_projections_and_no_other_product(self, recipe):
     more = products(gradient_equations(KEPT, recipe))
     more.subtract(products(gradient_equations(None, recipe)))
-    m, t = CFG.mla, N_TOKENS
+    m, t = CFG.attention, N_TOKENS
     up = lambda n_in, n_out: ((t, n_in), (n_in, n_out), (t, n_out))
     self.assertEqual(
       +more,

@@ -34,7 +34,7 @@ def _forward(cfg, **options):
 class ForwardTest(parameterized.TestCase):
   @parameterized.parameters(
     ("mtp.depth=1", "mtp.input_state=pre_norm"),
-    ("n_layers=2", "n_dense_layers=0", "mtp.depth=0", "mla.q_rank=0"),
+    ("n_layers=2", "n_dense_layers=0", "mtp.depth=0", "attention.q_rank=0"),
     ("n_layers=2", "n_dense_layers=2", "mtp.depth=0"),
   )
   def test_matches_the_reference(self, *assignments):

@@ -34,7 +34,7 @@ worker.serve(prepare)
 
 
 def norm_gains(model: config.Model) -> int:
-  ranks = model.mla.q_rank + model.mla.kv_rank
+  ranks = model.attention.q_rank + model.attention.kv_rank
   return model.n_layers * (2 * model.d_model + ranks) + model.d_model
 
 
@@ -51,7 +51,7 @@ class CostTest(parameterized.TestCase):
   def test_attention_cost_counts_the_causal_pairs(self):
     model, seq_len = presets.S.model, 7
     pairs = sum(range(1, seq_len + 1))
-    mla = model.mla
+    mla = model.attention
     per_pair = 2 * model.n_layers * mla.n_heads * (mla.qk_dim + mla.v_dim)
     linear = 6 * flops.active_weights(model) * seq_len
     self.assertEqual(
