@@ -5,7 +5,16 @@ and therefore a static argument of `jit`. `override` applies `a.b=value`
 assignments and reports all their problems at once.
 """
 
-from dsv3_jax.config.model import MLA, MTP, Attention, Model, MoE, Router, Yarn
+from dsv3_jax.config.model import (
+  MLA,
+  MTP,
+  ROUTER_SCORES,
+  Attention,
+  Model,
+  MoE,
+  Router,
+  Yarn,
+)
 from dsv3_jax.config.overrides import (
   default_settings,
   diff,
@@ -31,6 +40,7 @@ __all__ = [
   "ACTIVATIONS",
   "MLA",
   "MTP",
+  "ROUTER_SCORES",
   "Attention",
   "Checkpoint",
   "Data",

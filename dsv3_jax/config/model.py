@@ -3,6 +3,7 @@
 Sections 2.1, 2.2 and 4.2 of arXiv:2412.19437.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -26,6 +27,7 @@ class Yarn:
     return self.factor * self.original_len if self.factor > 1 else math.inf
 
 
+@fields.checked
 class Attention:
   """Base of the settings of an attention, which `Model.attention` holds.
 
@@ -34,7 +36,7 @@ class Attention:
   """
 
   type: str
-  n_heads: int  # divided over the mesh axis `model`
+  n_heads: int = number(low=1)  # divided over the mesh axis `model`
 
   @property
   def max_len(self) -> float:
@@ -52,7 +54,6 @@ class MLA(Attention):
   """Multi-head latent attention (section 2.1.1)."""
 
   type: str = "mla"
-  n_heads: int = number(low=1)
   q_rank: int = number(low=0)  # 0: no query compression (V2-Lite)
   kv_rank: int = number(low=1)
   nope_dim: int = number(low=1)
@@ -86,6 +87,10 @@ class MLA(Attention):
     return math.sqrt(self.qk_dim) / root_t**2
 
 
+# Names that `Router.score` may have; `model/router.py` adds those of its table.
+ROUTER_SCORES = ["sigmoid", "softmax"]
+
+
 @fields.checked
 class Router:
   """Expert choice, its loss-free balancing and the balance loss (2.1.2)."""
@@ -94,7 +99,9 @@ class Router:
   top_k: int = number(low=1)
   n_groups: int = number(1, low=1)
   top_groups: int = number(1, low=1)
-  score: str = choice("sigmoid", "softmax")  # softmax: DeepSeek-V2's gate
+  score: str = dataclasses.field(  # softmax: DeepSeek-V2's gate
+    default="sigmoid", metadata={"choices": ROUTER_SCORES}
+  )
   renormalize: bool = True
   scale: float = number(2.5, above=0)
   bias_speed: float = number(0.001, low=0)  # gamma

@@ -36,7 +36,7 @@ class Attention:
   # (cfg) -> ((logical axis, size), ...) of what a cache holds per position
   cache_spec: Callable[..., tuple[tuple[str, int], ...]]
   decode: Callable[..., tuple[jax.Array, jax.Array]]
-  prefill: Callable[..., tuple[jax.Array, jax.Array]]
+  prefill: Callable[..., tuple[jax.Array, jax.Array]] | None = None  # decode
   # (p, cfg): parameters as `decode` and `prefill` read them; and their specs
   inference_params: Callable[..., param_spec.Params] = _same
   inference_specs: Callable[..., param_spec.Specs] = _same

@@ -24,12 +24,12 @@ def new_positions(start: jax.Array, x: jax.Array) -> jax.Array:
   return start[:, None] + jnp.arange(x.shape[1])[None]
 
 
-def write(cache: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
-  """Writes new [B, T, ...] to cache [B, S, ...] at positions [B, T].
+def write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+  """Writes new [B, T, ...] to cache [B, S, ...] from position start [B] on.
 
   Positions beyond the end of the cache are not written.
   """
-  new = new.astype(cache.dtype)
+  positions, new = new_positions(start, new), new.astype(cache.dtype)
   if positions.size == 1:
     # With one row XLA emits a dynamic-update-slice that copies the cache for
     # every reader; a dummy second row, beyond the end, avoids that.

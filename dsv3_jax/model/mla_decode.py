@@ -63,7 +63,7 @@ def _write(
   angle = rope.angles(positions, mla.frequencies(cfg))
   q_nope, q_rope = mla.queries(p, x, angle, cfg)
   new = jnp.concatenate(mla.latents(p, x, angle, cfg), axis=-1)
-  cache = cached_attention.write(cache, new, positions)
+  cache = cached_attention.write(cache, new, start)
   return q_nope, q_rope, positions, cache
 
 

@@ -1,5 +1,8 @@
 """Expert choice and its balancing (arXiv:2412.19437, section 2.1.2)."""
 
+import dataclasses
+from collections.abc import Callable
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -8,14 +11,32 @@ from dsv3_jax import config
 from dsv3_jax.linear import linear
 from dsv3_jax.model import remat
 
-# Where all scores underflow, keeps their sum from dividing 0 by 0. A gradient
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+  """A way to turn affinities into scores, and what depends on it."""
+
+  function: Callable[[jax.Array], jax.Array]  # f32 [..., E] -> [..., E], >= 0
+  group_top: int = (
+    1  # a group of experts ranks by the sum of so many of its best
+  )
+
+
+# `config.Router.score` names one of these.
+SCORES = {
+  "sigmoid": Score(jax.nn.sigmoid, group_top=2),  # V3
+  "softmax": Score(jax.nn.softmax),  # V2
+}
+config.ROUTER_SCORES[:] = SCORES
+
+# Keeps a sum of scores from dividing 0 by 0 where all underflow. A gradient
 # squares its inverse: with the customary 1e-20 that overflows float32.
 FLOOR = 1e-18
 
 
 @flax.struct.dataclass
 class Routing:
-  """What the router decided for every token."""
+  """Experts of every token, with gates, and the load of every expert."""
 
   experts: jax.Array  # [B, T, K] int32
   gates: jax.Array  # [B, T, K] f32
@@ -29,8 +50,8 @@ def select(
   """Top-k experts and their gates (eq. 12-16).
 
   Bias and group limit act on the choice alone; gates come from the scores.
-  Groups that are not kept are masked with -inf: a biased score may be negative,
-  so 0 would let a masked expert win. Ties go to the lower index.
+  Groups that are not selected are masked with -inf: a biased score may be
+  negative, so 0 would let a masked expert win. Ties go to the lower index.
 
   Args:
     scores: [..., E] affinities.
@@ -44,13 +65,11 @@ def select(
   biased = jax.lax.stop_gradient(scores + bias)
   if cfg.n_groups > 1:
     groups = biased.reshape(*scores.shape[:-1], cfg.n_groups, -1)
-    # V3 ranks a group by its two best experts, V2 by its best one.
-    best = 2 if cfg.score == "sigmoid" else 1
-    best = min(best, groups.shape[-1])
+    best = min(SCORES[cfg.score].group_top, groups.shape[-1])
     rank = jax.lax.top_k(groups, best)[0].sum(-1)
-    kept = jax.lax.top_k(rank, cfg.top_groups)[1]
-    keep = _multi_hot(kept, cfg.n_groups)
-    groups = jnp.where(keep[..., None], groups, -jnp.inf)
+    selected_groups = jax.lax.top_k(rank, cfg.top_groups)[1]
+    selected = _multi_hot(selected_groups, cfg.n_groups)
+    groups = jnp.where(selected[..., None], groups, -jnp.inf)
     biased = groups.reshape(scores.shape)
   experts = jax.lax.top_k(biased, cfg.top_k)[1]
   experts = remat.named(experts, "routing")
@@ -66,15 +85,14 @@ def route(
   """Routes x [B, T, D] with centroids w [D, E]; all in float32."""
   affinity = linear.linear(x.astype(jnp.float32), w.astype(jnp.float32))
   affinity = remat.named(affinity, "routing")
-  squash = jax.nn.sigmoid if cfg.score == "sigmoid" else jax.nn.softmax
-  scores = squash(affinity)
+  scores = SCORES[cfg.score].function(affinity)
   experts, gates = select(scores, bias, cfg)
   load = _multi_hot(experts, cfg.n_experts).sum((0, 1), dtype=jnp.int32)
   return Routing(experts, gates, scores, load)
 
 
 def masked(routing: Routing, valid: jax.Array) -> Routing:
-  """The same, where tokens that are not valid [B, T] choose none: expert E."""
+  """Sends tokens that are not valid [B, T] to no expert: index E."""
   n_experts = routing.load.size
   experts = jnp.where(valid[..., None], routing.experts, n_experts)
   load = _multi_hot(experts, n_experts).sum((0, 1), dtype=jnp.int32)

@@ -280,10 +280,13 @@ class OldNamesTest(parameterized.TestCase):
       stored = config.with_current_names(
         {"attn.heads": 3, "model.router.score": "logistic", "x": ["y"]}
       )
-    self.assertEqual((run.model.attention.n_heads, run.model.attention.v_dim), (3, 5))
+    self.assertEqual(
+      (run.model.attention.n_heads, run.model.attention.v_dim), (3, 5)
+    )
     self.assertEqual(run.model.router.score, "sigmoid")
     self.assertEqual(
-      stored, {"attention.n_heads": 3, "model.router.score": "sigmoid", "x": ["y"]}
+      stored,
+      {"attention.n_heads": 3, "model.router.score": "sigmoid", "x": ["y"]},
     )
 
 

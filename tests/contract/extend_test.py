@@ -6,6 +6,7 @@ import re
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import testing
 from absl.testing import absltest, parameterized
@@ -13,11 +14,16 @@ from absl.testing import absltest, parameterized
 from dsv3_jax import config, optim, train
 from dsv3_jax.data import loader, prepare, sources
 from dsv3_jax.data.batch import make_batch
+from dsv3_jax.infer import engine, inference_params
+from dsv3_jax.interop import open_run
+from dsv3_jax.model import attentions, router, transformer
 from dsv3_jax.parallel import device_mesh
-from dsv3_jax.trainer import metrics_writer
+from dsv3_jax.trainer import distributed, metrics_writer, run_args, trainer
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "extend.md"
-LONGEST = 30  # lines of code of an example, without imports and blank lines
+LONGEST = 33  # lines of code of an example, without imports and blank lines
+
+PROSE = "It was a bright cold day, and {} clocks were striking thirteen.\n"
 
 
 def example(heading: str) -> str:
@@ -52,6 +58,39 @@ def losses(run, n_steps, mesh=None):
   return np.array(found)
 
 
+def trained(test, run, stop, folder):
+  """Trains in a workdir until a step; the losses of all its steps."""
+  test.enter_context(
+    absltest.mock.patch.object(distributed, "mesh", device_mesh.mesh)
+  )
+  command = run_args.RunArgs(
+    variant="tiny",
+    run=run,
+    workdir=folder / "run",
+    seed=0,
+    stop=stop,
+    mesh={"data": 1},
+    processes=distributed.Processes(),
+  )
+  trainer.execute(command)
+  rows = metrics_writer.read(command.workdir / metrics_writer.METRICS)
+  return [row["loss"] for row in rows if "loss" in row]
+
+
+def small_run(folder, *settings):
+  """A run of a few seconds on a small text."""
+  text = folder / "text.txt"
+  text.write_text("".join(PROSE.format(i) for i in range(100)))
+  return testing.run(
+    f"data.path={text}",
+    "checkpoint.every=2",
+    "evaluate.sample_tokens=0",
+    "mtp.depth=0",
+    "precision.recipe=fp32",
+    *settings,
+  )
+
+
 class PageTest(parameterized.TestCase):
   def test_examples_are_short(self):
     for heading in re.findall("^## (.*)$", PAGE.read_text(), re.MULTILINE):
@@ -61,6 +100,79 @@ class PageTest(parameterized.TestCase):
         if line.strip() and not re.match("(from|import) ", line)
       ]
       self.assertBetween(len(lines), 1, LONGEST, heading)
+
+
+class AttentionTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.enter_context(mock.patch.dict(attentions.ATTENTIONS))
+    run_example("Attention")
+
+  def test_unknown_attention(self):
+    with self.assertRaisesRegex(ValueError, "gqb: must be one of.*gqa"):
+      testing.run("attention.type=gqb")
+
+  def test_trains_resumes_and_decodes(self):
+    folder = testing.folder(self)
+    run = small_run(
+      folder,
+      "attention.type=gqa",
+      "attention.n_heads=4",
+      "attention.n_groups=2",
+    )
+    first = trained(self, run, 2, folder)
+    losses = trained(self, run, 4, folder)
+    self.assertEqual(losses[:2], first)
+    self.assertLen(losses, 4)
+    self.assertTrue(np.isfinite(losses).all())
+    stored = open_run.read_config(folder / "run")
+    self.assertEqual(stored["settings"]["model.attention.type"], "gqa")
+    self.assertEqual(open_run.run_of(stored), run)
+    mesh = device_mesh.mesh({"data": 1})
+    saved = open_run.newest(folder / "run", run, mesh)
+    params, bias = jax.tree.map(jnp.asarray, jax.device_get(saved))
+    self.assertIn("gqa", params["moe"])
+    self.check_decoding(run.model, params, bias)
+
+  def check_decoding(self, cfg, params, bias):
+    """Greedy text of the engine is that of full forward passes."""
+    served = inference_params.params(params, bias, cfg)
+    writer = engine.Engine(served, cfg, n_slots=2, max_len=32, chunk=16)
+    prompts = [testing.tokens(n, vocab_size=300, seed=n) for n in (3, 18)]
+    requests = [engine.Request(p.tolist(), 8, temperature=0) for p in prompts]
+    texts = {0: [], 1: []}
+    for event in writer.run(requests):
+      texts[event.request].append(event.token)
+
+    @jax.jit
+    def logits(tokens):
+      out = transformer.forward(params, bias, tokens, cfg)
+      return transformer.logits(params, out.hidden)
+
+    for i, prompt in enumerate(prompts):
+      tokens = list(prompt)
+      for _ in range(8):
+        padded = np.pad(tokens, (0, 32 - len(tokens)))
+        row = logits(padded[None].astype(np.int32))[0, len(tokens) - 1]
+        tokens.append(int(row.argmax()))
+      self.assertEqual(texts[i], tokens[len(prompt) :])
+
+
+class RouterScoreTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.enter_context(mock.patch.dict(router.SCORES))
+    self.addCleanup(config.ROUTER_SCORES.remove, "softplus")
+
+  def test_trains(self):
+    with self.assertRaisesRegex(ValueError, "must be one of sigmoid, softmax"):
+      testing.run("router.score=softplus")
+    run_example("Router score")
+    folder = testing.folder(self)
+    losses = trained(
+      self, small_run(folder, "router.score=softplus"), 2, folder
+    )
+    self.assertTrue(np.isfinite(losses).all())
 
 
 class OptimizerTest(absltest.TestCase):

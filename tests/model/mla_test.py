@@ -54,11 +54,15 @@ class MlaTest(parameterized.TestCase):
       v_dim=1,
       yarn=config.Yarn(factor=40),
     )
-    self.assertAlmostEqual(1 / cfg.divisor, 0.1352338, places=7)
+    self.assertAlmostEqual(1 / cfg.softmax_divisor, 0.1352338, places=7)
     plain = dataclasses.replace(cfg, yarn=config.Yarn())
-    self.assertAlmostEqual(plain.divisor / cfg.divisor, 1.8738542, places=7)
+    self.assertAlmostEqual(
+      plain.softmax_divisor / cfg.softmax_divisor, 1.8738542, places=7
+    )
     v2 = dataclasses.replace(cfg, yarn=config.Yarn(factor=40, mscale=0.707))
-    self.assertAlmostEqual(plain.divisor / v2.divisor, 1.5896262, places=7)
+    self.assertAlmostEqual(
+      plain.softmax_divisor / v2.softmax_divisor, 1.5896262, places=7
+    )
 
   def test_gradients_are_the_slopes_of_the_reference_over_chunks(self):
     n_tokens = attention.CHUNK + 2
