@@ -136,13 +136,13 @@ class AttentionTest(absltest.TestCase):
 
   def check_decoding(self, cfg, params, bias):
     """Greedy text of the engine is that of full forward passes."""
-    served = inference_params.params(params, bias, cfg)
+    served = inference_params.from_params(params, bias, cfg)
     writer = engine.Engine(served, cfg, n_slots=2, max_len=32, chunk=16)
     prompts = [testing.tokens(n, vocab_size=300, seed=n) for n in (3, 18)]
     requests = [engine.Request(p.tolist(), 8, temperature=0) for p in prompts]
     texts = {0: [], 1: []}
     for event in writer.run(requests):
-      texts[event.request].append(event.token)
+      texts[event.index].append(event.token)
 
     @jax.jit
     def logits(tokens):
