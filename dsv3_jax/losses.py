@@ -1,7 +1,5 @@
 """Training losses: chunked cross-entropy, and its sum with MTP and balance."""
 
-from typing import Any
-
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -109,8 +107,8 @@ def loss(
   weights: jax.Array,
   mtp_weight: jax.Array | float,
   cfg: config.Model,
-  **how: Any,
-) -> tuple[Losses, moe.Stats]:
+  ctx: transformer.ForwardContext = transformer.LOCAL,
+) -> tuple[Losses, moe.MoEStats]:
   """Main, MTP and balance losses of a batch (eq. 17-25).
 
   L_main + (lambda / D) * sum_k L^k + sum of balance losses. Depth k has T - k
@@ -119,22 +117,20 @@ def loss(
   Args:
     params: parameters of the model.
     bias: [n_routers, E] f32.
-    data: tokens and labels [B, T].
+    data: tokens, labels and segments [B, T].
     weights: [B, T] f32 of the labels, see `token_weights`.
     mtp_weight: lambda.
     cfg: the model.
-    **how: of `transformer.forward`.
+    ctx: how to carry out the forward pass.
 
   Returns:
-    The losses and what the routers tell, [n_routers, ...].
+    The losses, and the statistics of the routers, [n_routers, ...].
   """
-  out = transformer.forward(params, bias, data.tokens, cfg, **how)
-  segments = transformer.segments_of(data.tokens, how.get("segment_start"))
-  terms = _of_output(params, out, data, weights, mtp_weight, cfg, segments)
-  return terms, out.stats
+  out = transformer.forward(params, bias, data.tokens, cfg, ctx, data.segments)
+  return _losses(params, out, data, weights, mtp_weight, cfg), out.stats
 
 
-def of_last_layer(
+def loss_from_last_layer(
   params: param_spec.Params,
   bias: jax.Array,
   x: jax.Array,
@@ -142,26 +138,28 @@ def of_last_layer(
   weights: jax.Array,
   mtp_weight: jax.Array | float,
   cfg: config.Model,
-  **how: Any,
-) -> tuple[Losses, moe.Stats]:
-  """The same from what the last layer returns, [B, T, D], on.
+  ctx: transformer.ForwardContext = transformer.LOCAL,
+) -> tuple[Losses, moe.MoEStats]:
+  """`loss` of the last layer's output x [B, T, D].
 
-  `bias`, the balance losses and the stats are of the MTP modules alone, `how`
-  of `transformer.predict`.
+  `bias`, balance losses and statistics are those of the MTP modules alone.
   """
-  out = transformer.predict(params, bias, x, data.tokens, cfg, **how)
-  return _of_output(params, out, data, weights, mtp_weight, cfg), out.stats
+  out = transformer.predict(
+    params, bias, x, data.tokens, cfg, ctx, data.segments
+  )
+  return _losses(params, out, data, weights, mtp_weight, cfg), out.stats
 
 
-def _of_output(
+def _losses(
   params: param_spec.Params,
   out: transformer.Output,
   data: Batch,
   weights: jax.Array,
   mtp_weight: jax.Array | float,
   cfg: config.Model,
-  segments: jax.Array | None = None,
 ) -> Losses:
+  """The losses of the hidden states of a forward pass."""
+  segments = data.segments
 
   def term(hidden, shift):
     weight = weights[:, shift:]

@@ -12,7 +12,7 @@ from dsv3_jax import config, losses, optim, param_spec
 from dsv3_jax.data.batch import Batch
 from dsv3_jax.linear import recipe
 from dsv3_jax.model import moe, router, transformer
-from dsv3_jax.parallel import device_mesh, layouts
+from dsv3_jax.parallel import device_mesh, layouts, sharded_forward
 from dsv3_jax.parallel.pipeline import executor
 
 Metrics = dict[str, jax.Array]
@@ -97,19 +97,26 @@ def make_state(
   return init(run, jax.random.key(seed))
 
 
+@flax.struct.dataclass
+class BatchGradients:
+  """Sums over a global batch, in which `update` moves the state."""
+
+  grads: param_spec.Params  # of the total loss, float32
+  losses: losses.Losses
+  stats: moe.MoEStats  # of the routers, [n_routers, ...]
+  # Counts of the quantization to FP8, by class of tensor and path of weight:
+  # `activation` and `gradient` [..., 6] f32, per layer; with
+  # `precision.counters` also `weight` [6]. Empty in other precisions.
+  fp8_counts: dict[str, dict[str, jax.Array]]
+
+
 def gradients(
   state: TrainState,
   batch: Batch,
   run: config.Run,
   mesh: jax.sharding.Mesh | None = None,
-) -> tuple[
-  param_spec.Params, losses.Losses, moe.Stats, dict[str, dict[str, jax.Array]]
-]:
-  """Gradient, losses and router statistics of a global batch.
-
-  The last of them: what quantization to FP8 did, by class and by the path of
-  the weight: `activation` and `gradient` [..., 6] f32, for each layer; with
-  `precision.counters` also `weight` [6]. Empty in other precisions.
+) -> BatchGradients:
+  """Computes gradient, losses and router statistics of a global batch.
 
   Any split of the batch, over micro-batches or devices, gives the same sums: a
   token is weighted by 1 / (labels of the whole batch), a balance loss by its
@@ -127,22 +134,23 @@ def gradients(
   args = state.params, state.router_bias, weight, batch, weights
   if mesh is None:
     params = _compute_params(state.params, run)
-    sums, *told = _gradient_sums(params, *args[1:], run=run)
-    of_weights = _weight_counts(state.params, run)
+    sums = _gradient_sums(params, *args[1:], run, transformer.LOCAL)
+    weight_counts = _weight_counts(state.params, run)
   else:
     n_micro = batch.tokens.shape[0]
     layout = layouts.make_layout(run, mesh.shape, micro_batches=n_micro)
     divided = device_mesh.batch_spec(mesh.shape, 1)
-    sums, *told, of_weights = jax.shard_map(
+    *sums, weight_counts = jax.shard_map(
       functools.partial(_local_gradients, run=run, layout=layout),
       mesh=mesh,
       in_specs=(layout.specs, jax.P(), jax.P(), divided, divided),
       out_specs=(layout.grad_specs, jax.P(), jax.P(), jax.P()),
     )(*args)
-  grads, counted = recipe.gradients(sums)
-  if of_weights:
-    counted["weight"] = of_weights
-  return grads, *told, counted
+  weight_grads, terms, stats = sums
+  grads, fp8_counts = recipe.gradients(weight_grads)
+  if weight_counts:
+    fp8_counts["weight"] = weight_counts
+  return BatchGradients(grads, terms, stats, fp8_counts)
 
 
 def _compute_params(params, run, slices=None):
@@ -158,31 +166,34 @@ def _weight_counts(params, run, slices=None):
 
 
 def _local_gradients(params, *args, run, layout):
-  """What one device does in `gradients`, and the sums over all of them."""
-  of_weights = _weight_counts(params, run, layout.fsdp_dims)
-  params = _compute_params(params, run, layout.fsdp_dims)
-  params = layout.gather_for_step(params)
+  """Gradients on one device, summed over all devices."""
+  weight_counts = _weight_counts(params, run, layout.fsdp_dims)
+  params = sharded_forward.gather_params(params, run, layout)
   if layout.stages:
     sums = executor.gradient_sums(params, *args, run=run, layout=layout)
   else:
-    sums = _gradient_sums(
-      params,
-      *args,
-      run=run,
-      n_shards=layout.n_shards,
-      experts=layout.experts,
-      gather=layout.gather_layer,
-    )
+    ctx = sharded_forward.context(layout)
+    sums = _gradient_sums(params, *args, run, ctx, layout.n_shards)
   grads, terms, stats = sums
   terms, stats = jax.lax.psum((terms, stats), layout.varying_axes)
-  return layout.reduce_scatter_grads(grads), terms, stats, of_weights
+  return layout.reduce_scatter_grads(grads), terms, stats, weight_counts
 
 
 def _gradient_sums(
-  params, bias, mtp_weight, batch, weights, *, run, n_shards=1, **how
-):
+  params: param_spec.Params,
+  bias: jax.Array,
+  mtp_weight: jax.Array,
+  batch: Batch,
+  weights: jax.Array,
+  run: config.Run,
+  ctx: transformer.ForwardContext,
+  n_shards: int = 1,
+) -> tuple[param_spec.Params, losses.Losses, moe.MoEStats]:
   """Sums over the micro-batches of one device."""
   share = 1.0 / (batch.tokens.shape[0] * n_shards)
+  ctx = dataclasses.replace(
+    ctx, saved_activations=run.train.activations, scan=run.train.scan_layers
+  )
 
   def objective(trained, micro, micro_weights):
     terms, stats = losses.loss(
@@ -192,16 +203,13 @@ def _gradient_sums(
       micro_weights,
       mtp_weight,
       run.model,
-      kept=run.train.activations,
-      segment_start=run.data.segment_start,
-      scan=run.train.scan_layers,
-      **how,
+      ctx,
     )
     balance = terms.balance * share
     total = terms.main + mtp_weight * terms.mtp + balance
     return total, (terms.replace(total=total, balance=balance), stats)
 
-  def one(micro):
+  def micro_sums(micro):
     grads, (terms, stats) = jax.grad(objective, has_aux=True)(
       recipe.trained(params), *micro
     )
@@ -209,22 +217,18 @@ def _gradient_sums(
     return grads, terms, stats
 
   def add(total, micro):
-    return jax.tree.map(jnp.add, total, one(micro)), None
+    return jax.tree.map(jnp.add, total, micro_sums(micro)), None
 
   micros = (batch, weights)
   first = jax.tree.map(lambda a: a[0], micros)
   if batch.tokens.shape[0] == 1:
-    return one(first)
-  zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, first))
+    return micro_sums(first)
+  zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(micro_sums, first))
   return jax.lax.scan(add, zeros, micros)[0]
 
 
 def update(
-  state: TrainState,
-  grads: param_spec.Params,
-  terms: losses.Losses,
-  stats: moe.Stats,
-  run: config.Run,
+  state: TrainState, sums: BatchGradients, run: config.Run
 ) -> tuple[TrainState, Metrics]:
   """Applies what `gradients` returned.
 
@@ -232,6 +236,7 @@ def update(
   The router bias moves once, by the counts of the whole batch, and acts from
   the next step on (section 2.1.2).
   """
+  grads, terms, stats = sums.grads, sums.losses, sums.stats
   norm = optax.tree.norm(grads)
   rate = optim.learning_rate(state.step, run)
   speed = optim.bias_speed(state.step, run)
@@ -282,9 +287,9 @@ def train_step(
     run: the configuration.
     mesh: of the devices that share the work; None for one device.
   """
-  *sums, counted = gradients(state, batch, run, mesh)
-  state, metrics = update(state, *sums, run)
-  return state, metrics | ({"fp8": counted} if counted else {})
+  sums = gradients(state, batch, run, mesh)
+  state, metrics = update(state, sums, run)
+  return state, metrics | ({"fp8": sums.fp8_counts} if sums.fp8_counts else {})
 
 
 def make_step(
@@ -312,5 +317,5 @@ def trace_step(
   ids = jax.ShapeDtypeStruct(
     shape, jnp.int32, sharding=jax.NamedSharding(mesh, spec)
   )
-  batch = Batch(ids, ids)
+  batch = Batch(ids, ids, ids if run.data.segment_mask else None)
   return make_step(run, mesh).trace(abstract_state(run, mesh), batch)

@@ -226,9 +226,10 @@ def _train(run: config.Run, mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
       batch = device_mesh.make_global_batch(
         batch, run.train.micro_batch_size, mesh, dim=1
       )
-    grads, terms, stats, _ = gradients(state, batch)
+    sums = gradients(state, batch)
+    grads, stats = sums.grads, sums.stats
     moved = clipped(grads, state.opt_state, state.params)
-    state, metrics = update(state, grads, terms, stats)
+    state, metrics = update(state, sums)
     seen["gradients"].append(jax.device_get(grads))
     seen["update"].append(jax.device_get(moved))
     seen["loss"].append(jax.device_get(metrics["loss"]))

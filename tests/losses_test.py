@@ -106,10 +106,11 @@ def _gradients(params, bias, rows, cfg, kept):
   """Gradients of the total loss, and the load."""
   data = make_batch(rows)
   weights = losses.token_weights(data.labels)
+  ctx = transformer.ForwardContext(saved_activations=kept)
 
   def total(params):
     out, stats = losses.loss(
-      params, bias, data, weights, cfg.mtp.weight, cfg, kept=kept
+      params, bias, data, weights, cfg.mtp.weight, cfg, ctx
     )
     return out.total, stats.load
 
@@ -124,16 +125,14 @@ class LossTest(parameterized.TestCase):
     hidden = testing.normal(1, 4, 6, seed=2)
     seen = {}
 
-    def forward(params, bias, tokens, cfg, **_):
+    def forward(params, bias, tokens, cfg, ctx, segments):
       seen["tokens"] = tokens
-      stats = moe.Stats(jnp.zeros((2, 16), jnp.int32), jnp.zeros(2), None)
+      stats = moe.MoEStats(jnp.zeros((2, 16), jnp.int32), jnp.zeros(2), None)
       return transformer.Output(hidden, (state,), stats)
 
     cfg = testing.tiny("d_model=6", "vocab_size=5")
     data = make_batch(row)
-    fake = types.SimpleNamespace(
-      forward=forward, segments_of=transformer.segments_of
-    )
+    fake = types.SimpleNamespace(forward=forward)
     with absltest.mock.patch.object(losses, "transformer", fake):
       out, _ = losses.loss(
         {"head": head}, None, data, losses.token_weights(data.labels), 0.3, cfg
@@ -156,13 +155,11 @@ class LossTest(parameterized.TestCase):
     apart = np.stack([np.pad(d, (0, 10 - len(d))) for d in documents])
 
     def losses_of(row, how):
-      data = make_batch(row, start)
+      data = make_batch(row, start, segment_start=how)
       weights = (data.labels != IGNORE).astype(np.float32)
 
       def total(params):
-        out, _ = losses.loss(
-          params, bias, data, weights, 0.3, cfg, segment_start=how
-        )
+        out, _ = losses.loss(params, bias, data, weights, 0.3, cfg)
         return out.main + out.mtp, (out.main, out.mtp)
 
       return jax.jit(jax.value_and_grad(total, has_aux=True))(params)

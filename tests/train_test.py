@@ -134,9 +134,10 @@ class SplitTest(parameterized.TestCase):
     state = state.replace(router_bias=bias)
     compute = jax.jit(functools.partial(train.gradients, run=run))
     batch = batch_of(run)
-    grads, terms, stats, _ = jax.device_get(compute(state, batch))
-    bias = router.update_bias(bias, stats.load, run.model.router.bias_speed)
-    return grads, terms, stats.load, bias
+    sums = jax.device_get(compute(state, batch))
+    load, speed = sums.stats.load, run.model.router.bias_speed
+    bias = router.update_bias(bias, load, speed)
+    return sums.grads, sums.losses, load, bias
 
   @parameterized.parameters(
     ("block", 2),

@@ -13,17 +13,32 @@ class Batch:
 
   tokens: jax.Array  # [..., T] int32
   labels: jax.Array  # [..., T] int32, the next token, or IGNORE
+  # [..., T] int32, which attention stays inside of; None: a row is one segment
+  segments: jax.Array | None = None
 
 
-def make_batch(rows: np.ndarray, *unpredicted: int) -> Batch:
+def segment_ids(
+  tokens: jax.Array | np.ndarray, start: int | None
+) -> jax.Array | np.ndarray | None:
+  """Segments [..., T] of tokens, each beginning with `start`; None without."""
+  if start is None:
+    return None
+  return (tokens == start).cumsum(-1, dtype=np.int32)
+
+
+def make_batch(
+  rows: np.ndarray, *unpredicted: int, segment_start: int | None = None
+) -> Batch:
   """Splits rows [..., T + 1] of consecutive token ids into tokens and labels.
 
   Args:
     rows: token ids, each below the model's vocabulary size.
     *unpredicted: ids whose labels become IGNORE, such as padding.
+    segment_start: the id that begins a segment, if attention stays inside one.
   """
   rows = np.asarray(rows, np.int32)
   labels = rows[..., 1:]
   for i in unpredicted:
     labels = np.where(labels == i, IGNORE, labels)
-  return Batch(rows[..., :-1], labels)
+  tokens = rows[..., :-1]
+  return Batch(tokens, labels, segment_ids(tokens, segment_start))

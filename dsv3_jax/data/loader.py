@@ -56,7 +56,8 @@ class BatchSource:
     if data.segment_mask:
       unpredicted.append(data.segment_start)
     shape = -1, len(columns), data.seq_len + 1
-    return make_batch(np.reshape(tokens, shape), *unpredicted)
+    rows = np.reshape(tokens, shape)
+    return make_batch(rows, *unpredicted, segment_start=data.segment_start)
 
 
 def prefetch(read: Callable[[int], T], steps: Iterable[int]) -> Iterator[T]:

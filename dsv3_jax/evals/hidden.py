@@ -9,9 +9,7 @@ import jax
 import numpy as np
 
 from dsv3_jax import config, param_spec
-from dsv3_jax.linear import recipe
-from dsv3_jax.model import transformer
-from dsv3_jax.parallel import device_mesh, layouts
+from dsv3_jax.parallel import device_mesh, layouts, sharded_forward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,19 +29,8 @@ Score = Callable[..., jax.Array]
 
 def _local(params, bias, tokens, data, *, score, run, layout):
   main = config.override(run.model, "mtp.depth=0")
-  params = recipe.compute_params(
-    params, transformer.specs(run.model), run.precision, layout.fsdp_dims
-  )
-  params = layout.gather_for_step(params)
-  out = transformer.forward(
-    params,
-    bias[: main.n_routers],
-    tokens,
-    main,
-    segment_start=run.data.segment_start,
-    experts=layout.experts,
-    gather=layout.gather_layer,
-  )
+  bias = bias[: main.n_routers]
+  params, out = sharded_forward.forward(params, bias, tokens, run, layout, main)
   found = score(out.hidden, params["head"], *data)
   return found if found.ndim else jax.lax.psum(found, layout.batch_axes)
 

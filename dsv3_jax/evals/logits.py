@@ -8,25 +8,12 @@ import numpy as np
 
 from dsv3_jax.errors import InputError
 from dsv3_jax.evals import hidden
-from dsv3_jax.linear import recipe
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import device_mesh, layouts
+from dsv3_jax.parallel import device_mesh, layouts, sharded_forward
 
 
 def _local(params, bias, tokens, *, run, layout):
-  params = recipe.compute_params(
-    params, transformer.specs(run.model), run.precision, layout.fsdp_dims
-  )
-  params = layout.gather_for_step(params)
-  out = transformer.forward(
-    params,
-    bias,
-    tokens,
-    run.model,
-    segment_start=run.data.segment_start,
-    experts=layout.experts,
-    gather=layout.gather_layer,
-  )
+  params, out = sharded_forward.forward(params, bias, tokens, run, layout)
   states = out.hidden, *out.mtp_hidden
   return tuple(transformer.logits(params, state) for state in states)
 

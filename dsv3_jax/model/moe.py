@@ -31,7 +31,7 @@ LOCAL = Experts()
 
 
 @flax.struct.dataclass
-class Stats:
+class MoEStats:
   """What a mixture layer tells beside its output."""
 
   load: jax.Array  # [E] int32, (token, slot) pairs an expert received
@@ -60,7 +60,7 @@ def moe(
   cfg: config.Model,
   experts: Experts = LOCAL,
   valid: jax.Array | None = None,
-) -> tuple[jax.Array, Stats]:
+) -> tuple[jax.Array, MoEStats]:
   """One mixture layer; no token is ever dropped.
 
   Args:
@@ -92,4 +92,4 @@ def moe(
   if "shared" in p:
     with jax.named_scope("shared"):
       y = y + swiglu.swiglu(p["shared"], x)
-  return y, Stats(routing.load, balance, experts.sent(chosen))
+  return y, MoEStats(routing.load, balance, experts.sent(chosen))

@@ -46,14 +46,14 @@ def module(
   Returns:
     State after the module's own norm, the state for the next depth, stats.
   """
-  joined = jnp.concatenate(
+  concatenated = jnp.concatenate(
     [
       layers.rms_norm(p["embed_norm"], ahead, cfg.norm_eps),
       layers.rms_norm(p["hidden_norm"], hidden, cfg.norm_eps),
     ],
     axis=-1,
   )
-  x = remat.named(linear.linear(joined, p["proj"]), "residual")
+  x = remat.named(linear.linear(concatenated, p["proj"]), "residual")
   x, stats = block(p["block"], x, bias)
   normed = layers.rms_norm(p["norm"], x, cfg.norm_eps)
   return normed, normed if cfg.mtp.input_state == "post_norm" else x, stats
@@ -65,7 +65,7 @@ def predict(
   hidden: jax.Array,
   tokens: jax.Array,
   cfg: config.Model,
-  one: Callable[..., tuple[jax.Array, jax.Array, Any]],
+  apply_module: Callable[..., tuple[jax.Array, jax.Array, Any]],
 ) -> tuple[tuple[jax.Array, ...], list[Any]]:
   """Chains the D modules; each keeps the causal order of the one before.
 
@@ -78,7 +78,7 @@ def predict(
     hidden: [B, T, D] state of the main model.
     tokens: [B, T] int32.
     cfg: the model.
-    one: (parameters, bias, hidden, ahead) of a depth, as in `module`.
+    apply_module: (parameters, bias, hidden, ahead) of a depth, as in `module`.
 
   Returns:
     States after each depth's own norm, [B, T - k, D] for k = 1..D, and their
@@ -90,7 +90,9 @@ def predict(
       p = jax.tree.map(lambda a, i=depth - 1: a[i], params["mtp"])
       with jax.named_scope("embed"):
         ahead = params["embed"][tokens[:, depth:]]
-      state, hidden, told = one(p, bias[depth - 1], hidden[:, :-1], ahead)
+      state, hidden, module_stats = apply_module(
+        p, bias[depth - 1], hidden[:, :-1], ahead
+      )
     states.append(state)
-    stats.append(jax.tree.map(lambda a: a[None], told))
+    stats.append(jax.tree.map(lambda a: a[None], module_stats))
   return tuple(states), stats

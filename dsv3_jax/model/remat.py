@@ -1,11 +1,11 @@
-"""What a layer keeps for its backward pass, and what it makes again there.
+"""Rematerialization: which activations a layer saves for its backward pass.
 
 Activations that are worth a choice have a name, of `config.ACTIVATIONS`. With
-`train.remat=selective` those that `train.saved_activations` names are kept,
-and all else is made again: by default norms, the up-projections of the
-attention, and the product of a SwiGLU's halves (sections 3.2.3 and 3.3.3).
-Attention never keeps its probabilities. What a router decided is kept: it
-cannot decide otherwise.
+`train.remat=selective` those in `train.saved_activations` are saved and all
+others are recomputed: by default norms, the up-projections of the attention,
+and the product of a SwiGLU's halves (sections 3.2.3 and 3.3.3). Attention never
+saves its probabilities. A router's decision is saved, so that the recomputed
+layer routes as before.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,15 @@ from jax import ad_checkpoint
 
 from dsv3_jax import config
 
-Kept = tuple[str, ...] | None  # names of what is kept; None: everything
+SavedNames = tuple[str, ...] | None  # names of saved activations; None: all
 
 
 def named(x: Any, name: str) -> Any:
-  """x, arrays that a layer may keep under a name."""
+  """Gives arrays a name under which a layer may save them.
+
+  Raises:
+    ValueError: the name is not one of `config.ACTIVATIONS`.
+  """
   if name not in config.ACTIVATIONS:
     raise ValueError(
       f"activation {name!r}: must be one of {', '.join(config.ACTIVATIONS)}"
@@ -28,17 +32,18 @@ def named(x: Any, name: str) -> Any:
   return jax.tree.map(lambda a: ad_checkpoint.checkpoint_name(a, name), x)
 
 
-def keeping(
-  kept: Kept, layer: Callable[..., Any], *, in_loop: bool = False
+def remat(
+  saved: SavedNames, layer: Callable[..., Any], *, in_loop: bool = False
 ) -> Callable[..., Any]:
-  """The layer, of which a backward pass has its arguments and what is kept.
+  """Wraps a layer in `jax.checkpoint`: saves its inputs and named activations.
 
   Args:
-    kept: names; none of them: the arguments alone.
+    saved: names; empty: the inputs alone; None: the layer is not wrapped.
     layer: the function.
-    in_loop: it is the body of a `lax.scan`, whose passes XLA does not join.
+    in_loop: whether it is the body of a `lax.scan`, whose forward and backward
+      pass XLA does not merge anyway.
   """
-  if kept is None:
+  if saved is None:
     return layer
-  policy = jax.checkpoint_policies.save_only_these_names(*kept)
+  policy = jax.checkpoint_policies.save_only_these_names(*saved)
   return jax.checkpoint(layer, policy=policy, prevent_cse=not in_loop)

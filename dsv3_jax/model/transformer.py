@@ -1,5 +1,6 @@
 """The whole network: embedding, blocks, head and MTP modules."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -13,11 +14,11 @@ from dsv3_jax.model import attentions, layers, moe, mtp, remat, swiglu
 
 @flax.struct.dataclass
 class Output:
-  """What a forward pass returns."""
+  """Hidden states of a forward pass, and its router statistics."""
 
   hidden: jax.Array  # [B, T, D], after the final norm
   mtp_hidden: tuple[jax.Array, ...]  # depth k: [B, T - k, D], after its norm
-  stats: moe.Stats  # [n_routers, ...], of MoE layers, then of MTP modules
+  stats: moe.MoEStats  # [n_routers, ...], of MoE layers, then of MTP modules
 
 
 def block_specs(cfg: config.Model, ffn: param_spec.Specs) -> param_spec.Specs:
@@ -33,7 +34,7 @@ def block_specs(cfg: config.Model, ffn: param_spec.Specs) -> param_spec.Specs:
 
 
 def specs(cfg: config.Model) -> param_spec.Specs:
-  """Every parameter; layers of one kind are stacked."""
+  """Every parameter; layers of a group are stacked."""
   d, c, std = cfg.d_model, cfg.vocab_size, cfg.init_std
   dense = swiglu.specs(d, cfg.dense_ffn_dim, std)
   tree = {
@@ -77,8 +78,8 @@ def moe_block(
   cfg: config.Model,
   experts: moe.Experts,
   segments: jax.Array | None = None,
-) -> tuple[jax.Array, moe.Stats]:
-  """h += attention(norm(h)); h += MoE(norm(h)); and what the mixture tells."""
+) -> tuple[jax.Array, moe.MoEStats]:
+  """h += attention(norm(h)); h += MoE(norm(h)); also returns its stats."""
   x = _attention(p, x, cfg, segments)
   h = layers.rms_norm(p["ffn_norm"], x, cfg.norm_eps)
   y, stats = moe.moe(p["ffn"], h, bias, cfg, experts)
@@ -110,10 +111,27 @@ def _unrolled(step, carry, stacked):
   return carry, jax.tree.map(lambda *ys: jnp.stack(ys), *outs)
 
 
-def as_stored(kind: str, p: param_spec.Params) -> param_spec.Params:
-  """The parameters of a layer where every device holds them whole."""
-  del kind
+def _unsharded(group: str, p: param_spec.Params) -> param_spec.Params:
+  """The parameters of a layer, which every device holds in full."""
+  del group
   return p
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardContext:
+  """How a forward pass is carried out; never what it computes."""
+
+  # Names of the activations that layers save for the backward pass.
+  saved_activations: remat.SavedNames = None  # None: all
+  # Loop over the layers of a group; unrolled they compile for longer and, on
+  # CPU, need no copy of what the backward pass reads.
+  scan: bool = True
+  experts: moe.Experts = moe.LOCAL  # how the routed experts are computed
+  # All-gathers the parameters of one layer of a group (`dense`, `moe`, `mtp`).
+  gather: Callable[[str, param_spec.Params], param_spec.Params] = _unsharded
+
+
+LOCAL = ForwardContext()  # on one device
 
 
 def forward(
@@ -121,12 +139,8 @@ def forward(
   bias: jax.Array,
   tokens: jax.Array,
   cfg: config.Model,
-  *,
-  kept: remat.Kept = None,
-  scan: bool = True,
-  segment_start: int | None = None,
-  experts: moe.Experts = moe.LOCAL,
-  gather: Callable[[str, param_spec.Params], param_spec.Params] = as_stored,
+  ctx: ForwardContext = LOCAL,
+  segments: jax.Array | None = None,
 ) -> Output:
   """Hidden states of the main model and of every MTP depth.
 
@@ -135,28 +149,24 @@ def forward(
     bias: [n_routers, E] f32 router bias.
     tokens: [B, T] int32, T above the MTP depth.
     cfg: the model.
-    kept: names of what layers keep for the backward pass; None: everything.
-    scan: loop over the layers of one kind; else unroll them, which compiles
-      for longer and, on CPU, saves copying what the backward pass needs.
-    segment_start: a token that begins a segment, which attention does not
-      leave; None: it sees all that was before.
-    experts: how the routed experts are computed.
-    gather: makes the parameters of a layer of a kind (`dense`, `moe`, `mtp`)
-      whole, where they are stored in slices.
+    ctx: how to carry it out.
+    segments: [B, T] int32; attention stays inside a segment. None: a token sees
+      all tokens before it.
   """
-  segments = segments_of(tokens, segment_start)
-  over_layers = jax.lax.scan if scan else _unrolled
-  keeping = functools.partial(remat.keeping, kept, in_loop=scan)
+  over_layers = jax.lax.scan if ctx.scan else _unrolled
+  rematerialize = functools.partial(
+    remat.remat, ctx.saved_activations, in_loop=ctx.scan
+  )
 
-  @keeping
+  @rematerialize
   def dense(h, p):
-    return dense_block(gather("dense", p), h, cfg, segments), None
+    return dense_block(ctx.gather("dense", p), h, cfg, segments), None
 
-  @keeping
+  @rematerialize
   def mixture(h, layer):
     p, layer_bias = layer
-    whole = gather("moe", p)
-    return moe_block(whole, h, layer_bias, cfg, experts, segments)
+    p = ctx.gather("moe", p)
+    return moe_block(p, h, layer_bias, cfg, ctx.experts, segments)
 
   x = embed(params, tokens)
   stats = [_no_stats(bias)]
@@ -164,28 +174,12 @@ def forward(
     x, _ = over_layers(dense, x, params["dense"])
   if cfg.n_moe_layers:
     layer = params["moe"], bias[: cfg.n_moe_layers]
-    x, told = over_layers(mixture, x, layer)
-    stats.append(told)
-  out = predict(
-    params,
-    bias[cfg.n_moe_layers :],
-    x,
-    tokens,
-    cfg,
-    kept=kept,
-    segment_start=segment_start,
-    experts=experts,
-    gather=gather,
-  )
+    x, moe_stats = over_layers(mixture, x, layer)
+    stats.append(moe_stats)
+  mtp_bias = bias[cfg.n_moe_layers :]
+  out = predict(params, mtp_bias, x, tokens, cfg, ctx, segments)
   stats.append(out.stats)
-  return out.replace(stats=_joined(stats))
-
-
-def segments_of(tokens: jax.Array, start: int | None) -> jax.Array | None:
-  """The segment of each token [B, T], which begins with `start`, if given."""
-  if start is None:
-    return None
-  return jnp.cumsum(tokens == start, axis=1, dtype=jnp.int32)
+  return out.replace(stats=_concatenated(stats))
 
 
 def embed(params: param_spec.Params, tokens: jax.Array) -> jax.Array:
@@ -200,51 +194,49 @@ def predict(
   x: jax.Array,
   tokens: jax.Array,
   cfg: config.Model,
-  *,
-  kept: remat.Kept = None,
-  segment_start: int | None = None,
-  experts: moe.Experts = moe.LOCAL,
-  gather: Callable[[str, param_spec.Params], param_spec.Params] = as_stored,
+  ctx: ForwardContext = LOCAL,
+  segments: jax.Array | None = None,
 ) -> Output:
-  """What follows the last layer: the final norm and the MTP modules.
+  """Applies the final norm and the MTP modules to the last layer's output.
 
   Args:
-    params: all parameters but those of layers are read.
+    params: all parameters except those of layers are read.
     bias: [depth, E] f32, of the MTP modules' routers.
     x: [B, T, D], from the last layer.
     tokens: [B, T] int32.
     cfg: the model.
-    kept: as in `forward`.
-    segment_start: as in `forward`.
-    experts: as in `forward`.
-    gather: as in `forward`.
+    ctx: as in `forward`.
+    segments: as in `forward`.
 
   Returns:
     The hidden states, with the stats of the MTP modules.
   """
 
-  segments = segments_of(tokens, segment_start)
-
   def module(p, layer_bias, hidden, ahead):
-    own = None if segments is None else segments[:, : hidden.shape[1]]
-    how = {"cfg": cfg, "experts": experts, "segments": own}
-    block = functools.partial(moe_block, **how)
-    return mtp.module(gather("mtp", p), layer_bias, hidden, ahead, cfg, block)
+    n = hidden.shape[1]
+    block = functools.partial(
+      moe_block,
+      cfg=cfg,
+      experts=ctx.experts,
+      segments=None if segments is None else segments[:, :n],
+    )
+    p = ctx.gather("mtp", p)
+    return mtp.module(p, layer_bias, hidden, ahead, cfg, block)
 
   hidden = layers.rms_norm(params["norm"], x, cfg.norm_eps)
   start = hidden if cfg.mtp.input_state == "post_norm" else x
-  one = remat.keeping(kept, module)
-  states, told = mtp.predict(params, bias, start, tokens, cfg, one)
-  return Output(hidden, states, _joined([_no_stats(bias), *told]))
+  module = remat.remat(ctx.saved_activations, module)
+  states, stats = mtp.predict(params, bias, start, tokens, cfg, module)
+  return Output(hidden, states, _concatenated([_no_stats(bias), *stats]))
 
 
-def _no_stats(bias: jax.Array) -> moe.Stats:
-  """Of no router."""
+def _no_stats(bias: jax.Array) -> moe.MoEStats:
+  """Stats of zero routers, to concatenate others to."""
   load = bias[:0].astype(jnp.int32)
-  return moe.Stats(load, load.sum(-1, dtype=bias.dtype), load[:, :2])
+  return moe.MoEStats(load, load.sum(-1, dtype=bias.dtype), load[:, :2])
 
 
-def _joined(stats: list[moe.Stats]) -> moe.Stats:
+def _concatenated(stats: list[moe.MoEStats]) -> moe.MoEStats:
   return jax.tree.map(lambda *s: jnp.concatenate(s), *stats)
 
 

@@ -60,7 +60,7 @@ def bytes_sent(copies: np.ndarray, run: config.Run) -> dict[str, int]:
   for each number and four for each tile on the way to the experts.
 
   Args:
-    copies: [n_routers, 2], as `moe.Stats` counts them.
+    copies: [n_routers, 2], as `moe.MoEStats` counts them.
     run: the configuration.
   """
   itemsize = 4 if run.precision.recipe == "fp32" else 2

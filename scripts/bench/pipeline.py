@@ -87,7 +87,7 @@ class Sleeper:
 
     work.defvjp(forward, backward)
     zeros = jnp.zeros_like(bias[0])
-    stats = moe.Stats(
+    stats = moe.MoEStats(
       load=zeros.astype(jnp.int32),
       balance=zeros.sum(),
       sent=zeros[:2].astype(jnp.int32),

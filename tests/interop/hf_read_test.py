@@ -106,7 +106,8 @@ class ParityTest(parameterized.TestCase):
     parts = device_mesh.on_first_device(
       (params.params, params.bias), params.mesh
     )
-    transformer.forward(*parts, tokens, found.model, scan=False)
+    unrolled = transformer.ForwardContext(scan=False)
+    transformer.forward(*parts, tokens, found.model, unrolled)
     self.assertLen(ours, 2)
     for got, want in zip(ours, theirs, strict=True):
       np.testing.assert_array_equal(np.sort(got), np.sort(want))

@@ -272,12 +272,11 @@ def check(test, sizes, settings):
   # All experts of every token: no rounding moves a token elsewhere.
   same = ("router.top_k=16", "router.n_groups=1", "router.top_groups=1")
   run = config.override(RUN, *same)
-  one, *_ = step_gradients(run)
-  exact, *_ = step_gradients(config.override(run, "precision.recipe=fp32"))
-  found, terms, stats, counted = step_gradients(
-    config.override(run, *settings), tuple(sizes.items())
-  )
-  test.assertEqual(stats.load.sum(), 16 * 16 * 16 * 3 - 16 * 16)
+  one = step_gradients(run).grads
+  exact = step_gradients(config.override(run, "precision.recipe=fp32")).grads
+  sums = step_gradients(config.override(run, *settings), tuple(sizes.items()))
+  found, counted = sums.grads, sums.fp8_counts
+  test.assertEqual(sums.stats.load.sum(), 16 * 16 * 16 * 3 - 16 * 16)
   norm = lambda a, b: np.sqrt(
     sum(
       np.sum((x - y) ** 2)
@@ -298,13 +297,14 @@ class LayoutsTest(parameterized.TestCase):
   @pytest.mark.slow
   def test_counts_do_not_depend_on_micro_batches_or_the_pipeline(self):
     run = config.override(RUN, "precision.counters=true")
-    *_, one = step_gradients(run)
+    one = step_gradients(run).fp8_counts
     dense = "dense/mla/q_up"
     for settings, sizes in (
       (("train.micro_batches=1",), ()),
       (("parallel.schedule=1f1b",), (("pipe", 2),)),
     ):
-      *_, counted = step_gradients(config.override(run, *settings), sizes)
+      other = config.override(run, *settings)
+      counted = step_gradients(other, sizes).fp8_counts
       # Tiles and elements in all: of the 256 tokens of each layer.
       for column, kind in itertools.product((0, 3), linear.CLASSES):
         np.testing.assert_array_equal(

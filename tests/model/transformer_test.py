@@ -26,7 +26,7 @@ def _setup(*assignments, n_tokens=9):
 def _forward(cfg, **options):
   return jax.jit(
     lambda params, bias, tokens: transformer.forward(
-      params, bias, tokens, cfg, **options
+      params, bias, tokens, cfg, transformer.ForwardContext(**options)
     )
   )
 

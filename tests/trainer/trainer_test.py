@@ -332,7 +332,7 @@ def middle_state(run):
 
 @functools.cache
 def compiled_loss(run, mesh):
-  loss = lambda *args: train.gradients(*args, run, mesh)[1].total
+  loss = lambda *args: train.gradients(*args, run, mesh).losses.total
   return jax.jit(loss)
 
 

@@ -25,7 +25,7 @@ class Buffers:
   sums: param_spec.Params  # of gradients, f32
   main: jax.Array  # sums of losses
   mtp: jax.Array
-  stats: moe.Stats  # sums
+  stats: moe.MoEStats  # sums
 
 
 def zeros(
@@ -68,7 +68,7 @@ def zeros(
     sums=jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), sums),
     main=jnp.float32(0),
     mtp=jnp.float32(0),
-    stats=moe.Stats(
+    stats=moe.MoEStats(
       load=jnp.zeros(load.shape, jnp.int32),
       balance=jnp.zeros(n_routers),
       sent=jnp.zeros((n_routers, 2), jnp.int32),

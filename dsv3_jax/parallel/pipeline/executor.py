@@ -37,7 +37,7 @@ def gradient_sums(
   *,
   run: config.Run,
   layout: layouts.Layout,
-) -> tuple[param_spec.Params, losses.Losses, moe.Stats]:
+) -> tuple[param_spec.Params, losses.Losses, moe.MoEStats]:
   """Sums gradients over the micro-batches and stages of one device.
 
   Args:
@@ -50,7 +50,7 @@ def gradient_sums(
     layout: its layout, with stages.
 
   Returns:
-    Gradients, losses and stats as in `train.gradients`, of this device alone.
+    Gradients, losses and stats as in `train.BatchGradients`, of this device alone.
   """
   table = tick_table.build_tick_table(layout.stages.schedule)
   executor = _executor(params, bias, mtp_weight, batch, weights, run, layout)
@@ -130,7 +130,7 @@ def _moe(
   x: jax.Array,
   cfg: config.Model,
   experts: moe.Experts,
-) -> tuple[tuple[jax.Array, jax.Array], moe.Stats]:
+) -> tuple[tuple[jax.Array, jax.Array], moe.MoEStats]:
   """Returns (y, balance loss), and the stats of the layer."""
   y, stats = transformer.moe_block(p, x, bias[0], cfg, experts)
   return (y, stats.balance), stats
@@ -369,7 +369,7 @@ class _Executor:
     )
 
     def objective(trained, x):
-      terms, stats = losses.of_last_layer(
+      terms, stats = losses.loss_from_last_layer(
         recipe.joined(trained, ends),
         self.bias[n_layers:],
         x,
@@ -377,8 +377,10 @@ class _Executor:
         token_weights,
         self.mtp_weight,
         self.run.model,
-        kept=self.run.train.activations,
-        experts=self.layout.experts,
+        transformer.ForwardContext(
+          saved_activations=self.run.train.activations,
+          experts=self.layout.experts,
+        ),
       )
       total = terms.main + self.mtp_weight * terms.mtp
       return total + self.share * terms.balance, (terms, stats)
