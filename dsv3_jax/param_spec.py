@@ -1,4 +1,4 @@
-"""Parameters stated once; everything else about them is a fold over that tree.
+"""ParamSpec trees: shape, axes and initializer of every parameter.
 
 A spec tree is a nested dict whose leaves are `ParamSpec`s, written beside the
 function that reads the parameters. The dims of a weight are given as
@@ -27,7 +27,7 @@ class ParamSpec:
   dims: tuple[tuple[str, int], ...]
   init: Callable[..., jax.Array]
   dtype: Any = jnp.float32
-  n_in: int = 0  # dims that a linear layer contracts; 0: none reads it
+  n_contracted: int = 0  # dims that a linear layer contracts; 0: not of one
 
   @property
   def axes(self) -> tuple[str, ...]:
@@ -46,7 +46,10 @@ class ParamSpec:
   def matrix(self) -> tuple[int, int]:
     """Inputs and outputs of a linear layer."""
     n = self.n_stack
-    inputs, outputs = self.shape[n : n + self.n_in], self.shape[n + self.n_in :]
+    inputs, outputs = (
+      self.shape[n : n + self.n_contracted],
+      self.shape[n + self.n_contracted :],
+    )
     return math.prod(inputs), math.prod(outputs)
 
 
@@ -55,13 +58,13 @@ def weight(std: float, /, **dims: int) -> ParamSpec:
   return ParamSpec(tuple(dims.items()), jax.nn.initializers.normal(std))
 
 
-def linear(std: float, n_in: int = 1, /, **dims: int) -> ParamSpec:
-  """The weight of a linear layer, which contracts the first n_in dims."""
-  return dataclasses.replace(weight(std, **dims), n_in=n_in)
+def linear(std: float, n_contracted: int = 1, /, **dims: int) -> ParamSpec:
+  """The weight of a linear layer, whose first n_contracted dims are inputs."""
+  return dataclasses.replace(weight(std, **dims), n_contracted=n_contracted)
 
 
-def gain(size: int) -> ParamSpec:
-  """The gain of an RMSNorm, initially 1."""
+def norm_scale(size: int) -> ParamSpec:
+  """The scale of an RMSNorm, initially 1."""
   return ParamSpec((("norm", size),), jax.nn.initializers.ones)
 
 
@@ -77,7 +80,7 @@ def name(path: tuple[Any, ...]) -> str:
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def paths(tree: Any) -> dict[str, Any]:
+def flatten_with_paths(tree: Any) -> dict[str, Any]:
   """{"moe/mla/out": leaf} of any tree, in tree order."""
   return {name(p): leaf for p, leaf in jax.tree.leaves_with_path(tree)}
 

@@ -63,7 +63,10 @@ def _like_params(
   opt_state: optax.OptState, params: param_spec.Params, specs: param_spec.Specs
 ) -> optax.OptState:
   """Specs of an optimizer's arrays: of the parameter their path ends with."""
-  spec_of, like = param_spec.paths(specs), param_spec.paths(params)
+  spec_of, like = (
+    param_spec.flatten_with_paths(specs),
+    param_spec.flatten_with_paths(params),
+  )
 
   def spec(path, array):
     names = param_spec.name(path).split("/")
@@ -147,7 +150,7 @@ def gradients(
       out_specs=(layout.grad_specs, jax.P(), jax.P(), jax.P()),
     )(*args)
   weight_grads, terms, stats = sums
-  grads, fp8_counts = recipe.gradients(weight_grads)
+  grads, fp8_counts = recipe.split_gradients(weight_grads)
   if weight_counts:
     fp8_counts["weight"] = weight_counts
   return BatchGradients(grads, terms, stats, fp8_counts)
@@ -197,7 +200,7 @@ def _gradient_sums(
 
   def objective(trained, micro, micro_weights):
     terms, stats = losses.loss(
-      recipe.joined(trained, params),
+      recipe.with_differentiable(trained, params),
       bias,
       micro,
       micro_weights,
@@ -211,7 +214,7 @@ def _gradient_sums(
 
   def micro_sums(micro):
     grads, (terms, stats) = jax.grad(objective, has_aux=True)(
-      recipe.trained(params), *micro
+      recipe.differentiable(params), *micro
     )
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
     return grads, terms, stats

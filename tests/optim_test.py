@@ -105,12 +105,14 @@ class DecayTest(parameterized.TestCase):
     specs = transformer.specs(presets.PRESETS[name].model)
     spared = {
       path
-      for path, decayed in param_spec.paths(optim.decayed(specs)).items()
+      for path, decayed in param_spec.flatten_with_paths(
+        optim.decayed(specs)
+      ).items()
       if not decayed
     }
     gains = {
       path
-      for path, spec in param_spec.paths(specs).items()
+      for path, spec in param_spec.flatten_with_paths(specs).items()
       if spec.axes[-1] == "norm"
     }
     self.assertEqual(spared, gains)

@@ -10,7 +10,7 @@ from dsv3_jax import param_spec
 TREE = {
   "embed": param_spec.weight(0.5, vocab=40, embed=50),
   "block": {
-    "norm": param_spec.gain(7),
+    "norm": param_spec.norm_scale(7),
     "up": param_spec.weight(0.1, embed=7, ffn=3),
   },
 }
@@ -19,12 +19,12 @@ KEY = jax.random.key(1)
 
 class SchemaTest(absltest.TestCase):
   def test_a_parameter_is_drawn_by_its_name(self):
-    before = param_spec.paths(param_spec.init(TREE, KEY))
+    before = param_spec.flatten_with_paths(param_spec.init(TREE, KEY))
     more = TREE | {
       "block": {"a": param_spec.weight(1.0, embed=2, ffn=2)} | TREE["block"],
-      "zz": param_spec.gain(3),
+      "zz": param_spec.norm_scale(3),
     }
-    after = param_spec.paths(param_spec.init(more, KEY))
+    after = param_spec.flatten_with_paths(param_spec.init(more, KEY))
     self.assertEqual(after.keys() - before.keys(), {"block/a", "zz"})
     for name, value in before.items():
       np.testing.assert_array_equal(after[name], value, name)
@@ -47,7 +47,7 @@ class SchemaTest(absltest.TestCase):
     shapes = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)
     self.assertEqual(shapes(params), shapes(abstract))
     names = ["block/norm", "block/up", "embed"]
-    self.assertEqual(list(param_spec.paths(params)), names)
+    self.assertEqual(list(param_spec.flatten_with_paths(params)), names)
     sizes = sum(leaf.size for leaf in jax.tree.leaves(params))
     self.assertEqual(param_spec.count(TREE), sizes)
 

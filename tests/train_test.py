@@ -55,8 +55,8 @@ class InitTest(absltest.TestCase):
     key = jax.random.key(7)
     with_mtp = train.init_state(RUN, key)
     without = train.init_state(testing.run("mtp.depth=0"), key)
-    params = param_spec.paths(with_mtp.params)
-    expected = param_spec.paths(without.params)
+    params = param_spec.flatten_with_paths(with_mtp.params)
+    expected = param_spec.flatten_with_paths(without.params)
     self.assertContainsSubset(expected, params)
     for name, value in expected.items():
       np.testing.assert_array_equal(params[name], value, name)
@@ -72,7 +72,7 @@ class StepTest(absltest.TestCase):
     after, metrics = testing.host(state), jax.device_get(metrics)
     for name, value in metrics.items():
       self.assertTrue(np.isfinite(value).all(), name)
-    old, new = map(param_spec.paths, (before.params, after.params))
+    old, new = map(param_spec.flatten_with_paths, (before.params, after.params))
     for name, value in new.items():
       self.assertTrue(np.isfinite(value).all(), name)
       self.assertFalse(np.array_equal(value, old[name]), name)

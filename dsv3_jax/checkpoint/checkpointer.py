@@ -116,7 +116,7 @@ class Checkpointer:
     tree = {"state": _raw(state)}
     if average is not None:
       tree["average"] = {"params": average}
-    leaves = param_spec.paths(tree)
+    leaves = param_spec.flatten_with_paths(tree)
     digests = _start_digests(leaves)  # before the state is donated
     types = {
       name: orbax_io.dtype_and_shape(leaf) for name, leaf in leaves.items()
@@ -275,7 +275,7 @@ class Checkpointer:
 
   def _restore(self, step: int, like: Any) -> Any:
     folder, saved = self.folder(step), self._manifest(step).arrays
-    names = param_spec.paths(like)
+    names = param_spec.flatten_with_paths(like)
     asked = {_group(name) for name in names}
     there = {k: v["type"] for k, v in saved.items() if _group(k) in asked}
     here = {

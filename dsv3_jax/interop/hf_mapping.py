@@ -119,7 +119,7 @@ def _parameter_blocks(
 ) -> Iterable[Block]:
   n = spec.n_stack
   dims = spec.shape[n:]
-  n_in = len(dims) > 1 and max(spec.n_in, 1)
+  n_in = len(dims) > 1 and max(spec.n_contracted, 1)
   for index in np.ndindex(spec.shape[:n]):
     stacked = bool(index)
     yield Block(
@@ -131,7 +131,7 @@ def _parameter_blocks(
       if stacked
       else (_UNSTACKED[path],),
       _file_layer(path, index[0], cfg) if stacked else -1,
-      spec.n_in > 0 and path != "mtp/proj",
+      spec.n_contracted > 0 and path != "mtp/proj",
     )
 
 
@@ -147,7 +147,7 @@ def _bias_blocks(cfg: config.Model) -> Iterable[Block]:
 @functools.lru_cache(maxsize=4)
 def model_blocks(cfg: config.Model) -> tuple[Block, ...]:
   """Returns all blocks of a model in the order of layers."""
-  specs = param_spec.paths(transformer.specs(cfg))
+  specs = param_spec.flatten_with_paths(transformer.specs(cfg))
   blocks = [
     block
     for path, spec in specs.items()

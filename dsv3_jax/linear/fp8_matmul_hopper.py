@@ -49,8 +49,8 @@ def supported() -> bool:
 
 
 def blocked(
-  a: quantize.Tiled,
-  b: quantize.Tiled,
+  a: quantize.BlockScaled,
+  b: quantize.BlockScaled,
   dtype: jax.typing.DTypeLike = jnp.float32,
   *,
   tuning: Tuning = Tuning(),
@@ -69,24 +69,24 @@ def blocked(
     NotImplementedError: for other tiles and types, without elements, or on
       other hardware.
   """
-  (m, k), n = a.bits.shape, b.bits.shape[1]
+  (m, k), n = a.codes.shape, b.codes.shape[1]
   if a.tile[1] != SLICE or b.tile[0] != SLICE:
     raise NotImplementedError(
       f"tiles {a.tile} and {b.tile}: the sum must be cut into {SLICE}"
     )
-  if {a.bits.dtype, b.bits.dtype} != {jnp.dtype(jnp.uint8)}:
+  if {a.codes.dtype, b.codes.dtype} != {jnp.dtype(jnp.uint8)}:
     raise NotImplementedError(
-      f"{a.bits.dtype} and {b.bits.dtype}: both must be bytes of E4M3"
+      f"{a.codes.dtype} and {b.codes.dtype}: both must be bytes of E4M3"
     )
   if not m * n * k:
     raise NotImplementedError(f"nothing to multiply: {m} x {k} x {n}")
   if not (interpret or supported()):
     raise NotImplementedError("the first device is no Hopper GPU")
   slices = -(-k // SLICE)
-  of_rows = quantize.spread(a.scales, (a.tile[0], 1), (m, slices)).T
-  of_columns = quantize.spread(b.scales, (1, b.tile[1]), (slices, n))
+  of_rows = quantize.expand_scales(a.scales, (a.tile[0], 1), (m, slices)).T
+  of_columns = quantize.expand_scales(b.scales, (1, b.tile[1]), (slices, n))
   # Both operands with the contracted dim last, as tensor cores want FP8.
-  args = _padded(a.bits), _padded(b.bits.T)
+  args = _padded(a.codes), _padded(b.codes.T)
   args = [jax.lax.bitcast_convert_type(bits, quantize.E4M3) for bits in args]
   if interpret:  # which knows no transposed views
     args[1] = args[1].T

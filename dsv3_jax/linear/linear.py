@@ -1,15 +1,15 @@
 """The three products of a linear layer, in the precision of its weight.
 
-A weight is an array, or an `Fp8` with a copy of it in E4M3. The same functions
-use both (section 3.3.2, figure 6):
+A weight is an array, or an `Fp8Weight` with a copy of it in E4M3. The same
+functions take both (section 3.3.2, figure 6):
 
-                   sums over   left, in FP8    right, in FP8
-  output           inputs      x, 1 x 128      W, 128 x 128
-  input_gradient   outputs     dy, 1 x 128     W, 128 x 128, the same
-  weight_gradient  tokens      x, 128 x 1      dy, 128 x 1
+          contracts  left, in FP8    right, in FP8
+  fprop   inputs     x, 1 x 128      W, 128 x 128
+  dgrad   outputs    dy, 1 x 128     W, 128 x 128, the same
+  wgrad   tokens     x, 128 x 1      dy, 128 x 1
 
-`rows` makes the left operands of the first two. Those of x are also what is
-kept for the last, which dequantizes them and makes tiles along the tokens.
+`quantize_rows` makes the left operands of the first two. Those of x are also
+saved for `wgrad`, which dequantizes them and makes tiles along the tokens.
 """
 
 import functools
@@ -26,192 +26,216 @@ CLASSES = ("activation", "gradient")  # tensors whose tiles are counted
 
 
 @flax.struct.dataclass
-class Trained:
-  """What has a gradient of a weight in FP8; its numbers are never read."""
+class MasterHandle:
+  """Differentiable handle of an FP8 weight: carries its cotangent.
+
+  Its values are never read. The cotangent of `counts` is the counts of the
+  quantization, not a derivative.
+  """
 
   master: jax.Array
-  counts: jax.Array  # [..., 2, 6] f32, `CLASSES` by `tiles.COUNTED`: the
-  # gradient with respect to them is what was counted
+  counts: jax.Array  # [..., 2, 6] f32, `CLASSES` by `quantize.COUNTERS`
 
 
 @flax.struct.dataclass
-class Fp8:
+class Fp8Weight:
   """A weight, or a stack of them, whose products are in FP8."""
 
-  trained: Trained | None
-  bits: jax.Array | None  # of E4M3, uint8 in the shape of the master
+  handle: MasterHandle | None
+  codes: jax.Array | None  # of E4M3, uint8 in the shape of the master
   scales: jax.Array | None  # [..., ceil(K / tile), ceil(N / tile)] f32
-  how: config.Precision = flax.struct.field(pytree_node=False)
-  numbers: jax.Array | None = None  # multiplied out, in the place of the two
+  precision: config.Precision = flax.struct.field(pytree_node=False)
+  dequantized: jax.Array | None = None  # in place of codes and scales
 
   @property
   def shape(self) -> tuple[int, ...]:
-    return (self.bits if self.numbers is None else self.numbers).shape
+    return (self.codes if self.dequantized is None else self.dequantized).shape
 
 
-Weight = jax.Array | Fp8
-Rows = jax.Array | quantize.Tiled  # [M, K]
+Weight = jax.Array | Fp8Weight
+Rows = jax.Array | quantize.BlockScaled  # [M, K]
 
 
-def trained(w: Weight) -> jax.Array | Trained:
-  """What has a gradient."""
-  return w.trained if isinstance(w, Fp8) else w
+def differentiable(w: Weight) -> jax.Array | MasterHandle:
+  """The part of a weight that the loss is differentiated with respect to."""
+  return w.handle if isinstance(w, Fp8Weight) else w
 
 
-def untrained(w: Weight) -> Weight:
-  """What a backward pass needs of the weight."""
-  return w.replace(trained=None) if isinstance(w, Fp8) else w
+def without_handle(w: Weight) -> Weight:
+  """The part of a weight that a backward pass reads."""
+  return w.replace(handle=None) if isinstance(w, Fp8Weight) else w
 
 
-def tile(w: Weight) -> int:
+def block_size(w: Weight) -> int:
   """Rows and columns of a block of a weight in FP8, else 0."""
-  return w.how.tile if isinstance(w, Fp8) else 0
+  return w.precision.tile if isinstance(w, Fp8Weight) else 0
 
 
-def _blocks(w: Fp8, n_in: int) -> scaled_matmul.Operand:
-  n = math.prod(w.shape[:n_in])
-  if w.numbers is not None:
-    return w.numbers.reshape(n, -1)
-  return quantize.Tiled(w.bits.reshape(n, -1), w.scales, (w.how.tile,) * 2)
+def _matrix(w: Fp8Weight, n_contracted: int) -> scaled_matmul.Operand:
+  """A weight [K, N] as right operand."""
+  n = math.prod(w.shape[:n_contracted])
+  if w.dequantized is not None:
+    return w.dequantized.reshape(n, -1)
+  tile = w.precision.tile, w.precision.tile
+  return quantize.BlockScaled(w.codes.reshape(n, -1), w.scales, tile)
 
 
-def multiplied_out(w: Weight) -> Weight:
-  """A stack of weights for use one by one, [E, K, ...].
+def with_dequantized(w: Weight) -> Weight:
+  """Dequantizes a stack of weights [E, K, ...] once, for many products.
 
-  Where products multiply operands out first, that is done here, once.
+  Does nothing for backends that multiply codes.
   """
-  if not isinstance(w, Fp8) or not scaled_matmul.multiplies_out(w.how.backend):
+  if not isinstance(w, Fp8Weight):
     return w
-  matrices = w.bits.reshape(*w.shape[:2], -1)
-  made = quantize.Tiled(matrices, w.scales, (w.how.tile,) * 2)
-  numbers = quantize.dequantize(made, scaled_matmul.dtype()).reshape(w.shape)
-  return w.replace(bits=None, scales=None, numbers=numbers)
+  if not scaled_matmul.dequantizes(w.precision.backend):
+    return w
+  codes = w.codes.reshape(*w.shape[:2], -1)
+  tile = w.precision.tile, w.precision.tile
+  dequantized = quantize.dequantize(
+    quantize.BlockScaled(codes, w.scales, tile),
+    scaled_matmul.dequantized_dtype(),
+  )
+  return w.replace(
+    codes=None, scales=None, dequantized=dequantized.reshape(w.shape)
+  )
 
 
-def rows(
+def quantize_rows(
   x: jax.Array, w: Weight, scales: str = "", tile_rows: int = 1
 ) -> tuple[Rows, jax.Array | None]:
-  """x [M, K] as left operand of a product with a weight, and what was counted.
+  """Quantizes x [M, K] as left operand of a product with a weight.
 
   Args:
     x: activations or gradients.
     w: the weight.
-    scales: as `tiles.quantize`; the weight's own if not given.
+    scales: as in `quantize.quantize`; the weight's own if not given.
     tile_rows: rows of a tile.
+
+  Returns:
+    The operand, which is x itself where the weight is not in FP8, and the
+    counts of its quantization, if there was one.
   """
-  if not isinstance(w, Fp8):
+  if not isinstance(w, Fp8Weight):
     return x, None
-  made = quantize.quantize(x, (tile_rows, w.how.tile), scales or w.how.scales)
-  return made.by_row(), quantize.counts(x, made, w.how.counters)
+  precision = w.precision
+  tile = tile_rows, precision.tile
+  quantized = quantize.quantize(x, tile, scales or precision.scales)
+  counts = quantize.count(x, quantized, precision.counters)
+  return quantized.with_single_row_tiles(), counts
 
 
-def gradient_rows(
+def quantize_gradient(
   dy: jax.Array, w: Weight, scales: str = ""
 ) -> tuple[Rows, jax.Array | None]:
-  """The same of gradients, whose tiles the recipe may make square."""
-  square = isinstance(w, Fp8) and w.how.gradient_tiles == "blocks"
-  return rows(dy, w, scales, w.how.tile if square else 1)
+  """`quantize_rows` of a gradient, whose tiles the recipe may make square."""
+  square = isinstance(w, Fp8Weight) and w.precision.gradient_tiles == "blocks"
+  return quantize_rows(dy, w, scales, w.precision.tile if square else 1)
 
 
-def numbers(x: Rows, dtype: jax.typing.DTypeLike) -> jax.Array:
-  """What rows stand for."""
-  return quantize.dequantize(x, dtype) if isinstance(x, quantize.Tiled) else x
+def dequantize_rows(x: Rows, dtype: jax.typing.DTypeLike) -> jax.Array:
+  """The array that rows stand for."""
+  if isinstance(x, quantize.BlockScaled):
+    return quantize.dequantize(x, dtype)
+  return x
 
 
-def output(x: Rows, w: Weight, n_in: int = 1) -> jax.Array:
+def fprop(x: Rows, w: Weight, n_contracted: int = 1) -> jax.Array:
   """x @ W, [M, K] and [K, N] to [M, N]; f32 in FP8."""
-  if not isinstance(w, Fp8):
+  if not isinstance(w, Fp8Weight):
     return x @ w.reshape(x.shape[1], -1)
-  return scaled_matmul.product(x, _blocks(w, n_in), w.how.backend)
+  matrix = _matrix(w, n_contracted)
+  return scaled_matmul.matmul(x, matrix, w.precision.backend)
 
 
-def input_gradient(dy: Rows, w: Weight, n_in: int = 1) -> jax.Array:
+def dgrad(dy: Rows, w: Weight, n_contracted: int = 1) -> jax.Array:
   """dy @ W.T, [M, N] and [K, N] to [M, K]; f32 in FP8."""
-  if not isinstance(w, Fp8):
+  if not isinstance(w, Fp8Weight):
     return dy @ w.reshape(-1, dy.shape[1]).T
-  blocks = _blocks(w, n_in).transpose()
-  return scaled_matmul.product(dy, blocks, w.how.backend)
+  matrix = _matrix(w, n_contracted).transpose()
+  return scaled_matmul.matmul(dy, matrix, w.precision.backend)
 
 
-def weight_gradient(
-  x: Rows, dy: Rows, w: Weight, scales: str = ""
-) -> jax.Array:
+def wgrad(x: Rows, dy: Rows, w: Weight, scales: str = "") -> jax.Array:
   """x.T @ dy, [M, K] and [M, N] to [K, N] f32.
 
   Args:
-    x: the rows of the first product, or the activations.
+    x: the rows of `fprop`, or the activations.
     dy: the gradient of the output, or its rows.
     w: the weight.
-    scales: as `rows`, of both.
+    scales: as in `quantize_rows`, of both.
   """
-  if not isinstance(w, Fp8):
+  if not isinstance(w, Fp8Weight):
     # Stated so that no operand is transposed first; autodiff makes dw.T.
     return jax.lax.dot_general(
       x, dy, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
     )
-  x, dy = (_columns(a, w.how, scales or w.how.scales) for a in (x, dy))
-  return scaled_matmul.product(x.transpose(), dy, w.how.backend)
+  precision = w.precision
+  x, dy = (
+    quantize.quantize(
+      dequantize_rows(a, jnp.float32),
+      (precision.tile, 1),
+      scales or precision.scales,
+    )
+    for a in (x, dy)
+  )
+  return scaled_matmul.matmul(x.transpose(), dy, precision.backend)
 
 
-def _columns(x: Rows, how: config.Precision, scales: str) -> quantize.Tiled:
-  return quantize.quantize(numbers(x, jnp.float32), (how.tile, 1), scales)
-
-
-def gradient(
-  w: Weight, dw: jax.Array, counted: list[jax.Array | None]
+def weight_cotangent(
+  w: Weight, dw: jax.Array, counts: list[jax.Array | None]
 ) -> Weight:
-  """The cotangent of a weight: its gradient, and what was counted.
+  """The cotangent of a weight, of its gradient and of counts.
 
   Args:
     w: the weight.
     dw: f32, its elements in order.
-    counted: of `CLASSES`.
+    counts: of each of `CLASSES`; not read unless the weight is in FP8.
   """
   dw = dw.reshape(w.shape)
-  if not isinstance(w, Fp8):
+  if not isinstance(w, Fp8Weight):
     return dw.astype(w.dtype)
-  return w.replace(
-    trained=Trained(dw, jnp.stack(counted)), bits=None, scales=None
-  )
+  handle = MasterHandle(dw, jnp.stack(counts))
+  return w.replace(handle=handle, codes=None, scales=None)
 
 
 def linear(
-  x: jax.Array, w: Weight, n_in: int = 1, *, keep_input: bool = False
+  x: jax.Array, w: Weight, n_contracted: int = 1, *, save_input: bool = False
 ) -> jax.Array:
-  """Contracts the last n_in dims of x with the first of w; the rest follows.
+  """Contracts the last n_contracted dims of x with the first ones of w.
 
   Args:
     x: activations.
     w: the weight.
-    n_in: dims of inputs.
-    keep_input: keep x for the weight's gradient rather than its tiles: it is
-      kept for something else too. Tiles along tokens have powers of two.
+    n_contracted: dims of inputs.
+    save_input: save x itself for `wgrad` rather than its tiles, where
+      something else saves it anyway. Tiles along tokens then have scales that
+      are powers of two.
   """
-  lead = x.shape[: x.ndim - n_in]
-  n = math.prod(w.shape[:n_in])
+  lead = x.shape[: x.ndim - n_contracted]
+  n = math.prod(w.shape[:n_contracted])
   leaves, structure = jax.tree.flatten((x.reshape(-1, n), w))
-  flat, w = jax.tree.unflatten(structure, varying.alike(*leaves))
-  y = _linear(n_in, keep_input, flat, w)
-  return y.reshape(*lead, *w.shape[n_in:])
+  flat, w = jax.tree.unflatten(structure, varying.same_varying(*leaves))
+  y = _linear(n_contracted, save_input, flat, w)
+  return y.reshape(*lead, *w.shape[n_contracted:])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _linear(n_in, keep_input, x, w):
-  return _linear_fwd(n_in, keep_input, x, w)[0]
+def _linear(n_contracted, save_input, x, w):
+  return _linear_fwd(n_contracted, save_input, x, w)[0]
 
 
-def _linear_fwd(n_in, keep_input, x, w):
-  left, counted = rows(x, w)
-  y = output(left, w, n_in).astype(x.dtype)
-  return y, (x if keep_input else left, untrained(w), counted)
+def _linear_fwd(n_contracted, save_input, x, w):
+  rows, x_counts = quantize_rows(x, w)
+  y = fprop(rows, w, n_contracted).astype(x.dtype)
+  return y, (x if save_input else rows, without_handle(w), x_counts)
 
 
-def _linear_bwd(n_in, keep_input, residuals, dy):
-  x, w, counted = residuals
-  left, of_gradient = gradient_rows(dy, w)
-  dx = input_gradient(left, w, n_in).astype(dy.dtype)
-  dw = weight_gradient(x, dy, w, "power_of_two" if keep_input else "")
-  return dx, gradient(w, dw, [counted, of_gradient])
+def _linear_bwd(n_contracted, save_input, residuals, dy):
+  x, w, x_counts = residuals
+  rows, dy_counts = quantize_gradient(dy, w)
+  dx = dgrad(rows, w, n_contracted).astype(dy.dtype)
+  dw = wgrad(x, dy, w, "power_of_two" if save_input else "")
+  return dx, weight_cotangent(w, dw, [x_counts, dy_counts])
 
 
 _linear.defvjp(_linear_fwd, _linear_bwd)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 E4M3 = jnp.float8_e4m3fn
-LARGEST = 448.0  # of E4M3
+E4M3_MAX = 448.0
 OVERFLOW = 464.0  # from here on a cast to E4M3 gives NaN
 FLOOR = 1e-4  # of the largest magnitude of a tile: no scale is 0
 SCALES = ("float32", "power_of_two")
@@ -22,36 +22,36 @@ Tile = tuple[int, int]
 
 
 @flax.struct.dataclass
-class Tiled:
-  """A matrix, or a stack of them, in E4M3: it stands for values * scales.
+class BlockScaled:
+  """A matrix, or a stack of them, in E4M3 with scales: values * scales.
 
-  Held as bytes, which backends without E4M3 keep and send as they are; numbers
-  they would widen.
+  The codes are bytes: backends without E4M3 would widen E4M3 numbers before
+  they store or send them.
   """
 
-  bits: jax.Array  # [..., R, C] uint8
+  codes: jax.Array  # [..., R, C] uint8
   scales: jax.Array  # [..., ceil(R / rows), ceil(C / columns)] f32
   tile: Tile = flax.struct.field(pytree_node=False)
 
   @property
   def values(self) -> jax.Array:
-    return jax.lax.bitcast_convert_type(self.bits, E4M3)
+    return jax.lax.bitcast_convert_type(self.codes, E4M3)
 
-  def transpose(self) -> "Tiled":
-    """Of a matrix."""
-    return Tiled(self.bits.T, self.scales.T, self.tile[::-1])
+  def transpose(self) -> "BlockScaled":
+    """The transposed matrix."""
+    return BlockScaled(self.codes.T, self.scales.T, self.tile[::-1])
 
-  def by_row(self) -> "Tiled":
+  def with_single_row_tiles(self) -> "BlockScaled":
     """The same numbers in tiles of one row."""
     if self.tile[0] == 1:
       return self
     tall = self.tile[0], 1
-    scales = spread(self.scales, tall, self.bits.shape)
-    return Tiled(self.bits, scales, (1, self.tile[1]))
+    scales = expand_scales(self.scales, tall, self.codes.shape)
+    return BlockScaled(self.codes, scales, (1, self.tile[1]))
 
 
 def magnitude(x: jax.Array, tile: Tile) -> jax.Array:
-  """The largest of each tile, [..., ceil(R / rows), ceil(C / columns)]."""
+  """Largest magnitude per tile, [..., ceil(R / rows), ceil(C / columns)]."""
   *stack, n, m = x.shape
   rows, columns = tile
   edges = [(0, 0)] * len(stack) + [(0, -n % rows), (0, -m % columns)]
@@ -75,17 +75,17 @@ def from_ordered(bits: jax.Array) -> jax.Array:
   return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def scale(magnitude: jax.Array, kind: str, largest: float) -> jax.Array:
-  """What a tile is divided by so that its largest magnitude becomes `largest`.
+def scale(absmax: jax.Array, rounding: str, largest: float) -> jax.Array:
+  """The divisor of a tile that makes its largest magnitude `largest`.
 
   Args:
-    magnitude: f32, the largest of each tile.
-    kind: `float32`, or `power_of_two` for the next power of two above.
+    absmax: f32, the largest magnitude of each tile.
+    rounding: `float32`, or `power_of_two` for the next power of two above.
     largest: of the format.
   """
   # Not a division, which the compiler would replace: so all agree on each bit.
-  s = jnp.maximum(magnitude, FLOOR) * jnp.float32(1 / largest)
-  if kind == "float32":
+  s = jnp.maximum(absmax, FLOOR) * jnp.float32(1 / largest)
+  if rounding == "float32":
     return s
   bits = jax.lax.bitcast_convert_type(s, jnp.int32)
   up = (bits + 0x7FFFFF) & 0x7F800000  # a mantissa of 0 with the next exponent
@@ -94,8 +94,10 @@ def scale(magnitude: jax.Array, kind: str, largest: float) -> jax.Array:
   )
 
 
-def spread(scales: jax.Array, tile: Tile, shape: tuple[int, ...]) -> jax.Array:
-  """Scales of elements, from those of tiles; a dim of 1 stays to broadcast."""
+def expand_scales(
+  scales: jax.Array, tile: Tile, shape: tuple[int, ...]
+) -> jax.Array:
+  """Expands scales of tiles to elements; a tile dim of 1 is not expanded."""
   for axis, size in zip((-2, -1), tile, strict=True):
     if size > 1:
       scales = jnp.repeat(scales, size, axis)
@@ -104,21 +106,23 @@ def spread(scales: jax.Array, tile: Tile, shape: tuple[int, ...]) -> jax.Array:
 
 
 def encode(x: jax.Array, scales: jax.Array) -> jax.Array:
-  """The bits of x / scales in E4M3, scales those of elements."""
+  """Encodes x / scales in E4M3, as bytes; scales are those of elements."""
   scaled = x.astype(jnp.float32) / scales
-  values = jnp.clip(scaled, -LARGEST, LARGEST).astype(E4M3)
+  values = jnp.clip(scaled, -E4M3_MAX, E4M3_MAX).astype(E4M3)
   return jax.lax.bitcast_convert_type(values, jnp.uint8)
 
 
-def quantize(x: jax.Array, tile: Tile, scales: str = "float32") -> Tiled:
-  """A matrix, or a stack of them, [..., R, C], in E4M3."""
-  per_tile = scale(magnitude(x, tile), scales, LARGEST)
-  return Tiled(encode(x, spread(per_tile, tile, x.shape)), per_tile, tile)
+def quantize(x: jax.Array, tile: Tile, scales: str = "float32") -> BlockScaled:
+  """Quantizes a matrix, or a stack of them, [..., R, C], to E4M3."""
+  per_tile = scale(magnitude(x, tile), scales, E4M3_MAX)
+  return BlockScaled(
+    encode(x, expand_scales(per_tile, tile, x.shape)), per_tile, tile
+  )
 
 
-def dequantize(x: Tiled, dtype: jax.typing.DTypeLike) -> jax.Array:
+def dequantize(x: BlockScaled, dtype: jax.typing.DTypeLike) -> jax.Array:
   """values * scales, rounded to dtype."""
-  scales = spread(x.scales, x.tile, x.bits.shape)
+  scales = expand_scales(x.scales, x.tile, x.codes.shape)
   return (x.values.astype(jnp.float32) * scales).astype(dtype)
 
 
@@ -135,7 +139,7 @@ def e5m6(x: jax.Array, n_columns: int) -> jax.Array:
   """
   tile = 1, n_columns
   per_tile = scale(magnitude(x, tile), "power_of_two", _E5M6_LARGEST)
-  scales = spread(per_tile, tile, x.shape)
+  scales = expand_scales(per_tile, tile, x.shape)
   scaled = x.astype(jnp.float32) / scales
   # Half precision has the exponents; its mantissa is cut by four bits more.
   normal = jax.lax.reduce_precision(scaled, 5, 6)
@@ -145,44 +149,44 @@ def e5m6(x: jax.Array, n_columns: int) -> jax.Array:
   return (held * scales).astype(x.dtype)
 
 
-# --- what quantization did ---
+# --- counters ---
 
-COUNTED = ("tiles", "not_finite", "zero", "elements", "saturated", "underflow")
+COUNTERS = ("tiles", "not_finite", "zero", "elements", "saturated", "underflow")
 
 
-def counts(x: jax.Array, made: Tiled, everything: bool) -> jax.Array:
-  """Numbers of `COUNTED`, [6] f32.
+def count(x: jax.Array, quantized: BlockScaled, everything: bool) -> jax.Array:
+  """Counts what quantization did: `COUNTERS`, [6] f32.
 
   Tiles in all, not finite and of zeros only; elements in all, too large for the
   format (the cast alone would make NaN of them), and rounded to zero.
 
   Args:
-    x: [..., R, C], what was quantized.
-    made: the result.
-    everything: else only tiles that are not finite are counted, which needs no
-      more than the scales.
+    x: [..., R, C], the input.
+    quantized: the result.
+    everything: False counts only tiles that are not finite, which needs the
+      scales alone.
   """
   if everything:
-    scales = spread(made.scales, made.tile, x.shape)
-    of_tiles = tile_counts(magnitude(x, made.tile))
-    return jnp.concatenate([of_tiles, element_counts(x, made.bits, scales)])
-  bad = (~jnp.isfinite(made.scales)).sum().astype(jnp.float32)
-  return jnp.zeros_like(bad, shape=len(COUNTED)).at[1].set(bad)
+    scales = expand_scales(quantized.scales, quantized.tile, x.shape)
+    tiles = count_tiles(magnitude(x, quantized.tile))
+    return jnp.concatenate([tiles, count_elements(x, quantized.codes, scales)])
+  bad = (~jnp.isfinite(quantized.scales)).sum().astype(jnp.float32)
+  return jnp.zeros_like(bad, shape=len(COUNTERS)).at[1].set(bad)
 
 
-def tile_counts(largest: jax.Array) -> jax.Array:
-  """The first three of `COUNTED`, from the magnitude of each tile."""
-  all_of_them = jnp.full_like(largest, largest.size, shape=())
-  found = all_of_them, (~jnp.isfinite(largest)).sum(), (largest == 0).sum()
-  return jnp.stack([n.astype(jnp.float32) for n in found])
+def count_tiles(absmax: jax.Array) -> jax.Array:
+  """The first three of `COUNTERS`, from the largest magnitude of each tile."""
+  total = jnp.full_like(absmax, absmax.size, shape=())
+  counts = total, (~jnp.isfinite(absmax)).sum(), (absmax == 0).sum()
+  return jnp.stack([n.astype(jnp.float32) for n in counts])
 
 
-def element_counts(
-  x: jax.Array, bits: jax.Array, scales: jax.Array
+def count_elements(
+  x: jax.Array, codes: jax.Array, scales: jax.Array
 ) -> jax.Array:
-  """The last three of `COUNTED`; scales are those of elements."""
+  """The last three of `COUNTERS`; scales are those of elements."""
   scaled = x.astype(jnp.float32) / scales
-  lost = (x != 0) & (bits & 0x7F == 0)
-  all_of_them = jnp.full_like(scaled, x.size, shape=())
-  found = all_of_them, (jnp.abs(scaled) >= OVERFLOW).sum(), lost.sum()
-  return jnp.stack([n.astype(jnp.float32) for n in found])
+  lost = (x != 0) & (codes & 0x7F == 0)
+  total = jnp.full_like(scaled, x.size, shape=())
+  counts = total, (jnp.abs(scaled) >= OVERFLOW).sum(), lost.sum()
+  return jnp.stack([n.astype(jnp.float32) for n in counts])

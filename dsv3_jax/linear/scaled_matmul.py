@@ -2,8 +2,8 @@
 
   exact        a product for each tile of the contracted dim, whose sum over the
                tile is exact up to float32, scaled as it is added; the reference
-  dequantized  both operands multiplied out first, then one product
-  kernel       `exact` on Hopper GPUs, see `kernels.py`; where that can't be,
+  dequantized  both operands dequantized first, then one product
+  kernel       `exact` on Hopper GPUs, see `fp8_matmul_hopper.py`; elsewhere
                `dequantized`
 
 All multiply the same quantized numbers; they differ in the order of float32
@@ -17,10 +17,12 @@ import jax.numpy as jnp
 
 from dsv3_jax.linear import quantize
 
-Operand = quantize.Tiled | jax.Array  # an array: multiplied out already
+Operand = quantize.BlockScaled | jax.Array  # an array: already dequantized
 
 
-def product(a: quantize.Tiled, b: Operand, backend: str = "auto") -> jax.Array:
+def matmul(
+  a: quantize.BlockScaled, b: Operand, backend: str = "auto"
+) -> jax.Array:
   """a @ b, [M, K] and [K, N] to [M, N] f32.
 
   Args:
@@ -35,45 +37,49 @@ def product(a: quantize.Tiled, b: Operand, backend: str = "auto") -> jax.Array:
   return _function(backend)(a, b)
 
 
-def multiplies_out(backend: str) -> bool:
+def dequantizes(backend: str) -> bool:
   """Whether operands are dequantized before the product."""
   return _function(backend) is dequantized
 
 
-def dtype() -> jax.typing.DTypeLike:
-  """What operands are dequantized to; bfloat16 is slow on CPU."""
+def dequantized_dtype() -> jax.typing.DTypeLike:
+  """The dtype of dequantized operands; bfloat16 is slow on CPU."""
   on_cpu = jax.default_backend() == "cpu"
   return jnp.float32 if on_cpu else jnp.bfloat16
 
 
-def exact(a: quantize.Tiled, b: quantize.Tiled) -> jax.Array:
+def exact(a: quantize.BlockScaled, b: quantize.BlockScaled) -> jax.Array:
   """The reference: scales are applied to sums over one tile."""
-  size, k = a.tile[1], a.bits.shape[1]
-  shape = a.bits.shape[0], b.bits.shape[1]
+  size, k = a.tile[1], a.codes.shape[1]
+  shape = a.codes.shape[0], b.codes.shape[1]
   total = jnp.zeros_like(a.scales, shape=shape)
   for i in range(-(-k // size)):
-    here = slice(i * size, (i + 1) * size)
-    part = jnp.matmul(
-      a.values[:, here].astype(jnp.bfloat16),
-      b.values[here].astype(jnp.bfloat16),
+    span = slice(i * size, (i + 1) * size)
+    sums = jnp.matmul(
+      a.values[:, span].astype(jnp.bfloat16),
+      b.values[span].astype(jnp.bfloat16),
       preferred_element_type=jnp.float32,
     )
-    of_rows = quantize.spread(a.scales[:, i : i + 1], (a.tile[0], 1), shape)
-    of_columns = quantize.spread(b.scales[i : i + 1], (1, b.tile[1]), shape)
-    total = total + part * of_rows * of_columns
+    row_scales = quantize.expand_scales(
+      a.scales[:, i : i + 1], (a.tile[0], 1), shape
+    )
+    column_scales = quantize.expand_scales(
+      b.scales[i : i + 1], (1, b.tile[1]), shape
+    )
+    total = total + sums * row_scales * column_scales
   return total
 
 
-def dequantized(a: quantize.Tiled, b: Operand) -> jax.Array:
-  """One product of what the operands stand for."""
-  if isinstance(b, quantize.Tiled):
-    b = quantize.dequantize(b, dtype())
+def dequantized(a: quantize.BlockScaled, b: Operand) -> jax.Array:
+  """One product of the dequantized operands."""
+  if isinstance(b, quantize.BlockScaled):
+    b = quantize.dequantize(b, dequantized_dtype())
   return jnp.matmul(
     quantize.dequantize(a, b.dtype), b, preferred_element_type=jnp.float32
   )
 
 
-def kernel(a: quantize.Tiled, b: quantize.Tiled) -> jax.Array:
+def kernel(a: quantize.BlockScaled, b: quantize.BlockScaled) -> jax.Array:
   """The product on tensor cores."""
   from dsv3_jax.linear import fp8_matmul_hopper
 
@@ -86,7 +92,9 @@ def kernel(a: quantize.Tiled, b: quantize.Tiled) -> jax.Array:
 BACKENDS = {"exact": exact, "dequantized": dequantized, "kernel": kernel}
 
 
-def _function(backend: str) -> Callable[[quantize.Tiled, Operand], jax.Array]:
+def _function(
+  backend: str,
+) -> Callable[[quantize.BlockScaled, Operand], jax.Array]:
   """The product of a backend; `auto` is what was measured to be fastest."""
   if backend != "auto":
     return BACKENDS[backend]

@@ -15,6 +15,8 @@ the loads.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -22,13 +24,13 @@ import jax.numpy as jnp
 
 from dsv3_jax import param_spec, varying
 from dsv3_jax.linear import linear
-from dsv3_jax.model import remat, swiglu
+from dsv3_jax.model import layers, remat
 
 MIN_BLOCK = 8  # rows
 # On CPU what a block computes stays in cache; elsewhere a block must keep a
 # whole device at work.
 MAX_BLOCK, MAX_BLOCK_ON_CPU = 4096, 256
-KEPT = 1.25  # rows whose hidden state is kept, in rows expected
+SAVED_ROWS = 1.25  # rows whose hidden state is saved, over those expected
 
 
 def dense_ffn(
@@ -51,25 +53,25 @@ def slotwise_ffn(
   gates: jax.Array,
   n_slots: int | None = None,
 ) -> jax.Array:
-  """The same for very few tokens: slot by slot, sorting nothing."""
+  """`grouped_ffn` for very few tokens: slot by slot, without sorting."""
   del n_slots
   n_experts, k = p["down"].shape[0], chosen.shape[1]
   leaves, structure = jax.tree.flatten(
     (p["gate_up"], p["down"], x, gates.astype(x.dtype))
   )
   gate_up, down, x, gates = jax.tree.unflatten(
-    structure, varying.alike(*leaves)
+    structure, varying.same_varying(*leaves)
   )
   gates = jnp.where(chosen < n_experts, gates, 0)
 
   def add(y, slot):
     i, e, gate = slot
     e = jnp.minimum(e, n_experts - 1)
-    up_e, down_e = _one(gate_up, e), _one(down, e)
-    left, _ = linear.rows(_slice(x, i // k, 1), up_e)
-    h = linear.output(left, up_e).astype(x.dtype)
-    act, _ = linear.rows(swiglu.activation(h, gate[None]), down_e)
-    return y.at[i // k].add(linear.output(act, down_e)[0].astype(x.dtype)), None
+    up_e, down_e = _expert(gate_up, e), _expert(down, e)
+    x_rows, _ = linear.quantize_rows(_slice(x, i // k, 1), up_e)
+    h = linear.fprop(x_rows, up_e).astype(x.dtype)
+    act, _ = linear.quantize_rows(layers.swiglu_product(h, gate[None]), down_e)
+    return y.at[i // k].add(linear.fprop(act, down_e)[0].astype(x.dtype)), None
 
   slots = jnp.arange(chosen.size), chosen.reshape(-1), gates.reshape(-1)
   return jax.lax.scan(add, jnp.zeros_like(x), slots)[0]
@@ -86,25 +88,25 @@ class _Blocks:
 
 @flax.struct.dataclass
 class _Layout:
-  """Where every slot m * K + k stands; M * K stands for padding."""
+  """The place of every slot m * K + k; slot M * K is padding."""
 
   slots: jax.Array  # [P] int32, the slot of each place
   blocks: tuple[_Blocks, ...]  # of each size
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
-  """Sizes that shapes depend on."""
+class ExpertPlan:
+  """Static sizes of a grouped feed-forward."""
 
   blocks: tuple[int, ...]  # rows of a block, falling
   places: int  # enough for all slots with their padding
-  kept: int  # of the first places: their hidden state is kept
+  saved: int  # of the first places: their hidden state is saved
   split_wgrad: bool  # gradients of weights in a loop of their own
 
 
-def _plan(
+def _make_plan(
   n_tokens: int, k: int, n_experts: int, n_slots: int, split_wgrad: bool = False
-) -> _Plan:
+) -> ExpertPlan:
   half = max(int(n_slots / n_experts / 2), 1)  # of the mean load
   on_cpu = jax.default_backend() == "cpu"
   limit = MAX_BLOCK_ON_CPU if on_cpu else MAX_BLOCK
@@ -112,12 +114,12 @@ def _plan(
   small = max(large // 4, MIN_BLOCK)
   most = n_tokens * min(k, n_experts)
   padding = min(n_experts, most) * small
-  kept = min(math.ceil(KEPT * n_slots), most) + padding
+  saved = min(math.ceil(SAVED_ROWS * n_slots), most) + padding
   blocks = (large, small) if small < large else (large,)
-  return _Plan(blocks, most + padding, kept, split_wgrad)
+  return ExpertPlan(blocks, most + padding, saved, split_wgrad)
 
 
-def _layout(chosen: jax.Array, n_experts: int, plan: _Plan) -> _Layout:
+def _layout(chosen: jax.Array, n_experts: int, plan: ExpertPlan) -> _Layout:
   flat, small = chosen.reshape(-1), plan.blocks[-1]
   load = jax.nn.one_hot(flat, n_experts, dtype=jnp.int32).sum(0)
   left = -(-load // small) * small
@@ -152,14 +154,14 @@ def grouped_ffn(
   *,
   split_wgrad: bool = False,
 ) -> jax.Array:
-  """What each token's experts make of it; see the module.
+  """Gate-weighted sum of each token's expert outputs, [M, D].
 
   Args:
     p: parameters of the experts.
     x: [M, D].
     chosen: [M, K] int32.
     gates: [M, K].
-    n_slots: about how many choices are of an expert; M * K if not given.
+    n_slots: expected number of choices of a real expert; M * K if not given.
     split_wgrad: compute the gradients of weights in loops of their own, so that
       a pipeline can run them later.
   """
@@ -168,36 +170,39 @@ def grouped_ffn(
     (p["gate_up"], p["down"], x, gates.astype(x.dtype))
   )
   gate_up, down, x, gates = jax.tree.unflatten(
-    structure, varying.alike(*leaves)
+    structure, varying.same_varying(*leaves)
   )
   if not chosen.size:
     return jnp.zeros_like(x)
-  plan = _plan(*chosen.shape, n_experts, n_slots or chosen.size, split_wgrad)
+  plan = _make_plan(
+    *chosen.shape, n_experts, n_slots or chosen.size, split_wgrad
+  )
   layout = _layout(chosen, n_experts, plan)
   return _ffn(plan, gate_up, down, x, gates, layout)
 
 
-def _pick(rows: linear.Rows, index: jax.Array) -> linear.Rows:
+def _take(rows: linear.Rows, index: jax.Array) -> linear.Rows:
   """rows[index], 0 where the index is beyond the last row."""
-  pick = lambda a: a.at[index].get(mode="fill", fill_value=0)
-  return jax.tree.map(pick, rows)
+  return jax.tree.map(
+    lambda a: a.at[index].get(mode="fill", fill_value=0), rows
+  )
 
 
 def _add(rows: jax.Array, index: jax.Array, update: jax.Array) -> jax.Array:
-  """Rows with different ones changed, none for indices beyond the last."""
+  """Adds to rows at distinct indices; those beyond the last are dropped."""
   return rows.at[index].add(update, mode="drop", unique_indices=True)
 
 
 _slice = jax.lax.dynamic_slice_in_dim
 
 
-def _one(w: linear.Weight, e: jax.Array) -> linear.Weight:
-  """The weight of an expert."""
+def _expert(w: linear.Weight, e: jax.Array) -> linear.Weight:
+  """The weight of one expert of a stack."""
   return jax.tree.map(lambda a: a[e], w)
 
 
 def _put(rows: linear.Rows, place: jax.Array, new: linear.Rows) -> linear.Rows:
-  """Rows with different ones replaced, none for indices beyond the last."""
+  """Replaces rows at distinct places; those beyond the last are dropped."""
 
   def put(a, b):
     return a.at[place].set(b, mode="drop", unique_indices=True)
@@ -205,45 +210,28 @@ def _put(rows: linear.Rows, place: jax.Array, new: linear.Rows) -> linear.Rows:
   return jax.tree.map(put, rows, new)
 
 
-def _plus(total: jax.Array | None, more: jax.Array | None):
-  """The sum of what was counted, if anything is."""
+def _add_counts(
+  total: jax.Array | None, more: jax.Array | None
+) -> jax.Array | None:
+  """Sums counts of a quantization; None where nothing is quantized."""
   return None if total is None else total + more
 
 
-def _dhidden(down, e, gate, h, dy):
-  """Gradients of the hidden state and of the gates of a block."""
-  dact = linear.input_gradient(dy, _one(down, e)).astype(h.dtype)
-  return swiglu.activation_gradient(h, dact, gate)
-
-
-def _dinput(gate_up, e, dh):
-  """That of the input, and what was counted."""
-  left, counted = linear.gradient_rows(dh, gate_up)
-  dx = linear.input_gradient(left, _one(gate_up, e))
-  return dx.astype(dh.dtype), counted
-
-
-def _dweights(gate_up, down, rows, gate, h, dh, dy):
-  """Those of the weights, in float32."""
-  act = swiglu.activation(h, gate)
-  return (
-    linear.weight_gradient(rows, dh, gate_up, "power_of_two"),
-    linear.weight_gradient(act, dy, down, "power_of_two"),
+def _empty_rows(
+  like: jax.Array, n: int, n_columns: int, w: linear.Weight
+) -> linear.Rows:
+  """Zeros for n rows [n, C] that will be quantized for a weight."""
+  h = jax.ShapeDtypeStruct((n, n_columns), like.dtype)
+  types, _ = jax.eval_shape(linear.quantize_rows, h, w)
+  return jax.tree.map(
+    lambda t: jnp.zeros_like(like, t.dtype, shape=t.shape), types
   )
 
 
-def _no_rows(like, n, n_columns, w):
-  """Zeros in place of rows [N, C] to be quantized for a weight."""
-  h = jax.ShapeDtypeStruct((n, n_columns), like.dtype)
-  types, _ = jax.eval_shape(linear.rows, h, w)
-  zeros = lambda t: jnp.zeros_like(like, t.dtype, shape=t.shape)
-  return jax.tree.map(zeros, types)
-
-
-def _no_weight_gradients(like, weights):
-  """Zeros [E, K, N] f32 for each."""
-  shapes = [(*w.shape[:2], math.prod(w.shape[2:])) for w in weights]
-  return tuple(jnp.zeros_like(like, jnp.float32, shape=s) for s in shapes)
+def _empty_wgrad(like: jax.Array, w: linear.Weight) -> jax.Array:
+  """Zeros [E, K, N] f32."""
+  shape = *w.shape[:2], math.prod(w.shape[2:])
+  return jnp.zeros_like(like, jnp.float32, shape=shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -253,114 +241,198 @@ def _ffn(plan, gate_up, down, x, gates, layout):
 
 def _ffn_fwd(plan, gate_up, down, x, gates, layout):
   k, gate = gates.shape[1], gates.reshape(-1)
-  weights = linear.untrained(gate_up), linear.untrained(down)
-  gate_up, down = map(linear.multiplied_out, weights)
-  # Once a token: they have been sent like this, with powers of two.
-  left, of_x = linear.rows(x, gate_up, "power_of_two")
-  hidden = _no_rows(x, plan.kept, 2 * down.shape[1], gate_up)
-  of_act = None if of_x is None else jnp.zeros_like(of_x)
-  carry = jnp.zeros_like(x), hidden, of_act
+  weights = linear.without_handle(gate_up), linear.without_handle(down)
+  gate_up, down = map(linear.with_dequantized, weights)
+  # Once a token, with powers of two: dispatch has sent tokens like this.
+  x_rows, x_counts = linear.quantize_rows(x, gate_up, "power_of_two")
+  hidden = _empty_rows(x, plan.saved, 2 * down.shape[1], gate_up)
+  act_counts = None if x_counts is None else jnp.zeros_like(x_counts)
+  carry = jnp.zeros_like(x), hidden, act_counts
   for size, blocks in zip(plan.blocks, layout.blocks, strict=True):
 
     def add(i, carry, size=size, blocks=blocks):
-      y, hidden, of_act = carry
+      y, hidden, act_counts = carry
       e, start = blocks.expert[i], blocks.start[i]
       slots = _slice(layout.slots, start, size)
-      up_e, down_e = _one(gate_up, e), _one(down, e)
-      h = linear.output(_pick(left, slots // k), up_e).astype(x.dtype)
-      act = swiglu.activation(h, _pick(gate, slots))
-      act, more = linear.rows(act, down_e)
-      y_here = linear.output(act, down_e).astype(x.dtype)
-      kept, _ = linear.rows(h, up_e)
-      hidden = _put(hidden, start + jnp.arange(size), kept)
-      return _add(y, slots // k, y_here), hidden, _plus(of_act, more)
+      up_e, down_e = _expert(gate_up, e), _expert(down, e)
+      h = linear.fprop(_take(x_rows, slots // k), up_e).astype(x.dtype)
+      act = layers.swiglu_product(h, _take(gate, slots))
+      act, counts = linear.quantize_rows(act, down_e)
+      y_block = linear.fprop(act, down_e).astype(x.dtype)
+      h_rows, _ = linear.quantize_rows(h, up_e)
+      hidden = _put(hidden, start + jnp.arange(size), h_rows)
+      y = _add(y, slots // k, y_block)
+      return y, hidden, _add_counts(act_counts, counts)
 
     carry = jax.lax.fori_loop(0, blocks.used, add, carry)
-  y, hidden, of_act = carry
+  y, hidden, act_counts = carry
   hidden = remat.named(hidden, "hidden")
-  return y, (*weights, left, gates, layout, hidden, of_x, of_act)
+  return y, (*weights, x_rows, gates, layout, hidden, x_counts, act_counts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+  """A block of rows of one expert, in the backward pass."""
+
+  expert: jax.Array
+  start: jax.Array  # its first place
+  slots: jax.Array  # [n]
+  tokens: jax.Array  # [n]
+  x: linear.Rows  # [n, D]
+  gate: jax.Array  # [n]
+  h: jax.Array  # [n, 2F], hidden state
+  dy: linear.Rows  # [n, D]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Backward:
+  """The backward pass of `_ffn`, block by block."""
+
+  plan: ExpertPlan
+  layout: _Layout
+  gate_up: linear.Weight
+  down: linear.Weight
+  x: linear.Rows  # [M, D]
+  gates: jax.Array  # [M, K]
+  hidden: linear.Rows  # [saved places, 2F]
+  dy: linear.Rows  # [M, D]
+  dtype: jax.typing.DTypeLike
+
+  def block(self, i, blocks: _Blocks, size: int, saved: bool) -> _Block:
+    """Block i of one size; its hidden state was saved, or is recomputed."""
+    e, start = blocks.expert[i], blocks.start[i]
+    slots = _slice(self.layout.slots, start, size)
+    tokens = slots // self.gates.shape[1]
+    x = _take(self.x, tokens)
+    if saved:
+      rows = jax.tree.map(lambda a: _slice(a, start, size), self.hidden)
+      h = linear.dequantize_rows(rows, self.dtype)
+    else:
+      h = linear.fprop(x, _expert(self.gate_up, e)).astype(self.dtype)
+    dy = _take(self.dy, tokens)
+    gate = _take(self.gates.reshape(-1), slots)
+    return _Block(e, start, slots, tokens, x, gate, h, dy)
+
+  def dhidden(self, b: _Block) -> tuple[jax.Array, jax.Array]:
+    """Gradients of the hidden state and of the gates of a block."""
+    down_e = _expert(self.down, b.expert)
+    dact = linear.dgrad(b.dy, down_e).astype(b.h.dtype)
+    return layers.swiglu_product_grad(b.h, dact, b.gate)
+
+  def dinput(
+    self, b: _Block, dh: jax.Array
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """Gradient of the input of a block, and counts of its quantization."""
+    dh_rows, counts = linear.quantize_gradient(dh, self.gate_up)
+    dx = linear.dgrad(dh_rows, _expert(self.gate_up, b.expert))
+    return dx.astype(dh.dtype), counts
+
+  def dweights(self, b: _Block, dh: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Gradients of both weights of a block's expert, float32."""
+    act = layers.swiglu_product(b.h, b.gate)
+    return (
+      linear.wgrad(b.x, dh, self.gate_up, "power_of_two"),
+      linear.wgrad(act, b.dy, self.down, "power_of_two"),
+    )
+
+  def over_blocks(self, add: Callable[..., Any], carry: Any) -> Any:
+    """Folds `add` over all blocks; those with a saved hidden state first."""
+    plan = self.plan
+    for size, blocks in zip(plan.blocks, self.layout.blocks, strict=True):
+      saved = blocks.start + size <= plan.saved
+      n_saved = jnp.minimum(saved.sum(), blocks.used)
+      body = functools.partial(_add_block, self, add, blocks, size)
+      with_saved = functools.partial(body, True)
+      carry = jax.lax.fori_loop(0, n_saved, with_saved, carry)
+      if plan.saved < plan.places:
+        recomputed = functools.partial(body, False)
+        carry = jax.lax.fori_loop(n_saved, blocks.used, recomputed, carry)
+    return carry
+
+  def all_at_once(self, carry: Any) -> Any:
+    """Adds the gradients of input, gates and weights in one loop."""
+
+    def add(carry, b, saved):
+      del saved
+      *grads, dh_counts = carry
+      dh, dgate = self.dhidden(b)
+      dx, counts = self.dinput(b, dh)
+      new = dx, dgate, *self.dweights(b, dh)
+      grads = map(_add, grads, (b.tokens, b.slots, b.expert, b.expert), new)
+      return *grads, _add_counts(dh_counts, counts)
+
+    return self.over_blocks(add, carry)
+
+  def split(self, dx, dgates, dgate_up, ddown, dh_counts) -> Any:
+    """Does the same in two loops, that of the weights last."""
+    shape = self.plan.saved, 2 * self.down.shape[1]
+    dhidden = jnp.zeros_like(dx, shape=shape)
+
+    def add_inputs(carry, b, saved):
+      dx, dgates, dhidden, dh_counts = carry
+      dh, dgate = self.dhidden(b)
+      if saved:
+        dhidden = jax.lax.dynamic_update_slice_in_dim(dhidden, dh, b.start, 0)
+      dx_block, counts = self.dinput(b, dh)
+      dx = _add(dx, b.tokens, dx_block)
+      dgates = _add(dgates, b.slots, dgate)
+      return dx, dgates, dhidden, _add_counts(dh_counts, counts)
+
+    carry = self.over_blocks(add_inputs, (dx, dgates, dhidden, dh_counts))
+    dx, dgates, dhidden, dh_counts = carry
+
+    def add_weights(carry, b, saved):
+      if saved:
+        dh = _slice(dhidden, b.start, len(b.slots))
+      else:
+        dh, _ = self.dhidden(b)
+      new = self.dweights(b, dh)
+      return tuple(
+        _add(d, b.expert, n) for d, n in zip(carry, new, strict=True)
+      )
+
+    dweights = self.over_blocks(add_weights, (dgate_up, ddown))
+    return dx, dgates, *dweights, dh_counts
+
+
+def _add_block(
+  backward: _Backward,
+  add: Callable[..., Any],
+  blocks: _Blocks,
+  size: int,
+  saved: bool,
+  i: jax.Array,
+  carry: Any,
+) -> Any:
+  """Body of a loop over blocks."""
+  return add(carry, backward.block(i, blocks, size, saved), saved)
 
 
 def _ffn_bwd(plan, residuals, dout):
-  *weights, x, gates, layout, hidden, of_x, of_act = residuals
-  k, gate = gates.shape[1], gates.reshape(-1)
-  gate_up, down = map(linear.multiplied_out, weights)
-  of_tokens, of_dy = linear.gradient_rows(dout, down, "power_of_two")
-
-  def block(i, blocks, size, kept):
-    """Expert, first place, slots, rows, gates, hidden state, dy of a block."""
-    e, start = blocks.expert[i], blocks.start[i]
-    slots = _slice(layout.slots, start, size)
-    rows = _pick(x, slots // k)
-    if kept:
-      here = jax.tree.map(lambda a: _slice(a, start, size), hidden)
-      h = linear.numbers(here, dout.dtype)
-    else:
-      h = linear.output(rows, _one(gate_up, e)).astype(dout.dtype)
-    dy = _pick(of_tokens, slots // k)
-    return e, start, slots, rows, _pick(gate, slots), h, dy
-
-  def add_all(i, carry, **how):
-    *grads, of_dh = carry
-    e, _, slots, rows, gate_here, h, dy = block(i, **how)
-    dh, dgate = _dhidden(down, e, gate_here, h, dy)
-    dx, more = _dinput(gate_up, e, dh)
-    here = dx, dgate, *_dweights(gate_up, down, rows, gate_here, h, dh, dy)
-    grads = map(_add, grads, (slots // k, slots, e, e), here)
-    return *grads, _plus(of_dh, more)
-
-  def add_inputs(i, carry, kept, **how):
-    dx, dgates, dhidden, of_dh = carry
-    e, start, slots, _, gate_here, h, dy = block(i, kept=kept, **how)
-    dh, dgate = _dhidden(down, e, gate_here, h, dy)
-    if kept:
-      dhidden = jax.lax.dynamic_update_slice_in_dim(dhidden, dh, start, 0)
-    dx_here, more = _dinput(gate_up, e, dh)
-    dx = _add(dx, slots // k, dx_here)
-    return dx, _add(dgates, slots, dgate), dhidden, _plus(of_dh, more)
-
-  def add_weights(i, grads, kept, **how):
-    e, start, _, rows, gate_here, h, dy = block(i, kept=kept, **how)
-    if kept:
-      dh = _slice(dhidden, start, how["size"])
-    else:
-      dh, _ = _dhidden(down, e, gate_here, h, dy)
-    here = _dweights(gate_up, down, rows, gate_here, h, dh, dy)
-    return tuple(_add(d, e, new) for d, new in zip(grads, here, strict=True))
-
-  dx, dgates = jnp.zeros_like(dout), jnp.zeros_like(gate)
-  dweights = _no_weight_gradients(dout, weights)
-  of_dh = None if of_dy is None else jnp.zeros_like(of_dy)
-  over = functools.partial(_over_blocks, plan, layout)
+  *weights, x, gates, layout, hidden, x_counts, act_counts = residuals
+  gate_up, down = map(linear.with_dequantized, weights)
+  dy_rows, dy_counts = linear.quantize_gradient(dout, down, "power_of_two")
+  backward = _Backward(
+    plan, layout, gate_up, down, x, gates, hidden, dy_rows, dout.dtype
+  )
+  grads = (
+    jnp.zeros_like(dout),
+    jnp.zeros_like(gates.reshape(-1)),
+    *(_empty_wgrad(dout, w) for w in weights),
+    None if dy_counts is None else jnp.zeros_like(dy_counts),
+  )
   if plan.split_wgrad:
-    dhidden = jnp.zeros_like(dout, shape=(plan.kept, 2 * down.shape[1]))
-    carry = over(add_inputs, (dx, dgates, dhidden, of_dh))
-    dx, dgates, dhidden, of_dh = carry
-    dgate_up, ddown = over(add_weights, dweights)
+    grads = backward.split(*grads)
   else:
-    carry = over(add_all, (dx, dgates, *dweights, of_dh))
-    dx, dgates, dgate_up, ddown, of_dh = carry
+    grads = backward.all_at_once(grads)
+  dx, dgates, dgate_up, ddown, dh_counts = grads
   return (
-    linear.gradient(weights[0], dgate_up, [of_x, of_dh]),
-    linear.gradient(weights[1], ddown, [of_act, of_dy]),
+    linear.weight_cotangent(weights[0], dgate_up, [x_counts, dh_counts]),
+    linear.weight_cotangent(weights[1], ddown, [act_counts, dy_counts]),
     dx,
     dgates.reshape(gates.shape),
     None,
   )
-
-
-def _over_blocks(plan, layout, add, carry):
-  """Adds block after block; those whose hidden state was kept come first."""
-  for size, blocks in zip(plan.blocks, layout.blocks, strict=True):
-    one = functools.partial(add, blocks=blocks, size=size)
-    inside = blocks.start + size <= plan.kept
-    n_kept = jnp.minimum(inside.sum(), blocks.used)
-    kept = functools.partial(one, kept=True)
-    carry = jax.lax.fori_loop(0, n_kept, kept, carry)
-    if plan.kept < plan.places:
-      others = functools.partial(one, kept=False)
-      carry = jax.lax.fori_loop(n_kept, blocks.used, others, carry)
-  return carry
 
 
 _ffn.defvjp(_ffn_fwd, _ffn_bwd)

@@ -15,14 +15,14 @@ def specs(cfg: config.MLA, d: int, std: float) -> param_spec.Specs:
   if q:
     query = {
       "q_down": param_spec.linear(std, embed=d, q_rank=q),
-      "q_norm": param_spec.gain(q),
+      "q_norm": param_spec.norm_scale(q),
       "q_up": param_spec.linear(std, q_rank=q, heads=n, qk=cfg.qk_dim),
     }
   else:
     query = {"q": param_spec.linear(std, embed=d, heads=n, qk=cfg.qk_dim)}
   return query | {
     "kv_down": param_spec.linear(std, embed=d, kv_rank=r + cfg.rope_dim),
-    "kv_norm": param_spec.gain(r),
+    "kv_norm": param_spec.norm_scale(r),
     "kv_up": param_spec.linear(
       std, kv_rank=r, heads=n, kv=cfg.nope_dim + cfg.v_dim
     ),
@@ -100,7 +100,7 @@ def mla(
   k = jnp.concatenate([k_nope, k_rope], axis=-1)
   q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
   q, k, v = remat.named((q, k, v), "up")
-  out = attention.attend(q, k, v, segments, linear.tile(p["out"]))
+  out = attention.attend(q, k, v, segments, linear.block_size(p["out"]))
   # The input is saved unquantized: `attend` saves it already.
-  y = linear.linear(out, p["out"], 2, keep_input=True)
-  return varying.total(y, "model")
+  y = linear.linear(out, p["out"], 2, save_input=True)
+  return varying.psum_if_varying(y, "model")

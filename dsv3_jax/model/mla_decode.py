@@ -107,7 +107,9 @@ def decode(
   weights = jax.nn.softmax(scores, axis=1).astype(cache.dtype)
   mixed = jnp.einsum("BSTN,BSC->BTNC", weights, cache)[..., : cfg.kv_rank]
   out = jnp.einsum("BTNR,NRV->BTNV", mixed.astype(x.dtype), p["up_v"])
-  return varying.total(linear.linear(out, p["out"], 2), "model"), cache
+  return varying.psum_if_varying(
+    linear.linear(out, p["out"], 2), "model"
+  ), cache
 
 
 def prefill(
@@ -133,4 +135,6 @@ def prefill(
     return jnp.concatenate([k_nope, k_rope], axis=-1), v
 
   out = cached_attention.extend(jnp.swapaxes(q, 1, 2), cache, start, expand)
-  return varying.total(linear.linear(out, p["out"], 2), "model"), cache
+  return varying.psum_if_varying(
+    linear.linear(out, p["out"], 2), "model"
+  ), cache

@@ -9,22 +9,22 @@ import jax.numpy as jnp
 
 from dsv3_jax import config, param_spec, varying
 from dsv3_jax.model import experts as experts_lib
-from dsv3_jax.model import router, swiglu
+from dsv3_jax.model import layers, router
 
 
-def _none_sent(chosen: jax.Array) -> jax.Array:
+def _no_dispatch(chosen: jax.Array) -> jax.Array:
   return jnp.zeros_like(chosen, shape=2)
 
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-  """How the routed experts are computed; the default: all on this device."""
+  """Functions of the routed experts; the default has all on this device."""
 
   # (parameters, x [M, D], chosen [M, K], gates [M, K]) -> [M, D], `experts.py`
   ffn: Callable[..., jax.Array] = experts_lib.grouped_ffn
   # chosen [M, K] -> [2] int32, copies of tokens that cross nodes, and that
   # pass between the devices of a node
-  sent: Callable[[jax.Array], jax.Array] = _none_sent
+  sent: Callable[[jax.Array], jax.Array] = _no_dispatch
 
 
 LOCAL = Experts()
@@ -32,7 +32,7 @@ LOCAL = Experts()
 
 @flax.struct.dataclass
 class MoEStats:
-  """What a mixture layer tells beside its output."""
+  """Auxiliary outputs of an MoE layer."""
 
   load: jax.Array  # [E] int32, (token, slot) pairs an expert received
   balance: jax.Array  # [] f32, balance loss
@@ -45,11 +45,11 @@ def specs(cfg: config.Model) -> param_spec.Specs:
   tree = {
     "router": param_spec.weight(std, embed=d, scores=cfg.router.n_experts),
     "experts": param_spec.stack(
-      swiglu.specs(d, f, std), cfg.router.n_experts, "experts"
+      layers.swiglu_specs(d, f, std), cfg.router.n_experts, "experts"
     ),
   }
   if cfg.moe.n_shared:
-    tree["shared"] = swiglu.specs(d, cfg.moe.n_shared * f, std)
+    tree["shared"] = layers.swiglu_specs(d, cfg.moe.n_shared * f, std)
   return tree
 
 
@@ -61,7 +61,7 @@ def moe(
   experts: Experts = LOCAL,
   valid: jax.Array | None = None,
 ) -> tuple[jax.Array, MoEStats]:
-  """One mixture layer; no token is ever dropped.
+  """Applies an MoE layer; no token is ever dropped.
 
   Args:
     p: parameters of `specs`.
@@ -72,13 +72,13 @@ def moe(
     valid: [B, T] bool, tokens that are no padding; the others go to no expert.
 
   Returns:
-    y [B, T, D] and what is to be told of it.
+    y [B, T, D], and the layer's MoEStats.
   """
   with jax.named_scope("router"):
     routing = router.route(p["router"], x, bias, cfg.router)
     balance = router.balance_loss(routing.scores, routing.experts, cfg.router)
   if valid is not None:
-    routing = router.masked(routing, valid)
+    routing = router.mask_invalid(routing, valid)
   with jax.named_scope("experts"):
     k = cfg.router.top_k
     chosen = routing.experts.reshape(-1, k)
@@ -88,8 +88,8 @@ def moe(
       chosen,
       routing.gates.reshape(-1, k),
     )
-    y = varying.total(y, "model").reshape(x.shape)
+    y = varying.psum_if_varying(y, "model").reshape(x.shape)
   if "shared" in p:
     with jax.named_scope("shared"):
-      y = y + swiglu.swiglu(p["shared"], x)
+      y = y + layers.swiglu(p["shared"], x)
   return y, MoEStats(routing.load, balance, experts.sent(chosen))

@@ -12,14 +12,14 @@ from dsv3_jax.model import layers, remat
 
 
 def specs(cfg: config.Model, block: param_spec.Specs) -> param_spec.Specs:
-  """One module around the transformer block given (eq. 21-22)."""
+  """Specs of one module around a transformer block (eq. 21-22)."""
   d = cfg.d_model
   return {
-    "embed_norm": param_spec.gain(d),
-    "hidden_norm": param_spec.gain(d),
+    "embed_norm": param_spec.norm_scale(d),
+    "hidden_norm": param_spec.norm_scale(d),
     "proj": param_spec.linear(cfg.init_std, pair=2 * d, embed=d),
     "block": block,
-    "norm": param_spec.gain(d),
+    "norm": param_spec.norm_scale(d),
   }
 
 
@@ -31,7 +31,7 @@ def module(
   cfg: config.Model,
   block: Callable[..., tuple[jax.Array, Any]],
 ) -> tuple[jax.Array, jax.Array, Any]:
-  """One depth (eq. 21-22).
+  """Applies the module of one depth (eq. 21-22).
 
   The embedding comes first in the projection, as in the released weights.
 

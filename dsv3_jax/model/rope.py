@@ -24,9 +24,9 @@ def yarn_frequencies(
 ) -> np.ndarray:
   """Frequencies after YaRN extension by `factor` (arXiv:2309.00071, sec. 3.2).
 
-  Pairs that turn more than beta_fast times within original_len are kept, those
-  that turn less than beta_slow times are divided by factor, with a linear ramp
-  between.
+  Pairs that turn more than beta_fast times within original_len are unchanged,
+  those that turn less than beta_slow times are divided by factor, with a linear
+  ramp between.
   """
 
   def pair_turning(turns):
@@ -52,7 +52,7 @@ def angles(positions: jax.Array, freqs: np.ndarray) -> jax.Array:
 def rotate(x: jax.Array, angle: jax.Array) -> jax.Array:
   """Rotates pairs (2i, 2i+1) of the last dim, in float32.
 
-  No gradient reaches the angles; that of x is turned back by them.
+  No gradient reaches the angles; the gradient of x is rotated back.
 
   Args:
     x: [..., dim].
@@ -61,10 +61,10 @@ def rotate(x: jax.Array, angle: jax.Array) -> jax.Array:
   angle = jnp.expand_dims(angle, range(x.ndim - angle.ndim))
   pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
   even, odd = pairs[..., 0], pairs[..., 1]
-  # Made once; XLA would make them anew for every sequence and head.
+  # The barrier stops XLA from recomputing them for every sequence and head.
   cos, sin = jax.lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle)))
-  turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-  return turned.reshape(x.shape).astype(x.dtype)
+  rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+  return rotated.reshape(x.shape).astype(x.dtype)
 
 
 rotate.defvjp(

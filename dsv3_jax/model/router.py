@@ -91,7 +91,7 @@ def route(
   return Routing(experts, gates, scores, load)
 
 
-def masked(routing: Routing, valid: jax.Array) -> Routing:
+def mask_invalid(routing: Routing, valid: jax.Array) -> Routing:
   """Sends tokens that are not valid [B, T] to no expert: index E."""
   n_experts = routing.load.size
   experts = jnp.where(valid[..., None], routing.experts, n_experts)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax import config, param_spec
-from dsv3_jax.model import attentions, layers, moe, mtp, remat, swiglu
+from dsv3_jax.model import attentions, layers, moe, mtp, remat
 
 
 @flax.struct.dataclass
@@ -26,9 +26,9 @@ def block_specs(cfg: config.Model, ffn: param_spec.Specs) -> param_spec.Specs:
   name = cfg.attention.type
   attention = attentions.functions(cfg.attention)
   return {
-    f"{name}_norm": param_spec.gain(cfg.d_model),
+    f"{name}_norm": param_spec.norm_scale(cfg.d_model),
     name: attention.specs(cfg.attention, cfg.d_model, cfg.init_std),
-    "ffn_norm": param_spec.gain(cfg.d_model),
+    "ffn_norm": param_spec.norm_scale(cfg.d_model),
     "ffn": ffn,
   }
 
@@ -36,10 +36,10 @@ def block_specs(cfg: config.Model, ffn: param_spec.Specs) -> param_spec.Specs:
 def specs(cfg: config.Model) -> param_spec.Specs:
   """Every parameter; layers of a group are stacked."""
   d, c, std = cfg.d_model, cfg.vocab_size, cfg.init_std
-  dense = swiglu.specs(d, cfg.dense_ffn_dim, std)
+  dense = layers.swiglu_specs(d, cfg.dense_ffn_dim, std)
   tree = {
     "embed": param_spec.weight(std, vocab=c, embed=d),
-    "norm": param_spec.gain(d),
+    "norm": param_spec.norm_scale(d),
     "head": param_spec.weight(std, embed=d, vocab=c),
   }
   if cfg.n_dense_layers:
@@ -68,7 +68,7 @@ def dense_block(
   """h += attention(norm(h)); h += SwiGLU(norm(h))."""
   x = _attention(p, x, cfg, segments)
   h = layers.rms_norm(p["ffn_norm"], x, cfg.norm_eps)
-  return x + swiglu.swiglu(p["ffn"], h)
+  return x + layers.swiglu(p["ffn"], h)
 
 
 def moe_block(

@@ -16,7 +16,7 @@ token, and runs inside `shard_map`.
 An exchange takes rounds of a fixed number of rows for each pair of devices, a
 little more than balanced routing needs: usually one round, and more if routing
 is unbalanced. Memory is that of one round. On CPU there is one round, of as
-many rows as possible: see `varying.after` for loops with collectives there.
+many rows as possible: see `varying.data_dependent_on` for loops with collectives there.
 """
 
 import functools
@@ -145,9 +145,9 @@ def _allgather_ffn(
   all_chosen = remat.named(transport.dispatch(chosen, None), "sent")
   local = _local_choices(all_chosen, jax.lax.axis_index(axes), n)
   gates = transports.dispatch(transport, 0, gates, None)
-  states = transports.dispatch(transport, linear.tile(p["gate_up"]), x, None)
+  states = transports.dispatch(transport, linear.block_size(p["gate_up"]), x, None)
   y = inner(p, states, local, gates, n_slots or chosen.size)
-  return transports.combine(transport, linear.tile(p["down"]), y, None)
+  return transports.combine(transport, linear.block_size(p["down"]), y, None)
 
 
 # --- all-to-all ---
@@ -220,7 +220,7 @@ def _exchange(
   if not chosen.size:
     return jnp.zeros_like(x)
   leaves, structure = jax.tree.flatten((p, x, gates))
-  p, x, gates = jax.tree.unflatten(structure, varying.alike(*leaves))
+  p, x, gates = jax.tree.unflatten(structure, varying.same_varying(*leaves))
   n_slots = n_slots or chosen.size
   size, n_experts = jax.lax.axis_size(transport.axes), p["down"].shape[0]
   capacity = _capacity(
@@ -235,7 +235,7 @@ def _exchange(
   plan = plan.replace(rounds=remat.named(rounds, "sent"))
   if capacity == len(x):
     return one_round(0, p, x, gates, plan)
-  trained = recipe.trained(p)
+  trained = recipe.differentiable(p)
   return _all_rounds(one_round, split_wgrad, trained, p, x, gates, plan)
 
 
@@ -262,10 +262,10 @@ def _round(
   device = jax.lax.axis_index(transport.axes)
   local = _local_choices(local, device, n_experts)
   local = jnp.where(arrived.reshape(-1, 1), local, n_experts)
-  states = transports.dispatch(transport, linear.tile(p["gate_up"]), x, rows)
+  states = transports.dispatch(transport, linear.block_size(p["gate_up"]), x, rows)
   gates = transports.dispatch(transport, 0, gates, rows)
   y = inner(p, states, local, gates, min(n_slots, local.size))
-  return transports.combine(transport, linear.tile(p["down"]), y, rows)
+  return transports.combine(transport, linear.block_size(p["down"]), y, rows)
 
 
 # --- rounds ---
@@ -307,7 +307,7 @@ def _round_of_trained(
   one_round: Callable[..., jax.Array], p: param_spec.Params, plan: DispatchPlan
 ) -> Callable[..., jax.Array]:
   def round_of_trained(i, trained, x, gates):
-    return one_round(i, recipe.joined(trained, p), x, gates, plan)
+    return one_round(i, recipe.with_differentiable(trained, p), x, gates, plan)
 
   return round_of_trained
 
@@ -344,7 +344,7 @@ def _all_rounds_bwd(one_round, split_wgrad, residuals, dy):
     )
     _, (d_trained,) = add_later_rounds(
       (d_trained,),
-      varying.after(plan.rounds, done),
+      varying.data_dependent_on(plan.rounds, done),
       lambda i, trained: f(i, trained, x, gates),
       trained,
     )

@@ -14,7 +14,7 @@ def validate(run: config.Run, sizes: Mapping[str, int]) -> list[str]:
   """Lists what a mesh of these sizes does not divide, with sizes that fit."""
   return [
     *_validate_sizes(run, sizes),
-    *recipe.problems(transformer.specs(run.model), run.precision),
+    *recipe.validate(transformer.specs(run.model), run.precision),
     *_validate_fp8(run, sizes),
     *_validate_pipeline(run, sizes),
   ]
@@ -54,11 +54,11 @@ def _validate_fp8(run: config.Run, sizes: Mapping[str, int]) -> list[str]:
   if n == 1:
     return []
   specs = transformer.specs(run.model)
-  by_path = param_spec.paths(specs)
+  by_path = param_spec.flatten_with_paths(specs)
   for path in sorted(recipe.fp8_paths(specs, run.precision)):
     spec = by_path[path]
     dims = spec.dims[spec.n_stack :]
-    for side in (dims[: spec.n_in], dims[spec.n_in :]):
+    for side in (dims[: spec.n_contracted], dims[spec.n_contracted :]):
       names = [axis for axis, _ in side]
       # A dim before the divided one counts matrices, and is not divided.
       start = next(

@@ -43,7 +43,7 @@ class Layout:
 
     def leaf(path: Any, sharding: ParamSharding) -> Any:
       if param_spec.name(path) in self.fp8:
-        return linear.Trained(sharding.spec, jax.P())
+        return linear.MasterHandle(sharding.spec, jax.P())
       return sharding.spec
 
     return jax.tree.map_with_path(leaf, self.shardings)

@@ -24,7 +24,7 @@ def check_replicas(tree: Any, mesh: jax.sharding.Mesh) -> None:
   Raises:
     DivergedError: some replicas differ; with the arrays and the devices.
   """
-  leaves = param_spec.paths(tree)
+  leaves = param_spec.flatten_with_paths(tree)
   checksums = np.asarray(_checksums(list(leaves.values()), mesh))
   differences = [
     line

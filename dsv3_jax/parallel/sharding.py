@@ -133,20 +133,20 @@ def map_arrays(
 
 
 def _is_fp8(leaf: Any) -> bool:
-  return isinstance(leaf, (linear.Fp8, linear.Trained))
+  return isinstance(leaf, (linear.Fp8Weight, linear.MasterHandle))
 
 
 def _by_array(w: Any, sharding: ParamSharding) -> Any:
   """Returns the shardings of the arrays of an FP8 weight, in its structure."""
-  if isinstance(w, linear.Trained):
-    return linear.Trained(sharding, ParamSharding((), ()))
-  if not isinstance(w, linear.Fp8):
+  if isinstance(w, linear.MasterHandle):
+    return linear.MasterHandle(sharding, ParamSharding((), ()))
+  if not isinstance(w, linear.Fp8Weight):
     return sharding
   # Scales are of whole matrices: only shards of a stack have shards of scales.
   n_stack = w.scales.ndim - 2
   fsdp_dims = tuple(pair for pair in sharding.fsdp_dims if pair[0] < n_stack)
   return w.replace(
-    trained=_by_array(w.trained, sharding),
-    bits=sharding,
+    handle=_by_array(w.handle, sharding),
+    codes=sharding,
     scales=ParamSharding(sharding.dims[:n_stack], fsdp_dims),
   )

@@ -135,7 +135,7 @@ def ragged_all_to_all(
   out = jax.lax.ragged_all_to_all(
     flat,
     jnp.zeros_like(flat),
-    *varying.alike(starts, counts, offsets, incoming),
+    *varying.same_varying(starts, counts, offsets, incoming),
     axis_name=axes,
   )
   return out.reshape(rows.shape)

@@ -46,7 +46,7 @@ class _Plain:
 
   def save(self, state: train.TrainState) -> None:
     key = jax.random.key_data(state.key)
-    leaves = param_spec.paths({"state": state.replace(key=key)})
+    leaves = param_spec.flatten_with_paths({"state": state.replace(key=key)})
     tree = ocp.args.PyTreeSave(orbax_io.orbax_keys(leaves))
     self._saver.save(self.folder / "0", args=tree)
 

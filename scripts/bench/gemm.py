@@ -58,7 +58,7 @@ def _calls(
   a = jax.jit(lambda x: quantize_lib.quantize(x, (1, 128)))(x)
   b = jax.jit(lambda w: quantize_lib.quantize(w, (128, 128)))(w)
   matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
-  quantize = jax.jit(lambda x: quantize_lib.quantize(x, (1, 128)).bits)
+  quantize = jax.jit(lambda x: quantize_lib.quantize(x, (1, 128)).codes)
   calls = {
     "bf16": functools.partial(jax.jit(matmul), x, w),
     "quantize": functools.partial(quantize, x),

@@ -218,8 +218,10 @@ class ServedTest(parameterized.TestCase):
     )
     expected = param_spec.abstract(inference_params.specs(cfg))
     self.assertEqual(
-      param_spec.paths(jax.tree.map(lambda a: (a.shape, str(a.dtype)), made)),
-      param_spec.paths(
+      param_spec.flatten_with_paths(
+        jax.tree.map(lambda a: (a.shape, str(a.dtype)), made)
+      ),
+      param_spec.flatten_with_paths(
         jax.tree.map(lambda a: (a.shape, str(a.dtype)), expected)
       ),
     )

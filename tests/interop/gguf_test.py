@@ -38,7 +38,10 @@ def _arrays(model, tok=None):
     texts = [tok.decode([i]) for i in range(model.vocab_size)]
     plain = np.array([bool(text) and text.isascii() for text in texts])
     params["head"] = params["head"] * plain[None].astype(np.float32)
-  arrays = {path: np.asarray(a) for path, a in param_spec.paths(params).items()}
+  arrays = {
+    path: np.asarray(a)
+    for path, a in param_spec.flatten_with_paths(params).items()
+  }
   rng = np.random.default_rng(1)
   shape = model.n_routers, model.router.n_experts
   bias = rng.normal(size=shape).astype(np.float32)

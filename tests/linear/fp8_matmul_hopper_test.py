@@ -43,7 +43,9 @@ class BlockedTest(parameterized.TestCase):
   def test_is_the_reference(self, m, k, n, a_tile, b_tile, n_workers=132):
     a, b = operands(m, k, n, a_tile, b_tile)
     with mock.patch.object(fp8_matmul_hopper, "PROCESSORS", n_workers):
-      found = fp8_matmul_hopper.blocked(a.by_row(), b, interpret=INTERPRET)
+      found = fp8_matmul_hopper.blocked(
+        a.with_single_row_tiles(), b, interpret=INTERPRET
+      )
     # A slice's products are exact, and its sum is of 128 terms; then come two
     # scales and as many additions as slices, each rounded.
     size = np.abs(quantize.dequantize(a, jnp.float32)) @ np.abs(
@@ -58,7 +60,9 @@ class BlockedTest(parameterized.TestCase):
     a, b = operands(128, 130, 3, SQUARE, SQUARE)
     np.testing.assert_array_equal(
       fp8_matmul_hopper.blocked(a, b, interpret=INTERPRET),
-      fp8_matmul_hopper.blocked(a.by_row(), b, interpret=INTERPRET),
+      fp8_matmul_hopper.blocked(
+        a.with_single_row_tiles(), b, interpret=INTERPRET
+      ),
     )
 
   def test_rounds_the_sum_alone_to_another_type(self):
@@ -76,7 +80,7 @@ class BlockedTest(parameterized.TestCase):
   def test_what_is_not_finite_stays_where_it_is(self):
     a, b = operands(130, 130, 7, b_tile=COLUMNS)
     a = a.replace(scales=a.scales.at[129, 1].set(np.nan))
-    b = b.replace(bits=b.bits.at[3, 5].set(0x7F))
+    b = b.replace(codes=b.codes.at[3, 5].set(0x7F))
     found = np.isnan(fp8_matmul_hopper.blocked(a, b, interpret=INTERPRET))
     expected = np.zeros((130, 7), bool)
     expected[129], expected[:, 5] = True, True
@@ -135,21 +139,21 @@ class BlockedTest(parameterized.TestCase):
       interpreted(*operands(0, 128, 8))
     a, b = operands(8, 128, 8)
     with self.assertRaisesRegex(NotImplementedError, "int8.*bytes of E4M3"):
-      interpreted(a, b.replace(bits=b.bits.astype(jnp.int8)))
+      interpreted(a, b.replace(codes=b.codes.astype(jnp.int8)))
 
 
 class BackendTest(absltest.TestCase):
   def test_falls_back_to_the_other(self):
     a, b = operands(8, 128, 8)
     np.testing.assert_array_equal(
-      scaled_matmul.product(a, b, "kernel"),
-      scaled_matmul.product(a, b, "dequantized"),
+      scaled_matmul.matmul(a, b, "kernel"),
+      scaled_matmul.matmul(a, b, "dequantized"),
     )
 
   def test_is_used_where_it_can_be(self):
     a, b = operands(8, 128, 8)
     with mock.patch.object(fp8_matmul_hopper, "blocked", lambda a, b: "made"):
-      self.assertEqual(scaled_matmul.product(a, b, "kernel"), "made")
+      self.assertEqual(scaled_matmul.matmul(a, b, "kernel"), "made")
 
 
 if __name__ == "__main__":

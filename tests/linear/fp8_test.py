@@ -64,22 +64,22 @@ def mixture(m):
 
 def paths_of(params):
   """The weights in FP8 by path."""
-  is_fp8 = lambda w: isinstance(w, linear.Fp8)
+  is_fp8 = lambda w: isinstance(w, linear.Fp8Weight)
   leaves = jax.tree.leaves_with_path(params, is_leaf=is_fp8)
   return {param_spec.name(path): w for path, w in leaves if is_fp8(w)}
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def value_and_gradients(ffn, p, x, chosen, gates, dy):
-  trained = recipe_lib.trained(p)
+  trained = recipe_lib.differentiable(p)
   y, vjp = jax.vjp(
-    lambda new, x, gates: ffn(recipe_lib.joined(new, p), x, chosen, gates),
+    lambda new, x, gates: ffn(recipe_lib.with_differentiable(new, p), x, chosen, gates),
     trained,
     x,
     gates,
   )
   dp, *rest = vjp(dy)
-  dp, counted = recipe_lib.gradients(dp)
+  dp, counted = recipe_lib.split_gradients(dp)
   return (y, dp, *rest), counted
 
 
@@ -108,7 +108,7 @@ class ExpertsTest(parameterized.TestCase):
     _, p8, x, *args, dy = mixture(20)
     x = x.at[3, 5].set(np.nan)
     _, counted = value_and_gradients(experts.grouped_ffn, p8, x, *args, dy)
-    column = quantize.COUNTED.index("not_finite")
+    column = quantize.COUNTERS.index("not_finite")
     self.assertEqual(counted["activation"]["gate_up"][column], 1)
     # Of its four experts, what follows is not finite at all.
     self.assertEqual(counted["activation"]["down"][column], 4 * -(-F // 32))
@@ -128,10 +128,10 @@ class DispatchTest(parameterized.TestCase):
     ).ffn
     spec = jax.P(device_mesh.EXPERTS)
     in_specs = jax.tree.map(lambda a: spec, (p8, *args))
-    counts = jax.tree.map(lambda _: jax.P(), p8["down"].trained.counts)
+    counts = jax.tree.map(lambda _: jax.P(), p8["down"].handle.counts)
     for name in ("gate_up", "down"):
       w = in_specs[0][name]
-      in_specs[0][name] = w.replace(trained=w.trained.replace(counts=counts))
+      in_specs[0][name] = w.replace(handle=w.handle.replace(counts=counts))
 
     def local(*args):
       made, counted = value_and_gradients.__wrapped__(ffn, *args)
@@ -192,7 +192,7 @@ class SlicesTest(parameterized.TestCase):
         ]
         p[kind] = jax.tree.map(lambda *a: jnp.stack(a), *one)
       # What experts others hold is not here.
-      keep = lambda w: (w.bits, w.scales)
+      keep = lambda w: (w.codes, w.scales)
       flat = {
         path: keep(w)
         for path, w in paths_of(p).items()
@@ -212,12 +212,12 @@ class SlicesTest(parameterized.TestCase):
     counts_of_whole = recipe_lib.weight_counts(params, specs, run.precision)
     for path, n in counts_of_whole.items():
       np.testing.assert_array_equal(counts[path], n, path)
-      self.assertEqual(n[3], param_spec.paths(params)[path].size, path)
+      self.assertEqual(n[3], param_spec.flatten_with_paths(params)[path].size, path)
     expected = paths_of(whole)
     self.assertGreater(len(made), 10)
     for path, (bits, scales) in made.items():
       np.testing.assert_array_equal(scales, expected[path].scales, path)
-      np.testing.assert_array_equal(bits, expected[path].bits, path)
+      np.testing.assert_array_equal(bits, expected[path].codes, path)
 
 
 class CollectivesTest(parameterized.TestCase):
@@ -235,7 +235,7 @@ class CollectivesTest(parameterized.TestCase):
       r" = (\w+)\[([\d,]*)\]\S* all-gather\(",
       train.trace_step(run, mesh).lower().compile().as_text(),
     )
-    specs = param_spec.paths(transformer.specs(run.model))
+    specs = param_spec.flatten_with_paths(transformer.specs(run.model))
     names = recipe_lib.fp8_paths(transformer.specs(run.model), run.precision)
     n_bytes = sum(kind == "u8" for kind, _ in gathers)
     self.assertEqual(n_bytes, len(names))
@@ -344,12 +344,12 @@ def kept_bytes(kind, recipe, n_tokens):
     p = jax.tree.map(lambda a: a[0], p)
 
     def layer(trained, x):
-      whole = recipe_lib.joined(trained, p)
+      whole = recipe_lib.with_differentiable(trained, p)
       if kind == "dense":
         return transformer.dense_block(whole, x, cfg)
       return transformer.moe_block(whole, x, bias, cfg, moe.LOCAL)[0]
 
-    return jax.vjp(layer, recipe_lib.trained(p), x)
+    return jax.vjp(layer, recipe_lib.differentiable(p), x)
 
   masters = param_spec.abstract(specs)
   x = jax.ShapeDtypeStruct((1, n_tokens, cfg.d_model), jnp.bfloat16)

@@ -19,7 +19,7 @@ from dsv3_jax.linear import (
   recipe,
   scaled_matmul,
 )
-from dsv3_jax.model import swiglu
+from dsv3_jax.model import layers
 
 HOW = config.Precision(recipe="fp8", fp8="*", backend="exact")
 SHAPES = ((256, 256, 384), (200, 576, 130), (1, 128, 128), (129, 130, 257))
@@ -41,7 +41,7 @@ def inputs(m, k, n):
 def tiled(x, *tile):
   values, scales = numpy_quantize(x, tile)
   bits = jnp.asarray(values.view(np.uint8))
-  return quantize.Tiled(bits, jnp.asarray(scales), tile)
+  return quantize.BlockScaled(bits, jnp.asarray(scales), tile)
 
 
 def numbers(x):
@@ -66,7 +66,7 @@ def three(x, w, dy, how=HOW):
   def run(x, w, dy):
     y, vjp = jax.vjp(linear.linear, x, weight(w, how))
     dx, dw = vjp(dy)
-    return {"y": y, "dx": dx, "dw": dw.trained.master}
+    return {"y": y, "dx": dx, "dw": dw.handle.master}
 
   return run(*map(jnp.asarray, (x, w, dy)))
 
@@ -126,12 +126,12 @@ class LinearTest(parameterized.TestCase):
     for name, found in three(x, w, dy, how).items():
       a, b = expected(*map(np.asarray, (x, w, dy)))[name]
       size = np.abs(numbers(a)) @ np.abs(numbers(b))
-      bound = (a.bits.shape[1] + 4) * testing.EPS * size
+      bound = (a.codes.shape[1] + 4) * testing.EPS * size
       difference = np.abs(found - three(x, w, dy)[name])
       self.assertTrue(np.all(difference <= bound), name)
 
   def test_auto_is_the_fastest_that_there_is(self):
-    found = lambda: scaled_matmul.multiplies_out("auto")
+    found = lambda: scaled_matmul.dequantizes("auto")
     self.assertTrue(found())
     gpu = mock.patch.object(jax, "default_backend", lambda: "gpu")
     for hopper in (False, True):
@@ -176,28 +176,28 @@ class LinearTest(parameterized.TestCase):
     self.assertFalse(np.isfinite(y[200]).any())
     self.assertTrue(np.isfinite(np.delete(y, 200, 0)).all())
     _, dw = vjp(dy.at[0, 0].set(bad))
-    column = quantize.COUNTED.index("not_finite")
-    np.testing.assert_array_equal(dw.trained.counts[:, column], 1)
-    self.assertFalse(np.isfinite(dw.trained.master).all())
+    column = quantize.COUNTERS.index("not_finite")
+    np.testing.assert_array_equal(dw.handle.counts[:, column], 1)
+    self.assertFalse(np.isfinite(dw.handle.master).all())
 
   def test_no_rows(self):
     _, w, _ = inputs(1, 128, 256)
     y, vjp = jax.vjp(linear.linear, jnp.zeros((0, 128)), weight(w))
     dx, dw = vjp(y)
     self.assertEqual(dx.shape, (0, 128))
-    np.testing.assert_array_equal(dw.trained.master, 0)
+    np.testing.assert_array_equal(dw.handle.master, 0)
 
 
 class SwigluTest(absltest.TestCase):
   def test_is_near_the_float32_layer(self):
-    specs = swiglu.specs(256, 128, 0.1)
+    specs = layers.swiglu_specs(256, 128, 0.1)
     p = testing.draw(specs)
     x, dy = testing.normal(96, 256), testing.normal(96, 256, seed=1)
 
     def run(p, x, dy):
-      y, vjp = jax.vjp(swiglu.swiglu, p, x)
+      y, vjp = jax.vjp(layers.swiglu, p, x)
       dp, dx = vjp(dy)
-      return y, recipe.gradients(recipe.trained(dp))[0], dx
+      return y, recipe.split_gradients(recipe.differentiable(dp))[0], dx
 
     p8 = recipe.compute_params(p, specs, HOW)
     found = jax.tree.leaves(jax.jit(run)(p8, x, dy))
@@ -206,10 +206,10 @@ class SwigluTest(absltest.TestCase):
       self.assertBetween(relative(a, b), 0.02, 0.1)
 
   def test_keeps_the_hidden_state_in_a_byte_a_number(self):
-    specs = swiglu.specs(256, 384, 0.1)
+    specs = layers.swiglu_specs(256, 384, 0.1)
     p = recipe.compute_params(testing.draw(specs), specs, HOW)
     x = testing.normal(640, 256)
-    _, vjp = jax.vjp(functools.partial(swiglu.swiglu, p), x)
+    _, vjp = jax.vjp(functools.partial(layers.swiglu, p), x)
     kept = [a for a in jax.tree.leaves(vjp) if a.size and a.shape[0] == 640]
     numbers_kept = 640 * (256 + 2 * 384)
     self.assertEqual(

@@ -70,7 +70,7 @@ class QuantizeTest(parameterized.TestCase):
     made = jax.jit(quantize.quantize, static_argnums=(1, 2))(x, tile, scales)
     values, per_tile = numpy_quantize(x, tile, scales == "power_of_two")
     np.testing.assert_array_equal(made.scales, per_tile)
-    np.testing.assert_array_equal(np.asarray(made.bits), values.view(np.uint8))
+    np.testing.assert_array_equal(np.asarray(made.codes), values.view(np.uint8))
 
   def test_576_rows_have_five_scale_rows(self):
     made = quantize.quantize(normal(576, 256), (128, 128))
@@ -127,7 +127,7 @@ class QuantizeTest(parameterized.TestCase):
     self.assertTrue(np.isfinite(back[:, 128:]).all())
     found = dict(
       zip(
-        quantize.COUNTED, quantize.counts(x, made, False).tolist(), strict=True
+        quantize.COUNTERS, quantize.count(x, made, False).tolist(), strict=True
       )
     )
     self.assertEqual(found["not_finite"], 1)
@@ -147,7 +147,7 @@ class QuantizeTest(parameterized.TestCase):
     made = quantize.quantize(x, (1, 128))
     found = dict(
       zip(
-        quantize.COUNTED, quantize.counts(x, made, True).tolist(), strict=True
+        quantize.COUNTERS, quantize.count(x, made, True).tolist(), strict=True
       )
     )
     self.assertEqual(
@@ -162,7 +162,7 @@ class QuantizeTest(parameterized.TestCase):
       },
     )
     small = made.replace(scales=made.scales / 2)
-    self.assertEqual(quantize.counts(x, small, True)[4], 129)
+    self.assertEqual(quantize.count(x, small, True)[4], 129)
 
 
 class E5M6Test(parameterized.TestCase):

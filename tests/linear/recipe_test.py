@@ -22,11 +22,11 @@ class ComputeParamsTest(absltest.TestCase):
     self.assertIs(self.cast("fp32"), self.params)
 
   def test_bf16_casts_all_but_norms_and_routers(self):
-    cast = param_spec.paths(self.cast("bf16"))
+    cast = param_spec.flatten_with_paths(self.cast("bf16"))
     full = {path for path, leaf in cast.items() if leaf.dtype == jnp.float32}
     expected = {path for path in cast if path.endswith(("norm", "/router"))}
     self.assertEqual(full, expected)
-    for path, leaf in param_spec.paths(self.params).items():
+    for path, leaf in param_spec.flatten_with_paths(self.params).items():
       # One rounding to 8 significant bits.
       np.testing.assert_allclose(
         np.asarray(cast[path], np.float32), leaf, rtol=2**-8

@@ -9,7 +9,7 @@ import testing
 from absl.testing import absltest, parameterized
 
 from dsv3_jax import param_spec
-from dsv3_jax.model import experts, swiglu
+from dsv3_jax.model import experts, layers
 
 APART = functools.partial(experts.grouped_ffn, split_wgrad=True)
 FORMS = (experts.grouped_ffn, APART, experts.dense_ffn)
@@ -28,7 +28,7 @@ EDGE = (130, 5, 1, 3, 7)  # for the cases of one shape
 
 
 def _inputs(m, e, k, d, f):
-  specs = param_spec.stack(swiglu.specs(d, f, 0.1), e, "experts")
+  specs = param_spec.stack(layers.swiglu_specs(d, f, 0.1), e, "experts")
   p = jax.tree.map(lambda w: 4 * w, testing.draw(specs))
   rng = np.random.default_rng(m + e + k)
   chosen = np.array([rng.permutation(e)[:k] for _ in range(m)], np.int32)
@@ -89,7 +89,7 @@ class GroupedFfnTest(parameterized.TestCase):
     wanted = np.random.default_rng(0).uniform(size=(200, 16)) * np.arange(16)
     wanted[:, 15] = 16
     chosen = np.argsort(-wanted, axis=1)[:, :4].astype(np.int32)
-    plan = experts._plan(200, 4, 16, chosen.size)
+    plan = experts._make_plan(200, 4, 16, chosen.size)
     self.assertEqual(plan.blocks, (16, 8))
     large, small = experts._layout(jnp.asarray(chosen), 16, plan).blocks
     self.assertGreater(int(large.used), 16)

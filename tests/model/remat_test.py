@@ -39,8 +39,12 @@ def layer(kind, recipe, kept, n_tokens=N_TOKENS):
   def backward(masters, x, bias):
     p = recipe_lib.compute_params(masters, specs, how)
     p = jax.tree.map(lambda a: a[0], p)
-    of = lambda trained, x: block(recipe_lib.joined(trained, p), x, bias)
-    return jax.vjp(remat_lib.keeping(kept, of), recipe_lib.trained(p), x)[1]
+    of = lambda trained, x: block(
+      recipe_lib.with_differentiable(trained, p), x, bias
+    )
+    return jax.vjp(
+      remat_lib.keeping(kept, of), recipe_lib.differentiable(p), x
+    )[1]
 
   dtype = jnp.float32 if recipe == "fp32" else jnp.bfloat16
   x = jax.ShapeDtypeStruct((1, n_tokens, CFG.d_model), dtype)
@@ -66,9 +70,9 @@ def expected(recipe, kind, n_tokens):
   hidden = [(n_tokens, 2 * CFG.dense_ffn_dim)]
   if kind == "moe":
     total += n_tokens * 4 * (n_experts + k)
-    plan = experts._plan(n_tokens, k, n_experts, n_tokens * k)
+    plan = experts._make_plan(n_tokens, k, n_experts, n_tokens * k)
     f = CFG.moe.ffn_dim
-    hidden = [(n_tokens, 2 * f * CFG.moe.n_shared), (plan.kept, 2 * f)]
+    hidden = [(n_tokens, 2 * f * CFG.moe.n_shared), (plan.saved, 2 * f)]
   for rows, width in hidden:
     scales = -(-width // presets.S.precision.tile)
     a_row = width + 4 * scales if recipe == "fp8" else size * width

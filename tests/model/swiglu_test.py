@@ -4,20 +4,20 @@ import reference
 import testing
 from absl.testing import absltest
 
-from dsv3_jax.model import swiglu
+from dsv3_jax.model import layers
 
 
 class SwigluTest(absltest.TestCase):
   def test_matches_the_reference(self):
-    p = testing.draw(swiglu.specs(24, 40, 0.1))
+    p = testing.draw(layers.swiglu_specs(24, 40, 0.1))
     x = testing.normal(2, 3, 24)
     expected = reference.swiglu(*reference.f64((p, x)))
-    testing.assert_close(jax.jit(swiglu.swiglu)(p, x), expected, 24 + 40)
+    testing.assert_close(jax.jit(layers.swiglu)(p, x), expected, 24 + 40)
 
   def test_gradients_match_the_reference(self):
-    p = testing.draw(swiglu.specs(5, 7, 0.1))
+    p = testing.draw(layers.swiglu_specs(5, 7, 0.1))
     x, dy = testing.normal(6, 5), testing.normal(6, 5, seed=1)
-    _, vjp = jax.vjp(swiglu.swiglu, p, x)
+    _, vjp = jax.vjp(layers.swiglu, p, x)
     # One expert, chosen by everyone with gate 1, is the same function.
     stacked, x64, dy64 = reference.f64(
       ({n: w[None] for n, w in p.items()}, x, dy)

@@ -131,7 +131,7 @@ class PlacementTest(parameterized.TestCase):
     rules = sharding.LAYOUTS[layout]
     sizes = {"data": 2, "node": 2, "expert": 4}
     specs = transformer.specs(presets.PRESETS[variant].model)
-    for name, spec in param_spec.paths(specs).items():
+    for name, spec in param_spec.flatten_with_paths(specs).items():
       param = sharding.param_sharding(spec, rules, sizes)
       axes = [axis for dim in param.dims for axis in dim]
       self.assertLen(set(axes), len(axes), name)

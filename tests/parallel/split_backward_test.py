@@ -12,13 +12,13 @@ from absl.testing import absltest, parameterized
 from dsv3_jax import config
 from dsv3_jax.linear import linear
 from dsv3_jax.linear import recipe as recipe_lib
-from dsv3_jax.model import experts, moe, swiglu, transformer
+from dsv3_jax.model import experts, layers, moe, transformer
 from dsv3_jax.parallel.pipeline import split_backward
 
 CFG = testing.tiny()
 B, T = 2, 13  # no weight has a size with this factor
 BLOCKS = {
-  "dense": swiglu.specs(CFG.d_model, CFG.dense_ffn_dim, 0.1),
+  "dense": layers.swiglu_specs(CFG.d_model, CFG.dense_ffn_dim, 0.1),
   "moe": moe.specs(CFG),
 }
 
@@ -95,9 +95,9 @@ class SplitTest(parameterized.TestCase):
 
     def of_trained(trained, constants, x):
       p, bias = constants
-      return layer(recipe_lib.joined(trained, p), bias, x)
+      return layer(recipe_lib.with_differentiable(trained, p), bias, x)
 
-    trained = recipe_lib.trained(p)
+    trained = recipe_lib.differentiable(p)
     args = trained, (p, bias), x, d_outputs
     passes = split_backward.split(
       of_trained, *args[:3], put_off(trained), activations

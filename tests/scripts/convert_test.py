@@ -279,7 +279,7 @@ class ExportTest(ConvertTest):
       testing.run().model,
       {
         path: np.full(a.shape, np.nan, np.float32)
-        for path, a in param_spec.paths(state.params).items()
+        for path, a in param_spec.flatten_with_paths(state.params).items()
       }
       | {hf_mapping.BIAS: np.asarray(state.router_bias)},
     )

@@ -66,7 +66,7 @@ def gradient_sums(
       layout.stages.stacks,
       executor.passes,
       x=jax.eval_shape(transformer.embed, params, batch.tokens[0]),
-      sums=recipe.trained(params),
+      sums=recipe.differentiable(params),
       load=bias,
     ),
   )
@@ -94,7 +94,7 @@ def _executor(
   passes = {}
   for name in layout.stages.stacks:
     p = jax.tree.map(lambda a: a[0], params[name])
-    trained = recipe.trained(p)
+    trained = recipe.differentiable(p)
     constants = p, {"dense": (), "moe": bias[:1]}[name]
     deferred = [leaf.ndim > 1 for leaf in jax.tree.leaves(trained)]
     layer = functools.partial(
@@ -149,7 +149,7 @@ def _layer(
 ) -> Any:
   """Runs a layer; only `trained` and x have gradients."""
   p, bias = constants
-  return LAYERS[name](recipe.joined(trained, p), bias, x, cfg, experts)
+  return LAYERS[name](recipe.with_differentiable(trained, p), bias, x, cfg, experts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,11 +189,11 @@ class _Executor:
       done, buffers = self._weights(name, w, done, buffers)
     buffers = self._embed_gradient(b, dy, buffers)
     # The MTP module's exchange must not run beside those of the layers.
-    last = f.replace(active=varying.after(f.active, done))
+    last = f.replace(active=varying.data_dependent_on(f.active, done))
     d_last, buffers = self._loss(last, x, buffers)
     # Sent together and last: ranks that meet in the middle of a tick wait for
     # each other twice.
-    results = varying.after(jnp.stack([x, dy]), done)
+    results = varying.data_dependent_on(jnp.stack([x, dy]), done)
     return self._exchange(ops, results, d_last, buffers)
 
   # --- the layers of a stage ---
@@ -215,10 +215,10 @@ class _Executor:
     row = op.direction * stack.size + i
     p = jax.tree.map(lambda a: buffers_lib.get(a, row), self.params[name])
     if name == "dense":
-      return recipe.trained(p), (p, ()), row, None
+      return recipe.differentiable(p), (p, ()), row, None
     router = jnp.asarray(stack.first, jnp.int32)[op.stage] + i
     bias = buffers_lib.get(self.bias, router)[None]
-    return recipe.trained(p), (p, bias), row, router
+    return recipe.differentiable(p), (p, bias), row, router
 
   def _forward_layer(
     self,
@@ -370,7 +370,7 @@ class _Executor:
 
     def objective(trained, x):
       terms, stats = losses.loss_from_last_layer(
-        recipe.joined(trained, ends),
+        recipe.with_differentiable(trained, ends),
         self.bias[n_layers:],
         x,
         data,
@@ -391,7 +391,7 @@ class _Executor:
       # compute the loss in every tick.
       (d_weights, dx), (terms, stats) = jax.grad(
         objective, argnums=(0, 1), has_aux=True
-      )(recipe.trained(ends), varying.after(x, i))
+      )(recipe.differentiable(ends), varying.data_dependent_on(x, i))
       sums = jax.tree.map(
         lambda total, g: total + g.astype(jnp.float32),
         {name: buffers.sums[name] for name in names},

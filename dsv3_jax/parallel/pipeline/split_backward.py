@@ -82,7 +82,7 @@ def split(
   constants: Any,
   x: jax.Array,
   deferred: list[bool],
-  saved_activations: remat.Kept = None,
+  saved_activations: remat.SavedNames = None,
 ) -> Passes:
   """Splits a layer and its gradient into passes.
 
@@ -191,7 +191,7 @@ def _costly(eqns: Eqns) -> Eqns:
 
 
 def _saved_eqns(
-  eqns: Eqns, d_outputs: list[core.Var], saved_activations: remat.Kept
+  eqns: Eqns, d_outputs: list[core.Var], saved_activations: remat.SavedNames
 ) -> Eqns | None:
   """Selects the equations that name an activation to save, before backward."""
   if saved_activations is None:
