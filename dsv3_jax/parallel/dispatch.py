@@ -16,7 +16,8 @@ token, and runs inside `shard_map`.
 An exchange takes rounds of a fixed number of rows for each pair of devices, a
 little more than balanced routing needs: usually one round, and more if routing
 is unbalanced. Memory is that of one round. On CPU there is one round, of as
-many rows as possible: see `varying.data_dependent_on` for loops with collectives there.
+many rows as possible: see `varying.data_dependent_on` for loops with
+collectives there.
 """
 
 import functools
@@ -145,7 +146,9 @@ def _allgather_ffn(
   all_chosen = remat.named(transport.dispatch(chosen, None), "sent")
   local = _local_choices(all_chosen, jax.lax.axis_index(axes), n)
   gates = transports.dispatch(transport, 0, gates, None)
-  states = transports.dispatch(transport, linear.block_size(p["gate_up"]), x, None)
+  states = transports.dispatch(
+    transport, linear.block_size(p["gate_up"]), x, None
+  )
   y = inner(p, states, local, gates, n_slots or chosen.size)
   return transports.combine(transport, linear.block_size(p["down"]), y, None)
 
@@ -262,7 +265,9 @@ def _round(
   device = jax.lax.axis_index(transport.axes)
   local = _local_choices(local, device, n_experts)
   local = jnp.where(arrived.reshape(-1, 1), local, n_experts)
-  states = transports.dispatch(transport, linear.block_size(p["gate_up"]), x, rows)
+  states = transports.dispatch(
+    transport, linear.block_size(p["gate_up"]), x, rows
+  )
   gates = transports.dispatch(transport, 0, gates, rows)
   y = inner(p, states, local, gates, min(n_slots, local.size))
   return transports.combine(transport, linear.block_size(p["down"]), y, rows)

@@ -19,7 +19,7 @@ from dsv3_jax.config import presets
 from dsv3_jax.data.batch import make_batch
 from dsv3_jax.linear import linear, quantize
 from dsv3_jax.linear import recipe as recipe_lib
-from dsv3_jax.model import experts, moe, swiglu, transformer
+from dsv3_jax.model import experts, layers, moe, transformer
 from dsv3_jax.parallel import device_mesh, dispatch, layout_check, layouts
 from dsv3_jax.trainer import step_monitor
 
@@ -52,7 +52,7 @@ RUN = config.override(
 
 def mixture(m):
   """Weights of experts in float32 and in FP8, tokens, choices, gates, dy."""
-  specs = param_spec.stack(swiglu.specs(D, F, 0.4), 16, "experts")
+  specs = param_spec.stack(layers.swiglu_specs(D, F, 0.4), 16, "experts")
   p = testing.draw(specs)
   rng = np.random.default_rng(m)
   chosen = np.array([rng.permutation(16)[:4] for _ in range(m)], np.int32)
@@ -73,7 +73,9 @@ def paths_of(params):
 def value_and_gradients(ffn, p, x, chosen, gates, dy):
   trained = recipe_lib.differentiable(p)
   y, vjp = jax.vjp(
-    lambda new, x, gates: ffn(recipe_lib.with_differentiable(new, p), x, chosen, gates),
+    lambda new, x, gates: ffn(
+      recipe_lib.with_differentiable(new, p), x, chosen, gates
+    ),
     trained,
     x,
     gates,
@@ -212,7 +214,9 @@ class SlicesTest(parameterized.TestCase):
     counts_of_whole = recipe_lib.weight_counts(params, specs, run.precision)
     for path, n in counts_of_whole.items():
       np.testing.assert_array_equal(counts[path], n, path)
-      self.assertEqual(n[3], param_spec.flatten_with_paths(params)[path].size, path)
+      self.assertEqual(
+        n[3], param_spec.flatten_with_paths(params)[path].size, path
+      )
     expected = paths_of(whole)
     self.assertGreater(len(made), 10)
     for path, (bits, scales) in made.items():

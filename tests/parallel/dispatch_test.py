@@ -13,7 +13,7 @@ from absl.testing import absltest, parameterized
 
 from dsv3_jax import config, param_spec
 from dsv3_jax.config import presets
-from dsv3_jax.model import swiglu
+from dsv3_jax.model import layers
 from dsv3_jax.parallel import comm_volume, device_mesh, dispatch, transports
 
 CFG = config.Router(n_experts=16, top_k=4, n_groups=8, top_groups=4)
@@ -30,7 +30,7 @@ SIZES = {"node": 2, "expert": 2}
 
 
 def _inputs(n_tokens, chosen=None):
-  specs = param_spec.stack(swiglu.specs(D, F, 0.1), 16, "experts")
+  specs = param_spec.stack(layers.swiglu_specs(D, F, 0.1), 16, "experts")
   p = jax.tree.map(lambda w: 4 * w, testing.draw(specs))
   rng = np.random.default_rng(0)
   if chosen is None:
@@ -240,7 +240,7 @@ class MemoryTest(absltest.TestCase):
       experts = dispatch.make_expert_parallel_ffn(
         "all_to_all", {"expert": n}, CFG, rounds="many"
       )
-      specs = param_spec.stack(swiglu.specs(256, 8, 0.1), 16, "experts")
+      specs = param_spec.stack(layers.swiglu_specs(256, 8, 0.1), 16, "experts")
       spec = jax.P("expert")
       run = jax.shard_map(experts.ffn, mesh=mesh, in_specs=spec, out_specs=spec)
       shape = lambda *dims, dtype=jnp.float32: jax.ShapeDtypeStruct(

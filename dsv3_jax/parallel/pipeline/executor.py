@@ -50,7 +50,7 @@ def gradient_sums(
     layout: its layout, with stages.
 
   Returns:
-    Gradients, losses and stats as in `train.BatchGradients`, of this device alone.
+    Gradients, losses and router statistics of this device alone.
   """
   table = tick_table.build_tick_table(layout.stages.schedule)
   executor = _executor(params, bias, mtp_weight, batch, weights, run, layout)
@@ -149,7 +149,9 @@ def _layer(
 ) -> Any:
   """Runs a layer; only `trained` and x have gradients."""
   p, bias = constants
-  return LAYERS[name](recipe.with_differentiable(trained, p), bias, x, cfg, experts)
+  return LAYERS[name](
+    recipe.with_differentiable(trained, p), bias, x, cfg, experts
+  )
 
 
 @dataclasses.dataclass(frozen=True)
