@@ -3,6 +3,7 @@
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from dsv3_jax import config, param_spec
 from dsv3_jax.data.batch import IGNORE, Batch
@@ -21,7 +22,7 @@ class Losses:
   balance: jax.Array  # alpha included, summed over routers
 
 
-def token_weights(labels: jax.Array) -> jax.Array:
+def token_weights(labels: Int[Array, "*B T"]) -> Float[Array, "*B T"]:
   """1 / (number of labels that count) for those, 0 for the ignored ones."""
   counted = labels != IGNORE
   return counted / jnp.maximum(counted.sum(), 1).astype(jnp.float32)
@@ -29,8 +30,11 @@ def token_weights(labels: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def cross_entropy(
-  hidden: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.Array
-) -> jax.Array:
+  hidden: Float[Array, "M D"],
+  head: Float[Array, "D C"],
+  labels: Int[Array, " M"],
+  weights: Float[Array, " M"],
+) -> Float[Array, ""]:
   """Sum of weights * -log softmax(hidden @ head)[labels], in float32.
 
   Logits exist for one chunk of tokens at a time, and the gradient is made in
@@ -102,10 +106,10 @@ cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 def loss(
   params: param_spec.Params,
-  bias: jax.Array,
+  bias: Float[Array, "routers E"],
   data: Batch,
-  weights: jax.Array,
-  mtp_weight: jax.Array | float,
+  weights: Float[Array, "B T"],
+  mtp_weight: Float[Array, ""] | float,
   cfg: config.Model,
   ctx: transformer.ForwardContext = transformer.LOCAL,
 ) -> tuple[Losses, moe.MoEStats]:
@@ -132,11 +136,11 @@ def loss(
 
 def loss_from_last_layer(
   params: param_spec.Params,
-  bias: jax.Array,
-  x: jax.Array,
+  bias: Float[Array, "depth E"],
+  x: Float[Array, "B T D"],
   data: Batch,
-  weights: jax.Array,
-  mtp_weight: jax.Array | float,
+  weights: Float[Array, "B T"],
+  mtp_weight: Float[Array, ""] | float,
   cfg: config.Model,
   ctx: transformer.ForwardContext = transformer.LOCAL,
 ) -> tuple[Losses, moe.MoEStats]:

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
 
 from dsv3_jax import varying
 from dsv3_jax.linear import quantize
@@ -55,7 +56,7 @@ def blocked(
   *,
   tuning: Tuning = Tuning(),
   interpret: Any = None,
-) -> jax.Array:
+) -> Float[Array, "M N"]:
   """a @ b, [M, K] and [K, N] to [M, N].
 
   Args:

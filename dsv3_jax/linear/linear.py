@@ -18,6 +18,7 @@ import math
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from dsv3_jax import config, varying
 from dsv3_jax.linear import quantize, scaled_matmul
@@ -101,8 +102,8 @@ def with_dequantized(w: Weight) -> Weight:
 
 
 def quantize_rows(
-  x: jax.Array, w: Weight, scales: str = "", tile_rows: int = 1
-) -> tuple[Rows, jax.Array | None]:
+  x: Float[Array, "M K"], w: Weight, scales: str = "", tile_rows: int = 1
+) -> tuple[Rows, Float[Array, "6"] | None]:
   """Quantizes x [M, K] as left operand of a product with a weight.
 
   Args:
@@ -125,21 +126,23 @@ def quantize_rows(
 
 
 def quantize_gradient(
-  dy: jax.Array, w: Weight, scales: str = ""
-) -> tuple[Rows, jax.Array | None]:
+  dy: Float[Array, "M N"], w: Weight, scales: str = ""
+) -> tuple[Rows, Float[Array, "6"] | None]:
   """`quantize_rows` of a gradient, whose tiles the recipe may make square."""
   square = isinstance(w, Fp8Weight) and w.precision.gradient_tiles == "blocks"
   return quantize_rows(dy, w, scales, w.precision.tile if square else 1)
 
 
-def dequantize_rows(x: Rows, dtype: jax.typing.DTypeLike) -> jax.Array:
+def dequantize_rows(
+  x: Rows, dtype: jax.typing.DTypeLike
+) -> Float[Array, "M K"]:
   """The array that rows stand for."""
   if isinstance(x, quantize.BlockScaled):
     return quantize.dequantize(x, dtype)
   return x
 
 
-def fprop(x: Rows, w: Weight, n_contracted: int = 1) -> jax.Array:
+def fprop(x: Rows, w: Weight, n_contracted: int = 1) -> Float[Array, "M N"]:
   """x @ W, [M, K] and [K, N] to [M, N]; f32 in FP8."""
   if not isinstance(w, Fp8Weight):
     return x @ w.reshape(x.shape[1], -1)
@@ -147,7 +150,7 @@ def fprop(x: Rows, w: Weight, n_contracted: int = 1) -> jax.Array:
   return scaled_matmul.matmul(x, matrix, w.precision.backend)
 
 
-def dgrad(dy: Rows, w: Weight, n_contracted: int = 1) -> jax.Array:
+def dgrad(dy: Rows, w: Weight, n_contracted: int = 1) -> Float[Array, "M K"]:
   """dy @ W.T, [M, N] and [K, N] to [M, K]; f32 in FP8."""
   if not isinstance(w, Fp8Weight):
     return dy @ w.reshape(-1, dy.shape[1]).T
@@ -155,7 +158,9 @@ def dgrad(dy: Rows, w: Weight, n_contracted: int = 1) -> jax.Array:
   return scaled_matmul.matmul(dy, matrix, w.precision.backend)
 
 
-def wgrad(x: Rows, dy: Rows, w: Weight, scales: str = "") -> jax.Array:
+def wgrad(
+  x: Rows, dy: Rows, w: Weight, scales: str = ""
+) -> Float[Array, "K N"]:
   """x.T @ dy, [M, K] and [M, N] to [K, N] f32.
 
   Args:
@@ -182,7 +187,9 @@ def wgrad(x: Rows, dy: Rows, w: Weight, scales: str = "") -> jax.Array:
 
 
 def weight_cotangent(
-  w: Weight, dw: jax.Array, counts: list[jax.Array | None]
+  w: Weight,
+  dw: Float[Array, "K N"] | Float[Array, "E K N"],
+  counts: list[Float[Array, "6"] | None],
 ) -> Weight:
   """The cotangent of a weight, of its gradient and of counts.
 
@@ -199,8 +206,12 @@ def weight_cotangent(
 
 
 def linear(
-  x: jax.Array, w: Weight, n_contracted: int = 1, *, save_input: bool = False
-) -> jax.Array:
+  x: Float[Array, "..."],
+  w: Weight,
+  n_contracted: int = 1,
+  *,
+  save_input: bool = False,
+) -> Float[Array, "..."]:
   """Contracts the last n_contracted dims of x with the first ones of w.
 
   Args:

@@ -11,6 +11,7 @@ What is not finite stays so: it makes its tile's scale and values NaN or inf.
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
 
 E4M3 = jnp.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -50,7 +51,9 @@ class BlockScaled:
     return BlockScaled(self.codes, scales, (1, self.tile[1]))
 
 
-def magnitude(x: jax.Array, tile: Tile) -> jax.Array:
+def magnitude(
+  x: Float[Array, "*stack R C"], tile: Tile
+) -> Float[Array, "*stack rows columns"]:
   """Largest magnitude per tile, [..., ceil(R / rows), ceil(C / columns)]."""
   *stack, n, m = x.shape
   rows, columns = tile
@@ -95,8 +98,10 @@ def scale(absmax: jax.Array, rounding: str, largest: float) -> jax.Array:
 
 
 def expand_scales(
-  scales: jax.Array, tile: Tile, shape: tuple[int, ...]
-) -> jax.Array:
+  scales: Float[Array, "*stack rows columns"],
+  tile: Tile,
+  shape: tuple[int, ...],
+) -> Float[Array, "*stack R C"]:
   """Expands scales of tiles to elements; a tile dim of 1 is not expanded."""
   for axis, size in zip((-2, -1), tile, strict=True):
     if size > 1:
@@ -105,14 +110,18 @@ def expand_scales(
   return scales[..., :n, :m]
 
 
-def encode(x: jax.Array, scales: jax.Array) -> jax.Array:
+def encode(
+  x: Float[Array, "*stack R C"], scales: Float[Array, "*stack R C"]
+) -> UInt8[Array, "*stack R C"]:
   """Encodes x / scales in E4M3, as bytes; scales are those of elements."""
   scaled = x.astype(jnp.float32) / scales
   values = jnp.clip(scaled, -E4M3_MAX, E4M3_MAX).astype(E4M3)
   return jax.lax.bitcast_convert_type(values, jnp.uint8)
 
 
-def quantize(x: jax.Array, tile: Tile, scales: str = "float32") -> BlockScaled:
+def quantize(
+  x: Float[Array, "*stack R C"], tile: Tile, scales: str = "float32"
+) -> BlockScaled:
   """Quantizes a matrix, or a stack of them, [..., R, C], to E4M3."""
   per_tile = scale(magnitude(x, tile), scales, E4M3_MAX)
   return BlockScaled(
@@ -120,7 +129,9 @@ def quantize(x: jax.Array, tile: Tile, scales: str = "float32") -> BlockScaled:
   )
 
 
-def dequantize(x: BlockScaled, dtype: jax.typing.DTypeLike) -> jax.Array:
+def dequantize(
+  x: BlockScaled, dtype: jax.typing.DTypeLike
+) -> Float[Array, "*stack R C"]:
   """values * scales, rounded to dtype."""
   scales = expand_scales(x.scales, x.tile, x.codes.shape)
   return (x.values.astype(jnp.float32) * scales).astype(dtype)
@@ -131,7 +142,7 @@ def dequantize(x: BlockScaled, dtype: jax.typing.DTypeLike) -> jax.Array:
 _E5M6_LARGEST = (2 - 2**-6) * 2.0**15
 
 
-def e5m6(x: jax.Array, n_columns: int) -> jax.Array:
+def e5m6(x: Float[Array, "M K"], n_columns: int) -> Float[Array, "M K"]:
   """x [M, K] as the format of 12 bits holds it (section 3.3.3).
 
   Each n_columns of a row share a power of two; six bits of mantissa fit into
@@ -154,7 +165,9 @@ def e5m6(x: jax.Array, n_columns: int) -> jax.Array:
 COUNTERS = ("tiles", "not_finite", "zero", "elements", "saturated", "underflow")
 
 
-def count(x: jax.Array, quantized: BlockScaled, everything: bool) -> jax.Array:
+def count(
+  x: Float[Array, "*stack R C"], quantized: BlockScaled, everything: bool
+) -> Float[Array, "6"]:
   """Counts what quantization did: `COUNTERS`, [6] f32.
 
   Tiles in all, not finite and of zeros only; elements in all, too large for the
@@ -174,7 +187,9 @@ def count(x: jax.Array, quantized: BlockScaled, everything: bool) -> jax.Array:
   return jnp.zeros_like(bad, shape=len(COUNTERS)).at[1].set(bad)
 
 
-def count_tiles(absmax: jax.Array) -> jax.Array:
+def count_tiles(
+  absmax: Float[Array, "*stack rows columns"],
+) -> Float[Array, "3"]:
   """The first three of `COUNTERS`, from the largest magnitude of each tile."""
   total = jnp.full_like(absmax, absmax.size, shape=())
   counts = total, (~jnp.isfinite(absmax)).sum(), (absmax == 0).sum()
@@ -182,8 +197,10 @@ def count_tiles(absmax: jax.Array) -> jax.Array:
 
 
 def count_elements(
-  x: jax.Array, codes: jax.Array, scales: jax.Array
-) -> jax.Array:
+  x: Float[Array, "*stack R C"],
+  codes: UInt8[Array, "*stack R C"],
+  scales: Float[Array, "*stack R C"],
+) -> Float[Array, "3"]:
   """The last three of `COUNTERS`; scales are those of elements."""
   scaled = x.astype(jnp.float32) / scales
   lost = (x != 0) & (codes & 0x7F == 0)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from dsv3_jax.linear import quantize
 
@@ -22,7 +23,7 @@ Operand = quantize.BlockScaled | jax.Array  # an array: already dequantized
 
 def matmul(
   a: quantize.BlockScaled, b: Operand, backend: str = "auto"
-) -> jax.Array:
+) -> Float[Array, "M N"]:
   """a @ b, [M, K] and [K, N] to [M, N] f32.
 
   Args:
@@ -48,7 +49,9 @@ def dequantized_dtype() -> jax.typing.DTypeLike:
   return jnp.float32 if on_cpu else jnp.bfloat16
 
 
-def exact(a: quantize.BlockScaled, b: quantize.BlockScaled) -> jax.Array:
+def exact(
+  a: quantize.BlockScaled, b: quantize.BlockScaled
+) -> Float[Array, "M N"]:
   """The reference: scales are applied to sums over one tile."""
   size, k = a.tile[1], a.codes.shape[1]
   shape = a.codes.shape[0], b.codes.shape[1]
@@ -70,7 +73,7 @@ def exact(a: quantize.BlockScaled, b: quantize.BlockScaled) -> jax.Array:
   return total
 
 
-def dequantized(a: quantize.BlockScaled, b: Operand) -> jax.Array:
+def dequantized(a: quantize.BlockScaled, b: Operand) -> Float[Array, "M N"]:
   """One product of the dequantized operands."""
   if isinstance(b, quantize.BlockScaled):
     b = quantize.dequantize(b, dequantized_dtype())
@@ -79,7 +82,9 @@ def dequantized(a: quantize.BlockScaled, b: Operand) -> jax.Array:
   )
 
 
-def kernel(a: quantize.BlockScaled, b: quantize.BlockScaled) -> jax.Array:
+def kernel(
+  a: quantize.BlockScaled, b: quantize.BlockScaled
+) -> Float[Array, "M N"]:
   """The product on tensor cores."""
   from dsv3_jax.linear import fp8_matmul_hopper
 

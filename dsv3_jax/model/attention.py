@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from dsv3_jax.linear import quantize
 from dsv3_jax.model import remat
@@ -102,12 +103,12 @@ def _mask(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attend(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  segments: jax.Array | None = None,
+  q: Float[Array, "B N T X"],
+  k: Float[Array, "B N T X"],
+  v: Float[Array, "B N T V"],
+  segments: Int[Array, "B T"] | None = None,
   e5m6_columns: int = 0,
-) -> jax.Array:
+) -> Float[Array, "B T N V"]:
   """Attention of q and k [B, N, T, X], v [B, N, T, V]; q already scaled.
 
   Args:

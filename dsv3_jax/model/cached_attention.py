@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from dsv3_jax.model.attention import CHUNK
 
@@ -19,12 +20,16 @@ _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 _slice = jax.lax.dynamic_slice_in_dim
 
 
-def new_positions(start: jax.Array, x: jax.Array) -> jax.Array:
+def new_positions(start: Int[Array, " B"], x: Array) -> Int[Array, "B T"]:
   """Positions [B, T] of new tokens x [B, T, ...] that begin at start [B]."""
   return start[:, None] + jnp.arange(x.shape[1])[None]
 
 
-def write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+def write(
+  cache: Float[Array, "B S *dims"],
+  new: Float[Array, "B T *dims"],
+  start: Int[Array, " B"],
+) -> Float[Array, "B S *dims"]:
   """Writes new [B, T, ...] to cache [B, S, ...] from position start [B] on.
 
   Positions beyond the end of the cache are not written.
@@ -41,11 +46,11 @@ def write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
 
 
 def extend(
-  q: jax.Array,
-  cache: jax.Array,
-  start: jax.Array,
+  q: Float[Array, "B N T X"],
+  cache: Float[Array, "B S *dims"],
+  start: Int[Array, " B"],
   expand: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
-) -> jax.Array:
+) -> Float[Array, "B T N V"]:
   """Causal attention of new queries to all filled positions of a cache.
 
   One block of the cache at a time is expanded to keys and values, and merged

@@ -21,6 +21,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from dsv3_jax import param_spec, varying
 from dsv3_jax.linear import linear
@@ -34,8 +35,11 @@ SAVED_ROWS = 1.25  # rows whose hidden state is saved, over those expected
 
 
 def dense_ffn(
-  p: param_spec.Params, x: jax.Array, chosen: jax.Array, gates: jax.Array
-) -> jax.Array:
+  p: param_spec.Params,
+  x: Float[Array, "M D"],
+  chosen: Int[Array, "M K"],
+  gates: Float[Array, "M K"],
+) -> Float[Array, "M D"]:
   """Reference: every expert on every token, unchosen ones weighted by 0."""
   n_experts = p["down"].shape[0]
   hot = jax.nn.one_hot(chosen, n_experts, dtype=gates.dtype)  # none: zeros
@@ -48,11 +52,11 @@ def dense_ffn(
 
 def slotwise_ffn(
   p: param_spec.Params,
-  x: jax.Array,
-  chosen: jax.Array,
-  gates: jax.Array,
+  x: Float[Array, "M D"],
+  chosen: Int[Array, "M K"],
+  gates: Float[Array, "M K"],
   n_slots: int | None = None,
-) -> jax.Array:
+) -> Float[Array, "M D"]:
   """`grouped_ffn` for very few tokens: slot by slot, without sorting."""
   del n_slots
   n_experts, k = p["down"].shape[0], chosen.shape[1]
@@ -147,13 +151,13 @@ def _layout(chosen: jax.Array, n_experts: int, plan: ExpertPlan) -> _Layout:
 
 def grouped_ffn(
   p: param_spec.Params,
-  x: jax.Array,
-  chosen: jax.Array,
-  gates: jax.Array,
+  x: Float[Array, "M D"],
+  chosen: Int[Array, "M K"],
+  gates: Float[Array, "M K"],
   n_slots: int | None = None,
   *,
   split_wgrad: bool = False,
-) -> jax.Array:
+) -> Float[Array, "M D"]:
   """Gate-weighted sum of each token's expert outputs, [M, D].
 
   Args:

@@ -8,13 +8,16 @@ over routed experts use the pieces too, with `scale` [M] on the rows' outputs.
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from dsv3_jax import param_spec, varying
 from dsv3_jax.linear import linear
 from dsv3_jax.model import remat
 
 
-def rms_norm(scale: jax.Array, x: jax.Array, eps: float) -> jax.Array:
+def rms_norm(
+  scale: Float[Array, " D"], x: Float[Array, "... D"], eps: float
+) -> Float[Array, "... D"]:
   """x / rms(x) * scale over the last dim, statistics in float32."""
   y = x.astype(jnp.float32)
   y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
@@ -30,7 +33,9 @@ def swiglu_specs(d: int, f: int, std: float) -> param_spec.Specs:
   }
 
 
-def swiglu(p: param_spec.Params, x: jax.Array) -> jax.Array:
+def swiglu(
+  p: param_spec.Params, x: Float[Array, "... D"]
+) -> Float[Array, "... D"]:
   """[..., D] -> [..., D]."""
   leaves, structure = jax.tree.flatten(
     (p["gate_up"], p["down"], x.reshape(-1, x.shape[-1]))
@@ -39,7 +44,9 @@ def swiglu(p: param_spec.Params, x: jax.Array) -> jax.Array:
   return varying.psum_if_varying(_swiglu(*args).reshape(x.shape), "model")
 
 
-def swiglu_product(h: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+def swiglu_product(
+  h: Float[Array, "M 2F"], scale: Float[Array, " M"] | None = None
+) -> Float[Array, "M F"]:
   """silu(gate) * up of h = [gate, up] [M, 2F], times the scale of each row."""
   a, b = jnp.split(h, 2, axis=-1)
   silu = jax.nn.silu(a)
@@ -47,8 +54,10 @@ def swiglu_product(h: jax.Array, scale: jax.Array | None = None) -> jax.Array:
 
 
 def swiglu_product_grad(
-  h: jax.Array, dact: jax.Array, scale: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array | None]:
+  h: Float[Array, "M 2F"],
+  dact: Float[Array, "M F"],
+  scale: Float[Array, " M"] | None = None,
+) -> tuple[Float[Array, "M 2F"], Float[Array, " M"] | None]:
   """Gradients of h and of scale, from that of `swiglu_product`."""
   a, b = jnp.split(h, 2, axis=-1)
   sigmoid = jax.nn.sigmoid(a)

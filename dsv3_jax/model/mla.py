@@ -1,8 +1,8 @@
 """Multi-head latent attention (arXiv:2412.19437, section 2.1.1)."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from dsv3_jax import config, param_spec, varying
 from dsv3_jax.linear import linear
@@ -32,10 +32,10 @@ def specs(cfg: config.MLA, d: int, std: float) -> param_spec.Specs:
 
 def queries(
   p: param_spec.Params,
-  x: jax.Array,
-  angle: jax.Array,
+  x: Float[Array, "B T D"],
+  angle: Float[Array, "*T pairs"],
   cfg: config.MLA,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "B T N P"], Float[Array, "B T N H"]]:
   """Nope [B, T, N, P] and rotated rope [B, T, N, H] parts (eq. 6-9)."""
   if cfg.q_rank:
     latent = remat.named(linear.linear(x, p["q_down"]), "latents")
@@ -49,10 +49,10 @@ def queries(
 
 def latents(
   p: param_spec.Params,
-  x: jax.Array,
-  angle: jax.Array,
+  x: Float[Array, "B T D"],
+  angle: Float[Array, "*T pairs"],
   cfg: config.MLA,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "B T R"], Float[Array, "B T H"]]:
   """Per position, the latent [B, T, R] and rotated key [B, T, H] (eq. 1, 3).
 
   Only the latent is normalised; the rope key is shared by all heads.
@@ -80,10 +80,10 @@ def frequencies(cfg: config.MLA) -> np.ndarray:
 
 def mla(
   p: param_spec.Params,
-  x: jax.Array,
+  x: Float[Array, "B T D"],
   cfg: config.MLA,
-  segments: jax.Array | None = None,
-) -> jax.Array:
+  segments: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T D"]:
   """Attention of a whole sequence from position 0, [B, T, D] -> [B, T, D].
 
   The training and prefill form: keys and values are expanded from the latent

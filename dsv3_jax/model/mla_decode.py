@@ -9,6 +9,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from dsv3_jax import config, param_spec, varying
 from dsv3_jax.linear import linear
@@ -69,11 +70,11 @@ def _write(
 
 def decode(
   p: param_spec.Params,
-  x: jax.Array,
-  cache: jax.Array,
-  start: jax.Array,
+  x: Float[Array, "B T D"],
+  cache: Float[Array, "B S R+H"],
+  start: Int[Array, " B"],
   cfg: config.MLA,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "B T D"], Float[Array, "B S R+H"]]:
   """Attends from a few new tokens, without expanding the cache.
 
   The key up-projection moves into the query and the value up-projection behind
@@ -114,11 +115,11 @@ def decode(
 
 def prefill(
   p: param_spec.Params,
-  x: jax.Array,
-  cache: jax.Array,
-  start: jax.Array,
+  x: Float[Array, "B T D"],
+  cache: Float[Array, "B S R+H"],
+  start: Int[Array, " B"],
   cfg: config.MLA,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "B T D"], Float[Array, "B S R+H"]]:
   """Attends from many new tokens, expanding a block of the cache at a time.
 
   Memory depends on the number of new tokens and not on what was before them.

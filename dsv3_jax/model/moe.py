@@ -6,6 +6,7 @@ from collections.abc import Callable
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from dsv3_jax import config, param_spec, varying
 from dsv3_jax.model import experts as experts_lib
@@ -55,12 +56,12 @@ def specs(cfg: config.Model) -> param_spec.Specs:
 
 def moe(
   p: param_spec.Params,
-  x: jax.Array,
-  bias: jax.Array,
+  x: Float[Array, "B T D"],
+  bias: Float[Array, " E"],
   cfg: config.Model,
   experts: Experts = LOCAL,
-  valid: jax.Array | None = None,
-) -> tuple[jax.Array, MoEStats]:
+  valid: Bool[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B T D"], MoEStats]:
   """Applies an MoE layer; no token is ever dropped.
 
   Args:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from dsv3_jax import config, param_spec
 from dsv3_jax.linear import linear
@@ -25,12 +26,12 @@ def specs(cfg: config.Model, block: param_spec.Specs) -> param_spec.Specs:
 
 def module(
   p: param_spec.Params,
-  bias: jax.Array,
-  hidden: jax.Array,
-  ahead: jax.Array,
+  bias: Float[Array, " E"] | None,
+  hidden: Float[Array, "B T D"],
+  ahead: Float[Array, "B T D"],
   cfg: config.Model,
   block: Callable[..., tuple[jax.Array, Any]],
-) -> tuple[jax.Array, jax.Array, Any]:
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], Any]:
   """Applies the module of one depth (eq. 21-22).
 
   The embedding comes first in the projection, as in the released weights.
@@ -61,12 +62,12 @@ def module(
 
 def predict(
   params: param_spec.Params,
-  bias: jax.Array,
-  hidden: jax.Array,
-  tokens: jax.Array,
+  bias: Float[Array, "depth E"],
+  hidden: Float[Array, "B T D"],
+  tokens: Int[Array, "B T"],
   cfg: config.Model,
   apply_module: Callable[..., tuple[jax.Array, jax.Array, Any]],
-) -> tuple[tuple[jax.Array, ...], list[Any]]:
+) -> tuple[tuple[Float[Array, "B _ D"], ...], list[Any]]:
   """Chains the D modules; each keeps the causal order of the one before.
 
   At depth k, position i joins the state of depth k - 1 with the embedding of

@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 
 def frequencies(dim: int, theta: float) -> np.ndarray:
@@ -43,13 +44,17 @@ def yarn_frequencies(
   return (base / factor * ramp + base * (1 - ramp)).astype(np.float32)
 
 
-def angles(positions: jax.Array, freqs: np.ndarray) -> jax.Array:
+def angles(
+  positions: Int[Array, "..."], freqs: np.ndarray
+) -> Float[Array, "... pairs"]:
   """Rotation angles [..., dim/2] of integer positions [...]."""
   return jnp.multiply.outer(positions.astype(jnp.float32), freqs)
 
 
 @jax.custom_vjp
-def rotate(x: jax.Array, angle: jax.Array) -> jax.Array:
+def rotate(
+  x: Float[Array, "*dims H"], angle: Float[Array, "... pairs"]
+) -> Float[Array, "*dims H"]:
   """Rotates pairs (2i, 2i+1) of the last dim, in float32.
 
   No gradient reaches the angles; the gradient of x is rotated back.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax import config
 from dsv3_jax.linear import linear
@@ -45,8 +46,10 @@ class Routing:
 
 
 def select(
-  scores: jax.Array, bias: jax.Array, cfg: config.Router
-) -> tuple[jax.Array, jax.Array]:
+  scores: Float[Array, "*tokens E"],
+  bias: Float[Array, " E"],
+  cfg: config.Router,
+) -> tuple[Int[Array, "*tokens K"], Float[Array, "*tokens K"]]:
   """Top-k experts and their gates (eq. 12-16).
 
   Bias and group limit act on the choice alone; gates come from the scores.
@@ -80,7 +83,10 @@ def select(
 
 
 def route(
-  w: jax.Array, x: jax.Array, bias: jax.Array, cfg: config.Router
+  w: Float[Array, "D E"],
+  x: Float[Array, "B T D"],
+  bias: Float[Array, " E"],
+  cfg: config.Router,
 ) -> Routing:
   """Routes x [B, T, D] with centroids w [D, E]; all in float32."""
   affinity = linear.linear(x.astype(jnp.float32), w.astype(jnp.float32))
@@ -91,7 +97,7 @@ def route(
   return Routing(experts, gates, scores, load)
 
 
-def mask_invalid(routing: Routing, valid: jax.Array) -> Routing:
+def mask_invalid(routing: Routing, valid: Bool[Array, "B T"]) -> Routing:
   """Sends tokens that are not valid [B, T] to no expert: index E."""
   n_experts = routing.load.size
   experts = jnp.where(valid[..., None], routing.experts, n_experts)
@@ -105,8 +111,10 @@ def _multi_hot(experts: jax.Array, n_experts: int) -> jax.Array:
 
 
 def balance_loss(
-  scores: jax.Array, experts: jax.Array, cfg: config.Router
-) -> jax.Array:
+  scores: Float[Array, "B T E"],
+  experts: Int[Array, "B T K"],
+  cfg: config.Router,
+) -> Float[Array, ""]:
   """Sequence-wise balance loss, mean over sequences (eq. 17-20).
 
   f_i counts the top-k of the plain scores, as written; `balance_map="routed"`
@@ -122,8 +130,10 @@ def balance_loss(
 
 
 def update_bias(
-  bias: jax.Array, load: jax.Array, speed: jax.Array | float
-) -> jax.Array:
+  bias: Float[Array, "*layers E"],
+  load: Int[Array, "*layers E"],
+  speed: Float[Array, ""] | float,
+) -> Float[Array, "*layers E"]:
   """Raises the bias of underloaded experts by speed, lowers the overloaded.
 
   Once an optimizer step, from the counts of the whole global batch; an expert
@@ -141,7 +151,7 @@ def update_bias(
   return bias + speed * (under.astype(bias.dtype) - over.astype(bias.dtype))
 
 
-def max_violation(load: jax.Array) -> jax.Array:
+def max_violation(load: Int[Array, "*layers E"]) -> Float[Array, "*layers"]:
   """MaxVio, (max load - mean load) / mean load, over the last dim."""
   load = load.astype(jnp.float32)
   return load.max(-1) / load.mean(-1) - 1.0

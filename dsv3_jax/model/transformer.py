@@ -7,6 +7,7 @@ from collections.abc import Callable
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from dsv3_jax import config, param_spec
 from dsv3_jax.model import attentions, layers, moe, mtp, remat
@@ -54,17 +55,17 @@ def specs(cfg: config.Model) -> param_spec.Specs:
   return tree
 
 
-def router_bias(cfg: config.Model) -> jax.Array:
+def router_bias(cfg: config.Model) -> Float[Array, "routers E"]:
   """The initial router bias, [n_routers, E] f32 zeros; not a parameter."""
   return jnp.zeros((cfg.n_routers, cfg.router.n_experts), jnp.float32)
 
 
 def dense_block(
   p: param_spec.Params,
-  x: jax.Array,
+  x: Float[Array, "B T D"],
   cfg: config.Model,
-  segments: jax.Array | None = None,
-) -> jax.Array:
+  segments: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T D"]:
   """h += attention(norm(h)); h += SwiGLU(norm(h))."""
   x = _attention(p, x, cfg, segments)
   h = layers.rms_norm(p["ffn_norm"], x, cfg.norm_eps)
@@ -73,12 +74,12 @@ def dense_block(
 
 def moe_block(
   p: param_spec.Params,
-  x: jax.Array,
-  bias: jax.Array,
+  x: Float[Array, "B T D"],
+  bias: Float[Array, " E"],
   cfg: config.Model,
   experts: moe.Experts,
-  segments: jax.Array | None = None,
-) -> tuple[jax.Array, moe.MoEStats]:
+  segments: Int[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B T D"], moe.MoEStats]:
   """h += attention(norm(h)); h += MoE(norm(h)); also returns its stats."""
   x = _attention(p, x, cfg, segments)
   h = layers.rms_norm(p["ffn_norm"], x, cfg.norm_eps)
@@ -136,11 +137,11 @@ LOCAL = ForwardContext()  # on one device
 
 def forward(
   params: param_spec.Params,
-  bias: jax.Array,
-  tokens: jax.Array,
+  bias: Float[Array, "routers E"],
+  tokens: Int[Array, "B T"],
   cfg: config.Model,
   ctx: ForwardContext = LOCAL,
-  segments: jax.Array | None = None,
+  segments: Int[Array, "B T"] | None = None,
 ) -> Output:
   """Hidden states of the main model and of every MTP depth.
 
@@ -182,7 +183,9 @@ def forward(
   return out.replace(stats=_concatenated(stats))
 
 
-def embed(params: param_spec.Params, tokens: jax.Array) -> jax.Array:
+def embed(
+  params: param_spec.Params, tokens: Int[Array, "B T"]
+) -> Float[Array, "B T D"]:
   """[B, T] int32 -> [B, T, D]."""
   with jax.named_scope("embed"):
     return params["embed"][tokens]
@@ -190,12 +193,12 @@ def embed(params: param_spec.Params, tokens: jax.Array) -> jax.Array:
 
 def predict(
   params: param_spec.Params,
-  bias: jax.Array,
-  x: jax.Array,
-  tokens: jax.Array,
+  bias: Float[Array, "depth E"],
+  x: Float[Array, "B T D"],
+  tokens: Int[Array, "B T"],
   cfg: config.Model,
   ctx: ForwardContext = LOCAL,
-  segments: jax.Array | None = None,
+  segments: Int[Array, "B T"] | None = None,
 ) -> Output:
   """Applies the final norm and the MTP modules to the last layer's output.
 
@@ -240,7 +243,9 @@ def _concatenated(stats: list[moe.MoEStats]) -> moe.MoEStats:
   return jax.tree.map(lambda *s: jnp.concatenate(s), *stats)
 
 
-def logits(params: param_spec.Params, hidden: jax.Array) -> jax.Array:
+def logits(
+  params: param_spec.Params, hidden: Float[Array, "... D"]
+) -> Float[Array, "... C"]:
   """Next-token logits [..., C] in float32 of hidden states [..., D]."""
   return jnp.einsum(
     "...D,DC->...C",
