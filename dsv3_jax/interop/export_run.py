@@ -41,7 +41,10 @@ def open_source(
   params, bias = open_run.load_newest_params(
     workdir, run, device_mesh.make_mesh({}), average=average
   )
-  arrays = {path: np.asarray(a) for path, a in param_spec.flatten_with_paths(params).items()}
+  arrays = {
+    path: np.asarray(a)
+    for path, a in param_spec.flatten_with_paths(params).items()
+  }
   arrays[hf_mapping.BIAS] = np.asarray(bias)
   score = run.model.router.score
   if not hf_config.has_router_bias(score) and arrays[hf_mapping.BIAS].any():

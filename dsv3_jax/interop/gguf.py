@@ -84,8 +84,9 @@ def validate(model: config.Model) -> list[str]:
     )
   if model.norm_eps != model.attention.norm_eps:
     problems.append(
-      f"norm_eps={model.norm_eps:g}, attention.norm_eps={model.attention.norm_eps:g}:"
-      " llama.cpp takes one number for both"
+      f"norm_eps={model.norm_eps:g},"
+      f" attention.norm_eps={model.attention.norm_eps:g}: llama.cpp takes"
+      " one number for both"
     )
   if model.router.score == "softmax" and model.router.n_groups > 1:
     problems.append(

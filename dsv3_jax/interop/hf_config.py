@@ -356,8 +356,8 @@ def _inexpressible_settings(model: config.Model) -> Iterator[str]:
     )
   if model.attention.norm_eps != 1e-6:
     yield (
-      f"attention.norm_eps={model.attention.norm_eps:g}: must be 1e-06 in a released"
-      " checkpoint"
+      f"attention.norm_eps={model.attention.norm_eps:g}: must be 1e-06 in a"
+      " released checkpoint"
     )
   if not model.n_moe_layers:
     yield (

@@ -151,7 +151,7 @@ def _quantize(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   result = quantize.quantize(jnp.asarray(matrix, jnp.float32), TILE)
   if not np.isfinite(result.scales).all():
     raise InputError("a weight is not finite: FP8 cannot hold it")
-  return np.asarray(result.bits).view(hf_read.E4M3), np.asarray(result.scales)
+  return np.asarray(result.codes).view(hf_read.E4M3), np.asarray(result.scales)
 
 
 BlockShapes = tuple[hf_mapping.Block, safetensors.Shapes]

@@ -52,7 +52,9 @@ def load(
     blocks.setdefault(block.path, {})[block.index] = block
   shapes = {
     path: spec.shape
-    for path, spec in param_spec.flatten_with_paths(transformer.specs(model)).items()
+    for path, spec in param_spec.flatten_with_paths(
+      transformer.specs(model)
+    ).items()
   }
   with concurrent.futures.ThreadPoolExecutor(resumable.WORKERS) as pool:
 

@@ -151,7 +151,12 @@ class ReadTest(parameterized.TestCase):
     ("v3", _V3, presets.V3_671B, ()),
     ("v31", _V31, presets.V3_671B, ()),
     ("v2", _V2, presets.V2_236B, ("attention.yarn.mscale=0.707",)),
-    ("v2_lite", _V2_LITE, presets.V2_LITE_16B, ("attention.yarn.mscale=0.707",)),
+    (
+      "v2_lite",
+      _V2_LITE,
+      presets.V2_LITE_16B,
+      ("attention.yarn.mscale=0.707",),
+    ),
   )
   def test_is_the_preset(self, facts, preset, assignments):
     # How it is trained does not stand in the file as it was.
