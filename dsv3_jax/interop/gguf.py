@@ -75,6 +75,8 @@ class _Tensor:
 
 def validate(model: config.Model) -> list[str]:
   """Returns the reasons why llama.cpp would refuse or misread a model."""
+  if not isinstance(model.attention, config.MLA):
+    return [f"attention.type={model.attention.type!r}: must be 'mla'"]
   problems = []
   if not model.attention.q_rank and model.n_layers not in (26, 27):
     problems.append(

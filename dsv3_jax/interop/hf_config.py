@@ -349,6 +349,12 @@ def has_router_bias(score: str) -> bool:
 
 def _inexpressible_settings(model: config.Model) -> Iterator[str]:
   """Yields settings that config.json has no key for, or another value."""
+  if not isinstance(model.attention, config.MLA):
+    yield (
+      f"attention.type={model.attention.type!r}: must be 'mla' in a released"
+      " checkpoint"
+    )
+    return
   if model.mtp.depth and model.mtp.input_state != "post_norm":
     yield (
       f"mtp.input_state={model.mtp.input_state!r}: must be 'post_norm' in a"
