@@ -97,7 +97,10 @@ def _cross_entropy_fwd(hidden, head, labels, weights):
 
 def _cross_entropy_bwd(residuals, dtotal):
   dhidden, dhead = residuals
-  scale = lambda g: (g * dtotal).astype(g.dtype)
+
+  def scale(g):
+    return (g * dtotal).astype(g.dtype)
+
   return scale(dhidden), scale(dhead), None, None
 
 
@@ -125,7 +128,7 @@ def loss(
     weights: [B, T] f32 of the labels, see `token_weights`.
     mtp_weight: lambda.
     cfg: the model.
-    ctx: how to carry out the forward pass.
+    ctx: options of the forward pass.
 
   Returns:
     The losses, and the statistics of the routers, [n_routers, ...].

@@ -82,7 +82,7 @@ def _like_params(
 def abstract_state(
   run: config.Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
 ) -> TrainState:
-  """Shape, type and place of every array of the state; allocates nothing."""
+  """Shape, dtype and sharding of every array of the state, unallocated."""
   return jax.tree.map(
     lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to),
     _shapes(run),

@@ -35,11 +35,11 @@ PROCESSORS = 132  # of an H100, where there is none to ask
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-  """What changes time alone."""
+  """Tile schedule; it changes the time alone."""
 
   stages: int = 4  # slices on their way from memory
   paired: bool = True  # multiprocessors, where tiles of rows are even
-  panel: int = 8  # tiles of rows that are made together, to reuse the cache
+  panel: int = 8  # tiles of rows that are computed together, for the cache
 
 
 def supported() -> bool:
@@ -63,7 +63,7 @@ def blocked(
     a: tiles of 128 columns.
     b: tiles of 128 rows.
     dtype: of the result, float32 or bfloat16; sums are float32.
-    tuning: how it is cut.
+    tuning: the schedule of tiles.
     interpret: parameters of Pallas' interpreter for GPUs, to run it on CPU.
 
   Raises:
@@ -93,28 +93,28 @@ def blocked(
     args[1] = args[1].T
   args += _padded(of_rows, 1), _padded(of_columns, 1)
   one_scale = b.tile[1] % TILE == 0  # for all columns of a tile
-  out = _call(*args, _Plan(tuning, one_scale, interpret), dtype)
+  out = _call(*args, GemmPlan(tuning, one_scale, interpret), dtype)
   # What a kernel returns is said to be the same on all devices.
   axes = frozenset().union(*map(varying.varying, args))
   return varying.vary(out, sorted(axes))[:m, :n]
 
 
 def _padded(x: jax.Array, rows: int = TILE) -> jax.Array:
-  """With zeros to whole tiles of some rows and 128 columns."""
+  """Pads with zeros to multiples of `rows` rows and 128 columns."""
   sizes = zip(x.shape, (rows, TILE), strict=True)
   return jnp.pad(x, [(0, -n % size) for n, size in sizes])
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
-  """What a kernel is made from besides its operands."""
+class GemmPlan:
+  """Static parameters of a kernel."""
 
   tuning: Tuning
   one_scale: bool  # of the right operand, in a slice of a tile
   interpret: Any
 
   def pair(self, rows: int) -> int:
-    """How many multiprocessors share operands; the interpreter knows one."""
+    """Number of multiprocessors that share operands; 1 when interpreted."""
     together = self.tuning.paired and rows % 2 == 0
     return 2 if together and not self.interpret else 1
 
@@ -133,9 +133,9 @@ def _call(a, b, of_rows, of_columns, plan, dtype):
   m, n = of_rows.shape[1], of_columns.shape[1]
   rows, columns = m // TILE, n // TILE
   pair = plan.pair(rows)
-  how = {"interpret": plan.interpret} if plan.interpret else {}
+  options = {"interpret": plan.interpret} if plan.interpret else {}
   if pair > 1:
-    how |= {"cluster": (pair,), "cluster_names": ("pair",)}
+    options |= {"cluster": (pair,), "cluster_names": ("pair",)}
   processors = getattr(jax.devices()[0], "core_count", PROCESSORS)
   workers = max(1, min(processors, rows * columns) // pair)
   return plgpu.kernel(
@@ -145,17 +145,17 @@ def _call(a, b, of_rows, of_columns, plan, dtype):
     grid_names=("worker",),
     num_threads=GROUPS + 1,
     thread_name="group",
-    **how,
+    **options,
   )(a, b, of_rows, of_columns)
 
 
 def _in_shared_memory(dtype: jax.typing.DTypeLike) -> tuple:
-  """How a matrix lies there: rows of 128 bytes, swizzled."""
+  """Transforms of a matrix in shared memory: rows of 128 bytes, swizzled."""
   across = 128 // jnp.dtype(dtype).itemsize
   return plgpu.TilingTransform((8, across)), plgpu.SwizzleTransform(128)
 
 
-def _pipeline(plan: _Plan, slices: int, pair: int):
+def _pipeline(plan: GemmPlan, slices: int, pair: int):
   """Brings slices of both operands and of their scales."""
   matrix = functools.partial(
     plgpu.BlockSpec, transforms=_in_shared_memory(quantize.E4M3)

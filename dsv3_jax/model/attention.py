@@ -1,7 +1,7 @@
 """Causal softmax attention of whole sequences, linear in memory.
 
 One sequence at a time, and in it one chunk of queries at a time, so that scores
-stay in cache. Only the log-sum-exp is kept for the backward pass, which makes
+stay in cache. Only the log-sum-exp is saved for the backward pass, which makes
 the scores again. Softmax is in float32.
 
 Chunks are in a few blocks; those of a block see the keys up to its end. So the
@@ -10,7 +10,7 @@ chunk is a block, in sequences up to BLOCKS * CHUNK; and a program does not grow
 with the length.
 
 Scores are [keys, queries], so that what belongs to a query lies along the last
-dim, and queries' sums are made as [X, queries]: no product contracts the
+dim, and sums for queries are computed as [X, queries]: no product contracts the
 leading dims of both its operands. Both are much faster on CPU.
 """
 
@@ -48,34 +48,38 @@ def _over_chunks(
   start: int,
   end: int,
 ) -> tuple[Any, Any]:
-  """Runs chunk(carry, first query, how many) -> carry, parts over a block.
+  """Folds chunk(carry, first query, size) -> (carry, outputs) over a block.
 
-  Parts are joined along their last dim, of queries.
+  Outputs are concatenated along their last dim, of queries.
   """
-  n, rest = divmod(end - start, CHUNK)
-  found = []
+  n, remainder = divmod(end - start, CHUNK)
+  outputs = []
   if n == 1:
-    carry, parts = chunk(carry, start, CHUNK)
-    found.append(parts)
+    carry, output = chunk(carry, start, CHUNK)
+    outputs.append(output)
   elif n:
     first = start + CHUNK * jnp.arange(n)
-    one = lambda carry, first: chunk(carry, first, CHUNK)
-    carry, parts = jax.lax.scan(one, carry, first)
-    found.append(jax.tree.map(_joined, parts))
-  if rest:
-    carry, parts = chunk(carry, end - rest, rest)
-    found.append(parts)
-  return carry, _concatenated(found)
+
+    def full_chunk(carry, first):
+      return chunk(carry, first, CHUNK)
+
+    carry, output = jax.lax.scan(full_chunk, carry, first)
+    outputs.append(jax.tree.map(_merge_chunks, output))
+  if remainder:
+    carry, output = chunk(carry, end - remainder, remainder)
+    outputs.append(output)
+  return carry, _concatenate(outputs)
 
 
-def _joined(parts: jax.Array) -> jax.Array:
+def _merge_chunks(a: jax.Array) -> jax.Array:
   """[chunks, ..., queries] -> [..., all queries]."""
-  moved = jnp.moveaxis(parts, 0, -2)
+  moved = jnp.moveaxis(a, 0, -2)
   return moved.reshape(*moved.shape[:-2], -1)
 
 
-def _concatenated(found: list[Any]) -> Any:
-  return jax.tree.map(lambda *parts: jnp.concatenate(parts, -1), *found)
+def _concatenate(trees: list[Any]) -> Any:
+  """Concatenates the arrays of trees along their last dim."""
+  return jax.tree.map(lambda *a: jnp.concatenate(a, -1), *trees)
 
 
 def _mask(
@@ -97,8 +101,8 @@ def _mask(
   scores = scores.at[:, start:].set(near)
   if segments is None:
     return scores
-  apart = segments[:s, None] != _slice(segments, first, t, 0)[None]
-  return jnp.where(apart[None], fill, scores)
+  hidden = segments[:s, None] != _slice(segments, first, t, 0)[None]
+  return jnp.where(hidden[None], fill, scores)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -113,7 +117,7 @@ def attend(
 
   Args:
     q, k, v: queries, keys and values.
-    segments: [B, T] int32; a query sees keys of its own alone.
+    segments: [B, T] int32; a query sees keys of its own segment only.
     e5m6_columns: round to E5M6 with a scale for so many columns.
 
   Returns:
@@ -141,7 +145,7 @@ def _attend_fwd(q, k, v, segments, e5m6_columns):
 
       return _over_chunks(chunk, None, start, end)[1]
 
-    return _concatenated([block(*span) for span in _blocks(q.shape[1])])
+    return _concatenate([block(*span) for span in _blocks(q.shape[1])])
 
   # Turned outside of the loop: XLA would fold it into the products again.
   args = q, k, jnp.swapaxes(v, 2, 3), segments
@@ -185,7 +189,7 @@ def _attend_bwd(e5m6_columns, residuals, dout):
       carry, part = block(carry, *span)
       dq.append(part)
     dk, dv = carry
-    return _concatenated(dq), dk.astype(k.dtype), dv.astype(v.dtype)
+    return _concatenate(dq), dk.astype(k.dtype), dv.astype(v.dtype)
 
   q, k, v, segments, out, lse = residuals
   # sum_s p dp = sum_v out dout: what the softmax takes off its gradient.

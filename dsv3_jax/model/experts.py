@@ -126,18 +126,18 @@ def _make_plan(
 def _layout(chosen: jax.Array, n_experts: int, plan: ExpertPlan) -> _Layout:
   flat, small = chosen.reshape(-1), plan.blocks[-1]
   load = jax.nn.one_hot(flat, n_experts, dtype=jnp.int32).sum(0)
-  left = -(-load // small) * small
-  first_place = jnp.cumsum(left) - left
+  remaining = -(-load // small) * small  # padded rows, not yet in a block
+  first_place = jnp.cumsum(remaining) - remaining
   at, blocks = first_place, []
   for size in plan.blocks:
-    n = left // size
+    n = remaining // size
     ends = jnp.cumsum(n)
     index = jnp.arange(plan.places // size, dtype=jnp.int32)
     expert = jnp.searchsorted(ends, index, side="right").astype(jnp.int32)
     expert = jnp.minimum(expert, n_experts - 1)
     start = at[expert] + (index - (ends - n)[expert]) * size
     blocks.append(_Blocks(start, expert, ends[-1]))
-    at, left = at + n * size, left - n * size
+    at, remaining = at + n * size, remaining - n * size
   order = jnp.argsort(flat, stable=True).astype(jnp.int32)
   owner = jnp.minimum(flat[order], n_experts - 1)
   index, first_slot = jnp.arange(flat.size), jnp.cumsum(load) - load

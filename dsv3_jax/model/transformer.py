@@ -104,7 +104,7 @@ def _attention(
 def _unrolled(step, carry, stacked):
   """`lax.scan` as a Python loop."""
   leaves, structure = jax.tree.flatten(stacked)
-  # Split once: its transpose joins the layers' gradients in one copy.
+  # Unstacked at once: the transpose stacks the gradients in one copy.
   outs = []
   for layer in zip(*map(jnp.unstack, leaves), strict=True):
     carry, out = step(carry, jax.tree.unflatten(structure, layer))
@@ -120,7 +120,7 @@ def _unsharded(group: str, p: param_spec.Params) -> param_spec.Params:
 
 @dataclasses.dataclass(frozen=True)
 class ForwardContext:
-  """How a forward pass is carried out; never what it computes."""
+  """Options of a forward pass that do not change what it computes."""
 
   # Names of the activations that layers save for the backward pass.
   saved_activations: remat.SavedNames = None  # None: all
@@ -150,7 +150,7 @@ def forward(
     bias: [n_routers, E] f32 router bias.
     tokens: [B, T] int32, T above the MTP depth.
     cfg: the model.
-    ctx: how to carry it out.
+    ctx: options of the forward pass.
     segments: [B, T] int32; attention stays inside a segment. None: a token sees
       all tokens before it.
   """
