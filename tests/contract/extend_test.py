@@ -61,7 +61,7 @@ def losses(run, n_steps, mesh=None):
 def trained(test, run, stop, folder):
   """Trains in a workdir until a step; the losses of all its steps."""
   test.enter_context(
-    absltest.mock.patch.object(distributed, "mesh", device_mesh.mesh)
+    mock.patch.object(distributed, "mesh", device_mesh.make_mesh)
   )
   command = run_args.RunArgs(
     variant="tiny",
@@ -127,9 +127,9 @@ class AttentionTest(absltest.TestCase):
     self.assertTrue(np.isfinite(losses).all())
     stored = open_run.read_config(folder / "run")
     self.assertEqual(stored["settings"]["model.attention.type"], "gqa")
-    self.assertEqual(open_run.run_of(stored), run)
-    mesh = device_mesh.mesh({"data": 1})
-    saved = open_run.newest(folder / "run", run, mesh)
+    self.assertEqual(open_run.run_from_config(stored), run)
+    mesh = device_mesh.make_mesh({"data": 1})
+    saved = open_run.load_newest_params(folder / "run", run, mesh)
     params, bias = jax.tree.map(jnp.asarray, jax.device_get(saved))
     self.assertIn("gqa", params["moe"])
     self.check_decoding(run.model, params, bias)

@@ -42,9 +42,9 @@ def layer(kind, recipe, kept, n_tokens=N_TOKENS):
     of = lambda trained, x: block(
       recipe_lib.with_differentiable(trained, p), x, bias
     )
-    return jax.vjp(
-      remat_lib.keeping(kept, of), recipe_lib.differentiable(p), x
-    )[1]
+    return jax.vjp(remat_lib.remat(kept, of), recipe_lib.differentiable(p), x)[
+      1
+    ]
 
   dtype = jnp.float32 if recipe == "fp32" else jnp.bfloat16
   x = jax.ShapeDtypeStruct((1, n_tokens, CFG.d_model), dtype)
