@@ -1,5 +1,6 @@
 """The training state and one optimizer step."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 

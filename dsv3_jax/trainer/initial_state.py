@@ -81,7 +81,7 @@ def _with_parameters(
 
 
 def _shapes(model: config.Model) -> dict[str, str]:
-  specs = param_spec.paths(transformer.specs(model))
+  specs = param_spec.flatten_with_paths(transformer.specs(model))
   return {path: str(spec.shape) for path, spec in specs.items()}
 
 

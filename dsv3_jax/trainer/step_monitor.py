@@ -150,10 +150,10 @@ def fp8_shares(counters: Counters) -> dict[str, float]:
   """
   shares = {}
   for tensor_class, by_path in counters.items():
-    total = np.zeros(len(quantize.COUNTED))
+    total = np.zeros(len(quantize.COUNTERS))
     for counts in by_path.values():
       total += counts.reshape(-1, len(total)).sum(0, dtype=np.float64)
-    sums = dict(zip(quantize.COUNTED, total, strict=True))
+    sums = dict(zip(quantize.COUNTERS, total, strict=True))
     for name, whole in _SHARES.items():
       if sums[whole]:
         shares[f"fp8_{tensor_class}_{name}"] = sums[name] / sums[whole]
@@ -162,7 +162,7 @@ def fp8_shares(counters: Counters) -> dict[str, float]:
 
 def not_finite_tiles(counters: Counters) -> Iterator[str]:
   """Yields a line for each class, weight and layer with non-finite tiles."""
-  column = quantize.COUNTED.index("not_finite")
+  column = quantize.COUNTERS.index("not_finite")
   for tensor_class, by_path in counters.items():
     for path, counts in sorted(by_path.items()):
       by_layer = counts.reshape(-1, counts.shape[-1])[:, column]
