@@ -18,7 +18,7 @@ from dsv3_jax.infer import engine, inference_params
 from dsv3_jax.interop import open_run
 from dsv3_jax.model import attentions, router, transformer
 from dsv3_jax.parallel import device_mesh
-from dsv3_jax.trainer import distributed, metrics_writer, run_args, trainer
+from dsv3_jax.trainer import metrics_writer, trainer
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "extend.md"
 LONGEST = 33  # lines of code of an example, without imports and blank lines
@@ -58,22 +58,11 @@ def losses(run, n_steps, mesh=None):
   return np.array(found)
 
 
-def trained(test, run, stop, folder):
+def trained(run, stop, folder):
   """Trains in a workdir until a step; the losses of all its steps."""
-  test.enter_context(
-    mock.patch.object(distributed, "mesh", device_mesh.make_mesh)
-  )
-  command = run_args.RunArgs(
-    variant="tiny",
-    run=run,
-    workdir=folder / "run",
-    seed=0,
-    stop=stop,
-    mesh={"data": 1},
-    processes=distributed.Processes(),
-  )
-  trainer.execute(command)
-  rows = metrics_writer.read(command.workdir / metrics_writer.METRICS)
+  workdir = folder / "run"
+  trainer.Trainer(run, workdir, stop=stop, mesh={"data": 1}).fit()
+  rows = metrics_writer.read(workdir / metrics_writer.METRICS)
   return [row["loss"] for row in rows if "loss" in row]
 
 
@@ -120,8 +109,8 @@ class AttentionTest(absltest.TestCase):
       "attention.n_heads=4",
       "attention.n_groups=2",
     )
-    first = trained(self, run, 2, folder)
-    losses = trained(self, run, 4, folder)
+    first = trained(run, 2, folder)
+    losses = trained(run, 4, folder)
     self.assertEqual(losses[:2], first)
     self.assertLen(losses, 4)
     self.assertTrue(np.isfinite(losses).all())
