@@ -4,19 +4,16 @@ The functions are pure; `compiled.py` jits them and donates the cache.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from dsv3_jax import config, param_spec
 from dsv3_jax.infer import inference_params, kvcache
+from dsv3_jax.model import attentions, layers, moe, mtp
 from dsv3_jax.model import experts as experts_lib
-from dsv3_jax.model import layers, mla, moe, mtp, swiglu
 
 FEW = 8  # (token, expert) pairs that are faster without sorting
-
-Attention = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 def local_experts(n_slots: int) -> moe.Experts:
@@ -30,34 +27,37 @@ def local_experts(n_slots: int) -> moe.Experts:
 def _block(
   p: param_spec.Params,
   x: jax.Array,
-  kept: jax.Array,
+  cache: jax.Array,
   start: jax.Array,
   cfg: config.Model,
   options: "ForwardOptions",
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
   """Returns a layer's output, its cache, and the load [E] of its experts."""
-  h = layers.rms_norm(p["mla_norm"], x, cfg.norm_eps)
-  y, kept = options.attend(p["mla"], h, kept, start, cfg.mla)
+  name = cfg.attention.type
+  attention = attentions.functions(cfg.attention)
+  attend = options.prefill and attention.prefill or attention.decode
+  h = layers.rms_norm(p[f"{name}_norm"], x, cfg.norm_eps)
+  y, cache = attend(p[name], h, cache, start, cfg.attention)
   x = x + y
   h = layers.rms_norm(p["ffn_norm"], x, cfg.norm_eps)
   if "bias" not in p:
-    return x + swiglu.swiglu(p["ffn"], h), kept, None
+    return x + layers.swiglu(p["ffn"], h), cache, None
   n_slots = x.shape[0] * x.shape[1] * cfg.router.top_k
   experts = options.experts or local_experts(n_slots)
   y, stats = moe.moe(p["ffn"], h, p["bias"], cfg, experts, options.valid)
-  return x + y, kept, stats.load
+  return x + y, cache, stats.load
 
 
 @dataclasses.dataclass(frozen=True)
 class ForwardOptions:
   """Options of a forward pass with a cache."""
 
-  attend: Attention = mla.absorbed  # or `mla.chunk`, for many of each row
+  prefill: bool = False  # many tokens of each row: a chunk of a prompt
   valid: jax.Array | None = None  # [B, T] bool: the others go to no expert
   experts: moe.Experts | None = None  # None: all on this device
 
 
-ABSORBED = ForwardOptions()
+DECODE = ForwardOptions()
 
 
 def forward(
@@ -66,7 +66,7 @@ def forward(
   tokens: jax.Array,
   start: jax.Array,
   cfg: config.Model,
-  options: ForwardOptions = ABSORBED,
+  options: ForwardOptions = DECODE,
 ) -> tuple[jax.Array, kvcache.Cache, jax.Array]:
   """Runs the main model on the next tokens of every slot.
 
@@ -100,7 +100,7 @@ def forward_mtp(
   ahead: jax.Array,
   start: jax.Array,
   cfg: config.Model,
-  options: ForwardOptions = ABSORBED,
+  options: ForwardOptions = DECODE,
 ) -> tuple[jax.Array, jax.Array, kvcache.Cache, jax.Array]:
   """Runs the first MTP module on the next positions (section 2.2).
 

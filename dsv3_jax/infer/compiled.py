@@ -18,7 +18,7 @@ from dsv3_jax.infer import (
   serving_mesh,
   speculation,
 )
-from dsv3_jax.model import mla, moe
+from dsv3_jax.model import moe
 
 
 @flax.struct.dataclass
@@ -99,7 +99,7 @@ def _read_chunk(
     lambda a: jax.lax.dynamic_slice_in_dim(a, slot, 1), state.cache
   )
   valid = jnp.arange(chunk.tokens.shape[1])[None] < n
-  options = cached_forward.ForwardOptions(mla.chunk, valid, experts)
+  options = cached_forward.ForwardOptions(True, valid, experts)
   x, row, load = cached_forward.forward(
     params, row, chunk.tokens, start, cfg, options
   )

@@ -1,13 +1,13 @@
-"""The KV cache of MLA: latents instead of keys and values.
+"""The cache of earlier positions: one array per layer.
 
-For every layer and position it holds the normalised latent and the rotated key
-that all heads share, R + H numbers (arXiv:2412.19437, section 2.1.1).
+Its dims beyond texts and positions are those of the model's attention.
 """
 
 import jax
 import jax.numpy as jnp
 
 from dsv3_jax import config, param_spec
+from dsv3_jax.model import attentions
 
 MIN_LENGTH = 16  # positions
 
@@ -35,7 +35,7 @@ def specs(
     (
       ("slots", n_slots),
       ("positions", length),
-      ("latent", cfg.mla.kv_rank + cfg.mla.rope_dim),
+      *attentions.functions(cfg.attention).cache_spec(cfg.attention),
     ),
     jax.nn.initializers.zeros,
     jnp.dtype(dtype),
@@ -63,6 +63,7 @@ def grow(cache: Cache, n: int) -> Cache:
   """Returns the cache with room for n positions."""
 
   def leaf(a):
-    return jnp.pad(a, ((0, 0), (0, n - a.shape[1]), (0, 0)))
+    more = n - a.shape[1]
+    return jnp.pad(a, [(0, more if dim == 1 else 0) for dim in range(a.ndim)])
 
   return jax.tree.map(leaf, cache)

@@ -127,7 +127,7 @@ def validate(mesh: ServingMesh, cfg: config.Model, max_batch: int) -> list[str]:
   ffn_axes = dict(mesh.rules.logical_to_mesh).get("ffn", ())
   for name, size, axes in (
     ("max_batch", max_batch, device_mesh.BATCH),
-    ("mla.n_heads", cfg.mla.n_heads, ("model",)),
+    ("attention.n_heads", cfg.attention.n_heads, ("model",)),
     ("n_replicas", mesh.n_replicas, GROUP),
     ("dense_ffn_dim", cfg.dense_ffn_dim, ffn_axes),
   ):

