@@ -15,6 +15,7 @@ on where it stopped.
 """
 
 import collections
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -29,15 +30,33 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from absl import flags
-
 from dsv3_jax.errors import InputError
+from experiments import cli
+from experiments.flag_parser import flag
 from scripts import data_sources
 
 LEAST = 40  # characters of a document; shorter ones are left out
 MANIFEST, TEXT = "manifest.json", "text.jsonl.gz"
 
 Document = tuple[str, str]  # name, text
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+  """Flags."""
+
+  out: str = flag("", "the folder to write")
+  domains: tuple[str, ...] = flag(
+    data_sources.DOMAINS,
+    f"domains to prepare, of {', '.join(data_sources.DOMAINS)}",
+    choices=data_sources.DOMAINS,
+  )
+  most: float = flag(40.0, "megabytes of text of a domain", low=0.001)
+
+  def validate(self) -> Iterator[str]:
+    """Yields what is wrong with the flags."""
+    if not self.out:
+      yield "--out is missing: the folder to write"
 
 
 def _run(command: list[str], folder: pathlib.Path) -> None:
@@ -217,46 +236,21 @@ def prepare(out: pathlib.Path, domains: list[str], most: float) -> None:
     )
 
 
-def _flags(argv: list[str]) -> flags.FlagValues:
-  known = flags.FlagValues()
-  flags.DEFINE_string("out", "", "the folder to write", flag_values=known)
-  flags.DEFINE_list(
-    "domains",
-    list(data_sources.DOMAINS),
-    f"which, of {', '.join(data_sources.DOMAINS)}",
-    flag_values=known,
-  )
-  flags.DEFINE_float(
-    "most", 40, "megabytes of text of a domain", 0.001, flag_values=known
-  )
-  problems = []
+def execute(args: Args) -> None:
+  """Prepares the domains.
+
+  Raises:
+    InputError: a package cannot be fetched, or a file cannot be written.
+  """
   try:
-    _, *rest = known(argv)
-    if rest:
-      problems.append(f"stray arguments: {' '.join(rest)}")
-    if not known.out:
-      problems.append("--out is missing: the folder to write")
-    for domain in known.domains:
-      if domain not in data_sources.DOMAINS:
-        problems.append(
-          f"--domains={domain}: one of {', '.join(data_sources.DOMAINS)}"
-        )
-  except flags.Error as error:
-    problems.append(str(error))
-  if problems:
-    raise InputError("\n".join(problems))
-  return known
+    prepare(pathlib.Path(args.out), list(args.domains), args.most)
+  except OSError as error:
+    raise InputError(str(error)) from error
 
 
 def main() -> None:
-  """Prepares what the flags say; exit 2 where that cannot be."""
-  try:
-    known = _flags(sys.argv)
-    prepare(pathlib.Path(known.out), known.domains, known.most)
-  except (InputError, OSError) as error:
-    for line in str(error).splitlines():
-      print(f"error: {line}", file=sys.stderr)
-    sys.exit(2)
+  """Runs the program from the command line."""
+  cli.run_script(execute, Args)
 
 
 if __name__ == "__main__":

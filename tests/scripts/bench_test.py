@@ -1,12 +1,12 @@
 """Tests of the benchmark: its arithmetic, its flags and its workers."""
 
 import math
-import subprocess
 import sys
 from unittest import mock
 
 import jax
 import numpy as np
+import testing
 from absl.testing import absltest, parameterized
 
 from dsv3_jax import config
@@ -130,12 +130,10 @@ class FlagsTest(parameterized.TestCase):
     self.assert_refused(arguments, "cannot import torch and transformers")
 
   def assert_refused(self, arguments, *named):
-    command = [sys.executable, "-m", "scripts.bench", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    self.assertEqual(done.returncode, 2, done.stderr)
-    self.assertEqual(done.stdout, "")
+    code, out, err = testing.command_line(main.run, *arguments)
+    self.assertEqual((code, out), (2, ""), err)
     for text in named:
-      self.assertIn(text, done.stderr)
+      self.assertIn(text, err)
 
 
 class WorkerTest(parameterized.TestCase):

@@ -3,10 +3,8 @@
 import collections
 import contextlib
 import gzip
-import io
 import json
 import pathlib
-import sys
 from unittest import mock
 
 import testing
@@ -109,19 +107,7 @@ class DocumentsTest(absltest.TestCase):
 
 class PrepareTest(parameterized.TestCase):
   def call(self, *arguments):
-    out, err = io.StringIO(), io.StringIO()
-    argv = ["prepare_data", *arguments]
-    with (
-      mock.patch.object(sys, "argv", argv),
-      contextlib.redirect_stdout(out),
-      contextlib.redirect_stderr(err),
-    ):
-      try:
-        prepare_data.main()
-        code = 0
-      except SystemExit as exit:
-        code = exit.code
-    return code, out.getvalue(), err.getvalue()
+    return testing.command_line(prepare_data.main, *arguments)
 
   def test_the_interpreters_library_is_a_domain_to_train_on(self):
     root = testing.folder(self)
