@@ -26,6 +26,7 @@ from typing import IO, Any
 
 from rich import console, progress
 
+from dsv3_jax import io
 from dsv3_jax.config import fields
 from dsv3_jax.errors import InputError
 from dsv3_jax.infer import generate, sampling
@@ -242,12 +243,9 @@ def _append(file: IO[str], row: Row) -> None:
 
 def _save(path: pathlib.Path, rows: Mapping[int, Row]) -> None:
   """The file with these rows, in order; the old one until all are written."""
-  partial = path.with_name(f".{path.name}.partial")
-  with open(partial, "w", encoding="utf-8") as file:
+  with io.atomic_write(path) as file:
     for index in sorted(rows):
       _append(file, rows[index])
-    os.fsync(file.fileno())
-  os.replace(partial, path)
 
 
 def _written(writer: generate.Generator, todo: list[_Line]) -> Iterator[Row]:

@@ -27,7 +27,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from dsv3_jax import config
+from dsv3_jax import config, io
 from dsv3_jax.config import presets
 from dsv3_jax.data import tokenizer
 from dsv3_jax.errors import InputError
@@ -35,7 +35,7 @@ from dsv3_jax.evals import hidden, needles
 from dsv3_jax.interop import open_run
 from dsv3_jax.parallel import layout_check
 from dsv3_jax.report import page, plots, render
-from dsv3_jax.trainer import metrics_writer, run_args, trainer
+from dsv3_jax.trainer import distributed, metrics_writer, run_args, trainer
 from experiments import cli
 
 DEPTHS = tuple(np.linspace(0, 1, 11).tolist())
@@ -194,10 +194,8 @@ def write_texts(
   longest = length - needles.SPARE
   texts = (needles.training_text(rng, longest) for _ in range(n))
   folder.mkdir(parents=True, exist_ok=True)
-  partial = path.with_suffix(".partial")
-  lines = (json.dumps({"text": text}) + "\n" for text in texts)
-  partial.write_text("".join(lines), encoding="utf-8")
-  partial.rename(path)
+  with io.atomic_write(path) as file:
+    file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
   return path
 
 
@@ -205,8 +203,6 @@ def _models(
   command: run_args.RunArgs, done: Sequence[Phase], longest: int
 ) -> Iterator[tuple[str, hidden.EvalModel]]:
   """All models to look at, by label."""
-  from dsv3_jax.trainer import distributed
-
   mesh = distributed.mesh(command.mesh)
   for phase in done:
     folder = command.workdir / phase.name
@@ -243,10 +239,9 @@ def _evaluate(
     "prompts": _QUESTIONS.value,
     "right": grids,
   }
-  text = json.dumps(metrics_writer.to_json(facts), indent=2) + "\n"
   last = [phase for phase in done if phase.name.startswith("yarn")][-1]
   for path in (command.workdir, command.workdir / last.name):
-    (path / "needles.json").write_text(text)
+    io.write_json(path / "needles.json", metrics_writer.to_json(facts))
   draw = functools.partial(
     plots.needles, lengths=tested, depths=DEPTHS, right=grids
   )

@@ -19,14 +19,13 @@ expects less than 0.25 %, of losses smoothed with an average of weight 0.9.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 from absl import flags
 
-from dsv3_jax import config
+from dsv3_jax import config, io
 from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
 from dsv3_jax.report import plots, render
@@ -191,8 +190,8 @@ def _write(command: run_args.RunArgs, losses: Losses) -> None:
     "warmup_steps": warmup,
     "arms": rows,
   }
-  text = json.dumps(metrics_writer.to_json(facts), indent=2) + "\n"
-  (command.workdir / "comparison.json").write_text(text)
+  path = command.workdir / "comparison.json"
+  io.write_json(path, metrics_writer.to_json(facts))
   picture = render.png(
     functools.partial(
       plots.gaps,

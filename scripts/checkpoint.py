@@ -19,7 +19,7 @@ import rich.box
 import rich.console
 import rich.table
 
-from dsv3_jax import config
+from dsv3_jax import config, io
 from dsv3_jax.checkpoint import checkpointer, manifest
 from dsv3_jax.errors import InputError
 from dsv3_jax.interop import open_run
@@ -124,7 +124,7 @@ def diff(
   one = manifest.read(checkpoints.folder(step))
   other = manifest.read(others.folder(other_step))
   print(f"{checkpoints.folder(step)} -> {others.folder(other_step)}")
-  lines = config.diff(_flat(one.metadata), _flat(other.metadata))
+  lines = config.diff(io.flatten(one.metadata), io.flatten(other.metadata))
   types = [
     {name: facts["type"] for name, facts in each.arrays.items()}
     for each in (one, other)
@@ -155,16 +155,6 @@ def _distance(a: np.ndarray, b: np.ndarray) -> str:
     f"{np.mean(a != b):.1%} of the values differ, by {apart:.3g} at most; the"
     f" largest is {largest:.3g}"
   )
-
-
-def _flat(facts: dict, prefix: str = "") -> dict:
-  out = {}
-  for key, value in facts.items():
-    if isinstance(value, dict):
-      out |= _flat(value, f"{prefix}{key}.")
-    else:
-      out[prefix + key] = value
-  return out
 
 
 def execute(args: Args) -> None:

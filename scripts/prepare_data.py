@@ -17,7 +17,6 @@ on where it stopped.
 import collections
 import dataclasses
 import gzip
-import hashlib
 import json
 import os
 import pathlib
@@ -30,6 +29,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+from dsv3_jax import io
 from dsv3_jax.errors import InputError
 from experiments import cli
 from experiments.flag_parser import flag
@@ -119,14 +119,10 @@ def documents(
         yield f"{name}:{i}", document
 
 
-def _digest(text: str) -> bytes:
-  return hashlib.sha256(text.encode()).digest()
-
-
 def part(found: list[Document], most: float) -> list[Document]:
   """Documents of at most so many bytes, chosen by hash, in their order."""
   chosen, left = set(), most
-  for i in sorted(range(len(found)), key=lambda i: _digest(found[i][1])):
+  for i in sorted(range(len(found)), key=lambda i: io.sha256(found[i][1])):
     size = len(found[i][1].encode())
     if size <= left:
       chosen.add(i)
@@ -137,21 +133,18 @@ def part(found: list[Document], most: float) -> list[Document]:
 def _write(found: list[Document], path: pathlib.Path) -> str:
   """Writes documents; the same ones give the same bytes. Their digest."""
   path.parent.mkdir(exist_ok=True)
-  partial = path.with_name(f".{path.name}.partial")
   with (
-    open(partial, "wb") as file,
+    io.atomic_write(path, "wb") as file,
     gzip.GzipFile("", "wb", mtime=0, fileobj=file) as packed,
   ):
     for name, text in found:
       line = json.dumps({"text": text, "source": name}, ensure_ascii=False)
       packed.write(line.encode() + b"\n")
-  digest = hashlib.sha256(partial.read_bytes()).hexdigest()
-  os.replace(partial, path)
-  return digest
+  return io.file_sha256(path)
 
 
 def _of_source(
-  source: data_sources.Source, downloads: pathlib.Path, known: set[bytes]
+  source: data_sources.Source, downloads: pathlib.Path, known: set[str]
 ) -> tuple[list[Document], dict[str, Any]]:
   """New documents of a source, and what the manifest says of it."""
   facts = {
@@ -168,13 +161,13 @@ def _of_source(
       root = pathlib.Path(folder)
       file = _fetch(source, downloads)
       _unpack(source, file, root)
-      digest = hashlib.sha256(file.read_bytes()).hexdigest()
+      digest = io.file_sha256(file)
       facts |= {"file": file.name, "sha256": digest}
       facts["megabytes_fetched"] = round(file.stat().st_size / 1e6, 1)
     for name, text in documents(source, root, left_out):
       if "site-packages" in name:
         continue
-      if (digest := _digest(text)) in known:
+      if (digest := io.sha256(text)) in known:
         left_out["there before"] += 1
       else:
         known.add(digest)
@@ -197,12 +190,12 @@ def prepare(out: pathlib.Path, domains: list[str], most: float) -> None:
   downloads = out / ".downloads"
   downloads.mkdir(parents=True, exist_ok=True)
   path = out / MANIFEST
-  manifest = json.loads(path.read_text()) if path.exists() else {}
+  manifest = io.read_json_object(path) if path.exists() else {}
   for domain in domains:
     there = manifest.get(domain, {})
     file = out / domain / TEXT
     if there.get("most_megabytes") == most and file.is_file():
-      if hashlib.sha256(file.read_bytes()).hexdigest() == there["sha256"]:
+      if io.file_sha256(file) == there["sha256"]:
         print(f"{domain}: there already", flush=True)
         continue
     known, found, facts = set(), [], []
@@ -226,9 +219,7 @@ def prepare(out: pathlib.Path, domains: list[str], most: float) -> None:
       "sha256": _write(kept, file),
       "sources": facts,
     }
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(manifest, indent=2) + "\n")
-    os.replace(partial, path)
+    io.write_json(path, manifest)
     print(
       f"{domain}: {len(kept):,} of {len(found):,} documents,"
       f" {n_bytes / 1e6:.1f} MB",

@@ -8,7 +8,7 @@ import grain
 import numpy as np
 import tokenizers
 
-from dsv3_jax import config
+from dsv3_jax import config, io
 from dsv3_jax.data import packing, shuffle, token_file, tokenizer
 
 MANIFEST, TOKENIZER = "data.json", "tokenizer.json"
@@ -117,5 +117,4 @@ def _compression(
 def write_manifest(corpus: TokenizedCorpus, directory: pathlib.Path) -> None:
   """Writes the digests of a corpus and how well its text compresses."""
   manifest = {"digests": corpus.digests, "compression": corpus.compression}
-  with token_file.replacing(directory / MANIFEST) as temporary:
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
+  io.write_json(directory / MANIFEST, manifest)
