@@ -29,7 +29,7 @@ from dsv3_jax.trainer import (
   metrics_writer,
   run_args,
 )
-from experiments import allocator, flag_parser
+from experiments import flag_parser
 
 OK, BAD_INPUT, NOT_FINITE = (
   exit_codes.OK,
@@ -249,7 +249,6 @@ def main(
     command, more = _command(variants)
     if problems := problems + more:
       raise InputError("\n".join(problems))
-    allocator.use_mimalloc()
     return execute(command)
 
   run_main(checked)

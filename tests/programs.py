@@ -50,10 +50,9 @@ SETTINGS = (
 
 
 def environment():
-  """What programs are started with: a quick compiler, and no allocator."""
+  """What programs are started with: a compiler that is quick."""
   env = os.environ | {
     "JAX_PLATFORMS": "cpu",
-    "LD_PRELOAD": "",  # one start instead of two
     "XLA_FLAGS": "--xla_backend_optimization_level=0"
     " --xla_cpu_use_fusion_emitters=false",
     "PYTHONPATH": str(ROOT),

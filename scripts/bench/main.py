@@ -36,7 +36,7 @@ import numpy as np
 from dsv3_jax import config
 from dsv3_jax.config import presets
 from dsv3_jax.plan import flops
-from experiments import cli
+from experiments import allocator, cli
 from experiments.flag_parser import flag
 from scripts.bench import worker as worker_lib
 
@@ -204,7 +204,7 @@ class Side:
   python: str = sys.executable
   precision: str = "fp32"
   module: str = ""  # its worker; "": ours
-  env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  env: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of theirs
 
 
 def job(shape: str, load: Load, settings: Sequence[str]) -> dict[str, Any]:
@@ -226,19 +226,22 @@ def measure(
   shape: str, load: Load, sides: dict[str, Side], n_rounds: int
 ) -> dict[str, dict[str, Any]]:
   """Starts a worker for each side; see `take_turns`."""
-  root = str(pathlib.Path(__file__).resolve().parents[1])
+  root = str(pathlib.Path(__file__).resolve().parents[2])
   ours = (
     "scripts.bench.against_jax"
     if load.what == "train"
     else "scripts.bench.decode"
   )
+  # Only a training step allocates much once it is compiled.
+  memory = allocator.mimalloc(keep_freed=load.what == "train")
   jobs, workers = {}, {}
   with contextlib.ExitStack() as stack:
     for name, side in sides.items():
       settings = *OVERRIDES, f"precision.recipe={side.precision}"
       jobs[name] = job(shape, load, settings)
       command = [side.python, "-m", side.module or ours]
-      worker = worker_lib.start(command, side.env, root)
+      env = side.env if side.module else memory
+      worker = worker_lib.start(command, env, root)
       workers[name] = stack.enter_context(worker)
     return take_turns(workers, jobs, n_rounds)
 

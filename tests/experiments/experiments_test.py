@@ -155,10 +155,7 @@ class CommandLineTest(parameterized.TestCase):
     arguments = ["--variant=tiny", "--workdir=w", "--steps=7", "--seed=3"]
     arguments += ["--set=mla.n_heads=4", "--set=optim.eps=1e-9"]
     seen = []
-    with (
-      mock.patch.object(cli.allocator, "use_mimalloc"),
-      mock.patch.object(distributed.jax, "config"),
-    ):
+    with mock.patch.object(distributed.jax, "config"):
       code, _, err = testing.command_line(
         lambda: pretrain_main(seen.append), *arguments
       )
