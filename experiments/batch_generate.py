@@ -70,15 +70,17 @@ _FORMS = {
     'a list of {"role": ..., "content": ...}',
   ),
 }
-_SETTINGS = {
-  "max_tokens": (_is_integer, "an integer"),
-  "temperature": (_is_number, "a number"),
-  "top_p": (_is_number, "a number"),
-  "top_k": (_is_integer, "an integer"),
-  "seed": (_is_integer, "an integer"),
-  "stop": (_list_of(_is_text), "a list of strings"),
+_TYPES = {
+  int: (_is_integer, "an integer"),
+  float: (_is_number, "a number"),
+  tuple[str, ...]: (_list_of(_is_text), "a list of strings"),
 }
-_KNOWN = _FORMS | _SETTINGS
+SETTINGS = {
+  field.name: _TYPES[field.type]
+  for field in dataclasses.fields(generate.GenerationRequest)
+  if field.name != "prompt"
+}
+_KNOWN = _FORMS | SETTINGS
 
 
 def problems(settings: Mapping[str, Any]) -> list[str]:
@@ -160,7 +162,7 @@ def _asked(line: bytes, settings: Mapping[str, Any]) -> Row:
 
 
 def _ask(asked: Row) -> generate.GenerationRequest:
-  settings = {name: asked[name] for name in _SETTINGS}
+  settings = {name: asked[name] for name in SETTINGS}
   (prompt,) = (asked[form] for form in _FORMS if form in asked)
   for name in ("temperature", "top_p"):
     settings[name] = float(settings[name])
