@@ -12,6 +12,7 @@ tuple[str, ...], which is a list with commas or a flag to be repeated.
 """
 
 import dataclasses
+import difflib
 import re
 import sys
 import types
@@ -80,8 +81,8 @@ def unread(rest: Sequence[str], known: flags.FlagValues) -> Iterator[str]:
   for text in rest:
     name = text.lstrip("-").partition("=")[0]
     if text.startswith("-"):
-      close = fields.nearest(name, known).replace("'", "")
-      hint = close.replace("mean ", "mean --")
+      close = difflib.get_close_matches(name, list(known), n=1)
+      hint = f"; did you mean --{close[0]}?" if close else ""
       yield f"unknown flag {text!r}{hint}"
     else:
       yield f"stray argument {text!r}: settings are --flag=value"

@@ -142,9 +142,12 @@ class PrepareTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ((), "--out is missing"),
-    (("--out=x", "--domains=prose,gow"), "--domains=gow: one of prose,"),
+    (
+      ("--out=x", "--domains=prose,gow"),
+      "--domains=gow: must be one of prose,",
+    ),
     (("--out=x", "--most=0"), "most"),
-    (("--out=x", "y"), "stray arguments: y"),
+    (("--out=x", "y"), "stray argument 'y'"),
     (("--outt=x",), "outt"),
   )
   def test_refuses(self, arguments, message):
