@@ -77,7 +77,7 @@ class ScriptTest(parameterized.TestCase):
     for line, expected in zip(
       err.splitlines(),
       (
-        "unknown flag '--tims=F=1'; did you mean 'times'?",
+        "unknown flag '--tims=F=1'; did you mean --times?",
         "stray argument 'stray'",
         "--ranks=x: expected a whole number",
         "schedule 'dualpip': one of",
