@@ -47,7 +47,7 @@ def dry_run(command: run_args.RunArgs) -> None:
   run = command.run
   counts = flops.parameter_counts(run.model)
   length = run.data.seq_len
-  sizes = [f"{phase.batch_size * length:,}" for phase in run.phases]
+  sizes = [f"{phase.batch_size * length:,}" for phase in run.batch_phases]
   lines = {
     "main model": f"{counts['main']:,} parameters",
     "router biases": f"{counts['router_bias']:,}, apart from those",

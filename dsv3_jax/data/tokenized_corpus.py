@@ -84,7 +84,7 @@ def open_corpus(data: config.Data, directory: pathlib.Path) -> TokenizedCorpus:
     InputError: a file is missing or damaged, or a row is longer than the text.
   """
   domains = []
-  for name, weight in (data.weights or {"": 1.0}).items():
+  for name, weight in (data.domain_weights or {"": 1.0}).items():
     train = token_file.open_file(directory / name / "train.bin")
     heldout = token_file.open_file(directory / name / "heldout.bin")
     domains.append(
