@@ -17,14 +17,15 @@ def atomic_write(
 ) -> Iterator[IO[Any]]:
   """Opens a file for writing that replaces `path` once all is on the disk.
 
-  If the block raises, `path` stays as it was.
+  If the block raises, `path` stays as it was. What a killed process leaves is
+  overwritten by the next write; only one process may write a file at a time.
 
   Args:
     path: file to write; its folder exists.
     mode: "w" for UTF-8 text, "wb" for bytes.
     errors: treatment of text that has no UTF-8, as of `open`.
   """
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+  temporary = path.with_name(f".{path.name}.partial")
   text = {} if "b" in mode else {"encoding": "utf-8", "errors": errors}
   try:
     with open(temporary, mode, **text) as file:
