@@ -258,5 +258,10 @@ def _evaluate(
   print(page.write(command.workdir / last.name))
 
 
-if __name__ == "__main__":
+def main() -> None:
+  """Runs the program from the command line."""
   cli.main(VARIANTS, execute)
+
+
+if __name__ == "__main__":
+  main()

