@@ -40,20 +40,21 @@ ARMS = {
   "fp32": ("precision.recipe=fp32",),
 }
 BASELINE = "bf16"
-SMOOTHING = 0.9  # weight of what was, in the report's curves
-BAR = 0.0025  # relative, appendix B.1
+SMOOTHING = 0.9  # weight of the past, as in the report's curves
+BAR = 0.0025  # largest relative gap, appendix B.1
 
-_ARMS = flags.DEFINE_list("arms", ["bf16", "fp8", "again"], "what is trained")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "runs of each arm, from --seed on")
+_ARMS = flags.DEFINE_list(
+  "arms", ["bf16", "fp8", "again"], f"arms to train, of {', '.join(ARMS)}"
+)
+_SEEDS = flags.DEFINE_integer(
+  "seeds", 3, "runs of each arm; their seeds start at --seed"
+)
 
 Losses = dict[str, np.ndarray]  # [seeds, steps] by arm
 
 
 def smoothed(losses: np.ndarray) -> np.ndarray:
-  """The exponential moving average over the last dim, from the first step on.
-
-  Steps before the first are not taken for zeros: weights sum to one.
-  """
+  """The exponential moving average over the last dim, with bias correction."""
   total, weight, out = 0.0, 0.0, []
   for loss in np.moveaxis(losses, -1, 0):
     total = SMOOTHING * total + (1 - SMOOTHING) * loss
@@ -73,10 +74,10 @@ def gaps(losses: Losses) -> Losses:
 
 
 def compare(losses: Losses, warmup: int) -> dict[str, dict[str, float]]:
-  """By arm, the largest gap after the warm-up, and where the run ended.
+  """For each arm, the largest gaps after the warm-up, and the last gap.
 
-  `gap` is of the mean over seeds, `worst_seed` of each seed alone. A loss that
-  is not finite makes them NaN.
+  `gap` is that of the mean over seeds, `worst_seed` that of the worst seed. A
+  loss that is not finite makes them NaN.
   """
   out = {
     arm: {
@@ -93,7 +94,7 @@ def compare(losses: Losses, warmup: int) -> dict[str, dict[str, float]]:
 
 
 def table(rows: Mapping[str, Mapping[str, float]]) -> str:
-  """The comparison in lines."""
+  """The comparison as text."""
   lines = [f"{'gap to ' + BASELINE:16}{'mean of seeds':>14}{'one seed':>10}"]
   for arm, row in rows.items():
     within = row["gap"] < BAR
@@ -111,7 +112,7 @@ def _problems(
     f"--arms={arm}: one of {', '.join(ARMS)}" for arm in arms if arm not in ARMS
   ]
   if BASELINE not in arms:
-    problems.append(f"--arms: needs {BASELINE}, which others are compared to")
+    problems.append(f"--arms: needs {BASELINE}, the baseline of the others")
   if not 1 <= _SEEDS.value <= 2**32 - seed:
     problems.append(f"--seeds={_SEEDS.value}: must be at least 1")
   if stop <= run.schedule.warmup_steps:
