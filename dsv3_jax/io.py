@@ -37,10 +37,15 @@ def atomic_write(
     temporary.unlink(missing_ok=True)
 
 
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes a text file, complete or not at all."""
+  with atomic_write(path) as file:
+    file.write(text)
+
+
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes a value as indented JSON, complete or not at all."""
-  with atomic_write(path) as file:
-    file.write(json.dumps(value, indent=2) + "\n")
+  write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def sha256(data: str | bytes) -> str:
