@@ -1,15 +1,14 @@
-"""Many prompts from a file, and their texts into another one.
+"""Batch generation: a JSON Lines file of prompts to one of texts.
 
-A line of the prompts is a JSON object: "prompt", "ids" or "messages", that is a
-text, token ids with BOS if there is to be one, or a conversation; and whatever
-a text has of its own of "max_tokens", "temperature", "top_p", "top_k", "seed"
-and "stop". Lines without a seed have the command's plus their number.
+A line of the prompts is a JSON object with one of "prompt" (a text), "ids"
+(token ids, with BOS if wanted) and "messages" (a conversation); "max_tokens",
+"temperature", "top_p", "top_k", "seed" and "stop" override the command's. A
+line without a seed has the command's seed plus the line's number.
 
-A line of the texts has "index", the line of the prompt counted from 0, what the
-line asked for, and "text", "ended", "tokens" and "logprobs"; or "error". They
-are in order when all are there. The same command again goes on where the last
-one stopped; lines that had an error are tried again. It is for the user to see
-that the model is the same.
+A line of the texts has "index", the line of the prompt counted from 0, the
+request, and "text", "ended", "tokens" and "logprobs"; or "error". A complete
+file is ordered by index. The same command again resumes an interrupted one and
+retries lines with an error; it does not check that the model is the same.
 """
 
 import contextlib
@@ -26,6 +25,7 @@ from typing import IO, Any
 
 from rich import console, progress
 
+from dsv3_jax import io
 from dsv3_jax.config import fields
 from dsv3_jax.errors import InputError
 from dsv3_jax.infer import generate, sampling
@@ -41,7 +41,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_integer(value: Any) -> bool:
-  return type(value) is int  # a bool is none
+  return type(value) is int  # no bool
 
 
 def _is_number(value: Any) -> bool:
@@ -60,7 +60,7 @@ def _list_of(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
   return lambda value: isinstance(value, list) and all(map(good, value))
 
 
-# What a line may have: a check of it, and what that wants.
+# Keys of a line of prompts: the check of a value, and its description.
 _FORMS = {
   "prompt": (_is_text, "a string"),
   "ids": (_list_of(_is_integer), "a list of integers"),
@@ -69,19 +69,21 @@ _FORMS = {
     'a list of {"role": ..., "content": ...}',
   ),
 }
-_SETTINGS = {
-  "max_tokens": (_is_integer, "an integer"),
-  "temperature": (_is_number, "a number"),
-  "top_p": (_is_number, "a number"),
-  "top_k": (_is_integer, "an integer"),
-  "seed": (_is_integer, "an integer"),
-  "stop": (_list_of(_is_text), "a list of strings"),
+_TYPES = {
+  int: (_is_integer, "an integer"),
+  float: (_is_number, "a number"),
+  tuple[str, ...]: (_list_of(_is_text), "a list of strings"),
 }
-_KNOWN = _FORMS | _SETTINGS
+SETTINGS = {
+  field.name: _TYPES[field.type]
+  for field in dataclasses.fields(generate.GenerationRequest)
+  if field.name != "prompt"
+}
+_KNOWN = _FORMS | SETTINGS
 
 
 def problems(settings: Mapping[str, Any]) -> list[str]:
-  """What is wrong with settings that all lines begin with, a line each."""
+  """The problems of the settings that lines have by default, a line each."""
   found = sampling.validate(
     *(settings[name] for name in ("temperature", "top_p", "top_k", "seed"))
   )
@@ -93,7 +95,7 @@ def problems(settings: Mapping[str, Any]) -> list[str]:
 
 
 def file_problems(prompts: pathlib.Path, out: pathlib.Path) -> list[str]:
-  """What can be seen to be wrong with the files before a model is there."""
+  """The problems of the files that show before a model is loaded."""
   found = []
   if not os.path.isfile(prompts):
     found.append(f"--prompts={prompts}: there is no such file")
@@ -107,8 +109,8 @@ def file_problems(prompts: pathlib.Path, out: pathlib.Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def _told(flag: str) -> Iterator[None]:
-  """Makes errors of a file what a user is told."""
+def _input_errors(flag: str) -> Iterator[None]:
+  """Turns an OSError into an InputError that names the flag."""
   try:
     yield
   except OSError as error:
@@ -129,10 +131,10 @@ class _Line:
 
 
 def _asked(line: bytes, settings: Mapping[str, Any]) -> Row:
-  """What a line asks for, as in its row of texts.
+  """The request of a line of prompts, as its row of texts repeats it.
 
   Raises:
-    InputError: it is none that can be served; not all reasons are seen.
+    InputError: the line is malformed.
   """
   row = json.loads(line)
   if not isinstance(row, dict):
@@ -159,7 +161,7 @@ def _asked(line: bytes, settings: Mapping[str, Any]) -> Row:
 
 
 def _ask(asked: Row) -> generate.GenerationRequest:
-  settings = {name: asked[name] for name in _SETTINGS}
+  settings = {name: asked[name] for name in SETTINGS}
   (prompt,) = (asked[form] for form in _FORMS if form in asked)
   for name in ("temperature", "top_p"):
     settings[name] = float(settings[name])
@@ -171,8 +173,8 @@ def _ask(asked: Row) -> generate.GenerationRequest:
 def _lines(
   path: pathlib.Path, writer: generate.Generator, settings: Mapping[str, Any]
 ) -> list[_Line]:
-  """All lines that are not empty."""
-  with _told(f"--prompts={path}"):
+  """The lines of a file of prompts that are not empty."""
+  with _input_errors(f"--prompts={path}"):
     content = path.read_bytes()
   found = []
   # Other line breaks than this one may stand in a line of JSON.
@@ -195,8 +197,8 @@ def _lines(
 
 
 def _rows(path: pathlib.Path) -> Iterator[Row]:
-  """Complete rows of texts; one that was being written is left out."""
-  with _told(f"--out={path}"):
+  """Yields the complete rows of a file of texts."""
+  with _input_errors(f"--out={path}"):
     content = path.read_bytes() if path.exists() else b""
   *lines, last = content.split(b"\n")
   for number, line in enumerate(lines, 1):
@@ -215,10 +217,10 @@ def _rows(path: pathlib.Path) -> Iterator[Row]:
 
 
 def _done(path: pathlib.Path, lines: list[_Line]) -> dict[int, Row]:
-  """Rows of an earlier try, by line.
+  """Rows of an interrupted command, by line.
 
   Raises:
-    InputError: they are of other prompts or settings.
+    InputError: they belong to other prompts or settings.
   """
   asked = {line.index: line.asked for line in lines}
   done = {}
@@ -241,17 +243,14 @@ def _append(file: IO[str], row: Row) -> None:
 
 
 def _save(path: pathlib.Path, rows: Mapping[int, Row]) -> None:
-  """The file with these rows, in order; the old one until all are written."""
-  partial = path.with_name(f".{path.name}.partial")
-  with open(partial, "w", encoding="utf-8") as file:
+  """Replaces the file by one with these rows, in order."""
+  with io.atomic_write(path) as file:
     for index in sorted(rows):
       _append(file, rows[index])
-    os.fsync(file.fileno())
-  os.replace(partial, path)
 
 
 def _written(writer: generate.Generator, todo: list[_Line]) -> Iterator[Row]:
-  """Rows as their texts end."""
+  """Yields the row of each text when it ends."""
   parts = {}
   for piece in writer.stream(line.ask for line in todo):
     texts, tokens, logprobs = parts.setdefault(piece.index, ([], [], []))
@@ -279,16 +278,17 @@ def write(
   out: pathlib.Path,
   settings: Mapping[str, Any],
 ) -> None:
-  """Writes the texts of all prompts that have none yet.
+  """Generates the texts of all prompts that `out` does not have yet.
 
   Args:
-    writer: who writes.
+    writer: generates the texts.
     prompts: file of prompts.
     out: file of texts.
-    settings: of lines that do not say otherwise.
+    settings: defaults of the lines.
 
   Raises:
-    InputError: a file cannot be read or written, or `out` is of other prompts.
+    InputError: a file cannot be read or written, or `out` belongs to other
+      prompts.
   """
   lines = _lines(prompts, writer, settings)
   if not lines:
@@ -298,7 +298,7 @@ def write(
   todo = [x for x in lines if x.index not in rows and not x.error]
   bad = [{"index": x.index, "error": x.error} for x in lines if x.error]
   start, n_tokens = time.perf_counter(), 0
-  with _told(f"--out={out}"):
+  with _input_errors(f"--out={out}"):
     # An unfinished last row, and those with errors, go.
     _save(out, rows)
     with open(out, "a", encoding="utf-8") as file, _bar() as bar:
@@ -312,14 +312,14 @@ def write(
         bar.update(task, advance=1, speed=f"{speed:.0f} tokens/s")
     _save(out, rows)
   seconds = time.perf_counter() - start
-  _tell(
+  _print_line(
     f"{len(todo)} texts, {n_tokens} tokens in {seconds:.1f} s, compiling"
     " included"
   )
   if writer.engine.stats.drafts:
-    _tell(drafted(writer.engine.stats))
+    _print_line(drafted(writer.engine.stats))
   if bad:
-    _tell(f"{len(bad)} lines had an error, see their rows")
+    _print_line(f"{len(bad)} lines had an error, see their rows")
 
 
 def _bar() -> progress.Progress:
@@ -333,12 +333,12 @@ def _bar() -> progress.Progress:
   return progress.Progress(*columns, console=console.Console(stderr=True))
 
 
-def _tell(line: str) -> None:
+def _print_line(line: str) -> None:
   print(line, file=sys.stderr)
 
 
 def drafted(stats: stats_lib.EngineStats) -> str:
-  """What drafts were good for."""
+  """The acceptance rate of drafts and what it saves, as a sentence."""
   return (
     f"of {stats.drafts} drafts {stats.acceptance:.0%} accepted:"
     f" {stats.calls_per_token:.2f} passes of the main model a token"

@@ -13,6 +13,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import jax
 from absl import flags
@@ -28,7 +29,7 @@ from dsv3_jax.trainer import (
   metrics_writer,
   run_args,
 )
-from experiments import allocator, flag_parser
+from experiments import flag_parser
 
 OK, BAD_INPUT, NOT_FINITE = (
   exit_codes.OK,
@@ -170,7 +171,7 @@ def _help() -> str:
 
 def run_main(
   main: Callable[[], int | None], describe: Callable[[], str] = _help
-) -> None:
+) -> NoReturn:
   """Calls main and exits with the code that the error it raises stands for.
 
   Args:
@@ -198,6 +199,21 @@ def run_main(
     sys.stderr.flush()
     os._exit(code)
   sys.exit(code)
+
+
+def run_script(
+  execute: Callable[[Any], int | None], args_class: type
+) -> NoReturn:
+  """Reads the command line into `args_class`, calls `execute` with it, exits.
+
+  Args:
+    execute: does the work; returns None for success, or an exit code.
+    args_class: a dataclass of flags, see `flag_parser`.
+  """
+  run_main(
+    lambda: execute(flag_parser.parse(args_class, sys.argv)),
+    lambda: flag_parser.help_text(args_class),
+  )
 
 
 def start_jax(command: run_args.RunArgs) -> None:
@@ -233,7 +249,6 @@ def main(
     command, more = _command(variants)
     if problems := problems + more:
       raise InputError("\n".join(problems))
-    allocator.use_mimalloc()
     return execute(command)
 
   run_main(checked)

@@ -7,217 +7,213 @@
 With --prompts, many texts at a time: see `experiments/batch_generate.py`.
 """
 
+import dataclasses
 import math
 import pathlib
 import sys
 import time
-from typing import Any
-
-from absl import flags
+from collections.abc import Iterator
 
 from dsv3_jax.errors import InputError
 from dsv3_jax.infer import engine, generate, serving_mesh
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.trainer import distributed
-from experiments import batch_generate, cli
+from experiments import batch_generate, cli, flag_parser
+from experiments.flag_parser import flag
 
-_PROMPT = flags.DEFINE_string("prompt", "", "what the text starts with")
-_PROMPTS = flags.DEFINE_string("prompts", None, "a JSON Lines file of prompts")
-_OUT = flags.DEFINE_string(
-  "out",
-  None,
-  "where their texts go, in JSON Lines",
-  allow_override=True,  # `scripts.convert` has it too
-)
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 200, "tokens to write")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is greedy")
-_TOP_P = flags.DEFINE_float("top_p", 0.95, "nucleus of the distribution")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "most likely tokens; 0: all")
-_STOP = flags.DEFINE_multi_string("stop", [], "a string that ends the text")
-_SPECULATIVE = flags.DEFINE_bool(
-  "speculative", False, "draft tokens with the MTP module"
-)
-_DRAFTS = flags.DEFINE_integer("drafts", 1, "how many at a time")
-_SLOTS = flags.DEFINE_integer("slots", 8, "texts at the same time")
-_MAX_LEN = flags.DEFINE_integer(
-  "max_len", None, f"tokens of prompt and text; default: {generate.MAX_LEN}"
-)
-_CHUNK = flags.DEFINE_integer("chunk", 512, "tokens of a prompt read at once")
-_COMPUTE = flags.DEFINE_string("compute", "float32", "or bfloat16")
-_EMA = flags.DEFINE_bool("ema", False, "the averaged parameters")
-_UNIT = flags.DEFINE_string(
-  "unit", "decode", "with --mesh, how it divides the model, or prefill"
-)
-_REDUNDANT = flags.DEFINE_integer(
-  "redundant", None, "more slots than experts; default: as many as must be"
-)
-_REBALANCE = flags.DEFINE_integer(
-  "rebalance", 0, "cycles after which experts are placed anew; 0: never"
-)
-# Of a released checkpoint, as for `scripts.convert`.
-_AUTO_MAP = flags.DEFINE_bool(
-  "ignore_auto_map",
-  False,
-  "accept a config.json that names code, which is not run",
-  allow_override=True,
-)
-_LINKS = flags.DEFINE_bool(
-  "follow_links", False, "shards may be links", allow_override=True
-)
-
-# Those of all experiments that mean something here.
-_SHARED = ("workdir", "seed", "mesh")
-# Options of `text.Options` that are flags by another name.
-_FLAGS = {
-  "n_slots": "slots",
-  "n_drafts": "drafts",
-  "dtype": "compute",
-  "role": "unit",
-  "redundant_experts": "redundant",
-  "rebalance_every": "rebalance",
-}
+# Fields of `generate.EngineOptions` that are flags by another name.
+_FLAG_OF_FIELD = {"n_slots": "max_batch", "n_drafts": "drafts"}
 
 
-def _settings() -> dict[str, Any]:
-  """Of a text, where its prompt does not say otherwise."""
-  return {
-    "max_tokens": _MAX_TOKENS.value,
-    "temperature": _TEMPERATURE.value,
-    "top_p": _TOP_P.value,
-    "top_k": _TOP_K.value,
-    "seed": flags.FLAGS.seed,
-    "stop": tuple(_STOP.value),
-  }
+@dataclasses.dataclass(frozen=True)
+class Args:
+  """Flags."""
 
-
-def _ask() -> generate.GenerationRequest:
-  return generate.GenerationRequest(_PROMPT.value, **_settings())
-
-
-def _mesh() -> dict[str, int]:
-  return cli.parse_mesh(flags.FLAGS.mesh)[0]
-
-
-def _options() -> generate.EngineOptions:
-  deployment, n_slots = None, _SLOTS.value
-  if mesh := _mesh():
-    deployment = serving_mesh.ServingConfig(mesh, _UNIT.value, _REDUNDANT.value)
-  if not _PROMPTS.value and n_slots > 0:
-    n_slots = device_mesh.axis_size(mesh, device_mesh.BATCH)
-  return generate.EngineOptions(
-    dtype=_COMPUTE.value,
-    n_slots=n_slots,
-    max_len=_MAX_LEN.value,
-    chunk=_CHUNK.value,
-    n_drafts=max(_DRAFTS.value, 0) if _SPECULATIVE.value else 0,
-    deployment=deployment,
-    rebalance_every=_REBALANCE.value,
+  workdir: str = flag("", "folder of a run, or of a released checkpoint")
+  prompt: str = flag("", "beginning of the text")
+  prompts: str = flag("", "JSON Lines file of prompts")
+  out: str = flag("", "JSON Lines file for the texts of --prompts")
+  max_tokens: int = flag(200, "tokens to generate")
+  temperature: float = flag(0.8, "sampling temperature; 0 is greedy")
+  top_p: float = flag(0.95, "probability mass that nucleus sampling keeps")
+  top_k: int = flag(0, "sample from the k most likely tokens; 0: from all")
+  seed: int = flag(0, "random seed of the sampling")
+  stop: tuple[str, ...] = flag((), "string that ends the text", repeated=True)
+  speculative: bool = flag(False, "draft tokens with the MTP module")
+  drafts: int = flag(1, "tokens to draft at a time, with --speculative")
+  max_batch: int = flag(8, "texts generated at a time", old_name="slots")
+  max_len: int | None = flag(
+    None, f"tokens of prompt and text; default: {generate.MAX_LEN}"
   )
+  chunk: int = flag(512, "tokens of a prompt that are read at a time")
+  dtype: str = flag(
+    "float32",
+    f"of parameters and cache: {' or '.join(generate.DTYPES)}",
+    old_name="compute",
+  )
+  ema: bool = flag(False, "use the averaged parameters of a run")
+  mesh: str = flag("", "devices by axis, such as expert=4,model=2")
+  role: str | None = flag(
+    None,
+    "with --mesh, what the model is divided for: decode (the default) or"
+    " prefill",
+    old_name="unit",
+  )
+  redundant_experts: int | None = flag(
+    None,
+    "redundant expert replicas; default: fewest that divide evenly",
+    old_name="redundant",
+  )
+  rebalance_every: int = flag(
+    0,
+    "decode steps between rebalancings of the experts; 0: never",
+    old_name="rebalance",
+  )
+  ignore_auto_map: bool = flag(
+    False, "accept a config.json that names code, which is not run"
+  )
+  follow_links: bool = flag(False, "accept shards that are links")
 
+  def validate(self) -> Iterator[str]:
+    """Yields what is wrong with the flags, whatever the model."""
+    yield from cli.parse_mesh(self.mesh)[1]
+    needs_mesh = "role", "redundant_experts", "rebalance_every"
+    for name in needs_mesh:
+      if not self.mesh and getattr(self, name) not in (None, 0):
+        yield f"--{name}: needs --mesh"
+    if not self.workdir:
+      yield "--workdir is missing: the folder of a training run"
+    if bool(self.prompts) != bool(self.out):
+      yield "--prompts and --out: one needs the other"
+    elif self.out:
+      yield from batch_generate.file_problems(*self.files)
+    if self.prompts and self.prompt:
+      yield "--prompt and --prompts: give one of them"
+    if self.drafts < 1:
+      yield f"--drafts={self.drafts}: must be at least 1"
+    yield from map(_of_flag, batch_generate.problems(self.sampling))
 
-def _problems() -> list[str]:
-  """What is wrong with the flags, whatever the model."""
-  problems = [
-    f"--{flag.name}: means nothing here"
-    for flag in flags.FLAGS.get_flags_for_module(cli.__name__)
-    if flag.present and flag.name not in _SHARED
-  ]
-  problems += cli.parse_mesh(flags.FLAGS.mesh)[1]
-  problems += [
-    f"--{flag.name}: means nothing without --mesh"
-    for flag in (flags.FLAGS[h.name] for h in (_UNIT, _REDUNDANT, _REBALANCE))
-    if flag.present and not flags.FLAGS.mesh
-  ]
-  if not flags.FLAGS.workdir:
-    problems.append("--workdir is missing: the folder of a training run")
-  if bool(_PROMPTS.value) != bool(_OUT.value):
-    problems.append("--prompts and --out: one needs the other")
-  elif _OUT.value:
-    problems += batch_generate.file_problems(*_files())
-  if _PROMPTS.value and _PROMPT.value:
-    problems.append("--prompt and --prompts: give one of them")
-  if _DRAFTS.value < 1:
-    problems.append(f"--drafts={_DRAFTS.value}: must be at least 1")
-  return problems + list(map(_of_flag, batch_generate.problems(_settings())))
+  @property
+  def files(self) -> tuple[pathlib.Path, pathlib.Path]:
+    """Files of prompts and of texts."""
+    return pathlib.Path(self.prompts), pathlib.Path(self.out)
+
+  @property
+  def mesh_shape(self) -> dict[str, int]:
+    """Sizes of the mesh axes that are given."""
+    return cli.parse_mesh(self.mesh)[0]
+
+  @property
+  def sampling(self) -> dict[str, object]:
+    """Settings of a text whose line of --prompts gives no others."""
+    names = batch_generate.SETTINGS
+    return {name: getattr(self, name) for name in names}
+
+  @property
+  def request(self) -> generate.GenerationRequest:
+    """The request of --prompt."""
+    return generate.GenerationRequest(self.prompt, **self.sampling)
+
+  @property
+  def options(self) -> generate.EngineOptions:
+    """Options of the engine."""
+    deployment, n_slots, mesh = None, self.max_batch, self.mesh_shape
+    if mesh:
+      deployment = serving_mesh.ServingConfig(
+        mesh, self.role or "decode", self.redundant_experts
+      )
+    if not self.prompts and n_slots > 0:
+      n_slots = device_mesh.axis_size(mesh, device_mesh.BATCH)
+    return generate.EngineOptions(
+      dtype=self.dtype,
+      n_slots=n_slots,
+      max_len=self.max_len,
+      chunk=self.chunk,
+      n_drafts=max(self.drafts, 0) if self.speculative else 0,
+      deployment=deployment,
+      rebalance_every=self.rebalance_every,
+    )
 
 
 def _of_flag(problem: str) -> str:
   """A problem of `name=value`, with the name that the flag has."""
   name, equals, rest = problem.partition("=")
-  return f"--{_FLAGS.get(name, name)}{equals}{rest}"
+  return f"--{_FLAG_OF_FIELD.get(name, name)}{equals}{rest}"
 
 
-def _found(problems: list[str]) -> generate.LoadedModel:
+def _open(args: Args, problems: list[str]) -> generate.LoadedModel:
   """The model that the flags ask for.
 
   Args:
-    problems: that there are already; all are told together.
+    args: the flags.
+    problems: of the flags, to be reported with those of the model.
+
+  Raises:
+    InputError: all problems, one a line.
   """
-  found, problems = None, [*problems]
-  if folder := flags.FLAGS.workdir:
+  problems = list(problems)
+  if args.workdir:
     try:
-      found = generate.open_model(
-        folder,
-        average=_EMA.value,
-        ignore_auto_map=_AUTO_MAP.value,
-        follow_links=_LINKS.value,
+      loaded = generate.open_model(
+        args.workdir,
+        average=args.ema,
+        ignore_auto_map=args.ignore_auto_map,
+        follow_links=args.follow_links,
       )
-      # Bad settings have been told already.
-      asks = [] if problems or _PROMPTS.value else [_ask()]
-      problems += map(_of_flag, found.problems(_options(), *asks))
+      # Problems of the request itself are in the list already.
+      requests = [] if problems or args.prompts else [args.request]
+      problems += map(_of_flag, loaded.problems(args.options, *requests))
     except InputError as error:
       problems += str(error).splitlines()
   if problems:
     raise InputError("\n".join(problems))
-  return found
+  return loaded
 
 
-def _files() -> tuple[pathlib.Path, pathlib.Path]:
-  return pathlib.Path(_PROMPTS.value), pathlib.Path(_OUT.value)
-
-
-def _show(writer: generate.Generator) -> None:
-  """Prints the prompt and what follows it, piece by piece."""
+def _print_text(generator: generate.Generator, args: Args) -> None:
+  """Prints the prompt and the text that continues it, chunk by chunk."""
   start, n = time.perf_counter(), 0
-  print(_PROMPT.value, end="", flush=True)
-  for piece in writer.stream([_ask()]):
-    print(piece.text, end="", flush=True)
+  print(args.prompt, end="", flush=True)
+  for chunk in generator.stream([args.request]):
+    print(chunk.text, end="", flush=True)
     n += 1
   print()
-  if _SPECULATIVE.value:
+  if args.speculative:
     print(
       f"{n} tokens in {time.perf_counter() - start:.1f} s, compiling"
-      f" included; {batch_generate.drafted(writer.engine.stats)}",
+      f" included; {batch_generate.drafted(generator.engine.stats)}",
       file=sys.stderr,
     )
 
 
-def sample() -> None:
-  """Writes the texts that the flags ask for."""
-  problems = cli.parse_flags(sys.argv)
-  if not flags.FLAGS.is_parsed():  # a value of the wrong type
-    raise InputError("\n".join(problems))
-  problems += _problems()
-  if (n := math.prod(_mesh().values())) > 1:
-    distributed.use_virtual_devices(n, spare_threads=True)
-  writer = _found(problems).writer(_options())
-  if _PROMPTS.value:
-    batch_generate.write(writer, *_files(), _settings())
-  else:
-    _show(writer)
-  if _mesh():
-    _tell_balance(writer.engine)
-
-
-def _tell_balance(made: engine.Engine) -> None:
-  """How even the load of the devices was, each time that experts moved."""
-  found = [*made.stats.imbalance, made.imbalance().mean()]
+def _print_balance(served: engine.Engine) -> None:
+  """Prints the imbalance of the devices' load at each rebalancing."""
+  values = [*served.stats.imbalance, served.imbalance().mean()]
   print(
     "largest over mean load of the devices, mean over layers: "
-    + ", ".join(f"{value:.2f}" for value in found),
+    + ", ".join(f"{value:.2f}" for value in values),
     file=sys.stderr,
   )
 
 
+def _sample() -> None:
+  args, problems = flag_parser.read(Args, sys.argv)
+  mesh = args.mesh_shape
+  if (n := math.prod(mesh.values())) > 1:
+    distributed.use_virtual_devices(n, spare_threads=True)
+  generator = _open(args, problems).writer(args.options)
+  if args.prompts:
+    batch_generate.write(generator, *args.files, args.sampling)
+  else:
+    _print_text(generator, args)
+  if mesh:
+    _print_balance(generator.engine)
+
+
+def main() -> None:
+  """Runs the program from the command line."""
+  cli.run_main(_sample, lambda: flag_parser.help_text(Args))
+
+
 if __name__ == "__main__":
-  cli.run_main(sample)
+  main()

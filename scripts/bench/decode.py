@@ -18,7 +18,6 @@ from dsv3_jax import config
 from dsv3_jax.config import presets
 from dsv3_jax.infer import engine, inference_params, kvcache, serving_mesh
 from dsv3_jax.trainer import distributed
-from experiments import allocator
 from scripts.bench import worker
 
 LONGEST_CHUNK = 2048
@@ -106,5 +105,4 @@ def prepare(job: dict[str, Any]) -> worker.Task:
 
 
 if __name__ == "__main__":
-  allocator.use_mimalloc(keep_freed=False)
   worker.serve(prepare)

@@ -39,7 +39,6 @@ def refuse(command):
 
 pretrain_main = functools.partial(cli.main, pretrain.variants())
 refusing = functools.partial(pretrain_main, refuse)
-sample_main = functools.partial(cli.run_main, sample.sample)
 
 
 def python(*arguments, **environment):
@@ -164,10 +163,7 @@ class CommandLineTest(parameterized.TestCase):
     arguments = ["--variant=tiny", "--workdir=w", "--steps=7", "--seed=3"]
     arguments += ["--set=mla.n_heads=4", "--set=optim.eps=1e-9"]
     seen = []
-    with (
-      mock.patch.object(cli.allocator, "use_mimalloc"),
-      mock.patch.object(distributed.jax, "config"),
-    ):
+    with mock.patch.object(distributed.jax, "config"):
       code, _, err = testing.command_line(
         lambda: pretrain_main(seen.append), *arguments
       )
@@ -201,7 +197,7 @@ class SampleTest(parameterized.TestCase):
 
   def sample(self, *flags, workdir=None):
     return testing.command_line(
-      sample_main, f"--workdir={workdir or self.folder}", *flags
+      sample.main, f"--workdir={workdir or self.folder}", *flags
     )
 
   def text(self, *flags):
@@ -246,7 +242,7 @@ class SampleTest(parameterized.TestCase):
     flags.append("--temperature=0")  # it compiles less
     found = []
     for n_slots in (1, 4):
-      _, err = self.text(*flags, f"--slots={n_slots}", "--stop=e")
+      _, err = self.text(*flags, f"--max_batch={n_slots}", "--stop=e")
       self.assertRegex(err, r"5 texts, \d+ tokens in .*\n1 lines had an er")
       found.append(out.read_text())
       out.unlink()
@@ -282,16 +278,16 @@ class SampleTest(parameterized.TestCase):
     (("--stop=",), "--stop=: a stop string must not be empty"),
     (("--drafts=0",), "--drafts=0: must be at least 1"),
     (("--drafts=-1", "--speculative"), "--drafts=-1: must be at least 1"),
-    (("--slots=0",), "--slots=0: must be at least 1"),
+    (("--max_batch=0",), "--max_batch=0: must be at least 1"),
     (("--max_len=0",), "--max_len=0: must be at least 1"),
     (("--chunk=100",), "--chunk=100: must be a power of two, at least 16"),
     (("--chunk=8",), "--chunk=8: must be a power of two, at least 16"),
-    (("--compute=float16",), "--compute=float16: must be one of float32, b"),
+    (("--dtype=float16",), "--dtype=float16: must be one of float32, b"),
     (("--prompts=x",), "--prompts and --out: one needs the other"),
     (("--out=x",), "--prompts and --out: one needs the other"),
     (("--prompt_=x",), "unknown flag '--prompt_=x'; did you mean --prompt?"),
     (("cold",), "stray argument 'cold'"),
-    (("--set=d_model=3",), "--set: means nothing here"),
+    (("--set=d_model=3",), "unknown flag '--set=d_model=3'"),
     (
       ("--prompt=It was", "--max_tokens=5000"),
       "prompt of 3 tokens with max_tokens=5000: needs 5003 positions of the"
@@ -306,11 +302,11 @@ class SampleTest(parameterized.TestCase):
   def test_lists_all_problems_at_once(self):
     self.assert_refused(
       "--temperature=-1 --top_p=2 --top_k=-2 --seed=-3 --max_tokens=-4"
-      " --stop= --drafts=0 --slots=0 --max_len=-5 --chunk=3 --compute=int8"
+      " --stop= --drafts=0 --max_batch=0 --max_len=-5 --chunk=3 --dtype=int8"
       " --prompts=/nowhere/p --out=/nowhere/o --prompt=x --nothing=1"
       " --steps=3".split(),
       "unknown flag '--nothing=1'",
-      "--steps: means nothing here",
+      "unknown flag '--steps=3'",
       "--prompts=/nowhere/p: there is no such file",
       "--out=/nowhere/o: there is no such folder",
       "--prompt and --prompts: give one of them",
@@ -321,14 +317,25 @@ class SampleTest(parameterized.TestCase):
       "--seed=-3",
       "--max_tokens=-4",
       "--stop=",
-      "--compute=int8",
-      "--slots=0",
+      "--dtype=int8",
+      "--max_batch=0",
       "--max_len=-5",
       "--chunk=3",
     )
 
+  def test_old_flags_are_read_with_a_warning(self):
+    old = "--slots=0", "--compute=int8", "--redundant=1", "--unit=a"
+    code, _, err = self.sample(*old, "--rebalance=2")
+    self.assertEqual(code, cli.BAD_INPUT)
+    for text in (
+      *("--max_batch=0: must", "--dtype=int8: must", "--role: needs"),
+      *("--redundant_experts: needs", "--rebalance_every: needs"),
+    ):
+      self.assertIn(f"error: {text}", err)
+    self.assertEqual(err.count("warning: "), 5)
+
   def test_needs_a_workdir(self):
-    code, out, err = testing.command_line(sample_main, "--top_k=-1")
+    code, out, err = testing.command_line(sample.main, "--top_k=-1")
     self.assertEqual((code, out), (cli.BAD_INPUT, ""))
     self.assertIn("--workdir is missing", err)
     self.assertIn("--top_k=-1", err)
@@ -512,12 +519,12 @@ class StartTest(parameterized.TestCase):
       command.run.data, command.run.model.vocab_size, command.workdir / "data"
     )
     code, _, err = testing.command_line(
-      sample_main, f"--workdir={command.workdir}"
+      sample.main, f"--workdir={command.workdir}"
     )
     self.assertEqual(code, cli.NO_CHECKPOINT)
     self.assertIn("no finished checkpoint", err)
     code, _, err = testing.command_line(
-      sample_main, f"--workdir={command.workdir}", "--ema"
+      sample.main, f"--workdir={command.workdir}", "--ema"
     )
     self.assertEqual(code, cli.BAD_INPUT)
     self.assertIn("has no average, optim.ema_decay is 0", err)

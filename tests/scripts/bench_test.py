@@ -1,7 +1,6 @@
 """Tests of the benchmark: its arithmetic, its flags and its workers."""
 
 import math
-import subprocess
 import sys
 from unittest import mock
 
@@ -27,7 +26,7 @@ def prepare(job):
     time.sleep(job["step_s"])
     return 1.5
   return worker.Task(step=step, matmul=lambda: time.sleep(1e-3),
-                           version="fake")
+                     version="fake")
 
 worker.serve(prepare)
 """
