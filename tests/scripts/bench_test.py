@@ -1,6 +1,7 @@
 """Tests of the benchmark: its arithmetic, its flags and its workers."""
 
 import math
+import subprocess
 import sys
 from unittest import mock
 
