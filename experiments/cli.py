@@ -7,6 +7,7 @@ The same command again goes on where the last one stopped. All problems of a
 command line are listed at once, before JAX starts.
 """
 
+import functools
 import math
 import os
 import re
@@ -124,7 +125,7 @@ def parse_mesh(text: str) -> tuple[dict[str, int], list[str]]:
 def _command(
   variants: Mapping[str, config.Run],
 ) -> tuple[run_args.RunArgs, list[str]]:
-  """The command that the flags ask for, and all that is wrong with it."""
+  """Returns the arguments that the flags give, and their problems."""
   args = flags.FLAGS
   mesh, problems = parse_mesh(args.mesh)
   name = args.variant or next(iter(variants))
@@ -162,11 +163,14 @@ def _command(
   return command, problems + command.validate()
 
 
-def _help() -> str:
-  """What the program does, and the flags that make sense for it."""
+def _help(module: str = "__main__") -> str:
+  """Docstring and flags of an experiment's module, and the shared flags."""
   known = flags.FLAGS
-  parts = sys.modules["__main__"].__doc__, known.main_module_help()
-  return "\n".join((*map(str, parts), known.module_help(__name__)))
+  is_main = module == "__main__"
+  own = known.main_module_help() if is_main else known.module_help(module)
+  return "\n".join(
+    (str(sys.modules[module].__doc__), own, known.module_help(__name__))
+  )
 
 
 def run_main(
@@ -251,4 +255,4 @@ def main(
       raise InputError("\n".join(problems))
     return execute(command)
 
-  run_main(checked)
+  run_main(checked, functools.partial(_help, execute.__module__))
