@@ -1,14 +1,15 @@
-"""Batch generation: a JSON Lines file of prompts to one of texts.
+"""Generates texts for a JSON Lines file of prompts, into another such file.
 
-A line of the prompts is a JSON object with one of "prompt" (a text), "ids"
-(token ids, with BOS if wanted) and "messages" (a conversation); "max_tokens",
-"temperature", "top_p", "top_k", "seed" and "stop" override the command's. A
-line without a seed has the command's seed plus the line's number.
+A line of the prompts is a JSON object: "prompt", "ids" or "messages", that is a
+text, token ids (with BOS if there is to be one), or a conversation; and any of
+"max_tokens", "temperature", "top_p", "top_k", "seed" and "stop" that differ
+from the command's. A line without a seed has the command's plus its number.
 
-A line of the texts has "index", the line of the prompt counted from 0, the
-request, and "text", "ended", "tokens" and "logprobs"; or "error". A complete
-file is ordered by index. The same command again resumes an interrupted one and
-retries lines with an error; it does not check that the model is the same.
+A line of the texts has "index", the line of the prompt counted from 0; what the
+line asked for; and "text", "ended", "tokens" and "logprobs", or "error". They
+are in order when all are there. The same command again resumes where the last
+one stopped; lines that had an error are tried again. The user makes sure that
+the model is the same.
 """
 
 import contextlib
@@ -28,8 +29,9 @@ from rich import console, progress
 from dsv3_jax import io
 from dsv3_jax.config import fields
 from dsv3_jax.errors import InputError
-from dsv3_jax.infer import generate, sampling
-from dsv3_jax.infer import stats as stats_lib
+from dsv3_jax.infer import engine, generate
+from dsv3_jax.infer import request as request_lib
+from dsv3_jax.infer.request import GenerationRequest
 
 Row = dict[str, Any]
 
@@ -41,7 +43,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_integer(value: Any) -> bool:
-  return type(value) is int  # no bool
+  return type(value) is int  # a bool is none
 
 
 def _is_number(value: Any) -> bool:
@@ -60,7 +62,7 @@ def _list_of(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
   return lambda value: isinstance(value, list) and all(map(good, value))
 
 
-# Keys of a line of prompts: the check of a value, and its description.
+# Fields of a line: a check of the value, and what it must be.
 _FORMS = {
   "prompt": (_is_text, "a string"),
   "ids": (_list_of(_is_integer), "a list of integers"),
@@ -69,48 +71,34 @@ _FORMS = {
     'a list of {"role": ..., "content": ...}',
   ),
 }
-_TYPES = {
+_CHECKS = {
   int: (_is_integer, "an integer"),
   float: (_is_number, "a number"),
   tuple[str, ...]: (_list_of(_is_text), "a list of strings"),
 }
-SETTINGS = {
-  field.name: _TYPES[field.type]
-  for field in dataclasses.fields(generate.GenerationRequest)
-  if field.name != "prompt"
+_SETTINGS = {
+  name: _CHECKS[field.type] for name, field in request_lib.SETTINGS.items()
 }
-_KNOWN = _FORMS | SETTINGS
+_KNOWN = _FORMS | _SETTINGS
 
 
-def problems(settings: Mapping[str, Any]) -> list[str]:
-  """The problems of the settings that lines have by default, a line each."""
-  found = sampling.validate(
-    *(settings[name] for name in ("temperature", "top_p", "top_k", "seed"))
-  )
-  if settings["max_tokens"] < 1:
-    found.append(f"max_tokens={settings['max_tokens']}: must be at least 1")
-  if "" in settings["stop"]:
-    found.append("stop=: a stop string must not be empty")
-  return found
-
-
-def file_problems(prompts: pathlib.Path, out: pathlib.Path) -> list[str]:
-  """The problems of the files that show before a model is loaded."""
-  found = []
+def validate_files(prompts: pathlib.Path, out: pathlib.Path) -> list[str]:
+  """Lists problems of the two paths; opens no file."""
+  problems = []
   if not os.path.isfile(prompts):
-    found.append(f"--prompts={prompts}: there is no such file")
+    problems.append(f"--prompts={prompts}: there is no such file")
   if not os.path.isdir(out.parent):
-    found.append(f"--out={out}: there is no such folder")
+    problems.append(f"--out={out}: there is no such folder")
   elif os.path.exists(out) and not os.path.isfile(out):
-    found.append(f"--out={out}: is not a file")
-  elif os.path.exists(out) and not found and os.path.samefile(out, prompts):
-    found.append(f"--out={out}: is the file of prompts")
-  return found
+    problems.append(f"--out={out}: is not a file")
+  elif os.path.exists(out) and not problems and os.path.samefile(out, prompts):
+    problems.append(f"--out={out}: is the file of prompts")
+  return problems
 
 
 @contextlib.contextmanager
 def _input_errors(flag: str) -> Iterator[None]:
-  """Turns an OSError into an InputError that names the flag."""
+  """Raises errors of a user's file as InputError."""
   try:
     yield
   except OSError as error:
@@ -125,79 +113,82 @@ class _Line:
   """A line of the prompts."""
 
   index: int
-  asked: Row | None = None  # what is repeated beside the text
-  ask: generate.GenerationRequest | None = None
+  fields: Row | None = None  # repeated beside the text
+  request: GenerationRequest | None = None
   error: str = ""
 
 
-def _asked(line: bytes, settings: Mapping[str, Any]) -> Row:
-  """The request of a line of prompts, as its row of texts repeats it.
+def _parse_line(line: bytes, defaults: Row) -> Row:
+  """Returns the fields of a line, as they are in its row of texts.
 
   Raises:
-    InputError: the line is malformed.
+    InputError: a field is unknown or of the wrong type.
   """
   row = json.loads(line)
   if not isinstance(row, dict):
     raise InputError(f"must be a JSON object, is {reprlib.repr(row)}")
-  found = [
+  problems = [
     f"{name!r} is none of {', '.join(_KNOWN)}{fields.nearest(name, _KNOWN)}"
     for name in row
     if name not in _KNOWN
   ]
-  found += [
-    f"{name}={reprlib.repr(row[name])}: must be {kind}"
-    for name, (good, kind) in _KNOWN.items()
-    if name in row and not good(row[name])
+  problems += [
+    f"{name}={reprlib.repr(row[name])}: must be {expected}"
+    for name, (check, expected) in _KNOWN.items()
+    if name in row and not check(row[name])
   ]
   forms = _FORMS.keys() & row.keys()
   if len(forms) != 1:
-    found.append(f"must have one of {', '.join(_FORMS)}, has {len(forms)}")
-  if found:
-    raise InputError("\n".join(found))
-  asked = {form: row[form] for form in forms} | dict(settings) | row
-  # JSON may hold halves of characters, which no file and no tokenizer takes.
-  json.dumps(asked, ensure_ascii=False).encode()
-  return asked
+    problems.append(f"must have one of {', '.join(_FORMS)}, has {len(forms)}")
+  if problems:
+    raise InputError("\n".join(problems))
+  values = {form: row[form] for form in forms} | defaults | row
+  # JSON may hold surrogates, which no file and no tokenizer takes.
+  json.dumps(values, ensure_ascii=False).encode()
+  return values
 
 
-def _ask(asked: Row) -> generate.GenerationRequest:
-  settings = {name: asked[name] for name in SETTINGS}
-  (prompt,) = (asked[form] for form in _FORMS if form in asked)
-  for name in ("temperature", "top_p"):
-    settings[name] = float(settings[name])
-  return generate.GenerationRequest(
-    prompt, **settings | {"stop": tuple(settings["stop"])}
-  )
+def _make_request(row: Row) -> GenerationRequest:
+  (prompt,) = (row[form] for form in _FORMS if form in row)
+  settings = {
+    # A JSON number may be an integer, and has no tuples.
+    name: type(field.default)(row[name])
+    for name, field in request_lib.SETTINGS.items()
+  }
+  return GenerationRequest(prompt, **settings)
 
 
-def _lines(
-  path: pathlib.Path, writer: generate.Generator, settings: Mapping[str, Any]
+def _read_prompts(
+  path: pathlib.Path,
+  generator: generate.Generator,
+  defaults: GenerationRequest,
 ) -> list[_Line]:
-  """The lines of a file of prompts that are not empty."""
+  """Returns all lines that are not empty."""
   with _input_errors(f"--prompts={path}"):
     content = path.read_bytes()
-  found = []
+  settings = {name: getattr(defaults, name) for name in _SETTINGS}
+  settings["stop"] = list(defaults.stop)
+  lines = []
   # Other line breaks than this one may stand in a line of JSON.
   for index, line in enumerate(content.split(b"\n")):
     if not line.strip():
       continue
-    seed = (settings["seed"] + index) % 2**32
-    own = {**settings, "seed": seed, "stop": list(settings["stop"])}
+    seed = (defaults.seed + index) % 2**32
     try:
-      asked = _asked(line, own)
-      ask = _ask(asked)
-      writer.request(ask)
-      found.append(_Line(index, asked, ask))
+      row = _parse_line(line, settings | {"seed": seed})
+      request = _make_request(row)
+      generator.tokenize(request)
+      lines.append(_Line(index, row, request))
     except (ValueError, OverflowError, RecursionError) as error:
-      found.append(_Line(index, error=f"line {index + 1}: {error}"))
-  return found
+      lines.append(_Line(index, error=f"line {index + 1}: {error}"))
+  return lines
 
 
 # --- texts ---
 
 
-def _rows(path: pathlib.Path) -> Iterator[Row]:
-  """Yields the complete rows of a file of texts."""
+def _read_rows(path: pathlib.Path) -> Iterator[Row]:
+  """Yields the complete rows of texts; skips one that was being written."""
   with _input_errors(f"--out={path}"):
     content = path.read_bytes() if path.exists() else b""
   *lines, last = content.split(b"\n")
@@ -216,25 +207,25 @@ def _rows(path: pathlib.Path) -> Iterator[Row]:
     raise InputError(f"--out={path}: is no file of texts; take another one")
 
 
-def _done(path: pathlib.Path, lines: list[_Line]) -> dict[int, Row]:
-  """Rows of an interrupted command, by line.
+def _finished(path: pathlib.Path, lines: list[_Line]) -> dict[int, Row]:
+  """Returns the rows of an earlier run, by line.
 
   Raises:
-    InputError: they belong to other prompts or settings.
+    InputError: they are of other prompts or settings.
   """
-  asked = {line.index: line.asked for line in lines}
-  done = {}
-  for row in _rows(path):
+  expected = {line.index: line.fields for line in lines}
+  finished = {}
+  for row in _read_rows(path):
     if "error" in row:
       continue
     index = row["index"]
-    if {k: v for k, v in row.items() if k in _KNOWN} != asked.get(index):
+    if {k: v for k, v in row.items() if k in _KNOWN} != expected.get(index):
       raise InputError(
-        f"--out={path}: holds a text of line {index + 1} that was asked for"
-        " otherwise; take another file, or the old prompts and settings"
+        f"--out={path}: holds a text of line {index + 1} with another prompt or"
+        " other settings; take another file, or the old prompts and settings"
       )
-    done[index] = row
-  return done
+    finished[index] = row
+  return finished
 
 
 def _append(file: IO[str], row: Row) -> None:
@@ -243,68 +234,69 @@ def _append(file: IO[str], row: Row) -> None:
 
 
 def _save(path: pathlib.Path, rows: Mapping[int, Row]) -> None:
-  """Replaces the file by one with these rows, in order."""
+  """Replaces the file by these rows, in order, once all are written."""
   with io.atomic_write(path) as file:
     for index in sorted(rows):
       _append(file, rows[index])
 
 
-def _written(writer: generate.Generator, todo: list[_Line]) -> Iterator[Row]:
-  """Yields the row of each text when it ends."""
-  parts = {}
-  for piece in writer.stream(line.ask for line in todo):
-    texts, tokens, logprobs = parts.setdefault(piece.index, ([], [], []))
-    texts.append(piece.text)
-    tokens.append(piece.token)
-    logprobs.append(round(piece.logprob, 6))
-    if piece.finish_reason:
-      line = todo[piece.index]
+def _generate_rows(
+  generator: generate.Generator, lines: list[_Line]
+) -> Iterator[Row]:
+  """Yields the rows of lines as their texts end."""
+  unfinished = {}
+  for chunk in generator.stream(line.request for line in lines):
+    texts, tokens, logprobs = unfinished.setdefault(chunk.index, ([], [], []))
+    texts.append(chunk.text)
+    tokens.append(chunk.token)
+    logprobs.append(round(chunk.logprob, 6))
+    if chunk.finish_reason:
+      line = lines[chunk.index]
       yield (
         {"index": line.index}
-        | line.asked
+        | line.fields
         | {
           "text": "".join(texts),
-          "ended": piece.finish_reason,
+          "ended": chunk.finish_reason,
           "tokens": tokens,
           "logprobs": logprobs,
         }
       )
-      del parts[piece.index]
+      del unfinished[chunk.index]
 
 
-def write(
-  writer: generate.Generator,
+def generate_all(
+  generator: generate.Generator,
   prompts: pathlib.Path,
   out: pathlib.Path,
-  settings: Mapping[str, Any],
+  defaults: GenerationRequest,
 ) -> None:
-  """Generates the texts of all prompts that `out` does not have yet.
+  """Generates the texts of all prompts that have none yet.
 
   Args:
-    writer: generates the texts.
+    generator: of the texts.
     prompts: file of prompts.
     out: file of texts.
-    settings: defaults of the lines.
+    defaults: settings of lines that do not state them.
 
   Raises:
-    InputError: a file cannot be read or written, or `out` belongs to other
-      prompts.
+    InputError: a file cannot be read or written, or `out` is of other prompts.
   """
-  lines = _lines(prompts, writer, settings)
+  lines = _read_prompts(prompts, generator, defaults)
   if not lines:
     raise InputError(f"--prompts={prompts}: holds no line")
-  out = pathlib.Path(os.path.realpath(out))  # what a link leads to
-  rows = _done(out, lines)
+  out = pathlib.Path(os.path.realpath(out))  # the target of a link
+  rows = _finished(out, lines)
   todo = [x for x in lines if x.index not in rows and not x.error]
   bad = [{"index": x.index, "error": x.error} for x in lines if x.error]
   start, n_tokens = time.perf_counter(), 0
   with _input_errors(f"--out={out}"):
-    # An unfinished last row, and those with errors, go.
+    # Drops an unfinished last row, and rows with errors.
     _save(out, rows)
     with open(out, "a", encoding="utf-8") as file, _bar() as bar:
       task = bar.add_task("texts", total=len(lines), speed="")
       bar.update(task, completed=len(rows))
-      for row in itertools.chain(bad, _written(writer, todo)):
+      for row in itertools.chain(bad, _generate_rows(generator, todo)):
         rows[row["index"]] = row
         _append(file, row)
         n_tokens += len(row.get("tokens", ()))
@@ -312,14 +304,14 @@ def write(
         bar.update(task, advance=1, speed=f"{speed:.0f} tokens/s")
     _save(out, rows)
   seconds = time.perf_counter() - start
-  _print_line(
+  _log(
     f"{len(todo)} texts, {n_tokens} tokens in {seconds:.1f} s, compiling"
     " included"
   )
-  if writer.engine.stats.drafts:
-    _print_line(drafted(writer.engine.stats))
+  if generator.engine.stats.drafts:
+    _log(describe_drafts(generator.engine.stats))
   if bad:
-    _print_line(f"{len(bad)} lines had an error, see their rows")
+    _log(f"{len(bad)} lines had an error, see their rows")
 
 
 def _bar() -> progress.Progress:
@@ -333,12 +325,12 @@ def _bar() -> progress.Progress:
   return progress.Progress(*columns, console=console.Console(stderr=True))
 
 
-def _print_line(line: str) -> None:
+def _log(line: str) -> None:
   print(line, file=sys.stderr)
 
 
-def drafted(stats: stats_lib.EngineStats) -> str:
-  """The acceptance rate of drafts and what it saves, as a sentence."""
+def describe_drafts(stats: engine.EngineStats) -> str:
+  """Returns a sentence about the acceptance of drafts."""
   return (
     f"of {stats.drafts} drafts {stats.acceptance:.0%} accepted:"
     f" {stats.calls_per_token:.2f} passes of the main model a token"

@@ -92,11 +92,18 @@ _RENAMED = {
 }
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-  """Reads the flags; returns the problems, one a line."""
+def parse_flags(
+  argv: Sequence[str], renamed: Mapping[str, str] = _RENAMED
+) -> list[str]:
+  """Reads the flags; returns the problems, one a line.
+
+  Args:
+    argv: the command line.
+    renamed: {old name: new name} of flags.
+  """
   known = flags.FLAGS
   try:
-    argv = flag_parser.with_current_names(argv, _RENAMED)
+    argv = flag_parser.with_current_names(argv, renamed)
     _, *rest = known(argv, known_only=True)
   except (flags.Error, ValueError) as error:  # absl's own flags raise either
     return [str(error)]

@@ -1,4 +1,4 @@
-"""Text from a run's newest checkpoint, or from a released one.
+"""Generates text with a run's newest checkpoint, or with a released one.
 
   python -m experiments.sample --workdir=runs/demo --prompt="It is a truth"
   python -m experiments.sample --workdir=runs/demo \
@@ -15,40 +15,49 @@ import time
 from collections.abc import Iterator
 
 from dsv3_jax.errors import InputError
-from dsv3_jax.infer import engine, generate, serving_mesh
+from dsv3_jax.infer import engine, engine_options, generate, load, serving_mesh
+from dsv3_jax.infer import request as request_lib
+from dsv3_jax.infer.request import GenerationRequest
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.trainer import distributed
 from experiments import batch_generate, cli, flag_parser
 from experiments.flag_parser import flag
 
-# Fields of `generate.EngineOptions` that are flags by another name.
-_FLAG_OF_FIELD = {"n_slots": "max_batch", "n_drafts": "drafts"}
+# Flags of engine options whose field has another name.
+_FLAGS = {"n_drafts": "drafts"}
+
+
+def _setting(name: str, default: object) -> object:
+  """Makes the flag of a setting of a request."""
+  help_text = request_lib.SETTINGS[name].metadata["help"]
+  return flag(default, help_text, repeated=isinstance(default, tuple))
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-  """Flags."""
+  """Flags of the program."""
 
   workdir: str = flag("", "folder of a run, or of a released checkpoint")
   prompt: str = flag("", "beginning of the text")
   prompts: str = flag("", "JSON Lines file of prompts")
   out: str = flag("", "JSON Lines file for the texts of --prompts")
-  max_tokens: int = flag(200, "tokens to generate")
-  temperature: float = flag(0.8, "sampling temperature; 0 is greedy")
-  top_p: float = flag(0.95, "probability mass that nucleus sampling keeps")
-  top_k: int = flag(0, "sample from the k most likely tokens; 0: from all")
-  seed: int = flag(0, "random seed of the sampling")
-  stop: tuple[str, ...] = flag((), "string that ends the text", repeated=True)
+  max_tokens: int = _setting("max_tokens", 200)
+  temperature: float = _setting("temperature", 0.8)
+  top_p: float = _setting("top_p", 0.95)
+  top_k: int = _setting("top_k", 0)
+  seed: int = _setting("seed", 0)
+  stop: tuple[str, ...] = _setting("stop", ())
   speculative: bool = flag(False, "draft tokens with the MTP module")
   drafts: int = flag(1, "tokens to draft at a time, with --speculative")
   max_batch: int = flag(8, "texts generated at a time", old_name="slots")
   max_len: int | None = flag(
-    None, f"tokens of prompt and text; default: {generate.MAX_LEN}"
+    None,
+    f"tokens of prompt and text; default: {engine_options.DEFAULT_MAX_LEN}",
   )
   chunk: int = flag(512, "tokens of a prompt that are read at a time")
   dtype: str = flag(
     "float32",
-    f"of parameters and cache: {' or '.join(generate.DTYPES)}",
+    "of parameters and cache: float32 or bfloat16",
     old_name="compute",
   )
   ema: bool = flag(False, "use the averaged parameters of a run")
@@ -75,7 +84,7 @@ class Args:
   follow_links: bool = flag(False, "accept shards that are links")
 
   def validate(self) -> Iterator[str]:
-    """Yields what is wrong with the flags, whatever the model."""
+    """Yields the problems of the flags, whatever the model."""
     yield from cli.parse_mesh(self.mesh)[1]
     needs_mesh = "role", "redundant_experts", "rebalance_every"
     for name in needs_mesh:
@@ -86,12 +95,12 @@ class Args:
     if bool(self.prompts) != bool(self.out):
       yield "--prompts and --out: one needs the other"
     elif self.out:
-      yield from batch_generate.file_problems(*self.files)
+      yield from batch_generate.validate_files(*self.files)
     if self.prompts and self.prompt:
       yield "--prompt and --prompts: give one of them"
     if self.drafts < 1:
       yield f"--drafts={self.drafts}: must be at least 1"
-    yield from map(_of_flag, batch_generate.problems(self.sampling))
+    yield from map(_of_flag, self.request.validate())
 
   @property
   def files(self) -> tuple[pathlib.Path, pathlib.Path]:
@@ -104,45 +113,40 @@ class Args:
     return cli.parse_mesh(self.mesh)[0]
 
   @property
-  def sampling(self) -> dict[str, object]:
-    """Settings of a text whose line of --prompts gives no others."""
-    names = batch_generate.SETTINGS
-    return {name: getattr(self, name) for name in names}
+  def request(self) -> GenerationRequest:
+    """The request of --prompt, and the defaults of --prompts."""
+    settings = {name: getattr(self, name) for name in request_lib.SETTINGS}
+    return GenerationRequest(self.prompt, **settings)
 
   @property
-  def request(self) -> generate.GenerationRequest:
-    """The request of --prompt."""
-    return generate.GenerationRequest(self.prompt, **self.sampling)
-
-  @property
-  def options(self) -> generate.EngineOptions:
+  def options(self) -> engine_options.EngineOptions:
     """Options of the engine."""
-    deployment, n_slots, mesh = None, self.max_batch, self.mesh_shape
+    serving, max_batch, mesh = None, self.max_batch, self.mesh_shape
     if mesh:
-      deployment = serving_mesh.ServingConfig(
+      serving = serving_mesh.ServingConfig(
         mesh, self.role or "decode", self.redundant_experts
       )
-    if not self.prompts and n_slots > 0:
-      n_slots = device_mesh.axis_size(mesh, device_mesh.BATCH)
-    return generate.EngineOptions(
+    if not self.prompts and max_batch > 0:
+      max_batch = device_mesh.axis_size(mesh, device_mesh.BATCH)
+    return engine_options.EngineOptions(
       dtype=self.dtype,
-      n_slots=n_slots,
+      max_batch=max_batch,
       max_len=self.max_len,
       chunk=self.chunk,
       n_drafts=max(self.drafts, 0) if self.speculative else 0,
-      deployment=deployment,
+      serving=serving,
       rebalance_every=self.rebalance_every,
     )
 
 
 def _of_flag(problem: str) -> str:
-  """A problem of `name=value`, with the name that the flag has."""
+  """Renames a problem of a field, `name=value`, to that of its flag."""
   name, equals, rest = problem.partition("=")
-  return f"--{_FLAG_OF_FIELD.get(name, name)}{equals}{rest}"
+  return f"--{_FLAGS.get(name, name)}{equals}{rest}"
 
 
-def _open(args: Args, problems: list[str]) -> generate.LoadedModel:
-  """The model that the flags ask for.
+def _open(args: Args, problems: list[str]) -> load.LoadedModel:
+  """Opens the model that the flags name.
 
   Args:
     args: the flags.
@@ -154,7 +158,7 @@ def _open(args: Args, problems: list[str]) -> generate.LoadedModel:
   problems = list(problems)
   if args.workdir:
     try:
-      loaded = generate.open_model(
+      loaded = load.open_model(
         args.workdir,
         average=args.ema,
         ignore_auto_map=args.ignore_auto_map,
@@ -162,7 +166,7 @@ def _open(args: Args, problems: list[str]) -> generate.LoadedModel:
       )
       # Problems of the request itself are in the list already.
       requests = [] if problems or args.prompts else [args.request]
-      problems += map(_of_flag, loaded.problems(args.options, *requests))
+      problems += map(_of_flag, loaded.validate(args.options, *requests))
     except InputError as error:
       problems += str(error).splitlines()
   if problems:
@@ -181,14 +185,14 @@ def _print_text(generator: generate.Generator, args: Args) -> None:
   if args.speculative:
     print(
       f"{n} tokens in {time.perf_counter() - start:.1f} s, compiling"
-      f" included; {batch_generate.drafted(generator.engine.stats)}",
+      f" included; {batch_generate.describe_drafts(generator.engine.stats)}",
       file=sys.stderr,
     )
 
 
 def _print_balance(served: engine.Engine) -> None:
-  """Prints the imbalance of the devices' load at each rebalancing."""
-  values = [*served.stats.imbalance, served.imbalance().mean()]
+  """Prints the load imbalance of the devices, before each rebalancing."""
+  values = [*served.stats.imbalance, served.balancer.imbalance().mean()]
   print(
     "largest over mean load of the devices, mean over layers: "
     + ", ".join(f"{value:.2f}" for value in values),
@@ -201,9 +205,9 @@ def _sample() -> None:
   mesh = args.mesh_shape
   if (n := math.prod(mesh.values())) > 1:
     distributed.use_virtual_devices(n, spare_threads=True)
-  generator = _open(args, problems).writer(args.options)
+  generator = _open(args, problems).generator(args.options)
   if args.prompts:
-    batch_generate.write(generator, *args.files, args.sampling)
+    batch_generate.generate_all(generator, *args.files, args.request)
   else:
     _print_text(generator, args)
   if mesh:

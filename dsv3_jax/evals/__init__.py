@@ -1,1 +1,1 @@
-"""How good a model is."""
+"""Evaluation: likelihood of held-out text, logits, needles in haystacks."""

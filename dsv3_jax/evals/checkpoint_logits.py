@@ -33,7 +33,7 @@ def compute_logits(
   if problems := layout_check.validate(run, mesh.shape):
     raise InputError("\n".join(problems))
   layout = layouts.make_layout(run, mesh.shape, staged=False)
-  parts = load_sharded.load(source, layout, mesh, np.float32)
+  parts = load_sharded.load(source, layout.specs, mesh, np.float32)
   model = hidden.EvalModel(*parts, run, mesh)
   b, t = tokens.shape if tokens.ndim == 2 else (0, 0)
   result = [

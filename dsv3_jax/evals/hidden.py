@@ -1,4 +1,4 @@
-"""Last hidden states of rows that are divided over a mesh, to evaluate."""
+"""Scores of the last hidden states of rows, computed on a mesh."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from dsv3_jax.parallel import device_mesh, layouts
 
 @dataclasses.dataclass(frozen=True)
 class EvalModel:
-  """Parameters of a run, where its layout put them."""
+  """Parameters of a run, sharded by its layout, to be evaluated."""
 
   params: param_spec.Params  # MTP modules are not used
   bias: jax.Array  # [n_routers, E] f32
@@ -24,8 +24,8 @@ class EvalModel:
   mesh: jax.sharding.Mesh
 
 
-# Takes hidden states [b, T, D] of some of the rows, the weights of the head
-# and what belongs to these rows; returns a sum or a value a row.
+# A function of hidden states [b, T, D] of some rows, the weights of the head,
+# and the data of these rows. It returns a sum [] or a value for each row [b].
 Score = Callable[..., jax.Array]
 
 
@@ -68,42 +68,45 @@ def map_hidden(
   *data: np.ndarray,
   batch_size: int,
 ) -> list[Any]:
-  """What a function makes of hidden states, batch by batch.
+  """Applies `score` to the final hidden states of each batch.
 
   Args:
-    model: whose.
-    score: see `Score`; a function of a module, to be compiled once.
-    per_row: whether it returns a number for each row [b], not one sum [].
+    model: to evaluate.
+    score: see `Score`; a top-level function, so that it is compiled once.
+    per_row: whether it returns a value for each row [b], not one sum [].
     tokens: [R, T] int32.
-    *data: [R, ...] each, which `score` gets the same rows of; zeros belong to
-      the rows that a last batch lacks.
-    batch_size: rows at a time.
+    *data: [R, ...] each; `score` gets the same rows of them as of tokens. Rows
+      that pad the last batch are zeros.
+    batch_size: rows in a batch, rounded up to a multiple of the mesh's shards.
+
+  Returns:
+    The value of each batch, [] or [b].
   """
   mesh = model.mesh
   n_shards = device_mesh.axis_size(mesh.shape, device_mesh.ROWS)
   size = min(batch_size, len(tokens))
   size = -(-size // n_shards) * n_shards
   padding = -len(tokens) % size
-  whole = [
+  padded = [
     np.pad(a, ((0, padding), *((0, 0),) * (a.ndim - 1)))
     for a in (tokens, *data)
   ]
-  found = []
-  for i in range(0, len(whole[0]), size):
-    own = device_mesh.local_rows(size, mesh, device_mesh.ROWS)
-    here = tuple(a[i : i + size][own] for a in whole)
-    here = device_mesh.make_global_batch(
-      here, size, mesh, axes=device_mesh.ROWS
+  values = []
+  for i in range(0, len(padded[0]), size):
+    local = device_mesh.local_rows(size, mesh, device_mesh.ROWS)
+    rows = tuple(a[i : i + size][local] for a in padded)
+    rows = device_mesh.make_global_batch(
+      rows, size, mesh, axes=device_mesh.ROWS
     )
-    made = _scored(
+    value = _scored(
       model.params,
       model.bias,
-      here[0],
-      here[1:],
+      rows[0],
+      rows[1:],
       score=score,
       per_row=per_row,
       run=model.run,
       mesh=mesh,
     )
-    found.append(made)
-  return found
+    values.append(value)
+  return values

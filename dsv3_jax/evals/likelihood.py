@@ -12,14 +12,14 @@ from dsv3_jax.evals import hidden as hidden_lib
 
 @dataclasses.dataclass(frozen=True)
 class Likelihood:
-  """Of a text under a model."""
+  """Likelihood of a text under a model."""
 
   nats: float  # sum of -log p over the targets
   n_targets: int
   n_bytes: int  # of the text in UTF-8
 
   def row(self, suffix: str) -> dict[str, float]:
-    """Loss a token, and bits per byte of the text."""
+    """Returns the loss per token, and bits per byte of the text, as metrics."""
     return {
       f"heldout_loss{suffix}": self.nats / self.n_targets,
       f"heldout_bpb{suffix}": self.nats / math.log(2) / self.n_bytes,
@@ -27,7 +27,7 @@ class Likelihood:
 
 
 def _nll(hidden, head, labels, mask):
-  """Sum of -log p over the labels [B, T] that the mask selects."""
+  """Sums -log p over the labels [B, T] that the mask selects."""
   return losses.cross_entropy(
     hidden.reshape(-1, hidden.shape[-1]),
     head,
@@ -39,10 +39,10 @@ def _nll(hidden, head, labels, mask):
 def heldout(
   model: hidden_lib.EvalModel, rows: np.ndarray, mask: np.ndarray, n_bytes: int
 ) -> Likelihood:
-  """Of windows of a text.
+  """Computes the likelihood of a text from its windows.
 
   Args:
-    model: the parameters and where they are.
+    model: to evaluate.
     rows: [R, T + 1] int32 windows.
     mask: [R, T] bool, targets to score.
     n_bytes: UTF-8 bytes of the text that the scored targets spell.
@@ -59,11 +59,11 @@ def heldout(
   return Likelihood(float(sum(sums)), int(mask.sum()), n_bytes)
 
 
-def joined(found: Mapping[str, Likelihood]) -> dict[str, float]:
-  """What metrics say of the texts of domains: of all, then of each."""
-  columns = zip(*map(dataclasses.astuple, found.values()), strict=True)
-  rows = Likelihood(*map(sum, columns)).row("")
-  for name, likelihood in found.items():
+def metrics(domains: Mapping[str, Likelihood]) -> dict[str, float]:
+  """Returns metrics of all domains together, then of each one by name."""
+  columns = zip(*map(dataclasses.astuple, domains.values()), strict=True)
+  row = Likelihood(*map(sum, columns)).row("")
+  for name, likelihood in domains.items():
     if name:
-      rows |= likelihood.row(f"/{name}")
-  return rows
+      row |= likelihood.row(f"/{name}")
+  return row

@@ -46,19 +46,19 @@ def _logits(params, bias, tokens, *, run, mesh):
 def of_rows(
   model: hidden.EvalModel, tokens: np.ndarray
 ) -> Iterator[tuple[slice, tuple[np.ndarray, ...]]]:
-  """Logits of a few rows at a time, as many as the mesh divides.
+  """Computes logits of a few rows at a time, one for each shard of the mesh.
 
   Args:
-    model: whose; of one process.
+    model: to evaluate, on devices of one process.
     tokens: [B, T] int32, T above the MTP depth.
 
   Yields:
-    Which rows, and their logits in float32: [b, T, C] of the main model, whose
-    position t is of token t + 1, and [b, T - k, C] of MTP depth k, of token
-    t + k + 1.
+    A slice of the rows, and their logits in float32: [b, T, C] of the main
+    model, where position t predicts token t + 1, and [b, T - k, C] of MTP depth
+    k, where it predicts token t + k + 1.
 
   Raises:
-    InputError: tokens that the model does not have, or too few.
+    InputError: a token id is not in the vocabulary, or rows are too short.
   """
   cfg, size = (
     model.run.model,

@@ -1,9 +1,10 @@
-"""Needles in a haystack: facts hidden in text, and whether a model finds them.
+"""Needle in a haystack: retrieval of sentences hidden in a long text.
 
-A needle is a sentence such as "Remember the metal cobalt.", hay is sentences of
-the novels, and a question is "Recall the metal". A text to train on has needles
-and questions about those before, everywhere; a prompt has one that is asked
-for, at some depth, a few of other kinds, and the question at its end.
+A needle is a sentence such as "Remember the metal cobalt."; the filler text is
+sentences of the novels; a question is "Recall the metal". A training text has
+needles anywhere, and questions about those before. A prompt has the needle of
+its question at some depth, a few needles of other categories, and the question
+at its end.
 """
 
 import dataclasses
@@ -21,8 +22,8 @@ from dsv3_jax.errors import InputError
 from dsv3_jax.evals import hidden as hidden_lib
 
 SECRETS = {
-  kind: tuple(words.split())
-  for kind, words in {
+  category: tuple(words.split())
+  for category, words in {
     "colour": "amber azure beige black brown cream green grey ivory lilac"
     " ochre olive pink purple teal white",
     "metal": "brass bronze chrome cobalt copper gold iron lead mercury"
@@ -41,52 +42,52 @@ SECRETS = {
     " otter rabbit sheep tiger wolf",
   }.items()
 }
-HAY = 32  # different sentences
-OTHERS = 3  # needles of a prompt that are not asked for
-# Tokens of a text beyond its words and signs: BOS and EOS, and more than one of
-# its first word, which no space goes before.
+N_FILLER = 32  # different sentences of the filler text
+N_DISTRACTORS = 3  # needles of a prompt without a question
+# Tokens of a text beyond its words and punctuation: BOS and EOS, and more than
+# one of its first word, which no space precedes.
 SPARE = 12
-NEEDLE, QUESTION = 0.06, 0.5  # shares of the sentences of a text to train on
+NEEDLE, QUESTION = 0.06, 0.5  # fractions of the sentences of a training text
 _WORD_OR_SIGN = re.compile(r"\w+|[^\w\s]")
 
 
 def size(text: str) -> int:
-  """Words and signs: tokens of a vocabulary that has all these words."""
+  """Counts words and punctuation: tokens, if the vocabulary has all words."""
   return len(_WORD_OR_SIGN.findall(text))
 
 
 @functools.cache
 def filler_text() -> tuple[str, ...]:
-  """Short sentences of the novels."""
+  """Returns short sentences of the novels."""
   text = " ".join(d.text for d in text_files.read_documents("", "error"))
   sentences = re.findall(r"(?<=[.!?] )[A-Z][a-z]*(?: [a-z]+){4,8}\.", text)
-  return tuple(dict.fromkeys(sentences))[:HAY]
+  return tuple(dict.fromkeys(sentences))[:N_FILLER]
 
 
-def _needle(kind: str, secret: str) -> str:
-  return f"Remember the {kind} {secret}."
+def _needle(category: str, secret: str) -> str:
+  return f"Remember the {category} {secret}."
 
 
-def _question(kind: str) -> str:
-  return f"Recall the {kind}"
+def _question(category: str) -> str:
+  return f"Recall the {category}"
 
 
 def training_text(rng: np.random.Generator, length: int) -> str:
-  """A text of at most `length` words and signs, with questions answered."""
-  straw, kinds = filler_text(), list(rng.permutation(list(SECRETS)))
-  told: dict[str, str] = {}
+  """Draws a training text of at most `length` words, with its answers."""
+  filler, categories = filler_text(), list(rng.permutation(list(SECRETS)))
+  known: dict[str, str] = {}
   sentences, left = [], length
   while True:
     drawn = rng.random()
-    if kinds and (not told or drawn < NEEDLE):
-      kind = kinds.pop()
-      told[kind] = str(rng.choice(SECRETS[kind]))
-      sentence = _needle(kind, told[kind])
+    if categories and (not known or drawn < NEEDLE):
+      category = categories.pop()
+      known[category] = str(rng.choice(SECRETS[category]))
+      sentence = _needle(category, known[category])
     elif drawn < NEEDLE + QUESTION:
-      kind = str(rng.choice(list(told)))
-      sentence = f"{_question(kind)} {told[kind]}."
+      category = str(rng.choice(list(known)))
+      sentence = f"{_question(category)} {known[category]}."
     else:
-      sentence = straw[rng.integers(len(straw))]
+      sentence = filler[rng.integers(len(filler))]
     if (left := left - size(sentence)) < 0:
       return " ".join(sentences)
     sentences.append(sentence)
@@ -106,22 +107,22 @@ def prompt(
   depth: float,
   size: Callable[[str], int] = size,
 ) -> Prompt:
-  """A prompt of about some length, answer included, never more.
+  """Draws a prompt of about `length`, answer included, never longer.
 
   Args:
-    rng: draws what is asked for, and the hay.
-    length: of the prompt, as `size` counts.
-    depth: of the needle, from 0, at the beginning, to 1.
-    size: of a sentence.
+    rng: draws needles and filler text.
+    length: of the prompt, counted by `size`.
+    depth: position of the needle, from 0 (beginning) to 1 (end).
+    size: counts the length of a sentence.
   """
-  kinds = rng.permutation(list(SECRETS))[: OTHERS + 1]
-  secrets = [str(rng.choice(SECRETS[kind])) for kind in kinds]
-  needle, *others = map(_needle, kinds, secrets)
-  asked = _question(kinds[0])
+  categories = rng.permutation(list(SECRETS))[: N_DISTRACTORS + 1]
+  secrets = [str(rng.choice(SECRETS[category])) for category in categories]
+  needle, *others = map(_needle, categories, secrets)
+  asked = _question(categories[0])
   answer = f" {secrets[0]}"
   left = length - sum(map(size, (needle, *others, asked, answer)))
-  straw, sentences = filler_text(), []
-  while (left := left - size(new := straw[rng.integers(len(straw))])) >= 0:
+  filler, sentences = filler_text(), []
+  while (left := left - size(new := filler[rng.integers(len(filler))])) >= 0:
     sentences.append(new)
   for other in others:
     sentences.insert(rng.integers(len(sentences) + 1), other)
@@ -129,10 +130,10 @@ def prompt(
   return Prompt(" ".join((*sentences, asked)), answer)
 
 
-def _all_right(hidden, head, start, answer):
-  """Whether each row's answer [b, A] is the likeliest; PAD is any."""
-  where = start[:, None] + jnp.arange(answer.shape[1])[None]
-  states = jnp.take_along_axis(hidden, where[..., None], axis=1)
+def _answered(hidden, head, start, answer):
+  """Whether each row's answer [b, A] is the most likely; PAD matches any."""
+  positions = start[:, None] + jnp.arange(answer.shape[1])[None]
+  states = jnp.take_along_axis(hidden, positions[..., None], axis=1)
   guess = jnp.argmax(states @ head, axis=-1)
   right = (guess == answer) | (answer == tokenizer.PAD_ID)
   return right.all(-1).astype(jnp.float32)
@@ -145,10 +146,10 @@ def answers_right(
   length: int,
   batch_size: int,
 ) -> np.ndarray:
-  """Whether greedy decoding answers each of the prompts right [R] bool.
+  """Whether greedy decoding answers each prompt correctly, [R] bool.
 
   Args:
-    model: whose answers.
+    model: to evaluate.
     tok: its tokenizer.
     prompts: of at most `length` tokens, BOS and answer included.
     length: T, that all are padded to.
@@ -157,7 +158,10 @@ def answers_right(
   Raises:
     InputError: a prompt is longer.
   """
-  encode = lambda text: tok.encode(text, add_special_tokens=False).ids
+
+  def encode(text):
+    return tok.encode(text, add_special_tokens=False).ids
+
   rows = [
     ([tokenizer.BOS_ID, *encode(p.text)], encode(p.answer)) for p in prompts
   ]
@@ -172,7 +176,7 @@ def answers_right(
     tokens[i, : len(text) + len(answer)] = text + answer
     answers[i, : len(answer)] = answer
   right = hidden_lib.map_hidden(
-    model, _all_right, True, tokens, starts, answers, batch_size=batch_size
+    model, _answered, True, tokens, starts, answers, batch_size=batch_size
   )
   return np.concatenate(jax.device_get(right))[: len(rows)] > 0
 
@@ -185,13 +189,13 @@ def grid(
   n_prompts: int,
   tokens_at_once: int,
 ) -> np.ndarray:
-  """Shares of prompts answered right [lengths, depths]."""
+  """Returns the fraction of correct answers, [lengths, depths]."""
 
   @functools.cache
   def n_tokens(text):
     return len(tok.encode(f" {text.strip()}", add_special_tokens=False).ids)
 
-  shares = []
+  fractions = []
   for length in lengths:
     prompts = [
       prompt(
@@ -205,5 +209,5 @@ def grid(
     ]
     rows = max(tokens_at_once // length, 1)
     right = answers_right(model, tok, prompts, length, rows)
-    shares.append(right.reshape(len(depths), n_prompts).mean(1))
-  return np.stack(shares)
+    fractions.append(right.reshape(len(depths), n_prompts).mean(1))
+  return np.stack(fractions)

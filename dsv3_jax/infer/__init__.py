@@ -1,1 +1,1 @@
-"""Text from a trained model."""
+"""Inference: text generation with a trained model."""

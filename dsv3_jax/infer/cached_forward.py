@@ -1,7 +1,6 @@
-"""Reading tokens into the latent cache: many of a prompt, or the next few.
+"""Forward pass with a KV cache, of a prompt's chunk or of the next few tokens.
 
-`prefill` and `decode` are pure; what jits them gives them static shapes and
-donates the cache.
+The functions are pure; `compiled.py` jits them and donates the cache.
 """
 
 import dataclasses
@@ -15,15 +14,17 @@ from dsv3_jax.infer import inference_params, kvcache
 from dsv3_jax.model import experts as experts_lib
 from dsv3_jax.model import layers, mla, moe, mtp, swiglu
 
-FEW = 8  # choices of experts for which sorting does not pay
+FEW = 8  # (token, expert) pairs that are faster without sorting
 
 Attention = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 def local_experts(n_slots: int) -> moe.Experts:
-  """The routed experts of one device, for so many (token, expert) choices."""
+  """Returns the experts of one device for n_slots (token, expert) pairs."""
   few = n_slots <= FEW
-  return moe.Experts(experts_lib.few_ffn if few else experts_lib.grouped_ffn)
+  return moe.Experts(
+    experts_lib.slotwise_ffn if few else experts_lib.grouped_ffn
+  )
 
 
 def _block(
@@ -34,7 +35,7 @@ def _block(
   cfg: config.Model,
   options: "ForwardOptions",
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-  """A layer's output, its cache, and the load [E] of its experts."""
+  """Returns a layer's output, its cache, and the load [E] of its experts."""
   h = layers.rms_norm(p["mla_norm"], x, cfg.norm_eps)
   y, kept = options.attend(p["mla"], h, kept, start, cfg.mla)
   x = x + y
@@ -49,7 +50,7 @@ def _block(
 
 @dataclasses.dataclass(frozen=True)
 class ForwardOptions:
-  """How tokens are read."""
+  """Options of a forward pass with a cache."""
 
   attend: Attention = mla.absorbed  # or `mla.chunk`, for many of each row
   valid: jax.Array | None = None  # [B, T] bool: the others go to no expert
@@ -67,15 +68,15 @@ def forward(
   cfg: config.Model,
   options: ForwardOptions = ABSORBED,
 ) -> tuple[jax.Array, kvcache.Cache, jax.Array]:
-  """Reads the next tokens of every slot with the main model.
+  """Runs the main model on the next tokens of every slot.
 
   Args:
-    params: of `served.params`.
-    cache: of as many slots.
-    tokens: [B, T] int32; row b is at positions start[b] ...
+    params: of `inference_params.from_params`.
+    cache: of B slots.
+    tokens: [B, T] int32; row b begins at position start[b].
     start: [B] int32.
     cfg: the model.
-    options: in which way.
+    options: attention, valid tokens and experts.
 
   Returns:
     States after the last layer, [B, T, D], before the final norm; the cache
@@ -101,16 +102,16 @@ def forward_mtp(
   cfg: config.Model,
   options: ForwardOptions = ABSORBED,
 ) -> tuple[jax.Array, jax.Array, kvcache.Cache, jax.Array]:
-  """The same with the first MTP module (section 2.2).
+  """Runs the first MTP module on the next positions (section 2.2).
 
   Args:
     params, cache, start, cfg, options: as in `forward`.
     hidden: [B, T, D], the state that the module reads at its positions.
-    ahead: [B, T] int32, the token after each of them.
+    ahead: [B, T] int32, the token after each position.
 
   Returns:
-    States after its own norm, which the head reads, [B, T, D]; the states that
-    a further module would read; the cache; load of its experts, [E] int32.
+    States after the module's norm, which the head reads, [B, T, D]; the states
+    that a further module would read; the cache; load of its experts, [E] int32.
   """
   (kept,) = cache["mtp"]
 
@@ -128,18 +129,18 @@ def forward_mtp(
 def final_norm(
   params: inference_params.InferenceParams, x: jax.Array, cfg: config.Model
 ) -> jax.Array:
-  """The final norm of states [..., D]."""
+  """Applies the final norm to states [..., D]."""
   return layers.rms_norm(params["norm"], x, cfg.norm_eps)
 
 
 def logits(
   params: inference_params.InferenceParams, hidden: jax.Array
 ) -> jax.Array:
-  """Next-token logits [..., C] in float32 of normed states [..., D]."""
+  """Returns next-token logits [..., C] in float32 of normed states [..., D]."""
   rows = hidden.reshape(-1, hidden.shape[-1])
-  # As columns, really turned: the product is much faster so on CPU.
+  # The transpose is materialized: the product is much faster so on CPU.
   columns = jax.lax.optimization_barrier(rows.T)
-  found = jnp.matmul(
+  result = jnp.matmul(
     params["head"], columns, preferred_element_type=jnp.float32
   )
-  return found.T.reshape(*hidden.shape[:-1], -1)
+  return result.T.reshape(*hidden.shape[:-1], -1)

@@ -1,4 +1,4 @@
-"""What an engine compiles: a cycle, a chunk of prompts, a longer cache."""
+"""Compiled programs of an engine: decode step, prompt chunk, longer cache."""
 
 import functools
 from collections.abc import Callable
@@ -11,20 +11,22 @@ import jax.numpy as jnp
 from dsv3_jax import config
 from dsv3_jax.infer import (
   cached_forward,
+  inference_params,
   kvcache,
   sampling,
+  serving_ffn,
   serving_mesh,
   speculation,
 )
-from dsv3_jax.model import mla
+from dsv3_jax.model import mla, moe
 
 
 @flax.struct.dataclass
 class PromptChunk:
   """Parts of prompts, one for each shard of the slots.
 
-  What is behind the first n tokens is padding; of a shard that has no prompt to
-  read n is 0.
+  Tokens after the first n are padding; n is 0 for a shard without a prompt to
+  read.
   """
 
   tokens: jax.Array  # [R, T] int32
@@ -40,34 +42,34 @@ Program = Callable[..., tuple[speculation.DecodeState, Any, jax.Array]]
 
 @functools.cache
 def decode_program(
-  cfg: config.Model, unit: serving_mesh.ServingMesh | None, mode: str
+  cfg: config.Model, mesh: serving_mesh.ServingMesh | None, mode: str
 ) -> Program:
-  """`speculation.decode_step` of all slots, on one device or on a unit's.
+  """Compiles `speculation.decode_step` of all slots.
 
   Returns:
     A jitted function of parameters, state (donated) and the slots in use.
   """
-  experts = serving_mesh.make_experts(unit, cfg) if unit else None
+  experts = serving_ffn.make_experts(mesh, cfg) if mesh else None
 
   def local(params, state, in_use):
     return speculation.decode_step(params, state, in_use, cfg, mode, experts)
 
-  return jax.jit(serving_mesh.shard_mapped(local, unit), donate_argnums=1)
+  return jax.jit(serving_mesh.shard_mapped(local, mesh), donate_argnums=1)
 
 
 @functools.partial(jax.jit, static_argnames="n")
 def grow_cache(
   state: speculation.DecodeState, n: int
 ) -> speculation.DecodeState:
-  """The same with a cache of n positions."""
+  """Returns the state with a cache of n positions."""
   return state.replace(cache=kvcache.grow(state.cache, n))
 
 
 @functools.cache
 def prefill_program(
-  cfg: config.Model, unit: serving_mesh.ServingMesh | None, mode: str
+  cfg: config.Model, mesh: serving_mesh.ServingMesh | None, mode: str
 ) -> Program:
-  """Reads a chunk of prompts.
+  """Compiles the reading of a chunk of prompts.
 
   Returns:
     A jitted function of parameters, state (donated) and a `PromptChunk`. It
@@ -75,60 +77,63 @@ def prefill_program(
     sampling parameters, [R, 1] int32, with its log-probability; the load of the
     main model's experts.
   """
-  experts = serving_mesh.make_experts(unit, cfg) if unit else None
+  experts = serving_ffn.make_experts(mesh, cfg) if mesh else None
 
   def local(params, state, chunk):
     return _read_chunk(params, state, chunk, cfg, mode, experts)
 
-  return jax.jit(serving_mesh.shard_mapped(local, unit), donate_argnums=1)
+  return jax.jit(serving_mesh.shard_mapped(local, mesh), donate_argnums=1)
 
 
-def _read_chunk(params, state, chunk, cfg, mode, experts):
-  """Reads a chunk of one prompt into a slot, and draws what follows it."""
-  start, sampling_params, (n,), (slot,) = (
-    chunk.start,
-    chunk.sampling_params,
-    chunk.n,
-    chunk.slot,
-  )
+def _read_chunk(
+  params: inference_params.InferenceParams,
+  state: speculation.DecodeState,
+  chunk: PromptChunk,
+  cfg: config.Model,
+  mode: str,
+  experts: moe.Experts | None,
+) -> tuple[speculation.DecodeState, tuple[jax.Array, jax.Array], jax.Array]:
+  """Reads a chunk of one prompt into a slot, and draws the token after it."""
+  start, (n,), (slot,) = chunk.start, chunk.n, chunk.slot
   row = jax.tree.map(
     lambda a: jax.lax.dynamic_slice_in_dim(a, slot, 1), state.cache
   )
   valid = jnp.arange(chunk.tokens.shape[1])[None] < n
-  read = cached_forward.ForwardOptions(mla.chunk, valid, experts)
+  options = cached_forward.ForwardOptions(mla.chunk, valid, experts)
   x, row, load = cached_forward.forward(
-    params, row, chunk.tokens, start, cfg, read
+    params, row, chunk.tokens, start, cfg, options
   )
   last = jax.lax.dynamic_slice_in_dim(x, jnp.maximum(n - 1, 0), 1, axis=1)
   normed = cached_forward.final_norm(params, last, cfg)
   logits = cached_forward.logits(params, normed)
-  p = sampling.probabilities(logits, sampling_params, mode)
-  position = start[:, None] + n
-  token = sampling.draw(p, sampling_params.seed, position, sampling.FINAL, mode)
+  p = sampling.probabilities(logits, chunk.sampling_params, mode)
+  seed, position = chunk.sampling_params.seed, start[:, None] + n
+  token = sampling.draw(p, seed, position, sampling.FINAL, mode)
 
   def put(a, new):
     old = jax.lax.dynamic_slice_in_dim(a, slot, 1)
     new = jnp.where(n > 0, new.astype(a.dtype), old)
     return jax.lax.dynamic_update_slice_in_dim(a, new, slot, 0)
 
-  places, hidden = ((0, 0), (0, state.tokens.shape[1] - 1)), state.hidden
+  padding, hidden = ((0, 0), (0, state.tokens.shape[1] - 1)), state.hidden
   if hidden is not None:
-    # Only its cache is wanted. The last position, whose next token is not known
-    # here, is read again with it in the first cycle.
-    states = speculation.mtp_input(
-      x, cached_forward.final_norm(params, x, cfg), cfg
-    )
+    # Fills the cache of the MTP module. The last position, whose next token is
+    # not known here, is read again with it in the first decode step.
+    normed_states = cached_forward.final_norm(params, x, cfg)
+    states = speculation.mtp_input(x, normed_states, cfg)
     _, _, row, _ = cached_forward.forward_mtp(
-      params, row, states, chunk.ahead, start, cfg, read
+      params, row, states, chunk.ahead, start, cfg, options
     )
-    of_last = speculation.mtp_input(last, normed, cfg)
-    hidden = put(hidden, jnp.pad(of_last, (*places, (0, 0))))
+    last_state = speculation.mtp_input(last, normed, cfg)
+    hidden = put(hidden, jnp.pad(last_state, (*padding, (0, 0))))
   state = state.replace(
     cache=jax.tree.map(put, state.cache, row),
-    tokens=put(state.tokens, jnp.pad(token, places)),
+    tokens=put(state.tokens, jnp.pad(token, padding)),
     n=put(state.n, jnp.ones_like(start)),
     start=put(state.start, start + n - 1),
     hidden=hidden,
-    sampling_params=jax.tree.map(put, state.sampling_params, sampling_params),
+    sampling_params=jax.tree.map(
+      put, state.sampling_params, chunk.sampling_params
+    ),
   )
   return state, (token, speculation.token_logprobs(logits, token)), load

@@ -1,9 +1,9 @@
-"""Which device holds which experts, from their load (EPLB).
+"""Expert-parallel load balancer (EPLB): places experts on devices by load.
 
-Loaded experts get several copies, called replicas, and the replicas are packed
-so that devices carry about the same (arXiv:2412.19437, sections 3.4.1, 3.4.2).
-Host side, in NumPy: a placement is made anew every few minutes. N is the number
-of items or experts at hand, R that of replicas, and so of slots to hold them.
+Loaded experts get several copies, called replicas; the replicas are packed so
+that devices have about the same load (arXiv:2412.19437, sections 3.4.1, 3.4.2).
+It runs on the host, in NumPy, every few minutes. N is a number of items or
+experts, R the number of replicas, which is also the number of slots.
 """
 
 import dataclasses
@@ -13,19 +13,19 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExpertPlacement:
-  """What every slot holds. Devices own R / n_devices slots each, in order."""
+  """Experts in slots. Each device has R / n_devices slots, in order."""
 
-  expert: np.ndarray  # [L, R] int32, that of each slot
-  # [L, E, most] int32: slots of each expert in the order its replicas were
-  # made, then -1. `most` is the largest count, so it changes with the load.
+  expert: np.ndarray  # [L, R] int32, of each slot
+  # [L, E, largest count] int32: slots of each expert's replicas, then -1. The
+  # last dim changes with the load.
   replicas: np.ndarray
   count: np.ndarray  # [L, E] int32, replicas of each expert
 
   def loads(self, load: np.ndarray, n_devices: int) -> np.ndarray:
-    """Load of each device if an expert's is shared equally by its replicas.
+    """Returns the load of each device if replicas share a load equally.
 
     Args:
-      load: [L, E], that of each expert.
+      load: [L, E], of each expert.
       n_devices: a divisor of R.
 
     Returns:
@@ -39,26 +39,26 @@ class ExpertPlacement:
     if load.shape != self.count.shape:
       raise ValueError(
         f"load has shape {load.shape}: must be {self.count.shape}, the layers"
-        " and experts that were placed"
+        " and experts of the placement"
       )
     n_layers, n_slots = self.expert.shape
     _must_divide(n_devices=n_devices, n_replicas=n_slots)
-    of_slots = np.take_along_axis(load / self.count, self.expert, axis=-1)
-    return of_slots.reshape(n_layers, n_devices, -1).sum(-1)
+    slot_load = np.take_along_axis(load / self.count, self.expert, axis=-1)
+    return slot_load.reshape(n_layers, n_devices, -1).sum(-1)
 
 
 def pack(weights: np.ndarray, n_bins: int) -> tuple[np.ndarray, np.ndarray]:
   """Packs N items into bins of exactly N / n_bins items, of about equal weight.
 
-  By decreasing weight, each goes to the lightest bin with room; ties go to the
-  lower item and the lower bin. Bins of one item hold them in their own order.
+  By decreasing weight, each item goes to the lightest bin with room; ties go to
+  the lower item and the lower bin. Bins of one item keep the order of items.
 
   Args:
     weights: [N].
     n_bins: a divisor of N.
 
   Returns:
-    The bin of each item, [N], and its place there, [N].
+    The bin of each item, [N], and its rank in the bin, [N].
 
   Raises:
     ValueError: not [N], negative or not finite, or N is no multiple of n_bins.
@@ -67,15 +67,15 @@ def pack(weights: np.ndarray, n_bins: int) -> tuple[np.ndarray, np.ndarray]:
   _must_divide(n_bins=n_bins, n_items=weights.size)
   if weights.size == n_bins:
     return np.arange(n_bins), np.zeros(n_bins, int)
-  chosen, place = np.zeros((2, weights.size), int)
-  total, held = np.zeros(n_bins), np.zeros(n_bins, int)
+  chosen, rank = np.zeros((2, weights.size), int)
+  total, filled = np.zeros(n_bins), np.zeros(n_bins, int)
   for item in np.argsort(-weights, stable=True):
-    room = np.flatnonzero(held < weights.size // n_bins)
+    room = np.flatnonzero(filled < weights.size // n_bins)
     lightest = room[total[room].argmin()]
-    chosen[item], place[item] = lightest, held[lightest]
+    chosen[item], rank[item] = lightest, filled[lightest]
     total[lightest] += weights[item]
-    held[lightest] += 1
-  return chosen, place
+    filled[lightest] += 1
+  return chosen, rank
 
 
 def replicate(
@@ -83,18 +83,18 @@ def replicate(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Gives each expert one replica, and more to the heaviest.
 
-  Each further one goes to the expert whose replicas carry most, ties to the
-  lower. No other choice has a smaller maximum of weight / count. Where no
-  expert has any load they are all the first one's.
+  Each further replica goes to the expert with the largest weight / count, ties
+  to the lower. No other choice has a smaller maximum of weight / count. Without
+  any load the first expert gets all of them.
 
   Args:
     weights: [N].
     n_replicas: at least N.
 
   Returns:
-    The expert of each replica, [R]: all in order, then the further ones as
-    they were made. Its rank among the replicas of that expert, [R]. Replicas of
-    each expert, [N].
+    The expert of each replica, [R]: all experts in order, then the further
+    replicas; its rank among the replicas of that expert, [R]; and the number of
+    replicas of each expert, [N].
 
   Raises:
     ValueError: not [N], negative or not finite, or too few replicas.
@@ -110,7 +110,7 @@ def replicate(
   return expert, rank, count
 
 
-def place(
+def balance_experts(
   load: np.ndarray,
   *,
   n_replicas: int,
@@ -118,18 +118,18 @@ def place(
   n_groups: int = 1,
   n_nodes: int = 1,
 ) -> ExpertPlacement:
-  """Replicates and packs the experts of each layer.
+  """Replicates the experts of each layer, and packs them into devices.
 
-  Hierarchical where n_nodes divides n_groups: groups are packed into nodes,
-  and a node replicates and packs the experts of its own. Tokens, which go to
-  few groups, then go to few nodes too. This is for prefill, where nodes are
-  few. Elsewhere global, as if all were one group on one node: for decode, with
-  nodes more than groups. Nothing keeps two replicas of an expert from sharing a
-  device, where the second is of no use.
+  If n_nodes divides n_groups, balancing is hierarchical: groups are packed into
+  nodes, and each node replicates and packs its own experts. Tokens, which go to
+  few groups, then go to few nodes too: for prefill, where nodes are few.
+  Otherwise it is global, as with one group on one node: for decode, with more
+  nodes than groups. Two replicas of an expert may share a device, where the
+  second is of no use.
 
   Args:
-    load: [L, E], such as moving averages of the tokens of each expert.
-    n_replicas: R, slots in all; R - E of them are redundant.
+    load: [L, E], for example moving averages of each expert's tokens.
+    n_replicas: R, number of slots; R - E of them are redundant.
     n_devices: a divisor of n_replicas.
     n_groups: the router's groups of experts, a divisor of E.
     n_nodes: a divisor of n_devices.
@@ -148,14 +148,15 @@ def place(
   if n_groups % n_nodes:
     n_groups = n_nodes = 1
   layers = [
-    _place_layer(row, n_replicas, n_devices, n_groups, n_nodes) for row in load
+    _balance_layer(row, n_replicas, n_devices, n_groups, n_nodes)
+    for row in load
   ]
   expert, rank = np.stack(layers, axis=1)
   return _placement(expert, rank, n_experts)
 
 
 def identity(n_layers: int, n_experts: int) -> ExpertPlacement:
-  """Every expert once, in order.
+  """Returns the placement with every expert once, in order.
 
   Raises:
     ValueError: no layer or no expert.
@@ -169,9 +170,9 @@ def identity(n_layers: int, n_experts: int) -> ExpertPlacement:
 
 
 def imbalance(loads: np.ndarray) -> np.ndarray:
-  """Largest over mean load of devices, [..., n_devices] -> [...] float64.
+  """Returns largest over mean load, [..., n_devices] -> [...] float64.
 
-  1 is balance, and what it is where nothing was routed.
+  It is 1 if devices are balanced, or without any load.
 
   Raises:
     ValueError: no device, or a load that is negative or not finite.
@@ -181,35 +182,35 @@ def imbalance(loads: np.ndarray) -> np.ndarray:
   return np.divide(loads.max(-1), mean, out=np.ones_like(mean), where=mean > 0)
 
 
-def _place_layer(
+def _balance_layer(
   load: np.ndarray,
   n_replicas: int,
   n_devices: int,
   n_groups: int,
   n_nodes: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """What each slot holds, [R], and which replica of it, [R], from load [E]."""
-  of_groups = np.arange(load.size).reshape(n_groups, -1)
-  groups = _in_order(*pack(load[of_groups].sum(-1), n_nodes))
+  """Returns the expert of each slot, [R], and its rank, [R], for a load [E]."""
+  by_group = np.arange(load.size).reshape(n_groups, -1)
+  groups = _in_order(*pack(load[by_group].sum(-1), n_nodes))
   expert, rank = [], []
-  for experts in of_groups[groups].reshape(n_nodes, -1):
-    own, own_rank, count = replicate(load[experts], n_replicas // n_nodes)
+  for experts in by_group[groups].reshape(n_nodes, -1):
+    local, local_rank, count = replicate(load[experts], n_replicas // n_nodes)
     share = load[experts] / count
-    slots = _in_order(*pack(share[own], n_devices // n_nodes))
-    expert.append(experts[own[slots]])
-    rank.append(own_rank[slots])
+    slots = _in_order(*pack(share[local], n_devices // n_nodes))
+    expert.append(experts[local[slots]])
+    rank.append(local_rank[slots])
   return np.concatenate(expert), np.concatenate(rank)
 
 
-def _in_order(chosen: np.ndarray, place: np.ndarray) -> np.ndarray:
-  """Items of the first bin by their place, then of the next, and so on."""
-  return np.lexsort((place, chosen))
+def _in_order(chosen: np.ndarray, rank: np.ndarray) -> np.ndarray:
+  """Returns items sorted by bin, then by rank in the bin."""
+  return np.lexsort((rank, chosen))
 
 
 def _placement(
   expert: np.ndarray, rank: np.ndarray, n_experts: int
 ) -> ExpertPlacement:
-  """From the expert [L, R] of each slot and which replica [L, R] of it."""
+  """Makes a placement from each slot's expert [L, R] and rank [L, R]."""
   n_layers, n_slots = expert.shape
   layer = np.arange(n_layers)[:, None]
   count = np.zeros((n_layers, n_experts), np.int32)
@@ -220,7 +221,7 @@ def _placement(
 
 
 def _checked(name: str, values: np.ndarray, n_dims: int) -> np.ndarray:
-  """Loads in float64, or a ValueError that says what is wrong with them."""
+  """Returns loads in float64; raises a ValueError if one is invalid."""
   values = np.asarray(values, np.float64)
   if values.ndim != n_dims or not values.size:
     raise ValueError(

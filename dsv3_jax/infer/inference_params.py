@@ -1,7 +1,7 @@
-"""Parameters as prefill and decode read them: a layer each, not a stack.
+"""Parameters for prefill and decode: layers apart, not stacked.
 
-A program that loops over a stack of layers copies each of them out of it, all
-its experts included, for every token.
+A program that loops over stacked layers copies each layer, all its experts
+included, for every token.
 """
 
 import dataclasses
@@ -20,10 +20,11 @@ InferenceParams = dict[str, Any]
 def from_params(
   params: param_spec.Params, bias: jax.Array, cfg: config.Model
 ) -> InferenceParams:
-  """{"embed", "norm", "head" [C, D], "layers", "mtp"}.
+  """Converts training parameters to {"embed", "norm", "head", "layers", "mtp"}.
 
-  The head is turned: products of a few rows with it are several times faster
-  on CPU. Layers and MTP modules are tuples; those with a router have "bias".
+  The head is transposed, [C, D]: products of a few rows with it are several
+  times faster on CPU. Layers and MTP modules are tuples; those with a router
+  have "bias".
 
   Args:
     params: of `transformer.specs`.
@@ -62,7 +63,7 @@ def _layer(
 
 
 def specs(cfg: config.Model) -> param_spec.Specs:
-  """Shapes and logical axes of what `params` returns."""
+  """Returns the specs of the parameters that `from_params` returns."""
   tree, router = transformer.specs(cfg), cfg.router.n_experts
 
   def bare(spec):
@@ -101,16 +102,16 @@ def _blocks(tree: Any) -> list[Any]:
 
 
 def moe_ffns(tree: Any) -> list[Any]:
-  """The "ffn" of all blocks with a router, of the MTP modules last."""
+  """Returns "ffn" of all blocks with a router; MTP modules come last."""
   return [block["ffn"] for block in _blocks(tree) if "bias" in block]
 
 
 def replace_moe_ffns(tree: Any, new: Sequence[Any]) -> Any:
-  """The same tree with others in their place."""
-  rest = iter(new)
+  """Returns the tree with new values of `moe_ffns`."""
+  ffns = iter(new)
   blocks = iter(
     [
-      block | {"ffn": next(rest)} if "bias" in block else block
+      block | {"ffn": next(ffns)} if "bias" in block else block
       for block in _blocks(tree)
     ]
   )

@@ -1,6 +1,6 @@
-"""The latent cache: all that attention needs of the positions before.
+"""The KV cache of MLA: latents instead of keys and values.
 
-Of every layer and position it holds the normalised latent and the rotated key
+For every layer and position it holds the normalised latent and the rotated key
 that all heads share, R + H numbers (arXiv:2412.19437, section 2.1.1).
 """
 
@@ -22,14 +22,14 @@ def specs(
   *,
   drafting: bool = False,
 ) -> param_spec.Specs:
-  """Its arrays: {"main": one a layer} and, for MTP drafts, {"mtp": one}.
+  """Returns the specs {"main": one a layer} and, to draft, {"mtp": one}.
 
   Args:
     cfg: the model.
-    n_slots: texts at the same time.
-    length: positions of each.
-    dtype: of the numbers.
-    drafting: with what the MTP module needs that drafts.
+    n_slots: number of texts at the same time.
+    length: number of positions of each.
+    dtype: of the arrays.
+    drafting: whether to include the cache of the MTP module.
   """
   layer = param_spec.ParamSpec(
     (
@@ -45,22 +45,22 @@ def specs(
 
 
 def empty(tree: param_spec.Specs) -> Cache:
-  """The cache of these specs, with nothing in it."""
+  """Returns a cache of zeros."""
   return jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), tree)
 
 
 def length(cache: Cache) -> int:
-  """Positions of a slot."""
+  """Returns the number of positions of a slot."""
   return jax.tree.leaves(cache)[0].shape[1]
 
 
 def bucket(n: int, most: int) -> int:
-  """A length for n positions: few there are, so that few programs are made."""
+  """Rounds n up to one of few lengths, so that few programs are compiled."""
   return min(max(MIN_LENGTH, 1 << (n - 1).bit_length()), most)
 
 
 def grow(cache: Cache, n: int) -> Cache:
-  """The same with room for n positions."""
+  """Returns the cache with room for n positions."""
 
   def leaf(a):
     return jnp.pad(a, ((0, 0), (0, n - a.shape[1]), (0, 0)))

@@ -1,27 +1,28 @@
-"""Choosing tokens: what they are drawn from, and drawing.
+"""Sampling of tokens: probabilities of each request, and draws from them.
 
-Every row has settings and a seed of its own, and its draws depend on nothing
-else: neither on other rows nor on params many there are.
+Every row has settings and a seed of its own. Its draws depend on nothing else:
+neither on other rows nor on how many there are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# What the rows need together: sorting the vocabulary only where some row cuts
-# it, no randomness where none draws.
-GREEDY, UNTRUNCATED, TRUNCATED = "greedy", "plain", "cut"
-# What a draw at a position is for.
+from dsv3_jax.infer.request import GenerationRequest
+
+# Sampling modes of a batch: only TRUNCATED sorts the vocabulary, for top_p and
+# top_k; GREEDY draws no random numbers.
+GREEDY, UNTRUNCATED, TRUNCATED = "greedy", "untruncated", "truncated"
+# Purposes of a draw at a position.
 DRAFT, ACCEPT, FINAL = range(3)
-MAX_TEMPERATURE = 1e30  # temperature; in float32
 
 
 @flax.struct.dataclass
 class SamplingParams:
-  """Of each row."""
+  """Sampling settings of a batch, a row each."""
 
   temperature: jax.Array  # [B] f32, 0: the most likely token
   top_p: jax.Array  # [B] f32, in (0, 1]
@@ -29,46 +30,29 @@ class SamplingParams:
   seed: jax.Array  # [B] uint32
 
 
-def stack_params(
-  rows: Sequence[tuple[float, float, int, int]],
-) -> SamplingParams:
-  """Those of rows of (temperature, top_p, top_k, seed), on the host."""
-  types = np.float32, np.float32, np.int32, np.uint32
-  columns = zip(*rows, strict=True)
-  return SamplingParams(*map(np.array, columns, types))
+def stack_params(requests: Sequence[GenerationRequest]) -> SamplingParams:
+  """Stacks the settings of requests, on the host."""
+  return SamplingParams(
+    temperature=np.array([r.temperature for r in requests], np.float32),
+    top_p=np.array([r.top_p for r in requests], np.float32),
+    top_k=np.array([r.top_k for r in requests], np.int32),
+    seed=np.array([r.seed for r in requests], np.uint32),
+  )
 
 
-def validate(
-  temperature: float, top_p: float, top_k: int, seed: int
-) -> list[str]:
-  """What is wrong with settings, a line each."""
-  found = []
-  if not 0 <= temperature <= MAX_TEMPERATURE:
-    found.append(
-      f"temperature={temperature}: must be at least 0, and at most"
-      f" {MAX_TEMPERATURE:.0e}"
-    )
-  if not 0 < top_p <= 1:
-    found.append(f"top_p={top_p}: must be above 0 and at most 1")
-  if not 0 <= top_k < 2**31:
-    found.append(f"top_k={top_k}: must be in [0, 2^31), where 0 is no limit")
-  if not 0 <= seed < 2**32:
-    found.append(f"seed={seed}: must be in [0, 2^32)")
-  return found
-
-
-def mode(rows: Sequence[tuple[float, float, int]]) -> str:
-  """What rows of (temperature, top_p, top_k) need together."""
-  drawn = [(top_p, top_k) for temperature, top_p, top_k in rows if temperature]
+def mode(requests: Iterable[GenerationRequest]) -> str:
+  """Returns the sampling mode that the settings of requests need together."""
+  drawn = [r for r in requests if r.temperature]
   if not drawn:
     return GREEDY
-  return TRUNCATED if any(p < 1 or k for p, k in drawn) else UNTRUNCATED
+  truncated = any(r.top_p < 1 or r.top_k for r in drawn)
+  return TRUNCATED if truncated else UNTRUNCATED
 
 
 def most_likely(scores: jax.Array) -> jax.Array:
-  """[..., C] -> [...] int32, the first of the largest.
+  """Returns the index of the first largest score, [..., C] -> [...] int32.
 
-  Two reductions; `argmax` is one that XLA does number by number on CPU.
+  Makes two reductions, since XLA's `argmax` is not vectorized on CPU.
   """
   top = scores.max(-1, keepdims=True)
   index = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
@@ -79,20 +63,21 @@ def most_likely(scores: jax.Array) -> jax.Array:
 def probabilities(
   logits: jax.Array, params: SamplingParams, mode: str
 ) -> jax.Array:
-  """What tokens are drawn from, [B, T, C] of logits [B, T, C].
+  """Returns the distributions that tokens are drawn from, [B, T, C].
 
-  Temperature first, then the top_k most likely, then the fewest of those whose
-  share of what is left reaches top_p. A temperature of 0 gives a one.
+  Divides by the temperature, keeps the top_k most likely tokens, then the
+  fewest of those whose share of the rest reaches top_p. A temperature of 0
+  gives a one-hot distribution.
 
   Args:
-    logits: f32.
+    logits: [B, T, C] f32.
     params: settings of the rows.
     mode: of all rows.
   """
   best = most_likely(logits)
-  one = jax.nn.one_hot(best, logits.shape[-1], dtype=logits.dtype)
+  one_hot = jax.nn.one_hot(best, logits.shape[-1], dtype=logits.dtype)
   if mode == GREEDY:
-    return one
+    return one_hot
   temperature, top_p, top_k = (
     a[:, None, None] for a in (params.temperature, params.top_p, params.top_k)
   )
@@ -106,14 +91,16 @@ def probabilities(
     before = jnp.cumsum(share, axis=-1) - share
     # The most likely token has nothing before it and always stays. With top_p
     # of 1 rounding must cut nothing.
-    kept = among & ((before < top_p) | (top_p >= 1))
-    kept = jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)
-    logits = jnp.where(kept, logits, -jnp.inf)
-  return jnp.where(temperature > 0, jax.nn.softmax(logits, axis=-1), one)
+    selected = among & ((before < top_p) | (top_p >= 1))
+    selected = jnp.take_along_axis(
+      selected, jnp.argsort(order, axis=-1), axis=-1
+    )
+    logits = jnp.where(selected, logits, -jnp.inf)
+  return jnp.where(temperature > 0, jax.nn.softmax(logits, axis=-1), one_hot)
 
 
 def _keys(seed: jax.Array, position: jax.Array, purpose: int) -> jax.Array:
-  """[B, T] keys of rows' seeds [B] and positions [B, T]."""
+  """Derives keys [B, T] from seeds [B] and positions [B, T]."""
 
   def key(seed, position):
     return jax.random.fold_in(
@@ -124,7 +111,7 @@ def _keys(seed: jax.Array, position: jax.Array, purpose: int) -> jax.Array:
 
 
 def uniform(seed: jax.Array, position: jax.Array, purpose: int) -> jax.Array:
-  """Numbers in [0, 1), [B, T], for the tokens at these positions [B, T]."""
+  """Draws numbers in [0, 1), [B, T], for tokens at these positions [B, T]."""
   draw = jax.vmap(jax.vmap(jax.random.uniform))
   return draw(_keys(seed, position, purpose))
 
@@ -136,13 +123,13 @@ def draw(
   purpose: int,
   mode: str,
 ) -> jax.Array:
-  """Tokens [B, T] int32 drawn from probabilities.
+  """Draws tokens [B, T] int32 from probabilities.
 
   Args:
     p: [B, T, C], not necessarily of sum 1.
     seed: [B] of each row.
-    position: [B, T], where in their texts the tokens will stand.
-    purpose: of the draw; draws for different ones are independent.
+    position: [B, T], positions of the tokens in their texts.
+    purpose: of the draw; draws for different purposes are independent.
     mode: of all rows.
   """
   if mode == GREEDY:

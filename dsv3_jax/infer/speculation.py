@@ -1,19 +1,19 @@
-"""Cycles of speculative decoding (arXiv:2412.19437, section 5.4.3).
+"""Decode steps with speculative decoding (arXiv:2412.19437, section 5.4.3).
 
-The MTP module drafts k tokens, the main model reads them all at once, and as
-many are kept as it agrees with, plus one of its own. What is written has the
-distribution of the main model alone, whatever the drafts are
-(arXiv:2211.17192, theorem 1). Without drafts a cycle is one step of decoding.
+The MTP module drafts k tokens; the main model reads all of them at once, and
+accepts drafts up to the first that it rejects, plus one token of its own. The
+text has the distribution of the main model alone, whatever the drafts are
+(arXiv:2211.17192, theorem 1). With k = 0 a step is ordinary decoding.
 
-  tokens of the last cycle   t1 .. tn, n known of k + 1 places
-  MTP reads                  (h0, t1) .. (h(n-1), tn): its last state drafts x1
-  MTP again                  (its state, x1) drafts x2, ...
-  the main model reads       tn, x1 .. xk and judges x1 .. xk
+  tokens of the last step    t1 .. tn, n <= k + 1
+  the MTP module reads       (h0, t1) .. (h(n-1), tn): its last state drafts x1
+  the MTP module reads       (its state, x1) and drafts x2, ...
+  the main model reads       tn, x1 .. xk, and verifies x1 .. xk
 
 States of rejected drafts stay in the caches behind the last valid position; the
-next cycle writes over all of them before anything reads there. So does the MTP
-module over the positions where it had read its own states for want of the main
-model's: every cycle begins with reading them again.
+next step overwrites all of them before anything reads them. The MTP module has
+read its own states where the main model's were not yet available; the next step
+begins with reading these positions again.
 """
 
 import functools
@@ -29,11 +29,11 @@ from dsv3_jax.model import moe
 
 @flax.struct.dataclass
 class DecodeState:
-  """Where the slots are; rows of slots that are not in use hold anything."""
+  """State of the slots; rows of slots that are not in use hold anything."""
 
   cache: kvcache.Cache
-  tokens: jax.Array  # [B, k + 1] int32, of the last cycle
-  n: jax.Array  # [B] int32, how many of them there are
+  tokens: jax.Array  # [B, k + 1] int32, of the last step
+  n: jax.Array  # [B] int32, number of them
   start: jax.Array  # [B] int32, position of the state before the first of them
   hidden: jax.Array | None  # [B, k + 1, D], states before each, for MTP
   sampling_params: sampling.SamplingParams
@@ -41,21 +41,34 @@ class DecodeState:
 
 @flax.struct.dataclass
 class StepOutput:
-  """What a cycle wrote."""
+  """Tokens of a decode step."""
 
   tokens: jax.Array  # [B, k + 1] int32
-  n: jax.Array  # [B] int32, how many of them, at least 1
+  n: jax.Array  # [B] int32, number of them, at least 1
   logprobs: jax.Array  # [B, k + 1] f32, see `token_logprobs`
 
 
 def token_logprobs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-  """Log-probabilities [...] of tokens [...], before any temperature or cut."""
+  """Returns log-probabilities [...] of tokens [...] under the model itself.
+
+  Temperature, top_p and top_k are not applied.
+  """
   total = jax.nn.logsumexp(logits, axis=-1)
-  return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - total
+  return _of_tokens(logits, tokens) - total
+
+
+def mtp_input(x: jax.Array, normed: jax.Array, cfg: config.Model) -> jax.Array:
+  """Returns the main model's state that the MTP module reads."""
+  return normed if cfg.mtp.input_state == "post_norm" else x
+
+
+def _of_tokens(values: jax.Array, tokens: jax.Array) -> jax.Array:
+  """Returns values [..., C] of tokens [...]."""
+  return jnp.take_along_axis(values, tokens[..., None], axis=-1)[..., 0]
 
 
 def _at(a: jax.Array, index: jax.Array) -> jax.Array:
-  """[B, T, ...] at index [B] -> [B, 1, ...]."""
+  """Returns [B, T, ...] at index [B] as [B, 1, ...]."""
   index = index.reshape(-1, *[1] * (a.ndim - 1))
   return jnp.take_along_axis(a, index, axis=1)
 
@@ -68,14 +81,19 @@ def _draft(
   mode: str,
   experts: moe.Experts | None,
 ) -> tuple[jax.Array, jax.Array, kvcache.Cache, jax.Array]:
-  """Drafts [B, k], what each was drawn from [B, k, C], cache, load [1, E]."""
+  """Drafts tokens with the MTP module.
+
+  Returns:
+    Drafts [B, k]; the distributions that they were drawn from [B, k, C]; the
+    cache; the load of experts [1, E].
+  """
   n_drafts = state.tokens.shape[1] - 1
-  read = functools.partial(cached_forward.forward_mtp, params, cfg=cfg)
+  forward = functools.partial(cached_forward.forward_mtp, params, cfg=cfg)
   valid = jnp.arange(n_drafts + 1)[None] < state.n[:, None]
   options = cached_forward.ForwardOptions(
     valid=valid & active[:, None], experts=experts
   )
-  out, onward, cache, load = read(
+  out, onward, cache, load = forward(
     state.cache, state.hidden, state.tokens, state.start, options=options
   )
   out, onward = _at(out, state.n - 1), _at(onward, state.n - 1)
@@ -83,23 +101,19 @@ def _draft(
   options = cached_forward.ForwardOptions(
     valid=active[:, None], experts=experts
   )
-  tokens, given = [], []
+  seed, tokens, distributions = state.sampling_params.seed, [], []
   for i in range(n_drafts):
     if i:
-      out, onward, cache, more = read(
+      out, onward, cache, more = forward(
         cache, onward, tokens[-1], position + i - 1, options=options
       )
       load = load + more
-    q = sampling.probabilities(
-      cached_forward.logits(params, out), state.sampling_params, mode
-    )
+    logits = cached_forward.logits(params, out)
+    q = sampling.probabilities(logits, state.sampling_params, mode)
     ahead = position[:, None] + i + 1
-    purpose = sampling.DRAFT
-    tokens.append(
-      sampling.draw(q, state.sampling_params.seed, ahead, purpose, mode)
-    )
-    given.append(q)
-  drafts, q = jnp.concatenate(tokens, 1), jnp.concatenate(given, 1)
+    tokens.append(sampling.draw(q, seed, ahead, sampling.DRAFT, mode))
+    distributions.append(q)
+  drafts, q = jnp.concatenate(tokens, 1), jnp.concatenate(distributions, 1)
   return drafts, q, cache, load[None]
 
 
@@ -107,45 +121,41 @@ def verify_drafts(
   p: jax.Array,
   q: jax.Array,
   drafts: jax.Array,
-  sampling_params: sampling.SamplingParams,
+  seed: jax.Array,
   position: jax.Array,
   mode: str,
 ) -> tuple[jax.Array, jax.Array]:
-  """Keeps the drafts up to the first that is rejected, and adds one token.
+  """Accepts drafts up to the first that is rejected, and adds one token.
 
-  A draft x is kept with probability min(1, p(x) / q(x)); in place of the first
-  rejected one a token is drawn from what p has more than q, behind the last
-  kept one from p.
+  A draft x is accepted with probability min(1, p(x) / q(x)). The added token is
+  drawn from max(p - q, 0) in place of a rejected draft, and from p after the
+  last draft.
 
   Args:
-    p: [B, k + 1, C], of the main model.
-    q: [B, k, C], of the drafts.
+    p: [B, k + 1, C], distributions of the main model.
+    q: [B, k, C], distributions of the drafts.
     drafts: [B, k] int32.
-    sampling_params: settings of the rows.
+    seed: [B] of the rows.
     position: [B] int32, of the first draft.
-    mode: of all rows.
+    mode: sampling mode of all rows.
 
   Returns:
-    Tokens [B, k + 1] and how many of them there are [B], 1 .. k + 1.
+    Tokens [B, k + 1], and the number of them [B], 1 .. k + 1.
   """
   k = drafts.shape[1]
   at = position[:, None] + jnp.arange(k + 1)[None]
-  chosen = [
-    jnp.take_along_axis(a, drafts[..., None], axis=-1)[..., 0]
-    for a in (p[:, :k], q)
-  ]
-  u = sampling.uniform(sampling_params.seed, at[:, :k], sampling.ACCEPT)
-  kept = u * chosen[1] < chosen[0]
-  n = jnp.cumprod(kept.astype(jnp.int32), axis=1).sum(1)
-  more = jnp.maximum(p - jnp.pad(q, ((0, 0), (0, 1), (0, 0))), 0)
-  # Where p and q differ by rounding alone there may be nothing left.
-  more = jnp.where(more.any(-1, keepdims=True), more, p)
+  u = sampling.uniform(seed, at[:, :k], sampling.ACCEPT)
+  accepted = u * _of_tokens(q, drafts) < _of_tokens(p[:, :k], drafts)
+  n = jnp.cumprod(accepted.astype(jnp.int32), axis=1).sum(1)
+  residual = jnp.maximum(p - jnp.pad(q, ((0, 0), (0, 1), (0, 0))), 0)
+  # If p and q differ by rounding alone, nothing may be left.
+  residual = jnp.where(residual.any(-1, keepdims=True), residual, p)
   final = sampling.draw(
-    _at(more, n), sampling_params.seed, _at(at, n), sampling.FINAL, mode
+    _at(residual, n), seed, _at(at, n), sampling.FINAL, mode
   )
   tokens = jnp.pad(drafts, ((0, 0), (0, 1)))
-  place = jnp.arange(k + 1)[None]
-  return jnp.where(place < n[:, None], tokens, final), n + 1
+  index = jnp.arange(k + 1)[None]
+  return jnp.where(index < n[:, None], tokens, final), n + 1
 
 
 def decode_step(
@@ -156,19 +166,19 @@ def decode_step(
   mode: str,
   experts: moe.Experts | None = None,
 ) -> tuple[DecodeState, StepOutput, jax.Array]:
-  """One cycle of all slots.
+  """Generates 1 .. k + 1 tokens of every slot.
 
   Args:
-    params: of `served.params`.
-    state: of the slots; k is one less than its places for tokens.
-    active: [B] bool, slots in use; the others' tokens go to no expert.
+    params: of `inference_params.from_params`.
+    state: of the slots; `tokens` has k + 1 columns.
+    active: [B] bool, slots in use; tokens of the others go to no expert.
     cfg: the model.
-    mode: of all rows, see `sampling.mode`.
-    experts: how the routed experts are computed, if not on this device.
+    mode: sampling mode of all rows, see `sampling.mode`.
+    experts: computes the routed experts; None: all on this device.
 
   Returns:
-    The state; what was written; tokens that each routed expert got, [n, E]
-    int32, of the MTP module last if it drafts.
+    The new state; the tokens; the number of tokens that each routed expert got,
+    [n, E] int32, that of the MTP module last if it drafts.
   """
   n_drafts, sampling_params = state.tokens.shape[1] - 1, state.sampling_params
   last, position = _at(state.tokens, state.n - 1), state.start + state.n
@@ -178,38 +188,25 @@ def decode_step(
     loads.append(load)
   tokens = jnp.concatenate([last, drafts], axis=1)
   valid = jnp.broadcast_to(active[:, None], tokens.shape)
+  options = cached_forward.ForwardOptions(valid=valid, experts=experts)
   x, cache, load = cached_forward.forward(
-    params,
-    cache,
-    tokens,
-    position,
-    cfg,
-    cached_forward.ForwardOptions(valid=valid, experts=experts),
+    params, cache, tokens, position, cfg, options
   )
-  load = jnp.concatenate([load, *loads])
   hidden = cached_forward.final_norm(params, x, cfg)
   logits = cached_forward.logits(params, hidden)
   p = sampling.probabilities(logits, sampling_params, mode)
-  ahead = position + 1
+  seed, ahead = sampling_params.seed, position + 1
   if n_drafts:
-    tokens, n = verify_drafts(p, q, drafts, sampling_params, ahead, mode)
+    tokens, n = verify_drafts(p, q, drafts, seed, ahead, mode)
   else:
-    purpose = sampling.FINAL
-    tokens = sampling.draw(
-      p, sampling_params.seed, ahead[:, None], purpose, mode
-    )
+    tokens = sampling.draw(p, seed, ahead[:, None], sampling.FINAL, mode)
     n = jnp.ones_like(position)
-  state = DecodeState(
+  state = state.replace(
     cache=cache,
     tokens=tokens,
     n=n,
     start=position,
     hidden=mtp_input(x, hidden, cfg) if n_drafts else None,
-    sampling_params=sampling_params,
   )
-  return state, StepOutput(tokens, n, token_logprobs(logits, tokens)), load
-
-
-def mtp_input(x: jax.Array, normed: jax.Array, cfg: config.Model) -> jax.Array:
-  """The main model's state that the MTP module reads."""
-  return normed if cfg.mtp.input_state == "post_norm" else x
+  output = StepOutput(tokens, n, token_logprobs(logits, tokens))
+  return state, output, jnp.concatenate([load, *loads])

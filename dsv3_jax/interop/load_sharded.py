@@ -11,7 +11,6 @@ import numpy as np
 from dsv3_jax import config, param_spec
 from dsv3_jax.interop import hf_mapping, resumable
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import layouts
 
 CHUNK = 1 << 24  # numbers that are read and converted at a time
 
@@ -35,7 +34,7 @@ Blocks = dict[tuple[int, ...], hf_mapping.Block]  # of a parameter, by index
 
 def load(
   source: SliceSource,
-  layout: layouts.Layout,
+  specs: Any,
   mesh: jax.sharding.Mesh,
   dtype: Any,
 ) -> tuple[param_spec.Params, jax.Array]:
@@ -43,7 +42,7 @@ def load(
 
   Args:
     source: the checkpoint.
-    layout: shards the parameters.
+    specs: partition specs of the parameters, a tree as `transformer.specs`.
     mesh: the devices.
     dtype: the type of the parameters; FP8 is dequantized. The bias is float32.
   """
@@ -69,7 +68,7 @@ def load(
         lambda path, spec: pairs.submit(
           load_param, param_spec.name(path), spec
         ),
-        layout.specs,
+        specs,
       )
     params = jax.tree.map(lambda future: future.result(), futures)
     bias = transformer.router_bias(model)

@@ -56,6 +56,7 @@ def load_newest_params(
   mesh: jax.sharding.Mesh,
   *,
   average: bool = False,
+  specs: Any = None,
 ) -> tuple[param_spec.Params, jax.Array]:
   """Loads parameters and router bias of the newest checkpoint, or an import.
 
@@ -64,6 +65,7 @@ def load_newest_params(
     run: the run of the workdir; its layout shards the parameters.
     mesh: the devices.
     average: load the parameters' moving average instead.
+    specs: partition specs of the parameters; those of the run's layout if None.
 
   Raises:
     InputError: the run has no average, or another architecture than the run
@@ -73,13 +75,15 @@ def load_newest_params(
   if average and not run.optim.ema_decay:
     raise InputError(f"{folder}: has no average, optim.ema_decay is 0")
   if (folder / hf_import.FOLDER).is_dir():
-    return _load_imported(hf_import.open_import(folder), run, mesh)
+    return _load_imported(hf_import.open_import(folder), run, mesh, specs)
   hf_import.check_format(folder)
   saved = folder / CHECKPOINTS
   if not saved.is_dir():
     raise manifest.MissingError(f"{folder}: has no checkpoints yet")
   checkpoints = checkpointer.Checkpointer(saved, run.checkpoint)
   like = train.abstract_state(run, mesh)
+  if specs:
+    like = like.replace(params=_resharded(like.params, mesh, specs))
 
   def load(step: int) -> Any:
     return checkpoints.restore_parameters(step, like, average=average)
@@ -93,8 +97,23 @@ def load_newest_params(
   return found[1]
 
 
+def _resharded(
+  params: param_spec.Params, mesh: jax.sharding.Mesh, specs: Any
+) -> param_spec.Params:
+  """Returns abstract parameters with these partition specs on a mesh."""
+
+  def leaf(a: jax.ShapeDtypeStruct, spec: jax.P) -> jax.ShapeDtypeStruct:
+    to = jax.NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=to)
+
+  return jax.tree.map(leaf, params, specs)
+
+
 def _load_imported(
-  source: hf_read.ReleasedCheckpoint, run: config.Run, mesh: jax.sharding.Mesh
+  source: hf_read.ReleasedCheckpoint,
+  run: config.Run,
+  mesh: jax.sharding.Mesh,
+  specs: Any,
 ) -> tuple[param_spec.Params, jax.Array]:
   if source.model != run.model:
     changes = config.diff(
@@ -104,5 +123,5 @@ def _load_imported(
       f"{source.folder}: has another model (there -> here):\n"
       + "\n".join(changes)
     )
-  layout = layouts.make_layout(run, mesh.shape)
-  return load_sharded.load(source, layout, mesh, np.float32)
+  specs = specs or layouts.make_layout(run, mesh.shape).specs
+  return load_sharded.load(source, specs, mesh, np.float32)

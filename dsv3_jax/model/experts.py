@@ -44,7 +44,7 @@ def dense_ffn(
   return jnp.einsum("MED,ME->MD", y, weight.astype(y.dtype))
 
 
-def few_ffn(
+def slotwise_ffn(
   p: param_spec.Params,
   x: jax.Array,
   chosen: jax.Array,

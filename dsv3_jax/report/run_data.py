@@ -155,7 +155,7 @@ def expert_balance(run: Record) -> ExpertBalance | None:
     eplb.imbalance(placement.loads(mean, n))
     for placement in (
       eplb.identity(n_layers, n_experts),
-      eplb.place(mean, n_replicas=n_experts + n, n_devices=n),
+      eplb.balance_experts(mean, n_replicas=n_experts + n, n_devices=n),
     )
   )
   return ExpertBalance(n, n_experts, in_order, placed)

@@ -11,6 +11,8 @@ from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.data import loader, packing, tokenized_corpus, tokenizer
 from dsv3_jax.evals import hidden, likelihood
 from dsv3_jax.infer import engine, inference_params
+from dsv3_jax.infer.engine_options import EngineOptions
+from dsv3_jax.infer.request import GenerationRequest
 from dsv3_jax.parallel import device_mesh, replica_check
 from dsv3_jax.trainer import (
   event_log,
@@ -130,7 +132,7 @@ def _heldout(
     by_domain[domain.name] = likelihood.heldout(
       model, rows, mask, domain.heldout.text_bytes
     )
-  return likelihood.joined(by_domain)
+  return likelihood.metrics(by_domain)
 
 
 def _sample(
@@ -149,16 +151,15 @@ def _sample(
   generator = engine.Engine(
     inference_params.from_params(params, bias, model),
     model,
-    n_slots=1,
-    max_len=n + 1,
+    EngineOptions(max_batch=1, max_len=n + 1),
   )
-  request = engine.Request(
+  request = GenerationRequest(
     [tokenizer.BOS_ID],
     max_tokens=n,
     temperature=0.8,
     top_p=0.95,
     seed=int(step),
-    stop=(tokenizer.EOS_ID,),
+    stop_token_ids=(tokenizer.EOS_ID,),
   )
   events = generator.run([request])
   return tok.decode([e.token for e in events if e.finish_reason != engine.STOP])

@@ -78,7 +78,7 @@ def _load(folder: pathlib.Path) -> float:
   layout = layouts.make_layout(released.make_run(), mesh.shape)
   dtype = hf_read.BF16 if released.tile is None else np.dtype(np.float32)
   start = time.perf_counter()
-  jax.block_until_ready(load_sharded.load(released, layout, mesh, dtype))
+  jax.block_until_ready(load_sharded.load(released, layout.specs, mesh, dtype))
   return time.perf_counter() - start
 
 

@@ -17,13 +17,15 @@ import numpy as np
 from dsv3_jax import config
 from dsv3_jax.config import presets
 from dsv3_jax.infer import engine, inference_params, kvcache, serving_mesh
+from dsv3_jax.infer.engine_options import EngineOptions
+from dsv3_jax.infer.request import GenerationRequest
 from dsv3_jax.trainer import distributed
 from scripts.bench import worker
 
 LONGEST_CHUNK = 2048
 
 
-def _deployment(
+def _serving(
   job: dict[str, Any], cfg: config.Model
 ) -> serving_mesh.ServingConfig | None:
   """Fastest serving configuration on the cores of one CPU; None: one device.
@@ -61,24 +63,19 @@ def _params(cfg: config.Model) -> inference_params.InferenceParams:
 def _engine(job: dict[str, Any], cfg: config.Model) -> engine.Engine:
   """Makes an engine with random parameters and a slot for each prompt."""
   n, longest = len(job["prompts"]), len(job["prompts"][0])
-  unit = placed = None
-  if wanted := _deployment(job, cfg):
-    n_devices = math.prod(wanted.mesh.values())
+  if serving := _serving(job, cfg):
+    n_devices = math.prod(serving.mesh.values())
     distributed.use_virtual_devices(n_devices, spare_threads=False)
-    unit = serving_mesh.make_serving_mesh(wanted, cfg)
-    placed = serving_mesh.uniform_placement(unit, cfg)
-    params = serving_mesh.shard_params(_params(cfg), placed, unit, cfg)
+    params = _params(cfg)
   else:
     params = jax.device_put(_params(cfg))
-  return engine.Engine(
-    params,
-    cfg,
-    n_slots=n,
+  options = EngineOptions(
+    max_batch=n,
     max_len=longest + max(1, job["new"]),
     chunk=kvcache.bucket(longest, LONGEST_CHUNK),
-    unit=unit,
-    placed=placed,
+    serving=serving,
   )
+  return engine.Engine(params, cfg, options)
 
 
 def prepare(job: dict[str, Any]) -> worker.Task:
@@ -87,7 +84,8 @@ def prepare(job: dict[str, Any]) -> worker.Task:
   prompts, new = job["prompts"], max(1, job["new"])
   writer = _engine(job, cfg.model)
   requests = [
-    engine.Request(prompt=ids, max_tokens=new, temperature=0) for ids in prompts
+    GenerationRequest(prompt=ids, max_tokens=new, temperature=0)
+    for ids in prompts
   ]
 
   def step() -> float:

@@ -87,7 +87,7 @@ class HeldoutTest(absltest.TestCase):
     self.assertEqual(self.heldout(rows=rows), expected)
 
   def test_domains_are_told_together_and_apart(self):
-    found = likelihood.joined(
+    found = likelihood.metrics(
       {
         "a": likelihood.Likelihood(10.0, 4, 20),
         "b": likelihood.Likelihood(30.0, 4, 5),
@@ -98,7 +98,7 @@ class HeldoutTest(absltest.TestCase):
     self.assertEqual(found["heldout_loss/b"], 7.5)
     np.testing.assert_allclose(found["heldout_bpb"], bits / 25)
     np.testing.assert_allclose(found["heldout_bpb/a"], bits / 80)
-    one = likelihood.joined({"": likelihood.Likelihood(1.0, 1, 1)})
+    one = likelihood.metrics({"": likelihood.Likelihood(1.0, 1, 1)})
     self.assertLen(one, 2)
 
 

@@ -29,7 +29,7 @@ class TextsTest(parameterized.TestCase):
     self.assertLen(set(map(len, needles.SECRETS.values())), 1)
 
   def test_hay_says_no_secret(self):
-    self.assertLen(needles.filler_text(), needles.HAY)
+    self.assertLen(needles.filler_text(), needles.N_FILLER)
     words = {w for words in needles.SECRETS.values() for w in words}
     for straw in needles.filler_text():
       self.assertFalse(words & set(re.findall(r"\w+", straw)), straw)
@@ -64,7 +64,7 @@ class TextsTest(parameterized.TestCase):
     at = sentences.index(needle) / (len(sentences) - 1)
     self.assertAlmostEqual(at, depth, delta=1 / (len(sentences) - 1))
     told = [s for s in sentences if NEEDLE.fullmatch(s)]
-    self.assertLen(told, needles.OTHERS + 1)
+    self.assertLen(told, needles.N_DISTRACTORS + 1)
 
   def test_prompts_are_those_of_the_seed(self):
     self.assertEqual(
@@ -92,7 +92,7 @@ class FoundTest(absltest.TestCase):
     return hidden.EvalModel(params, put(self.bias, jax.P()), RUN, mesh)
 
   def guesses(self, text, n):
-    """Decodes greedily after a text with the reference."""
+    """Decodes the tokens after a text with the reference."""
     args = reference.f64((self.params, self.bias))
     ids = self.tok.encode(text).ids
     for _ in range(n):

@@ -12,6 +12,8 @@ from absl.testing import absltest, parameterized
 
 from dsv3_jax.data import tokenizer
 from dsv3_jax.infer import engine, generate
+from dsv3_jax.infer.engine_options import EngineOptions
+from dsv3_jax.infer.request import GenerationRequest
 from experiments import batch_generate
 
 MODEL = testing.run("mtp.depth=0").model
@@ -34,7 +36,9 @@ class Author(engine.Engine):
   def run(self, requests):
     requests, texts = iter(requests), {}
     while True:
-      while len(texts) < self.n_slots and (request := next(requests, None)):
+      while len(texts) < self.options.max_batch and (
+        request := next(requests, None)
+      ):
         texts[self.submitted] = self.tokens(request)
         self.submitted += 1
       if not texts:
@@ -70,7 +74,7 @@ class BatchTest(parameterized.TestCase):
       mock.patch.object(batch_generate, "_bar", mock.MagicMock())
     )
     self.enter_context(mock.patch.object(os, "fsync"))
-    self.err = self.enter_context(mock.patch.object(batch_generate, "_tell"))
+    self.err = self.enter_context(mock.patch.object(batch_generate, "_log"))
 
   def put(self, *lines):
     lines = [
@@ -81,7 +85,7 @@ class BatchTest(parameterized.TestCase):
 
   def write(self, *, n_slots=3, patience=10**9, **settings):
     """Runs the command; returns the asks that were written."""
-    author = Author({}, MODEL, n_slots=n_slots, max_len=64)
+    author = Author({}, MODEL, EngineOptions(max_batch=n_slots, max_len=64))
     author.patience = patience
     writer = generate.Generator(author, TOK)
     asked, stream = [], writer.stream
@@ -90,7 +94,12 @@ class BatchTest(parameterized.TestCase):
       return stream(asked.append(ask) or ask for ask in asks)
 
     with mock.patch.object(writer, "stream", watched):
-      batch_generate.write(writer, self.prompts, self.out, SETTINGS | settings)
+      batch_generate.generate_all(
+        writer,
+        self.prompts,
+        self.out,
+        GenerationRequest("", **SETTINGS | settings),
+      )
     return asked
 
   def rows(self, path=None):
@@ -124,11 +133,11 @@ class LineTest(BatchTest):
     self.assertEqual(
       asked,
       [
-        generate.GenerationRequest("It was", **given),
-        generate.GenerationRequest([0, 70, 5], **given | {"seed": 8}),
-        generate.GenerationRequest(messages, **given | {"seed": 9}),
-        generate.GenerationRequest("", **own | {"stop": ("e", "q")}),
-        generate.GenerationRequest("It was", **given | {"seed": 11}),
+        GenerationRequest("It was", **given),
+        GenerationRequest([0, 70, 5], **given | {"seed": 8}),
+        GenerationRequest(messages, **given | {"seed": 9}),
+        GenerationRequest("", **own | {"stop": ("e", "q")}),
+        GenerationRequest("It was", **given | {"seed": 11}),
       ],
     )
     forms = [("prompt", "It was"), ("ids", [0, 70, 5]), ("messages", messages)]
@@ -147,7 +156,9 @@ class LineTest(BatchTest):
   def test_rows_hold_what_was_written(self):
     self.put(*({"prompt": "a" * n, "max_tokens": 5} for n in range(20)))
     asked = self.write()
-    writer = generate.Generator(Author({}, MODEL, max_len=64), TOK)
+    writer = generate.Generator(
+      Author({}, MODEL, EngineOptions(max_len=64)), TOK
+    )
     for ask, row in zip(asked, self.rows(), strict=True):
       pieces = list(writer.stream([ask]))
       tokens = [piece.token for piece in pieces]
@@ -280,7 +291,7 @@ class LineTest(BatchTest):
     self.assertFalse(self.out.exists())
 
   def test_what_is_wrong_with_settings_of_all_lines(self):
-    self.assertEmpty(batch_generate.problems(SETTINGS))
+    self.assertEmpty(GenerationRequest("", **SETTINGS).validate())
     wrong = {
       "max_tokens": 0,
       "temperature": float("nan"),
@@ -289,7 +300,7 @@ class LineTest(BatchTest):
       "seed": -1,
       "stop": ("a", ""),
     }
-    found = batch_generate.problems(wrong)
+    found = GenerationRequest("", **wrong).validate()
     names = [line.partition("=")[0] for line in found]
     self.assertCountEqual(names, wrong)
 
@@ -401,7 +412,7 @@ class ResumeTest(BatchTest):
     self.write()
     self.lines[index] = line
     self.put(*self.lines)
-    self.assert_refused(f"holds a text of line {index + 1} that was asked")
+    self.assert_refused(f"holds a text of line {index + 1} with another")
 
   @parameterized.parameters(
     {"max_tokens": 4},
@@ -446,7 +457,7 @@ class ResumeTest(BatchTest):
 
 class FileTest(BatchTest):
   def problems(self):
-    return batch_generate.file_problems(self.prompts, self.out)
+    return batch_generate.validate_files(self.prompts, self.out)
 
   def setUp(self):
     super().setUp()

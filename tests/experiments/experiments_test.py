@@ -261,7 +261,7 @@ class SampleTest(parameterized.TestCase):
     self.assertEqual(rows[0]["stop"], ["e"])
     with self.subTest("of another run of the command"):
       out.write_text(found[0])
-      self.assert_refused(flags, f"--out={out}: holds a text of line 1 that")
+      self.assert_refused(flags, f"--out={out}: holds a text of line 1 with")
       self.assertEqual(out.read_text(), found[0])
 
   @parameterized.parameters(

@@ -39,7 +39,7 @@ def model(*assignments):
 
 
 def full(cfg, params, bias, tokens):
-  """Runs the whole network in float64, without a cache."""
+  """Runs the whole network on texts in float64, without any cache."""
   return reference.forward(*reference.f64((params, bias)), tokens, cfg)
 
 
@@ -145,7 +145,7 @@ class ReadTest(parameterized.TestCase):
 
   @parameterized.parameters(1, cached_forward.FEW)
   def test_few_choices_of_experts_are_not_sorted(self, n):
-    self.assertIs(cached_forward.local_experts(n).ffn, experts.few_ffn)
+    self.assertIs(cached_forward.local_experts(n).ffn, experts.slotwise_ffn)
     sorting = cached_forward.local_experts(cached_forward.FEW + n).ffn
     self.assertIs(sorting, experts.grouped_ffn)
 

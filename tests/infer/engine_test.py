@@ -15,8 +15,9 @@ from absl.testing import absltest, parameterized
 from sampling_test import distribution, joint, p_value
 
 from dsv3_jax import config
-from dsv3_jax.infer import engine, inference_params
-from dsv3_jax.infer import stats as stats_lib
+from dsv3_jax.infer import engine, expert_balance, inference_params
+from dsv3_jax.infer.engine_options import EngineOptions
+from dsv3_jax.infer.request import GenerationRequest
 from dsv3_jax.model import transformer
 
 VOCAB, MAX_LEN, CHUNK, SLOTS = 8, 64, 16, 3
@@ -42,7 +43,7 @@ LENGTHS = (
 def request(i, n_prompt, max_tokens, **settings):
   settings = {"temperature": 0} | settings
   prompt = testing.tokens(n_prompt, vocab_size=VOCAB, seed=i).tolist()
-  return engine.Request(prompt, max_tokens, **settings)
+  return GenerationRequest(prompt, max_tokens, **settings)
 
 
 def requests(**settings):
@@ -81,13 +82,11 @@ def parameters(*assignments):
 
 
 def make(n_drafts=0, n_slots=SLOTS, assignments=(), params=None):
+  options = EngineOptions(
+    max_batch=n_slots, max_len=MAX_LEN, chunk=CHUNK, n_drafts=n_drafts
+  )
   return engine.Engine(
-    params or parameters(*assignments),
-    model(*assignments)[0],
-    n_slots=n_slots,
-    max_len=MAX_LEN,
-    chunk=CHUNK,
-    n_drafts=n_drafts,
+    params or parameters(*assignments), model(*assignments)[0], options
   )
 
 
@@ -259,7 +258,7 @@ class GreedyTest(parameterized.TestCase):
     asked = requests()
     stops = [(text[len(text) // 2], VOCAB + 5) for text in due()]
     asked = [
-      dataclasses.replace(r, stop=stop)
+      dataclasses.replace(r, stop_token_ids=stop)
       for r, stop in zip(asked, stops, strict=True)
     ]
     events = list(make(n_drafts).run(asked))
@@ -289,7 +288,7 @@ class GreedyTest(parameterized.TestCase):
   def test_counts_what_experts_get(self):
     cfg, params, bias = model()
     asked, made = requests(), make()
-    with mock.patch.object(engine, "MANY", 5):
+    with mock.patch.object(expert_balance, "MAX_PENDING", 5):
       run(made, asked)
     expected = 0
     for r, text in zip(asked, due(), strict=True):
@@ -300,11 +299,13 @@ class GreedyTest(parameterized.TestCase):
         cfg,
       )
       expected = expected + load[: cfg.n_moe_layers]
-    main, ahead = np.split(made.load, [cfg.n_moe_layers])
+    main, ahead = np.split(made.balancer.load, [cfg.n_moe_layers])
     np.testing.assert_array_equal(main, expected)
     self.assertEqual((ahead.shape, ahead.max()), ((1, 8), 0))
     main += 1  # it is a copy
-    np.testing.assert_array_equal(made.load[: cfg.n_moe_layers], expected)
+    np.testing.assert_array_equal(
+      made.balancer.load[: cfg.n_moe_layers], expected
+    )
 
 
 class QueueTest(absltest.TestCase):
@@ -361,7 +362,7 @@ class QueueTest(absltest.TestCase):
   def test_no_request_is_nothing(self):
     made = make()
     self.assertEqual((list(made.run([])), made.step()), ([], []))
-    self.assertEqual(made.stats, stats_lib.EngineStats())
+    self.assertEqual(made.stats, engine.EngineStats())
 
 
 SETTINGS = (
@@ -420,7 +421,7 @@ class SampledTest(parameterized.TestCase):
 def check_distribution(test, made, n, settings, prompt=(3, 6), length=3):
   """The first tokens of n texts for each settings against whole passes."""
   asked = [
-    engine.Request(prompt, length, seed=seed, **how)
+    GenerationRequest(prompt, length, seed=seed, **how)
     for seed, how in zip(
       range(n * len(settings)), itertools.cycle(settings), strict=False
     )
@@ -442,7 +443,7 @@ def check_distribution(test, made, n, settings, prompt=(3, 6), length=3):
       others = tuple({0, 1, 2} - {*places})
       with test.subTest(how=how, places=places):
         test.assertGreater(p_value(counts, expected.sum(others)), 1e-4)
-  if made.n_drafts:
+  if made.options.n_drafts:
     test.assertBetween(made.stats.acceptance, 0.1, 0.9)
 
 
@@ -462,7 +463,7 @@ class DraftsTest(absltest.TestCase):
 
 def check_drafts(test, made):
   """Texts are the same, and as many drafts are kept as should be."""
-  asked, k, stats = requests(), made.n_drafts, made.stats
+  asked, k, stats = requests(), made.options.n_drafts, made.stats
   test.assertEqual(run(made, asked), due())
   cycles = [
     kept_drafts(r.prompt, text, r.max_tokens, k)
@@ -487,7 +488,7 @@ def check_drafts(test, made):
   rows = stats.rows + stats.wasted_rows
   # Experts get all that is read: by the MTP module what is new of the cycle
   # before, and its own drafts but the last.
-  *main, ahead = made.load.sum(axis=1) // made.cfg.router.top_k
+  *main, ahead = made.balancer.load.sum(axis=1) // made.cfg.router.top_k
   for n in main:
     test.assertEqual(n, stats.prompt_tokens + (k + 1) * rows)
   new = sum(sum(text[:-1]) + len(text) for text in cycles) + sum(more)
@@ -541,10 +542,10 @@ class MoreSlotsTest(parameterized.TestCase):
 class RefusalTest(parameterized.TestCase):
   def engine(self, *assignments, **options):
     cfg = config.override(model()[0], *assignments)
-    return engine.Engine(parameters(), cfg, **options)
+    return engine.Engine(parameters(), cfg, EngineOptions(**options))
 
   @parameterized.parameters(
-    (dict(n_slots=0), "n_slots=0: must be at least 1"),
+    (dict(max_batch=0), "max_batch=0: must be at least 1"),
     (dict(max_len=0), "max_len=0: must be at least 1"),
     (dict(chunk=0), "chunk=0: must be a power of two, at least 16"),
     (dict(chunk=8), "chunk=8: must be a power of two, at least 16"),
@@ -566,7 +567,8 @@ class RefusalTest(parameterized.TestCase):
   def test_refuses_what_yarn_does_not_reach(self):
     yarn = "mla.yarn.factor=2.5", "mla.yarn.original_len=8"
     with self.assertRaisesRegex(
-      ValueError, "^max_len=21: must be at most 20, what mla.yarn extends to$"
+      ValueError,
+      "^max_len=21: must be at most 20, the length that mla.yarn extends to$",
     ):
       self.engine(*yarn, max_len=21)
     self.engine(*yarn, max_len=20)
@@ -574,13 +576,13 @@ class RefusalTest(parameterized.TestCase):
   @parameterized.parameters(-1, 5)
   def test_refuses_to_place_experts_of_one_device(self, every):
     with self.assertRaisesRegex(
-      ValueError, f"^rebalance_every={every}: must be at least 0, and 0 where"
+      ValueError, f"^rebalance_every={every}: must be at least 0, and 0 without"
     ):
       self.engine(rebalance_every=every)
 
   def test_names_all_problems_of_an_engine(self):
     with self.assertRaises(ValueError) as caught:
-      self.engine(n_slots=0, max_len=0, chunk=3, n_drafts=-1)
+      self.engine(max_batch=0, max_len=0, chunk=3, n_drafts=-1)
     self.assertLen(str(caught.exception).splitlines(), 4)
 
   @parameterized.parameters(
@@ -605,7 +607,7 @@ class RefusalTest(parameterized.TestCase):
   def test_refuses_a_request(self, changes, message):
     asked = dataclasses.replace(request(0, 3, 4), **changes)
     made = make()
-    self.assertEqual(made.problems(asked), [message])
+    self.assertEqual(made.validate_request(asked), [message])
     with self.assertRaises(ValueError) as caught:
       made.submit(asked)
     self.assertEqual(str(caught.exception), message)
@@ -617,9 +619,9 @@ class RefusalTest(parameterized.TestCase):
   def test_refuses_what_is_longer_than_the_cache(self, n_drafts):
     made = make(n_drafts)
     fits = request(0, 40, MAX_LEN - 40 - n_drafts)
-    self.assertEqual(made.problems(fits), [])
+    self.assertEqual(made.validate_request(fits), [])
     more = dataclasses.replace(fits, max_tokens=fits.max_tokens + 1)
-    (problem,) = made.problems(more)
+    (problem,) = made.validate_request(more)
     self.assertRegex(
       problem,
       f"prompt of 40 tokens with max_tokens={more.max_tokens}: needs 65"
@@ -627,8 +629,8 @@ class RefusalTest(parameterized.TestCase):
     )
 
   def test_names_all_problems_of_a_request(self):
-    asked = engine.Request((), 0, -1, 0, -1, -1)
-    self.assertLen(make().problems(asked), 6)
+    asked = GenerationRequest((), 0, -1, 0, -1, -1)
+    self.assertLen(make().validate_request(asked), 6)
 
   def test_tells_when_parameters_are_not_numbers(self):
     bad = jnp.full_like(parameters()["embed"], np.nan)

@@ -59,11 +59,11 @@ def compositions(total, parts):
 
 class GoldenTest(absltest.TestCase):
   def test_is_the_published_example(self):
-    placed = eplb.place(GOLDEN_LOAD, **SMALL)
+    placed = eplb.balance_experts(GOLDEN_LOAD, **SMALL)
     np.testing.assert_array_equal(placed.expert, GOLDEN_EXPERT)
 
   def test_has_the_replicas_of_the_published_example(self):
-    placed = eplb.place(GOLDEN_LOAD, **SMALL)
+    placed = eplb.balance_experts(GOLDEN_LOAD, **SMALL)
     np.testing.assert_array_equal(
       placed.count,
       [
@@ -208,7 +208,7 @@ class PlaceTest(parameterized.TestCase):
   def test_says_the_same_of_slots_and_of_experts(self, deployment, power):
     n_experts, how = deployment
     load = uniform(3, n_experts) ** power
-    placed = eplb.place(load, **how)
+    placed = eplb.balance_experts(load, **how)
     n_slots, most = how["n_replicas"], placed.count.max()
     chex.assert_type([placed.expert, placed.replicas, placed.count], np.int32)
     chex.assert_shape(placed.expert, (3, n_slots))
@@ -230,7 +230,7 @@ class PlaceTest(parameterized.TestCase):
   def test_keeps_a_group_within_a_node(self, deployment, seed):
     n_experts, how = deployment
     n_groups, n_nodes = how["n_groups"], how["n_nodes"]
-    placed = eplb.place(uniform(3, n_experts, seed=seed), **how)
+    placed = eplb.balance_experts(uniform(3, n_experts, seed=seed), **how)
     groups = placed.expert // (n_experts // n_groups)
     for layer in groups.reshape(3, n_nodes, -1):
       nodes = [set(node) for node in layer]
@@ -241,14 +241,16 @@ class PlaceTest(parameterized.TestCase):
   def test_packs_groups_into_nodes_by_their_load(self):
     # Groups of 2 experts and load 9, 8, 2 and 1: the first joins the last.
     load = [[4, 5, 8, 0, 1, 1, 0, 1]]
-    placed = eplb.place(load, n_replicas=8, n_devices=8, n_groups=4, n_nodes=2)
+    placed = eplb.balance_experts(
+      load, n_replicas=8, n_devices=8, n_groups=4, n_nodes=2
+    )
     np.testing.assert_array_equal(placed.expert, [[0, 1, 6, 7, 2, 3, 4, 5]])
 
   def test_is_global_where_nodes_do_not_divide_groups(self):
     load = zipf(4, 12)
-    whole = eplb.place(load, n_replicas=24, n_devices=12)
+    whole = eplb.balance_experts(load, n_replicas=24, n_devices=12)
     for n_groups, n_nodes in ((1, 4), (4, 3), (3, 2), (2, 4)):
-      placed = eplb.place(
+      placed = eplb.balance_experts(
         load,
         n_replicas=24,
         n_devices=12,
@@ -256,12 +258,14 @@ class PlaceTest(parameterized.TestCase):
         n_nodes=n_nodes,
       )
       chex.assert_trees_all_equal(vars(placed), vars(whole))
-    other = eplb.place(load, n_replicas=24, n_devices=12, n_groups=4, n_nodes=2)
+    other = eplb.balance_experts(
+      load, n_replicas=24, n_devices=12, n_groups=4, n_nodes=2
+    )
     self.assertFalse(np.array_equal(other.expert, whole.expert))
 
   def test_with_one_slot_a_device_adds_replicas_and_moves_nothing(self):
     load = zipf(4, 12)
-    placed = eplb.place(load, n_replicas=16, n_devices=16)
+    placed = eplb.balance_experts(load, n_replicas=16, n_devices=16)
     np.testing.assert_array_equal(placed.expert[:, :12], [range(12)] * 4)
     expected = [eplb.replicate(row, 16)[0] for row in load]
     np.testing.assert_array_equal(placed.expert, expected)
@@ -269,28 +273,28 @@ class PlaceTest(parameterized.TestCase):
   @parameterized.parameters(*GLOBAL[:2], HIERARCHICAL[0])
   def test_places_each_layer_by_itself(self, n_experts, how):
     load = zipf(4, n_experts)
-    placed = eplb.place(load, **how)
+    placed = eplb.balance_experts(load, **how)
     for i, row in enumerate(load):
-      alone = eplb.place(row[None], **how)
+      alone = eplb.balance_experts(row[None], **how)
       np.testing.assert_array_equal(placed.expert[i], alone.expert[0])
 
   def test_reads_counts_and_leaves_them_alone(self):
     load = zipf(4, 12).astype(np.int32)
     before = load.copy()
-    placed = eplb.place(load, **SMALL)
+    placed = eplb.balance_experts(load, **SMALL)
     np.testing.assert_array_equal(load, before)
     # Loads matter in proportion alone; powers of two divide exactly.
-    other = eplb.place(load / 2**20, **SMALL)
+    other = eplb.balance_experts(load / 2**20, **SMALL)
     chex.assert_trees_all_equal(vars(placed), vars(other))
 
   def test_replicas_that_share_a_device_are_legal(self):
-    placed = eplb.place([[3]], n_replicas=4, n_devices=2)
+    placed = eplb.balance_experts([[3]], n_replicas=4, n_devices=2)
     np.testing.assert_array_equal(placed.expert, [[0, 0, 0, 0]])
     np.testing.assert_array_equal(placed.replicas, [[[0, 2, 1, 3]]])
     np.testing.assert_array_equal(placed.loads([[3]], 2), [[1.5, 1.5]])
 
   def test_no_load_at_all(self):
-    placed = eplb.place(np.zeros((1, 3)), n_replicas=4, n_devices=2)
+    placed = eplb.balance_experts(np.zeros((1, 3)), n_replicas=4, n_devices=2)
     np.testing.assert_array_equal(placed.count, [[2, 1, 1]])
     np.testing.assert_array_equal(placed.loads(np.zeros((1, 3)), 2), [[0, 0]])
 
@@ -314,7 +318,7 @@ class LoadsTest(parameterized.TestCase):
   @parameterized.parameters(*GLOBAL, *HIERARCHICAL[:4])
   def test_is_where_tokens_go_that_take_turns(self, n_experts, how):
     tokens = zipf(2, n_experts) // 1000
-    placed = eplb.place(tokens, **how)
+    placed = eplb.balance_experts(tokens, **how)
     # So that every number of replicas divides them.
     tokens *= math.lcm(*np.unique(placed.count))
     per_device = how["n_replicas"] // how["n_devices"]
@@ -334,7 +338,7 @@ class LoadsTest(parameterized.TestCase):
     # The top expert alone is 1 / H(256) = 16 % of all, five times the mean of
     # 32 devices.
     self.assertGreater(eplb.imbalance(before).min(), 5)
-    placed = eplb.place(load, n_replicas=288, n_devices=32)
+    placed = eplb.balance_experts(load, n_replicas=288, n_devices=32)
     after = placed.loads(load, 32)
     np.testing.assert_allclose(after.sum(-1), load.sum(-1), rtol=1e-12)
     self.assertLess(eplb.imbalance(after).max(), 1.01)
@@ -343,7 +347,7 @@ class LoadsTest(parameterized.TestCase):
   def test_skewed_load_is_balanced_within_nodes(self, seed):
     load = zipf(3, 256, seed)
     before = eplb.identity(3, 256).loads(load, 32)
-    placed = eplb.place(load, **HIERARCHICAL[-1][1])
+    placed = eplb.balance_experts(load, **HIERARCHICAL[-1][1])
     after = placed.loads(load, 32)
     np.testing.assert_allclose(after.sum(-1), load.sum(-1), rtol=1e-12)
     # What remains is mostly between nodes, which own whole groups.
@@ -356,7 +360,7 @@ class LoadsTest(parameterized.TestCase):
 
   def test_one_replica_a_device_is_as_good_as_replication_allows(self):
     load = zipf(3, 256)
-    placed = eplb.place(load, n_replicas=320, n_devices=320)
+    placed = eplb.balance_experts(load, n_replicas=320, n_devices=320)
     after = placed.loads(load, 320)
     np.testing.assert_array_equal(after.max(-1), (load / placed.count).max(-1))
     before = eplb.identity(3, 256).loads(load, 256)
@@ -404,7 +408,7 @@ class RefusalTest(parameterized.TestCase):
   def test_of_a_placement(self, changed, message):
     how = {"load": GOLDEN_LOAD, **SMALL, **changed}
     with self.assertRaisesRegex(ValueError, f"^{message}"):
-      eplb.place(**how)
+      eplb.balance_experts(**how)
 
   @parameterized.named_parameters(
     (

@@ -19,7 +19,15 @@ from absl.testing import absltest, parameterized
 from dsv3_jax import config
 from dsv3_jax.checkpoint import manifest
 from dsv3_jax.data import chat, tokenizer
-from dsv3_jax.infer import engine, generate
+from dsv3_jax.infer import (
+  engine,
+  generate,
+  load,
+  serving_mesh,
+  serving_params,
+)
+from dsv3_jax.infer.engine_options import EngineOptions
+from dsv3_jax.infer.request import GenerationRequest
 from dsv3_jax.interop import load_sharded, open_run
 from experiments import cli
 from scripts import convert
@@ -49,8 +57,8 @@ class Scripted:
     """Serves scripts of (tokens, ended) in order, a token of each in turn."""
     self.scripts, self.submitted, self.cancelled = scripts, 0, []
 
-  def problems(self, request):
-    return []
+  def validate_request(self, request):
+    return request.validate()
 
   def cancel(self, number):
     self.cancelled.append(number)
@@ -75,7 +83,7 @@ class Scripted:
 def pieces(tok, ids, *stops, ended=engine.LENGTH):
   """The pieces of one text with these tokens."""
   writer = generate.Generator(Scripted((ids, ended)), tok)
-  return list(writer.stream([generate.GenerationRequest("", stop=stops)]))
+  return list(writer.stream([GenerationRequest("", stop=stops)]))
 
 
 def shown(tok, ids, *stops, ended=engine.LENGTH):
@@ -243,7 +251,7 @@ class StreamTest(parameterized.TestCase):
     writer = generate.Generator(Scripted(*scripts), self.tok)
     for start in (0, 3):  # a second stream with the same engine
       found = {}
-      for piece in writer.stream([generate.GenerationRequest("")] * 3):
+      for piece in writer.stream([GenerationRequest("")] * 3):
         found[piece.index] = found.get(piece.index, "") + piece.text
       self.assertEqual(found, dict(enumerate(written[start : start + 3])))
 
@@ -251,8 +259,8 @@ class StreamTest(parameterized.TestCase):
     texts = (ids_of(BYTES, written) for written in ("a.b.c.d", "cold day"))
     scripted = Scripted(*((ids, engine.LENGTH) for ids in texts))
     asks = [
-      generate.GenerationRequest("", stop=(".",)),
-      generate.GenerationRequest(""),
+      GenerationRequest("", stop=(".",)),
+      GenerationRequest(""),
     ]
     found = list(generate.Generator(scripted, BYTES).stream(asks))
     first = [piece for piece in found if not piece.index]
@@ -265,20 +273,22 @@ class StreamTest(parameterized.TestCase):
     scripted = Scripted()
     scripted.busy = True
     with self.assertRaisesRegex(RuntimeError, "other requests"):
-      next(generate.Generator(scripted, self.tok).write("a"))
+      next(generate.Generator(scripted, self.tok).generate("a"))
 
   def test_an_empty_stop_string_is_refused(self):
     writer = generate.Generator(Scripted(), self.tok)
     with self.assertRaisesRegex(ValueError, "must not be empty"):
-      writer.request(generate.GenerationRequest("a", stop=("b", "")))
+      writer.tokenize(GenerationRequest("a", stop=("b", "")))
 
   def test_a_request_is_what_was_asked(self):
-    made = generate.Generator(Scripted(), self.tok).request(
-      generate.GenerationRequest("cold", 3, 0.5, 0.25, 7, 9, ("a",))
+    made = generate.Generator(Scripted(), self.tok).tokenize(
+      GenerationRequest("cold", 3, 0.5, 0.25, 7, 9, ("a",))
     )
     ids = generate.encode(self.tok, "cold")
     ends = (tokenizer.EOS_ID,)
-    self.assertEqual(made, engine.Request(ids, 3, 0.5, 0.25, 7, 9, ends))
+    self.assertEqual(
+      made, GenerationRequest(ids, 3, 0.5, 0.25, 7, 9, ("a",), ends)
+    )
 
 
 class EncodeTest(parameterized.TestCase):
@@ -311,7 +321,7 @@ class EncodeTest(parameterized.TestCase):
 
 
 ASKS = tuple(
-  generate.GenerationRequest(
+  GenerationRequest(
     prompt,
     max_tokens=n,
     temperature=1 + n / 20,
@@ -346,6 +356,11 @@ def written(stream):
   ]
 
 
+def generator(folder, *, average=False, **options):
+  model = load.open_model(folder, average=average)
+  return model.generator(EngineOptions(**options))
+
+
 class FolderTest(parameterized.TestCase):
   """A run with an average, and the same model released."""
 
@@ -356,14 +371,15 @@ class FolderTest(parameterized.TestCase):
     cls.run_dir, cls.released = folder / "run", folder / "released"
     _, cls.state, cls.tok = micro.make(cls.run_dir, "optim.ema_decay=0.9")
     arguments = f"--mode=export --workdir={cls.run_dir} --hf={cls.released}"
-    program = functools.partial(cli.run_main, convert.main)
+    program = functools.partial(cli.run_main, convert.execute)
     code, _, err = testing.command_line(program, *arguments.split())
     assert not code, err
 
 
 class WriterTest(FolderTest):
   def load(self, folder):
-    return generate.load(folder, n_slots=2, max_len=32, chunk=16)
+    options = EngineOptions(max_batch=2, max_len=32, chunk=16)
+    return load.open_model(folder).generator(options)
 
   def test_many_at_once_are_what_each_is_alone(self):
     writer = self.load(self.run_dir)
@@ -372,8 +388,7 @@ class WriterTest(FolderTest):
     self.assertEqual(together, alone)
     self.assertLen({tuple(tokens) for _, tokens, *_ in together}, len(ASKS))
     self.assertEqual([ended for *_, ended in together].count(engine.STOP), 1)
-    settings = dataclasses.asdict(ASKS[0])
-    whole = "".join(writer.write(settings.pop("prompt"), **settings))
+    whole = "".join(writer.generate(ASKS[0]))
     self.assertEqual(whole, together[0][0])
     with self.subTest("abandoned half-way"):
       stream = writer.stream(ASKS)
@@ -383,7 +398,7 @@ class WriterTest(FolderTest):
       stream.close()
       self.assertFalse(writer.engine.busy)
     with self.subTest("one that cannot be served"):
-      bad = generate.GenerationRequest("a", max_tokens=31)
+      bad = GenerationRequest("a", max_tokens=31)
       with self.assertRaisesRegex(ValueError, "max_tokens=31: needs 33 pos"):
         list(writer.stream([*ASKS[:3], bad]))
       self.assertFalse(writer.engine.busy)
@@ -396,23 +411,23 @@ class WriterTest(FolderTest):
 class LoadTest(FolderTest):
   def served(self, folder, **options):
     """Returns the arguments that the engine of a folder is made with."""
-    with mock.patch.object(generate.engine_lib, "Engine") as made:
-      generate.load(folder, **options)
-    (params, cfg), options = made.call_args
+    with mock.patch.object(engine, "Engine") as made:
+      generator(folder, **options)
+    (params, cfg, options), _ = made.call_args
     return jax.device_get(params), cfg, options
 
   @parameterized.product(folder=("run_dir", "released"), n_drafts=(0, 2))
   def test_serves_mtp_modules_only_to_draft(self, folder, n_drafts):
     seen = mock.patch.object(load_sharded, "load", wraps=load_sharded.load)
-    with seen as load:
+    with seen as reads:
       params, cfg, options = self.served(
         getattr(self, folder), n_drafts=n_drafts
       )
-    self.assertEqual(options["n_drafts"], n_drafts)
+    self.assertEqual(options.n_drafts, n_drafts)
     self.assertEqual(cfg.mtp.depth, bool(n_drafts))
     self.assertLen(params["mtp"], cfg.mtp.depth)
     # Nor is it read for nothing.
-    for call in load.call_args_list:
+    for call in reads.call_args_list:
       self.assertEqual(call.args[0].model.mtp.depth, bool(n_drafts))
     blocks = [*params["layers"], *(m["block"] for m in params["mtp"])]
     biases = [block["bias"] for block in blocks if "bias" in block]
@@ -434,29 +449,28 @@ class LoadTest(FolderTest):
     self.assertEqual(params["layers"][-1]["bias"].dtype, jnp.float32)
 
   def test_a_text_is_as_long_as_the_model_reads(self):
-    found = generate.open_model(self.run_dir)
+    found = load.open_model(self.run_dir)
     for factor, expected in ((1, 4096), (8, 128), (1000, 4096)):
       yarn = f"mla.yarn.factor={factor}", "mla.yarn.original_len=16"
       model = config.override(found.model, *yarn)
       other = dataclasses.replace(found, model=model)
-      with mock.patch.object(generate.engine_lib, "Engine") as made:
-        other.problems(generate.EngineOptions())
-      self.assertEqual(made.call_args.kwargs["max_len"], expected)
-      longer = generate.EngineOptions(max_len=129)
-      self.assertLen(other.problems(longer), int(factor == 8))
+      self.assertEqual(EngineOptions().resolve(model).max_len, expected)
+      self.assertEmpty(other.validate(EngineOptions()))
+      longer = EngineOptions(max_len=129)
+      self.assertLen(other.validate(longer), int(factor == 8))
 
   def test_options_reach_the_engine(self):
-    sizes = {"n_slots": 3, "max_len": 40, "chunk": 32}
+    sizes = {"max_batch": 3, "max_len": 40, "chunk": 32}
     *_, options = self.served(self.run_dir, **sizes)
-    self.assertEqual(options | sizes | {"n_drafts": 0}, options)
+    self.assertEqual(options, EngineOptions(**sizes))
 
   def test_lists_all_problems_without_reading_parameters(self):
-    wrong = {"dtype": "float16", "n_slots": 0, "max_len": 0, "chunk": 3}
+    wrong = {"dtype": "float16", "max_batch": 0, "max_len": 0, "chunk": 3}
     unread = mock.patch.object(
       open_run, "load_newest_params", side_effect=AssertionError
     )
     with unread, self.assertRaises(ValueError) as caught:
-      generate.load(self.run_dir, n_drafts=-1, **wrong)
+      generator(self.run_dir, n_drafts=-1, **wrong)
     lines = str(caught.exception).splitlines()
     self.assertLen(lines, 5)
     for name, value in (wrong | {"n_drafts": -1}).items():
@@ -465,20 +479,20 @@ class LoadTest(FolderTest):
 
   def test_lists_what_is_wrong_with_asks(self):
     found, options = (
-      generate.open_model(self.run_dir),
-      generate.EngineOptions(max_len=32),
+      load.open_model(self.run_dir),
+      EngineOptions(max_len=32),
     )
     good, bad = (
-      generate.GenerationRequest("", max_tokens=31),
-      generate.GenerationRequest("", max_tokens=32),
+      GenerationRequest("", max_tokens=31),
+      GenerationRequest("", max_tokens=32),
     )
-    self.assertEmpty(found.problems(options, good, good))
-    (problem,) = found.problems(options, good, bad)
+    self.assertEmpty(found.validate(options, good, good))
+    (problem,) = found.validate(options, good, bad)
     self.assertIn("max_tokens=32: needs 33 positions", problem)
 
   def test_a_released_checkpoint_has_no_average(self):
     with self.assertRaisesRegex(ValueError, "released .* has no average"):
-      generate.load(self.released, average=True)
+      generator(self.released, average=True)
 
   def test_released_folders_are_trusted_as_far_as_is_said(self):
     folder = testing.folder(self) / "copy"
@@ -491,17 +505,44 @@ class LoadTest(FolderTest):
       shard.unlink()
       shard.symlink_to(self.released / shard.name)
     with self.assertRaisesRegex(ValueError, "auto_map names code"):
-      generate.open_model(folder, follow_links=True)
+      load.open_model(folder, follow_links=True)
     with self.assertRaisesRegex(ValueError, "is a link to"):
-      generate.open_model(folder, ignore_auto_map=True)
-    generate.open_model(folder, ignore_auto_map=True, follow_links=True)
+      load.open_model(folder, ignore_auto_map=True)
+    load.open_model(folder, ignore_auto_map=True, follow_links=True)
 
   def test_a_released_checkpoint_without_a_tokenizer(self):
     folder = testing.folder(self) / "copy"
     shutil.copytree(self.released, folder)
     (folder / "tokenizer.json").unlink()
     with self.assertRaisesRegex(ValueError, "not a readable tokenizer"):
-      generate.load(folder)
+      generator(folder)
+
+
+class ServingMeshTest(FolderTest):
+  @parameterized.product(
+    folder=("run_dir", "released"),
+    sizes=({"expert": 2, "model": 2}, {"expert": 3}),
+  )
+  def test_devices_read_their_parts_alone(self, folder, sizes):
+    model = load.open_model(getattr(self, folder))
+    sharded = EngineOptions(
+      max_batch=6, n_drafts=1, serving=serving_mesh.ServingConfig(sizes)
+    )
+    with mock.patch.object(load, "_convert", wraps=load._convert) as convert:
+      made = model.generator(sharded).engine
+    (params, _), _ = convert.call_args
+    if "model" in sizes:
+      # 3 devices divide none of their dims evenly.
+      for p in params["moe"]["ffn"]["experts"].values():
+        self.assertEqual(4 * p.addressable_shards[0].data.size, p.size)
+      up = params["moe"]["mla"]["kv_up"]
+      self.assertEqual(2 * up.addressable_shards[0].data.size, up.size)
+    alone = model.generator(EngineOptions(n_drafts=1)).engine
+    placement = serving_params.uniform_placement(made.mesh, made.cfg)
+    expected = serving_params.shard_params(
+      alone._params, placement, made.mesh, made.cfg
+    )
+    testing.assert_same(jax.device_get(made._params), jax.device_get(expected))
 
 
 class BadRunTest(parameterized.TestCase):
@@ -518,7 +559,7 @@ class BadRunTest(parameterized.TestCase):
 
   def assert_refused(self, message, **options):
     with self.assertRaisesRegex(ValueError, message) as caught:
-      generate.load(self.folder, **options)
+      generator(self.folder, **options)
     self.assertNotIsInstance(caught.exception, manifest.MissingError)
 
   def configure(self, **settings):
@@ -555,7 +596,7 @@ class BadRunTest(parameterized.TestCase):
   def test_no_checkpoint(self, lost):
     shutil.rmtree(self.folder / lost)
     with self.assertRaises(manifest.MissingError):
-      generate.load(self.folder)
+      generator(self.folder)
 
   def test_a_damaged_checkpoint(self):
     shutil.rmtree(self.folder / "checkpoints" / "0" / "d")
@@ -563,7 +604,7 @@ class BadRunTest(parameterized.TestCase):
       manifest.MissingError,
       "(?s)no checkpoint can be used:.*/0/d/.* no bytes",
     ):
-      generate.load(self.folder)
+      generator(self.folder)
 
   @parameterized.parameters(
     ({"model__mla__q_rank": 0}, "another architecture.*moe/mla/q_down"),

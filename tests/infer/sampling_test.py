@@ -10,6 +10,7 @@ import testing
 from absl.testing import absltest, parameterized
 
 from dsv3_jax.infer import sampling
+from dsv3_jax.infer.request import GenerationRequest
 
 
 @functools.partial(jax.jit, static_argnames="mode")
@@ -27,13 +28,17 @@ def uniform(seed, position, purpose):
   return sampling.uniform(seed, position, purpose)
 
 
+def request(temperature, top_p, top_k, seed=0):
+  return GenerationRequest((), 1, temperature, top_p, top_k, seed)
+
+
 def rows_of(settings):
-  """Rows of (temperature, top_p, top_k)."""
-  return sampling.stack_params([(*row, 0) for row in settings])
+  """Stacks rows of (temperature, top_p, top_k)."""
+  return sampling.stack_params([request(*row) for row in settings])
 
 
 def distribution(logits, temperature, top_p, top_k):
-  """Distribution of one row of float64 logits [C], and the closest tie.
+  """Returns the distribution of one row of float64 logits [C], and a margin.
 
   Returns:
     Probabilities [C], and the least distance of top_p from a share at which
@@ -52,7 +57,7 @@ def distribution(logits, temperature, top_p, top_k):
 
 
 def p_value(counts, p, least=5):
-  """P-value of counts drawn from p; rare ones are pooled.
+  """Returns the p-value of counts drawn from p; rare ones are pooled.
 
   The sum of (count - expected)^2 / expected has a chi-square distribution with
   one degree of freedom less than there are terms, if each expects a few.
@@ -118,7 +123,8 @@ class ModeTest(parameterized.TestCase):
     ([], sampling.GREEDY),
   )
   def test_is_what_the_rows_need(self, rows, expected):
-    self.assertEqual(sampling.mode(rows), expected)
+    requests = [request(*row) for row in rows]
+    self.assertEqual(sampling.mode(requests), expected)
 
 
 class ProbabilitiesTest(parameterized.TestCase):
@@ -159,7 +165,9 @@ class ProbabilitiesTest(parameterized.TestCase):
 
   @parameterized.parameters(sampling.GREEDY, sampling.UNTRUNCATED)
   def test_what_needs_no_cut_is_the_same_without_sorting(self, mode):
-    rows = [row for row in self.SETTINGS if sampling.mode([row]) == mode]
+    rows = [
+      row for row in self.SETTINGS if sampling.mode([request(*row)]) == mode
+    ]
     rows += [row for row in self.SETTINGS if row[0] == 0]
     self.assertGreater(len(rows), 2)
     logits = testing.normal(len(rows), self.T, self.C, scale=2)
@@ -320,7 +328,7 @@ class DrawTest(parameterized.TestCase):
 class SettingsTest(parameterized.TestCase):
   def test_are_joined_in_order(self):
     rows = [(0.5, 0.9, 3, 2**32 - 1), (0, 1, 0, 7)]
-    how = sampling.stack_params(rows)
+    how = sampling.stack_params([request(*row) for row in rows])
     fields = how.temperature, how.top_p, how.top_k, how.seed
     self.assertEqual(
       [str(a.dtype) for a in fields],
@@ -333,7 +341,7 @@ class SettingsTest(parameterized.TestCase):
     (0, 1, 0, 0), (1e9, 1e-9, 10**6, 2**32 - 1), (0.7, 0.9, 50, 1)
   )
   def test_these_are_good(self, *settings):
-    self.assertEqual(sampling.validate(*settings), [])
+    self.assertEqual(request(*settings).validate(), [])
 
   @parameterized.parameters(
     (-0.1, "temperature=-0.1: must be at least 0, and at most 1e+30"),
@@ -341,24 +349,24 @@ class SettingsTest(parameterized.TestCase):
     (float("nan"), "temperature=nan: must be at least 0, and at most 1e+30"),
   )
   def test_refuses_a_temperature(self, value, message):
-    self.assertEqual(sampling.validate(value, 1, 0, 0), [message])
+    self.assertEqual(request(value, 1, 0).validate(), [message])
 
   @parameterized.parameters(0, -1, 1.01, float("nan"))
   def test_refuses_a_share(self, value):
     self.assertEqual(
-      sampling.validate(1, value, 0, 0),
+      request(1, value, 0).validate(),
       [f"top_p={value}: must be above 0 and at most 1"],
     )
 
   def test_refuses_the_others_and_names_all(self):
     self.assertEqual(
-      sampling.validate(1, 1, -1, 2**32),
+      request(1, 1, -1, 2**32).validate(),
       [
         "top_k=-1: must be in [0, 2^31), where 0 is no limit",
         "seed=4294967296: must be in [0, 2^32)",
       ],
     )
-    self.assertLen(sampling.validate(-1, 0, -1, -1), 4)
+    self.assertLen(request(-1, 0, -1, -1).validate(), 4)
 
 
 if __name__ == "__main__":

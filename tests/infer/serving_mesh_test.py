@@ -17,7 +17,16 @@ from absl.testing import absltest, parameterized
 
 from dsv3_jax import config, param_spec
 from dsv3_jax.config import presets
-from dsv3_jax.infer import engine, eplb, inference_params, serving_mesh
+from dsv3_jax.infer import (
+  engine,
+  eplb,
+  inference_params,
+  serving_ffn,
+  serving_mesh,
+  serving_params,
+)
+from dsv3_jax.infer.engine_options import EngineOptions
+from dsv3_jax.infer.request import GenerationRequest
 from dsv3_jax.model import swiglu, transformer
 from dsv3_jax.parallel import device_mesh, sharding
 
@@ -54,7 +63,7 @@ MESHES = (
 def unit(sizes, kind, dispatch, shared, n_redundant):
   made = serving_mesh.ServingMesh(
     mesh=device_mesh.make_mesh(sizes),
-    rules=serving_mesh.RULES[kind],
+    rules=serving_mesh.ROLES[kind],
     n_replicas=0,
     dispatch=dispatch,
     shared_routed=shared,
@@ -99,7 +108,7 @@ def parameters(skew=0.1):
 
 def requests(settings=SETTINGS, prompts=PROMPTS):
   return [
-    engine.Request(
+    GenerationRequest(
       testing.tokens(n, vocab_size=VOCAB, seed=i).tolist(),
       WRITTEN,
       seed=i,
@@ -112,13 +121,10 @@ def requests(settings=SETTINGS, prompts=PROMPTS):
 def make(used=None, n_drafts=0, *, skew=0.1, params=None, placed=None, **more):
   """An engine of a unit, or of one device."""
   cfg, *_ = model(skew)
-  params = params or parameters(skew)
-  if used:
-    placed = placed or serving_mesh.uniform_placement(used, cfg)
-    params = serving_mesh.shard_params(params, placed, used, cfg)
-  sizes = dict(n_slots=SLOTS, max_len=MAX_LEN, chunk=CHUNK) | more
+  sizes = dict(max_batch=SLOTS, max_len=MAX_LEN, chunk=CHUNK) | more
+  options = EngineOptions(n_drafts=n_drafts, **sizes)
   return engine.Engine(
-    params, cfg, n_drafts=n_drafts, unit=used, placed=placed, **sizes
+    params or parameters(skew), cfg, options, mesh=used, placement=placed
   )
 
 
@@ -141,10 +147,10 @@ def of_one_device(n_drafts=0, skew=0.1):
 
 @functools.cache
 def load(used):
-  """Load of the texts of a unit."""
+  """Returns the load of the texts on a serving mesh."""
   made = make(used)
   run(made)
-  return made.load
+  return made.balancer.load
 
 
 def assert_same_texts(found, expected):
@@ -218,7 +224,7 @@ class TextsTest(parameterized.TestCase):
         cycles.append(made.stats.tokens - before)
       # MTP reads the first token, and what is new of the cycle before.
       n_tokens += 1 + sum(cycles[:-1])
-      main, ahead = made.load.sum(axis=1)
+      main, ahead = made.balancer.load.sum(axis=1)
       read = made.stats.prompt_tokens + 2 * made.stats.rows
       self.assertEqual((main, ahead), (k * read, k * n_tokens), i)
 
@@ -227,7 +233,7 @@ def cases():
   """(name, unit, drafts, greedy) of every mesh and all that is beside it."""
   forms = "allgather", "all_to_all", "hierarchical_all_to_all"
   for sizes, kind, dispatch, shared in itertools.product(
-    MESHES, serving_mesh.RULES, forms, (False, True)
+    MESHES, serving_mesh.ROLES, forms, (False, True)
   ):
     n_hops = forms.index(dispatch)
     # One device has nothing to send, and two hops are of two axes.
@@ -271,7 +277,7 @@ class ReplicasTest(parameterized.TestCase):
   ROUTER = config.Router(n_experts=5, top_k=1, n_groups=1, top_groups=1)
   CFG = dataclasses.replace(testing.TINY, router=ROUTER)
   # Four replicas of the first expert, one of each other.
-  PLACED = eplb.place([[9, 1, 1, 1, 1]], n_replicas=8, n_devices=4)
+  PLACED = eplb.balance_experts([[9, 1, 1, 1, 1]], n_replicas=8, n_devices=4)
 
   def slots_of(self, sizes, dispatch, chosen):
     """The slot that each row [M] was sent to, 8: none, by what it returned."""
@@ -298,7 +304,7 @@ class ReplicasTest(parameterized.TestCase):
     chosen = np.int32(chosen)[:, None]
     gates = np.ones(chosen.shape, np.float32)
     ffn = jax.shard_map(
-      serving_mesh.make_experts(used, self.CFG).ffn,
+      serving_ffn.make_experts(used, self.CFG).ffn,
       out_specs=used.batch,
       mesh=used.mesh,
     )
@@ -339,7 +345,7 @@ class ReplicasTest(parameterized.TestCase):
   def test_texts_need_every_replica_and_each_only_some(self):
     cfg, *_ = model()
     used = prefill_unit()
-    placed = serving_mesh.placement_for_load(load(used), used, cfg)
+    placed = serving_params.placement_for_load(load(used), used, cfg)
     expert = placed.count[0].argmax()
     slots = placed.replicas[0, expert, : placed.count[0, expert]]
     self.assertLen(slots, 2)
@@ -373,31 +379,33 @@ class RebalanceTest(parameterized.TestCase):
     used, made = used(), make(used(), n_drafts, skew=self.SKEW)
     expected = of_one_device(n_drafts, self.SKEW)
     assert_same_texts(run(made), expected)
-    load, before = made.load, made.imbalance()
-    placed = serving_mesh.uniform_placement(used, made.cfg)
+    load, before = made.balancer.load, made.balancer.imbalance()
+    placed = serving_params.uniform_placement(used, made.cfg)
     self.check_imbalance(made, placed)
     made.rebalance()
-    np.testing.assert_array_equal(made.load, np.zeros_like(load))
-    np.testing.assert_array_equal(made.imbalance(), [1, 1])
+    np.testing.assert_array_equal(made.balancer.load, np.zeros_like(load))
+    np.testing.assert_array_equal(made.balancer.imbalance(), [1, 1])
     assert_same_texts(run(made), expected)
     # The same texts are the same load.
-    np.testing.assert_array_equal(made.load, load)
-    new = serving_mesh.placement_for_load(load, used, made.cfg)
+    np.testing.assert_array_equal(made.balancer.load, load)
+    new = serving_params.placement_for_load(load, used, made.cfg)
     self.check_imbalance(made, new)
-    fresh = serving_mesh.shard_params(
+    fresh = serving_params.shard_params(
       parameters(self.SKEW), new, used, made.cfg
     )
     testing.assert_same(jax.device_get(made._params), jax.device_get(fresh))
     drafting = slice(1 + n_drafts)  # routers that were used
-    self.assertTrue((made.imbalance()[drafting] < before[drafting]).all())
+    self.assertTrue(
+      (made.balancer.imbalance()[drafting] < before[drafting]).all()
+    )
     self.assertGreater(before[0], 1.3)
 
   def check_imbalance(self, made, placed):
-    used = made._unit
-    everyone = used.load(made.load, made.cfg)
+    used = made.mesh
+    everyone = used.with_shared(made.balancer.load, made.cfg)
     devices = placed.loads(everyone, used.n_devices)
     expected = eplb.imbalance(devices)
-    np.testing.assert_array_equal(made.imbalance(), expected)
+    np.testing.assert_array_equal(made.balancer.imbalance(), expected)
 
   @parameterized.parameters(*BOTH)
   def test_in_the_middle_of_texts_nobody_sees_it(self, used, n_drafts):
@@ -406,10 +414,10 @@ class RebalanceTest(parameterized.TestCase):
       made.submit(r)
     for _ in range(2):
       events += made.step()
-    self.assertLen(made._active, SLOTS)
-    before = made._placed.expert
+    self.assertLen(made._slots.active, SLOTS)
+    before = made.balancer.placement.expert
     made.rebalance()
-    self.assertFalse((made._placed.expert == before).all())
+    self.assertFalse((made.balancer.placement.expert == before).all())
     while made.busy:
       events += made.step()
     assert_same_texts(texts(events), of_one_device(n_drafts, self.SKEW))
@@ -417,7 +425,9 @@ class RebalanceTest(parameterized.TestCase):
   def test_comes_every_few_cycles(self):
     made = make(prefill_unit(), skew=self.SKEW, rebalance_every=3)
     with mock.patch.object(
-      serving_mesh, "placement_for_load", wraps=serving_mesh.placement_for_load
+      serving_params,
+      "placement_for_load",
+      wraps=serving_params.placement_for_load,
     ) as best:
       found = run(made)
     assert_same_texts(found, of_one_device(skew=self.SKEW))
@@ -428,7 +438,7 @@ class RebalanceTest(parameterized.TestCase):
     made, before = make(decode_unit(), 1, skew=self.SKEW), []
     for _ in range(2):
       run(made)
-      before.append(made.imbalance().mean())
+      before.append(made.balancer.imbalance().mean())
       made.rebalance()
     self.assertEqual(made.stats.imbalance, before)
     self.assertLess(before[1], before[0])
@@ -439,17 +449,17 @@ class RebalanceTest(parameterized.TestCase):
     used, (cfg, *_) = used(), model()
     rng = np.random.default_rng(0)
     old, new = (
-      serving_mesh.placement_for_load(rng.gamma(0.5, size=(2, E)), used, cfg)
+      serving_params.placement_for_load(rng.gamma(0.5, size=(2, E)), used, cfg)
       for _ in range(2)
     )
-    moved = serving_mesh.apply_placement(
-      serving_mesh.shard_params(parameters(), old, used, cfg),
+    moved = serving_params.apply_placement(
+      serving_params.shard_params(parameters(), old, used, cfg),
       old,
       new,
       used,
       cfg,
     )
-    expected = serving_mesh.shard_params(parameters(), new, used, cfg)
+    expected = serving_params.shard_params(parameters(), new, used, cfg)
     shardings = lambda tree: jax.tree.map(lambda a: a.sharding, tree)
     self.assertEqual(shardings(moved), shardings(expected))
     testing.assert_same(jax.device_get(moved), jax.device_get(expected))
@@ -463,8 +473,8 @@ class PlaceTest(parameterized.TestCase):
   def test_devices_hold_their_slots_and_heads_alone(self):
     cfg, *_ = model()
     used = decode_unit()
-    placed = serving_mesh.uniform_placement(used, cfg)
-    params = serving_mesh.shard_params(parameters(), placed, used, cfg)
+    placed = serving_params.uniform_placement(used, cfg)
+    params = serving_params.shard_params(parameters(), placed, used, cfg)
     dense, mixture = params["layers"]
     for block in (mixture, params["mtp"][0]["block"]):
       experts = block["ffn"]["experts"]
@@ -482,8 +492,8 @@ class PlaceTest(parameterized.TestCase):
   def test_dense_layers_and_shared_experts_are_whole_for_prefill(self):
     cfg, *_ = model()
     used = unit(CUBE, "prefill", "all_to_all", False, 0)
-    placed = serving_mesh.uniform_placement(used, cfg)
-    params = serving_mesh.shard_params(parameters(), placed, used, cfg)
+    placed = serving_params.uniform_placement(used, cfg)
+    params = serving_params.shard_params(parameters(), placed, used, cfg)
     dense, mixture = params["layers"]
     self.assertEqual(
       self.held(mixture["ffn"]["experts"]["down"]), {(2, 32, 64)}
@@ -496,8 +506,8 @@ class PlaceTest(parameterized.TestCase):
     cfg, *_ = model()
     used = decode_unit()
     load = np.random.default_rng(0).gamma(0.5, size=(2, E))
-    placed = serving_mesh.placement_for_load(load, used, cfg)
-    params = serving_mesh.shard_params(parameters(), placed, used, cfg)
+    placed = serving_params.placement_for_load(load, used, cfg)
+    params = serving_params.shard_params(parameters(), placed, used, cfg)
     for layer, (ffn, there) in enumerate(
       zip(
         inference_params.moe_ffns(params),
@@ -522,9 +532,9 @@ class PlaceTest(parameterized.TestCase):
     used = unit({}, "decode", "allgather", True, 2)
     used = dataclasses.replace(used, n_replicas=E + 3)
     placed = eplb.identity(1, E + 3)
-    experts = serving_mesh.shard_params(params, placed, used, cfg)["layers"][0][
-      "ffn"
-    ]
+    experts = serving_params.shard_params(params, placed, used, cfg)["layers"][
+      0
+    ]["ffn"]
     experts = {n: experts["experts"][n][E:] for n in ("gate_up", "down")}
     x = np.float64(testing.normal(5, 64))
     expected = reference.swiglu(
@@ -548,19 +558,19 @@ class PlaceTest(parameterized.TestCase):
   def test_refuses_a_placement_of_another_shape(self, n_layers, n_experts, n):
     cfg, *_ = model()
     used = prefill_unit()
-    fits = serving_mesh.uniform_placement(used, cfg)
-    other = eplb.place(
+    fits = serving_params.uniform_placement(used, cfg)
+    other = eplb.balance_experts(
       np.ones((n_layers, n_experts)), n_replicas=n, n_devices=4
     )
-    params = serving_mesh.shard_params(parameters(), fits, used, cfg)
+    params = serving_params.shard_params(parameters(), fits, used, cfg)
     message = (
       rf"^a placement of \(layers, experts, slots\) \({n_layers},"
       rf" {n_experts}, {n}\): must be \(2, 16, 20\)$"
     )
     with self.assertRaisesRegex(ValueError, message):
-      serving_mesh.shard_params(parameters(), other, used, cfg)
+      serving_params.shard_params(parameters(), other, used, cfg)
     with self.assertRaisesRegex(ValueError, message):
-      serving_mesh.apply_placement(params, fits, other, used, cfg)
+      serving_params.apply_placement(params, fits, other, used, cfg)
 
 
 class BestPlacementTest(parameterized.TestCase):
@@ -577,10 +587,10 @@ class BestPlacementTest(parameterized.TestCase):
     cfg, *_ = model()
     load = np.random.default_rng(0).gamma(0.3, size=(2, E))
     used = prefill_unit()
-    placed = serving_mesh.placement_for_load(load, used, cfg)
+    placed = serving_params.placement_for_load(load, used, cfg)
     self.assertEqual(self.groups_on_nodes(placed, 8).max(), 1)
     # Anywhere, it would be another.
-    free = eplb.place(load, n_replicas=20, n_devices=4)
+    free = eplb.balance_experts(load, n_replicas=20, n_devices=4)
     self.assertEqual(self.groups_on_nodes(free, 8).max(), 2)
 
   def test_shared_experts_have_the_load_of_all_tokens(self):
@@ -589,10 +599,10 @@ class BestPlacementTest(parameterized.TestCase):
     used = decode_unit()
     # Each token is counted for 4 experts.
     with_shared = np.append(load, load.sum(-1, keepdims=True) / 4, axis=1)
-    np.testing.assert_array_equal(used.load(load, cfg), with_shared)
-    np.testing.assert_array_equal(prefill_unit().load(load, cfg), load)
-    found = serving_mesh.placement_for_load(load, used, cfg)
-    expected = eplb.place(with_shared, n_replicas=24, n_devices=8)
+    np.testing.assert_array_equal(used.with_shared(load, cfg), with_shared)
+    np.testing.assert_array_equal(prefill_unit().with_shared(load, cfg), load)
+    found = serving_params.placement_for_load(load, used, cfg)
+    expected = eplb.balance_experts(with_shared, n_replicas=24, n_devices=8)
     np.testing.assert_array_equal(found.expert, expected.expert)
     self.assertGreater(found.count[0, E], 1)
 
@@ -601,8 +611,8 @@ class BestPlacementTest(parameterized.TestCase):
     used = prefill_unit()
     load = np.zeros((2, E))
     load[0, :3] = 5, 0, 1
-    found = serving_mesh.placement_for_load(load, used, cfg)
-    first = serving_mesh.uniform_placement(used, cfg)
+    found = serving_params.placement_for_load(load, used, cfg)
+    first = serving_params.uniform_placement(used, cfg)
     np.testing.assert_array_equal(found.expert[1], first.expert[1])
     self.assertFalse((found.expert[0] == first.expert[0]).all())
     np.testing.assert_array_equal(
@@ -617,7 +627,7 @@ class RefusalTest(parameterized.TestCase):
       {"data": 3, "expert": 2},
       dict(n_replicas=18),
       [
-        "n_slots=4: must be a multiple of 6, the devices"
+        "max_batch=4: must be a multiple of 6, the devices"
         " data=3 x node=1 x expert=2"
       ],
     ),
@@ -645,12 +655,12 @@ class RefusalTest(parameterized.TestCase):
     (
       CUBE,
       dict(n_replicas=8),
-      ["n_replicas=8: must be at least 16, the experts to be placed"],
+      ["n_replicas=8: must be at least 16, the number of experts"],
     ),
     (
       CUBE,
       dict(n_replicas=16, shared_routed=True),
-      ["n_replicas=16: must be at least 17, the experts to be placed"],
+      ["n_replicas=16: must be at least 17, the number of experts"],
     ),
     (CUBE, dict(n_replicas=16), []),
     (CUBE, dict(n_replicas=24, shared_routed=True), []),
@@ -669,20 +679,20 @@ class RefusalTest(parameterized.TestCase):
       device_mesh.abstract_mesh({"expert": 3}), serving_mesh.DECODE, 16
     )
     with self.assertRaises(ValueError) as caught:
-      engine.Engine(parameters(), cfg, n_slots=4, n_drafts=-1, unit=used)
+      options = EngineOptions(max_batch=4, n_drafts=-1)
+      engine.Engine(parameters(), cfg, options, mesh=used)
     found = str(caught.exception)
     for said in (
       "n_drafts=-1",
-      "n_slots=4: must be a multiple of 3",
+      "max_batch=4: must be a multiple of 3",
       "n_replicas=16: must be a multiple of 3",
-      "unit and placed: one needs the other",
     ):
       self.assertIn(said, found)
 
   def test_an_engine_of_one_device_has_no_placement(self):
     cfg, *_ = model()
-    with self.assertRaisesRegex(ValueError, "^unit and placed: one needs"):
-      engine.Engine(parameters(), cfg, placed=eplb.identity(2, E))
+    with self.assertRaisesRegex(ValueError, "^placement: needs a mesh"):
+      engine.Engine(parameters(), cfg, placement=eplb.identity(2, E))
 
 
 class DeploymentTest(parameterized.TestCase):
@@ -718,13 +728,13 @@ class DeploymentTest(parameterized.TestCase):
     ),
     (
       dict(redundant_experts=4),
-      "redundant_experts=4: with 17 experts on 4 devices it must be 3 or so"
-      " many 4s more",
+      "redundant_experts=4: with 17 experts on 4 devices it must be 3, or a"
+      " multiple of 4 more",
     ),
     (
       dict(redundant_experts=-1),
-      "redundant_experts=-1: with 17 experts on 4 devices it must be 3 or so"
-      " many 4s more",
+      "redundant_experts=-1: with 17 experts on 4 devices it must be 3, or a"
+      " multiple of 4 more",
     ),
   )
   def test_refuses(self, options, message):
@@ -780,7 +790,7 @@ class PublishedTest(parameterized.TestCase):
     self.check(used, {"ffn": ("model",)})
     # A routed expert has one of 32 tokens, the shared one all: it has as many
     # slots, 32 of the 64 that are left, and some routed ones have the rest.
-    count = serving_mesh.uniform_placement(used, self.CFG).count
+    count = serving_params.uniform_placement(used, self.CFG).count
     np.testing.assert_array_equal(count, [[2] * 32 + [1] * 224 + [32]] * 59)
 
   def test_prefill_has_nine_experts_a_device(self):
@@ -794,7 +804,7 @@ class PublishedTest(parameterized.TestCase):
     self.assertEmpty(serving_mesh.validate(used, self.CFG, 8))
     self.assertEqual((used.n_devices, used.n_shards), (32, 8))
     self.check(used, {})
-    placed = serving_mesh.uniform_placement(used, self.CFG)
+    placed = serving_params.uniform_placement(used, self.CFG)
     # Two of the eight groups on each node.
     node = placed.expert.reshape(59, 4, 72) // 32
     for groups in node.reshape(-1, 72):

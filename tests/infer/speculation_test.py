@@ -7,16 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
-from sampling_test import joint, p_value, probabilities
+from sampling_test import joint, p_value, probabilities, request, rows_of
 
 from dsv3_jax.infer import sampling, speculation
 
 DRAWS = 100_000
 
 
-@functools.partial(jax.jit, static_argnames="mode")
-def judge(p, q, drafts, how, position, mode):
-  return speculation.verify_drafts(p, q, drafts, how, position, mode)
+verify_drafts = jax.jit(speculation.verify_drafts, static_argnames="mode")
 
 
 def same_rows(n, temperature, top_p, top_k):
@@ -32,7 +30,7 @@ def tables(seed, c, settings, mode):
   rng = np.random.default_rng(seed)
   logits = 1.5 * rng.normal(size=(2, c, c))
   logits[1] = (logits[1] + logits[0]) / 2  # it learned something of the target
-  how = sampling.stack_params([(*settings, 0)] * 2)
+  how = rows_of([settings] * 2)
   return probabilities(jnp.float32(logits), how, mode)
 
 
@@ -61,11 +59,13 @@ def markov_cycle(p, q, last, how, position, k, mode):
     known.append(drawn[:, 0])
   target = p[jnp.stack(known, 1)]
   drafts = jnp.stack(known[1:], 1)
-  return judge(target, jnp.stack(given, 1), drafts, how, position, mode)
+  return verify_drafts(
+    target, jnp.stack(given, 1), drafts, how.seed, position, mode
+  )
 
 
 def texts_of(p, q, how, k, mode, length):
-  """Draws texts of the Markov chain p after token 0, with drafts of q.
+  """Draws texts of the Markov chain p after a first token 0, with drafts of q.
 
   Returns:
     Tokens [B, length], and how many drafts each cycle kept, [cycles, B].
@@ -95,7 +95,7 @@ class JudgeTest(parameterized.TestCase):
 
   @parameterized.parameters(*CASES)
   def test_texts_have_the_distribution_of_the_target(self, settings, k, c):
-    mode = sampling.mode([settings])
+    mode = sampling.mode([request(*settings)])
     p, q = tables(k, c, settings, mode)
     how = same_rows(DRAWS, *settings)
     length = min(k + 1, 3)
@@ -140,11 +140,11 @@ class JudgeTest(parameterized.TestCase):
     p, q = np.float32([0.1, 0.3, 0.6]), np.float32([0.5, 0.3, 0.2])
     how = same_rows(DRAWS, 1, 1, 0)
     for draft, share in ((0, 0.2), (1, 1), (2, 1)):
-      tokens, n = judge(
+      tokens, n = verify_drafts(
         np.broadcast_to(p, (DRAWS, 2, 3)),
         np.broadcast_to(q, (DRAWS, 1, 3)),
         np.full((DRAWS, 1), draft, np.int32),
-        how,
+        how.seed,
         np.ones(DRAWS, np.int32),
         sampling.UNTRUNCATED,
       )
@@ -160,11 +160,11 @@ class JudgeTest(parameterized.TestCase):
   def test_the_target_is_drawn_where_rounding_leaves_nothing(self):
     # A p of too small a sum has nowhere more than q.
     p = np.float32([0.25, 0.15, 0.1, 0])
-    tokens, n = judge(
+    tokens, n = verify_drafts(
       np.broadcast_to(p, (DRAWS, 2, 4)),
       np.broadcast_to(2 * p, (DRAWS, 1, 4)),
       np.zeros((DRAWS, 1), np.int32),
-      same_rows(DRAWS, 1, 1, 0),
+      same_rows(DRAWS, 1, 1, 0).seed,
       np.ones(DRAWS, np.int32),
       sampling.UNTRUNCATED,
     )
@@ -181,7 +181,7 @@ class JudgeTest(parameterized.TestCase):
         np.stack([p, p]),
         np.stack([q[:1], p[:1]]),
         np.int32([[0], [1]]),
-        same_rows(2, 1, 1, 0),
+        same_rows(2, 1, 1, 0).seed,
         np.int32([3, 3]),
         sampling.UNTRUNCATED,
       )
@@ -200,11 +200,11 @@ class JudgeTest(parameterized.TestCase):
     one = lambda tokens: np.eye(6, dtype=np.float32)[list(tokens)][None]
     how = same_rows(1, 0, 1, 0)
     for mode in (sampling.GREEDY, sampling.UNTRUNCATED):
-      tokens, n = judge(
+      tokens, n = verify_drafts(
         one(target),
         one(drafts),
         np.int32([drafts]),
-        how,
+        how.seed,
         np.int32([7]),
         mode,
       )

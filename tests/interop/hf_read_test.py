@@ -28,7 +28,7 @@ def loaded(found, sizes=None, layout="replicated"):
   mesh = device_mesh.make_mesh(sizes or {})
   where = layouts.make_layout(run, mesh.shape, staged=False)
   return hidden.EvalModel(
-    *load_sharded.load(found, where, mesh, np.float32), run, mesh
+    *load_sharded.load(found, where.specs, mesh, np.float32), run, mesh
   )
 
 

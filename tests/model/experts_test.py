@@ -159,7 +159,7 @@ class GroupedFfnTest(parameterized.TestCase):
 
 class FewFfnTest(parameterized.TestCase):
   def check(self, p, x, chosen, gates):
-    y = jax.jit(experts.few_ffn)(p, x, chosen, gates)
+    y = jax.jit(experts.slotwise_ffn)(p, x, chosen, gates)
     dense = jax.jit(experts.dense_ffn)(p, x, chosen, gates)
     # In the reference a gate of 0 stands for a choice of none.
     n = len(p["down"])
@@ -195,7 +195,7 @@ class FewFfnTest(parameterized.TestCase):
   def test_keeps_the_type_of_its_input(self):
     p, x, chosen, gates = _inputs(4, 5, 2, 3, 7)
     p, x = jax.tree.map(jnp.bfloat16, (p, x))
-    y = experts.few_ffn(p, x, chosen, gates)
+    y = experts.slotwise_ffn(p, x, chosen, gates)
     self.assertEqual(y.dtype, jnp.bfloat16)
 
 

@@ -283,7 +283,7 @@ class ReportTest(parameterized.TestCase):
     self.assertEqual((found.n_devices, found.n_experts), (n, n_experts))
     load = np.mean([row["load"] for row in rows[-3:]], axis=0)
     before = load.reshape(3, n, -1).sum(-1)
-    where = eplb.place(load, n_replicas=n_experts + n, n_devices=n)
+    where = eplb.balance_experts(load, n_replicas=n_experts + n, n_devices=n)
     after = where.loads(load, n)
     in_order, placed = (y.max(-1) / y.mean(-1) for y in (before, after))
     np.testing.assert_allclose(found.in_order, in_order, rtol=1e-12)

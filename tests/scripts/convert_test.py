@@ -26,6 +26,8 @@ from absl.testing import absltest, parameterized
 from dsv3_jax import config, errors, param_spec, train
 from dsv3_jax.data import chat, tokenizer
 from dsv3_jax.infer import engine, inference_params
+from dsv3_jax.infer.engine_options import EngineOptions
+from dsv3_jax.infer.request import GenerationRequest
 from dsv3_jax.interop import (
   hf_import,
   hf_mapping,
@@ -55,8 +57,8 @@ def converted(mode, **arguments):
 def _greedy(run, state, ids, n):
   cfg = config.override(run.model, "mtp.depth=0")
   params = inference_params.from_params(state.params, state.router_bias, cfg)
-  writer = engine.Engine(params, cfg, n_slots=1, max_len=64)
-  request = engine.Request(ids, max_tokens=n, temperature=0)
+  writer = engine.Engine(params, cfg, EngineOptions(max_batch=1, max_len=64))
+  request = GenerationRequest(ids, max_tokens=n, temperature=0)
   return [event.token for event in writer.run([request])]
 
 

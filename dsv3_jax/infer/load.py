@@ -1,0 +1,183 @@
+"""Opens the folder of a run, or of a released checkpoint, to generate texts.
+
+model = load.open_model("runs/demo")
+for text in model.generator().generate("It is a truth"):
+  print(text, end="", flush=True)
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import tokenizers
+
+from dsv3_jax import config, param_spec
+from dsv3_jax.data import tokenizer
+from dsv3_jax.errors import InputError
+from dsv3_jax.infer import (
+  engine,
+  engine_options,
+  generate,
+  inference_params,
+  serving_mesh,
+  serving_params,
+)
+from dsv3_jax.infer.engine_options import EngineOptions
+from dsv3_jax.infer.request import GenerationRequest
+from dsv3_jax.interop import hf_read, load_sharded, open_run, tokenizer_files
+from dsv3_jax.linear import recipe as recipe_lib
+from dsv3_jax.model import transformer
+from dsv3_jax.parallel import device_mesh
+
+Params = tuple[param_spec.Params, jax.Array]  # and router bias, in float32
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+  """The model and tokenizer of a folder; parameters are read by `generator`."""
+
+  model: config.Model
+  tok: tokenizers.Tokenizer
+  # Reads parameters onto a mesh, or one device; MTP modules only if asked to.
+  read_params: Callable[[serving_mesh.ServingMesh | None, bool], Params]
+
+  def validate(
+    self, options: EngineOptions, *requests: GenerationRequest
+  ) -> list[str]:
+    """Lists what is wrong with options or requests; reads no parameters."""
+    cfg = self._served_config(options)
+    problems = engine_options.validate_options(cfg, options)
+    for request in () if problems else requests:
+      try:
+        request = generate.tokenize(self.tok, request)
+        problems += engine_options.validate_request(cfg, options, request)
+      except InputError as error:
+        problems += str(error).splitlines()
+    return problems
+
+  def generator(
+    self, options: EngineOptions | None = None
+  ) -> generate.Generator:
+    """Reads the parameters onto their devices; returns a generator of texts.
+
+    Raises:
+      InputError: an option is out of range, or parameters cannot be read.
+      manifest.MissingError: the run has no checkpoint.
+    """
+    options = options or EngineOptions()
+    if problems := self.validate(options):
+      raise InputError("\n".join(problems))
+    cfg, mesh = self._served_config(options), None
+    if options.serving:
+      mesh = serving_mesh.make_serving_mesh(options.serving, cfg)
+    params = self._inference_params(cfg, options, mesh)
+    return generate.Generator(
+      engine.Engine(params, cfg, options, mesh=mesh), self.tok
+    )
+
+  def _served_config(self, options: EngineOptions) -> config.Model:
+    """Returns the model that is served: with MTP modules only if they draft."""
+    if options.n_drafts:
+      return self.model
+    return config.override(self.model, "mtp.depth=0")
+
+  def _inference_params(
+    self,
+    cfg: config.Model,
+    options: EngineOptions,
+    mesh: serving_mesh.ServingMesh | None,
+  ) -> inference_params.InferenceParams:
+    """Reads parameters onto the mesh; each device reads its part alone."""
+    params, bias = self.read_params(mesh, cfg.mtp.depth > 0)
+    if not cfg.mtp.depth:
+      params.pop("mtp", None)
+    bias = bias[: cfg.n_routers]
+    if not mesh:
+      params, bias = jax.tree.map(
+        lambda a: a.addressable_data(0), (params, bias)
+      )
+    return _convert(
+      params, bias, cfg=cfg, recipe=engine_options.DTYPES[options.dtype]
+    )
+
+
+@jax.jit(static_argnames=("cfg", "recipe"))
+def _convert(
+  params: param_spec.Params, bias: jax.Array, *, cfg: config.Model, recipe: str
+) -> inference_params.InferenceParams:
+  precision = config.Precision(recipe=recipe)
+  params = recipe_lib.compute_params(params, transformer.specs(cfg), precision)
+  return inference_params.from_params(params, bias, cfg)
+
+
+def open_model(
+  folder: str | pathlib.Path,
+  *,
+  average: bool = False,
+  ignore_auto_map: bool = False,
+  follow_links: bool = False,
+) -> LoadedModel:
+  """Opens a folder: reads its configuration and tokenizer, no parameters.
+
+  Args:
+    folder: of a run with a checkpoint or imported parameters, or of a released
+      checkpoint in safetensors.
+    average: read the average of a run's parameters instead.
+    ignore_auto_map, follow_links: of a released checkpoint, as in
+      `hf_read.open_folder`.
+
+  Raises:
+    InputError: it does not hold a model and its tokenizer.
+  """
+  folder = pathlib.Path(folder)
+  if is_released(folder):
+    if average:
+      raise InputError(f"{folder}: a released checkpoint has no average")
+    source = hf_read.open_folder(
+      folder, ignore_auto_map=ignore_auto_map, follow_links=follow_links
+    )
+    path, model = folder / tokenizer_files.TOKENIZER, source.model
+    read_params = functools.partial(_read_released, source)
+  else:
+    run = open_run.run_from_config(open_run.read_config(folder))
+    path, model = folder / "data" / tokenizer_files.TOKENIZER, run.model
+    read_params = functools.partial(_read_run, folder, run, average)
+  tok = tokenizer.load(path)
+  tokenizer.check_fits(tok, model.vocab_size)
+  return LoadedModel(model, tok, read_params)
+
+
+def is_released(folder: pathlib.Path) -> bool:
+  """Whether a folder holds a released checkpoint, not a run."""
+  return (folder / hf_read.INDEX).exists() or (folder / hf_read.SINGLE).exists()
+
+
+def _devices(mesh: serving_mesh.ServingMesh | None) -> jax.sharding.Mesh:
+  return mesh.mesh if mesh else device_mesh.make_mesh({})
+
+
+def _read_released(
+  source: hf_read.ReleasedCheckpoint,
+  mesh: serving_mesh.ServingMesh | None,
+  drafting: bool,
+) -> Params:
+  source = source if drafting else source.without_mtp()
+  specs = serving_params.load_specs(source.model, mesh)
+  return load_sharded.load(source, specs, _devices(mesh), np.float32)
+
+
+def _read_run(
+  folder: pathlib.Path,
+  run: config.Run,
+  average: bool,
+  mesh: serving_mesh.ServingMesh | None,
+  drafting: bool,
+) -> Params:
+  del drafting  # a checkpoint is verified as a whole
+  specs = serving_params.load_specs(run.model, mesh)
+  return open_run.load_newest_params(
+    folder, run, _devices(mesh), average=average, specs=specs
+  )

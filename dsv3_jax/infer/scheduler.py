@@ -1,0 +1,64 @@
+"""Queue of requests, and the batch slots of those that are being generated."""
+
+import collections
+import dataclasses
+
+from dsv3_jax.infer import request as request_lib
+
+
+@dataclasses.dataclass
+class Active:
+  """A request in a slot."""
+
+  index: int
+  request: request_lib.GenerationRequest
+  slot: int
+  n_generated: int = 0  # without tokens of a step that is still running
+
+
+class Scheduler:
+  """Assigns waiting requests to free slots, in order of arrival."""
+
+  def __init__(self, n_slots: int, n_shards: int):
+    """Starts with all slots free.
+
+    Args:
+      n_slots: number of requests at the same time.
+      n_shards: data-parallel shards; each has an equal part of the slots.
+    """
+    self.slots_per_shard = n_slots // n_shards
+    self.active: dict[int, Active] = {}  # by slot
+    self.waiting: collections.deque[
+      tuple[int, request_lib.GenerationRequest]
+    ] = collections.deque()
+    self._free = list(range(n_slots))[::-1]
+
+  @property
+  def n_free(self) -> int:
+    """Number of slots that no request has."""
+    return len(self._free)
+
+  def admit(self) -> dict[int, Active]:
+    """Gives slots to waiting requests, at most one a shard; by shard."""
+    admitted = {}
+    for slot in self._free[::-1]:
+      shard = slot // self.slots_per_shard
+      if self.waiting and shard not in admitted:
+        self._free.remove(slot)
+        active = Active(*self.waiting.popleft(), slot=slot)
+        self.active[slot] = admitted[shard] = active
+    return admitted
+
+  def release(self, slot: int) -> None:
+    """Frees the slot of a finished request."""
+    del self.active[slot]
+    self._free.append(slot)
+
+  def cancel(self, index: int) -> None:
+    """Removes a request, waiting or active; no error if there is none."""
+    self.waiting = collections.deque(
+      pair for pair in self.waiting if pair[0] != index
+    )
+    for slot, active in list(self.active.items()):
+      if active.index == index:
+        self.release(slot)
