@@ -87,9 +87,9 @@ def make(run: config.Run) -> optax.GradientTransformation:
 def progress(step: jax.Array | int, run: config.Run) -> jax.Array:
   """Share of the token budget consumed before a step, f32."""
   share = run.data.seq_len / run.train.tokens  # of a sequence
-  first = jnp.array([phase.first_step for phase in run.phases])
-  before = jnp.array([phase.first_row * share for phase in run.phases])
-  size = jnp.array([phase.batch_size * share for phase in run.phases])
+  first = jnp.array([phase.first_step for phase in run.batch_phases])
+  before = jnp.array([phase.first_row * share for phase in run.batch_phases])
+  size = jnp.array([phase.batch_size * share for phase in run.batch_phases])
   at = jnp.searchsorted(first, step, side="right") - 1
   return before[at] + (step - first[at]).astype(jnp.float32) * size[at]
 

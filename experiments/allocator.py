@@ -1,50 +1,46 @@
-"""The memory allocator of the process."""
+"""Settings of the memory allocator; only the dynamic loader can replace it."""
 
 import importlib.metadata
 import os
 import sys
 
 
-def use_mimalloc(*, keep_freed: bool = True) -> None:
-  """Starts this program again with mimalloc as its memory allocator.
+def mimalloc(*, keep_freed: bool) -> dict[str, str]:
+  """Environment variables that start a program with mimalloc preloaded.
 
   On CPU, a training step makes tens of thousands of short-lived allocations
   from several threads and a few of hundreds of MiB. glibc's allocator searches
   and waits for the former, and hands the latter back to the system, which
-  clears every page anew. Only the dynamic loader can replace it, hence the new
-  start: same process, same arguments. Call before JAX starts.
+  clears every page anew.
 
-  Does nothing outside Linux, where mimalloc is not installed, and where
-  LD_PRELOAD is set already; setting it to nothing keeps glibc's allocator.
+  Empty outside Linux, where mimalloc is not installed, and where LD_PRELOAD is
+  set already.
 
   Args:
-    keep_freed: freed memory is never given back to the system. Without, it is
-      after a millisecond: a program that allocates little once it is compiled
-      then does not go on holding what compiling took.
+    keep_freed: whether freed memory is never given back to the system. If not,
+      it is after a millisecond: a program that allocates little once it is
+      compiled then does not hold what compiling took.
   """
   if not sys.platform.startswith("linux") or "LD_PRELOAD" in os.environ:
-    return
+    return {}
   try:
     package = importlib.metadata.distribution("cmeel-mimalloc")
   except importlib.metadata.PackageNotFoundError:
-    return
+    return {}
   library = str(package.locate_file("cmeel.prefix/lib/libmimalloc.so"))
   delay = "-1" if keep_freed else "1"  # in ms
-  _start_again({"LD_PRELOAD": library, "MIMALLOC_PURGE_DELAY": delay})
+  return {"LD_PRELOAD": library, "MIMALLOC_PURGE_DELAY": delay}
 
 
 def keep_large_blocks() -> None:
   """Starts this program again with glibc keeping the memory that is freed.
 
-  What streams through buffers of tens of MiB has the system clear their pages
-  each time anew: without that, blocks of a checkpoint are read from the cache
-  and transposed at 2.9 instead of 2.2 GB/s. Does nothing outside Linux, and
-  where MALLOC_MMAP_THRESHOLD_ is set already.
+  A stream through buffers of tens of MiB has the system clear their pages each
+  time anew: without that, blocks of a checkpoint are read from the cache and
+  transposed at 2.9 instead of 2.2 GB/s. Does nothing outside Linux, and where
+  MALLOC_MMAP_THRESHOLD_ is set already.
   """
   name = "MALLOC_MMAP_THRESHOLD_"
   if sys.platform.startswith("linux") and name not in os.environ:
-    _start_again({name: str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)})
-
-
-def _start_again(env: dict[str, str]) -> None:
-  os.execve(sys.executable, sys.orig_argv, os.environ | env)
+    env = {name: str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
+    os.execve(sys.executable, sys.orig_argv, os.environ | env)

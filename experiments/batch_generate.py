@@ -26,6 +26,7 @@ from typing import IO, Any
 
 from rich import console, progress
 
+from dsv3_jax import io
 from dsv3_jax.config import fields
 from dsv3_jax.errors import InputError
 from dsv3_jax.infer import engine, generate
@@ -234,12 +235,9 @@ def _append(file: IO[str], row: Row) -> None:
 
 def _save(path: pathlib.Path, rows: Mapping[int, Row]) -> None:
   """Replaces the file by these rows, in order, once all are written."""
-  partial = path.with_name(f".{path.name}.partial")
-  with open(partial, "w", encoding="utf-8") as file:
+  with io.atomic_write(path) as file:
     for index in sorted(rows):
       _append(file, rows[index])
-    os.fsync(file.fileno())
-  os.replace(partial, path)
 
 
 def _generate_rows(

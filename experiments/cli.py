@@ -7,12 +7,14 @@ The same command again goes on where the last one stopped. All problems of a
 command line are listed at once, before JAX starts.
 """
 
+import functools
 import math
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import jax
 from absl import flags
@@ -28,7 +30,7 @@ from dsv3_jax.trainer import (
   metrics_writer,
   run_args,
 )
-from experiments import allocator, flag_parser
+from experiments import flag_parser
 
 OK, BAD_INPUT, NOT_FINITE = (
   exit_codes.OK,
@@ -130,7 +132,7 @@ def parse_mesh(text: str) -> tuple[dict[str, int], list[str]]:
 def _command(
   variants: Mapping[str, config.Run],
 ) -> tuple[run_args.RunArgs, list[str]]:
-  """The command that the flags ask for, and all that is wrong with it."""
+  """Returns the arguments that the flags give, and their problems."""
   args = flags.FLAGS
   mesh, problems = parse_mesh(args.mesh)
   name = args.variant or next(iter(variants))
@@ -168,16 +170,19 @@ def _command(
   return command, problems + command.validate()
 
 
-def _help() -> str:
-  """What the program does, and the flags that make sense for it."""
+def _help(module: str = "__main__") -> str:
+  """Docstring and flags of an experiment's module, and the shared flags."""
   known = flags.FLAGS
-  parts = sys.modules["__main__"].__doc__, known.main_module_help()
-  return "\n".join((*map(str, parts), known.module_help(__name__)))
+  is_main = module == "__main__"
+  own = known.main_module_help() if is_main else known.module_help(module)
+  return "\n".join(
+    (str(sys.modules[module].__doc__), own, known.module_help(__name__))
+  )
 
 
 def run_main(
   main: Callable[[], int | None], describe: Callable[[], str] = _help
-) -> None:
+) -> NoReturn:
   """Calls main and exits with the code that the error it raises stands for.
 
   Args:
@@ -205,6 +210,21 @@ def run_main(
     sys.stderr.flush()
     os._exit(code)
   sys.exit(code)
+
+
+def run_script(
+  execute: Callable[[Any], int | None], args_class: type
+) -> NoReturn:
+  """Reads the command line into `args_class`, calls `execute` with it, exits.
+
+  Args:
+    execute: does the work; returns None for success, or an exit code.
+    args_class: a dataclass of flags, see `flag_parser`.
+  """
+  run_main(
+    lambda: execute(flag_parser.parse(args_class, sys.argv)),
+    lambda: flag_parser.help_text(args_class),
+  )
 
 
 def start_jax(command: run_args.RunArgs) -> None:
@@ -240,7 +260,6 @@ def main(
     command, more = _command(variants)
     if problems := problems + more:
       raise InputError("\n".join(problems))
-    allocator.use_mimalloc()
     return execute(command)
 
-  run_main(checked)
+  run_main(checked, functools.partial(_help, execute.__module__))

@@ -1,4 +1,4 @@
-r"""Extends the context of a small model, and looks for needles in haystacks.
+r"""Extends the context of a small model; evaluates needles in haystacks.
 
   python -m experiments.context --variant=tiny --workdir=runs/context \
       [--lengths=2048,8192] [--questions=4]
@@ -7,7 +7,7 @@ Pre-trains on short texts, then extends the context with YaRN in phases, each
 from the parameters of the one before (arXiv:2412.19437, section 4.3), in
 folders of the workdir. Then facts are hidden in prompts of all lengths, at all
 depths, and asked for. Prints and draws (needles.png, and in the last run's
-report) the share of right answers:
+report) the fraction of right answers:
 
   short         the pre-trained model, without any extension
   YaRN          the same parameters with YaRN's frequencies and temperature,
@@ -27,7 +27,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from dsv3_jax import config
+from dsv3_jax import config, io
 from dsv3_jax.config import presets
 from dsv3_jax.data import tokenizer
 from dsv3_jax.errors import InputError
@@ -64,26 +64,32 @@ VARIANTS = {
     "evaluate.sample_tokens=0",
   ),
 }
-# Of an extension.
+# Recipe of an extension.
 PHASE_TOKENS, PHASE_LR, WARMUP_STEPS = 491_520, 1e-3, 5
 
-_LENGTHS = flags.DEFINE_list("lengths", ["2048", "8192"], "tokens, by phase")
-_QUESTIONS = flags.DEFINE_integer("questions", 4, "for each length and depth")
-_WITHOUT = flags.DEFINE_bool("without_yarn", False, "also extend without YaRN")
+_LENGTHS = flags.DEFINE_list(
+  "lengths", ["2048", "8192"], "context lengths of the phases, in tokens"
+)
+_QUESTIONS = flags.DEFINE_integer(
+  "questions", 4, "questions for each length and depth"
+)
+_WITHOUT = flags.DEFINE_bool(
+  "without_yarn", False, "also train the phases without YaRN"
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Phase:
-  """A run of training."""
+class ContextPhase:
+  """A training run at one context length."""
 
-  name: str  # of its folder
+  name: str  # of the folder
   label: str
   run: config.Run
   start: str  # the phase whose parameters it begins with; "": none
 
 
 def with_yarn(run: config.Run, longest: int) -> config.Run:
-  """The run with frequencies for contexts up to a length."""
+  """The run with YaRN frequencies for contexts of up to `longest` tokens."""
   short = run.data.seq_len
   return config.override(
     run,
@@ -94,13 +100,13 @@ def with_yarn(run: config.Run, longest: int) -> config.Run:
 
 def phases(
   run: config.Run, lengths: Sequence[int], without_yarn: bool
-) -> list[Phase]:
-  """Pre-training, and one for each length; YaRN is the same in all."""
-  found = [Phase("short", "short", run, "")]
-  kinds = [("yarn", "", with_yarn(run, lengths[-1]))]
+) -> list[ContextPhase]:
+  """Pre-training, and a phase for each length; all have the same YaRN."""
+  planned = [ContextPhase("short", "short", run, "")]
+  series = [("yarn", "", with_yarn(run, lengths[-1]))]
   if without_yarn:
-    kinds.append(("plain", ", without YaRN", run))
-  for kind, suffix, base in kinds:
+    series.append(("plain", ", without YaRN", run))
+  for lead, suffix, base in series:
     start = "short"
     for length in lengths:
       rows = max(PHASE_TOKENS // length, 1)
@@ -114,19 +120,19 @@ def phases(
         f"schedule.warmup_steps={WARMUP_STEPS}",
         "schedule.constant_until=0.5",
       )
-      name = f"{kind}-{length}"
-      found.append(Phase(name, f"to {length}{suffix}", longer, start))
+      name = f"{lead}-{length}"
+      planned.append(ContextPhase(name, f"to {length}{suffix}", longer, start))
       start = name
-  return found
+  return planned
 
 
 def _problems(command: run_args.RunArgs) -> tuple[list[int], list[str]]:
-  """The lengths asked for, and what is wrong with the command."""
+  """The lengths asked for, and the problems of the command."""
   problems = []
   if command.workdir is None:
     problems.append("--workdir is missing: the folder of all runs")
   if command.processes.count > 1:
-    problems.append("--processes: one alone can do this experiment")
+    problems.append("--processes: this experiment needs a single process")
   if command.init_from:
     problems.append("--init_from: this experiment trains from the start")
   if command.run.data.path:
@@ -179,9 +185,9 @@ def execute(command: run_args.RunArgs) -> None:
 def write_texts(
   run: config.Run, folder: pathlib.Path, seed: int
 ) -> pathlib.Path:
-  """Texts of the length of the run's rows, enough to see each once.
+  """Writes texts as long as the run's rows, enough for one epoch.
 
-  What is there already is used.
+  A file that exists is used as it is. Returns its path.
   """
   length = run.data.seq_len
   path = folder / f"texts-{length}.jsonl"
@@ -194,17 +200,15 @@ def write_texts(
   longest = length - needles.SPARE
   texts = (needles.training_text(rng, longest) for _ in range(n))
   folder.mkdir(parents=True, exist_ok=True)
-  partial = path.with_suffix(".partial")
-  lines = (json.dumps({"text": text}) + "\n" for text in texts)
-  partial.write_text("".join(lines), encoding="utf-8")
-  partial.rename(path)
+  with io.atomic_write(path) as file:
+    file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
   return path
 
 
 def _models(
-  command: run_args.RunArgs, done: Sequence[Phase], longest: int
+  command: run_args.RunArgs, done: Sequence[ContextPhase], longest: int
 ) -> Iterator[tuple[str, hidden.EvalModel]]:
-  """All models to look at, by label."""
+  """Yields label and model of each phase, and the short one with YaRN."""
   mesh = distributed.mesh(command.mesh)
   for phase in done:
     folder = command.workdir / phase.name
@@ -216,9 +220,11 @@ def _models(
 
 
 def _evaluate(
-  command: run_args.RunArgs, done: Sequence[Phase], lengths: Sequence[int]
+  command: run_args.RunArgs,
+  done: Sequence[ContextPhase],
+  lengths: Sequence[int],
 ) -> None:
-  """Grids of all models: on screen, as numbers, as a picture and a report."""
+  """Prints, writes and draws the grids of all models."""
   short = command.run.data.seq_len
   tested = [short]
   while tested[-1] * 2 < lengths[-1]:
@@ -241,10 +247,9 @@ def _evaluate(
     "prompts": _QUESTIONS.value,
     "right": grids,
   }
-  text = json.dumps(metrics_writer.to_json(facts), indent=2) + "\n"
   last = [phase for phase in done if phase.name.startswith("yarn")][-1]
   for path in (command.workdir, command.workdir / last.name):
-    (path / "needles.json").write_text(text)
+    io.write_json(path / "needles.json", metrics_writer.to_json(facts))
   draw = functools.partial(
     plots.needles, lengths=tested, depths=DEPTHS, right=grids
   )
@@ -253,5 +258,10 @@ def _evaluate(
   print(page.write(command.workdir / last.name))
 
 
-if __name__ == "__main__":
+def main() -> None:
+  """Runs the program from the command line."""
   cli.main(VARIANTS, execute)
+
+
+if __name__ == "__main__":
+  main()

@@ -12,6 +12,7 @@ tuple[str, ...], which is a list with commas or a flag to be repeated.
 """
 
 import dataclasses
+import difflib
 import re
 import sys
 import types
@@ -80,8 +81,8 @@ def unread(rest: Sequence[str], known: flags.FlagValues) -> Iterator[str]:
   for text in rest:
     name = text.lstrip("-").partition("=")[0]
     if text.startswith("-"):
-      close = fields.nearest(name, known).replace("'", "")
-      hint = close.replace("mean ", "mean --")
+      close = difflib.get_close_matches(name, list(known), n=1)
+      hint = f"; did you mean --{close[0]}?" if close else ""
       yield f"unknown flag {text!r}{hint}"
     else:
       yield f"stray argument {text!r}: settings are --flag=value"
@@ -142,13 +143,14 @@ def _value(field: dataclasses.Field, value_type: type, value: Any) -> Any:
   return value
 
 
-def parse(cls: type[T], argv: Sequence[str]) -> T:
-  """The flags of a command line; `argv[0]` is the program.
+def read(cls: type[T], argv: Sequence[str]) -> tuple[T, list[str]]:
+  """The flags of a command line, and its problems; `argv[0]` is the program.
 
-  A class may have a method `validate` that yields more problems.
+  A flag with a wrong value has its default. A class may have a method
+  `validate` that yields more problems.
 
   Raises:
-    InputError: all problems, one a line.
+    InputError: a flag has no value, or one that its form does not allow.
   """
   known, values = _define(cls), {}
   renamed = {
@@ -160,17 +162,26 @@ def parse(cls: type[T], argv: Sequence[str]) -> T:
     _, *rest = known(with_current_names(argv, renamed), known_only=True)
   except flags.Error as error:
     raise InputError(str(error)) from error
-  problems = list(unread(rest, known))
+  problems, flag_types = list(unread(rest, known)), _types(cls)
   for field in dataclasses.fields(cls):
+    value_type, value = flag_types[field.name], known[field.name].value
     try:
-      values[field.name] = _value(
-        field, _types(cls)[field.name], known[field.name].value
-      )
+      values[field.name] = _value(field, value_type, value)
     except ValueError as error:
       problems.append(str(error))
-  args = cls(**values)  # the default where a value is wrong
+  args = cls(**values)
   if hasattr(args, "validate"):
     problems += args.validate()
+  return args, problems
+
+
+def parse(cls: type[T], argv: Sequence[str]) -> T:
+  """The flags of a command line, see `read`.
+
+  Raises:
+    InputError: all problems, one a line.
+  """
+  args, problems = read(cls, argv)
   if problems:
     raise InputError("\n".join(problems))
   return args

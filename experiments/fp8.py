@@ -19,14 +19,13 @@ expects less than 0.25 %, of losses smoothed with an average of weight 0.9.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 from absl import flags
 
-from dsv3_jax import config
+from dsv3_jax import config, io
 from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
 from dsv3_jax.report import plots, render
@@ -41,20 +40,21 @@ ARMS = {
   "fp32": ("precision.recipe=fp32",),
 }
 BASELINE = "bf16"
-SMOOTHING = 0.9  # weight of what was, in the report's curves
-BAR = 0.0025  # relative, appendix B.1
+SMOOTHING = 0.9  # weight of the past, as in the report's curves
+BAR = 0.0025  # largest relative gap, appendix B.1
 
-_ARMS = flags.DEFINE_list("arms", ["bf16", "fp8", "again"], "what is trained")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "runs of each arm, from --seed on")
+_ARMS = flags.DEFINE_list(
+  "arms", ["bf16", "fp8", "again"], f"arms to train, of {', '.join(ARMS)}"
+)
+_SEEDS = flags.DEFINE_integer(
+  "seeds", 3, "runs of each arm; their seeds start at --seed"
+)
 
 Losses = dict[str, np.ndarray]  # [seeds, steps] by arm
 
 
 def smoothed(losses: np.ndarray) -> np.ndarray:
-  """The exponential moving average over the last dim, from the first step on.
-
-  Steps before the first are not taken for zeros: weights sum to one.
-  """
+  """The exponential moving average over the last dim, with bias correction."""
   total, weight, out = 0.0, 0.0, []
   for loss in np.moveaxis(losses, -1, 0):
     total = SMOOTHING * total + (1 - SMOOTHING) * loss
@@ -74,10 +74,10 @@ def gaps(losses: Losses) -> Losses:
 
 
 def compare(losses: Losses, warmup: int) -> dict[str, dict[str, float]]:
-  """By arm, the largest gap after the warm-up, and where the run ended.
+  """For each arm, the largest gaps after the warm-up, and the last gap.
 
-  `gap` is of the mean over seeds, `worst_seed` of each seed alone. A loss that
-  is not finite makes them NaN.
+  `gap` is that of the mean over seeds, `worst_seed` that of the worst seed. A
+  loss that is not finite makes them NaN.
   """
   out = {
     arm: {
@@ -94,7 +94,7 @@ def compare(losses: Losses, warmup: int) -> dict[str, dict[str, float]]:
 
 
 def table(rows: Mapping[str, Mapping[str, float]]) -> str:
-  """The comparison in lines."""
+  """The comparison as text."""
   lines = [f"{'gap to ' + BASELINE:16}{'mean of seeds':>14}{'one seed':>10}"]
   for arm, row in rows.items():
     within = row["gap"] < BAR
@@ -112,7 +112,7 @@ def _problems(
     f"--arms={arm}: one of {', '.join(ARMS)}" for arm in arms if arm not in ARMS
   ]
   if BASELINE not in arms:
-    problems.append(f"--arms: needs {BASELINE}, which others are compared to")
+    problems.append(f"--arms: needs {BASELINE}, the baseline of the others")
   if not 1 <= _SEEDS.value <= 2**32 - seed:
     problems.append(f"--seeds={_SEEDS.value}: must be at least 1")
   if stop <= run.schedule.warmup_steps:
@@ -191,8 +191,8 @@ def _write(command: run_args.RunArgs, losses: Losses) -> None:
     "warmup_steps": warmup,
     "arms": rows,
   }
-  text = json.dumps(metrics_writer.to_json(facts), indent=2) + "\n"
-  (command.workdir / "comparison.json").write_text(text)
+  path = command.workdir / "comparison.json"
+  io.write_json(path, metrics_writer.to_json(facts))
   picture = render.png(
     functools.partial(
       plots.gaps,
@@ -210,5 +210,10 @@ def _write(command: run_args.RunArgs, losses: Losses) -> None:
   (command.workdir / "loss.png").write_bytes(picture)
 
 
-if __name__ == "__main__":
+def main() -> None:
+  """Runs the program from the command line."""
   cli.main(presets.PRESETS, execute)
+
+
+if __name__ == "__main__":
+  main()

@@ -6,8 +6,8 @@ r"""Pre-training (arXiv:2412.19437, section 4).
       --mesh=pipe=16,data=2,node=8,expert=8 --set=parallel.schedule=dualpipe \
       --set=train.first_batch_size=4096
 
-tiny: a whole small DeepSeek-V3 on two novels, minutes on two cores; expect held
-out bits per byte below 1.85.
+tiny: a complete small DeepSeek-V3, trained on two novels in minutes on two
+cores; expect held-out bits per byte below 1.85.
 """
 
 import math
@@ -26,28 +26,28 @@ from experiments import cli
 _DRY_RUN = flags.DEFINE_bool(
   "dry_run",
   False,
-  "print sizes and the plan, with --mesh also whether the step lowers for it;"
-  " allocate and write nothing",
+  "print sizes and plan; with --mesh, also lower the train step for it;"
+  " allocates and writes nothing",
 )
 _REPLAY = flags.DEFINE_integer(
   "replay_step",
   None,
-  "do a logged step again, from the newest checkpoint before it, and compare"
-  " it bit by bit; writes nothing",
+  "repeat a logged step from the newest checkpoint before it, and compare"
+  " the result bit by bit; writes nothing",
 )
 
 
 def variants() -> dict[str, config.Run]:
-  """The presets."""
+  """Runs by the name of their variant."""
   return presets.PRESETS
 
 
 def dry_run(command: run_args.RunArgs) -> None:
-  """Prints what would be trained."""
+  """Prints sizes and plan of a run."""
   run = command.run
   counts = flops.parameter_counts(run.model)
   length = run.data.seq_len
-  sizes = [f"{phase.batch_size * length:,}" for phase in run.phases]
+  sizes = [f"{phase.batch_size * length:,}" for phase in run.batch_phases]
   lines = {
     "main model": f"{counts['main']:,} parameters",
     "router biases": f"{counts['router_bias']:,}, apart from those",
@@ -68,7 +68,7 @@ def dry_run(command: run_args.RunArgs) -> None:
 def _on_mesh(
   run: config.Run, mesh: jax.sharding.AbstractMesh
 ) -> dict[str, str]:
-  """Type-checks and lowers the train step for devices that need not be here."""
+  """Lowers the train step for a mesh whose devices need not exist."""
   train.trace_step(run, mesh).lower(lowering_platforms=("cpu", "cuda", "tpu"))
   state = train.abstract_state(run, mesh)
   held = sum(
@@ -83,7 +83,7 @@ def _on_mesh(
 
 
 def execute(command: run_args.RunArgs) -> None:
-  """Trains, or says what would be trained."""
+  """Trains, repeats a step, or prints the plan, as the flags say."""
   if _DRY_RUN.value:
     dry_run(command)
     return
@@ -96,5 +96,10 @@ def execute(command: run_args.RunArgs) -> None:
     replay.replay(command, _REPLAY.value)
 
 
-if __name__ == "__main__":
+def main() -> None:
+  """Runs the program from the command line."""
   cli.main(variants(), execute)
+
+
+if __name__ == "__main__":
+  main()

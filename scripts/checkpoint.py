@@ -10,24 +10,45 @@ every array and compares it with its digest; exit code 4 if one is not as it was
 saved. diff compares two, array by array.
 """
 
-import functools
+import dataclasses
 import pathlib
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import rich.box
 import rich.console
 import rich.table
-from absl import flags
 
-from dsv3_jax import config
+from dsv3_jax import config, io
 from dsv3_jax.checkpoint import checkpointer, manifest
 from dsv3_jax.errors import InputError
 from dsv3_jax.interop import open_run
 from experiments import cli
+from experiments.flag_parser import flag
 
 MODES = "list", "verify", "diff"
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+  """Flags."""
+
+  mode: str = flag("list", f"one of {', '.join(MODES)}", choices=MODES)
+  workdir: str = flag("", "folder of the run")
+  other: str = flag(
+    "", "workdir of the checkpoint to compare; default: the same"
+  )
+  step: int | None = flag(None, "step of a checkpoint; default: all")
+  other_step: int | None = flag(
+    None, "step of the checkpoint to compare; default: --step"
+  )
+
+  def validate(self) -> Iterator[str]:
+    """Yields what is wrong with the flags."""
+    if not self.workdir:
+      yield "--workdir is missing: the folder of the run"
+    if self.mode == "diff" and self.step is None:
+      yield "--step is missing: the checkpoint to compare"
 
 
 def _open(workdir: pathlib.Path) -> checkpointer.Checkpointer:
@@ -103,7 +124,7 @@ def diff(
   one = manifest.read(checkpoints.folder(step))
   other = manifest.read(others.folder(other_step))
   print(f"{checkpoints.folder(step)} -> {others.folder(other_step)}")
-  lines = config.diff(_flat(one.metadata), _flat(other.metadata))
+  lines = config.diff(io.flatten(one.metadata), io.flatten(other.metadata))
   types = [
     {name: facts["type"] for name, facts in each.arrays.items()}
     for each in (one, other)
@@ -136,62 +157,23 @@ def _distance(a: np.ndarray, b: np.ndarray) -> str:
   )
 
 
-def _flat(facts: dict, prefix: str = "") -> dict:
-  out = {}
-  for key, value in facts.items():
-    if isinstance(value, dict):
-      out |= _flat(value, f"{prefix}{key}.")
-    else:
-      out[prefix + key] = value
-  return out
-
-
-def _flags() -> flags.FlagValues:
-  """The flags; not the process-wide ones, which other programs share."""
-  known = flags.FlagValues()
-  define = functools.partial(flags.DEFINE_integer, flag_values=known)
-  text = functools.partial(flags.DEFINE_string, flag_values=known)
-  flags.DEFINE_enum("mode", "list", MODES, "what to do", flag_values=known)
-  text("workdir", None, "folder of the run")
-  text("other", None, "workdir of the checkpoint to compare; default: the same")
-  define("step", None, "of a checkpoint; default: all")
-  define("other_step", None, "of the one to compare; default: --step")
-  return known
-
-
-def _describe() -> str:
-  return f"{__doc__}\n{_flags().get_help()}"
-
-
-def _parse(argv: Sequence[str]) -> flags.FlagValues:
-  known = _flags()
-  try:
-    _, *stray = known(list(argv))
-  except flags.Error as error:
-    raise InputError(str(error)) from error
-  problems = [f"stray argument {text!r}: flags are --a=b" for text in stray]
-  if not known.workdir:
-    problems.append("--workdir is missing: the folder of the run")
-  if known.mode == "diff" and known.step is None:
-    problems.append("--step is missing: the checkpoint to compare")
-  if problems:
-    raise InputError("\n".join(problems))
-  return known
+def execute(args: Args) -> None:
+  """Does what the flags say."""
+  checkpoints = _open(pathlib.Path(args.workdir))
+  if args.mode == "list":
+    show(checkpoints)
+  elif args.mode == "verify":
+    verify(checkpoints, args.step)
+  else:
+    others = _open(pathlib.Path(args.other or args.workdir))
+    step = args.step if args.other_step is None else args.other_step
+    diff(checkpoints, args.step, others, step)
 
 
 def main() -> None:
-  """Does what the flags say."""
-  known = _parse(sys.argv)
-  checkpoints = _open(pathlib.Path(known.workdir))
-  if known.mode == "list":
-    show(checkpoints)
-  elif known.mode == "verify":
-    verify(checkpoints, known.step)
-  else:
-    others = _open(pathlib.Path(known.other or known.workdir))
-    step = known.step if known.other_step is None else known.other_step
-    diff(checkpoints, known.step, others, step)
+  """Runs the program from the command line."""
+  cli.run_script(execute, Args)
 
 
 if __name__ == "__main__":
-  cli.run_main(main, _describe)
+  main()

@@ -29,7 +29,7 @@ import numpy as np
 import tokenizers
 from rich import console, progress
 
-from dsv3_jax import config
+from dsv3_jax import config, io
 from dsv3_jax.data import tokenizer
 from dsv3_jax.errors import InputError
 from dsv3_jax.evals import checkpoint_logits
@@ -266,10 +266,8 @@ def _logits(args: Args) -> None:
   mesh = device_mesh.make_mesh(sizes)
   logits = checkpoint_logits.compute_logits(released, run, tokens, mesh)
   for path, array in zip((args.out, args.mtp_out), logits, strict=False):
-    partial = pathlib.Path(f"{path}.partial")
-    with partial.open("wb") as file:
+    with io.atomic_write(pathlib.Path(path), "wb") as file:
       np.save(file, array)
-    partial.replace(path)
 
 
 # --- verify ---

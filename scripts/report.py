@@ -8,27 +8,34 @@ pictures are also written to the folder report/.
 """
 
 import dataclasses
-import functools
-import sys
 from collections.abc import Iterator
 
 from dsv3_jax.report import page
-from experiments import cli, flag_parser
+from experiments import cli
+from experiments.flag_parser import flag
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-  workdir: str = flag_parser.flag("", "folder of a training run")
+  """Flags."""
+
+  workdir: str = flag("", "folder of a training run")
 
   def validate(self) -> Iterator[str]:
+    """Yields what is wrong with the flags."""
     if not self.workdir:
       yield "--workdir is missing: the folder of a training run"
 
 
-def main() -> None:
+def execute(args: Args) -> None:
   """Writes the report and prints its path."""
-  print(page.write(flag_parser.parse(Args, sys.argv).workdir))
+  print(page.write(args.workdir))
+
+
+def main() -> None:
+  """Runs the program from the command line."""
+  cli.run_script(execute, Args)
 
 
 if __name__ == "__main__":
-  cli.run_main(main, functools.partial(flag_parser.help_text, Args))
+  main()

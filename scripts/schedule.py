@@ -11,30 +11,63 @@ import bisect
 import dataclasses
 import json
 import pathlib
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from absl import flags
-
-from dsv3_jax.config import fields
 from dsv3_jax.errors import InputError
 from dsv3_jax.parallel.pipeline import schedules, simulate, tick_table
 from dsv3_jax.report import schedule_plot
+from experiments import cli
+from experiments.flag_parser import flag
 
 TIMES = ("F", "B", "W", "FB")
 
 
 @dataclasses.dataclass(frozen=True)
-class Command:
-  """A command line that was found good."""
+class Args:
+  """Flags; each is checked alone by its type, together by `validate`."""
 
-  schedule: schedules.Schedule
-  times: simulate.Times
-  png: pathlib.Path | None
-  json: bool
+  schedule: str = flag("dualpipe", f"one of {', '.join(schedules.SCHEDULES)}")
+  ranks: int = flag(8, "pipeline ranks")
+  microbatches: int = flag(20, "micro-batches of a step, both directions")
+  times: str = flag("", "such as F=1,B=2,W=1,FB=3; B includes W, FB is a pair")
+  comm: float = flag(0.0, "time to send a result from rank to rank")
+  png: str = flag("", "file to draw the schedule into")
+  json: bool = flag(False, "print JSON")
 
+  def validate(self) -> Iterator[str]:
+    """Yields what is wrong with the flags."""
+    yield from schedules.validate(self.schedule, self.ranks, self.microbatches)
+    try:
+      self.durations()
+    except InputError as error:
+      yield from str(error).splitlines()
+    path = pathlib.Path(self.png)
+    if self.png and not (path.parent.is_dir() and path.suffix == ".png"):
+      yield f"--png={path}: must be a .png file in a folder that exists"
 
-# --- what is printed ---
+  def durations(self) -> simulate.Times:
+    """The duration of each operation, as `times` and `comm` give it.
+
+    Raises:
+      InputError: an operation is unknown, or its duration is no number.
+    """
+    durations, problems = {"comm": self.comm}, []
+    for part in filter(None, self.times.split(",")):
+      name, _, value = part.partition("=")
+      if name not in TIMES:
+        problems.append(f"--times={part}: must be one of {', '.join(TIMES)}")
+        continue
+      try:
+        durations[name] = float(value)
+      except ValueError:
+        problems.append(f"--times={part}: expected a number")
+    try:
+      times = simulate.Times(**durations)
+    except InputError as error:
+      problems += str(error).splitlines()
+    if problems:
+      raise InputError("\n".join(problems))
+    return times
 
 
 def _exact(time: float) -> float:
@@ -124,124 +157,24 @@ def _totals(
   yield f"{len(tick_table.to_ticks(schedule))} ticks in lock-step"
 
 
-# --- the command ---
+def execute(args: Args) -> None:
+  """Prints, and draws, the schedule."""
+  schedule = schedules.SCHEDULES[args.schedule](args.ranks, args.microbatches)
+  times = args.durations()
+  timeline = simulate.simulate(schedule, times)
+  if args.png:
+    png = schedule_plot.png(schedule, timeline)
+    pathlib.Path(args.png).write_bytes(png)
+  if args.json:
+    print(as_json(schedule, timeline))
+  else:
+    print(as_text(schedule, timeline, times))
 
 
-def _flags() -> flags.FlagValues:
-  """Of this command only, whoever imports it; numbers are checked later."""
-  known = flags.FlagValues()
-  for name, default, told in (
-    ("schedule", "dualpipe", f"one of {', '.join(schedules.SCHEDULES)}"),
-    ("ranks", "8", "pipeline ranks"),
-    ("microbatches", "20", "of a step, over both directions"),
-    ("times", "", "such as F=1,B=2,W=1,FB=3; B includes W, FB is a pair"),
-    ("comm", "0", "time that a result takes from rank to rank"),
-    ("png", "", "file to draw the schedule into"),
-  ):
-    flags.DEFINE_string(name, default, told, flag_values=known)
-  for name, told in (("json", "print JSON"), ("help", "show this help")):
-    flags.DEFINE_boolean(name, False, told, flag_values=known)
-  return known
-
-
-def _unread(known: flags.FlagValues, rest: Sequence[str]) -> Iterator[str]:
-  for text in rest:
-    name = text.lstrip("-").partition("=")[0]
-    if text.startswith("-"):
-      yield f"unknown flag {text!r}{fields.nearest(name, known)}"
-    else:
-      yield f"stray argument {text!r}: settings are --flag=value"
-
-
-def _number(text: str, kind: type, what: str, problems: list[str]):
-  """A number, or None and a problem more."""
-  try:
-    return kind(text)
-  except ValueError:
-    whole = "a whole number" if kind is int else "a number"
-    problems.append(f"{what}: expected {whole}")
-
-
-def _times(
-  known: flags.FlagValues, problems: list[str]
-) -> simulate.Times | None:
-  """The times asked for, or None and more problems."""
-  found, n_before = {}, len(problems)
-  for part in filter(None, known.times.split(",")):
-    name, _, value = part.partition("=")
-    if name not in TIMES:
-      problems.append(f"--times={part}: must be one of {', '.join(TIMES)}")
-    else:
-      found[name] = _number(value, float, f"--times={part}", problems)
-  found["comm"] = _number(known.comm, float, f"--comm={known.comm}", problems)
-  found = {name: n for name, n in found.items() if n is not None}
-  try:
-    times = simulate.Times(**found)
-  except InputError as error:
-    problems += str(error).splitlines()
-  return None if len(problems) > n_before else times
-
-
-def _schedule(
-  known: flags.FlagValues, problems: list[str]
-) -> schedules.Schedule | None:
-  """The schedule asked for, or None and more problems."""
-  sizes = [
-    _number(known[flag].value, int, f"--{flag}={known[flag].value}", problems)
-    for flag in ("ranks", "microbatches")
-  ]
-  if None in sizes:
-    if known.schedule not in schedules.SCHEDULES:
-      problems += schedules.validate(known.schedule, 1, 1)
-    return None
-  more = schedules.validate(known.schedule, *sizes)
-  problems += more
-  return None if more else schedules.SCHEDULES[known.schedule](*sizes)
-
-
-def parse(argv: Sequence[str]) -> Command | None:
-  """The command, or None if it was only for help.
-
-  Raises:
-    InputError: with all that is wrong, a line each.
-  """
-  known = _flags()
-  try:
-    _, *rest = known(list(argv), known_only=True)
-  except flags.Error as error:
-    raise InputError(str(error)) from error
-  if known.help:
-    print(__doc__, known.get_help(), sep="\n")
-    return None
-  problems = list(_unread(known, rest))
-  schedule, times = _schedule(known, problems), _times(known, problems)
-  png = pathlib.Path(known.png) if known.png else None
-  if png and not (png.parent.is_dir() and png.suffix == ".png"):
-    problems.append(f"--png={png}: must be a .png file in a folder that exists")
-  if problems:
-    raise InputError("\n".join(problems))
-  return Command(schedule, times, png, known.json)
-
-
-def main(argv: Sequence[str]) -> int:
-  """Prints, and draws, what is asked for; returns the exit code."""
-  try:
-    command = parse(argv)
-  except InputError as error:
-    for line in str(error).splitlines():
-      print(f"error: {line}", file=sys.stderr)
-    return 2
-  if command:
-    schedule = command.schedule
-    timeline = simulate.simulate(schedule, command.times)
-    if command.png:
-      command.png.write_bytes(schedule_plot.png(schedule, timeline))
-    if command.json:
-      print(as_json(schedule, timeline))
-    else:
-      print(as_text(schedule, timeline, command.times))
-  return 0
+def main() -> None:
+  """Runs the program from the command line."""
+  cli.run_script(execute, Args)
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv))
+  main()

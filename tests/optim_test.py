@@ -16,7 +16,7 @@ V3 = presets.V3_671B
 
 def step_at(tokens: float) -> int:
   """The first step before which at least so many tokens were consumed."""
-  full = V3.phases[-1]
+  full = V3.batch_phases[-1]
   rows = tokens / V3.data.seq_len - full.first_row
   return full.first_step + int(np.ceil(rows / full.batch_size))
 
@@ -79,7 +79,7 @@ class ProgressTest(absltest.TestCase):
       "train.ramp_sizes=3",
       "schedule.ramp_until=0.5",
     )
-    self.assertLen(run.phases, 4)
+    self.assertLen(run.batch_phases, 4)
     steps = range(run.total_steps + 1)
     found = jax.vmap(lambda s: optim.progress(s, run))(jnp.array(steps))
     rows = np.array([run.rows_before(step) for step in steps])

@@ -50,10 +50,9 @@ SETTINGS = (
 
 
 def environment():
-  """Returns the environment of programs: a quick compiler, no allocator."""
+  """Returns the environment of programs: a quick compiler."""
   env = os.environ | {
     "JAX_PLATFORMS": "cpu",
-    "LD_PRELOAD": "",  # one start instead of two
     "XLA_FLAGS": "--xla_backend_optimization_level=0"
     " --xla_cpu_use_fusion_emitters=false",
     "PYTHONPATH": str(ROOT),

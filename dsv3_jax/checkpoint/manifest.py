@@ -5,13 +5,13 @@ complete `manifest.json` was never finished, or only half copied.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
 import re
 from typing import Any
 
+from dsv3_jax import io
 from dsv3_jax.errors import InputError
 
 NAME = "manifest.json"
@@ -133,7 +133,7 @@ def read(folder: pathlib.Path) -> Manifest:
 
 def _seal(body: dict[str, Any]) -> str:
   text = json.dumps(body, sort_keys=True, separators=(",", ":"))
-  return hashlib.sha256(text.encode()).hexdigest()
+  return io.sha256(text)
 
 
 def _files(folder: pathlib.Path) -> dict[str, int]:

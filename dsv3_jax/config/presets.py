@@ -3,6 +3,8 @@
 Sizes: arXiv:2412.19437 (V3), arXiv:2405.04434 (V2 and V2-Lite).
 """
 
+from dataclasses import replace
+
 from dsv3_jax import config
 
 V3_671B = config.Run(
@@ -38,172 +40,182 @@ V3_671B = config.Run(
   evaluate=config.Evaluate(every=500),
 )
 
-# V2's gate is a softmax without bias or renormalisation; no MTP.
-V2_236B = config.override(
-  V3_671B,
-  "vocab_size=102400",
-  "d_model=5120",
-  "n_layers=60",
-  "n_dense_layers=1",
-  "dense_ffn_dim=12288",
-  "moe.n_shared=2",
-  "moe.ffn_dim=1536",
-  "router.n_experts=160",
-  "router.top_k=6",
-  "router.top_groups=3",
-  "router.score=softmax",
-  "router.renormalize=false",
-  "router.scale=16",
-  "router.bias_speed=0",
-  "router.balance_weight=0.003",
-  "mtp.depth=0",
-  "train.tokens=8.1e12",
-  "train.batch_size=9216",
-  "train.micro_batches=72",
-  "train.first_batch_size=2304",
-  "train.ramp_sizes=3",
-  "schedule.ramp_until=0.0277778",
-  "optim.peak_lr=2.4e-4",
+_V2_MODEL = config.Model(
+  vocab_size=102_400,
+  d_model=5120,
+  n_layers=60,
+  n_dense_layers=1,
+  dense_ffn_dim=12_288,
+  attention=V3_671B.model.attention,
+  moe=config.MoE(n_shared=2, ffn_dim=1536),
+  # V2's gate is a softmax without bias or renormalization.
+  router=config.Router(
+    n_experts=160,
+    top_k=6,
+    n_groups=8,
+    top_groups=3,
+    score="softmax",
+    renormalize=False,
+    scale=16.0,
+    bias_speed=0.0,
+    balance_weight=0.003,
+  ),
+  mtp=config.MTP(depth=0),
 )
 
-V2_LITE_16B = config.override(
+V2_236B = replace(
+  V3_671B,
+  model=_V2_MODEL,
+  train=replace(
+    V3_671B.train,
+    tokens=8_100_000_000_000,
+    batch_size=9216,
+    micro_batches=72,
+    first_batch_size=2304,
+    ramp_sizes=3,
+  ),
+  optim=replace(V3_671B.optim, peak_lr=2.4e-4),
+  schedule=replace(V3_671B.schedule, ramp_until=0.0277778),
+)
+
+V2_LITE_16B = replace(
   V2_236B,
-  "d_model=2048",
-  "n_layers=27",
-  "dense_ffn_dim=10944",
-  "attention.n_heads=16",
-  "attention.q_rank=0",
-  "moe.ffn_dim=1408",
-  "router.n_experts=64",
-  "router.n_groups=1",
-  "router.top_groups=1",
-  "router.scale=1",
-  "router.balance_weight=0.001",
-  "train.tokens=5.7e12",
-  "train.batch_size=4608",
-  "train.micro_batches=36",
-  "train.first_batch_size=0",
-  "schedule.ramp_until=0",
-  "optim.peak_lr=4.2e-4",
+  model=replace(
+    _V2_MODEL,
+    d_model=2048,
+    n_layers=27,
+    dense_ffn_dim=10_944,
+    attention=replace(_V2_MODEL.attention, n_heads=16, q_rank=0),
+    moe=config.MoE(n_shared=2, ffn_dim=1408),
+    router=replace(
+      _V2_MODEL.router,
+      n_experts=64,
+      n_groups=1,
+      top_groups=1,
+      scale=1.0,
+      balance_weight=0.001,
+    ),
+  ),
+  train=replace(
+    V2_236B.train,
+    tokens=5_700_000_000_000,
+    batch_size=4608,
+    micro_batches=36,
+    first_batch_size=0,
+  ),
+  optim=replace(V2_236B.optim, peak_lr=4.2e-4),
+  schedule=replace(V2_236B.schedule, ramp_until=0.0),
 )
 
 # Benchmark shapes.
-S = config.override(
-  V3_671B,
-  "vocab_size=8192",
-  "d_model=256",
-  "n_layers=8",
-  "n_dense_layers=1",
-  "dense_ffn_dim=1024",
-  "attention.n_heads=8",
-  "attention.q_rank=128",
-  "attention.kv_rank=64",
-  "attention.nope_dim=32",
-  "attention.rope_dim=16",
-  "attention.v_dim=32",
-  "moe.ffn_dim=128",
-  "router.n_experts=32",
-  "router.top_k=4",
-  "router.n_groups=4",
-  "router.top_groups=2",
-  "init_std=0.02",
-  "data.seq_len=512",
-  "data.tokenizer=bpe",
-  "train.tokens=1e8",
-  "train.batch_size=8",
-  "train.micro_batches=1",
-  "train.first_batch_size=0",
-  "schedule.ramp_until=0",
-  "train.remat=none",
-  "train.scan_layers=false",
-  "optim.moments=float32",
-  "optim.ema_decay=0",
-  "precision.recipe=fp32",
-  # Some dims are below the paper's 128.
-  "precision.tile=64",
+S = config.Run(
+  model=config.Model(
+    vocab_size=8192,
+    d_model=256,
+    n_layers=8,
+    n_dense_layers=1,
+    dense_ffn_dim=1024,
+    attention=config.MLA(
+      n_heads=8, q_rank=128, kv_rank=64, nope_dim=32, rope_dim=16, v_dim=32
+    ),
+    moe=config.MoE(n_shared=1, ffn_dim=128),
+    router=config.Router(n_experts=32, top_k=4, n_groups=4, top_groups=2),
+    init_std=0.02,
+  ),
+  data=config.Data(seq_len=512),
+  train=config.Train(
+    tokens=100_000_000, batch_size=8, remat="none", scan_layers=False
+  ),
+  # Some dims are below the paper's tile of 128.
+  precision=config.Precision(recipe="fp32", tile=64),
   # The virtual devices of a processor share its memory.
-  "parallel.layout=replicated",
+  parallel=config.Parallel(layout="replicated"),
+  checkpoint=config.Checkpoint(every=500),
+  evaluate=config.Evaluate(every=500),
 )
 
-M = config.override(
+M = replace(
   S,
-  "vocab_size=16384",
-  "d_model=512",
-  "n_layers=12",
-  "dense_ffn_dim=2048",
-  "attention.q_rank=256",
-  "attention.kv_rank=128",
-  "attention.nope_dim=64",
-  "attention.rope_dim=32",
-  "attention.v_dim=64",
-  "moe.ffn_dim=256",
-  "router.n_experts=64",
-  "router.top_k=6",
-  "precision.tile=128",
+  model=replace(
+    S.model,
+    vocab_size=16_384,
+    d_model=512,
+    n_layers=12,
+    dense_ffn_dim=2048,
+    attention=config.MLA(
+      n_heads=8, q_rank=256, kv_rank=128, nope_dim=64, rope_dim=32, v_dim=64
+    ),
+    moe=config.MoE(n_shared=1, ffn_dim=256),
+    router=replace(S.model.router, n_experts=64, top_k=6),
+  ),
+  precision=replace(S.precision, tile=128),
 )
 
 # Trains in minutes on two cores: every mechanism of V3, on two novels.
-TINY = config.override(
+TINY = replace(
   S,
-  "vocab_size=2048",
-  "d_model=192",
-  "n_layers=5",
-  "n_dense_layers=1",
-  "dense_ffn_dim=512",
-  "attention.n_heads=6",
-  "attention.q_rank=96",
-  "attention.kv_rank=64",
-  "moe.ffn_dim=96",
-  "router.n_experts=16",
-  # The paper's 0.006 for a width of 7168: std * sqrt(d_model) is the same.
-  "init_std=0.037",
-  "data.seq_len=256",
-  "train.tokens=573440",
-  "train.batch_size=8",
-  "optim.peak_lr=2e-3",
-  "optim.min_lr=5e-5",
-  "optim.final_lr=5e-5",
-  # A few hundred steps: the bias must move faster than in the paper's many.
-  "router.bias_speed=0.007",
-  "schedule.bias_update_until=1",
-  "schedule.warmup_steps=40",
-  "schedule.constant_until=0.2",
-  "schedule.decay_until=1",
-  "schedule.tail_from=1",
-  "schedule.mtp_until=0.5",
-  "checkpoint.every=70",
-  "evaluate.every=70",
+  model=replace(
+    S.model,
+    vocab_size=2048,
+    d_model=192,
+    n_layers=5,
+    dense_ffn_dim=512,
+    attention=replace(S.model.attention, n_heads=6, q_rank=96),
+    moe=config.MoE(n_shared=1, ffn_dim=96),
+    # A few hundred steps: the bias must move faster than in the paper's many.
+    router=replace(S.model.router, n_experts=16, bias_speed=0.007),
+    # The paper's 0.006 for a width of 7168: std * sqrt(d_model) is the same.
+    init_std=0.037,
+  ),
+  data=config.Data(seq_len=256),
+  train=replace(S.train, tokens=573_440),
+  optim=config.Optim(peak_lr=2e-3, min_lr=5e-5, final_lr=5e-5),
+  schedule=config.Schedule(
+    warmup_steps=40,
+    constant_until=0.2,
+    decay_until=1.0,
+    tail_from=1.0,
+    bias_update_until=1.0,
+    mtp_until=0.5,
+  ),
+  checkpoint=config.Checkpoint(every=70),
+  evaluate=config.Evaluate(every=70),
 )
 
 # Overnight on a laptop, or minutes on an accelerator; reads what
 # `scripts/prepare_data.py` writes.
-SMALL = config.override(
+SMALL = replace(
   S,
-  "vocab_size=32768",
-  # As of `tiny`, for its width.
-  "init_std=0.032",
-  "data.path=corpus",
-  "data.domains=prose=1,python=2,go=2,docs=2,maths-docs=1,maths-formal=1,"
-  "chinese=2,languages=1",
-  "data.heldout_fraction=0.003",
-  "data.fim_rate=0.1",
-  "data.split_rate=0.1",
-  "train.tokens=19660800",
-  "train.batch_size=32",
-  "train.micro_batches=2",
-  "optim.peak_lr=1.5e-3",
-  "optim.min_lr=1e-4",
-  "optim.final_lr=1e-4",
-  "optim.ema_decay=0.99",
-  "router.bias_speed=0.003",
-  "schedule.bias_update_until=1",
-  "schedule.warmup_steps=60",
-  "schedule.constant_until=0.3",
-  "schedule.decay_until=1",
-  "schedule.tail_from=1",
-  "schedule.mtp_until=0.7",
-  "evaluate.ema=true",
-  "evaluate.every=300",
+  model=replace(
+    S.model,
+    vocab_size=32_768,
+    router=replace(S.model.router, bias_speed=0.003),
+    init_std=0.032,  # scaled to the width as in TINY
+  ),
+  data=config.Data(
+    seq_len=512,
+    path="corpus",
+    domains=(
+      "prose=1,python=2,go=2,docs=2,maths-docs=1,maths-formal=1,chinese=2,"
+      "languages=1"
+    ),
+    heldout_fraction=0.003,
+    fim_rate=0.1,
+    split_rate=0.1,
+  ),
+  train=replace(S.train, tokens=19_660_800, batch_size=32, micro_batches=2),
+  optim=config.Optim(
+    peak_lr=1.5e-3, min_lr=1e-4, final_lr=1e-4, ema_decay=0.99
+  ),
+  schedule=config.Schedule(
+    warmup_steps=60,
+    constant_until=0.3,
+    decay_until=1.0,
+    tail_from=1.0,
+    bias_update_until=1.0,
+    mtp_until=0.7,
+  ),
+  evaluate=config.Evaluate(every=300, ema=True),
 )
 
 PRESETS = {

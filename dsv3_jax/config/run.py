@@ -10,56 +10,59 @@ from dsv3_jax.config.fields import choice, number
 from dsv3_jax.config.model import Model
 
 
-def _is_weight(part: str) -> bool:
+def _is_weight(entry: str) -> bool:
   try:
-    return 0 < float(part.partition("=")[2]) < math.inf
+    return 0 < float(entry.partition("=")[2]) < math.inf
   except ValueError:
     return False
 
 
 @fields.checked
 class Data:
-  """Text and how it becomes rows of tokens."""
+  """Text, and its conversion to rows of tokens."""
 
   # A key of data.sources.SOURCES: what reads `path`.
   source: str = "files"
   path: str = ""  # file, .gz, .jsonl or a directory of them; "": the novels
   tokenizer: str = choice("bpe", "deepseek")  # trained on the text, or V3's own
   seq_len: int = number(low=1)
-  heldout_fraction: float = number(0.05, above=0, high=0.5)  # from the end
+  heldout_fraction: float = number(0.05, above=0, high=0.5)  # end of the text
   on_decode_error: str = choice("error", "replace", "skip")  # invalid UTF-8
-  # Folders or files of `path` and their weights, as prose=2,code=1: how often
-  # a row is of each. "": all text is one.
+  # Folders or files of `path` with their sampling weights, as prose=2,code=1.
+  # "": one domain.
   domains: str = ""
-  segment_mask: bool = False  # attention does not leave a document
-  fim_rate: float = number(0.0, low=0, high=1)  # documents to fill in
-  split_rate: float = number(0.0, low=0, high=1)  # of tokens with line breaks
+  segment_mask: bool = False  # attention stays within a document
+  # Fraction of documents rearranged for fill-in-the-middle.
+  fim_rate: float = number(0.0, low=0, high=1)
+  # Fraction of tokens with line breaks that are split at random.
+  split_rate: float = number(0.0, low=0, high=1)
 
   def relations(self) -> Iterator[str]:
-    names = [part.partition("=")[0].strip() for part in self._parts]
-    if self._parts and not self.path:
+    entries = self._domain_entries
+    names = [entry.partition("=")[0].strip() for entry in entries]
+    if entries and not self.path:
       yield f"Data.domains={self.domains!r}: needs Data.path, their folder"
-    for part, name in zip(self._parts, names, strict=True):
-      good = name and name[0] != "." and "/" not in name and _is_weight(part)
+    for entry, name in zip(entries, names, strict=True):
+      good = name and name[0] != "." and "/" not in name and _is_weight(entry)
       if names.count(name) > 1 or not good:
         yield (
-          f"Data.domains={self.domains!r}: {part!r} must be name=weight, such"
+          f"Data.domains={self.domains!r}: {entry!r} must be name=weight, such"
           " as prose=2; each name once and in Data.path, the weight above 0"
         )
 
   @property
-  def _parts(self) -> list[str]:
+  def _domain_entries(self) -> list[str]:
     return self.domains.split(",") if self.domains else []
 
   @property
   def segment_start(self) -> int | None:
-    """The id of BOS, if attention stops there."""
+    """The BOS id if attention stops there, else None."""
     return 0 if self.segment_mask else None
 
   @property
-  def weights(self) -> dict[str, float]:
-    """Weight of each domain, in order; empty: all text is one."""
-    pairs = (part.partition("=") for part in self._parts)
+  def domain_weights(self) -> dict[str, float]:
+    """The weight of each domain, in order; empty if there is one domain."""
+    pairs = (entry.partition("=") for entry in self._domain_entries)
     return {name.strip(): float(weight) for name, _, weight in pairs}
 
 
@@ -77,13 +80,13 @@ class Optim:
   weight_decay: float = number(0.1, low=0)
   clip_norm: float = number(1.0, above=0)
   moments: str = choice("float32", "bfloat16")
-  # Of an average of the parameters in host memory; 0: none is kept.
+  # Decay of the parameters' moving average in host memory; 0: no average.
   ema_decay: float = number(0.0, low=0, high=1)
 
 
 @fields.checked
 class Schedule:
-  """When things change, as shares of the token budget (section 4.2).
+  """Times of changes, as fractions of the token budget (section 4.2).
 
   The defaults are the paper's 10T, 14.3T and 14.633T of 14.8T tokens.
   """
@@ -93,7 +96,7 @@ class Schedule:
   constant_until: float = number(10 / 14.8, low=0, high=1)
   decay_until: float = number(14.3 / 14.8, low=0, high=1)
   tail_from: float = number(14.633 / 14.8, low=0, high=1)
-  ramp_until: float = number(0.0, low=0, high=1)  # the batch grows so long
+  ramp_until: float = number(0.0, low=0, high=1)  # end of the batch ramp
   bias_update_until: float = number(14.3 / 14.8, low=0, high=1)
   mtp_until: float = number(10 / 14.8, low=0, high=1)
 
@@ -105,45 +108,46 @@ class Schedule:
       )
 
 
-# What a layer can keep for its backward pass, see `model/remat.py`:
+# Activations that a layer can save for its backward pass, see
+# `model/remat.py`:
 ACTIVATIONS = (
-  "norm",  # what RMSNorms return
-  "latents",  # what the down-projections of the attention return
-  "up",  # its queries, keys and values
-  "attention",  # what it mixes, and the log-sum-exp of its scores
+  "norm",  # outputs of RMSNorms
+  "latents",  # outputs of the down-projections of attention
+  "up",  # queries, keys and values
+  "attention",  # output of attention, and the log-sum-exp of its scores
   "residual",  # the stream between attention and feed-forward
   "routing",  # affinities, and the experts chosen
-  "sent",  # what arrives from other devices for the experts here
-  "hidden",  # gates and ups of a feed-forward
+  "sent",  # tokens received from other devices for local experts
+  "hidden",  # gate and up projections of a feed-forward
 )
 
 
 @fields.checked
 class Train:
-  """Budget and batch."""
+  """Token budget, batch size and memory of a training step."""
 
   tokens: int = number(low=1)  # the budget that every schedule is keyed to
   batch_size: int = number(low=1)  # sequences an optimizer step
-  micro_batches: int = number(1, low=1)  # a step is accumulated over so many
+  micro_batches: int = number(1, low=1)  # gradient accumulation steps
   # With schedule.ramp_until: sequences of the first steps, with fewer
-  # micro-batches, and how many sizes there are before batch_size.
+  # micro-batches, and the number of sizes before batch_size.
   first_batch_size: int = number(0, low=0)
   ramp_sizes: int = number(4, low=1)
-  # What layers make again in the backward pass: nothing, all but what is
-  # kept, or all from their input on.
+  # What layers recompute in the backward pass: nothing, all but the saved
+  # activations, or everything from their input.
   remat: str = choice("none", "selective", "block")
   saved_activations: str = "latents,attention,residual,routing,sent,hidden"
   scan_layers: bool = True  # false: unrolled, faster on CPU, compiles longer
   max_bad_steps: int = number(8, low=0)  # non-finite steps in a row: exit 3
-  # A step stands out whose loss or gradient norm is so many times the median
-  # of the 100 before; 0: none does.
+  # A step is a spike if its loss or gradient norm is this many times the
+  # median of the 100 before; 0: no detection.
   spike_factor: float = number(0.0, low=0)
-  # Where one does, go back to the newest checkpoint and leave out what was read
-  # since, and the data of so many steps after it; 0: go on.
+  # After a spike, return to the newest checkpoint and skip the data read since,
+  # and that of this many steps after it; 0: continue.
   spike_skip: int = number(0, low=0)  # steps
 
   def relations(self) -> Iterator[str]:
-    for name in self._named - set(ACTIVATIONS):
+    for name in self._saved_names - set(ACTIVATIONS):
       yield (
         f"Train.saved_activations={self.saved_activations!r}: {name!r} is none"
         f" of {', '.join(ACTIVATIONS)}{fields.nearest(name, ACTIVATIONS)}"
@@ -170,15 +174,15 @@ class Train:
       )
 
   @property
-  def _named(self) -> set[str]:
+  def _saved_names(self) -> set[str]:
     return {
       name.strip() for name in self.saved_activations.split(",") if name.strip()
     }
 
   @property
   def activations(self) -> tuple[str, ...] | None:
-    """Names of what layers keep; None: everything."""
-    names = tuple(sorted(self._named))
+    """Names of activations that layers save; None: all of them."""
+    names = tuple(sorted(self._saved_names))
     return {"none": None, "selective": names, "block": ()}[self.remat]
 
   @property
@@ -188,20 +192,21 @@ class Train:
 
 @fields.checked
 class Precision:
-  """What the forward and backward pass compute in; masters are float32.
+  """Precision of the forward and backward pass; master weights are float32.
 
-  With `fp8` activations are bfloat16 and the products of linear layers in FP8
-  (section 3.3); the other settings are of it.
+  With `recipe=fp8`, activations are bfloat16 and linear layers multiply in FP8
+  (section 3.3); the other settings apply to that recipe.
   """
 
   recipe: str = choice("fp32", "bf16", "fp8")
-  fp8: str = "*mla/*,*ffn/*"  # weights in FP8: patterns of paths, with commas
+  fp8: str = "*mla/*,*ffn/*"  # patterns of the paths of FP8 weights
   tile: int = number(128, low=8)  # N_c
-  scales: str = choice("float32", "power_of_two")  # of tiles
-  # `blocks`: square tiles for gradients of activations, as one should not.
+  scales: str = choice("float32", "power_of_two")  # scales of the tiles
+  # `blocks`: square tiles for gradients of activations, which appendix B.2
+  # advises against.
   gradient_tiles: str = choice("rows", "blocks")
   backend: str = choice("auto", "exact", "dequantized", "kernel")
-  counters: bool = False  # of saturation, underflow and tiles of zeros
+  counters: bool = False  # log saturation, underflow and tiles of zeros
 
   @property
   def patterns(self) -> tuple[str, ...]:
@@ -210,7 +215,7 @@ class Precision:
 
 @fields.checked
 class Parallel:
-  """How a step is divided over a mesh; it never changes what is computed."""
+  """Division of a step over a mesh; it never changes what is computed."""
 
   layout: str = choice("zero1", "fsdp", "replicated")
   dispatch: str = choice(
@@ -221,25 +226,25 @@ class Parallel:
     "ragged_all_to_all",
     "ragged_hierarchical_all_to_all",
   )
-  # An exchange of tokens goes in `many` rounds of a little more rows than
-  # balanced routing needs, usually one, or in `one` of the rows there can be;
-  # `auto`: in one on CPU.
+  # Tokens are exchanged in `many` rounds with a little more rows than balanced
+  # routing needs, usually one round, or in `one` round with the largest
+  # possible number of rows; `auto`: `one` on CPU.
   rounds: str = choice("auto", "one", "many")
-  # How stages take turns, with the mesh axis `pipe`.
+  # Pipeline schedule, with the mesh axis `pipe`.
   schedule: str = choice("none", "1f1b", "zb1p", "dualpipe", "dualpipev")
-  # Steps between comparisons of what several devices hold alike; 0: none.
+  # Steps between comparisons of replicated arrays; 0: never.
   replica_check_every: int = number(0, low=0)
 
 
 @fields.checked
 class Checkpoint:
-  """How often the state is saved and how many saves are kept."""
+  """Frequency and number of checkpoints."""
 
   every: int = number(100, low=1)  # steps
-  keep: int = number(2, low=1)  # the newest
-  keep_every: int = number(0, low=0)  # and all multiples of so many; 0: none
-  # When a save fails: end the run, or train on; without the last one it ends
-  # in an error all the same.
+  keep: int = number(2, low=1)  # newest checkpoints to keep
+  keep_every: int = number(0, low=0)  # also keep multiples of this; 0: none
+  # After a failed save: stop, or continue training. A run whose last save
+  # fails ends with an error in both cases.
   on_error: str = choice("stop", "continue")
 
 
@@ -250,12 +255,12 @@ class Evaluate:
   every: int = number(100, low=1)  # steps
   batch_size: int = number(32, low=1)
   ema: bool = False  # also with the averaged parameters, see optim.ema_decay
-  sample_tokens: int = number(120, low=0)  # of sample text at an evaluation
+  sample_tokens: int = number(120, low=0)  # length of the sample text
 
 
 @dataclasses.dataclass(frozen=True)
-class Phase:
-  """Steps of one batch size, up to the next phase."""
+class BatchPhase:
+  """Consecutive steps with one batch size, up to the next phase."""
 
   first_step: int
   first_row: int  # sequences trained on before
@@ -264,7 +269,7 @@ class Phase:
 
 @fields.checked
 class Run:
-  """Everything that a training run depends on, except seed and mesh."""
+  """Configuration of a training run: everything but seed and mesh."""
 
   model: Model
   data: Data
@@ -309,12 +314,12 @@ class Run:
 
   @property
   def tokens_per_step(self) -> int:
-    """Of the steps at full batch size."""
+    """Tokens of a step at the full batch size."""
     return self.train.batch_size * self.data.seq_len
 
   @functools.cached_property
-  def phases(self) -> tuple[Phase, ...]:
-    """Steps by batch size: linear in tokens, a few sizes (section 4.2)."""
+  def batch_phases(self) -> tuple[BatchPhase, ...]:
+    """Phases of the batch size, which grows about linearly (section 4.2)."""
     first, full, n = (
       self.train.first_batch_size,
       self.train.batch_size,
@@ -322,27 +327,27 @@ class Run:
     )
     micro = self.train.micro_batch_size
     ramp = self.schedule.ramp_until * self.train.tokens / self.data.seq_len
-    step, row, found = 0, 0, []
+    step, row, phases = 0, 0, []
     for i in range(n):
       size = first + (full - first) * i // n // micro * micro
       n_steps = max(math.ceil((ramp * (i + 1) / n - row) / size), 0)
       if n_steps:
-        found.append(Phase(step, row, size))
+        phases.append(BatchPhase(step, row, size))
       step, row = step + n_steps, row + n_steps * size
-    return *found, Phase(step, row, full)
+    return *phases, BatchPhase(step, row, full)
 
-  def phase(self, step: int) -> Phase:
-    """That of a step, from 0."""
-    return [p for p in self.phases if p.first_step <= step][-1]
+  def batch_phase(self, step: int) -> BatchPhase:
+    """The phase of a step, counted from 0."""
+    return [p for p in self.batch_phases if p.first_step <= step][-1]
 
   def rows_before(self, step: int) -> int:
-    """Sequences trained on before a step."""
-    phase = self.phase(step)
+    """The number of sequences trained on before a step."""
+    phase = self.batch_phase(step)
     return phase.first_row + (step - phase.first_step) * phase.batch_size
 
   @property
   def total_steps(self) -> int:
-    """Optimizer steps in the token budget."""
+    """The number of optimizer steps in the token budget."""
     rows = self.train.tokens // self.data.seq_len
-    last = [p for p in self.phases if p.first_row <= rows][-1]
+    last = [p for p in self.batch_phases if p.first_row <= rows][-1]
     return last.first_step + (rows - last.first_row) // last.batch_size

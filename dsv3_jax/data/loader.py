@@ -32,7 +32,7 @@ class BatchSource:
   def positions(self, step: int) -> range:
     """Returns the positions in the shuffled rows that a step reads."""
     first = self.run.rows_before(step) + self.n_skipped
-    return range(first, first + self.run.phase(step).batch_size)
+    return range(first, first + self.run.batch_phase(step).batch_size)
 
   def row_ids(self, step: int) -> list[int]:
     """Returns which rows of the corpus a step reads."""

@@ -31,9 +31,9 @@ def load_documents(data: config.Data) -> dict[str, Split]:
     raise InputError(
       f"data.source={data.source!r}: must be one of {', '.join(SOURCES)}{hint}"
     )
-  domains = {name: [] for name in data.weights or [""]}
+  domains = {name: [] for name in data.domain_weights or [""]}
   for document in SOURCES[data.source](data):
-    name = document.domain if data.weights else ""
+    name = document.domain if data.domain_weights else ""
     if name in domains:
       domains[name].append(document)
   return {

@@ -37,7 +37,7 @@ def read_corpus(data: config.Data) -> Iterator[Document]:
     InputError: a domain is missing, or as `read_documents`.
   """
   root = os.path.expanduser(data.path)
-  paths = {name: os.path.join(root, name) for name in data.weights}
+  paths = {name: os.path.join(root, name) for name in data.domain_weights}
   missing = [name for name, path in paths.items() if not os.path.exists(path)]
   if missing:
     there = sorted(os.listdir(root)) if os.path.isdir(root) else []

@@ -3,19 +3,18 @@
 Documents follow each other, each from BOS to EOS.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import tokenizers
 from absl import logging
 
+from dsv3_jax import io
 from dsv3_jax.data import corpus, tokenize, tokenizer
 from dsv3_jax.errors import InputError
 
@@ -72,7 +71,7 @@ def write(
   known = _manifest(path)
   if known is not None:
     _refuse_changes(path, inputs, known)
-    if path.is_file() and _file_digest(path) == known.tokens_digest:
+    if path.is_file() and io.file_sha256(path) == known.tokens_digest:
       _refuse_size(path, known)
       return known
     logging.warning("%s: missing or damaged, tokenizing again", path)
@@ -82,8 +81,7 @@ def write(
   result = TokenFile(path=path, **inputs, n_tokens=size, tokens_digest=digest)
   manifest = dataclasses.asdict(result)
   del manifest["path"]
-  with replacing(manifest_path(path)) as temporary:
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
+  io.write_json(manifest_path(path), manifest)
   return result
 
 
@@ -169,7 +167,7 @@ def _write_ids(
 ) -> tuple[int, str]:
   """Writes the ids; returns their number and the sha256 of the bytes."""
   size, digest = 0, hashlib.sha256()
-  with replacing(path) as temporary, open(temporary, "wb") as file:
+  with io.atomic_write(path, "wb") as file:
     for name, ids in encoded:
       check_ids(ids, vocab_size, name)
       raw = ids.astype(inputs["dtype"]).tobytes()
@@ -177,19 +175,3 @@ def _write_ids(
       digest.update(raw)
       file.write(raw)
   return size, digest.hexdigest()
-
-
-@contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yields a temporary path that becomes `path` if no error is raised."""
-  temporary = path.with_name(f".{path.name}.{os.getpid()}")
-  try:
-    yield temporary
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
-
-
-def _file_digest(path: pathlib.Path) -> str:
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,7 +8,7 @@ import grain
 import numpy as np
 import tokenizers
 
-from dsv3_jax import config
+from dsv3_jax import config, io
 from dsv3_jax.data import packing, shuffle, token_file, tokenizer
 
 MANIFEST, TOKENIZER = "data.json", "tokenizer.json"
@@ -84,7 +84,7 @@ def open_corpus(data: config.Data, directory: pathlib.Path) -> TokenizedCorpus:
     InputError: a file is missing or damaged, or a row is longer than the text.
   """
   domains = []
-  for name, weight in (data.weights or {"": 1.0}).items():
+  for name, weight in (data.domain_weights or {"": 1.0}).items():
     train = token_file.open_file(directory / name / "train.bin")
     heldout = token_file.open_file(directory / name / "heldout.bin")
     domains.append(
@@ -117,5 +117,4 @@ def _compression(
 def write_manifest(corpus: TokenizedCorpus, directory: pathlib.Path) -> None:
   """Writes the digests of a corpus and how well its text compresses."""
   manifest = {"digests": corpus.digests, "compression": corpus.compression}
-  with token_file.replacing(directory / MANIFEST) as temporary:
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
+  io.write_json(directory / MANIFEST, manifest)

@@ -5,15 +5,14 @@ tokens have the released names in both. A special token's name inside a text is
 plain text: only code that asks for an id by name makes one.
 """
 
-import hashlib
 import importlib.util
-import os
 import pathlib
 from collections.abc import Iterable
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from dsv3_jax import io
 from dsv3_jax.errors import InputError
 
 BOS = "<｜begin▁of▁sentence｜>"
@@ -125,9 +124,8 @@ def load(path: pathlib.Path) -> tokenizers.Tokenizer:
 
 def save(tok: tokenizers.Tokenizer, path: pathlib.Path) -> None:
   """Writes a tokenizer.json, complete or not at all."""
-  temporary = path.with_name(f".{path.name}.{os.getpid()}")
-  tok.save(str(temporary))
-  os.replace(temporary, path)
+  with io.atomic_write(path) as file:
+    file.write(tok.to_str(pretty=True))
 
 
 def _guard(tok: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
@@ -153,4 +151,4 @@ def check_fits(tok: tokenizers.Tokenizer, vocab_size: int) -> None:
 
 def digest(tok: tokenizers.Tokenizer) -> str:
   """Returns the sha256 of everything that decides how text becomes ids."""
-  return hashlib.sha256(tok.to_str().encode()).hexdigest()
+  return io.sha256(tok.to_str())

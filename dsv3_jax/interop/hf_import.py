@@ -11,6 +11,7 @@ import os
 import pathlib
 from collections.abc import Callable, Iterator
 
+from dsv3_jax import io
 from dsv3_jax.errors import InputError
 from dsv3_jax.interop import hf_read, resumable, safetensors, tokenizer_files
 
@@ -42,7 +43,7 @@ def import_checkpoint(
     InputError: the folder holds something else, or the disk is full.
   """
   if (folder / RECORD).exists():
-    record = resumable.read_object(folder / RECORD)
+    record = io.read_json_object(folder / RECORD)
     if record.get("source") == source.fingerprint():
       return
     raise InputError(
@@ -54,7 +55,7 @@ def import_checkpoint(
     names = hf_read.INDEX, hf_read.SUMS, *tokenizer_files.FILES
     tokenizer_files.copy_files(source.folder, folder, (*names, hf_read.CONFIG))
     record = {"source": source.fingerprint(), "crc32": checksums}
-    resumable.write_text(folder / RECORD, json.dumps(record))
+    io.write_text(folder / RECORD, json.dumps(record))
     (folder / JOURNAL).unlink()
   except OSError as error:
     raise resumable.disk_error(folder, error) from error
@@ -138,7 +139,7 @@ def open_import(workdir: pathlib.Path) -> hf_read.ReleasedCheckpoint:
     raise InputError(f"{workdir}: holds no imported checkpoint")
   if not (folder / RECORD).exists():
     raise InputError(f"{folder}: incomplete; run the import again")
-  checksums = resumable.read_object(folder / RECORD).get("crc32")
+  checksums = io.read_json_object(folder / RECORD).get("crc32")
   source = hf_read.open_folder(folder, ignore_auto_map=True, follow_links=True)
   if (
     not isinstance(checksums, dict)

@@ -6,7 +6,6 @@ it is ever executed.
 """
 
 import dataclasses
-import hashlib
 import json
 import pathlib
 import re
@@ -15,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from dsv3_jax import config
+from dsv3_jax import config, io
 from dsv3_jax.errors import InputError
-from dsv3_jax.interop import hf_config, hf_mapping, resumable, safetensors
+from dsv3_jax.interop import hf_config, hf_mapping, safetensors
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -66,7 +65,7 @@ class ReleasedCheckpoint:
     for name, tensor in sorted(self.tensors.items()):
       stat = tensor.file.stat()
       seen.append(f"{name} {tensor} {stat.st_size} {stat.st_mtime_ns}")
-    return hashlib.sha256("\n".join(seen).encode()).hexdigest()
+    return io.sha256("\n".join(seen))
 
   def read_block(
     self, block: hf_mapping.Block
@@ -216,7 +215,7 @@ def _read_config_json(
 ) -> dict[str, Any]:
   if not folder.is_dir():
     raise InputError(f"{folder}: no such folder")
-  config_json = resumable.read_object(folder / CONFIG)
+  config_json = io.read_json_object(folder / CONFIG)
   if "auto_map" in config_json and not ignore_auto_map:
     raise InputError(
       f"{folder / CONFIG}: auto_map names code that comes with the"
@@ -229,7 +228,7 @@ def _read_config_json(
 def _read_weight_map(folder: pathlib.Path) -> dict[str, str]:
   """Maps each tensor to its file, by the index; {"": FILE} if there is none."""
   if (folder / INDEX).exists():
-    names = resumable.read_object(folder / INDEX).get("weight_map")
+    names = io.read_json_object(folder / INDEX).get("weight_map")
     if not isinstance(names, dict) or not names:
       raise InputError(f"{folder / INDEX}: has no weight_map")
     bad = [

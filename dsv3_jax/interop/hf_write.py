@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax import config
+from dsv3_jax import config, io
 from dsv3_jax.errors import InputError
 from dsv3_jax.interop import hf_mapping, hf_read, resumable, safetensors
 from dsv3_jax.linear import quantize
@@ -247,7 +247,7 @@ def export(
     )
     names = dict.fromkeys(weight_map.values())
     sums = "".join(f"{journal.done[name]}  {name}\n" for name in names)
-    resumable.write_text(folder / hf_read.SUMS, sums)
+    io.write_text(folder / hf_read.SUMS, sums)
     write_other_files()
     index = {
       "metadata": {"total_size": export_format.total_bytes()},
@@ -261,7 +261,7 @@ def export(
 
 
 def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
-  resumable.write_text(path, json.dumps(value, indent=2) + "\n")
+  io.write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def _write_shards(

@@ -105,29 +105,6 @@ class Journal:
       os.fsync(file.fileno())
 
 
-def read_object(path: pathlib.Path) -> dict[str, Any]:
-  """Reads a JSON object; raises InputError for anything else."""
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except OSError as error:
-    raise InputError(f"{path}: cannot be read: {error}") from error
-  except (ValueError, RecursionError) as error:
-    raise InputError(f"{path}: is not JSON: {error}") from error
-  if not isinstance(value, dict):
-    raise InputError(f"{path}: must hold an object")
-  return value
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a text file atomically."""
-  partial = path.with_name(f".{path.name}.partial")
-  with partial.open("w", encoding="utf-8") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(partial, path)
-
-
 def check_free_space(folder: pathlib.Path, n_bytes: int) -> None:
   """Raises InputError if the disk of a folder has less space than needed."""
   free = shutil.disk_usage(folder).free

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 import tokenizers
 from tokenizers import processors
 
+from dsv3_jax import io
 from dsv3_jax.data import chat, tokenizer
-from dsv3_jax.interop import resumable
 
 TOKENIZER = "tokenizer.json"
 # Files of a checkpoint that are copied unchanged.
@@ -52,7 +52,7 @@ def write_files(
     pair=f"{tokenizer.BOS} $A {tokenizer.BOS} $B",
     special_tokens=[(tokenizer.BOS, tokenizer.BOS_ID)],
   )
-  resumable.write_text(folder / TOKENIZER, with_bos.to_str(pretty=True))
+  io.write_text(folder / TOKENIZER, with_bos.to_str(pretty=True))
   tokenizer_config = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "bos_token": tokenizer.BOS,
@@ -74,4 +74,4 @@ def write_files(
     ("generation_config.json", generation),
   ):
     text = json.dumps(value, indent=2, ensure_ascii=False)
-    resumable.write_text(folder / name, text + "\n")
+    io.write_text(folder / name, text + "\n")

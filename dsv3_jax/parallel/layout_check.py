@@ -110,7 +110,7 @@ def _validate_micro_batches(run: config.Run, n_ranks: int) -> list[str]:
   micro = run.train.micro_batch_size
   full = schedules.validate(name, n_ranks, run.train.micro_batches, n_layers)
   problems = list(full)
-  for phase in run.phases[:-1]:
+  for phase in run.batch_phases[:-1]:
     n_micro = phase.batch_size // micro
     problems += [
       f"{line}; these are the {phase.batch_size} sequences, {micro} a"

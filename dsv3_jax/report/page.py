@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dsv3_jax import io
 from dsv3_jax.report import pictures, plots, render, run_data
 from dsv3_jax.trainer import event_log, metrics_writer
 
@@ -350,9 +351,8 @@ def write(workdir: str | os.PathLike) -> pathlib.Path:
     (workdir / "report" / f"{picture.name}.png").write_bytes(png)
     figures.append((picture, png))
   path = workdir / "report.html"
-  partial = path.with_suffix(".partial")
   # A model may write half a surrogate pair, which has no UTF-8.
   text = to_html(run, figures, missing)
-  partial.write_text(text, encoding="utf-8", errors="replace")
-  os.replace(partial, path)
+  with io.atomic_write(path, errors="replace") as file:
+    file.write(text)
   return path

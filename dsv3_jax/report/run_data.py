@@ -1,7 +1,6 @@
 """Reads a workdir for the report: rows, settings and figures of merit."""
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -9,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv3_jax import config
+from dsv3_jax import config, io
 from dsv3_jax.errors import InputError
 from dsv3_jax.infer import eplb
 from dsv3_jax.trainer import event_log, metrics_writer
@@ -44,37 +43,16 @@ class ExpertBalance:
   placed: np.ndarray  # with as many replicas more as there are devices
 
 
-def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-  """{"a": {"b": 1}} as {"a.b": 1}."""
-  out = {}
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      out |= flat(value, f"{prefix}{key}.")
-    else:
-      out[f"{prefix}{key}"] = value
-  return out
-
-
 def _read_object(path: pathlib.Path, missing: list[str]) -> dict[str, Any]:
-  try:
-    tree = json.loads(path.read_text(encoding="utf-8"))
-  except OSError:
+  """Reads and flattens an object; returns {} and reports a missing one."""
+  if not path.exists():
     missing.append(f"{path.name}: not written.")
     return {}
-  except ValueError:
+  try:
+    return io.flatten(io.read_json_object(path))
+  except InputError:
     missing.append(f"{path.name}: not valid JSON.")
     return {}
-  return flat(tree)
-
-
-def _needles(path: pathlib.Path) -> dict[str, Any]:
-  """Reads the answers of experiments.context; {} where there are none."""
-  if not path.is_file():
-    return {}
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise InputError(f"{path}: not valid JSON: {error}") from error
 
 
 def read(workdir: str | os.PathLike) -> Record:
@@ -94,7 +72,7 @@ def read(workdir: str | os.PathLike) -> Record:
   steps = [row for row in rows if "loss" in row]
   if not steps:
     raise InputError(f"{path}: has no training step yet; try again later")
-  missing = []
+  missing, needles = [], workdir / "needles.json"
   settings = _read_object(workdir / "config.json", missing)
   return Record(
     name=workdir.name,
@@ -105,7 +83,7 @@ def read(workdir: str | os.PathLike) -> Record:
     ),
     env=_read_object(workdir / "env.json", missing),
     summary=_read_object(workdir / "summary.json", missing),
-    needles=_needles(workdir / "needles.json"),
+    needles=io.read_json_object(needles) if needles.is_file() else {},
     events=event_log.read(workdir),
     missing=tuple(missing),
   )

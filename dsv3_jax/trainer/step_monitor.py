@@ -103,7 +103,9 @@ class StepMonitor:
       if n_bytes:
         row[f"bytes_over_{axis}"] = n_bytes
     row |= fp8_shares(metrics.get("fp8", {}))
-    row["tokens_per_s"] = run.phase(done - 1).batch_size * length / seconds
+    row["tokens_per_s"] = (
+      run.batch_phase(done - 1).batch_size * length / seconds
+    )
     if metrics["load"].size:
       row["max_vio"] = metrics["max_vio_per_layer"].max()
     every = max(run.total_steps // LOADS, 1)

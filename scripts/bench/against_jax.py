@@ -15,7 +15,6 @@ from dsv3_jax import config, train
 from dsv3_jax.config import presets
 from dsv3_jax.data.batch import make_batch
 from dsv3_jax.parallel import device_mesh
-from experiments import allocator
 from scripts.bench import worker
 
 
@@ -50,6 +49,5 @@ def prepare(job: dict[str, Any]) -> worker.Task:
 
 
 if __name__ == "__main__":
-  allocator.use_mimalloc()
   jax.config.update("jax_num_cpu_devices", os.cpu_count())
   worker.serve(prepare)

@@ -6,35 +6,30 @@ Prints the seconds of each round and the ratio of the medians: `blocking`, until
 training may go on, and `total`, until the checkpoint is finished.
 """
 
+import dataclasses
 import pathlib
 import shutil
-import sys
 import tempfile
 import time
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import flags
 
 from dsv3_jax import config, param_spec, train
 from dsv3_jax.checkpoint import checkpointer, orbax_io
 from dsv3_jax.config import presets
-from dsv3_jax.errors import InputError
 from dsv3_jax.parallel import device_mesh
 from experiments import cli
+from experiments.flag_parser import flag
 
 
-def _flags() -> flags.FlagValues:
-  known = flags.FlagValues()
-  names = list(presets.PRESETS)
-  flags.DEFINE_enum("variant", "small", names, "whose state", flag_values=known)
-  flags.DEFINE_integer("rounds", 5, "of each", lower_bound=1, flag_values=known)
-  return known
+@dataclasses.dataclass(frozen=True)
+class Args:
+  """Flags."""
 
-
-def _describe() -> str:
-  return f"{__doc__}\n{_flags().get_help()}"
+  variant: str = flag("small", "whose state", choices=list(presets.PRESETS))
+  rounds: int = flag(5, "saves of each", low=1)
 
 
 class _Plain:
@@ -79,24 +74,17 @@ def _moved(state: train.TrainState) -> train.TrainState:
   return state.replace(opt_state=jax.tree.map(moved, state.opt_state))
 
 
-def main() -> None:
+def execute(args: Args) -> None:
   """Measures and prints."""
-  known = _flags()
-  try:
-    _, *stray = known(sys.argv)
-  except flags.Error as error:
-    raise InputError(str(error)) from error
-  if stray:
-    raise InputError(f"stray arguments {' '.join(stray)!r}: flags are --a=b")
   mesh = device_mesh.make_mesh({})
-  state = _moved(train.make_state(presets.PRESETS[known.variant], mesh, 0))
+  state = _moved(train.make_state(presets.PRESETS[args.variant], mesh, 0))
   n_bytes = sum(a.nbytes for a in jax.tree.leaves(state.params))
-  print(f"{known.variant}: parameters of {n_bytes / 1e6:,.0f} MB, and moments")
+  print(f"{args.variant}: parameters of {n_bytes / 1e6:,.0f} MB, and moments")
   with tempfile.TemporaryDirectory() as root:
     folder = pathlib.Path(root)
     savers = {"orbax alone": _Plain(folder), "ours": _Ours(folder)}
     seconds = {name: [] for name in savers}
-    for i in range(known.rounds + 1):
+    for i in range(args.rounds + 1):
       for name, saver in savers.items():
         began = time.perf_counter()
         saver.save(state)
@@ -115,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  cli.run_main(main, _describe)
+  cli.run_script(execute, Args)

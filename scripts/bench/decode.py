@@ -20,7 +20,6 @@ from dsv3_jax.infer import engine, inference_params, kvcache, serving_mesh
 from dsv3_jax.infer.engine_options import EngineOptions
 from dsv3_jax.infer.request import GenerationRequest
 from dsv3_jax.trainer import distributed
-from experiments import allocator
 from scripts.bench import worker
 
 LONGEST_CHUNK = 2048
@@ -104,5 +103,4 @@ def prepare(job: dict[str, Any]) -> worker.Task:
 
 
 if __name__ == "__main__":
-  allocator.use_mimalloc(keep_freed=False)
   worker.serve(prepare)

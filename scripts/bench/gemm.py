@@ -10,20 +10,21 @@ are relative, in the norm, to a float32 product of what was quantized
 line.
 """
 
+import dataclasses
 import functools
 import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 
 from dsv3_jax.linear import fp8_matmul_hopper, scaled_matmul
 from dsv3_jax.linear import quantize as quantize_lib
+from experiments import cli
+from experiments.flag_parser import flag
 
 # Tokens, inputs, outputs.
 SHAPES = {
@@ -37,6 +38,14 @@ SHAPES = {
   "tiny": ((128, 256, 128),),
 }
 BATCH_S = 0.05  # of a turn: enough work that starting it does not count
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+  """Flags."""
+
+  shapes: str = flag("model", "which products", choices=sorted(SHAPES))
+  rounds: int = flag(5, "turns of each", low=1)
 
 
 def _seconds(call: Callable[[], jax.Array], n: int) -> float:
@@ -125,30 +134,12 @@ def measure(m: int, k: int, n: int, n_rounds: int) -> Iterator[dict]:
     yield shape | {"what": name, "missing": why}
 
 
-def _flags(argv: list[str]) -> flags.FlagValues:
-  known = flags.FlagValues()
-  flags.DEFINE_enum(
-    "shapes", "model", sorted(SHAPES), "which products", flag_values=known
-  )
-  flags.DEFINE_integer("rounds", 5, "turns of each", 1, flag_values=known)
-  try:
-    _, *rest = known(argv)
-    problem = f"stray arguments: {' '.join(rest)}" if rest else ""
-  except flags.Error as error:
-    problem = str(error)
-  if problem:
-    print(f"error: {problem}", file=sys.stderr)
-    sys.exit(2)
-  return known
-
-
-def main() -> None:
+def execute(args: Args) -> None:
   """Measures and prints."""
-  known = _flags(sys.argv)
-  for shape in SHAPES[known.shapes]:
-    for line in measure(*shape, known.rounds):
+  for shape in SHAPES[args.shapes]:
+    for line in measure(*shape, args.rounds):
       print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
-  main()
+  cli.run_script(execute, Args)

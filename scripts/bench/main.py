@@ -32,12 +32,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from absl import app, flags
 
 from dsv3_jax import config
 from dsv3_jax.config import presets
 from dsv3_jax.plan import flops
-from experiments import flag_parser
+from experiments import allocator, cli
+from experiments.flag_parser import flag
 from scripts.bench import worker as worker_lib
 
 WHAT = ("train", "prefill", "decode")
@@ -57,19 +57,62 @@ RIVAL_ENV = {
   "MALLOC_TOP_PAD_": "67108864",
 }
 
-_WHAT = flags.DEFINE_list("what", ["train"], f"Any of: {', '.join(WHAT)}.")
-_SHAPE = flags.DEFINE_enum("shape", "S", SHAPES, "Model and batch.")
-_JSON = flags.DEFINE_bool("json", False, "One JSON object a line.")
-_PRECISION = flags.DEFINE_enum("precision", "fp32", PRECISIONS, "Of ours.")
-_AGAINST = flags.DEFINE_enum(
-  "against", None, RIVALS, "Another program, or ours in another precision."
-)
-_BASELINE_PYTHON = flags.DEFINE_string(
-  "baseline_python",
-  sys.executable,
-  "Interpreter that has torch and transformers.",
-)
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds each.", lower_bound=1)
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+  """Flags."""
+
+  what: tuple[str, ...] = flag(
+    ("train",), f"any of {', '.join(WHAT)}", choices=WHAT
+  )
+  shape: str = flag("S", "preset that gives model and batch", choices=SHAPES)
+  json: bool = flag(False, "print one JSON object a line")
+  precision: str = flag("fp32", "precision of this package", choices=PRECISIONS)
+  against: str | None = flag(
+    None, "another program, or this one in another precision", choices=RIVALS
+  )
+  baseline_python: str | None = flag(
+    None,
+    "interpreter that has torch and transformers; default: this one",
+    old_name="rival_python",
+  )
+  rounds: int = flag(5, "rounds of each", low=1)
+
+  def validate(self) -> Iterator[str]:
+    """Yields what is wrong with the flags."""
+    if not self.what:
+      yield f"--what=: must name at least one of {', '.join(WHAT)}"
+    fixed = [what for what in WHAT[1:] if what in self.what]
+    for name in ("precision", "against"):
+      value = getattr(self, name)
+      if fixed and value in set(PRECISIONS) - {"fp32"}:
+        yield f"--{name}={value}: {' and '.join(fixed)}: in float32 only"
+    if self.against == self.precision:
+      yield f"--against={self.against}: that is the --precision of ours"
+    if self.against == "transformers":
+      yield from self._baseline_problems()
+    elif self.baseline_python:
+      yield "--baseline_python: does nothing without --against=transformers"
+
+  def _baseline_problems(self) -> Iterator[str]:
+    if self.precision != "fp32":
+      yield "--precision: transformers is in float32; compare to fp32"
+    python = self.python
+    imports = [python, "-c", "import torch, transformers"]
+    if python is None:
+      yield f"--baseline_python={self.baseline_python}: no such program"
+    elif subprocess.run(imports, capture_output=True, check=False).returncode:
+      yield (
+        f"--baseline_python={python}: cannot import torch and transformers;"
+        " give an interpreter that can"
+      )
+    if not shutil.which(os.environ.get("CXX", "g++")):
+      yield "--against=transformers: torch.compile needs a C++ compiler, g++"
+
+  @property
+  def python(self) -> str | None:
+    """The path of the interpreter of the baseline; None: there is none."""
+    return shutil.which(self.baseline_python or sys.executable)
 
 
 # --- loads ---
@@ -161,7 +204,7 @@ class Side:
   python: str = sys.executable
   precision: str = "fp32"
   module: str = ""  # its worker; "": ours
-  env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  env: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of theirs
 
 
 def job(shape: str, load: Load, settings: Sequence[str]) -> dict[str, Any]:
@@ -183,29 +226,32 @@ def measure(
   shape: str, load: Load, sides: dict[str, Side], n_rounds: int
 ) -> dict[str, dict[str, Any]]:
   """Starts a worker for each side; see `take_turns`."""
-  root = str(pathlib.Path(__file__).resolve().parents[1])
+  root = str(pathlib.Path(__file__).resolve().parents[2])
   ours = (
     "scripts.bench.against_jax"
     if load.what == "train"
     else "scripts.bench.decode"
   )
+  # Only a training step allocates much once it is compiled.
+  memory = allocator.mimalloc(keep_freed=load.what == "train")
   jobs, workers = {}, {}
   with contextlib.ExitStack() as stack:
     for name, side in sides.items():
       settings = *OVERRIDES, f"precision.recipe={side.precision}"
       jobs[name] = job(shape, load, settings)
       command = [side.python, "-m", side.module or ours]
-      worker = worker_lib.start(command, side.env, root)
+      env = side.env if side.module else memory
+      worker = worker_lib.start(command, env, root)
       workers[name] = stack.enter_context(worker)
     return take_turns(workers, jobs, n_rounds)
 
 
-def _sides() -> dict[str, Side]:
+def _sides(args: Args) -> dict[str, Side]:
   """Returns the sides that the flags compare; ours first."""
-  sides = {OURS: Side(precision=_PRECISION.value)}
-  rival = _AGAINST.value
+  sides = {OURS: Side(precision=args.precision)}
+  rival = args.against
   if rival == "transformers":
-    python = os.path.abspath(shutil.which(_BASELINE_PYTHON.value))
+    python = os.path.abspath(args.python)
     module = "scripts.bench.against_transformers"
     sides[rival] = Side(python, module=module, env=RIVAL_ENV)
   elif rival:
@@ -274,8 +320,8 @@ def report(
     }
 
 
-def _show(metric: dict[str, Any]) -> str:
-  if _JSON.value:
+def _show(metric: dict[str, Any], as_json: bool) -> str:
+  if as_json:
     return json.dumps(metric)
   return "  ".join(f"{name}={value}" for name, value in metric.items())
 
@@ -283,74 +329,20 @@ def _show(metric: dict[str, Any]) -> str:
 # --- the command ---
 
 
-def _precision_problems() -> Iterator[str]:
-  """Precisions other than float32 that are asked of what has no other."""
-  fixed = [what for what in WHAT[1:] if what in _WHAT.value]
-  names = " and ".join(fixed)
-  for flag in (_PRECISION, _AGAINST):
-    if fixed and flag.value in set(PRECISIONS) - {"fp32"}:
-      yield f"--{flag.name}={flag.value}: {names}: in float32 only"
-
-
-def _problems(arguments: Sequence[str]) -> Iterator[str]:
-  for argument in arguments:
-    yield f"{argument!r}: stray argument; every setting is a --flag"
-  for what in _WHAT.value:
-    if what not in WHAT:
-      yield f"--what={what}: must be one of {', '.join(WHAT)}"
-  if not _WHAT.value:
-    yield f"--what=: must name at least one of {', '.join(WHAT)}"
-  yield from _precision_problems()
-  if _AGAINST.value == _PRECISION.value:
-    yield f"--against={_AGAINST.value}: that is the --precision of ours"
-  if _AGAINST.value != "transformers":
-    if _BASELINE_PYTHON.present:
-      yield "--baseline_python: does nothing without --against=transformers"
-    return
-  if _PRECISION.value != "fp32":
-    yield "--precision: transformers is in float32; compare to fp32"
-  python = shutil.which(_BASELINE_PYTHON.value)
-  imports = [python, "-c", "import torch, transformers"]
-  if python is None:
-    yield f"--baseline_python={_BASELINE_PYTHON.value}: no such program"
-  elif subprocess.run(imports, capture_output=True, check=False).returncode:
-    yield (
-      f"--baseline_python={python}: cannot import torch and transformers; give"
-      " an interpreter that can"
-    )
-  if not shutil.which(os.environ.get("CXX", "g++")):
-    yield "--against=transformers: torch.compile needs a C++ compiler, g++"
-
-
-def _parse(argv: Sequence[str]) -> list[str]:
-  """Flags checked, all problems on stderr; exit code 2 if there are any."""
-  try:
-    argv = flag_parser.with_current_names(
-      argv, {"rival_python": "baseline_python"}
-    )
-    problems = list(_problems(flags.FLAGS(argv)[1:]))
-  except flags.Error as error:
-    problems = [str(error)]
-  if problems:
-    print("\n".join(problems), file=sys.stderr)
-    sys.exit(2)
-  return list(argv[:1])
-
-
-def main(_: list[str]) -> None:
-  """Measures and prints; the flags are good by now."""
-  shape = _SHAPE.value
-  cfg = config.override(presets.PRESETS[shape], *OVERRIDES)
-  for load in [load for what in _WHAT.value for load in loads(what, cfg)]:
+def execute(args: Args) -> int:
+  """Measures and prints; returns the exit code."""
+  cfg = config.override(presets.PRESETS[args.shape], *OVERRIDES)
+  for load in [load for what in args.what for load in loads(what, cfg)]:
     try:
-      results = measure(shape, load, _sides(), _ROUNDS.value)
+      results = measure(args.shape, load, _sides(args), args.rounds)
     except RuntimeError as error:
-      print(error, file=sys.stderr)
-      sys.exit(70)
-    for metric in report(cfg.model, shape, load, results):
-      print(_show(metric), flush=True)
+      print(f"error: {error}", file=sys.stderr)
+      return cli.INTERNAL
+    for metric in report(cfg.model, args.shape, load, results):
+      print(_show(metric, args.json), flush=True)
+  return cli.OK
 
 
 def run() -> None:
-  """Parses the command line and calls `main`."""
-  app.run(main, flags_parser=_parse)
+  """Runs the program from the command line."""
+  cli.run_script(execute, Args)

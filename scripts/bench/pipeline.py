@@ -8,28 +8,28 @@ a JSON object for each schedule: the measured seconds of a step, what the
 lock-step form and the simulator predict, the ratio to 1f1b on the same layers.
 """
 
+import dataclasses
 import functools
 import json
 import statistics
-import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
 from dsv3_jax import config, train, varying
 from dsv3_jax.data.batch import Batch, make_batch
-from dsv3_jax.errors import InputError
 from dsv3_jax.model import moe
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.parallel.pipeline import executor as executor_lib
 from dsv3_jax.parallel.pipeline import schedules, simulate
 from dsv3_jax.trainer import distributed
 from experiments import cli
+from experiments.flag_parser import flag
 from scripts import layout_matrix
 
 ROUNDS = 3
@@ -170,44 +170,39 @@ def measure(
   }
 
 
-def _flags(argv: list[str]) -> flags.FlagValues:
-  """The flags; not the process-wide ones, as tests import this.
+@dataclasses.dataclass(frozen=True)
+class Args:
+  """Flags."""
 
-  Raises:
-    InputError: they are wrong; all problems, a line each.
-  """
-  known = flags.FlagValues()
-  for name, default, meaning in (
-    ("ranks", 4, "pipeline ranks, even"),
-    ("microbatches", 8, "of a step, even, two or more for each rank"),
-    ("ms", 50, "that a layer sleeps for each of F, I and W"),
-  ):
-    flags.DEFINE_integer(name, default, meaning, 1, flag_values=known)
-  try:
-    _, *stray = known(argv)
-  except flags.Error as error:
-    raise InputError(str(error)) from error
-  problems = [f"stray argument {text!r}" for text in stray]
-  problems += schedules.validate("dualpipe", known.ranks, known.microbatches)
-  if problems:
-    raise InputError("\n".join(problems))
-  return known
+  ranks: int = flag(4, "pipeline ranks, even", low=1)
+  microbatches: int = flag(
+    8, "micro-batches of a step, even, two or more for each rank", low=1
+  )
+  ms: int = flag(50, "time that a layer sleeps for each of F, I and W", low=1)
+
+  def validate(self) -> Iterator[str]:
+    """Yields what is wrong with the flags."""
+    yield from schedules.validate("dualpipe", self.ranks, self.microbatches)
 
 
-def main() -> None:
+def execute(args: Args) -> None:
   """Measures every schedule on the same layers and micro-batches."""
-  known = _flags(sys.argv)
-  n_ranks, n_micro = known.ranks, known.microbatches
+  n_ranks, n_micro = args.ranks, args.microbatches
   distributed.use_virtual_devices(n_ranks, spare_threads=True)
   baseline = None
   for name in schedules.SCHEDULES:
     # DualPipeV has two stages on a rank: as many stages, half of the ranks.
     of_name = n_ranks // 2 if name == "dualpipev" else n_ranks
-    line = measure(name, of_name, 2 * n_ranks, n_micro, known.ms / 1e3)
+    line = measure(name, of_name, 2 * n_ranks, n_micro, args.ms / 1e3)
     baseline = baseline or line["seconds"]
     line["to_1f1b"] = line["seconds"] / baseline
     print(json.dumps(line), flush=True)
 
 
+def main() -> None:
+  """Runs the program from the command line."""
+  cli.run_script(execute, Args)
+
+
 if __name__ == "__main__":
-  cli.run_main(main)
+  main()

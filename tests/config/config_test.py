@@ -449,7 +449,7 @@ class PresetTest(parameterized.TestCase):
 
   def test_domains(self):
     run = config.override(RUN, "data.path=x", "data.domains=b.txt=2, a=.5")
-    self.assertEqual(run.data.weights, {"b.txt": 2.0, "a": 0.5})
+    self.assertEqual(run.data.domain_weights, {"b.txt": 2.0, "a": 0.5})
 
   @parameterized.parameters(1, 3, 4, 7, 16)
   def test_phases_grow_linearly_and_miss_no_row(self, n):
@@ -464,13 +464,13 @@ class PresetTest(parameterized.TestCase):
     rows, row = run.train.tokens // run.data.seq_len, 0
     for step in range(run.total_steps):
       self.assertEqual(run.rows_before(step), row)
-      size = run.phase(step).batch_size
+      size = run.batch_phase(step).batch_size
       # Steps of the sizes before; a micro-batch of 2 sequences is not cut.
       linear = min(4 + 12 * row / (0.25 * rows), 16)
       self.assertBetween(size, linear - 12 / n - 2, min(linear + 1e-9, 16))
       row += size
     self.assertBetween(rows - row, 0, 15)
-    self.assertLessEqual(len(run.phases), n + 1)
+    self.assertLessEqual(len(run.batch_phases), n + 1)
 
   def test_v3_recipe(self):
     run = presets.V3_671B
@@ -498,9 +498,9 @@ class PresetTest(parameterized.TestCase):
     ):
       self.assertTrue(math.isclose(share * budget, trillions * 1e12))
     # 3072 to 15360 sequences over 469B tokens, then about 227.8K steps.
-    sizes = [phase.batch_size for phase in run.phases]
+    sizes = [phase.batch_size for phase in run.batch_phases]
     self.assertEqual(sizes, [3072, 6144, 9216, 12_288, 15_360])
-    ramp, full = 469e9 / 4096, run.phases[-1]
+    ramp, full = 469e9 / 4096, run.batch_phases[-1]
     self.assertBetween(full.first_row, ramp, ramp + 15_360)
     self.assertEqual(round(run.total_steps - full.first_step, -2), 227_800)
 

@@ -39,7 +39,6 @@ def refuse(command):
 
 pretrain_main = functools.partial(cli.main, pretrain.variants())
 refusing = functools.partial(pretrain_main, refuse)
-sample_main = functools.partial(cli.run_main, sample.sample)
 
 
 def python(*arguments, **environment):
@@ -164,10 +163,7 @@ class CommandLineTest(parameterized.TestCase):
     arguments = ["--variant=tiny", "--workdir=w", "--steps=7", "--seed=3"]
     arguments += ["--set=attention.n_heads=4", "--set=optim.eps=1e-9"]
     seen = []
-    with (
-      mock.patch.object(cli.allocator, "use_mimalloc"),
-      mock.patch.object(distributed.jax, "config"),
-    ):
+    with mock.patch.object(distributed.jax, "config"):
       code, _, err = testing.command_line(
         lambda: pretrain_main(seen.append), *arguments
       )
@@ -203,7 +199,7 @@ class SampleTest(parameterized.TestCase):
 
   def sample(self, *flags, workdir=None):
     return testing.command_line(
-      sample_main, f"--workdir={workdir or self.folder}", *flags
+      sample.main, f"--workdir={workdir or self.folder}", *flags
     )
 
   def text(self, *flags):
@@ -293,7 +289,7 @@ class SampleTest(parameterized.TestCase):
     (("--out=x",), "--prompts and --out: one needs the other"),
     (("--prompt_=x",), "unknown flag '--prompt_=x'; did you mean --prompt?"),
     (("cold",), "stray argument 'cold'"),
-    (("--set=d_model=3",), "--set: is not used by experiments.sample"),
+    (("--set=d_model=3",), "unknown flag '--set=d_model=3'"),
     (
       ("--prompt=It was", "--max_tokens=5000"),
       "prompt of 3 tokens with max_tokens=5000: needs 5003 positions of the"
@@ -312,7 +308,7 @@ class SampleTest(parameterized.TestCase):
       " --prompts=/nowhere/p --out=/nowhere/o --prompt=x --nothing=1"
       " --steps=3".split(),
       "unknown flag '--nothing=1'",
-      "--steps: is not used by experiments.sample",
+      "unknown flag '--steps=3'",
       "--prompts=/nowhere/p: there is no such file",
       "--out=/nowhere/o: there is no such folder",
       "--prompt and --prompts: give one of them",
@@ -329,8 +325,19 @@ class SampleTest(parameterized.TestCase):
       "--chunk=3",
     )
 
+  def test_old_flags_are_read_with_a_warning(self):
+    old = "--slots=0", "--compute=int8", "--redundant=1", "--unit=a"
+    code, _, err = self.sample(*old, "--rebalance=2")
+    self.assertEqual(code, cli.BAD_INPUT)
+    for text in (
+      *("--max_batch=0: must", "--dtype=int8: must", "--role: needs"),
+      *("--redundant_experts: needs", "--rebalance_every: needs"),
+    ):
+      self.assertIn(f"error: {text}", err)
+    self.assertEqual(err.count("warning: "), 5)
+
   def test_needs_a_workdir(self):
-    code, out, err = testing.command_line(sample_main, "--top_k=-1")
+    code, out, err = testing.command_line(sample.main, "--top_k=-1")
     self.assertEqual((code, out), (cli.BAD_INPUT, ""))
     self.assertIn("--workdir is missing", err)
     self.assertIn("--top_k=-1", err)
@@ -514,12 +521,12 @@ class StartTest(parameterized.TestCase):
       command.run.data, command.run.model.vocab_size, command.workdir / "data"
     )
     code, _, err = testing.command_line(
-      sample_main, f"--workdir={command.workdir}"
+      sample.main, f"--workdir={command.workdir}"
     )
     self.assertEqual(code, cli.NO_CHECKPOINT)
     self.assertIn("no finished checkpoint", err)
     code, _, err = testing.command_line(
-      sample_main, f"--workdir={command.workdir}", "--ema"
+      sample.main, f"--workdir={command.workdir}", "--ema"
     )
     self.assertEqual(code, cli.BAD_INPUT)
     self.assertIn("has no average, optim.ema_decay is 0", err)

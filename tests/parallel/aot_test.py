@@ -76,7 +76,6 @@ def python(*arguments, timeout_s):
   """Runs a program at full optimisation, unlike the tests."""
   env = os.environ | {
     "JAX_PLATFORMS": "cpu",
-    "LD_PRELOAD": "",  # one start instead of two
     "PYTHONPATH": str(ROOT),
     "XLA_FLAGS": "",
   }

@@ -13,7 +13,6 @@ from absl.testing import absltest, parameterized
 from dsv3_jax.infer import eplb
 from dsv3_jax.report import page, pictures, plots, render, run_data
 from dsv3_jax.trainer import metrics_writer
-from experiments import cli
 from scripts import report
 
 E, ROUTERS, STEPS, TOKENS = 16, 5, 488, 4096
@@ -344,7 +343,7 @@ class ReportTest(parameterized.TestCase):
     self.assertIn(message, err)
 
   def call(self, *arguments):
-    return testing.command_line(lambda: cli.run_main(report.main), *arguments)
+    return testing.command_line(report.main, *arguments)
 
   def test_call_prints_the_path(self):
     workdir = self.workdir([{"step": 1, "tokens": 8, "loss": 1.0}])

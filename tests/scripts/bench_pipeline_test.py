@@ -1,9 +1,8 @@
 """Tests of what the ranks of a pipeline really do, and when."""
 
 import collections
-import sys
-from unittest import mock
 
+import testing
 from absl.testing import absltest, parameterized
 
 from dsv3_jax.parallel import device_mesh
@@ -56,20 +55,16 @@ class OrderTest(parameterized.TestCase):
 
 class CommandTest(absltest.TestCase):
   def test_refuses_what_no_schedule_can_do(self):
-    argv = ["bench_pipeline", "--ranks=3", "--microbatches=5", "stray"]
-    with (
-      mock.patch.object(sys, "argv", argv),
-      self.assertRaisesRegex(ValueError, "(?s)stray.*3 ranks.*5 micro"),
-    ):
-      pipeline.main()
+    code, _, err = testing.command_line(
+      pipeline.main, "--ranks=3", "--microbatches=5", "stray"
+    )
+    self.assertEqual(code, cli.BAD_INPUT)
+    self.assertRegex(err, "(?s)stray.*3 ranks.*5 micro")
 
   def test_a_wrong_flag_is_bad_input(self):
-    with (
-      mock.patch.object(sys, "argv", ["bench_pipeline", "--ranks=x"]),
-      self.assertRaises(SystemExit) as end,
-    ):
-      cli.run_main(pipeline.main)
-    self.assertEqual(end.exception.code, cli.BAD_INPUT)
+    code, _, err = testing.command_line(pipeline.main, "--ranks=x")
+    self.assertEqual(code, cli.BAD_INPUT)
+    self.assertIn("--ranks=x: expected a whole number", err)
 
 
 if __name__ == "__main__":

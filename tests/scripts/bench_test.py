@@ -27,7 +27,7 @@ def prepare(job):
     time.sleep(job["step_s"])
     return 1.5
   return worker.Task(step=step, matmul=lambda: time.sleep(1e-3),
-                           version="fake")
+                     version="fake")
 
 worker.serve(prepare)
 """

@@ -9,12 +9,7 @@ from absl.testing import absltest, parameterized
 from dsv3_jax import config
 from dsv3_jax.checkpoint import checkpointer, manifest
 from dsv3_jax.trainer import exit_codes
-from experiments import cli
 from scripts import checkpoint as script
-
-
-def main():
-  cli.run_main(script.main)
 
 
 class ScriptTest(parameterized.TestCase):
@@ -33,7 +28,7 @@ class ScriptTest(parameterized.TestCase):
 
   def call(self, *flags):
     folder = f"--workdir={self.folder}"
-    return testing.command_line(main, folder, *flags)
+    return testing.command_line(script.main, folder, *flags)
 
   def damage(self, step):
     files = self.store.folder(step).rglob("d/*")

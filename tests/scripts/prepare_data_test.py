@@ -3,10 +3,8 @@
 import collections
 import contextlib
 import gzip
-import io
 import json
 import pathlib
-import sys
 from unittest import mock
 
 import testing
@@ -40,13 +38,13 @@ def one(extract, text):
 
 class ExtractTest(parameterized.TestCase):
   def test_pages_lose_their_markup(self):
-    text = one(data_sources.page, PAGE)
+    text = one(data_sources.html_text, PAGE)
     self.assertEqual(text, "Title\n\nOne &\ntwo three.\n\nFour\n\nfive\n")
-    self.assertEqual(one(data_sources.help_page, PAGE), "Four\n\nfive\n")
+    self.assertEqual(one(data_sources.help_text, PAGE), "Four\n\nfive\n")
 
   def test_pages_need_not_be_well_formed(self):
     self.assertEqual(
-      one(data_sources.page, "a</div></script>b<p>c"), "a\nb\nc\n"
+      one(data_sources.html_text, "a</div></script>b<p>c"), "a\nb\nc\n"
     )
 
   def test_theorems_lose_their_proofs(self):
@@ -66,7 +64,7 @@ class ExtractTest(parameterized.TestCase):
 
 
 class DocumentsTest(absltest.TestCase):
-  def source(self, files, extract=data_sources.whole):
+  def source(self, files, extract=data_sources.whole_file):
     return data_sources.Source("d", "apt", "p", files, extract, "PD", 1)
 
   def test_files_are_read_in_order_and_what_is_left_out_is_counted(self):
@@ -88,13 +86,13 @@ class DocumentsTest(absltest.TestCase):
 
   def test_a_part_is_chosen_by_hash_and_fits(self):
     found = [(str(i), str(i) * 10) for i in range(100)]
-    kept = prepare_data.part(found, 500)
+    kept = prepare_data.sample_by_hash(found, 500)
     size = sum(len(text) for _, text in kept)
     self.assertBetween(size, 480, 500)
     self.assertEqual(kept, [d for d in found if d in kept])
-    self.assertEqual(prepare_data.part(found, 1e9), found)
+    self.assertEqual(prepare_data.sample_by_hash(found, 1e9), found)
     # More of it holds the same and more.
-    self.assertLess(set(prepare_data.part(found, 200)), set(kept))
+    self.assertLess(set(prepare_data.sample_by_hash(found, 200)), set(kept))
 
   def test_the_same_documents_give_the_same_bytes(self):
     root = testing.folder(self)
@@ -109,19 +107,7 @@ class DocumentsTest(absltest.TestCase):
 
 class PrepareTest(parameterized.TestCase):
   def call(self, *arguments):
-    out, err = io.StringIO(), io.StringIO()
-    argv = ["prepare_data", *arguments]
-    with (
-      mock.patch.object(sys, "argv", argv),
-      contextlib.redirect_stdout(out),
-      contextlib.redirect_stderr(err),
-    ):
-      try:
-        prepare_data.main()
-        code = 0
-      except SystemExit as exit:
-        code = exit.code
-    return code, out.getvalue(), err.getvalue()
+    return testing.command_line(prepare_data.main, *arguments)
 
   def test_the_interpreters_library_is_a_domain_to_train_on(self):
     root = testing.folder(self)
@@ -156,9 +142,12 @@ class PrepareTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ((), "--out is missing"),
-    (("--out=x", "--domains=prose,gow"), "--domains=gow: one of prose,"),
+    (
+      ("--out=x", "--domains=prose,gow"),
+      "--domains=gow: must be one of prose,",
+    ),
     (("--out=x", "--most=0"), "most"),
-    (("--out=x", "y"), "stray arguments: y"),
+    (("--out=x", "y"), "stray argument 'y'"),
     (("--outt=x",), "outt"),
   )
   def test_refuses(self, arguments, message):

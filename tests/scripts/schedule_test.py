@@ -1,13 +1,12 @@
 """Tests of the script that shows a schedule."""
 
-import contextlib
-import io
 import json
 import pathlib
 import subprocess
 import sys
 
 import pytest
+import testing
 from absl.testing import absltest, parameterized
 
 from dsv3_jax.parallel.pipeline import schedules
@@ -18,10 +17,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def run(*arguments):
   """Exit code, output and errors of the script."""
-  out, err = io.StringIO(), io.StringIO()
-  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-    code = script.main(["schedule", *arguments])
-  return code, out.getvalue(), err.getvalue()
+  return testing.command_line(script.main, *arguments)
 
 
 class ScriptTest(parameterized.TestCase):
@@ -81,7 +77,7 @@ class ScriptTest(parameterized.TestCase):
     for line, expected in zip(
       err.splitlines(),
       (
-        "unknown flag '--tims=F=1'; did you mean 'times'?",
+        "unknown flag '--tims=F=1'; did you mean --times?",
         "stray argument 'stray'",
         "--ranks=x: expected a whole number",
         "schedule 'dualpip': one of",

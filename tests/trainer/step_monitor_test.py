@@ -82,7 +82,7 @@ class ReporterTest(parameterized.TestCase):
     report.report(1, self.metrics())
     self.assertEqual((self.book.notes, self.events), ([], []))
     report.report(2, self.metrics(loss=np.nan))
-    size = self.run_.phase(1).batch_size
+    size = self.run_.batch_phase(1).batch_size
     first = self.run_.rows_before(1) + 7
     (line,), ((event, facts),) = self.book.notes, self.events
     self.assertStartsWith(
