@@ -1,13 +1,17 @@
-"""DeepSeek-V3 in JAX: the whole system, for research.
+"""DeepSeek-V3 in JAX, for research; docs/tour.md follows a batch through it.
 
-Notation, the same everywhere (capitals in einsum strings and shape comments):
+Letters of shapes, in signatures, comments and einsum subscripts:
 
-  B batch            T query positions   S key or cache positions
-  D model width      N heads             M tokens, B * T
-  Q query rank       R key-value rank    H, P, V  nope, rope and value dims
-  F ffn width        E experts           K experts a token chooses
-  C vocabulary       L layers
+  A  micro-batches of a step        B  sequences
+  T  query positions                S  key or cache positions
+  M  tokens, B * T                  D  model width
+  N  heads                          R  key-value rank
+  P, H, V  nope, rope and value dims of a head; X = P + H
+  F  feed-forward width             L  layers
+  E  experts                        K  experts that a token chooses
+  C  vocabulary; of a cache, its width
 
+Products in `linear` have M rows, K summands and N columns.
 `axis` means an axis of the device mesh, `dim` one of a tensor.
 """
 
