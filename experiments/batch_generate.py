@@ -159,9 +159,7 @@ def _make_request(row: Row) -> GenerationRequest:
 
 
 def _read_prompts(
-  path: pathlib.Path,
-  generator: generate.Generator,
-  defaults: GenerationRequest,
+  path: pathlib.Path, generator: generate.Generator, defaults: GenerationRequest
 ) -> list[_Line]:
   """Returns all lines that are not empty."""
   with _input_errors(f"--prompts={path}"):

@@ -62,7 +62,7 @@ VARIANTS = {
     "checkpoint.every=1000",
     "evaluate.every=1000",
     "evaluate.sample_tokens=0",
-  ),
+  )
 }
 # Recipe of an extension.
 PHASE_TOKENS, PHASE_LR, WARMUP_STEPS = 491_520, 1e-3, 5

@@ -74,7 +74,7 @@ def gaps(losses: Losses) -> Losses:
 
 
 def compare(losses: Losses, warmup: int) -> dict[str, dict[str, float]]:
-  """For each arm, the largest gaps after the warm-up, and the last gap.
+  """Computes the largest gaps of each arm after warm-up, and the last one.
 
   `gap` is that of the mean over seeds, `worst_seed` that of the worst seed. A
   loss that is not finite makes them NaN.
@@ -162,10 +162,7 @@ def _runs(
 def _run(run: config.Run, arm: str) -> config.Run:
   n = run.train.micro_batches * (2 if arm == "again" else 1)
   return config.override(
-    run,
-    *ARMS[arm],
-    f"train.micro_batches={n}",
-    "evaluate.sample_tokens=0",
+    run, *ARMS[arm], f"train.micro_batches={n}", "evaluate.sample_tokens=0"
   )
 
 

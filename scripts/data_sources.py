@@ -129,13 +129,7 @@ SOURCES = (
     16,
   ),
   Source(
-    "maths-docs",
-    "apt",
-    "maxima-doc",
-    "**/html/*.html",
-    html_text,
-    "GPL-2+",
-    5,
+    "maths-docs", "apt", "maxima-doc", "**/html/*.html", html_text, "GPL-2+", 5
   ),
   Source("maths-docs", "apt", "gap-doc", "**/*.html", html_text, "GPL-2+", 7),
   Source("maths-docs", "apt", "pari-doc", "**/*.tex", whole_file, "GPL-2+", 3),

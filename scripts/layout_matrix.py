@@ -255,9 +255,7 @@ def _expected(run: config.Run) -> dict[str, Any]:
 
 def _worst(actual: Any, expected: Any) -> float:
   differences = jax.tree.map(
-    lambda a, b: float(np.abs(a - b).max() / np.abs(b).max()),
-    actual,
-    expected,
+    lambda a, b: float(np.abs(a - b).max() / np.abs(b).max()), actual, expected
   )
   return max(jax.tree.leaves(differences))
 

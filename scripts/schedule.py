@@ -1,4 +1,4 @@
-r"""What a pipeline schedule does, how long it takes and what it keeps.
+r"""Operations, makespan and peak activations of a pipeline schedule.
 
   python -m scripts.schedule --schedule=dualpipe --ranks=8 --microbatches=20 \
       [--times=F=1,B=2,W=1,FB=3] [--comm=0] [--png=FILE] [--json]

@@ -89,8 +89,7 @@ class ProgressTest(absltest.TestCase):
 
 class SwitchTest(parameterized.TestCase):
   @parameterized.parameters(
-    (optim.bias_speed, 14.3e12, 0.001, 0.0),
-    (optim.mtp_weight, 10e12, 0.3, 0.1),
+    (optim.bias_speed, 14.3e12, 0.001, 0.0), (optim.mtp_weight, 10e12, 0.3, 0.1)
   )
   def test_switches_once(self, schedule, at, early, late):
     step = step_at(at)

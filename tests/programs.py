@@ -136,11 +136,7 @@ def members(n):
   """The flags of each of n processes."""
   port = testing.free_port()
   return [
-    (
-      f"--coordinator=127.0.0.1:{port}",
-      f"--processes={n}",
-      f"--process={i}",
-    )
+    (f"--coordinator=127.0.0.1:{port}", f"--processes={n}", f"--process={i}")
     for i in range(n)
   ]
 

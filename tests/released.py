@@ -168,10 +168,7 @@ class _Mtp:
     angles = self._longer.model.rotary_emb(x, position_ids=places)
     for layer in layers:
       x = layer(
-        x,
-        attention_mask=mask,
-        position_ids=places,
-        position_embeddings=angles,
+        x, attention_mask=mask, position_ids=places, position_embeddings=angles
       )
     return x
 

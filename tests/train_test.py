@@ -139,11 +139,7 @@ class SplitTest(parameterized.TestCase):
     bias = router.update_bias(bias, load, speed)
     return sums.grads, sums.losses, load, bias
 
-  @parameterized.parameters(
-    ("block", 2),
-    ("none", 4),
-    ("none", 8),
-  )
+  @parameterized.parameters(("block", 2), ("none", 4), ("none", 8))
   def test_no_way_to_compute_a_step_changes_a_decision(self, *way):
     grads, terms, load, bias = self.gradients(*way)
     want_grads, want_terms, want_load, want_bias = self.gradients("none", 1)
@@ -181,13 +177,7 @@ class ResumeTest(absltest.TestCase):
           fed.append(batch.tokens)
           yield batch
 
-      state = loop.fit(
-        state,
-        run,
-        batches(),
-        stop,
-        hooks=hooks,
-      )
+      state = loop.fit(state, run, batches(), stop, hooks=hooks)
       return state, np.array(fed)
 
     whole, all_fed = fit(first_state(), 2 * n)

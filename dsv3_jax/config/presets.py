@@ -7,6 +7,9 @@ from dataclasses import replace
 
 from dsv3_jax import config
 
+_V3_MLA = config.MLA(
+  n_heads=128, q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64, v_dim=128
+)
 V3_671B = config.Run(
   model=config.Model(
     vocab_size=129_280,
@@ -14,14 +17,7 @@ V3_671B = config.Run(
     n_layers=61,
     n_dense_layers=3,
     dense_ffn_dim=18_432,
-    attention=config.MLA(
-      n_heads=128,
-      q_rank=1536,
-      kv_rank=512,
-      nope_dim=128,
-      rope_dim=64,
-      v_dim=128,
-    ),
+    attention=_V3_MLA,
     moe=config.MoE(n_shared=1, ffn_dim=2048),
     router=config.Router(n_experts=256, top_k=8, n_groups=8, top_groups=4),
   ),
@@ -46,7 +42,7 @@ _V2_MODEL = config.Model(
   n_layers=60,
   n_dense_layers=1,
   dense_ffn_dim=12_288,
-  attention=V3_671B.model.attention,
+  attention=_V3_MLA,
   moe=config.MoE(n_shared=2, ffn_dim=1536),
   # V2's gate is a softmax without bias or renormalization.
   router=config.Router(
@@ -85,7 +81,7 @@ V2_LITE_16B = replace(
     d_model=2048,
     n_layers=27,
     dense_ffn_dim=10_944,
-    attention=replace(_V2_MODEL.attention, n_heads=16, q_rank=0),
+    attention=replace(_V3_MLA, n_heads=16, q_rank=0),
     moe=config.MoE(n_shared=2, ffn_dim=1408),
     router=replace(
       _V2_MODEL.router,
@@ -108,6 +104,9 @@ V2_LITE_16B = replace(
 )
 
 # Benchmark shapes.
+_S_MLA = config.MLA(
+  n_heads=8, q_rank=128, kv_rank=64, nope_dim=32, rope_dim=16, v_dim=32
+)
 S = config.Run(
   model=config.Model(
     vocab_size=8192,
@@ -115,9 +114,7 @@ S = config.Run(
     n_layers=8,
     n_dense_layers=1,
     dense_ffn_dim=1024,
-    attention=config.MLA(
-      n_heads=8, q_rank=128, kv_rank=64, nope_dim=32, rope_dim=16, v_dim=32
-    ),
+    attention=_S_MLA,
     moe=config.MoE(n_shared=1, ffn_dim=128),
     router=config.Router(n_experts=32, top_k=4, n_groups=4, top_groups=2),
     init_std=0.02,
@@ -160,7 +157,7 @@ TINY = replace(
     d_model=192,
     n_layers=5,
     dense_ffn_dim=512,
-    attention=replace(S.model.attention, n_heads=6, q_rank=96),
+    attention=replace(_S_MLA, n_heads=6, q_rank=96),
     moe=config.MoE(n_shared=1, ffn_dim=96),
     # A few hundred steps: the bias must move faster than in the paper's many.
     router=replace(S.model.router, n_experts=16, bias_speed=0.007),

@@ -10,7 +10,7 @@ from dsv3_jax.errors import InputError
 # `data.source` -> a function that yields the documents of a run in a fixed
 # order. It reads `data.path` and `data.domains` in its own way.
 SOURCES: dict[str, Callable[[config.Data], Iterable[corpus.Document]]] = {
-  "files": text_files.read_corpus,
+  "files": text_files.read_corpus
 }
 
 Split = tuple[list[corpus.Document], list[corpus.Document]]

@@ -199,10 +199,7 @@ def grid(
   for length in lengths:
     prompts = [
       prompt(
-        np.random.default_rng([length, i, j]),
-        length - SPARE,
-        depth,
-        n_tokens,
+        np.random.default_rng([length, i, j]), length - SPARE, depth, n_tokens
       )
       for i, depth in enumerate(depths)
       for j in range(n_prompts)

@@ -183,11 +183,7 @@ def imbalance(loads: np.ndarray) -> np.ndarray:
 
 
 def _balance_layer(
-  load: np.ndarray,
-  n_replicas: int,
-  n_devices: int,
-  n_groups: int,
-  n_nodes: int,
+  load: np.ndarray, n_replicas: int, n_devices: int, n_groups: int, n_nodes: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns the expert of each slot, [R], and its rank, [R], for a load [E]."""
   by_group = np.arange(load.size).reshape(n_groups, -1)

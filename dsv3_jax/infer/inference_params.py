@@ -32,10 +32,7 @@ def from_params(
     cfg: the model.
   """
   n_moe = cfg.n_moe_layers
-  stacks = (
-    ("dense", cfg.n_dense_layers, None),
-    ("moe", n_moe, bias[:n_moe]),
-  )
+  stacks = (("dense", cfg.n_dense_layers, None), ("moe", n_moe, bias[:n_moe]))
   layers = [
     _layer(jax.tree.map(lambda a, i=i: a[i], params[kind]), i, biases, cfg)
     for kind, n, biases in stacks

@@ -117,11 +117,7 @@ def uniform(seed: jax.Array, position: jax.Array, purpose: int) -> jax.Array:
 
 
 def draw(
-  p: jax.Array,
-  seed: jax.Array,
-  position: jax.Array,
-  purpose: int,
-  mode: str,
+  p: jax.Array, seed: jax.Array, position: jax.Array, purpose: int, mode: str
 ) -> jax.Array:
   """Draws tokens [B, T] int32 from probabilities.
 

@@ -308,10 +308,9 @@ def make_config_json(run: config.Run) -> dict[str, Any]:
   config_json["rope_theta"] = model.attention.rope_theta
   if yarn.factor > 1:
     longest = int(yarn.max_len)
-    config_json["rope_scaling"] = {
-      "type": "yarn",
-      "mscale": yarn.mscale,
-    } | {key: getattr(yarn, ours) for key, ours in _YARN.items()}
+    config_json["rope_scaling"] = {"type": "yarn", "mscale": yarn.mscale} | {
+      key: getattr(yarn, ours) for key, ours in _YARN.items()
+    }
   name, model_type = _model_type(model.router.score)
   return config_json | {
     **_REQUIRED,

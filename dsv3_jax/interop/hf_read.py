@@ -368,9 +368,7 @@ def _rounded_biases(
 
 
 def _check_scales(
-  name: str,
-  shape: tuple[int, int],
-  unused: dict[str, safetensors.StoredTensor],
+  name: str, shape: tuple[int, int], unused: dict[str, safetensors.StoredTensor]
 ) -> Iterator[str]:
   scales = unused.pop(name + hf_mapping.SCALES, None)
   if scales is None:

@@ -33,10 +33,7 @@ Blocks = dict[tuple[int, ...], hf_mapping.Block]  # of a parameter, by index
 
 
 def load(
-  source: SliceSource,
-  specs: Any,
-  mesh: jax.sharding.Mesh,
-  dtype: Any,
+  source: SliceSource, specs: Any, mesh: jax.sharding.Mesh, dtype: Any
 ) -> tuple[param_spec.Params, jax.Array]:
   """Returns parameters and router bias; reads each device's slices only.
 
@@ -122,11 +119,7 @@ def _split_slice(
     chunk = rows[start : start + step]
     yield (
       (*inner[:dim], slice(chunk.start, chunk.stop), *inner[dim + 1 :]),
-      (
-        *everything[:dim],
-        slice(start, start + step),
-        *everything[dim + 1 :],
-      ),
+      (*everything[:dim], slice(start, start + step), *everything[dim + 1 :]),
     )
 
 

@@ -23,9 +23,7 @@ FILES = (
 
 
 def copy_files(
-  source: pathlib.Path,
-  target: pathlib.Path,
-  names: Iterable[str] = FILES,
+  source: pathlib.Path, target: pathlib.Path, names: Iterable[str] = FILES
 ) -> None:
   """Copies the files that exist, each atomically."""
   for name in names:

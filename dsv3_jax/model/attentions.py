@@ -51,7 +51,7 @@ ATTENTIONS = {
     mla_decode.prefill,
     mla_decode.inference_params,
     mla_decode.inference_specs,
-  ),
+  )
 }
 
 

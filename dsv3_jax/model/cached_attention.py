@@ -45,6 +45,32 @@ def write(
   return cache.at[row, positions].set(new, mode="drop")
 
 
+def attend(
+  q: Float[Array, "B N T X"],
+  new: Float[Array, "B T *dims"],
+  cache: Float[Array, "B S *dims"],
+  start: Int[Array, " B"],
+  keys_values: Callable[[jax.Array], Sequence[jax.Array]],
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B S *dims"]]:
+  """Writes new positions to a cache and attends to all that are filled.
+
+  Args:
+    q: as for `extend`.
+    new: as for `write`.
+    cache: its content before; returned with the new positions.
+    start: position of the first query.
+    keys_values: maps cache positions [s, ...] to keys [N, s, X] and values
+      [N, s, V].
+  """
+
+  def expand(block):
+    k, v = keys_values(block)
+    return k, jnp.swapaxes(v, -1, -2)
+
+  cache = write(cache, new, start)
+  return extend(q, cache, start, expand), cache
+
+
 def extend(
   q: Float[Array, "B N T X"],
   cache: Float[Array, "B S *dims"],

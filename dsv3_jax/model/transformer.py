@@ -248,8 +248,5 @@ def logits(
 ) -> Float[Array, "... C"]:
   """Next-token logits [..., C] in float32 of hidden states [..., D]."""
   return jnp.einsum(
-    "...D,DC->...C",
-    hidden,
-    params["head"],
-    preferred_element_type=jnp.float32,
+    "...D,DC->...C", hidden, params["head"], preferred_element_type=jnp.float32
   )

@@ -13,11 +13,7 @@ from dsv3_jax.parallel import device_mesh
 
 
 def token_copies(
-  chosen: jax.Array,
-  *,
-  sizes: Mapping[str, int],
-  cfg: config.Router,
-  form: str,
+  chosen: jax.Array, *, sizes: Mapping[str, int], cfg: config.Router, form: str
 ) -> jax.Array:
   """Counts copies of this device's tokens sent across nodes, and inside one.
 

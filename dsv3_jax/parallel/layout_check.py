@@ -27,11 +27,7 @@ def _validate_sizes(run: config.Run, sizes: Mapping[str, int]) -> Iterator[str]:
     (f"{sequences} sequences of a micro-batch", sequences, device_mesh.BATCH),
     (f"{n_experts} routed experts", n_experts, device_mesh.EXPERTS),
     (f"{n_heads} heads", n_heads, ("model",)),
-    (
-      f"dense_ffn_dim={model.dense_ffn_dim}",
-      model.dense_ffn_dim,
-      ("model",),
-    ),
+    (f"dense_ffn_dim={model.dense_ffn_dim}", model.dense_ffn_dim, ("model",)),
     (f"moe.ffn_dim={model.moe.ffn_dim}", model.moe.ffn_dim, ("model",)),
   ):
     if size % device_mesh.axis_size(sizes, axes):

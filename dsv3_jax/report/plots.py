@@ -254,10 +254,7 @@ def _share_bar(figure: Figure, image: object, grid: np.ndarray) -> None:
 
 
 def expert_placement(
-  figure: Figure,
-  in_order: np.ndarray,
-  placed: np.ndarray,
-  names: Sequence[str],
+  figure: Figure, in_order: np.ndarray, placed: np.ndarray, names: Sequence[str]
 ) -> None:
   """Draws the load of the busiest device per router, before and after EPLB.
 

@@ -31,10 +31,7 @@ POINTS = 72  # an inch
 Colour = tuple[float, float, float]
 
 
-def png(
-  schedule: schedules.Schedule,
-  timeline: simulate.Timeline,
-) -> bytes:
+def png(schedule: schedules.Schedule, timeline: simulate.Timeline) -> bytes:
   """Renders the picture as PNG bytes."""
   shortest = min(end - start for _, start, end, _ in timeline.cells(schedule))
   width_in = LABELS_IN + CELL_IN * timeline.makespan / shortest

@@ -136,10 +136,7 @@ def _heldout(
 
 
 def _sample(
-  state: train.TrainState,
-  tok: Any,
-  run: config.Run,
-  mesh: jax.sharding.Mesh,
+  state: train.TrainState, tok: Any, run: config.Run, mesh: jax.sharding.Mesh
 ) -> str:
   """Generates text without a prompt, in process 0 on one device."""
   arrays = state.params, state.router_bias, state.step

@@ -74,11 +74,7 @@ class ReadTest(parameterized.TestCase):
     os.symlink(outside.parent, self.root / "linked")
     self.assertEqual(
       self.read(self.root),
-      [
-        ("b/10.txt.gz", "first"),
-        ("b/2.txt", "second"),
-        ("c.jsonl:1", "third"),
-      ],
+      [("b/10.txt.gz", "first"), ("b/2.txt", "second"), ("c.jsonl:1", "third")],
     )
 
   @pytest.mark.fault(

@@ -59,11 +59,7 @@ class EncodeTest(parameterized.TestCase):
     """The text of a document told out of order, put in order again."""
     special = [
       self.tok.token_to_id(name)
-      for name in (
-        tokenizer.FIM_BEGIN,
-        tokenizer.FIM_HOLE,
-        tokenizer.FIM_END,
-      )
+      for name in (tokenizer.FIM_BEGIN, tokenizer.FIM_HOLE, tokenizer.FIM_END)
     ]
     self.assertEqual((ids[0], ids[1]), (tokenizer.BOS_ID, special[0]))
     self.assertEqual(ids[-1], tokenizer.EOS_ID)

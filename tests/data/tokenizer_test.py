@@ -213,8 +213,7 @@ class DeepseekTest(parameterized.TestCase):
   def test_released_ids(self):
     ids = {name: self.tok.token_to_id(name) for name in tokenizer.SPECIAL}
     self.assertEqual(
-      list(ids.values()),
-      [0, 1, 2, 128800, 128801, 128802, 128803, 128804],
+      list(ids.values()), [0, 1, 2, 128800, 128801, 128802, 128803, 128804]
     )
     self.assertEqual(tokenizer.n_ids(self.tok), 128_815)
     tokenizer.check_fits(self.tok, 129_280)

@@ -73,9 +73,7 @@ class TraceTest(parameterized.TestCase):
     shape = (run.train.micro_batches, micro, run.data.seq_len)
     ids = jax.ShapeDtypeStruct(shape, np.int32)
     after, metrics = jax.eval_shape(
-      functools.partial(train.train_step, run=run),
-      state,
-      Batch(ids, ids),
+      functools.partial(train.train_step, run=run), state, Batch(ids, ids)
     )
     shapes = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)
     self.assertEqual(shapes(after), shapes(state))

@@ -159,11 +159,7 @@ def kept_drafts(prompt, text, max_tokens, k):
     read, states, drafts = tokens[:known], hidden[: known - 1], []
     for _ in range(k):
       (found,), *_ = reference.mtp(
-        params,
-        bias[cfg.n_moe_layers :],
-        states[None],
-        np.array([read]),
-        cfg,
+        params, bias[cfg.n_moe_layers :], states[None], np.array([read]), cfg
       )
       drafts.append(best(found[0, -1] @ params["head"]))
       read, states = [*read, drafts[-1]], np.append(states, found[0, -1:], 0)
@@ -294,9 +290,7 @@ class GreedyTest(parameterized.TestCase):
     for r, text in zip(asked, due(), strict=True):
       # The last token of a text is not read.
       *_, load, _ = reference.forward(
-        *reference.f64((params, bias)),
-        np.array([[*r.prompt, *text[:-1]]]),
-        cfg,
+        *reference.f64((params, bias)), np.array([[*r.prompt, *text[:-1]]]), cfg
       )
       expected = expected + load[: cfg.n_moe_layers]
     main, ahead = np.split(made.balancer.load, [cfg.n_moe_layers])
@@ -567,8 +561,7 @@ class RefusalTest(parameterized.TestCase):
   def test_refuses_what_yarn_does_not_reach(self):
     yarn = "attention.yarn.factor=2.5", "attention.yarn.original_len=8"
     with self.assertRaisesRegex(
-      ValueError,
-      "^max_len=21: must be at most 20, the length that",
+      ValueError, "^max_len=21: must be at most 20, the length that"
     ):
       self.engine(*yarn, max_len=21)
     self.engine(*yarn, max_len=20)

@@ -251,11 +251,7 @@ class PlaceTest(parameterized.TestCase):
     whole = eplb.balance_experts(load, n_replicas=24, n_devices=12)
     for n_groups, n_nodes in ((1, 4), (4, 3), (3, 2), (2, 4)):
       placed = eplb.balance_experts(
-        load,
-        n_replicas=24,
-        n_devices=12,
-        n_groups=n_groups,
-        n_nodes=n_nodes,
+        load, n_replicas=24, n_devices=12, n_groups=n_groups, n_nodes=n_nodes
       )
       chex.assert_trees_all_equal(vars(placed), vars(whole))
     other = eplb.balance_experts(
@@ -387,10 +383,7 @@ class LoadsTest(parameterized.TestCase):
 class RefusalTest(parameterized.TestCase):
   @parameterized.parameters(
     (dict(n_replicas=11), "n_replicas=11: must be at least n_experts=12"),
-    (
-      dict(n_replicas=15),
-      "n_replicas=15: must be a multiple of n_devices=8",
-    ),
+    (dict(n_replicas=15), "n_replicas=15: must be a multiple of n_devices=8"),
     (dict(n_nodes=3), "n_devices=8: must be a multiple of n_nodes=3"),
     (dict(n_groups=5), "n_experts=12: must be a multiple of n_groups=5"),
     (dict(n_devices=0), "n_devices=0: must be at least 1"),

@@ -19,13 +19,7 @@ from absl.testing import absltest, parameterized
 from dsv3_jax import config
 from dsv3_jax.checkpoint import manifest
 from dsv3_jax.data import chat, tokenizer
-from dsv3_jax.infer import (
-  engine,
-  generate,
-  load,
-  serving_mesh,
-  serving_params,
-)
+from dsv3_jax.infer import engine, generate, load, serving_mesh, serving_params
 from dsv3_jax.infer.engine_options import EngineOptions
 from dsv3_jax.infer.request import GenerationRequest
 from dsv3_jax.interop import load_sharded, open_run
@@ -258,10 +252,7 @@ class StreamTest(parameterized.TestCase):
   def test_nothing_comes_behind_a_stop_string(self):
     texts = (ids_of(BYTES, written) for written in ("a.b.c.d", "cold day"))
     scripted = Scripted(*((ids, engine.LENGTH) for ids in texts))
-    asks = [
-      GenerationRequest("", stop=(".",)),
-      GenerationRequest(""),
-    ]
+    asks = [GenerationRequest("", stop=(".",)), GenerationRequest("")]
     found = list(generate.Generator(scripted, BYTES).stream(asks))
     first = [piece for piece in found if not piece.index]
     self.assertEqual("".join(piece.text for piece in first), "a")
@@ -322,12 +313,7 @@ class EncodeTest(parameterized.TestCase):
 
 ASKS = tuple(
   GenerationRequest(
-    prompt,
-    max_tokens=n,
-    temperature=1 + n / 20,
-    top_p=0.9,
-    seed=n,
-    stop=stop,
+    prompt, max_tokens=n, temperature=1 + n / 20, top_p=0.9, seed=n, stop=stop
   )
   for prompt, n, stop in (
     ("It was", 20, ()),
@@ -478,10 +464,7 @@ class LoadTest(FolderTest):
     self.assertIn("float32, bfloat16", lines[0])
 
   def test_lists_what_is_wrong_with_asks(self):
-    found, options = (
-      load.open_model(self.run_dir),
-      EngineOptions(max_len=32),
-    )
+    found, options = (load.open_model(self.run_dir), EngineOptions(max_len=32))
     good, bad = (
       GenerationRequest("", max_tokens=31),
       GenerationRequest("", max_tokens=32),
@@ -601,8 +584,7 @@ class BadRunTest(parameterized.TestCase):
   def test_a_damaged_checkpoint(self):
     shutil.rmtree(self.folder / "checkpoints" / "0" / "d")
     with self.assertRaisesRegex(
-      manifest.MissingError,
-      "(?s)no checkpoint can be used:.*/0/d/.* no bytes",
+      manifest.MissingError, "(?s)no checkpoint can be used:.*/0/d/.* no bytes"
     ):
       generator(self.folder)
 

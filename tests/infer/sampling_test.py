@@ -311,12 +311,7 @@ class DrawTest(parameterized.TestCase):
     p = np.float32([[[0.4, 0.6, 0]]])
     tokens = {
       int(
-        draw(
-          p,
-          np.uint32([seed]),
-          np.int32([[7]]),
-          mode=sampling.GREEDY,
-        )[0, 0]
+        draw(p, np.uint32([seed]), np.int32([[7]]), mode=sampling.GREEDY)[0, 0]
       )
       for seed in range(20)
     }
@@ -331,8 +326,7 @@ class SettingsTest(parameterized.TestCase):
     how = sampling.stack_params([request(*row) for row in rows])
     fields = how.temperature, how.top_p, how.top_k, how.seed
     self.assertEqual(
-      [str(a.dtype) for a in fields],
-      ["float32", "float32", "int32", "uint32"],
+      [str(a.dtype) for a in fields], ["float32", "float32", "int32", "uint32"]
     )
     for column, values in zip(fields, zip(*rows, strict=True), strict=True):
       np.testing.assert_allclose(column, values, 1e-7)

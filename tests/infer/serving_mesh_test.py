@@ -182,11 +182,7 @@ class TextsTest(parameterized.TestCase):
     (
       "texts_and_heads_apart",
       lambda: unit(
-        {"data": 2, "expert": 2, "model": 2},
-        "decode",
-        "all_to_all",
-        False,
-        2,
+        {"data": 2, "expert": 2, "model": 2}, "decode", "all_to_all", False, 2
       ),
       0,
     ),

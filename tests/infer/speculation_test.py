@@ -50,11 +50,7 @@ def markov_cycle(p, q, last, how, position, k, mode):
   for i in range(k):
     given.append(q[known[-1]])
     drawn = sampling.draw(
-      given[-1][:, None],
-      how.seed,
-      position[:, None] + i,
-      sampling.DRAFT,
-      mode,
+      given[-1][:, None], how.seed, position[:, None] + i, sampling.DRAFT, mode
     )
     known.append(drawn[:, 0])
   target = p[jnp.stack(known, 1)]

@@ -147,8 +147,7 @@ class DispatchTest(parameterized.TestCase):
       )
     )
     args = jax.device_put(
-      (p8, *args),
-      jax.tree.map(lambda s: jax.NamedSharding(mesh, s), in_specs),
+      (p8, *args), jax.tree.map(lambda s: jax.NamedSharding(mesh, s), in_specs)
     )
     (y, dp, dx, dgates), _ = jax.device_get(run(*args))
     (y1, dp1, dx1, dgates1), _ = value_and_gradients(

@@ -133,8 +133,7 @@ class AbstractTest(parameterized.TestCase):
     self.assertEqual(facts(abstract), facts(real))
     sent = lambda lowered: collections.Counter(
       re.findall(
-        r'"stablehlo\.(\w+)".* replica_groups = dense<(.*?)>',
-        lowered.as_text(),
+        r'"stablehlo\.(\w+)".* replica_groups = dense<(.*?)>', lowered.as_text()
       )
     )
     expected = sent(real.lower())

@@ -52,10 +52,7 @@ def _compiled(form, sizes):
 
   def local(p, x, chosen, gates, dy):
     y, vjp = jax.vjp(
-      lambda *args: experts.ffn(args[0], args[1], chosen, args[2]),
-      p,
-      x,
-      gates,
+      lambda *args: experts.ffn(args[0], args[1], chosen, args[2]), p, x, gates
     )
     # As in a network, whose gradients need the loss.
     dy = jnp.where(jnp.isnan(y), y, dy)
@@ -64,10 +61,7 @@ def _compiled(form, sizes):
   spec = jax.P(axes)
   return jax.jit(
     jax.shard_map(
-      local,
-      mesh=mesh,
-      in_specs=spec,
-      out_specs=(spec, spec, jax.P()),
+      local, mesh=mesh, in_specs=spec, out_specs=(spec, spec, jax.P())
     )
   ), jax.NamedSharding(mesh, spec)
 
@@ -251,10 +245,7 @@ class MemoryTest(absltest.TestCase):
       compiled = (
         jax.jit(run)
         .lower(
-          p,
-          shape(rows, 256),
-          shape(rows, 2, dtype=jnp.int32),
-          shape(rows, 2),
+          p, shape(rows, 256), shape(rows, 2, dtype=jnp.int32), shape(rows, 2)
         )
         .compile()
       )

@@ -240,18 +240,14 @@ class ProblemsTest(parameterized.TestCase):
       5,
       14,
       None,
-      [
-        "dualpipe: 5 ranks: must be even and at least 2; use 4 or 6",
-      ],
+      ["dualpipe: 5 ranks: must be even and at least 2; use 4 or 6"],
     ),
     (
       "dualpipe",
       -3,
       4,
       None,
-      [
-        "dualpipe: -3 ranks: must be even and at least 2; use 2",
-      ],
+      ["dualpipe: -3 ranks: must be even and at least 2; use 2"],
     ),
     (
       "dualpipe",
@@ -260,7 +256,7 @@ class ProblemsTest(parameterized.TestCase):
       None,
       [
         "dualpipe on 4 ranks: 9 micro-batches: must be even and at least 8;"
-        " use 8 or 10",
+        " use 8 or 10"
       ],
     ),
     (
@@ -293,7 +289,7 @@ class ProblemsTest(parameterized.TestCase):
       1,
       [
         "dualpipev on 1 ranks: 1 layers are too few for 2 stages; use at"
-        " least 2 layers",
+        " least 2 layers"
       ],
     ),
     (
@@ -303,7 +299,7 @@ class ProblemsTest(parameterized.TestCase):
       None,
       [
         "schedule 'dualpipes': one of 1f1b, zb1p, dualpipe, dualpipev; did"
-        " you mean 'dualpipe'?",
+        " you mean 'dualpipe'?"
       ],
     ),
   )

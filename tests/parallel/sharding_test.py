@@ -124,8 +124,7 @@ class TableTest(parameterized.TestCase):
 
 class PlacementTest(parameterized.TestCase):
   @parameterized.product(
-    variant=("tiny", "v2_lite_16b", "v3_671b"),
-    layout=tuple(sharding.LAYOUTS),
+    variant=("tiny", "v2_lite_16b", "v3_671b"), layout=tuple(sharding.LAYOUTS)
   )
   def test_every_array_divides_and_uses_an_axis_once(self, variant, layout):
     rules = sharding.LAYOUTS[layout]

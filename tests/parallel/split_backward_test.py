@@ -109,9 +109,7 @@ class SplitTest(parameterized.TestCase):
     eps = testing.EPS if recipe == "fp32" else float(jnp.finfo("bfloat16").eps)
     self.assertEqual(*map(jax.tree.structure, (result, expected)))
     pairs = zip(
-      jax.tree.leaves_with_path(expected),
-      jax.tree.leaves(result),
-      strict=True,
+      jax.tree.leaves_with_path(expected), jax.tree.leaves(result), strict=True
     )
     for (path, a), b in pairs:
       a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)

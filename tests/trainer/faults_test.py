@@ -126,8 +126,7 @@ class Case(programs.Programs):
     """It ended in the bits of the run that was left alone."""
     whole = self.whole[self.N]
     self.assertEqual(
-      programs.saved(self.run_, self.STEPS),
-      programs.saved(whole, self.STEPS),
+      programs.saved(self.run_, self.STEPS), programs.saved(whole, self.STEPS)
     )
     self.assertEqual(programs.rows(self.run_), programs.rows(whole))
     names = programs.names(self.run_)
@@ -275,8 +274,7 @@ class SignalTest(Case):
     self.enter_context(mock.patch.object(SignalTest, "CACHE", False))
     log = self.run_ / "log.txt"
     self.check_signal(
-      signal.SIGTERM,
-      lambda: log.exists() and "steps done" in log.read_text(),
+      signal.SIGTERM, lambda: log.exists() and "steps done" in log.read_text()
     )
 
   @pytest.mark.slow

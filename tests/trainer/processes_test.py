@@ -144,8 +144,7 @@ class RowsTest(absltest.TestCase):
     )
     address = f"127.0.0.1:{testing.free_port()}"
     ended = programs.together(
-      *(["-c", script, address, "2", str(i)] for i in range(2)),
-      timeout_s=60,
+      *(["-c", script, address, "2", str(i)] for i in range(2)), timeout_s=60
     )
     for each in ended:
       self.assertEqual(each.code, 0, each)

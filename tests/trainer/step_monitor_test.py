@@ -10,12 +10,7 @@ from absl.testing import absltest, parameterized
 
 from dsv3_jax import config
 from dsv3_jax.data import loader
-from dsv3_jax.trainer import (
-  event_log,
-  exit_codes,
-  metrics_writer,
-  step_monitor,
-)
+from dsv3_jax.trainer import event_log, exit_codes, metrics_writer, step_monitor
 
 
 class Book(metrics_writer.NullWriter):

@@ -96,10 +96,7 @@ def add(a: jax.Array, row: jax.Array, new: jax.Array) -> jax.Array:
 
 
 def add_gradients(
-  buffers: Buffers,
-  name: str,
-  row: jax.Array,
-  gradients: list[jax.Array | None],
+  buffers: Buffers, name: str, row: jax.Array, gradients: list[jax.Array | None]
 ) -> Buffers:
   """Adds gradients of a layer; None for those of another pass."""
   totals, structure = jax.tree.flatten(buffers.sums[name])

@@ -223,12 +223,7 @@ class _Executor:
     return recipe.differentiable(p), (p, bias), row, router
 
   def _forward_layer(
-    self,
-    name: str,
-    op: EncodedOp,
-    i: jax.Array,
-    x: jax.Array,
-    buffers: Buffers,
+    self, name: str, op: EncodedOp, i: jax.Array, x: jax.Array, buffers: Buffers
   ) -> tuple[jax.Array, Buffers]:
     p, constants, _, router = self._layer_args(name, op, i)
     (y, *_), stats, saved = self.passes[name].forward(p, constants, x)

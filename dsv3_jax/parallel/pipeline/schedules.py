@@ -152,11 +152,7 @@ def _cells(program: Program, swap: int = 0) -> tuple[Cell, ...]:
 
 def _1f1b_program(rank: int, n_ranks: int, n_micro: int) -> Program:
   ahead = min(n_ranks - 1 - rank, n_micro)
-  return (
-    (ahead, "F0"),
-    (n_micro - ahead, "F0 B0"),
-    (ahead, "B0"),
-  )
+  return ((ahead, "F0"), (n_micro - ahead, "F0 B0"), (ahead, "B0"))
 
 
 def _zb1p_program(rank: int, n_ranks: int, n_micro: int) -> Program:
