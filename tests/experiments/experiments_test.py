@@ -107,7 +107,10 @@ class CommandLineTest(parameterized.TestCase):
     ("--variant=tinny", "--variant=tinny: one of", "did you mean 'tiny'"),
     ("--mesh=dota=1", "--mesh=dota=1", "did you mean 'data'"),
     ("--mesh=data=0", "--mesh=data=0"),
-    ("--mesh=data=999", "--mesh: data=999 does not divide 8 sequences of a micro-batch"),
+    (
+      "--mesh=data=999",
+      "--mesh: data=999 does not divide 8 sequences of a micro-batch",
+    ),
     ("--set=optim.peak_lr=nan", "Optim.peak_lr=nan: must be finite"),
     ("--set=optim.peak_lr=-1", "Optim.peak_lr=-1.0: must be above 0"),
     ("--set=router.top_k=99", "Router.top_k=99: must be at most 8"),
