@@ -1,4 +1,4 @@
-"""Dataclasses that check themselves: declared types and limits of fields."""
+"""Dataclasses that validate themselves by types and limits of fields."""
 
 import dataclasses
 import difflib
@@ -31,40 +31,37 @@ def number(
 
 def choice(default: str, *others: str) -> Any:
   """A text field that must be one of the values given."""
-  return dataclasses.field(
-    default=default, metadata={"choices": (default, *others)}
-  )
+  choices = {"choices": (default, *others)}
+  return dataclasses.field(default=default, metadata=choices)
 
 
 def _field_problems(cfg: Any) -> Iterator[str]:
   """Values of the wrong type, not finite, or out of the range declared."""
   hints = typing.get_type_hints(type(cfg))
   for field in dataclasses.fields(cfg):
-    value, kind = getattr(cfg, field.name), hints[field.name]
-    where = f"{type(cfg).__name__}.{field.name}={value!r}"
+    value, expected = getattr(cfg, field.name), hints[field.name]
+    setting = f"{type(cfg).__name__}.{field.name}={value!r}"
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind in (int, str, bool):
-      accepted = type(value) is kind
+    if expected in (int, str, bool):
+      accepted = type(value) is expected
     else:
-      accepted = is_number if kind is float else isinstance(value, kind)
+      accepted = is_number if expected is float else isinstance(value, expected)
     if not accepted:
-      yield f"{where}: expected {kind.__name__}"
+      yield f"{setting}: expected {expected.__name__}"
     elif type(value) is int and abs(value) > LARGEST:
-      yield f"{where}: must be at most {LARGEST}, or -{LARGEST} at least"
+      yield f"{setting}: must be at most {LARGEST}, or -{LARGEST} at least"
     elif is_number and not math.isfinite(value):
-      yield f"{where}: must be finite"
+      yield f"{setting}: must be finite"
     elif is_number:
       low, high, above = map(field.metadata.get, ("low", "high", "above"))
       if low is not None and value < low:
-        yield f"{where}: must be at least {low:g}"
+        yield f"{setting}: must be at least {low:g}"
       if above is not None and value <= above:
-        yield f"{where}: must be above {above:g}"
+        yield f"{setting}: must be above {above:g}"
       if high is not None and value > high:
-        yield f"{where}: must be at most {high:g}"
+        yield f"{setting}: must be at most {high:g}"
     elif choices := field.metadata.get("choices"):
-      if value not in choices:
-        hint = nearest(value, choices)
-        yield f"{where}: must be one of {', '.join(choices)}{hint}"
+      yield from unknown(f"{type(cfg).__name__}.{field.name}", value, choices)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -83,8 +80,8 @@ def unknown(setting: str, name: str, table: Iterable[str]) -> list[str]:
 
 def _validate(cfg: Any) -> None:
   problems = list(_field_problems(cfg))
-  if not problems and hasattr(cfg, "relations"):
-    problems = list(cfg.relations())
+  if not problems and hasattr(cfg, "validate"):
+    problems = list(cfg.validate())
   if problems:
     raise InputError("\n".join(problems))
 
@@ -97,8 +94,8 @@ def _validate(cfg: Any) -> None:
 def checked(cls: type[T]) -> type[T]:
   """Makes a frozen keyword-only dataclass that validates itself.
 
-  The fields' declared types and limits are checked first; the relations between
-  fields, which a class states in `relations`, only if those hold.
+  A class may have a method `validate` that yields problems of fields with each
+  other; it is called once the types and limits of all fields hold.
   """
   cls.__post_init__ = _validate
   return dataclasses.dataclass(frozen=True, kw_only=True)(cls)

@@ -1,4 +1,4 @@
-"""The network: sizes, and rules for routing and balancing.
+"""Settings of the network: sizes, and rules for routing and balancing.
 
 Sections 2.1, 2.2 and 4.2 of arXiv:2412.19437.
 """
@@ -13,17 +13,17 @@ from dsv3_jax.config.fields import choice, number
 
 @fields.checked
 class Yarn:
-  """Longer contexts after pre-training (section 4.3; arXiv:2309.00071)."""
+  """Extension of the context by YaRN (section 4.3; arXiv:2309.00071)."""
 
-  factor: float = number(1.0, low=1)  # 1: none
-  original_len: int = number(4096, low=1)  # tokens of pre-training's rows
+  factor: float = number(1.0, low=1)  # 1: no extension
+  original_len: int = number(4096, low=1)  # context length of pre-training
   beta_fast: float = number(32.0, above=0)
   beta_slow: float = number(1.0, above=0)
   mscale: float = number(1.0, low=0)  # V2 has 0.707
 
   @property
   def max_len(self) -> float:
-    """The longest context; without extension there is none."""
+    """The longest context; infinite without extension."""
     return self.factor * self.original_len if self.factor > 1 else math.inf
 
 
@@ -31,8 +31,8 @@ class Yarn:
 class Attention:
   """Base of the settings of an attention, which `Model.attention` holds.
 
-  A subclass is a `fields.checked` class with a field `type`, its name: it picks
-  the functions in `model/attentions.py`, and is the key of its parameters.
+  A subclass is a `fields.checked` class whose `type` is the name of its
+  functions in `model/attentions.py` and the key of its parameters.
   """
 
   type: str
@@ -61,15 +61,13 @@ class MLA(Attention):
   v_dim: int = number(low=1)
   rope_theta: float = number(10_000.0, above=0)
   yarn: Yarn = Yarn()
-  # Of the latents' norms: DeepSeek's code has this number whatever the others.
+  # Of the norms of latents; DeepSeek's code has a constant for it.
   norm_eps: float = number(1e-6, above=0)
 
-  def relations(self) -> Iterator[str]:
-    if self.rope_dim % 2:
-      yield (
-        f"MLA.rope_dim={self.rope_dim}: must be even, components rotate in"
-        f" pairs; try {self.rope_dim + 1}"
-      )
+  def validate(self) -> Iterator[str]:
+    if (dim := self.rope_dim) % 2:
+      pairs = f"must be even, components rotate in pairs; try {dim + 1}"
+      yield f"MLA.rope_dim={dim}: {pairs}"
 
   @property
   def qk_dim(self) -> int:
@@ -87,52 +85,47 @@ class MLA(Attention):
     return math.sqrt(self.qk_dim) / root_t**2
 
 
-# Names that `Router.score` may have; `model/router.py` adds those of its table.
+# Allowed values of `Router.score`; `model/router.py` sets them from its table.
 ROUTER_SCORES = ["sigmoid", "softmax"]
 
 
 @fields.checked
 class Router:
-  """Expert choice, its loss-free balancing and the balance loss (2.1.2)."""
+  """Expert choice, its loss-free balancing, and balance loss (2.1.2)."""
 
   n_experts: int = number(low=1)
   top_k: int = number(low=1)
   n_groups: int = number(1, low=1)
   top_groups: int = number(1, low=1)
-  score: str = dataclasses.field(  # softmax: DeepSeek-V2's gate
+  # `sigmoid` in V3, `softmax` in V2.
+  score: str = dataclasses.field(
     default="sigmoid", metadata={"choices": ROUTER_SCORES}
   )
   renormalize: bool = True
   scale: float = number(2.5, above=0)
   bias_speed: float = number(0.001, low=0)  # gamma
   balance_weight: float = number(1e-4, low=0)  # alpha
-  balance_map: str = choice("scores", "routed")  # what f_i counts, eq. 18
+  balance_map: str = choice("scores", "routed")  # counted by f_i (eq. 18)
 
-  def relations(self) -> Iterator[str]:
-    experts, groups = self.n_experts, self.n_groups
+  def validate(self) -> Iterator[str]:
+    experts, groups, top = self.n_experts, self.n_groups, self.top_groups
+    eligible = top * (experts // groups)
     if experts % groups:
-      fits = [g for g in range(1, experts + 1) if experts % g == 0]
+      divisors = [str(g) for g in range(1, experts + 1) if experts % g == 0]
+      must = f"must divide n_experts={experts}; {', '.join(divisors)} do"
+      yield f"Router.n_groups={groups}: {must}"
+    elif top > groups:
+      yield f"Router.top_groups={top}: must be at most n_groups={groups}"
+    elif self.top_k > eligible:
       yield (
-        f"Router.n_groups={groups}: must divide n_experts={experts}; "
-        f"{', '.join(map(str, fits))} do"
-      )
-    elif self.top_groups > groups:
-      yield (
-        f"Router.top_groups={self.top_groups}: must be at most"
-        f" n_groups={groups}"
-      )
-    elif self.top_k > self.top_groups * (experts // groups):
-      yield (
-        f"Router.top_k={self.top_k}: must be at most"
-        f" {self.top_groups * (experts // groups)}, the experts in"
-        f" top_groups={self.top_groups} of n_groups={groups} groups of"
-        f" n_experts={experts}"
+        f"Router.top_k={self.top_k}: must be at most {eligible}, the experts in"
+        f" top_groups={top} of n_groups={groups} groups of n_experts={experts}"
       )
 
 
 @fields.checked
 class MoE:
-  """Sizes of the experts of a mixture layer."""
+  """Sizes of the experts of an MoE layer."""
 
   n_shared: int = number(1, low=0)
   ffn_dim: int = number(low=1)
@@ -145,8 +138,7 @@ class MTP:
   depth: int = number(1, low=0, high=100)
   weight: float = number(0.3, low=0)  # lambda
   late_weight: float = number(0.1, low=0)  # lambda after Schedule.mtp_until
-  # The hidden state of the main model that depth 1 reads: after or before its
-  # last norm.
+  # Depth 1 reads the hidden state after, or before, the main model's last norm.
   input_state: str = choice("post_norm", "pre_norm")
 
 
@@ -166,19 +158,17 @@ class Model:
   norm_eps: float = number(1e-6, above=0)
   init_std: float = number(0.006, above=0)
 
-  def relations(self) -> Iterator[str]:
-    if self.n_dense_layers > self.n_layers:
-      yield (
-        f"Model.n_dense_layers={self.n_dense_layers}: must be at most"
-        f" n_layers={self.n_layers}"
-      )
+  def validate(self) -> Iterator[str]:
+    dense, layers = self.n_dense_layers, self.n_layers
+    if dense > layers:
+      yield f"Model.n_dense_layers={dense}: must be at most n_layers={layers}"
 
   @property
   def n_moe_layers(self) -> int:
-    """MoE layers of the main model."""
+    """The number of MoE layers of the main model."""
     return self.n_layers - self.n_dense_layers
 
   @property
   def n_routers(self) -> int:
-    """MoE layers of the main model and of the MTP modules together."""
+    """The number of MoE layers of main model and MTP modules together."""
     return self.n_moe_layers + self.mtp.depth

@@ -1,4 +1,4 @@
-"""Settings of a configuration by path: listed, replaced, compared."""
+"""Lists, overrides and compares settings of a configuration by their paths."""
 
 import copy
 import dataclasses
@@ -12,10 +12,9 @@ from absl import logging
 from dsv3_jax.config import fields, model
 from dsv3_jax.errors import InputError
 
-# Old name -> new name of settings, or of a group of settings such as a
-# dataclass; both without a leading `model.`. Old names are read for one
-# release: in `--set`, in config.json, and in the settings that a checkpoint's
-# manifest holds.
+# Old name -> new name of a setting or of a group of settings, both without a
+# leading `model.`. Old names are read for one release: in `--set`, in
+# config.json, and in the settings that a checkpoint's manifest holds.
 RENAMED = {
   "data.heldout": "data.heldout_fraction",
   "data.on_bad_text": "data.on_decode_error",
@@ -26,7 +25,8 @@ RENAMED = {
   "schedule.bias_until": "schedule.bias_update_until",
   "train.kept": "train.saved_activations",
 }
-# (new name of the setting, old value) -> new value, read as long.
+# (new name of the setting, old value) -> new value; old values too are read for
+# one release.
 RENAMED_VALUES = {
   ("parallel.dispatch", "gather"): "allgather",
   ("parallel.dispatch", "one_hop"): "all_to_all",
@@ -54,7 +54,7 @@ def _current_name(path: str) -> str:
 
 
 def _current_value(path: str, value: Any) -> Any:
-  """The present word for a value of the setting at the present path."""
+  """The present value for a value, maybe an old one, of a present setting."""
   path = path.removeprefix("model.")
   if not isinstance(value, str) or (path, value) not in RENAMED_VALUES:
     return value
@@ -64,7 +64,7 @@ def _current_value(path: str, value: Any) -> Any:
 
 
 def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-  """Stored settings {path: value}, old names and values replaced by new."""
+  """Replaces old names and values in stored settings {path: value}."""
   renamed = {_current_name(path): value for path, value in settings.items()}
   return {path: _current_value(path, v) for path, v in renamed.items()}
 
@@ -84,13 +84,10 @@ def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
 def default_settings(
   cls: type, settings: Mapping[str, Any], prefix: str = ""
 ) -> dict[str, Any]:
-  """Values of settings of a class that need not be given.
+  """Default values of a settings class, {prefix + path: value}.
 
-  Args:
-    cls: `Run`, `Model` or another class of settings.
-    settings: stored ones, of which `attention.type` picks the attention's
-      class; MLA without it.
-    prefix: before each path.
+  `attention.type` of the stored settings picks the attention's class; MLA
+  without it.
   """
   out, hints = {}, typing.get_type_hints(cls)
   for field in dataclasses.fields(cls):
@@ -105,17 +102,15 @@ def default_settings(
   return out
 
 
-def _parse(text: str, kind: type) -> Any:
-  if kind is str:
-    return text
-  if kind is bool:
+def _parse(text: str, expected: type) -> Any:
+  if expected is bool:
     return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-  if kind is float:
-    return float(text)
+  if expected is not int:
+    return expected(text)
   try:
     return int(text)
   except ValueError:
-    if (value := float(text)) != int(value):  # 1e9 is a fine way to write it
+    if (value := float(text)) != int(value):  # 1e9 is a valid int
       raise
     return int(value)
 
@@ -137,18 +132,18 @@ def _assignments(
       short = [k.removeprefix("model.") for k in known]
       problems.append(f"{path}: no such setting{fields.nearest(path, short)}")
     else:
-      kind = type(known[path])
+      expected = type(known[path])
       try:
-        values[path] = _parse(_current_value(path, value), kind)
+        values[path] = _parse(_current_value(path, value), expected)
       except (ValueError, KeyError, OverflowError):
-        problems.append(f"{path}={value!r}: expected {kind.__name__}")
+        problems.append(f"{path}={value!r}: expected {expected.__name__}")
   return values, problems
 
 
 def _rebuild(
   cfg: Any, values: dict[str, Any], prefix: str, problems: list[str]
 ) -> Any:
-  """The config with values replaced, or None where a part is not valid."""
+  """The config with values replaced, or None if it is not valid."""
   changes = {}
   for field in dataclasses.fields(cfg):
     value, path = getattr(cfg, field.name), prefix + field.name
@@ -189,7 +184,7 @@ def _with_attention(cfg: Any, cls: type[model.Attention]) -> Any:
 def _with_attention_type(
   cfg: Any, assignments: Sequence[str]
 ) -> tuple[Any, list[str]]:
-  """The config with the attention that `attention.type` asks for; problems."""
+  """The config with the attention that is assigned, and problems."""
   types, problems = model.attention_types(), []
   for text in assignments:
     path, _, name = text.partition("=")

@@ -204,13 +204,8 @@ SMALL = replace(
   optim=config.Optim(
     peak_lr=1.5e-3, min_lr=1e-4, final_lr=1e-4, ema_decay=0.99
   ),
-  schedule=config.Schedule(
-    warmup_steps=60,
-    constant_until=0.3,
-    decay_until=1.0,
-    tail_from=1.0,
-    bias_update_until=1.0,
-    mtp_until=0.7,
+  schedule=replace(
+    TINY.schedule, warmup_steps=60, constant_until=0.3, mtp_until=0.7
   ),
   evaluate=config.Evaluate(every=300, ema=True),
 )

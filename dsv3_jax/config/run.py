@@ -21,33 +21,31 @@ def _is_weight(entry: str) -> bool:
 class Data:
   """Text, and its conversion to rows of tokens."""
 
-  # A key of data.sources.SOURCES: what reads `path`.
-  source: str = "files"
-  path: str = ""  # file, .gz, .jsonl or a directory of them; "": the novels
-  tokenizer: str = choice("bpe", "deepseek")  # trained on the text, or V3's own
+  source: str = "files"  # reader of `path`, a key of data.sources.SOURCES
+  path: str = ""  # file, .gz, .jsonl or a directory of them; "": two novels
+  tokenizer: str = choice("bpe", "deepseek")  # trained on the text, or V3's
   seq_len: int = number(low=1)
-  heldout_fraction: float = number(0.05, above=0, high=0.5)  # end of the text
+  # Fraction of the text, at its end, for held-out evaluation.
+  heldout_fraction: float = number(0.05, above=0, high=0.5)
   on_decode_error: str = choice("error", "replace", "skip")  # invalid UTF-8
-  # Folders or files of `path` with their sampling weights, as prose=2,code=1.
+  # Folders or files of `path` with sampling weights, such as prose=2,code=1;
   # "": one domain.
   domains: str = ""
   segment_mask: bool = False  # attention stays within a document
-  # Fraction of documents rearranged for fill-in-the-middle.
-  fim_rate: float = number(0.0, low=0, high=1)
-  # Fraction of tokens with line breaks that are split at random.
-  split_rate: float = number(0.0, low=0, high=1)
+  fim_rate: float = number(0.0, low=0, high=1)  # fill-in-the-middle documents
+  split_rate: float = number(0.0, low=0, high=1)  # line-break tokens split
 
-  def relations(self) -> Iterator[str]:
-    entries = self._domain_entries
+  def validate(self) -> Iterator[str]:
+    entries, setting = self._domain_entries, f"Data.domains={self.domains!r}"
     names = [entry.partition("=")[0].strip() for entry in entries]
     if entries and not self.path:
-      yield f"Data.domains={self.domains!r}: needs Data.path, their folder"
+      yield f"{setting}: needs Data.path, their folder"
     for entry, name in zip(entries, names, strict=True):
-      good = name and name[0] != "." and "/" not in name and _is_weight(entry)
-      if names.count(name) > 1 or not good:
+      valid = name and name[0] != "." and "/" not in name and _is_weight(entry)
+      if names.count(name) > 1 or not valid:
         yield (
-          f"Data.domains={self.domains!r}: {entry!r} must be name=weight, such"
-          " as prose=2; each name once and in Data.path, the weight above 0"
+          f"{setting}: {entry!r} must be name=weight, such as prose=2; each"
+          " name once and in Data.path, the weight above 0"
         )
 
   @property
@@ -100,22 +98,20 @@ class Schedule:
   bias_update_until: float = number(14.3 / 14.8, low=0, high=1)
   mtp_until: float = number(10 / 14.8, low=0, high=1)
 
-  def relations(self) -> Iterator[str]:
-    if not self.constant_until <= self.decay_until <= self.tail_from:
-      yield (
-        "Schedule: constant_until, decay_until, tail_from must not fall, got"
-        f" {self.constant_until:g}, {self.decay_until:g}, {self.tail_from:g}"
-      )
+  def validate(self) -> Iterator[str]:
+    times = self.constant_until, self.decay_until, self.tail_from
+    if list(times) != sorted(times):
+      must = "constant_until, decay_until, tail_from must not fall"
+      yield f"Schedule: {must}, got {', '.join(f'{time:g}' for time in times)}"
 
 
-# Activations that a layer can save for its backward pass, see
-# `model/remat.py`:
+# Activations that a layer can save for its backward pass (`model/remat.py`).
 ACTIVATIONS = (
   "norm",  # outputs of RMSNorms
   "latents",  # outputs of the down-projections of attention
   "up",  # queries, keys and values
   "attention",  # output of attention, and the log-sum-exp of its scores
-  "residual",  # the stream between attention and feed-forward
+  "residual",  # residual stream between attention and feed-forward
   "routing",  # affinities, and the experts chosen
   "sent",  # tokens received from other devices for local experts
   "hidden",  # gate and up projections of a feed-forward
@@ -126,14 +122,14 @@ ACTIVATIONS = (
 class Train:
   """Token budget, batch size and memory of a training step."""
 
-  tokens: int = number(low=1)  # the budget that every schedule is keyed to
+  tokens: int = number(low=1)  # budget; schedules are fractions of it
   batch_size: int = number(low=1)  # sequences an optimizer step
   micro_batches: int = number(1, low=1)  # gradient accumulation steps
-  # With schedule.ramp_until: sequences of the first steps, with fewer
-  # micro-batches, and the number of sizes before batch_size.
+  # With schedule.ramp_until: the first batch size, in fewer micro-batches, and
+  # the number of sizes before batch_size.
   first_batch_size: int = number(0, low=0)
   ramp_sizes: int = number(4, low=1)
-  # What layers recompute in the backward pass: nothing, all but the saved
+  # Layers recompute nothing in the backward pass, all but the saved
   # activations, or everything from their input.
   remat: str = choice("none", "selective", "block")
   saved_activations: str = "latents,attention,residual,routing,sent,hidden"
@@ -142,42 +138,32 @@ class Train:
   # A step is a spike if its loss or gradient norm is this many times the
   # median of the 100 before; 0: no detection.
   spike_factor: float = number(0.0, low=0)
-  # After a spike, return to the newest checkpoint and skip the data read since,
-  # and that of this many steps after it; 0: continue.
+  # After a spike, return to the newest checkpoint, and skip the data read since
+  # and the data of this many steps after it; 0: continue.
   spike_skip: int = number(0, low=0)  # steps
 
-  def relations(self) -> Iterator[str]:
+  def validate(self) -> Iterator[str]:
+    batch = f"batch_size={self.batch_size}"
+    first = f"Train.first_batch_size={self.first_batch_size}"
     for name in self._saved_names - set(ACTIVATIONS):
       yield (
         f"Train.saved_activations={self.saved_activations!r}: {name!r} is none"
         f" of {', '.join(ACTIVATIONS)}{fields.nearest(name, ACTIVATIONS)}"
       )
     if self.batch_size % self.micro_batches:
-      yield (
-        f"Train.micro_batches={self.micro_batches}: must divide"
-        f" batch_size={self.batch_size}"
-      )
-    elif self.first_batch_size % self.micro_batch_size:
-      yield (
-        f"Train.first_batch_size={self.first_batch_size}: must be a multiple"
-        f" of the {self.micro_batch_size} sequences of a micro-batch"
-      )
+      yield f"Train.micro_batches={self.micro_batches}: must divide {batch}"
+    elif self.first_batch_size % (n := self.micro_batch_size):
+      yield f"{first}: must be a multiple of the {n} sequences of a micro-batch"
     if self.spike_skip and not self.spike_factor > 1:
-      yield (
-        f"Train.spike_skip={self.spike_skip}: needs a spike_factor above 1,"
-        f" got {self.spike_factor:g}"
-      )
+      needs = f"needs a spike_factor above 1, got {self.spike_factor:g}"
+      yield f"Train.spike_skip={self.spike_skip}: {needs}"
     if self.first_batch_size > self.batch_size:
-      yield (
-        f"Train.first_batch_size={self.first_batch_size}: must be at most"
-        f" batch_size={self.batch_size}"
-      )
+      yield f"{first}: must be at most {batch}"
 
   @property
   def _saved_names(self) -> set[str]:
-    return {
-      name.strip() for name in self.saved_activations.split(",") if name.strip()
-    }
+    names = map(str.strip, self.saved_activations.split(","))
+    return set(filter(None, names))
 
   @property
   def activations(self) -> tuple[str, ...] | None:
@@ -201,9 +187,9 @@ class Precision:
   recipe: str = choice("fp32", "bf16", "fp8")
   fp8: str = "*mla/*,*ffn/*"  # patterns of the paths of FP8 weights
   tile: int = number(128, low=8)  # N_c
-  scales: str = choice("float32", "power_of_two")  # scales of the tiles
-  # `blocks`: square tiles for gradients of activations, which appendix B.2
-  # advises against.
+  scales: str = choice("float32", "power_of_two")  # of the tiles
+  # Tiles of gradients of activations; `blocks`, square ones, made the paper's
+  # training diverge (appendix B.2).
   gradient_tiles: str = choice("rows", "blocks")
   backend: str = choice("auto", "exact", "dequantized", "kernel")
   counters: bool = False  # log saturation, underflow and tiles of zeros
@@ -226,9 +212,9 @@ class Parallel:
     "ragged_all_to_all",
     "ragged_hierarchical_all_to_all",
   )
-  # Tokens are exchanged in `many` rounds with a little more rows than balanced
-  # routing needs, usually one round, or in `one` round with the largest
-  # possible number of rows; `auto`: `one` on CPU.
+  # Rounds of a token exchange: `many` have a little more rows than balanced
+  # routing needs (usually one round suffices), `one` has the largest possible
+  # number of rows; `auto`: `one` on CPU.
   rounds: str = choice("auto", "one", "many")
   # Pipeline schedule, with the mesh axis `pipe`.
   schedule: str = choice("none", "1f1b", "zb1p", "dualpipe", "dualpipev")
@@ -243,8 +229,8 @@ class Checkpoint:
   every: int = number(100, low=1)  # steps
   keep: int = number(2, low=1)  # newest checkpoints to keep
   keep_every: int = number(0, low=0)  # also keep multiples of this; 0: none
-  # After a failed save: stop, or continue training. A run whose last save
-  # fails ends with an error in both cases.
+  # Stop or continue training after a failed save. If the last save fails, the
+  # run ends with an error in both cases.
   on_error: str = choice("stop", "continue")
 
 
@@ -281,17 +267,18 @@ class Run:
   checkpoint: Checkpoint = Checkpoint()
   evaluate: Evaluate = Evaluate()
 
-  def relations(self) -> Iterator[str]:
-    if self.model.mtp.depth >= self.data.seq_len:
+  def validate(self) -> Iterator[str]:
+    seq_len, depth = f"Data.seq_len={self.data.seq_len}", self.model.mtp.depth
+    if depth >= self.data.seq_len:
       yield (
-        f"Data.seq_len={self.data.seq_len}: must be above MTP.depth="
-        f"{self.model.mtp.depth}, or no position has a target that far ahead"
+        f"{seq_len}: must be above MTP.depth={depth}, or no position has a"
+        " target that far ahead"
       )
     longest = self.model.attention.max_len
     if self.data.seq_len > longest:
       yield (
-        f"Data.seq_len={self.data.seq_len}: must be at most {longest:g}, what"
-        " model.attention allows (of MLA: yarn.factor * yarn.original_len)"
+        f"{seq_len}: must be at most {longest:g}, the limit of model.attention"
+        " (of MLA: yarn.factor * yarn.original_len)"
       )
     if self.evaluate.ema and not self.optim.ema_decay:
       yield "Evaluate.ema=True: needs an average, optim.ema_decay above 0"
@@ -320,11 +307,8 @@ class Run:
   @functools.cached_property
   def batch_phases(self) -> tuple[BatchPhase, ...]:
     """Phases of the batch size, which grows about linearly (section 4.2)."""
-    first, full, n = (
-      self.train.first_batch_size,
-      self.train.batch_size,
-      self.train.ramp_sizes if self.train.first_batch_size else 0,
-    )
+    first, full = self.train.first_batch_size, self.train.batch_size
+    n = self.train.ramp_sizes if first else 0
     micro = self.train.micro_batch_size
     ramp = self.schedule.ramp_until * self.train.tokens / self.data.seq_len
     step, row, phases = 0, 0, []

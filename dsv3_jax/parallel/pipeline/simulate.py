@@ -21,7 +21,7 @@ class Times:
   FB: float = fields.number(3.0, above=0)  # F and B that overlap
   comm: float = fields.number(0.0, low=0)  # a result from rank to rank
 
-  def relations(self) -> Iterator[str]:
+  def validate(self) -> Iterator[str]:
     """Lists violated relations between the times."""
     if self.W >= self.B:
       yield f"Times.W={self.W!r}: must be below B={self.B!r}, which includes it"
