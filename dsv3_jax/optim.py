@@ -15,7 +15,7 @@ from dsv3_jax.config import fields
 
 
 def decayed(params: param_spec.Params) -> param_spec.Params:
-  """True where weight decay applies: everywhere but on norm gains."""
+  """Mask of weight decay: True everywhere but on scales of norms."""
   return jax.tree.map_with_path(
     lambda path, _: not path[-1].key.endswith("norm"), params
   )
@@ -24,11 +24,13 @@ def decayed(params: param_spec.Params) -> param_spec.Params:
 def store_moments_as(
   inner: optax.GradientTransformation, dtype: jax.typing.DTypeLike
 ) -> optax.GradientTransformation:
-  """Keeps the float leaves of a state in dtype, computes in float32."""
+  """Stores the float leaves of a state in dtype and computes in float32."""
 
   def cast(state, to):
-    is_float = lambda a: jnp.issubdtype(a.dtype, jnp.floating)
-    return jax.tree.map(lambda a: a.astype(to) if is_float(a) else a, state)
+    def leaf(a):
+      return a.astype(to) if jnp.issubdtype(a.dtype, jnp.floating) else a
+
+    return jax.tree.map(leaf, state)
 
   def init(params):
     return cast(inner.init(params), dtype)
@@ -85,7 +87,7 @@ def make(run: config.Run) -> optax.GradientTransformation:
 
 
 def progress(step: jax.Array | int, run: config.Run) -> jax.Array:
-  """Share of the token budget consumed before a step, f32."""
+  """Share of the token budget that was consumed before a step, f32."""
   share = run.data.seq_len / run.train.tokens  # of a sequence
   first = jnp.array([phase.first_step for phase in run.batch_phases])
   before = jnp.array([phase.first_row * share for phase in run.batch_phases])
