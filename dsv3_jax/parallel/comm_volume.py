@@ -1,7 +1,5 @@
 """Communication volume of expert parallelism: copies of tokens, and bytes."""
 
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,18 +11,12 @@ from dsv3_jax.parallel import device_mesh
 
 
 def token_copies(
-  chosen: jax.Array, *, sizes: Mapping[str, int], cfg: config.Router, form: str
+  chosen: jax.Array, *, sizes: device_mesh.Sizes, cfg: config.Router, form: str
 ) -> jax.Array:
-  """Counts copies of this device's tokens sent across nodes, and inside one.
+  """Counts copies [2] of this device's tokens, across nodes and inside one.
 
-  Args:
-    chosen: [M, K] int32 experts.
-    sizes: of the mesh axes.
-    cfg: routing rules.
-    form: of the dispatch, see `dispatch.make_expert_parallel_ffn`.
-
-  Returns:
-    [2] int32.
+  The tokens have chosen experts [M, K]; `form` is that of the dispatch, see
+  `dispatch.make_expert_parallel_ffn`.
   """
   n_nodes, n_devices = (sizes.get(axis, 1) for axis in device_mesh.EXPERTS)
   n_local = cfg.n_experts // (n_nodes * n_devices)
@@ -32,10 +24,9 @@ def token_copies(
     jax.lax.axis_index(axis) if sizes.get(axis, 1) > 1 else 0
     for axis in device_mesh.EXPERTS
   )
-  reached = jax.nn.one_hot(
-    chosen // n_local, n_nodes * n_devices, dtype=jnp.bool_
-  ).any(1)
-  reached = reached.reshape(-1, n_nodes, n_devices)
+  device_of = chosen // n_local
+  reached = jax.nn.one_hot(device_of, n_nodes * n_devices, dtype=jnp.bool_)
+  reached = reached.any(1).reshape(-1, n_nodes, n_devices)
   if form == "allgather":
     reached = jnp.ones_like(reached)
   other_node = (jnp.arange(n_nodes) != node)[None, :, None]
@@ -53,11 +44,8 @@ def bytes_sent(copies: np.ndarray, run: config.Run) -> dict[str, int]:
 
   A copy of a token is its state, in both directions, and its top-k choices and
   gates on the way to the experts. With FP8 weights, the state takes one byte
-  for each number and four for each tile on the way to the experts.
-
-  Args:
-    copies: [n_routers, 2], as `moe.MoEStats` counts them.
-    run: the configuration.
+  for each number and four for each tile on the way to the experts. `copies` is
+  [n_routers, 2], as `moe.MoEStats` counts them.
   """
   itemsize = 4 if run.precision.recipe == "fp32" else 2
   model, tile = run.model, run.precision.tile

@@ -8,6 +8,9 @@ import jax
 
 from dsv3_jax.errors import InputError
 
+Axes = tuple[str, ...]  # of the mesh
+Sizes = Mapping[str, int]  # by axis; 1 for axes that are missing
+
 # Outermost first; `node` crosses hosts, `expert` stays inside one.
 AXES = ("pipe", "data", "node", "expert", "model")
 BATCH = ("data", "node", "expert")  # tokens are divided over these
@@ -17,11 +20,8 @@ EXPERTS = ("node", "expert")  # routed experts are divided over these
 _EXPLICIT = (jax.sharding.AxisType.Explicit,) * len(AXES)
 
 
-def make_mesh(sizes: Mapping[str, int]) -> jax.sharding.Mesh:
+def make_mesh(sizes: Sizes) -> jax.sharding.Mesh:
   """Makes a mesh of the first devices, with Explicit axes.
-
-  Args:
-    sizes: by axis; 1 for axes that are missing.
 
   Raises:
     InputError: there are fewer devices.
@@ -37,41 +37,37 @@ def make_mesh(sizes: Mapping[str, int]) -> jax.sharding.Mesh:
   )
 
 
-def abstract_mesh(sizes: Mapping[str, int]) -> jax.sharding.AbstractMesh:
+def abstract_mesh(sizes: Sizes) -> jax.sharding.AbstractMesh:
   """Makes a mesh for tracing, without devices."""
   return jax.sharding.AbstractMesh(_shape(sizes), AXES, axis_types=_EXPLICIT)
 
 
-def _shape(sizes: Mapping[str, int]) -> tuple[int, ...]:
+def _shape(sizes: Sizes) -> tuple[int, ...]:
   return tuple(sizes.get(axis, 1) for axis in AXES)
 
 
-def active_axes(
-  sizes: Mapping[str, int], axes: tuple[str, ...]
-) -> tuple[str, ...]:
+def active_axes(sizes: Sizes, axes: Axes) -> Axes:
   """Selects the axes that are larger than 1."""
   return tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
 
 
-def axis_size(sizes: Mapping[str, int], axes: tuple[str, ...]) -> int:
+def axis_size(sizes: Sizes, axes: Axes) -> int:
   """Counts the devices along the axes together."""
   return math.prod(sizes.get(axis, 1) for axis in axes)
 
 
-def spec(*dims: tuple[str, ...]) -> jax.P:
+def spec(*dims: Axes) -> jax.P:
   """Makes a PartitionSpec from the mesh axes of each dim."""
   return jax.P(*(dim or None for dim in dims))
 
 
-def batch_spec(
-  sizes: Mapping[str, int], dim: int, axes: tuple[str, ...] = BATCH
-) -> jax.P:
+def batch_spec(sizes: Sizes, dim: int, axes: Axes = BATCH) -> jax.P:
   """Makes the PartitionSpec of an array with sequences of a batch in dim."""
   return spec(*[()] * dim, active_axes(sizes, axes))
 
 
 def local_rows(
-  n: int, mesh: jax.sharding.Mesh, axes: tuple[str, ...] = BATCH
+  n: int, mesh: jax.sharding.Mesh, axes: Axes = BATCH
 ) -> list[int]:
   """Lists the rows, of n divided over mesh axes, on this process' devices."""
   sharding = jax.NamedSharding(mesh, batch_spec(mesh.shape, 0, axes))
@@ -80,20 +76,11 @@ def local_rows(
 
 
 def make_global_batch(
-  tree: Any,
-  n: int,
-  mesh: jax.sharding.Mesh,
-  dim: int = 0,
-  axes: tuple[str, ...] = BATCH,
+  tree: Any, n: int, mesh: jax.sharding.Mesh, dim: int = 0, axes: Axes = BATCH
 ) -> Any:
-  """Makes global arrays of n rows from those of every process.
+  """Makes global arrays of n rows from the `local_rows` of every process.
 
-  Args:
-    tree: arrays with this process' `local_rows` along `dim`.
-    n: rows of all processes.
-    mesh: of all processes.
-    dim: of the rows.
-    axes: mesh axes that divide the rows.
+  The rows are along `dim` of each array; the mesh axes `axes` divide them.
   """
   sharding = jax.NamedSharding(mesh, batch_spec(mesh.shape, dim, axes))
   local = local_rows(n, mesh, axes)

@@ -22,7 +22,7 @@ collectives there.
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -34,16 +34,23 @@ from dsv3_jax.linear import linear, recipe
 from dsv3_jax.model import experts as experts_lib
 from dsv3_jax.model import moe, remat
 from dsv3_jax.parallel import comm_volume, device_mesh, transports
-from dsv3_jax.parallel.transports import Axes
+from dsv3_jax.parallel.device_mesh import Axes, Sizes
+from dsv3_jax.parallel.transports import (
+  AllToAll,
+  padded_all_to_all,
+  ragged_all_to_all,
+)
 
-CAPACITY_FACTOR = 1.25  # rows of a round, relative to balanced routing
+# Rows of a round, relative to balanced routing. Unlike the capacity factor of
+# other MoE layers it drops no token: rows beyond it wait for another round.
+BUFFER_FACTOR = 1.25
 
 Ffn = Callable[..., jax.Array]
 
 
 def make_expert_parallel_ffn(
   form: str,
-  sizes: Mapping[str, int],
+  sizes: Sizes,
   cfg: config.Router,
   *,
   rounds: str = "auto",
@@ -56,8 +63,6 @@ def make_expert_parallel_ffn(
     form: `allgather`, `all_to_all` or `hierarchical_all_to_all`; a prefix
       `ragged_` sends only the rows in use, where the backend can; `auto` is
       hierarchical if both axes are larger than 1.
-    sizes: of the mesh axes.
-    cfg: routing rules: numbers of experts, groups and choices.
     rounds: `one` of the largest possible number of rows, `many` of the expected
       number, or `auto`.
     split_wgrad: compute weight gradients apart, see `experts.grouped_ffn`.
@@ -84,7 +89,13 @@ def make_expert_parallel_ffn(
     return moe.Experts(ffn, counts)
   if rounds == "auto":
     rounds = "one" if jax.default_backend() == "cpu" else "many"
-  for transport in _transports(form, axes, sizes, cfg, ragged, rounds):
+  hop = functools.partial(
+    AllToAll,
+    group=axes,
+    all_to_all=ragged_all_to_all if ragged else padded_all_to_all,
+    buffer_factor=BUFFER_FACTOR if rounds == "many" else math.inf,
+  )
+  for transport in _transports(hop, form, axes, sizes, cfg):
     ffn = functools.partial(
       _exchange, transport, inner=ffn, split_wgrad=split_wgrad
     )
@@ -92,22 +103,13 @@ def make_expert_parallel_ffn(
 
 
 def _transports(
+  hop: Callable[..., AllToAll],
   form: str,
   axes: Axes,
-  sizes: Mapping[str, int],
+  sizes: Sizes,
   cfg: config.Router,
-  ragged: bool,
-  rounds: str,
-) -> list[transports.AllToAll]:
+) -> list[AllToAll]:
   """Lists the exchanges of a token, the last hop first."""
-  hop = functools.partial(
-    transports.AllToAll,
-    group=axes,
-    all_to_all=transports.ragged_all_to_all
-    if ragged
-    else transports.padded_all_to_all,
-    capacity_factor=CAPACITY_FACTOR if rounds == "many" else math.inf,
-  )
   if form == "all_to_all":
     return [hop(axes, n_devices=1, fanout=cfg.top_k)]
   # If a group of experts is inside one node, tokens reach at most as many nodes
@@ -142,13 +144,13 @@ def _allgather_ffn(
   axes: Axes,
   inner: Ffn,
 ) -> jax.Array:
-  n, transport = p["down"].shape[0], transports.AllGather(axes)
+  transport = transports.AllGather(axes)
   all_chosen = remat.named(transport.dispatch(chosen, None), "sent")
-  local = _local_choices(all_chosen, jax.lax.axis_index(axes), n)
+  device, n_experts = jax.lax.axis_index(axes), p["down"].shape[0]
+  local = _local_choices(all_chosen, device, n_experts)
   gates = transports.dispatch(transport, 0, gates, None)
-  states = transports.dispatch(
-    transport, linear.block_size(p["gate_up"]), x, None
-  )
+  tile = linear.block_size(p["gate_up"])
+  states = transports.dispatch(transport, tile, x, None)
   y = inner(p, states, local, gates, n_slots or chosen.size)
   return transports.combine(transport, linear.block_size(p["down"]), y, None)
 
@@ -166,50 +168,39 @@ class DispatchPlan:
   rounds: jax.Array  # [] int32, the same in the whole group
 
 
-def _capacity(
-  n_rows: int,
-  n_slots: int,
-  size: int,
-  fanout: int,
-  capacity_factor: float = CAPACITY_FACTOR,
+def _buffer_rows(
+  n_rows: int, n_slots: int, size: int, fanout: int, buffer_factor: float
 ) -> int:
-  """Returns the rows of a round for one destination.
+  """Returns the rows of a round for each of `size` destinations.
 
   A row of random choices misses a destination with probability
   (1 - 1 / size)^(choices of a row); limited routing sends a row to at most
-  `fanout` destinations.
-
-  Args:
-    n_rows: rows of this device.
-    n_slots: expected choices of all rows.
-    size: number of destinations.
-    fanout: most destinations of a row.
-    capacity_factor: relative to the expected rows.
+  `fanout` destinations. All rows together have n_slots choices.
   """
   reached = 1 - (1 - 1 / size) ** (n_slots / n_rows)
-  needed = capacity_factor * n_rows * min(reached, fanout / size)
+  needed = buffer_factor * n_rows * min(reached, fanout / size)
   return math.ceil(min(n_rows, needed))
 
 
 def _plan(
-  chosen: jax.Array, n_experts: int, size: int, capacity: int, group: Axes
+  chosen: jax.Array, n_experts: int, size: int, buffer_rows: int, group: Axes
 ) -> DispatchPlan:
   """Queues tokens for `size` destinations of n_experts each."""
   n_rows = chosen.shape[0]
   wanted = jax.nn.one_hot(chosen // n_experts, size, dtype=jnp.bool_).any(1)
   index = jnp.cumsum(wanted, axis=0, dtype=jnp.int32) - 1
-  length = -(-n_rows // capacity) * capacity
+  length = -(-n_rows // buffer_rows) * buffer_rows
   index = jnp.where(wanted, index, length)
   row, destination = jnp.indices(wanted.shape, dtype=jnp.int32)
   queue = jnp.full_like(chosen, n_rows, shape=(size, length))
   queue = queue.at[destination, index].set(row, mode="drop")
   counts = wanted.sum(0, dtype=jnp.int32)
-  rounds = jax.lax.pmax(-(-counts.max() // capacity), group)
+  rounds = jax.lax.pmax(-(-counts.max() // buffer_rows), group)
   return DispatchPlan(queue, counts, chosen, rounds)
 
 
 def _exchange(
-  transport: transports.AllToAll,
+  transport: AllToAll,
   p: param_spec.Params,
   x: jax.Array,
   chosen: jax.Array,
@@ -226,48 +217,49 @@ def _exchange(
   p, x, gates = jax.tree.unflatten(structure, varying.same_varying(*leaves))
   n_slots = n_slots or chosen.size
   size, n_experts = jax.lax.axis_size(transport.axes), p["down"].shape[0]
-  capacity = _capacity(
-    len(x), n_slots, size, transport.fanout, transport.capacity_factor
+  buffer_rows = _buffer_rows(
+    len(x), n_slots, size, transport.fanout, transport.buffer_factor
   )
   plan = _plan(
-    chosen, n_experts * transport.n_devices, size, capacity, transport.group
+    chosen, n_experts * transport.n_devices, size, buffer_rows, transport.group
   )
-  one_round = functools.partial(_round, transport, inner, capacity, n_slots)
+  one_round = functools.partial(_round, transport, inner, buffer_rows, n_slots)
   # Marked as varying, as all that a pass may save for another.
   rounds = varying.vary(plan.rounds, varying.varying(x))
   plan = plan.replace(rounds=remat.named(rounds, "sent"))
-  if capacity == len(x):
-    return one_round(0, p, x, gates, plan)
   trained = recipe.differentiable(p)
-  return _all_rounds(one_round, split_wgrad, trained, p, x, gates, plan)
+  if buffer_rows == len(x):
+    return one_round(p, plan, 0, trained, x, gates)
+  return _all_rounds(one_round, split_wgrad, p, plan, trained, x, gates)
 
 
 def _round(
-  transport: transports.AllToAll,
+  transport: AllToAll,
   inner: Ffn,
-  capacity: int,
+  buffer_rows: int,
   n_slots: int,
-  i: Any,
   p: param_spec.Params,
+  plan: DispatchPlan,
+  i: Any,
+  trained: Any,
   x: jax.Array,
   gates: jax.Array,
-  plan: DispatchPlan,
 ) -> jax.Array:
   """Exchanges the i-th rows of every queue; returns their sums [M, D]."""
-  n_experts = p["down"].shape[0] * transport.n_devices
-  token = jax.lax.dynamic_slice_in_dim(plan.queue, i * capacity, capacity, 1)
-  outgoing = jnp.clip(plan.counts - i * capacity, 0, capacity)
-  incoming = transports.padded_all_to_all(outgoing, outgoing, transport.axes)
+  p = recipe.with_differentiable(trained, p)
+  n_experts, start = p["down"].shape[0] * transport.n_devices, i * buffer_rows
+  token = jax.lax.dynamic_slice_in_dim(plan.queue, start, buffer_rows, 1)
+  outgoing = jnp.clip(plan.counts - start, 0, buffer_rows)
+  incoming = padded_all_to_all(outgoing, outgoing, transport.axes)
   incoming = remat.named(incoming, "sent")
   rows = transports.Rows(token, outgoing, incoming, len(x))
-  arrived = jnp.arange(capacity)[None] < incoming[:, None]
+  arrived = jnp.arange(buffer_rows)[None] < incoming[:, None]
   local = remat.named(transport.dispatch(plan.chosen, rows), "sent")
   device = jax.lax.axis_index(transport.axes)
   local = _local_choices(local, device, n_experts)
   local = jnp.where(arrived.reshape(-1, 1), local, n_experts)
-  states = transports.dispatch(
-    transport, linear.block_size(p["gate_up"]), x, rows
-  )
+  tile = linear.block_size(p["gate_up"])
+  states = transports.dispatch(transport, tile, x, rows)
   gates = transports.dispatch(transport, 0, gates, rows)
   y = inner(p, states, local, gates, min(n_slots, local.size))
   return transports.combine(transport, linear.block_size(p["down"]), y, rows)
@@ -295,39 +287,30 @@ def _later_rounds(
 def _all_rounds(
   one_round: Callable[..., jax.Array],
   split_wgrad: bool,
-  trained: Any,
   p: param_spec.Params,
+  plan: DispatchPlan,
+  trained: Any,
   x: jax.Array,
   gates: jax.Array,
-  plan: DispatchPlan,
 ) -> jax.Array:
   """Sums all rounds; all but the first are recomputed in the backward pass.
 
   Each loop starts from an earlier result, so that XLA runs it later.
   """
-  return _all_rounds_fwd(one_round, split_wgrad, trained, p, x, gates, plan)[0]
+  return _all_rounds_fwd(one_round, split_wgrad, p, plan, trained, x, gates)[0]
 
 
-def _round_of_trained(
-  one_round: Callable[..., jax.Array], p: param_spec.Params, plan: DispatchPlan
-) -> Callable[..., jax.Array]:
-  def round_of_trained(i, trained, x, gates):
-    return one_round(i, recipe.with_differentiable(trained, p), x, gates, plan)
-
-  return round_of_trained
-
-
-def _all_rounds_fwd(one_round, split_wgrad, trained, p, x, gates, plan):
+def _all_rounds_fwd(one_round, split_wgrad, p, plan, trained, x, gates):
   del split_wgrad
-  f = _round_of_trained(one_round, p, plan)
+  f = functools.partial(one_round, p, plan)
   y, vjp = jax.vjp(functools.partial(f, 0), trained, x, gates)
   _, y = _later_rounds(plan.rounds, lambda i, y: y + f(i, trained, x, gates), y)
-  return y, (vjp, trained, p, x, gates, plan)
+  return y, (vjp, p, plan, trained, x, gates)
 
 
 def _all_rounds_bwd(one_round, split_wgrad, residuals, dy):
-  vjp, trained, p, x, gates, plan = residuals
-  f = _round_of_trained(one_round, p, plan)
+  vjp, p, plan, trained, x, gates = residuals
+  f = functools.partial(one_round, p, plan)
 
   def add_later_rounds(total, rounds, f, *inputs):
     """Adds the gradients of f(round, *inputs) for all later rounds."""
@@ -341,11 +324,7 @@ def _all_rounds_bwd(one_round, split_wgrad, residuals, dy):
   d_trained, dx, dgates = vjp(dy)
   if split_wgrad:
     done, (dx, dgates) = add_later_rounds(
-      (dx, dgates),
-      plan.rounds,
-      lambda i, x, gates: f(i, trained, x, gates),
-      x,
-      gates,
+      (dx, dgates), plan.rounds, lambda i, *a: f(i, trained, *a), x, gates
     )
     _, (d_trained,) = add_later_rounds(
       (d_trained,),
@@ -357,7 +336,7 @@ def _all_rounds_bwd(one_round, split_wgrad, residuals, dy):
     total = d_trained, dx, dgates
     _, total = add_later_rounds(total, plan.rounds, f, trained, x, gates)
     d_trained, dx, dgates = total
-  return d_trained, None, dx, dgates, None
+  return None, None, d_trained, dx, dgates
 
 
 _all_rounds.defvjp(_all_rounds_fwd, _all_rounds_bwd)

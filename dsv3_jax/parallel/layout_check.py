@@ -1,16 +1,17 @@
 """Error messages for runs that cannot be divided over a mesh."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from dsv3_jax import config, param_spec
 from dsv3_jax.linear import recipe
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import device_mesh, sharding
+from dsv3_jax.parallel.device_mesh import Sizes
 from dsv3_jax.parallel.pipeline import schedules
 
 
-def validate(run: config.Run, sizes: Mapping[str, int]) -> list[str]:
+def validate(run: config.Run, sizes: Sizes) -> list[str]:
   """Lists what a mesh of these sizes does not divide, with sizes that fit."""
   return [
     *_validate_sizes(run, sizes),
@@ -20,7 +21,7 @@ def validate(run: config.Run, sizes: Mapping[str, int]) -> list[str]:
   ]
 
 
-def _validate_sizes(run: config.Run, sizes: Mapping[str, int]) -> Iterator[str]:
+def _validate_sizes(run: config.Run, sizes: Sizes) -> Iterator[str]:
   model, sequences = run.model, run.train.micro_batch_size
   n_experts, n_heads = model.router.n_experts, model.attention.n_heads
   for label, size, axes in (
@@ -44,11 +45,11 @@ def _divisors(n: int) -> str:
   return f"{', '.join(others)} or {last}" if others else last
 
 
-def _validate_fp8(run: config.Run, sizes: Mapping[str, int]) -> list[str]:
+def _validate_fp8(run: config.Run, sizes: Sizes) -> Iterator[str]:
   """Describes the first weight that `model` would divide inside a tile."""
   n, tile = sizes.get("model", 1), run.precision.tile
   if n == 1:
-    return []
+    return
   specs = transformer.specs(run.model)
   by_path = param_spec.flatten_with_paths(specs)
   for path in sorted(recipe.fp8_paths(specs, run.precision)):
@@ -57,62 +58,58 @@ def _validate_fp8(run: config.Run, sizes: Mapping[str, int]) -> list[str]:
     for side in (dims[: spec.n_contracted], dims[spec.n_contracted :]):
       names = [axis for axis, _ in side]
       # A dim before the divided one counts matrices, and is not divided.
-      start = next(
-        (i for i, axis in enumerate(names) if axis in ("heads", "ffn")), None
-      )
-      if start is None:
+      starts = [i for i, axis in enumerate(names) if axis in ("heads", "ffn")]
+      if not starts:
         continue
-      size = math.prod(size for _, size in side[start:]) // n
+      size = math.prod(size for _, size in side[starts[0] :]) // n
       if size % tile:
-        return [
+        yield (
           f"--mesh: model={n} leaves {size} of {path} to a device, which"
           f" precision.tile={tile} does not divide; choose a tile that divides"
           " it, or model=1"
-        ]
-  return []
+        )
+        return
 
 
-def _validate_pipeline(run: config.Run, sizes: Mapping[str, int]) -> list[str]:
+def _validate_pipeline(run: config.Run, sizes: Sizes) -> Iterator[str]:
   name, n_ranks = run.parallel.schedule, sizes.get("pipe", 1)
   if name == "none":
-    if n_ranks == 1:
-      return []
-    return [
-      f"--mesh: pipe={n_ranks} needs a parallel.schedule; use one of"
-      f" {', '.join(schedules.SCHEDULES)}"
-    ]
-  problems = _validate_micro_batches(run, n_ranks)
+    if n_ranks > 1:
+      yield (
+        f"--mesh: pipe={n_ranks} needs a parallel.schedule; use one of"
+        f" {', '.join(schedules.SCHEDULES)}"
+      )
+    return
+  yield from _validate_micro_batches(run, n_ranks)
   if sizes.get("model", 1) > 1:
-    problems.append(
+    yield (
       f"--mesh: model={sizes['model']} with parallel.schedule={name}: layers"
       " of a stage cannot be divided; use model=1"
     )
   if run.data.segment_mask:
-    problems.append(
+    yield (
       f"data.segment_mask=true with parallel.schedule={name}: stages do not"
       " receive segments; use one of them"
     )
   if sharding.LAYOUTS[run.parallel.layout].gather_by_layer:
-    problems.append(
+    yield (
       f"parallel.layout={run.parallel.layout} with parallel.schedule={name}:"
       " a stage's layers stay gathered during a step; use zero1 or replicated"
     )
-  return problems
 
 
-def _validate_micro_batches(run: config.Run, n_ranks: int) -> list[str]:
+def _validate_micro_batches(run: config.Run, n_ranks: int) -> Iterator[str]:
   """Checks the schedule for the micro-batches of every phase of the run."""
   name, n_layers = run.parallel.schedule, run.model.n_layers
   micro = run.train.micro_batch_size
   full = schedules.validate(name, n_ranks, run.train.micro_batches, n_layers)
-  problems = list(full)
+  yield from full
   for phase in run.batch_phases[:-1]:
     n_micro = phase.batch_size // micro
-    problems += [
-      f"{line}; these are the {phase.batch_size} sequences, {micro} a"
-      " micro-batch, of steps while the batch grows: see"
-      " train.first_batch_size"
-      for line in schedules.validate(name, n_ranks, n_micro, n_layers)
-      if line not in full
-    ]
-  return problems
+    for line in schedules.validate(name, n_ranks, n_micro, n_layers):
+      if line not in full:
+        yield (
+          f"{line}; these are the {phase.batch_size} sequences, {micro} a"
+          " micro-batch, of steps while the batch grows: see"
+          " train.first_batch_size"
+        )

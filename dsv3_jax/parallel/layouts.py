@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,8 +11,10 @@ from dsv3_jax import config, param_spec, varying
 from dsv3_jax.linear import linear, recipe
 from dsv3_jax.model import moe, transformer
 from dsv3_jax.parallel import device_mesh, dispatch, sharding
+from dsv3_jax.parallel.device_mesh import Axes, Sizes
 from dsv3_jax.parallel.pipeline import schedules, stages
 from dsv3_jax.parallel.sharding import ParamSharding
+from dsv3_jax.param_spec import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +24,8 @@ class Layout:
   shardings: Any  # tree of ParamSharding
   fp8: frozenset[str]  # paths of the weights in FP8
   rules: sharding.ShardingRules
-  sizes: Mapping[str, int]
-  batch_axes: tuple[str, ...]  # mesh axes that tokens are divided over
+  sizes: Sizes
+  batch_axes: Axes  # mesh axes that tokens are divided over
   stages: stages.Stages | None  # of a pipeline
   experts: moe.Experts
 
@@ -54,13 +56,13 @@ class Layout:
     return device_mesh.axis_size(self.sizes, self.batch_axes)
 
   @property
-  def varying_axes(self) -> tuple[str, ...]:
+  def varying_axes(self) -> Axes:
     """Mesh axes whose devices compute different gradients."""
     return ("pipe", *self.batch_axes) if self.stages else self.batch_axes
 
   # The methods below run inside a `shard_map` over the whole mesh.
 
-  def gather_for_step(self, params: param_spec.Params) -> param_spec.Params:
+  def gather_for_step(self, params: Params) -> Params:
     """All-gathers what stays gathered during a step.
 
     Of pipelined layers, each rank receives those of its stages. All arrays are
@@ -78,16 +80,14 @@ class Layout:
 
     return self._map(gather, params)
 
-  def gather_layer(self, name: str, p: param_spec.Params) -> param_spec.Params:
+  def gather_layer(self, name: str, p: Params) -> Params:
     """All-gathers one layer; passed to `forward` as `gather`."""
     if self._gathered_for_step(name):
       return p
     shardings = jax.tree.map(lambda of: of.of_layer(), self.shardings[name])
     return sharding.map_arrays(sharding.all_gather, p, shardings)
 
-  def reduce_scatter_grads(
-    self, gradients: param_spec.Params
-  ) -> param_spec.Params:
+  def reduce_scatter_grads(self, gradients: Params) -> Params:
     """Sums local gradients of gathered parameters into those of the shards."""
 
     def reduce(name: str, g: jax.Array, of: ParamSharding) -> jax.Array:
@@ -104,8 +104,8 @@ class Layout:
   def _map(
     self,
     f: Callable[[str, jax.Array, ParamSharding], jax.Array],
-    params: param_spec.Params,
-  ) -> param_spec.Params:
+    params: Params,
+  ) -> Params:
     return {
       name: sharding.map_arrays(
         functools.partial(f, name), p, self.shardings[name]
@@ -122,16 +122,16 @@ class Layout:
 
 def make_layout(
   run: config.Run,
-  sizes: Mapping[str, int],
+  sizes: Sizes,
   *,
   staged: bool = True,
   micro_batches: int | None = None,
 ) -> Layout:
-  """Builds the layout of a run on a mesh of these sizes by axis.
+  """Builds the layout of a run on a mesh.
 
   Args:
     run: the configuration.
-    sizes: of the mesh axes.
+    sizes: of the mesh.
     staged: divide the layers over `pipe` by the run's schedule; else the
       devices of `pipe` divide the rows of a batch.
     micro_batches: of the step, if not the run's full number.

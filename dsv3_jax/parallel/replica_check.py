@@ -41,9 +41,8 @@ def _checksums(leaves: list[jax.Array], mesh: jax.sharding.Mesh) -> jax.Array:
 
   def local(leaves: list[jax.Array]) -> jax.Array:
     checksums = map(checksum.compute, leaves)
-    return jnp.stack([varying.vary(c, device_mesh.AXES) for c in checksums])[
-      None
-    ]
+    by_leaf = [varying.vary(c, device_mesh.AXES) for c in checksums]
+    return jnp.stack(by_leaf)[None]
 
   by_device = jax.shard_map(local, mesh=mesh, out_specs=jax.P(device_mesh.AXES))
   replicated = jax.NamedSharding(mesh, jax.P())

@@ -40,7 +40,7 @@ def forward(
     bias: [n_routers, E] f32.
     tokens: [b, T] int32.
     run: the configuration.
-    layout: its layout on the mesh.
+    layout: of the run on the mesh.
     cfg: the model, if not the run's.
 
   Returns:

@@ -7,7 +7,7 @@ state) or layer by layer (FSDP).
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import jax
 from dsv3_jax import param_spec
 from dsv3_jax.linear import linear
 from dsv3_jax.parallel import device_mesh
+from dsv3_jax.parallel.device_mesh import Axes, Sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +23,12 @@ class ShardingRules:
   """Rules of a layout; a mesh axis of size 1 has no effect."""
 
   # (logical axis, mesh axes that divide it)
-  logical_to_mesh: tuple[tuple[str, tuple[str, ...]], ...] = (
+  logical_to_mesh: tuple[tuple[str, Axes], ...] = (
     ("experts", device_mesh.EXPERTS),
     ("heads", ("model",)),
     ("ffn", ("model",)),
   )
-  fsdp_axes: tuple[str, ...] = ()  # mesh axes that shard what is not divided
+  fsdp_axes: Axes = ()  # mesh axes that shard what is not divided
   gather_by_layer: bool = False  # all-gather before each layer, not each step
 
 
@@ -42,9 +43,9 @@ LAYOUTS = {
 class ParamSharding:
   """Sharding of one parameter; a leaf of a tree, not a pytree."""
 
-  dims: tuple[tuple[str, ...], ...]  # mesh axes of each dim
+  dims: tuple[Axes, ...]  # mesh axes of each dim
   # (dim, mesh axes) that are all-gathered before use
-  fsdp_dims: tuple[tuple[int, tuple[str, ...]], ...]
+  fsdp_dims: tuple[tuple[int, Axes], ...]
 
   @property
   def spec(self) -> jax.P:
@@ -76,7 +77,7 @@ class ParamSharding:
 
 
 def param_sharding(
-  param: param_spec.ParamSpec, rules: ShardingRules, sizes: Mapping[str, int]
+  param: param_spec.ParamSpec, rules: ShardingRules, sizes: Sizes
 ) -> ParamSharding:
   """Applies the rules to a parameter on a mesh of these sizes by axis.
 
@@ -92,7 +93,7 @@ def param_sharding(
     taken.update(axes)
   fsdp_dims = {
     i: ()
-    for i, (axis, _) in enumerate(param.dims)
+    for i, axis in enumerate(param.axes)
     if not dims[i] and axis != "layers"
   }
   for axis in device_mesh.active_axes(sizes, rules.fsdp_axes):

@@ -11,7 +11,6 @@ the number of hops has no effect.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
 
 import flax.struct
 import jax
@@ -20,82 +19,7 @@ import jax.numpy as jnp
 from dsv3_jax import varying
 from dsv3_jax.linear import quantize
 from dsv3_jax.model import remat
-
-Axes = tuple[str, ...]  # of the mesh
-
-
-class Transport(Protocol):
-  """Sends rows to the devices of their experts and back."""
-
-  def dispatch(self, x: jax.Array, rows: Any) -> jax.Array:
-    """Sends rows of x."""
-    ...
-
-  def combine(self, y: jax.Array, rows: Any) -> jax.Array:
-    """Returns rows to their devices, and adds those of one token."""
-    ...
-
-
-def _send(
-  transport: Transport, tile: int, x: jax.Array, rows: Any
-) -> jax.Array:
-  """Sends rows, in FP8 if there is a tile."""
-
-  def send(a: jax.Array) -> jax.Array:
-    return remat.named(transport.dispatch(a, rows), "sent")
-
-  if not tile:
-    return send(x)
-  quantized = quantize.quantize(x, (1, tile), "power_of_two")
-  return quantize.dequantize(jax.tree.map(send, quantized), x.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def dispatch(
-  transport: Transport, tile: int, x: jax.Array, rows: Any
-) -> jax.Array:
-  """Sends rows with `transport.dispatch`; its gradient combines.
-
-  Args:
-    transport: of the rows.
-    tile: of the FP8 quantization; 0: none.
-    x: [M, ...].
-    rows: the argument of the transport.
-  """
-  return _send(transport, tile, x, rows)
-
-
-def _dispatch_fwd(transport, tile, x, rows):
-  return _send(transport, tile, x, rows), rows
-
-
-def _dispatch_bwd(transport, tile, rows, dy):
-  del tile
-  return transport.combine(dy, rows), None
-
-
-dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def combine(
-  transport: Transport, tile: int, y: jax.Array, rows: Any
-) -> jax.Array:
-  """Adds up rows with `transport.combine`; its gradient dispatches in FP8."""
-  del tile
-  return transport.combine(y, rows)
-
-
-def _combine_fwd(transport, tile, y, rows):
-  del tile
-  return transport.combine(y, rows), rows
-
-
-def _combine_bwd(transport, tile, rows, dx):
-  return _send(transport, tile, dx, rows), None
-
-
-combine.defvjp(_combine_fwd, _combine_bwd)
+from dsv3_jax.parallel.device_mesh import Axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,32 +39,6 @@ class AllGather:
     return jax.lax.psum_scatter(y, self.axes, tiled=True)
 
 
-def padded_all_to_all(
-  rows: jax.Array, counts: jax.Array, axes: Axes
-) -> jax.Array:
-  """Sends block i of rows [R, C, ...] to device i; returns theirs in order."""
-  del counts
-  return jax.lax.all_to_all(rows, axes, 0, 0, tiled=True)
-
-
-def ragged_all_to_all(
-  rows: jax.Array, counts: jax.Array, axes: Axes
-) -> jax.Array:
-  """Sends only the first counts[i] rows of block i; the others arrive as 0."""
-  n, capacity = rows.shape[:2]
-  flat = rows.reshape(n * capacity, *rows.shape[2:])
-  starts = capacity * jnp.arange(n, dtype=jnp.int32)
-  offsets = jnp.full_like(starts, capacity) * jax.lax.axis_index(axes)
-  incoming = padded_all_to_all(counts, counts, axes)
-  out = jax.lax.ragged_all_to_all(
-    flat,
-    jnp.zeros_like(flat),
-    *varying.same_varying(starts, counts, offsets, incoming),
-    axis_name=axes,
-  )
-  return out.reshape(rows.shape)
-
-
 @flax.struct.dataclass
 class Rows:
   """The rows of one round of an exchange."""
@@ -157,10 +55,10 @@ class AllToAll:
 
   axes: Axes  # exchanged over
   group: Axes  # all that must do as many rounds
-  all_to_all: Callable[..., jax.Array]
+  all_to_all: Callable[[jax.Array, jax.Array, Axes], jax.Array]
   n_devices: int  # of a destination: those of a node, or 1
   fanout: int  # most destinations of a token
-  capacity_factor: float  # rows of a round, relative to balanced routing
+  buffer_factor: float  # rows of a round, relative to balanced routing
 
   def dispatch(self, x: jax.Array, rows: Rows) -> jax.Array:
     """Sends rows of x [M, ...] to their destinations: [R * C, ...]."""
@@ -174,3 +72,92 @@ class AllToAll:
     y = self.all_to_all(y, rows.incoming, self.axes)
     x = jnp.zeros_like(y, shape=(rows.n_tokens, y.shape[-1]))
     return x.at[rows.token].add(y, mode="drop")
+
+
+def padded_all_to_all(
+  rows: jax.Array, counts: jax.Array, axes: Axes
+) -> jax.Array:
+  """Sends block i of rows [R, C, ...] to device i; returns theirs in order."""
+  del counts
+  return jax.lax.all_to_all(rows, axes, 0, 0, tiled=True)
+
+
+def ragged_all_to_all(
+  rows: jax.Array, counts: jax.Array, axes: Axes
+) -> jax.Array:
+  """Sends only the first counts[i] rows of block i; the others arrive as 0."""
+  n, size = rows.shape[:2]
+  flat = rows.reshape(n * size, *rows.shape[2:])
+  starts = size * jnp.arange(n, dtype=jnp.int32)
+  offsets = jnp.full_like(starts, size) * jax.lax.axis_index(axes)
+  incoming = padded_all_to_all(counts, counts, axes)
+  out = jax.lax.ragged_all_to_all(
+    flat,
+    jnp.zeros_like(flat),
+    *varying.same_varying(starts, counts, offsets, incoming),
+    axis_name=axes,
+  )
+  return out.reshape(rows.shape)
+
+
+# --- with gradients, and in FP8 ---
+
+Transport = AllGather | AllToAll
+
+
+def _send(
+  transport: Transport, tile: int, x: jax.Array, rows: Rows | None
+) -> jax.Array:
+  """Sends rows, in FP8 if there is a tile."""
+
+  def send(a: jax.Array) -> jax.Array:
+    return remat.named(transport.dispatch(a, rows), "sent")
+
+  if not tile:
+    return send(x)
+  quantized = quantize.quantize(x, (1, tile), "power_of_two")
+  return quantize.dequantize(jax.tree.map(send, quantized), x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def dispatch(
+  transport: Transport, tile: int, x: jax.Array, rows: Rows | None
+) -> jax.Array:
+  """Sends rows of x [M, ...], in FP8 of a tile (0: not); its gradient combines.
+
+  `rows` is the argument of the transport.
+  """
+  return _send(transport, tile, x, rows)
+
+
+def _dispatch_fwd(transport, tile, x, rows):
+  return _send(transport, tile, x, rows), rows
+
+
+def _dispatch_bwd(transport, tile, rows, dy):
+  del tile
+  return transport.combine(dy, rows), None
+
+
+dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def combine(
+  transport: Transport, tile: int, y: jax.Array, rows: Rows | None
+) -> jax.Array:
+  """Adds up rows with `transport.combine`; its gradient dispatches in FP8."""
+  del tile
+  return transport.combine(y, rows)
+
+
+def _combine_fwd(transport, tile, y, rows):
+  del tile
+  return transport.combine(y, rows), rows
+
+
+def _combine_bwd(transport, tile, rows, dx):
+  return _send(transport, tile, dx, rows), None
+
+
+combine.defvjp(_combine_fwd, _combine_bwd)

@@ -154,7 +154,7 @@ class DispatchTest(parameterized.TestCase):
       transports.padded_all_to_all,
       1,
       4,
-      dispatch.CAPACITY_FACTOR,
+      dispatch.BUFFER_FACTOR,
     )
     across = transports.AllToAll(
       ("node",),
@@ -162,7 +162,7 @@ class DispatchTest(parameterized.TestCase):
       transports.padded_all_to_all,
       2,
       4,
-      dispatch.CAPACITY_FACTOR,
+      dispatch.BUFFER_FACTOR,
     )
 
     def one(p, x, chosen, gates, n_slots=None):
@@ -206,11 +206,14 @@ class DispatchTest(parameterized.TestCase):
     self.assertEqual(experts, dispatch.moe.LOCAL)
 
   def test_rounds_hold_what_balanced_routing_needs(self):
+    rows = functools.partial(
+      dispatch._buffer_rows, buffer_factor=dispatch.BUFFER_FACTOR
+    )
     # 8 choices, 8 devices: 1 - (7/8)^8 = 0.656 of the rows, and a quarter more.
-    self.assertEqual(dispatch._capacity(1000, 8000, 8, fanout=8), 821)
+    self.assertEqual(rows(1000, 8000, 8, fanout=8), 821)
     # At most 4 of 8 nodes: half of the rows.
-    self.assertEqual(dispatch._capacity(1000, 8000, 8, fanout=4), 625)
-    self.assertEqual(dispatch._capacity(3, 3, 1, fanout=1), 3)
+    self.assertEqual(rows(1000, 8000, 8, fanout=4), 625)
+    self.assertEqual(rows(3, 3, 1, fanout=1), 3)
 
   def test_ragged_forms_lower_for_accelerators(self):
     traced = _traced("ragged_hierarchical_all_to_all many")
