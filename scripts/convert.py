@@ -32,7 +32,7 @@ from rich import console, progress
 from dsv3_jax import config, io
 from dsv3_jax.data import tokenizer
 from dsv3_jax.errors import InputError
-from dsv3_jax.evals import checkpoint_logits
+from dsv3_jax.evals import logits as logits_lib
 from dsv3_jax.interop import (
   export_run,
   gguf,
@@ -264,7 +264,7 @@ def _logits(args: Args) -> None:
   if sizes:
     run = config.override(run, "parallel.layout=fsdp")
   mesh = device_mesh.make_mesh(sizes)
-  logits = checkpoint_logits.compute_logits(released, run, tokens, mesh)
+  logits = logits_lib.compute_logits(released, run, tokens, mesh)
   for path, array in zip((args.out, args.mtp_out), logits, strict=False):
     with io.atomic_write(pathlib.Path(path), "wb") as file:
       np.save(file, array)
@@ -323,7 +323,7 @@ def _compare_with_transformers(released: hf_read.ReleasedCheckpoint) -> None:
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, released.model.vocab_size, PROMPTS).astype(np.int32)
   released = released.without_mtp()
-  ours, *_ = checkpoint_logits.compute_logits(
+  ours, *_ = logits_lib.compute_logits(
     released, released.make_run(), tokens, device_mesh.make_mesh({})
   )
   with tempfile.TemporaryDirectory() as folder:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,84 +16,83 @@ from dsv3_jax.parallel import device_mesh, layouts, sharded_forward
 class EvalModel:
   """Parameters of a run, sharded by its layout, to be evaluated."""
 
-  params: param_spec.Params  # MTP modules are not used
+  params: param_spec.Params
   bias: jax.Array  # [n_routers, E] f32
   run: config.Run
   mesh: jax.sharding.Mesh
 
 
-# A function of hidden states [b, T, D] of some rows, the weights of the head,
-# and the data of these rows. It returns a sum [] or a value for each row [b].
-Score = Callable[..., jax.Array]
+# A function of the gathered parameters, the `transformer.Output` of some rows,
+# and the data of these rows. It returns a sum [], or arrays [b, ...].
+Score = Callable[..., Any]
 
 
-def _local(params, bias, tokens, data, *, score, run, layout):
-  main = config.override(run.model, "mtp.depth=0")
-  bias = bias[: main.n_routers]
-  params, out = sharded_forward.forward(params, bias, tokens, run, layout, main)
-  found = score(out.hidden, params["head"], *data)
-  return found if found.ndim else jax.lax.psum(found, layout.batch_axes)
-
-
-@functools.partial(jax.jit, static_argnames=("score", "per_row", "run", "mesh"))
-def _scored(params, bias, tokens, data, *, score, per_row, run, mesh):
+@functools.partial(
+  jax.jit, static_argnames=("score", "per_row", "with_mtp", "run", "mesh")
+)
+def _scored(params, bias, rows, *, score, per_row, with_mtp, run, mesh):
   layout = layouts.make_layout(run, mesh.shape, staged=False)
   divided = device_mesh.batch_spec(mesh.shape, 0, device_mesh.ROWS)
+  main = config.override(run.model, "mtp.depth=0")
+  cfg = run.model if with_mtp else main
+
+  def local(params, bias, rows):
+    tokens, *data = rows
+    params, out = sharded_forward.forward(
+      params, bias[: cfg.n_routers], tokens, run, layout, cfg
+    )
+    value = score(params, out, *data)
+    return value if per_row else jax.lax.psum(value, layout.batch_axes)
+
   return jax.shard_map(
-    functools.partial(_local, score=score, run=run, layout=layout),
+    local,
     mesh=mesh,
-    in_specs=(layout.specs, jax.P(), divided, (divided,) * len(data)),
+    in_specs=(layout.specs, jax.P(), divided),
     out_specs=divided if per_row else jax.P(),
-  )(params, bias, tokens, data)
+  )(params, bias, rows)
 
 
 def map_hidden(
   model: EvalModel,
   score: Score,
-  per_row: bool,
   tokens: np.ndarray,
   *data: np.ndarray,
   batch_size: int,
-) -> list[Any]:
-  """Applies `score` to the final hidden states of each batch.
+  per_row: bool = False,
+  with_mtp: bool = False,
+) -> Iterator[Any]:
+  """Yields the `score` of the final hidden states of each batch.
 
   Args:
     model: to evaluate.
     score: see `Score`; a top-level function, so that it is compiled once.
-    per_row: whether it returns a value for each row [b], not one sum [].
     tokens: [R, T] int32.
     *data: [R, ...] each; `score` gets the same rows of them as of tokens. Rows
       that pad the last batch are zeros.
     batch_size: rows in a batch, rounded up to a multiple of the mesh's shards.
-
-  Returns:
-    The value of each batch, [] or [b].
+    per_row: whether the score has values for each row, not one sum.
+    with_mtp: whether the output has the states of the MTP modules too.
   """
   mesh = model.mesh
   n_shards = device_mesh.axis_size(mesh.shape, device_mesh.ROWS)
-  size = min(batch_size, len(tokens))
-  size = -(-size // n_shards) * n_shards
-  padding = -len(tokens) % size
-  padded = [
-    np.pad(a, ((0, padding), *((0, 0),) * (a.ndim - 1)))
-    for a in (tokens, *data)
-  ]
-  values = []
-  for i in range(0, len(padded[0]), size):
+  size = -(-min(batch_size, len(tokens)) // n_shards) * n_shards
+  for i in range(0, len(tokens), size or 1):
     local = device_mesh.local_rows(size, mesh, device_mesh.ROWS)
-    rows = tuple(a[i : i + size][local] for a in padded)
+    batch = [a[i : i + size] for a in (tokens, *data)]
+    padding = size - len(batch[0])
+    rows = tuple(
+      np.pad(a, ((0, padding), *((0, 0),) * (a.ndim - 1)))[local] for a in batch
+    )
     rows = device_mesh.make_global_batch(
       rows, size, mesh, axes=device_mesh.ROWS
     )
-    value = _scored(
+    yield _scored(
       model.params,
       model.bias,
-      rows[0],
-      rows[1:],
+      rows,
       score=score,
       per_row=per_row,
+      with_mtp=with_mtp,
       run=model.run,
       mesh=mesh,
     )
-    values.append(value)
-  return values

@@ -26,14 +26,11 @@ class Likelihood:
     }
 
 
-def _nll(hidden, head, labels, mask):
+def _nll(params, out, labels, mask):
   """Sums -log p over the labels [B, T] that the mask selects."""
-  return losses.cross_entropy(
-    hidden.reshape(-1, hidden.shape[-1]),
-    head,
-    labels.reshape(-1),
-    mask.reshape(-1),
-  )
+  states = out.hidden.reshape(-1, out.hidden.shape[-1])
+  labels, mask = labels.reshape(-1), mask.reshape(-1)
+  return losses.cross_entropy(states, params["head"], labels, mask)
 
 
 def heldout(
@@ -47,15 +44,9 @@ def heldout(
     mask: [R, T] bool, targets to score.
     n_bytes: UTF-8 bytes of the text that the scored targets spell.
   """
-  sums = hidden_lib.map_hidden(
-    model,
-    _nll,
-    False,
-    rows[:, :-1],
-    rows[:, 1:],
-    mask.astype(np.float32),
-    batch_size=model.run.evaluate.batch_size,
-  )
+  size = model.run.evaluate.batch_size
+  data = rows[:, :-1], rows[:, 1:], mask.astype(np.float32)
+  sums = hidden_lib.map_hidden(model, _nll, *data, batch_size=size)
   return Likelihood(float(sum(sums)), int(mask.sum()), n_bytes)
 
 

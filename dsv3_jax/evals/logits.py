@@ -1,33 +1,21 @@
 """Logits of whole rows, of the main model and of every MTP depth."""
 
-import functools
 from collections.abc import Iterator
 
 import jax
 import numpy as np
 
+from dsv3_jax import config
 from dsv3_jax.errors import InputError
 from dsv3_jax.evals import hidden
+from dsv3_jax.interop import load_sharded
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel import device_mesh, layouts, sharded_forward
+from dsv3_jax.parallel import layout_check, layouts
 
 
-def _local(params, bias, tokens, *, run, layout):
-  params, out = sharded_forward.forward(params, bias, tokens, run, layout)
+def _logits(params, out):
   states = out.hidden, *out.mtp_hidden
   return tuple(transformer.logits(params, state) for state in states)
-
-
-@functools.partial(jax.jit, static_argnames=("run", "mesh"))
-def _logits(params, bias, tokens, *, run, mesh):
-  layout = layouts.make_layout(run, mesh.shape, staged=False)
-  divided = device_mesh.batch_spec(mesh.shape, 0, device_mesh.ROWS)
-  return jax.shard_map(
-    functools.partial(_local, run=run, layout=layout),
-    mesh=mesh,
-    in_specs=(layout.specs, jax.P(), divided),
-    out_specs=(divided,) * (1 + run.model.mtp.depth),
-  )(params, bias, tokens)
 
 
 def of_rows(
@@ -47,10 +35,7 @@ def of_rows(
   Raises:
     InputError: a token id is not in the vocabulary, or rows are too short.
   """
-  cfg, size = (
-    model.run.model,
-    device_mesh.axis_size(model.mesh.shape, device_mesh.ROWS),
-  )
+  cfg = model.run.model
   if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
     raise InputError(
       f"tokens: {tokens.dtype} {tokens.shape}, must be integers [B, T]"
@@ -65,14 +50,45 @@ def of_rows(
       f"tokens: {tokens.min()} to {tokens.max()}, must be in"
       f" [0, {cfg.vocab_size})"
     )
-  for first in range(0, len(tokens), size):
-    rows = tokens[first : first + size].astype(np.int32)
-    n = len(rows)
-    rows = np.pad(rows, ((0, size - n), (0, 0)))
-    rows = device_mesh.make_global_batch(
-      rows, size, model.mesh, axes=device_mesh.ROWS
-    )
-    found = _logits(
-      model.params, model.bias, rows, run=model.run, mesh=model.mesh
-    )
-    yield slice(first, first + n), tuple(np.asarray(a)[:n] for a in found)
+  tokens, first = tokens.astype(np.int32), 0
+  for values in hidden.map_hidden(
+    model, _logits, tokens, batch_size=1, per_row=True, with_mtp=True
+  ):
+    n = min(len(values[0]), len(tokens) - first)
+    yield slice(first, first + n), tuple(np.asarray(a)[:n] for a in values)
+    first += n
+
+
+def compute_logits(
+  source: load_sharded.SliceSource,
+  run: config.Run,
+  tokens: np.ndarray,
+  mesh: jax.sharding.Mesh,
+) -> list[np.ndarray]:
+  """Loads a checkpoint shard by shard, and computes float32 logits.
+
+  Args:
+    source: the checkpoint.
+    run: its model and the layout of its parameters.
+    tokens: [B, T] integers.
+    mesh: the devices to compute on.
+
+  Returns:
+    [B, T - k, C] for each depth k, 0 for the main model.
+
+  Raises:
+    InputError: the mesh does not fit the run, or the tokens not the model.
+  """
+  if problems := layout_check.validate(run, mesh.shape):
+    raise InputError("\n".join(problems))
+  layout = layouts.make_layout(run, mesh.shape, staged=False)
+  parts = load_sharded.load(source, layout.specs, mesh, np.float32)
+  b, t = tokens.shape if tokens.ndim == 2 else (0, 0)
+  result = [
+    np.empty((b, max(t - k, 0), run.model.vocab_size), np.float32)
+    for k in range(1 + run.model.mtp.depth)
+  ]
+  for rows, depths in of_rows(hidden.EvalModel(*parts, run, mesh), tokens):
+    for array, values in zip(result, depths, strict=True):
+      array[rows] = values
+  return result

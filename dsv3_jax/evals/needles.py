@@ -130,11 +130,11 @@ def prompt(
   return Prompt(" ".join((*sentences, asked)), answer)
 
 
-def _answered(hidden, head, start, answer):
+def _answered(params, out, start, answer):
   """Whether each row's answer [b, A] is the most likely; PAD matches any."""
   positions = start[:, None] + jnp.arange(answer.shape[1])[None]
-  states = jnp.take_along_axis(hidden, positions[..., None], axis=1)
-  guess = jnp.argmax(states @ head, axis=-1)
+  states = jnp.take_along_axis(out.hidden, positions[..., None], axis=1)
+  guess = jnp.argmax(states @ params["head"], axis=-1)
   right = (guess == answer) | (answer == tokenizer.PAD_ID)
   return right.all(-1).astype(jnp.float32)
 
@@ -148,12 +148,7 @@ def answers_right(
 ) -> np.ndarray:
   """Whether greedy decoding answers each prompt correctly, [R] bool.
 
-  Args:
-    model: to evaluate.
-    tok: its tokenizer.
-    prompts: of at most `length` tokens, BOS and answer included.
-    length: T, that all are padded to.
-    batch_size: rows at a time.
+  All prompts are padded to `length` tokens, BOS and answer included.
 
   Raises:
     InputError: a prompt is longer.
@@ -175,10 +170,11 @@ def answers_right(
   for i, (text, answer) in enumerate(rows):
     tokens[i, : len(text) + len(answer)] = text + answer
     answers[i, : len(answer)] = answer
+  data = tokens, starts, answers
   right = hidden_lib.map_hidden(
-    model, _answered, True, tokens, starts, answers, batch_size=batch_size
+    model, _answered, *data, batch_size=batch_size, per_row=True
   )
-  return np.concatenate(jax.device_get(right))[: len(rows)] > 0
+  return np.concatenate(jax.device_get(list(right)))[: len(rows)] > 0
 
 
 def grid(
