@@ -16,20 +16,16 @@ from collections.abc import Iterator
 
 from dsv3_jax.errors import InputError
 from dsv3_jax.infer import engine, engine_options, generate, load, serving_mesh
-from dsv3_jax.infer import request as request_lib
-from dsv3_jax.infer.request import GenerationRequest
+from dsv3_jax.infer.request import SETTINGS, GenerationRequest
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.trainer import distributed
 from experiments import batch_generate, cli, flag_parser
 from experiments.flag_parser import flag
 
-# Flags of engine options whose field has another name.
-_FLAGS = {"n_drafts": "drafts"}
-
 
 def _setting(name: str, default: object) -> object:
   """Makes the flag of a setting of a request."""
-  help_text = request_lib.SETTINGS[name].metadata["help"]
+  help_text = SETTINGS[name].metadata["help"]
   return flag(default, help_text, repeated=isinstance(default, tuple))
 
 
@@ -56,9 +52,7 @@ class Args:
   )
   chunk: int = flag(512, "tokens of a prompt that are read at a time")
   dtype: str = flag(
-    "float32",
-    "of parameters and cache: float32 or bfloat16",
-    old_name="compute",
+    "float32", "parameters and cache: float32 or bfloat16", old_name="compute"
   )
   ema: bool = flag(False, "use the averaged parameters of a run")
   mesh: str = flag("", "devices by axis, such as expert=4,model=2")
@@ -86,9 +80,8 @@ class Args:
   def validate(self) -> Iterator[str]:
     """Yields the problems of the flags, whatever the model."""
     yield from cli.parse_mesh(self.mesh)[1]
-    needs_mesh = "role", "redundant_experts", "rebalance_every"
-    for name in needs_mesh:
-      if not self.mesh and getattr(self, name) not in (None, 0):
+    for name in ("role", "redundant_experts", "rebalance_every"):
+      if not self.mesh and getattr(self, name) != getattr(Args, name):
         yield f"--{name}: needs --mesh"
     if not self.workdir:
       yield "--workdir is missing: the folder of a training run"
@@ -115,7 +108,7 @@ class Args:
   @property
   def request(self) -> GenerationRequest:
     """The request of --prompt, and the defaults of --prompts."""
-    settings = {name: getattr(self, name) for name in request_lib.SETTINGS}
+    settings = {name: getattr(self, name) for name in SETTINGS}
     return GenerationRequest(self.prompt, **settings)
 
   @property
@@ -141,19 +134,14 @@ class Args:
 
 def _of_flag(problem: str) -> str:
   """Renames a problem of a field, `name=value`, to that of its flag."""
-  name, equals, rest = problem.partition("=")
-  return f"--{_FLAGS.get(name, name)}{equals}{rest}"
+  return "--" + problem.replace("n_drafts=", "drafts=", 1)
 
 
 def _open(args: Args, problems: list[str]) -> load.LoadedModel:
   """Opens the model that the flags name.
 
-  Args:
-    args: the flags.
-    problems: of the flags, to be reported with those of the model.
-
   Raises:
-    InputError: all problems, one a line.
+    InputError: the problems of the flags, and those of the model, one a line.
   """
   problems = list(problems)
   if args.workdir:
@@ -193,9 +181,9 @@ def _print_text(generator: generate.Generator, args: Args) -> None:
 def _print_balance(served: engine.Engine) -> None:
   """Prints the load imbalance of the devices, before each rebalancing."""
   values = [*served.stats.imbalance, served.balancer.imbalance().mean()]
+  listed = ", ".join(f"{value:.2f}" for value in values)
   print(
-    "largest over mean load of the devices, mean over layers: "
-    + ", ".join(f"{value:.2f}" for value in values),
+    f"largest over mean load of the devices, mean over layers: {listed}",
     file=sys.stderr,
   )
 

@@ -280,6 +280,8 @@ class SampleTest(parameterized.TestCase):
     (("--seed=-1",), "--seed=-1: must be in [0, 2^32)"),
     (("--stop=",), "--stop=: a stop string must not be empty"),
     (("--drafts=0",), "--drafts=0: must be at least 1"),
+    (("--redundant_experts=0",), "--redundant_experts: needs --mesh"),
+    (("--role=decode",), "--role: needs --mesh"),
     (("--drafts=-1", "--speculative"), "--drafts=-1: must be at least 1"),
     (("--max_batch=0",), "--max_batch=0: must be at least 1"),
     (("--max_len=0",), "--max_len=0: must be at least 1"),
