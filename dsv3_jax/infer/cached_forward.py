@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax import config, param_spec
-from dsv3_jax.infer import inference_params, kvcache
+from dsv3_jax.infer import kvcache
+from dsv3_jax.infer.inference_params import InferenceParams
 from dsv3_jax.model import attentions, layers, moe, mtp
 from dsv3_jax.model import experts as experts_lib
 
@@ -18,10 +19,8 @@ FEW = 8  # (token, expert) pairs that are faster without sorting
 
 def local_experts(n_slots: int) -> moe.Experts:
   """Returns the experts of one device for n_slots (token, expert) pairs."""
-  few = n_slots <= FEW
-  return moe.Experts(
-    experts_lib.slotwise_ffn if few else experts_lib.grouped_ffn
-  )
+  ffn = experts_lib.slotwise_ffn if n_slots <= FEW else experts_lib.grouped_ffn
+  return moe.Experts(ffn)
 
 
 def _block(
@@ -61,22 +60,16 @@ DECODE = ForwardOptions()
 
 
 def forward(
-  params: inference_params.InferenceParams,
+  params: InferenceParams,
   cache: kvcache.Cache,
   tokens: jax.Array,
   start: jax.Array,
   cfg: config.Model,
   options: ForwardOptions = DECODE,
 ) -> tuple[jax.Array, kvcache.Cache, jax.Array]:
-  """Runs the main model on the next tokens of every slot.
+  """Runs the main model on the next tokens [B, T] int32 of B slots.
 
-  Args:
-    params: of `inference_params.from_params`.
-    cache: of B slots.
-    tokens: [B, T] int32; row b begins at position start[b].
-    start: [B] int32.
-    cfg: the model.
-    options: attention, valid tokens and experts.
+  Row b begins at position start[b].
 
   Returns:
     States after the last layer, [B, T, D], before the final norm; the cache
@@ -94,7 +87,7 @@ def forward(
 
 
 def forward_mtp(
-  params: inference_params.InferenceParams,
+  params: InferenceParams,
   cache: kvcache.Cache,
   hidden: jax.Array,
   ahead: jax.Array,
@@ -105,7 +98,6 @@ def forward_mtp(
   """Runs the first MTP module on the next positions (section 2.2).
 
   Args:
-    params, cache, start, cfg, options: as in `forward`.
     hidden: [B, T, D], the state that the module reads at its positions.
     ahead: [B, T] int32, the token after each position.
 
@@ -127,15 +119,13 @@ def forward_mtp(
 
 
 def final_norm(
-  params: inference_params.InferenceParams, x: jax.Array, cfg: config.Model
+  params: InferenceParams, x: jax.Array, cfg: config.Model
 ) -> jax.Array:
   """Applies the final norm to states [..., D]."""
   return layers.rms_norm(params["norm"], x, cfg.norm_eps)
 
 
-def logits(
-  params: inference_params.InferenceParams, hidden: jax.Array
-) -> jax.Array:
+def logits(params: InferenceParams, hidden: jax.Array) -> jax.Array:
   """Returns next-token logits [..., C] in float32 of normed states [..., D]."""
   rows = hidden.reshape(-1, hidden.shape[-1])
   # The transpose is materialized: the product is much faster so on CPU.

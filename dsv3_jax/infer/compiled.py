@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from dsv3_jax import config
 from dsv3_jax.infer import (
   cached_forward,
-  inference_params,
   kvcache,
   sampling,
   serving_ffn,
   serving_mesh,
   speculation,
 )
+from dsv3_jax.infer.inference_params import InferenceParams
 from dsv3_jax.model import moe
 
 
@@ -44,11 +44,7 @@ Program = Callable[..., tuple[speculation.DecodeState, Any, jax.Array]]
 def decode_program(
   cfg: config.Model, mesh: serving_mesh.ServingMesh | None, mode: str
 ) -> Program:
-  """Compiles `speculation.decode_step` of all slots.
-
-  Returns:
-    A jitted function of parameters, state (donated) and the slots in use.
-  """
+  """Returns a jitted function of parameters, state (donated), slots in use."""
   experts = serving_ffn.make_experts(mesh, cfg) if mesh else None
 
   def local(params, state, in_use):
@@ -69,13 +65,11 @@ def grow_cache(
 def prefill_program(
   cfg: config.Model, mesh: serving_mesh.ServingMesh | None, mode: str
 ) -> Program:
-  """Compiles the reading of a chunk of prompts.
+  """Returns a jitted function of parameters, state (donated), `PromptChunk`.
 
-  Returns:
-    A jitted function of parameters, state (donated) and a `PromptChunk`. It
-    returns the state; the token after the last one, drawn with the request's
-    sampling parameters, [R, 1] int32, with its log-probability; the load of the
-    main model's experts.
+  It returns the state; the token after the last one, drawn with the request's
+  sampling parameters, [R, 1] int32, with its log-probability; the load of the
+  main model's experts.
   """
   experts = serving_ffn.make_experts(mesh, cfg) if mesh else None
 
@@ -86,7 +80,7 @@ def prefill_program(
 
 
 def _read_chunk(
-  params: inference_params.InferenceParams,
+  params: InferenceParams,
   state: speculation.DecodeState,
   chunk: PromptChunk,
   cfg: config.Model,
@@ -95,9 +89,11 @@ def _read_chunk(
 ) -> tuple[speculation.DecodeState, tuple[jax.Array, jax.Array], jax.Array]:
   """Reads a chunk of one prompt into a slot, and draws the token after it."""
   start, (n,), (slot,) = chunk.start, chunk.n, chunk.slot
-  row = jax.tree.map(
-    lambda a: jax.lax.dynamic_slice_in_dim(a, slot, 1), state.cache
-  )
+
+  def of_slot(a):
+    return jax.lax.dynamic_slice_in_dim(a, slot, 1)
+
+  row = jax.tree.map(of_slot, state.cache)
   valid = jnp.arange(chunk.tokens.shape[1])[None] < n
   options = cached_forward.ForwardOptions(True, valid, experts)
   x, row, load = cached_forward.forward(
@@ -111,8 +107,7 @@ def _read_chunk(
   token = sampling.draw(p, seed, position, sampling.FINAL, mode)
 
   def put(a, new):
-    old = jax.lax.dynamic_slice_in_dim(a, slot, 1)
-    new = jnp.where(n > 0, new.astype(a.dtype), old)
+    new = jnp.where(n > 0, new.astype(a.dtype), of_slot(a))
     return jax.lax.dynamic_update_slice_in_dim(a, new, slot, 0)
 
   padding, hidden = ((0, 0), (0, state.tokens.shape[1] - 1)), state.hidden
@@ -126,14 +121,13 @@ def _read_chunk(
     )
     last_state = speculation.mtp_input(last, normed, cfg)
     hidden = put(hidden, jnp.pad(last_state, (*padding, (0, 0))))
+  settings = jax.tree.map(put, state.sampling_params, chunk.sampling_params)
   state = state.replace(
     cache=jax.tree.map(put, state.cache, row),
     tokens=put(state.tokens, jnp.pad(token, padding)),
     n=put(state.n, jnp.ones_like(start)),
     start=put(state.start, start + n - 1),
     hidden=hidden,
-    sampling_params=jax.tree.map(
-      put, state.sampling_params, chunk.sampling_params
-    ),
+    sampling_params=settings,
   )
   return state, (token, speculation.token_logprobs(logits, token)), load

@@ -20,7 +20,6 @@ from dsv3_jax.infer import (
   compiled,
   eplb,
   expert_balance,
-  inference_params,
   kvcache,
   sampling,
   scheduler,
@@ -33,10 +32,14 @@ from dsv3_jax.infer.engine_options import (
   validate_options,
   validate_request,
 )
+from dsv3_jax.infer.inference_params import InferenceParams
 from dsv3_jax.infer.request import GenerationRequest
 
 STOP, LENGTH = "stop", "length"  # finish reasons
 _IDLE = GenerationRequest((), temperature=0)  # settings of an empty slot
+
+# The requests of a decode step, by slot, and what it generates.
+Step = tuple[dict[int, scheduler.Active], speculation.StepOutput]
 
 
 @dataclasses.dataclass
@@ -82,23 +85,21 @@ class Engine:
 
   def __init__(
     self,
-    params: inference_params.InferenceParams,
+    params: InferenceParams,
     cfg: config.Model,
     options: EngineOptions | None = None,
     *,
     mesh: serving_mesh.ServingMesh | None = None,
     placement: eplb.ExpertPlacement | None = None,
   ):
-    """Makes an engine with an empty cache.
+    """Makes an engine with an empty cache, of the parameters' dtype.
 
     Args:
-      params: of `inference_params.from_params`; their dtype is the cache's.
+      params: of `inference_params.from_params`.
       cfg: the model.
       options: of the engine; the default options if None.
-      mesh: that the parameters are divided over; by default the one that the
-        options describe, or one device.
-      placement: of the experts on the mesh at first; by default that for an
-        even load.
+      mesh: by default the one that the options describe, or one device.
+      placement: of the experts at first; by default that for an even load.
 
     Raises:
       InputError: an option is out of range, or there is no MTP module to draft.
@@ -125,9 +126,7 @@ class Engine:
       for program in (compiled.decode_program, compiled.prefill_program)
     )
     self._state: speculation.DecodeState | None = None
-    self._running: (
-      tuple[dict[int, scheduler.Active], speculation.StepOutput] | None
-    ) = None
+    self._running: Step | None = None
 
   # --- requests ---
 
@@ -167,7 +166,7 @@ class Engine:
     while self._slots.n_free and self._slots.waiting:
       events += self._admit()
     last, self._running = self._running, self._launch()
-    return events + self._step_events(*last) if last else events
+    return events + self._step_events(last) if last else events
 
   def run(self, requests: Iterable[GenerationRequest]) -> Iterator[Event]:
     """Serves requests in order, taking each when there is a slot for it.
@@ -179,9 +178,7 @@ class Engine:
     more = True
     while more or self.busy:
       while more and len(self._slots.waiting) < self._slots.n_free:
-        if (request := next(requests, None)) is None:
-          more = False
-        else:
+        if more := (request := next(requests, None)) is not None:
           self.submit(request)
       yield from self.step()
 
@@ -206,11 +203,10 @@ class Engine:
   def _empty_state(self, n: int) -> speculation.DecodeState:
     b, k = self.options.max_batch, self.options.n_drafts
     dtype = self._params["embed"].dtype
-    zeros = jnp.zeros((b, k + 1), jnp.int32)
     idle = sampling.stack_params([_IDLE] * b)
     state = speculation.DecodeState(
       cache=kvcache.empty(kvcache.specs(self.cfg, b, n, dtype, drafting=k > 0)),
-      tokens=zeros,
+      tokens=jnp.zeros((b, k + 1), jnp.int32),
       n=jnp.ones(b, jnp.int32),
       start=jnp.zeros(b, jnp.int32),
       hidden=jnp.zeros((b, k + 1, self.cfg.d_model), dtype) if k else None,
@@ -255,22 +251,16 @@ class Engine:
   ) -> compiled.PromptChunk:
     """Returns the tokens of prompts from a position on, a row a shard."""
     n_rows, size = self._n_shards, self.options.chunk
+    n, slot = np.zeros((2, n_rows), np.int32)
     # One more than the chunk: the MTP module reads the token ahead.
-    ids = {
-      shard: a.request.prompt[start : start + size + 1]
-      for shard, a in admitted.items()
-    }
-    n = np.zeros(n_rows, np.int32)
-    for shard in ids:
-      n[shard] = min(len(ids[shard]), size)
-    tokens = np.zeros(
-      (n_rows, kvcache.bucket(int(n.max()), size) + 1), np.int32
-    )
-    slot, requests = np.zeros(n_rows, np.int32), [_IDLE] * n_rows
+    tokens = np.zeros((n_rows, size + 1), np.int32)
+    requests = [_IDLE] * n_rows
     for shard, active in admitted.items():
-      tokens[shard, : len(ids[shard])] = ids[shard]
+      ids = active.request.prompt[start : start + size + 1]
+      tokens[shard, : len(ids)], n[shard] = ids, min(len(ids), size)
       slot[shard] = active.slot % self._slots.slots_per_shard
       requests[shard] = active.request
+    tokens = tokens[:, : kvcache.bucket(int(n.max()), size) + 1]
     return compiled.PromptChunk(
       tokens=tokens[:, :-1],
       ahead=tokens[:, 1:],
@@ -282,9 +272,7 @@ class Engine:
 
   # --- decode ---
 
-  def _launch(
-    self,
-  ) -> tuple[dict[int, scheduler.Active], speculation.StepOutput] | None:
+  def _launch(self) -> Step | None:
     """Starts a decode step of the requests that the running one cannot finish.
 
     A step generates at least one token of each of its requests.
@@ -309,11 +297,9 @@ class Engine:
       self.rebalance()
     return active, output
 
-  def _step_events(
-    self, active: dict[int, scheduler.Active], output: speculation.StepOutput
-  ) -> list[Event]:
+  def _step_events(self, step: Step) -> list[Event]:
     """Returns the tokens of a decode step, of requests that still want them."""
-    output = jax.device_get(output)
+    active, output = step[0], jax.device_get(step[1])
     self.balancer.flush()
     events = []
     for slot, a in sorted(active.items()):
@@ -342,11 +328,9 @@ class Engine:
           f" {logprob}: the model's parameters are not finite, or too large"
         )
       active.n_generated += 1
-      reason = ""
-      if token in active.request.stop_token_ids:
-        reason = STOP
-      elif active.n_generated == active.request.max_tokens:
-        reason = LENGTH
+      full = active.n_generated == active.request.max_tokens
+      stopped = token in active.request.stop_token_ids
+      reason = STOP if stopped else LENGTH if full else ""
       events.append(Event(active.index, token, logprob, reason))
       if reason:
         self._slots.release(slot)

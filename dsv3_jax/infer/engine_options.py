@@ -47,15 +47,11 @@ def validate_options(
 ) -> list[str]:
   """Lists what is wrong with the options of an engine, a line each.
 
-  Args:
-    cfg: the model.
-    options: of the engine.
-    mesh: of the engine; by default the one that the options describe.
+  The mesh is by default the one that the options describe.
   """
   options, problems = options.resolve(cfg), []
-  if options.dtype not in DTYPES:
-    known = ", ".join(DTYPES)
-    problems.append(f"dtype={options.dtype}: must be one of {known}")
+  if (dtype := options.dtype) not in DTYPES:
+    problems.append(f"dtype={dtype}: must be one of {', '.join(DTYPES)}")
   for name in ("max_batch", "max_len"):
     if (value := getattr(options, name)) < 1:
       problems.append(f"{name}={value}: must be at least 1")

@@ -22,14 +22,9 @@ class ExpertPlacement:
   count: np.ndarray  # [L, E] int32, replicas of each expert
 
   def loads(self, load: np.ndarray, n_devices: int) -> np.ndarray:
-    """Returns the load of each device if replicas share a load equally.
+    """Returns device loads [L, n_devices] float64 of expert loads [L, E].
 
-    Args:
-      load: [L, E], of each expert.
-      n_devices: a divisor of R.
-
-    Returns:
-      [L, n_devices] float64.
+    Replicas share the load of their expert equally; n_devices divides R.
 
     Raises:
       ValueError: a load of another shape, negative or not finite, or devices
@@ -52,10 +47,6 @@ def pack(weights: np.ndarray, n_bins: int) -> tuple[np.ndarray, np.ndarray]:
 
   By decreasing weight, each item goes to the lightest bin with room; ties go to
   the lower item and the lower bin. Bins of one item keep the order of items.
-
-  Args:
-    weights: [N].
-    n_bins: a divisor of N.
 
   Returns:
     The bin of each item, [N], and its rank in the bin, [N].
@@ -86,10 +77,6 @@ def replicate(
   Each further replica goes to the expert with the largest weight / count, ties
   to the lower. No other choice has a smaller maximum of weight / count. Without
   any load the first expert gets all of them.
-
-  Args:
-    weights: [N].
-    n_replicas: at least N.
 
   Returns:
     The expert of each replica, [R]: all experts in order, then the further
@@ -141,7 +128,6 @@ def balance_experts(
   load = _checked("load", load, 2)
   n_experts = load.shape[1]
   _must_hold_all(n_replicas, n_experts)
-  # With these, nodes divide the replicas too.
   _must_divide(n_devices=n_devices, n_replicas=n_replicas)
   _must_divide(n_nodes=n_nodes, n_devices=n_devices)
   _must_divide(n_groups=n_groups, n_experts=n_experts)
@@ -156,11 +142,7 @@ def balance_experts(
 
 
 def identity(n_layers: int, n_experts: int) -> ExpertPlacement:
-  """Returns the placement with every expert once, in order.
-
-  Raises:
-    ValueError: no layer or no expert.
-  """
+  """Returns the placement with every expert once, in order."""
   if n_layers < 1 or n_experts < 1:
     raise ValueError(
       f"n_layers={n_layers}, n_experts={n_experts}: must be at least 1"
@@ -187,19 +169,19 @@ def _balance_layer(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns the expert of each slot, [R], and its rank, [R], for a load [E]."""
   by_group = np.arange(load.size).reshape(n_groups, -1)
-  groups = _in_order(*pack(load[by_group].sum(-1), n_nodes))
+  groups = _packing_order(load[by_group].sum(-1), n_nodes)
   expert, rank = [], []
   for experts in by_group[groups].reshape(n_nodes, -1):
     local, local_rank, count = replicate(load[experts], n_replicas // n_nodes)
-    share = load[experts] / count
-    slots = _in_order(*pack(share[local], n_devices // n_nodes))
+    slots = _packing_order((load[experts] / count)[local], n_devices // n_nodes)
     expert.append(experts[local[slots]])
     rank.append(local_rank[slots])
   return np.concatenate(expert), np.concatenate(rank)
 
 
-def _in_order(chosen: np.ndarray, rank: np.ndarray) -> np.ndarray:
-  """Returns items sorted by bin, then by rank in the bin."""
+def _packing_order(weights: np.ndarray, n_bins: int) -> np.ndarray:
+  """Returns items sorted by the bin that `pack` chooses, then by rank in it."""
+  chosen, rank = pack(weights, n_bins)
   return np.lexsort((rank, chosen))
 
 

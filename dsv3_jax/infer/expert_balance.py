@@ -4,7 +4,8 @@ import jax
 import numpy as np
 
 from dsv3_jax import config
-from dsv3_jax.infer import eplb, inference_params, serving_mesh, serving_params
+from dsv3_jax.infer import eplb, serving_mesh, serving_params
+from dsv3_jax.infer.inference_params import InferenceParams
 
 MAX_PENDING = 100  # loads that stay on devices before they are added up
 
@@ -18,20 +19,10 @@ class ExpertBalancer:
     mesh: serving_mesh.ServingMesh | None = None,
     placement: eplb.ExpertPlacement | None = None,
   ):
-    """Starts counting at 0.
-
-    Args:
-      cfg: the model.
-      mesh: None: one device, where experts can only be counted.
-      placement: of the experts on the mesh.
-    """
+    """Starts counting at 0; on one device, mesh None, it can only count."""
     self.cfg, self.mesh, self.placement = cfg, mesh, placement
-    self._total = self._zeros()
+    self._total = np.zeros((cfg.n_routers, cfg.router.n_experts), np.int64)
     self._pending: list[jax.Array] = []
-
-  def _zeros(self) -> np.ndarray:
-    shape = self.cfg.n_routers, self.cfg.router.n_experts
-    return np.zeros(shape, np.int64)
 
   def add(self, load: jax.Array) -> None:
     """Counts a load [n, E] without waiting for the device."""
@@ -59,20 +50,11 @@ class ExpertBalancer:
     load = self.mesh.with_shared(self.load, self.cfg)
     return eplb.imbalance(self.placement.loads(load, self.mesh.n_devices))
 
-  def rebalance(
-    self, params: inference_params.InferenceParams
-  ) -> inference_params.InferenceParams:
-    """Moves experts to the best placement for the load; counts from 0 again.
-
-    Args:
-      params: of `serving_params.shard_params`, in the present placement.
-
-    Returns:
-      The parameters in the new placement.
-    """
+  def rebalance(self, params: InferenceParams) -> InferenceParams:
+    """Returns parameters moved to the best placement; counts from 0 again."""
     new = serving_params.placement_for_load(self.load, self.mesh, self.cfg)
     params = serving_params.apply_placement(
       params, self.placement, new, self.mesh, self.cfg
     )
-    self.placement, self._total = new, self._zeros()
+    self.placement, self._total = new, np.zeros_like(self._total)
     return params

@@ -5,7 +5,7 @@ included, for every token.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,99 +24,84 @@ def from_params(
 
   The head is transposed, [C, D]: products of a few rows with it are several
   times faster on CPU. Layers and MTP modules are tuples; those with a router
-  have "bias".
-
-  Args:
-    params: of `transformer.specs`.
-    bias: [n_routers, E] f32.
-    cfg: the model.
+  have their row of the bias [n_routers, E].
   """
-  n_moe = cfg.n_moe_layers
-  stacks = (("dense", cfg.n_dense_layers, None), ("moe", n_moe, bias[:n_moe]))
-  layers = [
-    _layer(jax.tree.map(lambda a, i=i: a[i], params[kind]), i, biases, cfg)
-    for kind, n, biases in stacks
-    for i in range(n)
-  ]
-  modules = []
-  for i in range(cfg.mtp.depth):
-    module = jax.tree.map(lambda a, i=i: a[i], params["mtp"])
-    module["block"] = _layer(module["block"], i, bias[n_moe:], cfg)
-    modules.append(module)
-  return {
-    "embed": params["embed"],
-    "norm": params["norm"],
-    "head": jnp.swapaxes(params["head"], 0, 1),
-    "layers": tuple(layers),
-    "mtp": tuple(modules),
-  }
-
-
-def _layer(
-  p: param_spec.Params, i: int, bias: jax.Array | None, cfg: config.Model
-) -> param_spec.Params:
-  settings = cfg.attention
-  convert = attentions.functions(settings).inference_params
-  p = p | {settings.type: convert(p[settings.type], settings)}
-  return p if bias is None else p | {"bias": bias[i]}
+  convert = attentions.functions(cfg.attention).inference_params
+  tree = _unstack(params, bias, cfg, lambda a, i: a[i], convert)
+  return tree | {"head": jnp.swapaxes(params["head"], 0, 1)}
 
 
 def specs(cfg: config.Model) -> param_spec.Specs:
   """Returns the specs of the parameters that `from_params` returns."""
-  tree, router = transformer.specs(cfg), cfg.router.n_experts
-  name = cfg.attention.type
-  convert = attentions.functions(cfg.attention).inference_specs
+  stacked, dims = transformer.specs(cfg), (("scores", cfg.router.n_experts),)
+  bias = param_spec.ParamSpec(dims, jax.nn.initializers.zeros)
 
-  def bare(spec):
+  def row(spec, i):
+    del i  # all are alike
     return dataclasses.replace(spec, dims=spec.dims[1:])
 
-  def layer(stacked, routed):
-    p = jax.tree.map(bare, stacked)
-    p = p | {name: convert(p[name], cfg.attention)}
-    bias = param_spec.ParamSpec(
-      (("scores", router),), jax.nn.initializers.zeros
-    )
-    return p | {"bias": bias} if routed else p
+  convert = attentions.functions(cfg.attention).inference_specs
+  tree = _unstack(stacked, [bias] * cfg.n_routers, cfg, row, convert)
+  head = dataclasses.replace(tree["head"], dims=tree["head"].dims[::-1])
+  return tree | {"head": head}
 
-  layers = [
-    layer(tree[kind], kind == "moe")
-    for kind, n in (("dense", cfg.n_dense_layers), ("moe", cfg.n_moe_layers))
-    for _ in range(n)
-  ]
-  modules = [
-    jax.tree.map(bare, tree["mtp"])
-    | {"block": layer(tree["mtp"]["block"], True)}
-    for _ in range(cfg.mtp.depth)
-  ]
-  head = tree["head"]
+
+def _unstack(
+  tree: Any,
+  bias: Any,
+  cfg: config.Model,
+  row: Callable[[Any, int], Any],
+  convert: Callable[[Any, Any], Any],
+) -> dict[str, Any]:
+  """Takes layers and MTP modules apart, and converts their attention.
+
+  Args:
+    tree: of `transformer.specs`.
+    bias: of each router.
+    cfg: the model.
+    row: returns that of a stacked leaf with an index.
+    convert: the attention's conversion of its part of a layer.
+  """
+
+  def unstacked(stacked, i):
+    return jax.tree.map(lambda leaf: row(leaf, i), stacked)
+
+  def block(p, *routed):
+    name = cfg.attention.type
+    p = p | {name: convert(p[name], cfg.attention)}
+    return p | {"bias": bias[routed[0]]} if routed else p
+
+  n_moe = cfg.n_moe_layers
+  modules = [unstacked(tree["mtp"], i) for i in range(cfg.mtp.depth)]
   return {
     "embed": tree["embed"],
     "norm": tree["norm"],
-    "head": dataclasses.replace(head, dims=head.dims[::-1]),
-    "layers": tuple(layers),
-    "mtp": tuple(modules),
+    "head": tree["head"],
+    "layers": (
+      *(block(unstacked(tree["dense"], i)) for i in range(cfg.n_dense_layers)),
+      *(block(unstacked(tree["moe"], i), i) for i in range(n_moe)),
+    ),
+    "mtp": tuple(
+      module | {"block": block(module["block"], n_moe + i)}
+      for i, module in enumerate(modules)
+    ),
   }
-
-
-def _blocks(tree: Any) -> list[Any]:
-  return [*tree["layers"], *(module["block"] for module in tree["mtp"])]
 
 
 def moe_ffns(tree: Any) -> list[Any]:
   """Returns "ffn" of all blocks with a router; MTP modules come last."""
-  return [block["ffn"] for block in _blocks(tree) if "bias" in block]
+  blocks = *tree["layers"], *(module["block"] for module in tree["mtp"])
+  return [block["ffn"] for block in blocks if "bias" in block]
 
 
 def replace_moe_ffns(tree: Any, new: Sequence[Any]) -> Any:
   """Returns the tree with new values of `moe_ffns`."""
   ffns = iter(new)
-  blocks = iter(
-    [
-      block | {"ffn": next(ffns)} if "bias" in block else block
-      for block in _blocks(tree)
-    ]
-  )
+
+  def replaced(block):
+    return block | {"ffn": next(ffns)} if "bias" in block else block
+
   return tree | {
-    "layers": tuple(next(blocks) for _ in tree["layers"]),
-    "mtp": tuple(m | {"block": next(blocks)} for m in tree["mtp"]),
+    "layers": tuple(map(replaced, tree["layers"])),
+    "mtp": tuple(m | {"block": replaced(m["block"])} for m in tree["mtp"]),
   }

@@ -24,22 +24,12 @@ def specs(
 ) -> param_spec.Specs:
   """Returns the specs {"main": one a layer} and, to draft, {"mtp": one}.
 
-  Args:
-    cfg: the model.
-    n_slots: number of texts at the same time.
-    length: number of positions of each.
-    dtype: of the arrays.
-    drafting: whether to include the cache of the MTP module.
+  Each is of n_slots texts of `length` positions.
   """
-  layer = param_spec.ParamSpec(
-    (
-      ("slots", n_slots),
-      ("positions", length),
-      *attentions.functions(cfg.attention).cache_spec(cfg.attention),
-    ),
-    jax.nn.initializers.zeros,
-    jnp.dtype(dtype),
-  )
+  dims = attentions.functions(cfg.attention).cache_spec(cfg.attention)
+  dims = ("slots", n_slots), ("positions", length), *dims
+  zeros = jax.nn.initializers.zeros
+  layer = param_spec.ParamSpec(dims, zeros, jnp.dtype(dtype))
   tree = {"main": (layer,) * cfg.n_layers}
   return tree | {"mtp": (layer,)} if drafting else tree
 

@@ -26,6 +26,7 @@ from dsv3_jax.infer import (
   serving_params,
 )
 from dsv3_jax.infer.engine_options import EngineOptions
+from dsv3_jax.infer.inference_params import InferenceParams
 from dsv3_jax.infer.request import GenerationRequest
 from dsv3_jax.interop import hf_read, load_sharded, open_run, tokenizer_files
 from dsv3_jax.linear import recipe as recipe_lib
@@ -89,7 +90,7 @@ class LoadedModel:
     cfg: config.Model,
     options: EngineOptions,
     mesh: serving_mesh.ServingMesh | None,
-  ) -> inference_params.InferenceParams:
+  ) -> InferenceParams:
     """Reads parameters onto the mesh; each device reads its part alone."""
     params, bias = self.read_params(mesh, cfg.mtp.depth > 0)
     if not cfg.mtp.depth:
@@ -99,15 +100,14 @@ class LoadedModel:
       params, bias = jax.tree.map(
         lambda a: a.addressable_data(0), (params, bias)
       )
-    return _convert(
-      params, bias, cfg=cfg, recipe=engine_options.DTYPES[options.dtype]
-    )
+    recipe = engine_options.DTYPES[options.dtype]
+    return _convert(params, bias, cfg=cfg, recipe=recipe)
 
 
 @jax.jit(static_argnames=("cfg", "recipe"))
 def _convert(
   params: param_spec.Params, bias: jax.Array, *, cfg: config.Model, recipe: str
-) -> inference_params.InferenceParams:
+) -> InferenceParams:
   precision = config.Precision(recipe=recipe)
   params = recipe_lib.compute_params(params, transformer.specs(cfg), precision)
   return inference_params.from_params(params, bias, cfg)
@@ -126,14 +126,13 @@ def open_model(
     folder: of a run with a checkpoint or imported parameters, or of a released
       checkpoint in safetensors.
     average: read the average of a run's parameters instead.
-    ignore_auto_map, follow_links: of a released checkpoint, as in
-      `hf_read.open_folder`.
+    ignore_auto_map, follow_links: see `hf_read.open_folder`.
 
   Raises:
     InputError: it does not hold a model and its tokenizer.
   """
   folder = pathlib.Path(folder)
-  if is_released(folder):
+  if (folder / hf_read.INDEX).exists() or (folder / hf_read.SINGLE).exists():
     if average:
       raise InputError(f"{folder}: a released checkpoint has no average")
     source = hf_read.open_folder(
@@ -148,11 +147,6 @@ def open_model(
   tok = tokenizer.load(path)
   tokenizer.check_fits(tok, model.vocab_size)
   return LoadedModel(model, tok, read_params)
-
-
-def is_released(folder: pathlib.Path) -> bool:
-  """Whether a folder holds a released checkpoint, not a run."""
-  return (folder / hf_read.INDEX).exists() or (folder / hf_read.SINGLE).exists()
 
 
 def _devices(mesh: serving_mesh.ServingMesh | None) -> jax.sharding.Mesh:

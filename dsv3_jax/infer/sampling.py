@@ -68,11 +68,6 @@ def probabilities(
   Divides by the temperature, keeps the top_k most likely tokens, then the
   fewest of those whose share of the rest reaches top_p. A temperature of 0
   gives a one-hot distribution.
-
-  Args:
-    logits: [B, T, C] f32.
-    params: settings of the rows.
-    mode: of all rows.
   """
   best = most_likely(logits)
   one_hot = jax.nn.one_hot(best, logits.shape[-1], dtype=logits.dtype)
@@ -103,9 +98,8 @@ def _keys(seed: jax.Array, position: jax.Array, purpose: int) -> jax.Array:
   """Derives keys [B, T] from seeds [B] and positions [B, T]."""
 
   def key(seed, position):
-    return jax.random.fold_in(
-      jax.random.fold_in(jax.random.key(seed), position), purpose
-    )
+    of_position = jax.random.fold_in(jax.random.key(seed), position)
+    return jax.random.fold_in(of_position, purpose)
 
   return jax.vmap(jax.vmap(key, (None, 0)))(seed, position)
 
@@ -119,14 +113,10 @@ def uniform(seed: jax.Array, position: jax.Array, purpose: int) -> jax.Array:
 def draw(
   p: jax.Array, seed: jax.Array, position: jax.Array, purpose: int, mode: str
 ) -> jax.Array:
-  """Draws tokens [B, T] int32 from probabilities.
+  """Draws tokens [B, T] int32 from p [B, T, C], not necessarily of sum 1.
 
-  Args:
-    p: [B, T, C], not necessarily of sum 1.
-    seed: [B] of each row.
-    position: [B, T], positions of the tokens in their texts.
-    purpose: of the draw; draws for different purposes are independent.
-    mode: of all rows.
+  Draws depend on the seeds [B], the positions [B, T] of the tokens in their
+  texts, and the purpose: those for different purposes are independent.
   """
   if mode == GREEDY:
     return most_likely(p)

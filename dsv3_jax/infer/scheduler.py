@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 
-from dsv3_jax.infer import request as request_lib
+from dsv3_jax.infer.request import GenerationRequest
 
 
 @dataclasses.dataclass
@@ -11,7 +11,7 @@ class Active:
   """A request in a slot."""
 
   index: int
-  request: request_lib.GenerationRequest
+  request: GenerationRequest
   slot: int
   n_generated: int = 0  # without tokens of a step that is still running
 
@@ -20,17 +20,11 @@ class Scheduler:
   """Assigns waiting requests to free slots, in order of arrival."""
 
   def __init__(self, n_slots: int, n_shards: int):
-    """Starts with all slots free.
-
-    Args:
-      n_slots: number of requests at the same time.
-      n_shards: data-parallel shards; each has an equal part of the slots.
-    """
+    """Starts with all slots free; each shard has an equal part of them."""
     self.slots_per_shard = n_slots // n_shards
     self.active: dict[int, Active] = {}  # by slot
-    self.waiting: collections.deque[
-      tuple[int, request_lib.GenerationRequest]
-    ] = collections.deque()
+    self.waiting: collections.deque[tuple[int, GenerationRequest]]
+    self.waiting = collections.deque()  # of indices and requests
     self._free = list(range(n_slots))[::-1]
 
   @property
@@ -56,9 +50,8 @@ class Scheduler:
 
   def cancel(self, index: int) -> None:
     """Removes a request, waiting or active; no error if there is none."""
-    self.waiting = collections.deque(
-      pair for pair in self.waiting if pair[0] != index
-    )
+    waiting = (pair for pair in self.waiting if pair[0] != index)
+    self.waiting = collections.deque(waiting)
     for slot, active in list(self.active.items()):
       if active.index == index:
         self.release(slot)

@@ -1,8 +1,5 @@
 """The routed experts of a serving mesh, inside `shard_map`."""
 
-import functools
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
@@ -18,44 +15,28 @@ def make_experts(mesh: ServingMesh, cfg: config.Model) -> moe.Experts:
   inner = dispatch.make_expert_parallel_ffn(
     mesh.dispatch, sizes, cfg.router, group=GROUP
   )
-  return moe.Experts(
-    functools.partial(
-      _ffn,
-      inner=inner.ffn,
-      n_shared=mesh.n_shared(cfg),
-      axes=device_mesh.active_axes(sizes, (*device_mesh.BATCH, "model")),
-    )
-  )
+  n_shared = mesh.n_shared(cfg)
+  axes = device_mesh.active_axes(sizes, (*device_mesh.BATCH, "model"))
 
+  def ffn(p, x, chosen, gates, n_slots=None):
+    """Sends each token to one replica of each of its experts.
 
-def _ffn(
-  p: param_spec.Params,
-  x: jax.Array,
-  chosen: jax.Array,
-  gates: jax.Array,
-  n_slots: int | None = None,
-  *,
-  inner: Callable[..., jax.Array],
-  n_shared: int,
-  axes: tuple[str, ...],
-) -> jax.Array:
-  """Sends each token to one replica of each of its experts.
+    The devices of a `model` group, which all have the same tokens, each take a
+    part of them.
+    """
+    del n_slots
+    n_experts, n_rows = len(p["count"]), len(x)
+    chosen, gates = _append_shared(chosen, gates, n_experts, n_shared)
+    if split := "model" in axes:
+      x, chosen, gates = _local_rows(x, chosen, gates, n_experts)
+    slot = _replica_slots(p, chosen, axes)
+    weights = {name: p[name] for name in ("gate_up", "down")}
+    y = inner.ffn(weights, x, slot, gates)
+    if split:
+      y = jax.lax.all_gather(y, "model", tiled=True, to="invarying")[:n_rows]
+    return y
 
-  The devices of a `model` group, which all have the same tokens, each take a
-  part of them.
-  """
-  del n_slots
-  n_experts, n_rows = len(p["count"]), len(x)
-  chosen, gates = _append_shared(chosen, gates, n_experts, n_shared)
-  split = "model" in axes
-  if split:
-    x, chosen, gates = _local_rows(x, chosen, gates, n_experts)
-  slot = _replica_slots(p, chosen, axes)
-  weights = {name: p[name] for name in ("gate_up", "down")}
-  y = inner(weights, x, slot, gates)
-  if split:
-    y = jax.lax.all_gather(y, "model", tiled=True, to="invarying")[:n_rows]
-  return y
+  return moe.Experts(ffn)
 
 
 def _replica_slots(
@@ -74,14 +55,9 @@ def _replica_slots(
 
   count = jnp.maximum(lookup(p["count"], chosen), 1)
   slot = lookup(p["replicas"], chosen, turn % count)
-  n_slots = len(p["down"]) * _group_size(axes)
+  group = tuple(axis for axis in GROUP if axis in axes)
+  n_slots = len(p["down"]) * (jax.lax.axis_size(group) if group else 1)
   return jnp.where(chosen < len(p["count"]), slot, n_slots)
-
-
-def _group_size(axes: tuple[str, ...]) -> int:
-  """Returns the number of devices that experts are divided over."""
-  used = tuple(axis for axis in GROUP if axis in axes)
-  return jax.lax.axis_size(used) if used else 1
 
 
 def _append_shared(

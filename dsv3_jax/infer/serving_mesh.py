@@ -77,15 +77,7 @@ class ServingMesh:
     return cfg.moe.n_shared if self.shared_routed else 0
 
   def with_shared(self, load: np.ndarray, cfg: config.Model) -> np.ndarray:
-    """Appends the load of shared experts with slots to that of routed ones.
-
-    Args:
-      load: [n, E] of routed experts.
-      cfg: the model.
-
-    Returns:
-      [n, n_experts].
-    """
+    """Appends the load of shared experts: [n, E] -> [n, n_experts]."""
     tokens = load.sum(-1, keepdims=True) / cfg.router.top_k
     return np.concatenate([load, *[tokens] * self.n_shared(cfg)], axis=-1)
 
@@ -96,12 +88,9 @@ def make_serving_mesh(serving: ServingConfig, cfg: config.Model) -> ServingMesh:
   Raises:
     InputError: a setting is unknown, or slots do not divide over the devices.
   """
-  if serving.role not in ROLES:
-    raise InputError(f"role={serving.role}: must be one of {', '.join(ROLES)}")
-  if serving.dispatch not in DISPATCH:
-    raise InputError(
-      f"dispatch={serving.dispatch}: must be one of {', '.join(DISPATCH)}"
-    )
+  for name, allowed in (("role", ROLES), ("dispatch", DISPATCH)):
+    if (value := getattr(serving, name)) not in allowed:
+      raise InputError(f"{name}={value}: must be one of {', '.join(allowed)}")
   mesh = ServingMesh(
     mesh=device_mesh.make_mesh(serving.mesh),
     rules=ROLES[serving.role],
@@ -149,20 +138,16 @@ def shard_mapped(
 ) -> Callable[..., Any]:
   """Maps a function of parameters, a state and rows over a serving mesh.
 
-  Args:
-    f: returns the state, arrays with a row for each text, and sums over texts.
-    mesh: None: f itself is returned.
+  It returns the state, arrays with a row for each text, and sums over texts.
+  Without a mesh it is returned itself.
   """
   if mesh is None:
     return f
   axes = device_mesh.active_axes(mesh.mesh.shape, device_mesh.BATCH)
 
-  def total(a):
-    return jax.lax.psum(a, axes) if axes else a
-
   def local(params, state, rows):
     state, output, sums = f(params, state, rows)
-    return state, output, jax.tree.map(total, sums)
+    return state, output, jax.lax.psum(sums, axes) if axes else sums
 
   # The arguments' types say how they are divided.
   return jax.shard_map(

@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax import config
-from dsv3_jax.infer import cached_forward, inference_params, kvcache, sampling
+from dsv3_jax.infer import cached_forward, kvcache, sampling
+from dsv3_jax.infer.inference_params import InferenceParams
 from dsv3_jax.model import moe
 
 
@@ -53,8 +54,7 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
   Temperature, top_p and top_k are not applied.
   """
-  total = jax.nn.logsumexp(logits, axis=-1)
-  return _of_tokens(logits, tokens) - total
+  return _of_tokens(logits, tokens) - jax.nn.logsumexp(logits, axis=-1)
 
 
 def mtp_input(x: jax.Array, normed: jax.Array, cfg: config.Model) -> jax.Array:
@@ -74,18 +74,17 @@ def _at(a: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _draft(
-  params: inference_params.InferenceParams,
+  params: InferenceParams,
   state: DecodeState,
   active: jax.Array,
   cfg: config.Model,
   mode: str,
   experts: moe.Experts | None,
 ) -> tuple[jax.Array, jax.Array, kvcache.Cache, jax.Array]:
-  """Drafts tokens with the MTP module.
+  """Returns drafts [B, k] of the MTP module, and what comes with them.
 
-  Returns:
-    Drafts [B, k]; the distributions that they were drawn from [B, k, C]; the
-    cache; the load of experts [1, E].
+  These are the distributions that they were drawn from [B, k, C], the cache,
+  and the load of experts [1, E].
   """
   n_drafts = state.tokens.shape[1] - 1
   forward = functools.partial(cached_forward.forward_mtp, params, cfg=cfg)
@@ -137,7 +136,7 @@ def verify_drafts(
     drafts: [B, k] int32.
     seed: [B] of the rows.
     position: [B] int32, of the first draft.
-    mode: sampling mode of all rows.
+    mode: see `sampling.mode`.
 
   Returns:
     Tokens [B, k + 1], and the number of them [B], 1 .. k + 1.
@@ -159,7 +158,7 @@ def verify_drafts(
 
 
 def decode_step(
-  params: inference_params.InferenceParams,
+  params: InferenceParams,
   state: DecodeState,
   active: jax.Array,
   cfg: config.Model,
@@ -173,7 +172,7 @@ def decode_step(
     state: of the slots; `tokens` has k + 1 columns.
     active: [B] bool, slots in use; tokens of the others go to no expert.
     cfg: the model.
-    mode: sampling mode of all rows, see `sampling.mode`.
+    mode: see `sampling.mode`.
     experts: computes the routed experts; None: all on this device.
 
   Returns:
