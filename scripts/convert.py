@@ -34,12 +34,10 @@ from dsv3_jax.data import tokenizer
 from dsv3_jax.errors import InputError
 from dsv3_jax.evals import logits as logits_lib
 from dsv3_jax.interop import (
-  export_run,
   gguf,
   hf_config,
   hf_import,
   hf_read,
-  hf_verify,
   hf_write,
   open_run,
   resumable,
@@ -203,7 +201,7 @@ def _import_tokenizer(path: pathlib.Path, folder: pathlib.Path) -> None:
 
 def _export(args: Args) -> None:
   folder = pathlib.Path(args.workdir)
-  source, config_json = export_run.open_source(folder, average=args.ema)
+  source, config_json = open_run.open_source(folder, average=args.ema)
   # A source in FP8 keeps its own bits and scales.
   quantize = args.fp8 and not source.tile
   dtype = "fp8" if quantize else args.dtype
@@ -281,9 +279,9 @@ def _verify(args: Args) -> None:
   n = len(released.tensors)
   _print(f"{released.folder}: {n:,} tensors, all accounted for")
   if (released.folder / hf_read.SUMS).exists():
-    total = sum(path.stat().st_size for path in hf_verify.shards(released))
+    total = sum(path.stat().st_size for path in released.shards())
     with _progress_bar("verify", total) as advance:
-      problems = list(hf_verify.corrupt_shards(released, advance))
+      problems = list(hf_read.corrupt_shards(released, advance))
     if problems:
       raise InputError("\n".join(problems))
   else:

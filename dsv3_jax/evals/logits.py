@@ -8,7 +8,7 @@ import numpy as np
 from dsv3_jax import config
 from dsv3_jax.errors import InputError
 from dsv3_jax.evals import hidden
-from dsv3_jax.interop import load_sharded
+from dsv3_jax.interop import hf_read, load_sharded
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import layout_check, layouts
 
@@ -60,7 +60,7 @@ def of_rows(
 
 
 def compute_logits(
-  source: load_sharded.SliceSource,
+  source: hf_read.ReleasedCheckpoint,
   run: config.Run,
   tokens: np.ndarray,
   mesh: jax.sharding.Mesh,

@@ -6,7 +6,6 @@ separate tensors with a dim for heads.
 """
 
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -23,50 +22,46 @@ from dsv3_jax.data import chat, tokenizer
 from dsv3_jax.errors import InputError
 from dsv3_jax.interop import hf_mapping, hf_read, hf_write, resumable
 
-_ARCHITECTURE = gguf.MODEL_ARCH.DEEPSEEK2
 _T = gguf.MODEL_TENSOR
-# By the path of a parameter within its layer.
+# By the path of a parameter within its layer: one tensor, or two.
 _TENSORS = {
-  "embed": _T.TOKEN_EMBD,
-  "norm": _T.OUTPUT_NORM,
-  "head": _T.OUTPUT,
-  "mla_norm": _T.ATTN_NORM,
-  "mla/q": _T.ATTN_Q,
-  "mla/q_down": _T.ATTN_Q_A,
-  "mla/q_norm": _T.ATTN_Q_A_NORM,
-  "mla/q_up": _T.ATTN_Q_B,
-  "mla/kv_down": _T.ATTN_KV_A_MQA,
-  "mla/kv_norm": _T.ATTN_KV_A_NORM,
-  "mla/out": _T.ATTN_OUT,
-  "ffn_norm": _T.FFN_NORM,
-  "ffn/router": _T.FFN_GATE_INP,
-  "ffn/down": _T.FFN_DOWN,
-  "ffn/shared/down": _T.FFN_DOWN_SHEXP,
-  "ffn/experts/down": _T.FFN_DOWN_EXP,
-  hf_mapping.BIAS: _T.FFN_EXP_PROBS_B,
-}
-_PAIRS = {
+  "embed": (_T.TOKEN_EMBD,),
+  "norm": (_T.OUTPUT_NORM,),
+  "head": (_T.OUTPUT,),
+  "mla_norm": (_T.ATTN_NORM,),
+  "mla/q": (_T.ATTN_Q,),
+  "mla/q_down": (_T.ATTN_Q_A,),
+  "mla/q_norm": (_T.ATTN_Q_A_NORM,),
+  "mla/q_up": (_T.ATTN_Q_B,),
+  "mla/kv_down": (_T.ATTN_KV_A_MQA,),
+  "mla/kv_norm": (_T.ATTN_KV_A_NORM,),
+  "mla/kv_up": (_T.ATTN_K_B, _T.ATTN_V_B),
+  "mla/out": (_T.ATTN_OUT,),
+  "ffn_norm": (_T.FFN_NORM,),
+  "ffn/router": (_T.FFN_GATE_INP,),
   "ffn/gate_up": (_T.FFN_GATE, _T.FFN_UP),
+  "ffn/down": (_T.FFN_DOWN,),
   "ffn/shared/gate_up": (_T.FFN_GATE_SHEXP, _T.FFN_UP_SHEXP),
+  "ffn/shared/down": (_T.FFN_DOWN_SHEXP,),
   "ffn/experts/gate_up": (_T.FFN_GATE_EXP, _T.FFN_UP_EXP),
+  "ffn/experts/down": (_T.FFN_DOWN_EXP,),
+  hf_mapping.BIAS: (_T.FFN_EXP_PROBS_B,),
 }
-_SPLIT = {"mla/kv_up": (_T.ATTN_K_B, _T.ATTN_V_B)}
 _GATING_FUNCTIONS = {
   "sigmoid": gguf.ExpertGatingFuncType.SIGMOID,
   "softmax": gguf.ExpertGatingFuncType.SOFTMAX,
 }
-# Matrices that llama.cpp reads in float32, as it reads all vectors.
-_FLOAT32 = ("ffn/router",)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-  """A tensor of the file, made when it is written."""
+  """A tensor of the file: one of those that a block, or a stack, becomes."""
 
   name: str
   shape: tuple[int, ...]
   dtype: np.dtype
-  make: Callable[[], np.ndarray]  # returns [E, ...] for experts
+  stack: list[hf_mapping.Block]  # one block, or all experts of a layer
+  i: int  # position among the tensors of the path in `_TENSORS`
 
   @property
   def n_bytes(self) -> int:
@@ -125,80 +120,49 @@ def _stacks(model: config.Model) -> Iterator[list[hf_mapping.Block]]:
 
 def _tensors(export_format: hf_write.ExportFormat) -> Iterator[_Tensor]:
   """Yields the tensors of the file in order."""
-  attention = export_format.source.model.attention
-  for stack in _stacks(export_format.source.model):
+  model = export_format.source.model
+  for stack in _stacks(model):
     block = stack[0]
-    path, is_expert = _path_in_layer(block.path), len(block.index) > 1
-    if path in _SPLIT:
-      dtype = export_format.dtypes(block)[0]
-      for i, tensor in enumerate(_SPLIT[path]):
-        yield _Tensor(
-          _name(tensor, block),
-          _kv_up_shapes(attention)[i],
-          dtype,
-          functools.partial(_split_kv_up, export_format, block, attention, i),
-        )
-      continue
-    dtype, shape = export_format.dtypes(block)[0], block.tensor_shape
-    if path in _FLOAT32 or len(shape) < 2:
+    path, dtype = _path_in_layer(block.path), export_format.dtypes(block)[0]
+    # llama.cpp reads routers and all vectors in float32.
+    if path == "ffn/router" or len(block.tensor_shape) < 2:
       dtype = hf_read.F32
-    if is_expert:
-      shape = len(stack), *shape
-    for i, tensor in enumerate(_PAIRS.get(path) or (_TENSORS[path],)):
-      yield _Tensor(
-        _name(tensor, block),
-        shape,
-        dtype,
-        functools.partial(
-          _stack_experts, export_format, stack, i, shape, dtype
-        ),
-      )
+    leading = (len(stack),) if len(block.index) > 1 else ()
+    shapes = [(*leading, *block.tensor_shape)] * len(_TENSORS[path])
+    if path == "mla/kv_up":
+      mla = model.attention
+      shapes = [
+        (mla.n_heads, mla.kv_rank, mla.nope_dim),
+        (mla.n_heads, mla.v_dim, mla.kv_rank),
+      ]
+    suffix = "bias" if path == hf_mapping.BIAS else "weight"
+    for i, tensor in enumerate(_TENSORS[path]):
+      name = gguf.TENSOR_NAMES[tensor].format(bid=block.layer)
+      yield _Tensor(f"{name}.{suffix}", shapes[i], dtype, stack, i)
 
 
-def _name(tensor: gguf.MODEL_TENSOR, block: hf_mapping.Block) -> str:
-  """Returns the name of a tensor in the layer of a block."""
-  suffix = "bias" if block.path == hf_mapping.BIAS else "weight"
-  return f"{gguf.TENSOR_NAMES[tensor].format(bid=block.layer)}.{suffix}"
-
-
-def _block_tensors(
-  export_format: hf_write.ExportFormat, block: hf_mapping.Block
-) -> list[np.ndarray]:
-  return [array for _, array in export_format.tensors(block)]
-
-
-def _stack_experts(
-  export_format: hf_write.ExportFormat,
-  stack: list[hf_mapping.Block],
-  i: int,
-  shape: tuple[int, ...],
-  dtype: np.dtype,
+def _make_array(
+  export_format: hf_write.ExportFormat, tensor: _Tensor
 ) -> np.ndarray:
-  """Returns tensor i of a block, or of all experts, [E, ...]."""
-  if len(stack[0].index) < 2:
-    array = _block_tensors(export_format, stack[0])[i]
-    return array.astype(dtype, copy=False)
-  out = np.empty(shape, dtype)
-  for array, block in zip(out, stack, strict=True):
-    array[:] = _block_tensors(export_format, block)[i]
+  """Returns a tensor; those of experts are stacked, [E, ...]."""
+
+  def arrays(block: hf_mapping.Block) -> list[np.ndarray]:
+    return [array for _, array in export_format.tensors(block)]
+
+  block = tensor.stack[0]
+  if _path_in_layer(block.path) == "mla/kv_up":
+    mla = export_format.source.model.attention
+    return _split_kv_up(*arrays(block), mla, tensor.i)
+  if len(block.index) < 2:
+    return arrays(block)[tensor.i].astype(tensor.dtype, copy=False)
+  out = np.empty(tensor.shape, tensor.dtype)
+  for expert, block in zip(out, tensor.stack, strict=True):
+    expert[:] = arrays(block)[tensor.i]
   return out
 
 
-def _kv_up_shapes(mla: config.MLA) -> tuple[tuple[int, ...], ...]:
-  return (
-    (mla.n_heads, mla.kv_rank, mla.nope_dim),
-    (mla.n_heads, mla.v_dim, mla.kv_rank),
-  )
-
-
-def _split_kv_up(
-  export_format: hf_write.ExportFormat,
-  block: hf_mapping.Block,
-  mla: config.MLA,
-  i: int,
-) -> np.ndarray:
+def _split_kv_up(matrix: np.ndarray, mla: config.MLA, i: int) -> np.ndarray:
   """Returns the up-projection of keys (i=0), transposed, or of values (i=1)."""
-  (matrix,) = _block_tensors(export_format, block)
   heads = matrix.reshape(mla.n_heads, -1, mla.kv_rank)
   keys, values = np.split(heads, [mla.nope_dim], axis=1)
   return np.ascontiguousarray(values if i else keys.swapaxes(1, 2))
@@ -254,11 +218,12 @@ def _describe_tokens(
   names = {i: name for name, i in tok.get_vocab().items()}
   added = {t["id"]: t["special"] for t in tokenizer_json["added_tokens"]}
 
+  types = gguf.TokenType
+
   def token_type(i: int) -> gguf.TokenType:
     if i in added:
-      types = gguf.TokenType
       return types.CONTROL if added[i] else types.USER_DEFINED
-    return gguf.TokenType.NORMAL if i in names else gguf.TokenType.UNUSED
+    return types.NORMAL if i in names else types.UNUSED
 
   merges = tokenizer_json["model"]["merges"]
   writer.add_tokenizer_model("gpt2")
@@ -288,14 +253,9 @@ def write(
   max_len: int,
   advance: Callable[[int], None],
 ) -> None:
-  """Writes a GGUF file atomically.
+  """Writes a GGUF file atomically; `max_len` is the longest context in tokens.
 
-  Args:
-    export_format: the parameters, and the types to write; not FP8.
-    tok: the tokenizer of the model.
-    path: the file to write.
-    max_len: the longest context of the model in tokens.
-    advance: called with the bytes of every tensor that is written.
+  `advance` is called with the bytes of every tensor that is written.
 
   Raises:
     InputError: llama.cpp would refuse or misread the model, the file exists,
@@ -314,11 +274,13 @@ def write(
     raise InputError(f"{path}: GGUF has no FP8; use --dtype=bfloat16")
   resumable.check_free_space(path.parent, total_bytes(export_format))
   partial = path.with_name(f".{path.name}.partial")
-  writer = gguf.GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[_ARCHITECTURE])
+  writer = gguf.GGUFWriter(
+    partial, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.DEEPSEEK2]
+  )
   _describe_model(writer, model, max_len)
   _describe_tokens(writer, tok, model.vocab_size)
   try:
-    _write_tensors(writer, tensors, advance)
+    _write_tensors(writer, export_format, tensors, advance)
   except OSError as error:
     partial.unlink(missing_ok=True)
     raise resumable.disk_error(path, error) from error
@@ -329,6 +291,7 @@ def write(
 
 def _write_tensors(
   writer: gguf.GGUFWriter,
+  export_format: hf_write.ExportFormat,
   tensors: list[_Tensor],
   advance: Callable[[int], None],
 ) -> None:
@@ -341,7 +304,7 @@ def _write_tensors(
   writer.write_kv_data_to_file()
   writer.write_ti_data_to_file()
   for tensor, array in resumable.map_in_order(
-    lambda t: t.make(), tensors, lambda t: t.n_bytes
+    lambda t: _make_array(export_format, t), tensors, lambda t: t.n_bytes
   ):
     writer.write_tensor_data(array.view(np.uint8))
     advance(tensor.n_bytes)

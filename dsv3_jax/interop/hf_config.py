@@ -1,5 +1,6 @@
 """Converts config.json of released checkpoints to a model, and back."""
 
+import collections
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -44,6 +45,7 @@ _DEFAULTS = {  # values of keys that are null or missing
   "initializer_range": 0.02,
   "routed_scaling_factor": 1.0,
 }
+_RELEASED = "a released checkpoint"  # words of messages
 _YARN = {
   "factor": "factor",
   "original_max_position_embeddings": "original_len",
@@ -64,16 +66,9 @@ class _ModelType:
   has_bias: bool  # files have e_score_correction_bias
 
 
-_V3 = _ModelType(
-  "sigmoid", "DeepseekV3ForCausalLM", True, ("noaux_tc",), has_bias=True
-)
-_V2 = _ModelType(
-  "softmax",
-  "DeepseekV2ForCausalLM",
-  False,
-  ("greedy", "group_limited_greedy"),
-  has_bias=False,
-)
+_V3 = _ModelType("sigmoid", "DeepseekV3ForCausalLM", True, ("noaux_tc",), True)
+_V2_METHODS = "greedy", "group_limited_greedy"
+_V2 = _ModelType("softmax", "DeepseekV2ForCausalLM", False, _V2_METHODS, False)
 # A model is written with the first type that has the score of its router.
 _MODEL_TYPES = {"deepseek_v3": _V3, "kimi_k2": _V3, "deepseek_v2": _V2}
 _REQUIRED = {  # the only supported value
@@ -99,13 +94,13 @@ def read_model(config_json: dict[str, Any]) -> config.Model:
       f" {', '.join(_MODEL_TYPES)}"
     )
   problems = list(_unsupported_settings(config_json))
+  renormalize = _MODEL_TYPES[model_type].renormalize
+  defaults = _DEFAULTS | {"norm_topk_prob": renormalize}
   values = {}
   for key, path in _SETTINGS.items():
     value = config_json.get(key)
     if value is None:
-      value = _DEFAULTS.get(key)
-    if key == "norm_topk_prob" and value is None:
-      value = _MODEL_TYPES[model_type].renormalize
+      value = defaults.get(key)
     if value is None:
       problems.append(f"config.json: {key} is missing")
     else:
@@ -124,35 +119,23 @@ def read_model(config_json: dict[str, Any]) -> config.Model:
 
 
 def _unsupported_settings(config_json: dict[str, Any]) -> Iterator[str]:
-  for key, only in _REQUIRED.items():
-    if config_json.get(key, only) != only:
-      yield f"config.json: {key}={config_json[key]!r}: must be {only!r}"
-  model_type = _MODEL_TYPES[config_json["model_type"]]
+  name = config_json["model_type"]
+  heads, model_type = config_json.get("num_attention_heads"), _MODEL_TYPES[name]
   score, methods = model_type.score, model_type.topk_methods
-  if config_json.get("scoring_func", score) != score:
-    yield (
-      f"config.json: scoring_func={config_json['scoring_func']!r}: must be"
-      f" {score!r} with model_type={config_json['model_type']!r}"
-    )
-  if config_json.get("topk_method", methods[0]) not in methods:
-    yield (
-      f"config.json: topk_method={config_json['topk_method']!r}: must be"
-      f" {' or '.join(methods)}"
-    )
-  heads = config_json.get("num_attention_heads")
-  kv_heads = config_json.get("num_key_value_heads")
-  if kv_heads not in (heads, None):
-    yield (
-      f"config.json: num_key_value_heads={kv_heads!r}: must be"
-      f" num_attention_heads={heads}"
-    )
+  for key, allowed, must_be in (
+    *((key, (only,), f"{only!r}") for key, only in _REQUIRED.items()),
+    ("scoring_func", (score,), f"{score!r} with model_type={name!r}"),
+    ("topk_method", methods, " or ".join(methods)),
+    ("num_key_value_heads", (heads, None), f"num_attention_heads={heads}"),
+  ):
+    if config_json.get(key, allowed[0]) not in allowed:
+      yield f"config.json: {key}={config_json[key]!r}: must be {must_be}"
 
 
 def _rope(config_json: dict[str, Any]) -> tuple[float, model_lib.Yarn]:
   """Returns the base of the rotary embedding, and its YaRN extension."""
-  rope = (
-    config_json.get("rope_parameters") or config_json.get("rope_scaling") or {}
-  )
+  new, old = config_json.get("rope_parameters"), config_json.get("rope_scaling")
+  rope = new or old or {}
   if not isinstance(rope, dict):
     raise InputError(f"config.json: rope_scaling={rope!r}: must be an object")
   theta = rope.get("rope_theta", config_json.get("rope_theta", 10_000.0))
@@ -189,14 +172,12 @@ def _rope(config_json: dict[str, Any]) -> tuple[float, model_lib.Yarn]:
 def _construct(cls: type, values: dict[str, Any]) -> Any:
   """Constructs a config class; JSON may write a float as an integer."""
   types = cls.__annotations__
-  return cls(
-    **{
-      name: float(value)
-      if types.get(name) is float and type(value) is int
-      else value
-      for name, value in values.items()
-    }
-  )
+
+  def convert(name: str, value: Any) -> Any:
+    is_float = types.get(name) is float and type(value) is int
+    return float(value) if is_float else value
+
+  return cls(**{name: convert(name, value) for name, value in values.items()})
 
 
 def _model(values: dict[str, Any], yarn: model_lib.Yarn) -> config.Model:
@@ -207,25 +188,22 @@ def _model(values: dict[str, Any], yarn: model_lib.Yarn) -> config.Model:
     "router": model_lib.Router,
     "mtp": model_lib.MTP,
   }
+  values = values | {"attention.yarn": yarn}
   if values["router.score"] == "softmax":  # balanced only by a loss
     values["router.bias_speed"] = 0.0
-  sections, problems = {}, []
+  sections, problems = collections.defaultdict(dict), []
+  for path, value in values.items():
+    section, _, name = path.rpartition(".")
+    sections[section][name] = value
+  flat = sections.pop("")
   for name, cls in classes.items():
-    section = {
-      path.partition(".")[2]: value
-      for path, value in values.items()
-      if path.startswith(f"{name}.")
-    }
-    if name == "attention":
-      section["yarn"] = yarn
     try:
-      sections[name] = _construct(cls, section)
+      flat[name] = _construct(cls, sections[name])
     except InputError as error:
       problems += [f"config.json: {line}" for line in str(error).splitlines()]
   if problems:
     raise InputError("\n".join(problems))
-  flat = {path: value for path, value in values.items() if "." not in path}
-  return _construct(config.Model, flat | sections)
+  return _construct(config.Model, flat)
 
 
 def max_len(config_json: dict[str, Any]) -> int:
@@ -257,30 +235,21 @@ def read_fp8_tile(config_json: dict[str, Any]) -> tuple[int, int] | None:
   quantization = config_json.get("quantization_config")
   if quantization is None:
     return None
-  wanted = {
-    "quant_method": "fp8",
-    "fmt": "e4m3",
-    "activation_scheme": "dynamic",
-  }
-  problems = (
-    ["must be an object"]
-    if not isinstance(quantization, dict)
-    else [
-      f"{key}={quantization.get(key)!r}: must be {value!r}"
-      for key, value in wanted.items()
-      if quantization.get(key, value) != value
-      or "quant_method" not in quantization
-    ]
-  )
-  size = (
-    quantization.get("weight_block_size")
-    if isinstance(quantization, dict)
-    else None
-  )
+  if not isinstance(quantization, dict):
+    raise InputError("config.json: quantization_config: must be an object")
+  problems = [
+    f"{key}={quantization.get(key)!r}: must be {value!r}"
+    for key, value, default in (
+      ("quant_method", "fp8", None),
+      ("fmt", "e4m3", "e4m3"),
+      ("activation_scheme", "dynamic", "dynamic"),
+    )
+    if quantization.get(key, default) != value
+  ]
+  size = quantization.get("weight_block_size")
+  is_pair = isinstance(size, list) and len(size) == 2
   if not problems and not (
-    isinstance(size, list)
-    and len(size) == 2
-    and all(type(n) is int and n > 0 for n in size)
+    is_pair and all(type(n) is int and n > 0 for n in size)
   ):
     problems.append(f"weight_block_size={size!r}: must be two integers above 0")
   if problems:
@@ -303,24 +272,22 @@ def make_config_json(run: config.Run) -> dict[str, Any]:
   config_json = {key: settings[path] for key, path in _SETTINGS.items()}
   config_json["q_lora_rank"] = config_json["q_lora_rank"] or None
   config_json["num_key_value_heads"] = config_json["num_attention_heads"]
-  yarn = model.attention.yarn
-  longest = run.data.seq_len
   config_json["rope_theta"] = model.attention.rope_theta
+  yarn, longest = model.attention.yarn, run.data.seq_len
   if yarn.factor > 1:
     longest = int(yarn.max_len)
     config_json["rope_scaling"] = {"type": "yarn", "mscale": yarn.mscale} | {
       key: getattr(yarn, ours) for key, ours in _YARN.items()
     }
   name, model_type = _model_type(model.router.score)
+  several_groups = model.router.n_groups > 1
   return config_json | {
     **_REQUIRED,
     "architectures": [model_type.architecture],
     "model_type": name,
     "max_position_embeddings": longest,
     "scoring_func": model_type.score,
-    "topk_method": model_type.topk_methods[
-      -1 if model.router.n_groups > 1 else 0
-    ],
+    "topk_method": model_type.topk_methods[-1 if several_groups else 0],
     "attention_dropout": 0.0,
     "use_cache": True,
   }
@@ -336,8 +303,8 @@ def _model_type(score: str) -> tuple[str, _ModelType]:
     if model_type.score == score:
       return name, model_type
   raise InputError(
-    f"router.score={score!r}: must be {_V3.score!r} or {_V2.score!r} in a"
-    " released checkpoint"
+    f"router.score={score!r}: must be {_V3.score!r} or {_V2.score!r} in"
+    f" {_RELEASED}"
   )
 
 
@@ -348,26 +315,22 @@ def has_router_bias(score: str) -> bool:
 
 def _inexpressible_settings(model: config.Model) -> Iterator[str]:
   """Yields settings that config.json has no key for, or another value."""
-  if not isinstance(model.attention, config.MLA):
-    yield (
-      f"attention.type={model.attention.type!r}: must be 'mla' in a released"
-      " checkpoint"
-    )
+  attention, mtp = model.attention, model.mtp
+  if not isinstance(attention, config.MLA):
+    yield f"attention.type={attention.type!r}: must be 'mla' in {_RELEASED}"
     return
-  if model.mtp.depth and model.mtp.input_state != "post_norm":
+  if mtp.depth and mtp.input_state != "post_norm":
     yield (
-      f"mtp.input_state={model.mtp.input_state!r}: must be 'post_norm' in a"
-      " released checkpoint"
+      f"mtp.input_state={mtp.input_state!r}: must be 'post_norm' in {_RELEASED}"
     )
-  if model.attention.norm_eps != 1e-6:
+  if attention.norm_eps != 1e-6:
     yield (
-      f"attention.norm_eps={model.attention.norm_eps:g}: must be 1e-06 in a"
-      " released checkpoint"
+      f"attention.norm_eps={attention.norm_eps:g}: must be 1e-06 in {_RELEASED}"
     )
   if not model.n_moe_layers:
     yield (
       f"n_dense_layers={model.n_dense_layers}: must be below"
-      f" n_layers={model.n_layers} in a released checkpoint"
+      f" n_layers={model.n_layers} in {_RELEASED}"
     )
 
 

@@ -68,11 +68,9 @@ def _import_tensors(
   advance: Callable[[int], None],
 ) -> dict[str, int]:
   """Returns the CRC-32 of each tensor, once all of them are on the disk."""
-  tensors = source.tensors
-  files = sorted({tensor.file for tensor in tensors.values()})
-  journal = resumable.Journal(
-    folder / JOURNAL, f"{source.fingerprint()} {link}"
-  )
+  tensors, files = source.tensors, source.shards()
+  work = f"{source.fingerprint()} {link}"
+  journal = resumable.Journal(folder / JOURNAL, work)
   if not journal.begun:
     resumable.check_empty(folder)
     if not link:
@@ -120,11 +118,9 @@ def _create_file(source: pathlib.Path, target: pathlib.Path, link: str) -> None:
     target.symlink_to(source)
   else:
     header, size = safetensors.read_header_bytes(source)
-    partial = target.with_name(f".{target.name}.partial")
-    with partial.open("wb") as file:
+    with io.atomic_write(target, "wb") as file:
       file.write(header)
       file.truncate(size)
-    partial.replace(target)
 
 
 def open_import(workdir: pathlib.Path) -> hf_read.ReleasedCheckpoint:

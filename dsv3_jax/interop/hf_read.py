@@ -6,10 +6,11 @@ it is ever executed.
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,9 @@ _SCALES = F32, safetensors.DTYPES["F8_E8M0"]
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
+Tensors = dict[str, safetensors.StoredTensor]  # by name
+
+
 @dataclasses.dataclass(frozen=True)
 class ReleasedCheckpoint:
   """A released checkpoint whose names, shapes and types have been checked."""
@@ -34,7 +38,7 @@ class ReleasedCheckpoint:
   folder: pathlib.Path
   config_json: dict[str, Any]
   model: config.Model
-  tensors: dict[str, safetensors.StoredTensor]  # by name
+  tensors: Tensors
   tile: tuple[int, int] | None  # FP8 tile of outputs and inputs; None: no FP8
   notes: tuple[str, ...]  # messages for the user
   # CRC-32 of tensors by name, compared whenever all of a tensor is read.
@@ -48,6 +52,10 @@ class ReleasedCheckpoint:
   def make_run(self) -> config.Run:
     """Returns a run of the model, see `hf_config.make_run`."""
     return hf_config.make_run(self.config_json, self.model)
+
+  def shards(self) -> list[pathlib.Path]:
+    """Returns the files that hold the tensors."""
+    return sorted({tensor.file for tensor in self.tensors.values()})
 
   def total_bytes(self) -> int:
     """Returns the size of all tensors in bytes."""
@@ -70,11 +78,9 @@ class ReleasedCheckpoint:
   def read_block(
     self, block: hf_mapping.Block
   ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Reads a block as it is stored, and the scales of FP8.
+    """Reads a block [inputs, outputs] as stored, and the scales of FP8.
 
-    Returns:
-      [inputs, outputs] of the type in the files, and
-      [tiles of inputs, tiles of outputs] or None.
+    Scales are [tiles of inputs, tiles of outputs], or None.
     """
     matrix = self._read_rows(block, slice(None), slice(None))
     return hf_mapping.convert_layout(block, matrix), self._read_scales(block)
@@ -84,10 +90,8 @@ class ReleasedCheckpoint:
   ) -> np.ndarray:
     """Reads a slice of a block; FP8 is dequantized to float32.
 
-    Args:
-      block: the block.
-      inner: slices of its dims, inputs then outputs. The files are read only
-        within the slices of the first input and the first output dim.
+    `inner` slices its dims, inputs then outputs. The files are read only within
+    the slices of the first input and the first output dim.
     """
     ins, outs = hf_mapping.bounding_slices(block, inner)
     swapped = block.transposed or not block.inputs
@@ -168,7 +172,6 @@ def open_folder(
   """Opens a checkpoint: checks the names, shapes and types of all tensors.
 
   Args:
-    folder: the folder of the checkpoint.
     ignore_auto_map: accept a config.json that names code; it is not run.
     follow_links: accept shards that are symbolic links.
 
@@ -199,10 +202,8 @@ def open_folder(
       f"{folder}: {CONFIG} describes a model of {n:,} tensors or more, there"
       f" are {len(tensors):,}"
     )
-  if problems := [
-    *_check_tensors(tensors, model, tile),
-    *_check_copies(tensors, model),
-  ]:
+  problems = list(_check_tensors(tensors, model, tile))
+  if problems := problems + list(_check_copies(tensors, model)):
     raise InputError("\n".join(f"{folder}: {line}" for line in problems))
   notes += _rounded_biases(tensors, model)
   return ReleasedCheckpoint(
@@ -231,19 +232,17 @@ def _read_weight_map(folder: pathlib.Path) -> dict[str, str]:
     names = io.read_json_object(folder / INDEX).get("weight_map")
     if not isinstance(names, dict) or not names:
       raise InputError(f"{folder / INDEX}: has no weight_map")
-    bad = [
+    if problems := [
       f"{folder / INDEX}: {name}: {file!r} must be a file of this folder,"
       " *.safetensors"
       for name, file in names.items()
       if not _is_shard(file)
-    ]
-    if bad:
-      raise InputError("\n".join(bad))
+    ]:
+      raise InputError("\n".join(problems))
     return names
   if (folder / SINGLE).exists():
     return {"": SINGLE}
-  pickles = [p.name for p in folder.iterdir() if p.suffix in _PICKLES]
-  if pickles:
+  if pickles := [p.name for p in folder.iterdir() if p.suffix in _PICKLES]:
     raise InputError(
       f"{folder}: holds only {', '.join(sorted(pickles))}: pickles can run"
       " code and are never read here. Convert them with the software that"
@@ -253,24 +252,22 @@ def _read_weight_map(folder: pathlib.Path) -> dict[str, str]:
 
 
 def _is_shard(file: Any) -> bool:
-  return (
-    isinstance(file, str)
-    and file.endswith(".safetensors")
-    and not set(file) & set("/\\\0")
-  )
+  is_name = isinstance(file, str) and not set(file) & set("/\\\0")
+  return is_name and file.endswith(".safetensors")
 
 
 def _read_headers(
   folder: pathlib.Path, follow_links: bool
-) -> tuple[dict[str, safetensors.StoredTensor], list[str]]:
+) -> tuple[Tensors, list[str]]:
   """Returns all tensors by name, and the problems of the shards."""
   weight_map = _read_weight_map(folder)
-  files, tensors, problems = sorted(set(weight_map.values())), {}, []
-  headers = {}
-  for path in sorted(folder.glob("*.safetensors")):
-    if path.name not in files:
-      problems.append(f"{path}: no tensor of the index is in it")
-  for file in files:
+  files, headers, tensors = set(weight_map.values()), {}, {}
+  problems = [
+    f"{path}: no tensor of the index is in it"
+    for path in sorted(folder.glob("*.safetensors"))
+    if path.name not in files
+  ]
+  for file in sorted(files):
     path = folder / file
     if path.is_symlink() and not follow_links:
       problems.append(
@@ -285,18 +282,17 @@ def _read_headers(
       continue
     for name, tensor in headers[file].items():
       indexed = weight_map.get(name, weight_map.get(""))
-      if indexed != file:
-        where = (
-          f"the index has it in {indexed}" if indexed else "not in the index"
-        )
-        problems.append(f"{path}: {name}: {where}")
-      else:
+      if indexed == file:
         tensors[name] = tensor
-  for name, file in weight_map.items():
-    if name and file in headers and name not in headers[file]:
-      problems.append(
-        f"{folder / file}: {name}: missing, the index has it there"
-      )
+      elif indexed:
+        problems.append(f"{path}: {name}: the index has it in {indexed}")
+      else:
+        problems.append(f"{path}: {name}: not in the index")
+  problems += [
+    f"{folder / file}: {name}: missing, the index has it there"
+    for name, file in weight_map.items()
+    if name and file in headers and name not in headers[file]
+  ]
   return tensors, problems
 
 
@@ -307,9 +303,7 @@ def _largest_layer(names: Iterable[str]) -> int:
 
 
 def _check_tensors(
-  tensors: dict[str, safetensors.StoredTensor],
-  model: config.Model,
-  tile: tuple[int, int] | None,
+  tensors: Tensors, model: config.Model, tile: tuple[int, int] | None
 ) -> Iterator[str]:
   """Yields tensors that are missing, unused, or of another shape or type."""
   unused, dtypes = dict(tensors), {}
@@ -324,10 +318,8 @@ def _check_tensors(
       fp8 = block.quantized and tile is not None
       allowed = (F32, BF16, E4M3) if fp8 else (F32, BF16)
       if tensor.dtype not in allowed:
-        yield (
-          f"{name}: dtype {tensor.dtype}, must be"
-          f" {' or '.join(map(str, allowed))}"
-        )
+        types = " or ".join(map(str, allowed))
+        yield f"{name}: dtype {tensor.dtype}, must be {types}"
       first = dtypes.setdefault(block.path, (name, tensor.dtype))
       if tensor.dtype != first[1]:
         yield f"{name}: dtype {tensor.dtype}, but {first[0]} is {first[1]}"
@@ -337,9 +329,7 @@ def _check_tensors(
     yield f"{name}: not part of this model"
 
 
-def _check_copies(
-  tensors: dict[str, safetensors.StoredTensor], model: config.Model
-) -> Iterator[str]:
+def _check_copies(tensors: Tensors, model: config.Model) -> Iterator[str]:
   """Yields MTP copies that are missing, or of another shape or type."""
   for name, original in hf_mapping.mtp_copies(model).items():
     copy, wanted = tensors.get(name), tensors.get(original)
@@ -351,36 +341,30 @@ def _check_copies(
       yield f"{name}: dtype {copy.dtype}, must be {wanted.dtype} as {original}"
 
 
-def _rounded_biases(
-  tensors: dict[str, safetensors.StoredTensor], model: config.Model
-) -> list[str]:
+def _rounded_biases(tensors: Tensors, model: config.Model) -> list[str]:
   """Returns a note if router biases are not float32."""
-  for block in hf_mapping.model_blocks(model):
-    if block.path == hf_mapping.BIAS:
-      name = block.names[0]
-      if tensors[name].dtype == F32:
-        break
-      return [
-        f"{name}: router biases are {tensors[name].dtype}: they were rounded"
-        " when the file was written; DeepSeek's are float32"
-      ]
-  return []
+  return [
+    f"{name}: router biases are {tensors[name].dtype}: they were rounded when"
+    " the file was written; DeepSeek's are float32"
+    for block in hf_mapping.model_blocks(model)
+    for name in block.names
+    if block.path == hf_mapping.BIAS and tensors[name].dtype != F32
+  ][:1]
 
 
 def _check_scales(
-  name: str, shape: tuple[int, int], unused: dict[str, safetensors.StoredTensor]
+  name: str, shape: tuple[int, int], unused: Tensors
 ) -> Iterator[str]:
-  scales = unused.pop(name + hf_mapping.SCALES, None)
+  scales_name = name + hf_mapping.SCALES
+  scales = unused.pop(scales_name, None)
   if scales is None:
-    yield f"{name + hf_mapping.SCALES}: missing, {name} is in FP8"
+    yield f"{scales_name}: missing, {name} is in FP8"
     return
   if scales.shape != shape:
-    yield f"{name + hf_mapping.SCALES}: shape {scales.shape}, must be {shape}"
+    yield f"{scales_name}: shape {scales.shape}, must be {shape}"
   if scales.dtype not in _SCALES:
-    yield (
-      f"{name + hf_mapping.SCALES}: dtype {scales.dtype}, must be"
-      f" {' or '.join(map(str, _SCALES))}"
-    )
+    allowed = " or ".join(map(str, _SCALES))
+    yield f"{scales_name}: dtype {scales.dtype}, must be {allowed}"
 
 
 def validate_values(released: ReleasedCheckpoint) -> Iterator[str]:
@@ -415,3 +399,29 @@ def _equal_bytes(
     if bytes_a != bytes_b:
       return False
   return True
+
+
+def corrupt_shards(
+  released: ReleasedCheckpoint, advance: Callable[[int], None]
+) -> Iterator[str]:
+  """Yields a problem for each shard whose SHA-256 is not that in SHA256SUMS.
+
+  `advance` is called with the bytes that have been read.
+  """
+  sums = (released.folder / SUMS).read_text(encoding="utf-8")
+  lines = (line.partition("  ") for line in sums.splitlines())
+  recorded = {name: digest for digest, _, name in lines}
+  for path in released.shards():
+    if path.name not in recorded:
+      yield f"{path}: not in {SUMS}"
+      continue
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+      while data := file.read(1 << 24):
+        digest.update(data)
+        advance(len(data))
+    if digest.hexdigest() != recorded[path.name]:
+      yield (
+        f"{path}: corrupt: its SHA-256 is {digest.hexdigest()}, must be"
+        f" {recorded[path.name]}; download or export it again"
+      )

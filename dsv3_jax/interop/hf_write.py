@@ -253,15 +253,11 @@ def export(
       "metadata": {"total_size": export_format.total_bytes()},
       "weight_map": weight_map,
     }
-    _write_json(folder / hf_read.CONFIG, config_json)
-    _write_json(folder / hf_read.INDEX, index)
+    io.write_json(folder / hf_read.CONFIG, config_json)
+    io.write_json(folder / hf_read.INDEX, index)
     journal.path.unlink()
   except OSError as error:
     raise resumable.disk_error(folder, error) from error
-
-
-def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
-  io.write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def _write_shards(

@@ -3,86 +3,64 @@
 import concurrent.futures
 import math
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 
-from dsv3_jax import config, param_spec
-from dsv3_jax.interop import hf_mapping, resumable
+from dsv3_jax import param_spec
+from dsv3_jax.interop import hf_mapping, hf_read, resumable
 from dsv3_jax.model import transformer
 
 CHUNK = 1 << 24  # numbers that are read and converted at a time
-
-
-class SliceSource(Protocol):
-  """Parameters that can be read in slices of blocks."""
-
-  model: config.Model
-
-  def read_slice(
-    self, block: hf_mapping.Block, inner: hf_mapping.Slices
-  ) -> np.ndarray:
-    """Reads a slice of a block, see `hf_read.ReleasedCheckpoint.read_slice`."""
-
-  def chunk_dim(self, block: hf_mapping.Block) -> int | None:
-    """Returns the dim to read a block in chunks along; None: all at once."""
 
 
 Blocks = dict[tuple[int, ...], hf_mapping.Block]  # of a parameter, by index
 
 
 def load(
-  source: SliceSource, specs: Any, mesh: jax.sharding.Mesh, dtype: Any
+  source: hf_read.ReleasedCheckpoint,
+  specs: Any,
+  mesh: jax.sharding.Mesh,
+  dtype: Any,
 ) -> tuple[param_spec.Params, jax.Array]:
   """Returns parameters and router bias; reads each device's slices only.
 
-  Args:
-    source: the checkpoint.
-    specs: partition specs of the parameters, a tree as `transformer.specs`.
-    mesh: the devices.
-    dtype: the type of the parameters; FP8 is dequantized. The bias is float32.
+  `specs` are partition specs of the parameters, a tree as `transformer.specs`,
+  `dtype` is their type; FP8 is dequantized, and the bias is float32.
   """
   model = source.model
   blocks: dict[str, Blocks] = {}
   for block in hf_mapping.model_blocks(model):
     blocks.setdefault(block.path, {})[block.index] = block
-  shapes = {
-    path: spec.shape
-    for path, spec in param_spec.flatten_with_paths(
-      transformer.specs(model)
-    ).items()
-  }
+  param_specs = param_spec.flatten_with_paths(transformer.specs(model))
   with concurrent.futures.ThreadPoolExecutor(resumable.WORKERS) as pool:
 
-    def load_param(path: str, spec: jax.P) -> jax.Array:
-      device_sharding = jax.NamedSharding(mesh, spec)
-      return _load_param(
-        source, blocks[path], shapes[path], device_sharding, dtype, pool
-      )
+    def load_param(
+      path: str, shape: tuple[int, ...], spec: jax.P, dtype: Any
+    ) -> jax.Array:
+      to = jax.NamedSharding(mesh, spec)
+      return _load_param(source, blocks[path], shape, to, dtype, pool)
+
+    def submit(path: Any, spec: jax.P) -> concurrent.futures.Future:
+      name = param_spec.name(path)
+      shape = param_specs[name].shape
+      return pairs.submit(load_param, name, shape, spec, dtype)
 
     # Two parameters at a time: reading one alone waits for its last chunk.
     with concurrent.futures.ThreadPoolExecutor(2) as pairs:
-      futures = jax.tree.map_with_path(
-        lambda path, spec: pairs.submit(
-          load_param, param_spec.name(path), spec
-        ),
-        specs,
-      )
+      futures = jax.tree.map_with_path(submit, specs)
     params = jax.tree.map(lambda future: future.result(), futures)
     bias = transformer.router_bias(model)
-    replicated = jax.NamedSharding(mesh, jax.P())
-    if bias_blocks := blocks.get(hf_mapping.BIAS):
-      bias = _load_param(
-        source, bias_blocks, bias.shape, replicated, np.float32, pool
-      )
+    if hf_mapping.BIAS in blocks:
+      bias = load_param(hf_mapping.BIAS, bias.shape, jax.P(), np.float32)
     else:
-      bias = jax.device_put(bias, replicated)
+      bias = jax.device_put(bias, jax.NamedSharding(mesh, jax.P()))
   return params, bias
 
 
 def _load_param(
-  source: SliceSource,
+  source: hf_read.ReleasedCheckpoint,
   blocks: Blocks,
   shape: tuple[int, ...],
   device_sharding: jax.NamedSharding,
@@ -102,7 +80,9 @@ def _load_param(
 
 
 def _split_slice(
-  source: SliceSource, block: hf_mapping.Block, inner: hf_mapping.Slices
+  source: hf_read.ReleasedCheckpoint,
+  block: hf_mapping.Block,
+  inner: hf_mapping.Slices,
 ) -> Iterator[tuple[hf_mapping.Slices, hf_mapping.Slices]]:
   """Yields chunks of a slice: as slices of the block, and of the slice.
 
@@ -124,23 +104,14 @@ def _split_slice(
 
 
 def _assemble_slice(
-  source: SliceSource,
+  source: hf_read.ReleasedCheckpoint,
   blocks: Blocks,
   shape: tuple[int, ...],
   index: tuple[slice, ...],
   dtype: Any,
   pool: concurrent.futures.Executor,
 ) -> np.ndarray:
-  """Reads the slice of a parameter that a device holds.
-
-  Args:
-    source: the checkpoint.
-    blocks: the blocks of the parameter.
-    shape: the shape of the parameter.
-    index: the slice of each dim.
-    dtype: the type of the result.
-    pool: reads chunks.
-  """
+  """Reads the slice of a parameter that a device holds; `pool` reads chunks."""
   n = len(next(iter(blocks)))
   leading = [range(size)[s] for size, s in zip(shape[:n], index, strict=False)]
   inner = index[n:]

@@ -10,9 +10,16 @@ import numpy as np
 from dsv3_jax import config, param_spec, train
 from dsv3_jax.checkpoint import checkpointer, manifest
 from dsv3_jax.config import presets
+from dsv3_jax.data import tokenizer
 from dsv3_jax.errors import InputError
-from dsv3_jax.interop import hf_import, hf_read, load_sharded
-from dsv3_jax.parallel import layouts
+from dsv3_jax.interop import (
+  hf_config,
+  hf_import,
+  hf_mapping,
+  hf_write,
+  load_sharded,
+)
+from dsv3_jax.parallel import device_mesh, layouts
 
 CONFIG, CHECKPOINTS = "config.json", "checkpoints"
 _KEYS = {"variant", "seed", "settings"}
@@ -75,53 +82,81 @@ def load_newest_params(
   if average and not run.optim.ema_decay:
     raise InputError(f"{folder}: has no average, optim.ema_decay is 0")
   if (folder / hf_import.FOLDER).is_dir():
-    return _load_imported(hf_import.open_import(folder), run, mesh, specs)
+    return _load_imported(folder, run, mesh, specs)
   hf_import.check_format(folder)
   saved = folder / CHECKPOINTS
   if not saved.is_dir():
     raise manifest.MissingError(f"{folder}: has no checkpoints yet")
   checkpoints = checkpointer.Checkpointer(saved, run.checkpoint)
   like = train.abstract_state(run, mesh)
+
+  def resharded(a: jax.ShapeDtypeStruct, spec: jax.P) -> jax.ShapeDtypeStruct:
+    to = jax.NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=to)
+
   if specs:
-    like = like.replace(params=_resharded(like.params, mesh, specs))
+    params = jax.tree.map(resharded, like.params, specs)
+    like = like.replace(params=params)
 
   def load(step: int) -> Any:
     return checkpoints.restore_parameters(step, like, average=average)
 
   try:
-    found = checkpoints.newest(load, quarantine=False)
+    newest = checkpoints.newest(load, quarantine=False)
   finally:
     checkpoints.close()
-  if found is None:
+  if newest is None:
     raise manifest.MissingError(f"{folder}: has no finished checkpoint")
-  return found[1]
-
-
-def _resharded(
-  params: param_spec.Params, mesh: jax.sharding.Mesh, specs: Any
-) -> param_spec.Params:
-  """Returns abstract parameters with these partition specs on a mesh."""
-
-  def leaf(a: jax.ShapeDtypeStruct, spec: jax.P) -> jax.ShapeDtypeStruct:
-    to = jax.NamedSharding(mesh, spec)
-    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=to)
-
-  return jax.tree.map(leaf, params, specs)
+  return newest[1]
 
 
 def _load_imported(
-  source: hf_read.ReleasedCheckpoint,
-  run: config.Run,
-  mesh: jax.sharding.Mesh,
-  specs: Any,
+  workdir: pathlib.Path, run: config.Run, mesh: jax.sharding.Mesh, specs: Any
 ) -> tuple[param_spec.Params, jax.Array]:
+  source = hf_import.open_import(workdir)
   if source.model != run.model:
-    changes = config.diff(
-      config.flatten(source.model), config.flatten(run.model)
-    )
+    there, here = config.flatten(source.model), config.flatten(run.model)
     raise InputError(
       f"{source.folder}: has another model (there -> here):\n"
-      + "\n".join(changes)
+      + "\n".join(config.diff(there, here))
     )
   specs = specs or layouts.make_layout(run, mesh.shape).specs
   return load_sharded.load(source, specs, mesh, np.float32)
+
+
+def open_source(
+  workdir: pathlib.Path, *, average: bool
+) -> tuple[hf_write.ParamSource, dict[str, Any]]:
+  """Opens a run or an import for export: its parameters and config.json.
+
+  `average` takes the moving average of a run's parameters instead.
+
+  Raises:
+    InputError: the workdir holds no run, the run has no average, or a
+      released checkpoint cannot express it.
+    MissingError: the run has no checkpoint.
+  """
+  run = run_from_config(read_config(workdir))
+  if (workdir / hf_import.FOLDER).is_dir():
+    if average:
+      raise InputError(f"--ema: {workdir} is imported and has no average")
+    source = hf_import.open_import(workdir)
+    return source, source.config_json
+  params, bias = load_newest_params(
+    workdir, run, device_mesh.make_mesh({}), average=average
+  )
+  arrays = param_spec.flatten_with_paths(params) | {hf_mapping.BIAS: bias}
+  arrays = {path: np.asarray(array) for path, array in arrays.items()}
+  score = run.model.router.score
+  if not hf_config.has_router_bias(score) and arrays[hf_mapping.BIAS].any():
+    raise InputError(
+      f"router.score={score} with a bias that is not 0: the format of V2 has"
+      " none; train with router.bias_speed=0"
+    )
+  config_json = hf_config.make_config_json(run) | {
+    "torch_dtype": "float32",
+    "bos_token_id": tokenizer.BOS_ID,
+    "eos_token_id": tokenizer.EOS_ID,
+    "pad_token_id": tokenizer.PAD_ID,
+  }
+  return hf_write.ParamArrays(run.model, arrays), config_json

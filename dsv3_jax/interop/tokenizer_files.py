@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import shutil
 from collections.abc import Iterable
 
 import tokenizers
@@ -28,9 +27,8 @@ def copy_files(
   """Copies the files that exist, each atomically."""
   for name in names:
     if (source / name).is_file():
-      partial = target / f".{name}.partial"
-      shutil.copyfile(source / name, partial)
-      partial.replace(target / name)
+      with io.atomic_write(target / name, "wb") as file:
+        file.write((source / name).read_bytes())
 
 
 def write_files(
@@ -38,10 +36,7 @@ def write_files(
 ) -> None:
   """Writes the tokenizer, its chat template and generation settings.
 
-  Args:
-    tok: the tokenizer of the model.
-    folder: where the files are written.
-    max_len: the longest context of the model in tokens.
+  `max_len` is the longest context of the model in tokens.
   """
   with_bos = tokenizers.Tokenizer.from_str(tok.to_str())
   # The model was trained on texts that begin with BOS.
