@@ -11,7 +11,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import gguf
 import numpy as np
@@ -20,8 +20,12 @@ import tokenizers
 from dsv3_jax import config
 from dsv3_jax.data import chat, tokenizer
 from dsv3_jax.errors import InputError
-from dsv3_jax.interop import hf_mapping, hf_read, hf_write, resumable
+from dsv3_jax.interop import hf_mapping, hf_read, resumable
+from dsv3_jax.interop.hf_mapping import Block
+from dsv3_jax.interop.hf_write import ExportFormat
+from dsv3_jax.interop.resumable import Advance
 
+_ARCHITECTURE = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.DEEPSEEK2]
 _T = gguf.MODEL_TENSOR
 # By the path of a parameter within its layer: one tensor, or two.
 _TENSORS = {
@@ -60,7 +64,7 @@ class _Tensor:
   name: str
   shape: tuple[int, ...]
   dtype: np.dtype
-  stack: list[hf_mapping.Block]  # one block, or all experts of a layer
+  stack: list[Block]  # one block, or all experts of a layer
   i: int  # position among the tensors of the path in `_TENSORS`
 
   @property
@@ -68,38 +72,35 @@ class _Tensor:
     return math.prod(self.shape) * self.dtype.itemsize
 
 
-def validate(model: config.Model) -> list[str]:
-  """Returns the reasons why llama.cpp would refuse or misread a model."""
-  if not isinstance(model.attention, config.MLA):
-    return [f"attention.type={model.attention.type!r}: must be 'mla'"]
-  problems = []
-  if not model.attention.q_rank and model.n_layers not in (26, 27):
-    problems.append(
+def validate(model: config.Model) -> Iterator[str]:
+  """Yields the reasons why llama.cpp would refuse or misread a model."""
+  attention, router = model.attention, model.router
+  if not isinstance(attention, config.MLA):
+    yield f"attention.type={attention.type!r}: must be 'mla'"
+    return
+  if not attention.q_rank and model.n_layers not in (26, 27):
+    yield (
       f"attention.q_rank=0 with n_layers={model.n_layers}: llama.cpp expects"
       " compressed queries except with 26 or 27 layers (V2-Lite, Moonlight);"
       " export to --hf instead"
     )
-  if model.norm_eps != model.attention.norm_eps:
-    problems.append(
-      f"norm_eps={model.norm_eps:g},"
-      f" attention.norm_eps={model.attention.norm_eps:g}: llama.cpp takes"
-      " one number for both"
+  if model.norm_eps != attention.norm_eps:
+    yield (
+      f"norm_eps={model.norm_eps:g}, attention.norm_eps={attention.norm_eps:g}:"
+      " llama.cpp takes one number for both"
     )
-  if model.router.score == "softmax" and model.router.n_groups > 1:
-    problems.append(
-      f"router.n_groups={model.router.n_groups} with router.score=softmax:"
-      " llama.cpp ranks groups by their two best experts, V2 by the best"
+  if router.score == "softmax" and router.n_groups > 1:
+    yield (
+      f"router.n_groups={router.n_groups} with router.score=softmax: llama.cpp"
+      " ranks groups by their two best experts, V2 by the best"
     )
-  if model.router.score not in _GATING_FUNCTIONS:
-    problems.append(
-      f"router.score={model.router.score}: llama.cpp has only"
-      f" {' and '.join(_GATING_FUNCTIONS)}"
-    )
+  if router.score not in _GATING_FUNCTIONS:
+    scores = " and ".join(_GATING_FUNCTIONS)
+    yield f"router.score={router.score}: llama.cpp has only {scores}"
   if not model.moe.n_shared:
-    problems.append("moe.n_shared=0: llama.cpp expects shared experts")
+    yield "moe.n_shared=0: llama.cpp expects shared experts"
   if not model.n_moe_layers:
-    problems.append("n_dense_layers=n_layers: llama.cpp expects mixture layers")
-  return problems
+    yield "n_dense_layers=n_layers: llama.cpp expects mixture layers"
 
 
 def _path_in_layer(path: str) -> str:
@@ -107,18 +108,18 @@ def _path_in_layer(path: str) -> str:
   return path.partition("/")[2] or path
 
 
-def _stacks(model: config.Model) -> Iterator[list[hf_mapping.Block]]:
+def _stacks(model: config.Model) -> Iterator[list[Block]]:
   """Yields blocks of the main model; all experts of a layer in one list."""
   main = (b for b in hf_mapping.model_blocks(model) if b.layer < model.n_layers)
 
-  def key(block: hf_mapping.Block) -> tuple[int, bool, str]:
+  def key(block: Block) -> tuple[int, bool, str]:
     return block.layer, len(block.index) > 1, block.path
 
   for _, blocks in itertools.groupby(sorted(main, key=key), key):
     yield list(blocks)
 
 
-def _tensors(export_format: hf_write.ExportFormat) -> Iterator[_Tensor]:
+def _tensors(export_format: ExportFormat) -> Iterator[_Tensor]:
   """Yields the tensors of the file in order."""
   model = export_format.source.model
   for stack in _stacks(model):
@@ -141,12 +142,10 @@ def _tensors(export_format: hf_write.ExportFormat) -> Iterator[_Tensor]:
       yield _Tensor(f"{name}.{suffix}", shapes[i], dtype, stack, i)
 
 
-def _make_array(
-  export_format: hf_write.ExportFormat, tensor: _Tensor
-) -> np.ndarray:
+def _make_array(export_format: ExportFormat, tensor: _Tensor) -> np.ndarray:
   """Returns a tensor; those of experts are stacked, [E, ...]."""
 
-  def arrays(block: hf_mapping.Block) -> list[np.ndarray]:
+  def arrays(block: Block) -> list[np.ndarray]:
     return [array for _, array in export_format.tensors(block)]
 
   block = tensor.stack[0]
@@ -217,7 +216,6 @@ def _describe_tokens(
   tokenizer_json = json.loads(tok.to_str())
   names = {i: name for name, i in tok.get_vocab().items()}
   added = {t["id"]: t["special"] for t in tokenizer_json["added_tokens"]}
-
   types = gguf.TokenType
 
   def token_type(i: int) -> gguf.TokenType:
@@ -225,14 +223,13 @@ def _describe_tokens(
       return types.CONTROL if added[i] else types.USER_DEFINED
     return types.NORMAL if i in names else types.UNUSED
 
-  merges = tokenizer_json["model"]["merges"]
+  pairs = tokenizer_json["model"]["merges"]
+  merges = [m if isinstance(m, str) else " ".join(m) for m in pairs]
   writer.add_tokenizer_model("gpt2")
   writer.add_tokenizer_pre("deepseek-v3")
   writer.add_token_list([names.get(i, f"[PAD{i}]") for i in range(n_rows)])
   writer.add_token_types([token_type(i) for i in range(n_rows)])
-  writer.add_token_merges(
-    [m if isinstance(m, str) else " ".join(m) for m in merges]
-  )
+  writer.add_token_merges(merges)
   writer.add_bos_token_id(tokenizer.BOS_ID)
   writer.add_eos_token_id(tokenizer.EOS_ID)
   writer.add_pad_token_id(tokenizer.PAD_ID)
@@ -241,28 +238,26 @@ def _describe_tokens(
   writer.add_chat_template(chat.TEMPLATE)
 
 
-def total_bytes(export_format: hf_write.ExportFormat) -> int:
+def total_bytes(export_format: ExportFormat) -> int:
   """Returns the size of all tensors in bytes."""
   return sum(tensor.n_bytes for tensor in _tensors(export_format))
 
 
 def write(
-  export_format: hf_write.ExportFormat,
+  export_format: ExportFormat,
   tok: tokenizers.Tokenizer,
   path: pathlib.Path,
   max_len: int,
-  advance: Callable[[int], None],
+  advance: Advance,
 ) -> None:
   """Writes a GGUF file atomically; `max_len` is the longest context in tokens.
-
-  `advance` is called with the bytes of every tensor that is written.
 
   Raises:
     InputError: llama.cpp would refuse or misread the model, the file exists,
       or the disk is full.
   """
   model = export_format.source.model
-  if problems := validate(model):
+  if problems := list(validate(model)):
     raise InputError("\n".join(problems))
   tokenizer.check_fits(tok, model.vocab_size)
   if not path.parent.is_dir():
@@ -274,9 +269,7 @@ def write(
     raise InputError(f"{path}: GGUF has no FP8; use --dtype=bfloat16")
   resumable.check_free_space(path.parent, total_bytes(export_format))
   partial = path.with_name(f".{path.name}.partial")
-  writer = gguf.GGUFWriter(
-    partial, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.DEEPSEEK2]
-  )
+  writer = gguf.GGUFWriter(partial, _ARCHITECTURE)
   _describe_model(writer, model, max_len)
   _describe_tokens(writer, tok, model.vocab_size)
   try:
@@ -291,9 +284,9 @@ def write(
 
 def _write_tensors(
   writer: gguf.GGUFWriter,
-  export_format: hf_write.ExportFormat,
+  export_format: ExportFormat,
   tensors: list[_Tensor],
-  advance: Callable[[int], None],
+  advance: Advance,
 ) -> None:
   """Writes the header and all tensors."""
   types = gguf.GGMLQuantizationType

@@ -9,11 +9,13 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from dsv3_jax import io
 from dsv3_jax.errors import InputError
 from dsv3_jax.interop import hf_read, resumable, safetensors, tokenizer_files
+from dsv3_jax.interop.hf_read import ReleasedCheckpoint
+from dsv3_jax.interop.resumable import Advance
 
 FOLDER, RECORD, JOURNAL = "hf", "import.json", ".import.jsonl"
 LINKS = "", "hard", "symbolic"  # "": files are copied
@@ -23,21 +25,12 @@ _COMMIT = 1 << 30  # bytes between entries of the journal
 
 
 def import_checkpoint(
-  source: hf_read.ReleasedCheckpoint,
-  folder: pathlib.Path,
-  link: str,
-  advance: Callable[[int], None],
+  source: ReleasedCheckpoint, folder: pathlib.Path, link: str, advance: Advance
 ) -> None:
   """Copies or links a released checkpoint and records its checksums.
 
   An interrupted call is resumed by the same call: tensors in its journal are
-  not read again.
-
-  Args:
-    source: the checkpoint to import.
-    folder: where its files go, see `FOLDER`.
-    link: one of `LINKS`.
-    advance: called with the bytes of every tensor that is done.
+  not read again. `link` is one of `LINKS`.
 
   Raises:
     InputError: the folder holds something else, or the disk is full.
@@ -62,21 +55,14 @@ def import_checkpoint(
 
 
 def _import_tensors(
-  source: hf_read.ReleasedCheckpoint,
-  folder: pathlib.Path,
-  link: str,
-  advance: Callable[[int], None],
+  source: ReleasedCheckpoint, folder: pathlib.Path, link: str, advance: Advance
 ) -> dict[str, int]:
   """Returns the CRC-32 of each tensor, once all of them are on the disk."""
   tensors, files = source.tensors, source.shards()
   work = f"{source.fingerprint()} {link}"
   journal = resumable.Journal(folder / JOURNAL, work)
   if not journal.begun:
-    resumable.check_empty(folder)
-    if not link:
-      size = sum(path.stat().st_size for path in files)
-      resumable.check_free_space(folder, size)
-    journal.begin()
+    journal.begin(0 if link else sum(path.stat().st_size for path in files))
   for path in files:
     if not (folder / path.name).exists():
       _create_file(path.resolve(), folder / path.name, link)
@@ -123,7 +109,7 @@ def _create_file(source: pathlib.Path, target: pathlib.Path, link: str) -> None:
       file.truncate(size)
 
 
-def open_import(workdir: pathlib.Path) -> hf_read.ReleasedCheckpoint:
+def open_import(workdir: pathlib.Path) -> ReleasedCheckpoint:
   """Opens the checkpoint of a workdir; reading it compares its checksums.
 
   Raises:
@@ -160,7 +146,7 @@ def check_format(workdir: pathlib.Path) -> None:
 
 
 def corrupt_tensors(
-  source: hf_read.ReleasedCheckpoint, advance: Callable[[int], None]
+  source: ReleasedCheckpoint, advance: Advance
 ) -> Iterator[str]:
   """Yields a problem for each tensor whose bytes are not those imported."""
 

@@ -32,6 +32,11 @@ _LAYER = {
   "mla/out": "self_attn.o_proj",
   "ffn_norm": "post_attention_layernorm",
   "ffn/router": "mlp.gate",
+  # Of MTP layers.
+  "embed_norm": "enorm",
+  "hidden_norm": "hnorm",
+  "proj": "eh_proj",
+  "norm": "shared_head.norm",
 }
 _FFN = {
   "ffn": "mlp",
@@ -39,12 +44,6 @@ _FFN = {
   "ffn/experts": "mlp.experts.{expert}",
 }
 _PROJECTIONS = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
-_MTP = {
-  "embed_norm": "enorm",
-  "hidden_norm": "hnorm",
-  "proj": "eh_proj",
-  "norm": "shared_head.norm",
-}
 _UNSTACKED = {
   "embed": "model.embed_tokens.weight",
   "norm": "model.norm.weight",
@@ -90,49 +89,35 @@ class Block:
     return tuple(-(-n // t) for n, t in sizes)
 
 
-def _file_layer(path: str, index: int, cfg: config.Model) -> int:
-  """Returns the layer number that files give to a layer of a stack."""
+def _file_layer(path: str, index: tuple[int, ...], cfg: config.Model) -> int:
+  """Returns the layer number of a block in files; -1: belongs to no layer."""
   first = {"dense": 0, "moe": cfg.n_dense_layers, "mtp": cfg.n_layers}
-  return first[path.partition("/")[0]] + index
+  return first[path.partition("/")[0]] + index[0] if index else -1
 
 
-def _tensor_names(
-  path: str, index: tuple[int, ...], cfg: config.Model
-) -> list[str]:
-  """Returns the names of the tensors of a block of a stacked parameter."""
-  within = path.partition("/")[2]
-  prefix = f"model.layers.{_file_layer(path, index[0], cfg)}."
-  if path.startswith("mtp/"):
-    if within in _MTP:
-      return [f"{prefix}{_MTP[within]}.weight"]
-    within = within.removeprefix("block/")
+def _tensor_names(path: str, index: tuple[int, ...], layer: int) -> list[str]:
+  """Returns the names of the tensors of a block."""
+  if not index:
+    return [_UNSTACKED[path]]
+  prefix = f"model.layers.{layer}."
+  within = path.partition("/")[2].removeprefix("block/")
   if within in _LAYER:
     return [f"{prefix}{_LAYER[within]}.weight"]
   ffn, _, projection = within.rpartition("/")
-  expert = index[1] if len(index) > 1 else None
-  inside = _FFN[ffn].format(expert=expert)
+  inside = _FFN[ffn].format(expert=index[-1])
   return [f"{prefix}{inside}.{p}.weight" for p in _PROJECTIONS[projection]]
 
 
 def _parameter_blocks(
   path: str, spec: param_spec.ParamSpec, cfg: config.Model
 ) -> Iterable[Block]:
-  n = spec.n_stack
-  dims = spec.shape[n:]
+  dims = spec.shape[spec.n_stack :]
   n_in = len(dims) > 1 and max(spec.n_contracted, 1)
-  for index in np.ndindex(spec.shape[:n]):
-    stacked = bool(index)
-    yield Block(
-      path,
-      index,
-      dims[:n_in],
-      dims[n_in:],
-      tuple(_tensor_names(path, index, cfg))
-      if stacked
-      else (_UNSTACKED[path],),
-      _file_layer(path, index[0], cfg) if stacked else -1,
-      spec.n_contracted > 0 and path != "mtp/proj",
-    )
+  quantized = spec.n_contracted > 0 and path != "mtp/proj"
+  for index in np.ndindex(spec.shape[: spec.n_stack]):
+    layer = _file_layer(path, index, cfg)
+    names = tuple(_tensor_names(path, index, layer))
+    yield Block(path, index, dims[:n_in], dims[n_in:], names, layer, quantized)
 
 
 def _bias_blocks(cfg: config.Model) -> Iterable[Block]:
@@ -179,9 +164,7 @@ Slices = tuple[slice, ...]
 def bounding_slices(block: Block, inner: Slices) -> tuple[slice, slice]:
   """Returns the inputs, and outputs of each tensor, that a slice is within.
 
-  Args:
-    block: the block that the slice is cut out of.
-    inner: slices of its dims, inputs then outputs.
+  `inner` slices the dims of the block, inputs then outputs.
   """
   n, pair = len(block.inputs), len(block.names) > 1
   ins = _flatten_slice(block.inputs, inner[0]) if n else slice(None)
@@ -234,13 +217,10 @@ def dequantize(
   row_tiles: np.ndarray,
   column_tiles: np.ndarray,
 ) -> np.ndarray:
-  """Returns values * scales in float32, [R, C].
+  """Returns values [R, C] of a one-byte type times their scales, in float32.
 
-  Args:
-    values: [R, C] of a one-byte type.
-    scales: [row tiles, column tiles].
-    row_tiles: [R], the tile index of each row.
-    column_tiles: [C], the tile index of each column.
+  The scales are [row tiles, column tiles]; `row_tiles` [R] and `column_tiles`
+  [C] are the tile index of each row and column.
   """
   out = _decoded_codes(values.dtype)[values.view(np.uint8)]
   across = scales.astype(np.float32)[:, column_tiles]

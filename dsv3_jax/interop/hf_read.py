@@ -10,7 +10,7 @@ import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ import numpy as np
 from dsv3_jax import config, io
 from dsv3_jax.errors import InputError
 from dsv3_jax.interop import hf_config, hf_mapping, safetensors
+from dsv3_jax.interop.hf_mapping import Block, Slices
+from dsv3_jax.interop.resumable import Advance
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -26,7 +28,6 @@ E4M3 = safetensors.DTYPES["F8_E4M3"]
 F32, BF16 = safetensors.DTYPES["F32"], safetensors.DTYPES["BF16"]
 _SCALES = F32, safetensors.DTYPES["F8_E8M0"]
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-
 
 Tensors = dict[str, safetensors.StoredTensor]  # by name
 
@@ -61,7 +62,7 @@ class ReleasedCheckpoint:
     """Returns the size of all tensors in bytes."""
     return sum(tensor.n_bytes for tensor in self.tensors.values())
 
-  def dtypes(self, block: hf_mapping.Block) -> tuple[np.dtype, np.dtype | None]:
+  def dtypes(self, block: Block) -> tuple[np.dtype, np.dtype | None]:
     """Returns the types of a block's values and scales; None: not in FP8."""
     name = block.names[0]
     scales = self.tensors.get(name + hf_mapping.SCALES)
@@ -75,9 +76,7 @@ class ReleasedCheckpoint:
       seen.append(f"{name} {tensor} {stat.st_size} {stat.st_mtime_ns}")
     return io.sha256("\n".join(seen))
 
-  def read_block(
-    self, block: hf_mapping.Block
-  ) -> tuple[np.ndarray, np.ndarray | None]:
+  def read_block(self, block: Block) -> tuple[np.ndarray, np.ndarray | None]:
     """Reads a block [inputs, outputs] as stored, and the scales of FP8.
 
     Scales are [tiles of inputs, tiles of outputs], or None.
@@ -85,9 +84,7 @@ class ReleasedCheckpoint:
     matrix = self._read_rows(block, slice(None), slice(None))
     return hf_mapping.convert_layout(block, matrix), self._read_scales(block)
 
-  def read_slice(
-    self, block: hf_mapping.Block, inner: hf_mapping.Slices
-  ) -> np.ndarray:
+  def read_slice(self, block: Block, inner: Slices) -> np.ndarray:
     """Reads a slice of a block; FP8 is dequantized to float32.
 
     `inner` slices its dims, inputs then outputs. The files are read only within
@@ -103,11 +100,10 @@ class ReleasedCheckpoint:
       row_tiles = hf_mapping.output_tiles(block, rows, tall)
       column_tiles = np.arange(block.tensor_shape[1])[columns] // wide
       matrix = hf_mapping.dequantize(matrix, scales.T, row_tiles, column_tiles)
-    return hf_mapping.take_slice(
-      block, inner, hf_mapping.convert_layout(block, matrix)
-    )
+    matrix = hf_mapping.convert_layout(block, matrix)
+    return hf_mapping.take_slice(block, inner, matrix)
 
-  def chunk_dim(self, block: hf_mapping.Block) -> int | None:
+  def chunk_dim(self, block: Block) -> int | None:
     """Returns the dim of a block along which files can be read in chunks.
 
     None where there are checksums, which need the whole tensor.
@@ -118,22 +114,18 @@ class ReleasedCheckpoint:
       return 0
     return len(block.inputs) + (len(block.names) > 1)
 
-  def _read_rows(
-    self, block: hf_mapping.Block, rows: slice, columns: slice
-  ) -> np.ndarray:
+  def _read_rows(self, block: Block, rows: slice, columns: slice) -> np.ndarray:
     """Reads rows of each tensor of a block, and concatenates them."""
     if len(block.names) == 1:
       return self.read_tensor(block.names[0], rows, columns)
-    n, width = (
-      len(range(size)[s])
-      for size, s in zip(block.tensor_shape, (rows, columns), strict=True)
-    )
+    n_rows, n_columns = block.tensor_shape
+    n, width = len(range(n_rows)[rows]), len(range(n_columns)[columns])
     out = np.empty((len(block.names), n, width), self.dtypes(block)[0])
     for name, array in zip(block.names, out, strict=True):
       self.read_tensor(name, rows, columns, array)
     return out.reshape(-1, width)
 
-  def _read_scales(self, block: hf_mapping.Block) -> np.ndarray | None:
+  def _read_scales(self, block: Block) -> np.ndarray | None:
     if self.dtypes(block)[0] != E4M3:
       return None
     names = [name + hf_mapping.SCALES for name in block.names]
@@ -402,12 +394,9 @@ def _equal_bytes(
 
 
 def corrupt_shards(
-  released: ReleasedCheckpoint, advance: Callable[[int], None]
+  released: ReleasedCheckpoint, advance: Advance
 ) -> Iterator[str]:
-  """Yields a problem for each shard whose SHA-256 is not that in SHA256SUMS.
-
-  `advance` is called with the bytes that have been read.
-  """
+  """Yields a problem for each shard whose SHA-256 is not that in SHA256SUMS."""
   sums = (released.folder / SUMS).read_text(encoding="utf-8")
   lines = (line.partition("  ") for line in sums.splitlines())
   recorded = {name: digest for digest, _, name in lines}

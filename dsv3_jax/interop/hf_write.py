@@ -11,7 +11,7 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,26 +19,14 @@ import numpy as np
 from dsv3_jax import config, io
 from dsv3_jax.errors import InputError
 from dsv3_jax.interop import hf_mapping, hf_read, resumable, safetensors
+from dsv3_jax.interop.hf_mapping import Block
+from dsv3_jax.interop.hf_read import ReleasedCheckpoint
+from dsv3_jax.interop.resumable import Advance
 from dsv3_jax.linear import quantize
 
 JOURNAL = ".export.jsonl"
 SHARD_BYTES = 4_300_000_000  # most bytes of a file, unless a block has more
 TILE = 128, 128  # FP8 tile of outputs and inputs
-
-
-class ParamSource(Protocol):
-  """Parameters that can be exported, block by block."""
-
-  model: config.Model
-  tile: tuple[int, int] | None  # FP8 tile of outputs and inputs
-
-  def dtypes(
-    self, block: hf_mapping.Block
-  ) -> tuple[np.dtype, np.dtype | None]: ...
-  def read_block(
-    self, block: hf_mapping.Block
-  ) -> tuple[np.ndarray, np.ndarray | None]: ...
-  def fingerprint(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +37,11 @@ class ParamArrays:
   params: Mapping[str, np.ndarray]  # by path; BIAS too
   tile: None = None
 
-  def dtypes(self, block: hf_mapping.Block) -> tuple[np.dtype, None]:
+  def dtypes(self, block: Block) -> tuple[np.dtype, None]:
     """Returns the type of a block, and None: it has no scales."""
     return self.params[block.path].dtype, None
 
-  def read_block(self, block: hf_mapping.Block) -> tuple[np.ndarray, None]:
+  def read_block(self, block: Block) -> tuple[np.ndarray, None]:
     """Returns a block as [inputs, outputs], and None: it has no scales."""
     array = self.params[block.path][block.index]
     return array.reshape(block.matrix_shape), None
@@ -64,6 +52,9 @@ class ParamArrays:
     for path in sorted(self.params):
       digest.update(safetensors.as_bytes(self.params[path]))
     return digest.hexdigest()
+
+
+ParamSource = ReleasedCheckpoint | ParamArrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +69,7 @@ class ExportFormat:
     """FP8 tile of what is written; None: no FP8."""
     return {"stored": self.source.tile, "fp8": TILE}.get(self.dtype)
 
-  def dtypes(self, block: hf_mapping.Block) -> tuple[np.dtype, np.dtype | None]:
+  def dtypes(self, block: Block) -> tuple[np.dtype, np.dtype | None]:
     """Returns the types of a block's tensors and of their scales."""
     if self.dtype == "stored":
       return self.source.dtypes(block)
@@ -88,9 +79,7 @@ class ExportFormat:
       return hf_read.E4M3, hf_read.F32
     return hf_read.BF16, None
 
-  def tensors(
-    self, block: hf_mapping.Block
-  ) -> Iterator[tuple[str, np.ndarray]]:
+  def tensors(self, block: Block) -> Iterator[tuple[str, np.ndarray]]:
     """Yields names and arrays of a block's tensors, in the order of `shapes`.
 
     Raises:
@@ -99,34 +88,27 @@ class ExportFormat:
     values, scales = self.source.read_block(block)
     dtype, scales_dtype = self.dtypes(block)
     if scales is not None and self.dtype != "stored":
-      values, scales = self._dequantize(block, values, scales), None
+      tall, wide = self.source.tile
+      row_tiles = np.arange(block.tensor_shape[1]) // wide
+      column_tiles = hf_mapping.output_tiles(block, slice(None), tall)
+      tiles = row_tiles, column_tiles
+      values, scales = hf_mapping.dequantize(values, scales, *tiles), None
     if scales_dtype is None:
       values = values.astype(dtype, copy=False)
-    matrices = np.split(
-      hf_mapping.convert_layout(block, values), len(block.names)
-    )
+    matrix = hf_mapping.convert_layout(block, values)
+    matrices = np.split(matrix, len(block.names))
     if scales_dtype is None:
       yield from zip(block.names, matrices, strict=True)
       return
-    if scales is None:
-      pairs = map(_quantize, matrices)
-    else:
+    pairs = map(_quantize, matrices)
+    if scales is not None:
       tiles = np.split(np.ascontiguousarray(scales.T), len(block.names))
       pairs = zip(matrices, tiles, strict=True)
     for name, (matrix, tile_scales) in zip(block.names, pairs, strict=True):
       yield name, matrix
       yield name + hf_mapping.SCALES, tile_scales
 
-  def _dequantize(
-    self, block: hf_mapping.Block, values: np.ndarray, scales: np.ndarray
-  ) -> np.ndarray:
-    """Returns a block of the source in float32."""
-    tall, wide = self.source.tile
-    row_tiles = np.arange(block.tensor_shape[1]) // wide
-    column_tiles = hf_mapping.output_tiles(block, slice(None), tall)
-    return hf_mapping.dequantize(values, scales, row_tiles, column_tiles)
-
-  def shapes(self, block: hf_mapping.Block) -> safetensors.Shapes:
+  def shapes(self, block: Block) -> safetensors.Shapes:
     """Returns types and shapes of a block's tensors, by name."""
     dtype, scales_dtype = self.dtypes(block)
     shapes = {}
@@ -143,18 +125,14 @@ class ExportFormat:
 
 
 def _quantize(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Returns a matrix in FP8, and the scales of its tiles.
-
-  Raises:
-    InputError: a weight is not finite.
-  """
+  """Returns a matrix in FP8, and the scales of its tiles."""
   result = quantize.quantize(jnp.asarray(matrix, jnp.float32), TILE)
   if not np.isfinite(result.scales).all():
     raise InputError("a weight is not finite: FP8 cannot hold it")
   return np.asarray(result.codes).view(hf_read.E4M3), np.asarray(result.scales)
 
 
-BlockShapes = tuple[hf_mapping.Block, safetensors.Shapes]
+BlockShapes = tuple[Block, safetensors.Shapes]
 
 
 def _blocks_and_shapes(export_format: ExportFormat) -> list[BlockShapes]:
@@ -192,12 +170,7 @@ def _split_into_shards(items: list[BlockShapes]) -> list[list[BlockShapes]]:
 def exported_config_json(
   config_json: dict[str, Any], export_format: ExportFormat
 ) -> dict[str, Any]:
-  """Returns the config.json of an export: types and MTP depth are set.
-
-  Args:
-    config_json: the config.json of the model.
-    export_format: the types that are written.
-  """
+  """Returns the config.json of an export: types and MTP depth are set."""
   depth = export_format.source.model.mtp.depth
   config_json = config_json | {"num_nextn_predict_layers": depth}
   config_json.pop("auto_map", None)
@@ -220,17 +193,13 @@ def export(
   export_format: ExportFormat,
   folder: pathlib.Path,
   config_json: dict[str, Any],
-  advance: Callable[[int], None],
+  advance: Advance,
   write_other_files: Callable[[], Any],
 ) -> None:
   """Writes a checkpoint; an interrupted call is resumed by the same call.
 
-  Args:
-    export_format: the parameters, and the types to write.
-    folder: the target; empty, or left by an interrupted call.
-    config_json: written into the folder.
-    advance: called with the bytes of every tensor that is written.
-    write_other_files: called once all shards are written.
+  The folder is empty, or left by an interrupted call. `write_other_files` is
+  called once all shards are written.
 
   Raises:
     InputError: the folder holds something else, the disk is full, or a file
@@ -249,10 +218,8 @@ def export(
     sums = "".join(f"{journal.done[name]}  {name}\n" for name in names)
     io.write_text(folder / hf_read.SUMS, sums)
     write_other_files()
-    index = {
-      "metadata": {"total_size": export_format.total_bytes()},
-      "weight_map": weight_map,
-    }
+    metadata = {"total_size": export_format.total_bytes()}
+    index = {"metadata": metadata, "weight_map": weight_map}
     io.write_json(folder / hf_read.CONFIG, config_json)
     io.write_json(folder / hf_read.INDEX, index)
     journal.path.unlink()
@@ -264,22 +231,18 @@ def _write_shards(
   export_format: ExportFormat,
   folder: pathlib.Path,
   config_json: dict[str, Any],
-  advance: Callable[[int], None],
+  advance: Advance,
 ) -> tuple[resumable.Journal, dict[str, str]]:
   """Writes the shards that the journal lacks.
 
-  Returns:
-    The journal with the SHA-256 of all shards, and the shard of each tensor.
+  Returns the journal with the SHA-256 of all shards, and each tensor's shard.
   """
   settings = [export_format.dtype, config_json, SHARD_BYTES]
-  identity = export_format.source.fingerprint() + json.dumps(
-    settings, sort_keys=True
-  )
-  journal = resumable.Journal(folder / JOURNAL, identity)
+  text = json.dumps(settings, sort_keys=True)
+  work = export_format.source.fingerprint() + text
+  journal = resumable.Journal(folder / JOURNAL, work)
   if not journal.begun:
-    resumable.check_empty(folder)
-    resumable.check_free_space(folder, export_format.total_bytes())
-    journal.begin()
+    journal.begin(export_format.total_bytes())
   shards = _split_into_shards(_blocks_and_shapes(export_format))
   weight_map = {}
   for i, items in enumerate(shards, 1):
@@ -305,10 +268,10 @@ def _write_shard(
   path: pathlib.Path,
   items: list[BlockShapes],
   shapes: safetensors.Shapes,
-  advance: Callable[[int], None],
+  advance: Advance,
 ) -> str:
   """Writes a file from its beginning to its end; returns its SHA-256."""
-  header, _ = safetensors.plan_file(path, shapes)
+  header = safetensors.make_header(shapes)
   digest = hashlib.sha256(header)
 
   def make_tensors(item: BlockShapes) -> dict[str, np.ndarray]:

@@ -9,20 +9,19 @@ import jax
 import numpy as np
 
 from dsv3_jax import param_spec
-from dsv3_jax.interop import hf_mapping, hf_read, resumable
+from dsv3_jax.interop import hf_mapping, resumable
+from dsv3_jax.interop.hf_mapping import Block, Slices
+from dsv3_jax.interop.hf_read import ReleasedCheckpoint
 from dsv3_jax.model import transformer
 
 CHUNK = 1 << 24  # numbers that are read and converted at a time
 
 
-Blocks = dict[tuple[int, ...], hf_mapping.Block]  # of a parameter, by index
+Blocks = dict[tuple[int, ...], Block]  # of a parameter, by index
 
 
 def load(
-  source: hf_read.ReleasedCheckpoint,
-  specs: Any,
-  mesh: jax.sharding.Mesh,
-  dtype: Any,
+  source: ReleasedCheckpoint, specs: Any, mesh: jax.sharding.Mesh, dtype: Any
 ) -> tuple[param_spec.Params, jax.Array]:
   """Returns parameters and router bias; reads each device's slices only.
 
@@ -39,8 +38,16 @@ def load(
     def load_param(
       path: str, shape: tuple[int, ...], spec: jax.P, dtype: Any
     ) -> jax.Array:
+      slices = {}  # devices with the same slice share what is read
+
+      def read_slice(index: Slices) -> np.ndarray:
+        args = source, blocks[path], shape, index, dtype, pool
+        if str(index) not in slices:
+          slices[str(index)] = _assemble_slice(*args)
+        return slices[str(index)]
+
       to = jax.NamedSharding(mesh, spec)
-      return _load_param(source, blocks[path], shape, to, dtype, pool)
+      return jax.make_array_from_callback(shape, to, read_slice)
 
     def submit(path: Any, spec: jax.P) -> concurrent.futures.Future:
       name = param_spec.name(path)
@@ -59,31 +66,9 @@ def load(
   return params, bias
 
 
-def _load_param(
-  source: hf_read.ReleasedCheckpoint,
-  blocks: Blocks,
-  shape: tuple[int, ...],
-  device_sharding: jax.NamedSharding,
-  dtype: Any,
-  pool: concurrent.futures.Executor,
-) -> jax.Array:
-  """Loads one parameter; devices with the same slice share what is read."""
-  slices = {}
-
-  def read_slice(index: tuple[slice, ...]) -> np.ndarray:
-    key = str(index)
-    if key not in slices:
-      slices[key] = _assemble_slice(source, blocks, shape, index, dtype, pool)
-    return slices[key]
-
-  return jax.make_array_from_callback(shape, device_sharding, read_slice)
-
-
 def _split_slice(
-  source: hf_read.ReleasedCheckpoint,
-  block: hf_mapping.Block,
-  inner: hf_mapping.Slices,
-) -> Iterator[tuple[hf_mapping.Slices, hf_mapping.Slices]]:
+  source: ReleasedCheckpoint, block: Block, inner: Slices
+) -> Iterator[tuple[Slices, Slices]]:
   """Yields chunks of a slice: as slices of the block, and of the slice.
 
   Several chunks are read at once, each in little memory of its own.
@@ -104,10 +89,10 @@ def _split_slice(
 
 
 def _assemble_slice(
-  source: hf_read.ReleasedCheckpoint,
+  source: ReleasedCheckpoint,
   blocks: Blocks,
   shape: tuple[int, ...],
-  index: tuple[slice, ...],
+  index: Slices,
   dtype: Any,
   pool: concurrent.futures.Executor,
 ) -> np.ndarray:
@@ -118,14 +103,14 @@ def _assemble_slice(
   sizes = [len(range(size)[s]) for size, s in zip(shape, index, strict=True)]
   out = _empty_aligned(sizes, np.dtype(dtype))
 
-  def chunks() -> Iterator[tuple[hf_mapping.Block, hf_mapping.Slices, tuple]]:
+  def chunks() -> Iterator[tuple[Block, Slices, tuple]]:
     for position in np.ndindex(*sizes[:n]):
       stack = zip(leading, position, strict=True)
       block = blocks[tuple(int(r[i]) for r, i in stack)]
       for in_block, in_slice in _split_slice(source, block, inner):
         yield block, in_block, (*position, *in_slice)
 
-  def read(chunk: tuple[hf_mapping.Block, hf_mapping.Slices, tuple]) -> None:
+  def read(chunk: tuple[Block, Slices, tuple]) -> None:
     block, in_block, in_out = chunk
     values, target = source.read_slice(block, in_block), out[in_out]
     if values.dtype == target.dtype:

@@ -14,6 +14,7 @@ from dsv3_jax.errors import InputError
 from dsv3_jax.interop import safetensors
 
 T, R = TypeVar("T"), TypeVar("R")
+Advance = Callable[[int], None]  # called with the bytes of what was just done
 
 WORKERS = 4
 IN_FLIGHT = 1 << 28  # bytes of items being worked on, unless one has more
@@ -24,11 +25,8 @@ def map_in_order(
 ) -> Iterator[tuple[T, R]]:
   """Yields items with their results in order; threads work on several at once.
 
-  Args:
-    work: called by threads, once for each item.
-    items: the arguments of the calls.
-    n_bytes: returns the size of an item; items in work together have at most
-      IN_FLIGHT bytes, unless there is only one.
+  `n_bytes` returns the size of an item; items in work together have at most
+  IN_FLIGHT bytes, unless there is only one.
   """
   with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
     running, size = collections.deque(), 0
@@ -43,21 +41,22 @@ def map_in_order(
       yield running[0][0], running.popleft()[1].result()
 
 
+_MALFORMED = ValueError, KeyError, TypeError, AttributeError, RecursionError
+
+
 class Journal:
   """Records finished items in a file that survives an interruption."""
 
   def __init__(self, path: pathlib.Path, source: str) -> None:
     """Reads the entries of an interrupted call, if there was one.
 
-    Args:
-      path: the journal, a line of JSON for each entry.
-      source: identifies the work; a journal of other work is refused.
+    The journal has a line of JSON for each entry; the first names the source,
+    which identifies the work.
 
     Raises:
       InputError: the journal belongs to other work, or is corrupt.
     """
-    self.path, self.done = path, {}
-    self._source = source
+    self.path, self._source, self.done = path, source, {}
     text = path.read_bytes() if path.exists() else b""
     lines = text.split(b"\n")[:-1]
     if text and not text.endswith(b"\n"):
@@ -69,13 +68,7 @@ class Journal:
       for entry in entries:
         self.done |= entry.get("done", {})
       other = self.begun and entries[0]["source"] != source
-    except (
-      ValueError,
-      KeyError,
-      TypeError,
-      AttributeError,
-      RecursionError,
-    ) as error:
+    except _MALFORMED as error:
       raise InputError(
         f"{path}: corrupt: {error!r}; remove the folder and start again"
       ) from error
@@ -85,8 +78,16 @@ class Journal:
         " or take another"
       )
 
-  def begin(self) -> None:
-    """Writes the first entry, which names the source."""
+  def begin(self, n_bytes: int) -> None:
+    """Writes the first entry of work that will write n_bytes into the folder.
+
+    Raises:
+      InputError: the folder holds anything, or its disk has too little space.
+    """
+    folder = self.path.parent
+    if present := sorted(path.name for path in folder.iterdir()):
+      raise InputError(f"{folder}: must be empty, holds {', '.join(present)}")
+    check_free_space(folder, n_bytes)
     self._append({"source": self._source})
 
   def add(self, done: dict[str, Any], files: Iterable[pathlib.Path]) -> None:
@@ -112,12 +113,6 @@ def check_free_space(folder: pathlib.Path, n_bytes: int) -> None:
     raise InputError(
       f"{folder}: disk full: {n_bytes:,} bytes are needed, {free:,} are free"
     )
-
-
-def check_empty(folder: pathlib.Path) -> None:
-  """Raises InputError if a folder holds anything."""
-  if present := sorted(path.name for path in folder.iterdir()):
-    raise InputError(f"{folder}: must be empty, holds {', '.join(present)}")
 
 
 def disk_error(folder: pathlib.Path, error: OSError) -> InputError:

@@ -21,23 +21,15 @@ import numpy as np
 from dsv3_jax.errors import InputError
 
 DTYPES = {
-  "F64": np.dtype(np.float64),
-  "F32": np.dtype(np.float32),
-  "F16": np.dtype(np.float16),
   "BF16": np.dtype(ml_dtypes.bfloat16),
   "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
   "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
   "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
-  "I64": np.dtype(np.int64),
-  "I32": np.dtype(np.int32),
-  "I16": np.dtype(np.int16),
-  "I8": np.dtype(np.int8),
-  "U64": np.dtype(np.uint64),
-  "U32": np.dtype(np.uint32),
-  "U16": np.dtype(np.uint16),
-  "U8": np.dtype(np.uint8),
   "BOOL": np.dtype(np.bool_),
 }
+# NumPy's names count bytes instead of bits: F64 is its f8.
+for _code in "F64 F32 F16 I64 I32 I16 I8 U64 U32 U16 U8".split():
+  DTYPES[_code] = np.dtype(f"{_code[0].lower()}{int(_code[1:]) // 8}")
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the limit of the format
 
@@ -73,13 +65,12 @@ def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
   except (ValueError, RecursionError) as error:
     raise InputError(f"{path}: bad header: {error}") from error
   entries.pop("__metadata__", None)
-  start = len(head)
-  tensors = {
-    name: _parse_tensor(path, start, name, entry)
+  start = end = len(head)
+  tensors = [
+    (name, _parse_tensor(path, start, name, entry))
     for name, entry in entries.items()
-  }
-  tensors = dict(sorted(tensors.items(), key=lambda item: item[1].offset))
-  end = start
+  ]
+  tensors = dict(sorted(tensors, key=lambda item: item[1].offset))
   for name, tensor in tensors.items():
     if tensor.offset != end:
       raise InputError(
@@ -133,11 +124,10 @@ def _parse_tensor(
     raise problem
   dtype, shape = DTYPES.get(str(entry.get("dtype"))), entry.get("shape")
   offsets = entry.get("data_offsets")
-  for numbers in (shape, offsets):
-    if not isinstance(numbers, list):
-      raise problem
-    if any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
-      raise problem
+  if not isinstance(shape, list) or not isinstance(offsets, list):
+    raise problem
+  if any(type(n) is not int or not 0 <= n < 2**63 for n in shape + offsets):
+    raise problem
   if dtype is None or len(offsets) != 2:
     raise problem
   tensor = StoredTensor(path, start + offsets[0], dtype, tuple(shape))
@@ -195,11 +185,7 @@ def drop_from_cache(file: int, offset: int = 0, n_bytes: int = 0) -> None:
 
 
 def as_bytes(array: np.ndarray) -> memoryview:
-  """Returns the memory of an array of any type.
-
-  Raises:
-    ValueError: the array is not contiguous.
-  """
+  """Returns the memory of a contiguous array of any type."""
   if not array.flags.c_contiguous:
     raise ValueError("array must be contiguous")
   return memoryview(array.reshape(-1).view(np.uint8))
@@ -220,10 +206,8 @@ def _fill(file: int, array: np.ndarray, offset: int) -> None:
     remaining, offset = remaining[n:], offset + n
 
 
-def plan_file(
-  path: pathlib.Path, tensors: Shapes
-) -> tuple[bytes, dict[str, StoredTensor]]:
-  """Returns the header of a file, and its tensors, stored in this order."""
+def make_header(tensors: Shapes) -> bytes:
+  """Returns the bytes of a file before its tensors, stored in this order."""
   header, end = {"__metadata__": {"format": "pt"}}, 0
   for name, (dtype, shape) in tensors.items():
     begin, end = end, end + math.prod(shape) * dtype.itemsize
@@ -234,14 +218,7 @@ def plan_file(
     }
   text = json.dumps(header, separators=(",", ":")).encode()
   text += b" " * (-len(text) % 8)  # aligns the tensors
-  start = 8 + len(text)
-  stored = {
-    name: StoredTensor(
-      path, start + header[name]["data_offsets"][0], dtype, shape
-    )
-    for name, (dtype, shape) in tensors.items()
-  }
-  return len(text).to_bytes(8, "little") + text, stored
+  return len(text).to_bytes(8, "little") + text
 
 
 def write(tensor: StoredTensor, array: np.ndarray) -> None:

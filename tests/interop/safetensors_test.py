@@ -1,4 +1,5 @@
 import json
+import os
 import pathlib
 
 import ml_dtypes
@@ -54,8 +55,10 @@ class FileTest(parameterized.TestCase):
   def test_the_library_reads_what_we_write(self):
     arrays = {name: _as_numpy(t) for name, t in _ALL.items()}
     kinds = {name: (a.dtype, a.shape) for name, a in arrays.items()}
-    head, places = safetensors.plan_file(self.path, kinds)
+    head = safetensors.make_header(kinds)
     self.path.write_bytes(head)
+    os.truncate(self.path, len(head) + sum(a.nbytes for a in arrays.values()))
+    places = safetensors.read_header(self.path)
     for name in reversed(arrays):
       safetensors.write(places[name], arrays[name])
     found = library.load_file(self.path)

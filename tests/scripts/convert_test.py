@@ -576,7 +576,7 @@ class InterruptedTest(ConvertTest):
 
   def test_entries_after_a_cut_off_one_are_read(self):
     path = testing.folder(self) / "journal.jsonl"
-    resumable.Journal(path, "source").begin()
+    resumable.Journal(path, "source").begin(0)
     with path.open("a") as file:
       file.write('{"done": {"a')
     resumable.Journal(path, "source").add({"b": 1}, [])
