@@ -23,7 +23,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import tokenizers
@@ -31,7 +31,7 @@ from rich import console, progress
 
 from dsv3_jax import config, io
 from dsv3_jax.data import tokenizer
-from dsv3_jax.errors import InputError
+from dsv3_jax.errors import InputError, raise_problems
 from dsv3_jax.evals import logits as logits_lib
 from dsv3_jax.interop import (
   gguf,
@@ -43,6 +43,7 @@ from dsv3_jax.interop import (
   resumable,
   tokenizer_files,
 )
+from dsv3_jax.interop.hf_read import ReleasedCheckpoint
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.plan import flops
 from dsv3_jax.trainer import distributed, workdir
@@ -126,7 +127,7 @@ class Args:
 
 
 @contextlib.contextmanager
-def _progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+def _progress_bar(title: str, total: int) -> Iterator[resumable.Advance]:
   """Shows a progress bar; yields a function to call with bytes done."""
   columns = (
     progress.TextColumn(title),
@@ -144,7 +145,7 @@ def _print(text: str) -> None:
   print(text, flush=True)
 
 
-def _open_released(args: Args) -> hf_read.ReleasedCheckpoint:
+def _open_released(args: Args) -> ReleasedCheckpoint:
   released = hf_read.open_folder(
     pathlib.Path(args.hf),
     ignore_auto_map=args.ignore_auto_map,
@@ -155,12 +156,8 @@ def _open_released(args: Args) -> hf_read.ReleasedCheckpoint:
   return released
 
 
-def _check_values(released: hf_read.ReleasedCheckpoint) -> None:
-  if problems := list(hf_read.validate_values(released)):
-    raise InputError("\n".join(f"{released.folder}: {p}" for p in problems))
-
-
-# --- import ---
+def _check_values(released: ReleasedCheckpoint) -> None:
+  raise_problems(hf_read.validate_values(released), f"{released.folder}: ")
 
 
 def _import(args: Args) -> None:
@@ -196,9 +193,6 @@ def _import_tokenizer(path: pathlib.Path, folder: pathlib.Path) -> None:
   tokenizer.save(tok, folder / "data" / tokenizer_files.TOKENIZER)
 
 
-# --- export ---
-
-
 def _export(args: Args) -> None:
   folder = pathlib.Path(args.workdir)
   source, config_json = open_run.open_source(folder, average=args.ema)
@@ -214,14 +208,12 @@ def _export(args: Args) -> None:
     _print(f"{path}: {path.stat().st_size:,} bytes")
     return
   target = pathlib.Path(args.hf)
-  if isinstance(source, hf_read.ReleasedCheckpoint):
-    write_tokenizer = functools.partial(
-      tokenizer_files.copy_files, source.folder, target
-    )
+  if isinstance(source, ReleasedCheckpoint):
+    copy = tokenizer_files.copy_files
+    write_tokenizer = functools.partial(copy, source.folder, target)
   else:
-    write_tokenizer = functools.partial(
-      tokenizer_files.write_files, _load_tokenizer(folder), target, max_len
-    )
+    write, tok = tokenizer_files.write_files, _load_tokenizer(folder)
+    write_tokenizer = functools.partial(write, tok, target, max_len)
   config_json = hf_write.exported_config_json(config_json, export_format)
   total = export_format.total_bytes()
   with _progress_bar("export", total) as advance:
@@ -233,9 +225,6 @@ def _export(args: Args) -> None:
 
 def _load_tokenizer(folder: pathlib.Path) -> tokenizers.Tokenizer:
   return tokenizer.load(folder / "data" / tokenizer_files.TOKENIZER)
-
-
-# --- logits ---
 
 
 def _load_tokens(path: str) -> np.ndarray:
@@ -268,9 +257,6 @@ def _logits(args: Args) -> None:
       np.save(file, array)
 
 
-# --- verify ---
-
-
 def _verify(args: Args) -> None:
   if args.workdir:
     _verify_import(pathlib.Path(args.workdir))
@@ -281,9 +267,7 @@ def _verify(args: Args) -> None:
   if (released.folder / hf_read.SUMS).exists():
     total = sum(path.stat().st_size for path in released.shards())
     with _progress_bar("verify", total) as advance:
-      problems = list(hf_read.corrupt_shards(released, advance))
-    if problems:
-      raise InputError("\n".join(problems))
+      raise_problems(hf_read.corrupt_shards(released, advance))
   else:
     _print(
       f"note: no {hf_read.SUMS} in {released.folder}: SHA-256 not compared"
@@ -295,13 +279,11 @@ def _verify(args: Args) -> None:
 def _verify_import(folder: pathlib.Path) -> None:
   imported = hf_import.open_import(folder)
   with _progress_bar("verify", imported.total_bytes()) as advance:
-    problems = list(hf_import.corrupt_tensors(imported, advance))
-  if problems:
-    raise InputError("\n".join(problems))
+    raise_problems(hf_import.corrupt_tensors(imported, advance))
   _print(f"{folder}: {len(imported.tensors):,} tensors, all as imported")
 
 
-def _no_comparison(released: hf_read.ReleasedCheckpoint) -> str:
+def _no_comparison(released: ReleasedCheckpoint) -> str:
   """Returns why logits cannot be compared with transformers'; "": they can."""
   command = [sys.executable, "-c", "import torch, transformers"]
   if subprocess.run(command, capture_output=True, check=False).returncode:
@@ -313,7 +295,7 @@ def _no_comparison(released: hf_read.ReleasedCheckpoint) -> str:
   return "weights are in FP8" if released.tile else ""
 
 
-def _compare_with_transformers(released: hf_read.ReleasedCheckpoint) -> None:
+def _compare_with_transformers(released: ReleasedCheckpoint) -> None:
   """Compares logits of random tokens, if transformers is installed."""
   if reason := _no_comparison(released):
     _print(f"note: {reason}: logits not compared with transformers")

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from dsv3_jax import config
-from dsv3_jax.errors import InputError
+from dsv3_jax.errors import InputError, raise_problems
 from dsv3_jax.evals import hidden
 from dsv3_jax.interop import hf_read, load_sharded
 from dsv3_jax.model import transformer
@@ -79,8 +79,7 @@ def compute_logits(
   Raises:
     InputError: the mesh does not fit the run, or the tokens not the model.
   """
-  if problems := layout_check.validate(run, mesh.shape):
-    raise InputError("\n".join(problems))
+  raise_problems(layout_check.validate(run, mesh.shape))
   layout = layouts.make_layout(run, mesh.shape, staged=False)
   parts = load_sharded.load(source, layout.specs, mesh, np.float32)
   b, t = tokens.shape if tokens.ndim == 2 else (0, 0)

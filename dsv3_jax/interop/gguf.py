@@ -19,7 +19,7 @@ import tokenizers
 
 from dsv3_jax import config
 from dsv3_jax.data import chat, tokenizer
-from dsv3_jax.errors import InputError
+from dsv3_jax.errors import InputError, raise_problems
 from dsv3_jax.interop import hf_mapping, hf_read, resumable
 from dsv3_jax.interop.hf_mapping import Block
 from dsv3_jax.interop.hf_write import ExportFormat
@@ -257,8 +257,7 @@ def write(
       or the disk is full.
   """
   model = export_format.source.model
-  if problems := list(validate(model)):
-    raise InputError("\n".join(problems))
+  raise_problems(validate(model))
   tokenizer.check_fits(tok, model.vocab_size)
   if not path.parent.is_dir():
     raise InputError(f"{path}: there is no folder {path.parent}")

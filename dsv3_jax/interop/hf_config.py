@@ -8,7 +8,7 @@ from typing import Any
 from dsv3_jax import config
 from dsv3_jax.config import model as model_lib
 from dsv3_jax.config import presets
-from dsv3_jax.errors import InputError
+from dsv3_jax.errors import InputError, raise_problems
 
 # Maps keys of config.json to settings of `config.Model` with the same value.
 _SETTINGS = {
@@ -45,6 +45,8 @@ _DEFAULTS = {  # values of keys that are null or missing
   "initializer_range": 0.02,
   "routed_scaling_factor": 1.0,
 }
+# The quantization that is read and written, with tiles of `weight_block_size`.
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
 _RELEASED = "a released checkpoint"  # words of messages
 _YARN = {
   "factor": "factor",
@@ -113,8 +115,7 @@ def read_model(config_json: dict[str, Any]) -> config.Model:
     values["attention.rope_theta"], yarn = _rope(config_json)
   except InputError as error:
     problems += str(error).splitlines()
-  if problems:
-    raise InputError("\n".join(problems))
+  raise_problems(problems)
   return _model(values, yarn)
 
 
@@ -163,8 +164,7 @@ def _rope(config_json: dict[str, Any]) -> tuple[float, model_lib.Yarn]:
       f" mscale_all_dim={rope.get('mscale_all_dim')!r}: a scaled rotation is"
       " not supported"
     )
-  if problems:
-    raise InputError("\n".join(problems))
+  raise_problems(problems)
   given = {ours: rope[key] for key, ours in _YARN.items() if key in rope}
   return theta, _construct(model_lib.Yarn, given)
 
@@ -201,8 +201,7 @@ def _model(values: dict[str, Any], yarn: model_lib.Yarn) -> config.Model:
       flat[name] = _construct(cls, sections[name])
     except InputError as error:
       problems += [f"config.json: {line}" for line in str(error).splitlines()]
-  if problems:
-    raise InputError("\n".join(problems))
+  raise_problems(problems)
   return _construct(config.Model, flat)
 
 
@@ -237,14 +236,12 @@ def read_fp8_tile(config_json: dict[str, Any]) -> tuple[int, int] | None:
     return None
   if not isinstance(quantization, dict):
     raise InputError("config.json: quantization_config: must be an object")
+  given = FP8 | quantization
+  given["quant_method"] = quantization.get("quant_method")  # has no default
   problems = [
-    f"{key}={quantization.get(key)!r}: must be {value!r}"
-    for key, value, default in (
-      ("quant_method", "fp8", None),
-      ("fmt", "e4m3", "e4m3"),
-      ("activation_scheme", "dynamic", "dynamic"),
-    )
-    if quantization.get(key, default) != value
+    f"{key}={given[key]!r}: must be {value!r}"
+    for key, value in FP8.items()
+    if given[key] != value
   ]
   size = quantization.get("weight_block_size")
   is_pair = isinstance(size, list) and len(size) == 2
@@ -252,10 +249,7 @@ def read_fp8_tile(config_json: dict[str, Any]) -> tuple[int, int] | None:
     is_pair and all(type(n) is int and n > 0 for n in size)
   ):
     problems.append(f"weight_block_size={size!r}: must be two integers above 0")
-  if problems:
-    raise InputError(
-      "\n".join(f"config.json: quantization_config: {p}" for p in problems)
-    )
+  raise_problems(problems, "config.json: quantization_config: ")
   return tuple(size)
 
 
@@ -266,8 +260,7 @@ def make_config_json(run: config.Run) -> dict[str, Any]:
     InputError: config.json cannot express the model.
   """
   model = run.model
-  if problems := list(_inexpressible_settings(model)):
-    raise InputError("\n".join(problems))
+  raise_problems(_inexpressible_settings(model))
   settings = config.flatten(model)
   config_json = {key: settings[path] for key, path in _SETTINGS.items()}
   config_json["q_lora_rank"] = config_json["q_lora_rank"] or None

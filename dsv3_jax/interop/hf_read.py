@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dsv3_jax import config, io
-from dsv3_jax.errors import InputError
+from dsv3_jax.errors import InputError, raise_problems
 from dsv3_jax.interop import hf_config, hf_mapping, safetensors
 from dsv3_jax.interop.hf_mapping import Block, Slices
 from dsv3_jax.interop.resumable import Advance
@@ -175,8 +175,7 @@ def open_folder(
   model = hf_config.read_model(config_json)
   tile = hf_config.read_fp8_tile(config_json)
   tensors, problems = _read_headers(folder, follow_links)
-  if problems:
-    raise InputError("\n".join(problems))
+  raise_problems(problems)
   notes = [
     f"{CONFIG}: {key}={config_json[key]!r} is unknown and ignored"
     for key in sorted(config_json.keys() - hf_config.KNOWN)
@@ -195,8 +194,8 @@ def open_folder(
       f" are {len(tensors):,}"
     )
   problems = list(_check_tensors(tensors, model, tile))
-  if problems := problems + list(_check_copies(tensors, model)):
-    raise InputError("\n".join(f"{folder}: {line}" for line in problems))
+  problems += _check_copies(tensors, model)
+  raise_problems(problems, f"{folder}: ")
   notes += _rounded_biases(tensors, model)
   return ReleasedCheckpoint(
     folder, config_json, model, tensors, tile, tuple(notes)
@@ -224,13 +223,10 @@ def _read_weight_map(folder: pathlib.Path) -> dict[str, str]:
     names = io.read_json_object(folder / INDEX).get("weight_map")
     if not isinstance(names, dict) or not names:
       raise InputError(f"{folder / INDEX}: has no weight_map")
-    if problems := [
-      f"{folder / INDEX}: {name}: {file!r} must be a file of this folder,"
-      " *.safetensors"
-      for name, file in names.items()
-      if not _is_shard(file)
-    ]:
-      raise InputError("\n".join(problems))
+    wanted = "must be a file of this folder, *.safetensors"
+    bad = {name: file for name, file in names.items() if not _is_shard(file)}
+    problems = (f"{name}: {file!r} {wanted}" for name, file in bad.items())
+    raise_problems(problems, f"{folder / INDEX}: ")
     return names
   if (folder / SINGLE).exists():
     return {"": SINGLE}

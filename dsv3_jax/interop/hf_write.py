@@ -18,7 +18,13 @@ import numpy as np
 
 from dsv3_jax import config, io
 from dsv3_jax.errors import InputError
-from dsv3_jax.interop import hf_mapping, hf_read, resumable, safetensors
+from dsv3_jax.interop import (
+  hf_config,
+  hf_mapping,
+  hf_read,
+  resumable,
+  safetensors,
+)
 from dsv3_jax.interop.hf_mapping import Block
 from dsv3_jax.interop.hf_read import ReleasedCheckpoint
 from dsv3_jax.interop.resumable import Advance
@@ -179,12 +185,8 @@ def exported_config_json(
   for key in ("quantization_config", "dtype", "torch_dtype"):
     config_json.pop(key, None)
   if export_format.dtype == "fp8":
-    config_json["quantization_config"] = {
-      "quant_method": "fp8",
-      "fmt": "e4m3",
-      "activation_scheme": "dynamic",
-      "weight_block_size": list(TILE),
-    }
+    tile = {"weight_block_size": list(TILE)}
+    config_json["quantization_config"] = hf_config.FP8 | tile
   dtype = "float32" if export_format.dtype == "float32" else "bfloat16"
   return config_json | {"torch_dtype": dtype}
 
