@@ -147,26 +147,24 @@ def _rope(config_json: dict[str, Any]) -> tuple[float, model_lib.Yarn]:
     raise InputError(
       f"config.json: rope_type={rope_type!r}: must be 'default' or 'yarn'"
     )
-  needed = "factor", "original_max_position_embeddings", "mscale_all_dim"
-  problems = [
-    f"config.json: rope_scaling: {key} is missing"
-    for key in needed
-    if not rope.get(key)
-  ]
-  problems += [
-    f"config.json: rope_scaling: {key}={rope[key]!r}: must be {only!r}"
-    for key, only in (("attention_factor", None), ("truncate", True))
-    if rope.get(key, only) != only
-  ]
+  raise_problems(_unsupported_yarn(rope), "config.json: rope_scaling: ")
+  given = {ours: rope[key] for key, ours in _YARN.items() if key in rope}
+  return theta, _construct(model_lib.Yarn, given)
+
+
+def _unsupported_yarn(rope: dict[str, Any]) -> Iterator[str]:
+  for key in ("factor", "original_max_position_embeddings", "mscale_all_dim"):
+    if not rope.get(key):
+      yield f"{key} is missing"
+  for key, only in (("attention_factor", None), ("truncate", True)):
+    if rope.get(key, only) != only:
+      yield f"{key}={rope[key]!r}: must be {only!r}"
   if rope.get("mscale", 0) != rope.get("mscale_all_dim", 0):
-    problems.append(
-      f"config.json: rope_scaling: mscale={rope.get('mscale')!r}: must equal"
+    yield (
+      f"mscale={rope.get('mscale')!r}: must equal"
       f" mscale_all_dim={rope.get('mscale_all_dim')!r}: a scaled rotation is"
       " not supported"
     )
-  raise_problems(problems)
-  given = {ours: rope[key] for key, ours in _YARN.items() if key in rope}
-  return theta, _construct(model_lib.Yarn, given)
 
 
 def _construct(cls: type, values: dict[str, Any]) -> Any:
@@ -208,12 +206,10 @@ def _model(values: dict[str, Any], yarn: model_lib.Yarn) -> config.Model:
 def max_len(config_json: dict[str, Any]) -> int:
   """Returns the longest context of the model in tokens."""
   length = config_json.get("max_position_embeddings", 4096)
-  if type(length) is not int or length < 1:
-    raise InputError(
-      f"config.json: max_position_embeddings={length!r}: must be an"
-      " integer above 0"
-    )
-  return length
+  if type(length) is int and length > 0:
+    return length
+  setting = f"max_position_embeddings={length!r}"
+  raise InputError(f"config.json: {setting}: must be an integer above 0")
 
 
 def make_run(config_json: dict[str, Any], model: config.Model) -> config.Run:
@@ -245,9 +241,8 @@ def read_fp8_tile(config_json: dict[str, Any]) -> tuple[int, int] | None:
   ]
   size = quantization.get("weight_block_size")
   is_pair = isinstance(size, list) and len(size) == 2
-  if not problems and not (
-    is_pair and all(type(n) is int and n > 0 for n in size)
-  ):
+  is_tile = is_pair and all(type(n) is int and n > 0 for n in size)
+  if not problems and not is_tile:
     problems.append(f"weight_block_size={size!r}: must be two integers above 0")
   raise_problems(problems, "config.json: quantization_config: ")
   return tuple(size)

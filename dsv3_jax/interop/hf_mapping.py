@@ -17,6 +17,8 @@ from dsv3_jax import config, param_spec
 from dsv3_jax.interop import hf_config
 from dsv3_jax.model import transformer
 
+Slices = tuple[slice, ...]
+
 BIAS = "router_bias"  # stands for a parameter's path
 SCALES = "_scale_inv"  # suffix of the tensor with the scales of an FP8 tensor
 
@@ -156,9 +158,6 @@ def mtp_copies(cfg: config.Model) -> dict[str, str]:
     for i in range(cfg.mtp.depth)
     for copy, path in _MTP_COPIES.items()
   }
-
-
-Slices = tuple[slice, ...]
 
 
 def bounding_slices(block: Block, inner: Slices) -> tuple[slice, slice]:

@@ -34,6 +34,8 @@ JOURNAL = ".export.jsonl"
 SHARD_BYTES = 4_300_000_000  # most bytes of a file, unless a block has more
 TILE = 128, 128  # FP8 tile of outputs and inputs
 
+BlockShapes = tuple[Block, safetensors.Shapes]
+
 
 @dataclasses.dataclass(frozen=True)
 class ParamArrays:
@@ -136,9 +138,6 @@ def _quantize(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   if not np.isfinite(result.scales).all():
     raise InputError("a weight is not finite: FP8 cannot hold it")
   return np.asarray(result.codes).view(hf_read.E4M3), np.asarray(result.scales)
-
-
-BlockShapes = tuple[Block, safetensors.Shapes]
 
 
 def _blocks_and_shapes(export_format: ExportFormat) -> list[BlockShapes]:
@@ -277,12 +276,9 @@ def _write_shard(
   digest = hashlib.sha256(header)
 
   def make_tensors(item: BlockShapes) -> dict[str, np.ndarray]:
-    block, wanted = item
-    tensors = dict(export_format.tensors(block))
-    if wanted.keys() <= tensors.keys():
-      return tensors
-    # An MTP copy has another name, and no scales.
-    return dict(zip(wanted, tensors.values(), strict=True))
+    block, wanted = item  # an MTP copy has another name than its block
+    arrays = (array for _, array in export_format.tensors(block))
+    return dict(zip(wanted, arrays, strict=True))
 
   with path.open("wb") as file:
     # A function, so that no name keeps an array while the next is made.

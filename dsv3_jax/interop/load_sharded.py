@@ -16,7 +16,6 @@ from dsv3_jax.model import transformer
 
 CHUNK = 1 << 24  # numbers that are read and converted at a time
 
-
 Blocks = dict[tuple[int, ...], Block]  # of a parameter, by index
 
 
@@ -97,17 +96,16 @@ def _assemble_slice(
   pool: concurrent.futures.Executor,
 ) -> np.ndarray:
   """Reads the slice of a parameter that a device holds; `pool` reads chunks."""
-  n = len(next(iter(blocks)))
-  leading = [range(size)[s] for size, s in zip(shape[:n], index, strict=False)]
-  inner = index[n:]
-  sizes = [len(range(size)[s]) for size, s in zip(shape, index, strict=True)]
+  n_stack = len(next(iter(blocks)))
+  ranges = [range(size)[s] for size, s in zip(shape, index, strict=True)]
+  sizes = [len(indices) for indices in ranges]
   out = _empty_aligned(sizes, np.dtype(dtype))
 
   def chunks() -> Iterator[tuple[Block, Slices, tuple]]:
-    for position in np.ndindex(*sizes[:n]):
-      stack = zip(leading, position, strict=True)
-      block = blocks[tuple(int(r[i]) for r, i in stack)]
-      for in_block, in_slice in _split_slice(source, block, inner):
+    for position in np.ndindex(*sizes[:n_stack]):
+      stack = zip(ranges, position, strict=False)
+      block = blocks[tuple(indices[i] for indices, i in stack)]
+      for in_block, in_slice in _split_slice(source, block, index[n_stack:]):
         yield block, in_block, (*position, *in_slice)
 
   def read(chunk: tuple[Block, Slices, tuple]) -> None:

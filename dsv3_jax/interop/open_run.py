@@ -10,7 +10,6 @@ import numpy as np
 from dsv3_jax import config, param_spec, train
 from dsv3_jax.checkpoint import checkpointer, manifest
 from dsv3_jax.config import presets
-from dsv3_jax.data import tokenizer
 from dsv3_jax.errors import InputError
 from dsv3_jax.interop import (
   hf_config,
@@ -18,6 +17,7 @@ from dsv3_jax.interop import (
   hf_mapping,
   hf_write,
   load_sharded,
+  tokenizer_files,
 )
 from dsv3_jax.parallel import device_mesh, layouts
 
@@ -36,11 +36,10 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
   path = workdir / CONFIG
   try:
     metadata = json.loads(path.read_text(encoding="utf-8"))
-    if not (
-      isinstance(metadata["settings"], dict) and metadata.keys() >= _KEYS
-    ):
+    settings = metadata["settings"]
+    if not (isinstance(settings, dict) and metadata.keys() >= _KEYS):
       raise ValueError
-    metadata["settings"] = config.with_current_names(metadata["settings"])
+    metadata["settings"] = config.with_current_names(settings)
   except OSError as error:
     raise InputError(
       f"{workdir}: holds no run, {path.name} is missing"
@@ -67,12 +66,8 @@ def load_newest_params(
 ) -> tuple[param_spec.Params, jax.Array]:
   """Loads parameters and router bias of the newest checkpoint, or an import.
 
-  Args:
-    folder: the workdir.
-    run: the run of the workdir; its layout shards the parameters.
-    mesh: the devices.
-    average: load the parameters' moving average instead.
-    specs: partition specs of the parameters; those of the run's layout if None.
+  `average` loads the moving average of the parameters instead. `specs` are
+  their partition specs; those of the run's layout if None.
 
   Raises:
     InputError: the run has no average, or another architecture than the run
@@ -95,8 +90,7 @@ def load_newest_params(
     return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=to)
 
   if specs:
-    params = jax.tree.map(resharded, like.params, specs)
-    like = like.replace(params=params)
+    like = like.replace(params=jax.tree.map(resharded, like.params, specs))
 
   def load(step: int) -> Any:
     return checkpoints.restore_parameters(step, like, average=average)
@@ -142,9 +136,8 @@ def open_source(
       raise InputError(f"--ema: {workdir} is imported and has no average")
     source = hf_import.open_import(workdir)
     return source, source.config_json
-  params, bias = load_newest_params(
-    workdir, run, device_mesh.make_mesh({}), average=average
-  )
+  mesh = device_mesh.make_mesh({})
+  params, bias = load_newest_params(workdir, run, mesh, average=average)
   arrays = param_spec.flatten_with_paths(params) | {hf_mapping.BIAS: bias}
   arrays = {path: np.asarray(array) for path, array in arrays.items()}
   score = run.model.router.score
@@ -153,10 +146,6 @@ def open_source(
       f"router.score={score} with a bias that is not 0: the format of V2 has"
       " none; train with router.bias_speed=0"
     )
-  config_json = hf_config.make_config_json(run) | {
-    "torch_dtype": "float32",
-    "bos_token_id": tokenizer.BOS_ID,
-    "eos_token_id": tokenizer.EOS_ID,
-    "pad_token_id": tokenizer.PAD_ID,
-  }
+  config_json = hf_config.make_config_json(run) | {"torch_dtype": "float32"}
+  config_json |= tokenizer_files.TOKEN_IDS
   return hf_write.ParamArrays(run.model, arrays), config_json

@@ -11,6 +11,11 @@ from dsv3_jax import io
 from dsv3_jax.data import chat, tokenizer
 
 TOKENIZER = "tokenizer.json"
+TOKEN_IDS = {
+  "bos_token_id": tokenizer.BOS_ID,
+  "eos_token_id": tokenizer.EOS_ID,
+  "pad_token_id": tokenizer.PAD_ID,
+}
 # Files of a checkpoint that are copied unchanged.
 FILES = (
   TOKENIZER,
@@ -57,14 +62,6 @@ def write_files(
     "model_max_length": max_len,
     "chat_template": chat.TEMPLATE,
   }
-  generation = {
-    "bos_token_id": tokenizer.BOS_ID,
-    "eos_token_id": tokenizer.EOS_ID,
-    "pad_token_id": tokenizer.PAD_ID,
-  }
-  for name, value in (
-    ("tokenizer_config.json", tokenizer_config),
-    ("generation_config.json", generation),
-  ):
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    io.write_text(folder / name, text + "\n")
+  text = json.dumps(tokenizer_config, indent=2, ensure_ascii=False)
+  io.write_text(folder / "tokenizer_config.json", text + "\n")
+  io.write_json(folder / "generation_config.json", TOKEN_IDS)
