@@ -46,10 +46,10 @@ def _current_name(path: str) -> str:
   short = path.removeprefix("model.")
   words = short.split(".")
   for n in range(len(words), 0, -1):
-    if new := RENAMED.get(".".join(words[:n])):
-      new = ".".join([new, *words[n:]])
-      _warn_once(f"setting {short} is now {new}")
-      return path[: len(path) - len(short)] + new
+    old, rest = ".".join(words[:n]), words[n:]
+    if new := RENAMED.get(old):
+      _warn_once(f"setting {old}{'.*' if rest else ''} is now {new}")
+      return path[: len(path) - len(short)] + ".".join([new, *rest])
   return path
 
 
