@@ -6,6 +6,7 @@ none, and each of these functions returns its argument.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +23,13 @@ def vary(x: jax.Array, axes: Iterable[str]) -> jax.Array:
   return jax.lax.pcast(x, new, to="varying") if new else x
 
 
-def same_varying(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-  """Casts arrays to vary over all axes that any of them varies over.
+def same_varying(*trees: Any) -> tuple[Any, ...]:
+  """Casts arrays of trees to vary over all axes that any of them varies over.
 
   A `custom_vjp` needs it: its gradients have the types of its arguments.
   """
-  axes = frozenset().union(*map(varying, arrays))
-  return tuple(vary(x, sorted(axes)) for x in arrays)
+  axes = sorted(frozenset().union(*map(varying, jax.tree.leaves(trees))))
+  return jax.tree.map(lambda x: vary(x, axes), trees)
 
 
 def data_dependent_on(x: jax.Array, done: jax.Array) -> jax.Array:

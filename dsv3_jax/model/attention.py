@@ -32,21 +32,16 @@ _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 _slice = jax.lax.dynamic_slice_in_dim
 
 
-def _spans(n: int, size: int) -> list[tuple[int, int]]:
-  return [(start, min(start + size, n)) for start in range(0, n, size)]
-
-
 def _blocks(t: int) -> list[tuple[int, int]]:
   """Starts and ends of blocks of whole chunks; the last may be ragged."""
-  n_chunks = -(-t // CHUNK)
-  return _spans(t, CHUNK * -(-n_chunks // BLOCKS))
+  size = CHUNK * -(
+    -t // (CHUNK * BLOCKS)
+  )  # ceil of ceil is ceil of the product
+  return [(start, min(start + size, t)) for start in range(0, t, size)]
 
 
 def _over_chunks(
-  chunk: Callable[[Any, jax.Array | int, int], tuple[Any, Any]],
-  carry: Any,
-  start: int,
-  end: int,
+  chunk: Callable[..., tuple[Any, Any]], carry: Any, start: int, end: int
 ) -> tuple[Any, Any]:
   """Folds chunk(carry, first query, size) -> (carry, outputs) over a block.
 
@@ -58,11 +53,8 @@ def _over_chunks(
     carry, output = chunk(carry, start, CHUNK)
     outputs.append(output)
   elif n:
+    full_chunk = functools.partial(chunk, n=CHUNK)
     first = start + CHUNK * jnp.arange(n)
-
-    def full_chunk(carry, first):
-      return chunk(carry, first, CHUNK)
-
     carry, output = jax.lax.scan(full_chunk, carry, first)
     outputs.append(jax.tree.map(_merge_chunks, output))
   if remainder:
@@ -113,15 +105,10 @@ def attend(
   segments: Int[Array, "B T"] | None = None,
   e5m6_columns: int = 0,
 ) -> Float[Array, "B T N V"]:
-  """Attention of q and k [B, N, T, X], v [B, N, T, V]; q already scaled.
+  """Attention of queries that are already scaled, to keys of their segment.
 
-  Args:
-    q, k, v: queries, keys and values.
-    segments: [B, T] int32; a query sees keys of its own segment only.
-    e5m6_columns: round to E5M6 with a scale for so many columns.
-
-  Returns:
-    [B, T, N, V], which is also what the backward pass reads (section 3.3.3).
+  With `e5m6_columns` the result, which the backward pass reads too, is rounded
+  to E5M6 with a scale for so many columns (section 3.3.3).
   """
   return _attend_fwd(q, k, v, segments, e5m6_columns)[0]
 
@@ -168,14 +155,12 @@ def _attend_bwd(e5m6_columns, residuals, dout):
       def chunk(carry, first, n):
         dk, dv = carry
         q_here, dout_here = (_slice(a, first, n, 1) for a in (q, dout))
-        lse_here, mean_here = (
-          _slice(a, first, n, 1)[:, None] for a in (lse, mean)
-        )
+        lse_here, mean_here = (_slice(a, first, n, 1) for a in (lse, mean))
         scores = _dot("NSX,NTX->NST", k[:, :end], q_here)
-        weights = jnp.exp(scores - lse_here)
+        weights = jnp.exp(scores - lse_here[:, None])
         weights = _mask(weights, 0, start, first, segments)
         dweights = _dot("NSV,NTV->NST", v[:, :end], dout_here)
-        dscores = weights * (dweights - mean_here)
+        dscores = weights * (dweights - mean_here[:, None])
         dscores, weights = dscores.astype(q.dtype), weights.astype(q.dtype)
         dq = _dot("NXS,NST->NXT", k_turned[:, :, :end], dscores)
         dk = dk.at[:, :end].add(_dot("NST,NTX->NSX", dscores, q_here))

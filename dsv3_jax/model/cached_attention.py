@@ -16,20 +16,18 @@ from dsv3_jax.model.attention import CHUNK
 
 KEYS = 512  # cache positions that are expanded to keys and values at a time
 
+Cache = Float[Array, "B S *dims"]
+Start = Int[Array, " B"]  # position of the first new token of each text
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 _slice = jax.lax.dynamic_slice_in_dim
 
 
-def new_positions(start: Int[Array, " B"], x: Array) -> Int[Array, "B T"]:
+def new_positions(start: Start, x: Array) -> Int[Array, "B T"]:
   """Positions [B, T] of new tokens x [B, T, ...] that begin at start [B]."""
   return start[:, None] + jnp.arange(x.shape[1])[None]
 
 
-def write(
-  cache: Float[Array, "B S *dims"],
-  new: Float[Array, "B T *dims"],
-  start: Int[Array, " B"],
-) -> Float[Array, "B S *dims"]:
+def write(cache: Cache, new: Float[Array, "B T *dims"], start: Start) -> Cache:
   """Writes new [B, T, ...] to cache [B, S, ...] from position start [B] on.
 
   Positions beyond the end of the cache are not written.
@@ -48,19 +46,14 @@ def write(
 def attend(
   q: Float[Array, "B N T X"],
   new: Float[Array, "B T *dims"],
-  cache: Float[Array, "B S *dims"],
-  start: Int[Array, " B"],
+  cache: Cache,
+  start: Start,
   keys_values: Callable[[jax.Array], Sequence[jax.Array]],
-) -> tuple[Float[Array, "B T N V"], Float[Array, "B S *dims"]]:
-  """Writes new positions to a cache and attends to all that are filled.
+) -> tuple[Float[Array, "B T N V"], Cache]:
+  """`write`s new positions to a cache and attends to all that are filled.
 
-  Args:
-    q: as for `extend`.
-    new: as for `write`.
-    cache: its content before; returned with the new positions.
-    start: position of the first query.
-    keys_values: maps cache positions [s, ...] to keys [N, s, X] and values
-      [N, s, V].
+  `keys_values` maps cache positions [s, ...] to keys [N, s, X] and values
+  [N, s, V]; otherwise the arguments are those of `extend`.
   """
 
   def expand(block):
@@ -73,8 +66,8 @@ def attend(
 
 def extend(
   q: Float[Array, "B N T X"],
-  cache: Float[Array, "B S *dims"],
-  start: Int[Array, " B"],
+  cache: Cache,
+  start: Start,
   expand: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
 ) -> Float[Array, "B T N V"]:
   """Causal attention of new queries to all filled positions of a cache.
@@ -84,14 +77,11 @@ def extend(
   behind the last query cost nothing, nor do chunks of queries before a block.
 
   Args:
-    q: [B, N, T, X], already scaled; T is at most `CHUNK` or a multiple of it.
-    cache: [B, S, ...]; positions up to start + t are filled for query t.
-    start: [B] int32, position of the first query.
+    q: already scaled; T is at most `CHUNK` or a multiple of it.
+    cache: positions up to start + t are filled for query t.
+    start: position of the first query.
     expand: maps s cache positions [s, ...] to keys [N, s, X] and values
       [N, V, s].
-
-  Returns:
-    [B, T, N, V].
   """
   n_queries = q.shape[2]
   if n_queries % min(CHUNK, n_queries):
@@ -99,19 +89,11 @@ def extend(
       f"{n_queries} queries: must be at most {CHUNK} or a multiple of it"
     )
 
-  def sequence(args):
-    return _extend_sequence(*args, expand)
-
-  out = jax.lax.map(sequence, (q, cache, start))
+  out = jax.lax.map(lambda args: _extend(*args, expand), (q, cache, start))
   return jnp.moveaxis(out, 3, 1)
 
 
-def _extend_sequence(
-  q: jax.Array,
-  cache: jax.Array,
-  start: jax.Array,
-  expand: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
-) -> jax.Array:
+def _extend(q, cache, start, expand):
   """`extend` of one sequence: q [N, T, X], cache [S, ...] -> [N, V, T]."""
   (heads, n_queries, _), length = q.shape, cache.shape[0]
   size = min(KEYS, length)
@@ -135,25 +117,11 @@ def _extend_sequence(
   return (out / total[:, None]).astype(q.dtype)
 
 
-def _add_block(
-  state: Sequence[jax.Array],
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  start: jax.Array,
-  first: jax.Array,
-  unseen: jax.Array,
-) -> Sequence[jax.Array]:
+def _add_block(state, q, k, v, start, first, unseen):
   """Merges a block of keys into the softmax state, chunk by chunk of queries.
 
-  Args:
-    state: as of `_merge`, for all queries.
-    q: [N, T, X].
-    k: [N, s, X].
-    v: [N, V, s].
-    start: position of the first query.
-    first: position of the first key.
-    unseen: the first position that no earlier block had.
+  The state is that of `_merge`; q is [N, T, X] from position `start` on, k
+  [N, s, X] and v [N, V, s] from `first` on; earlier blocks end at `unseen`.
   """
   n_queries, size = q.shape[1], k.shape[1]
   n = min(CHUNK, n_queries)
@@ -177,8 +145,7 @@ def _add_block(
   end = jnp.maximum(unseen + size - 1 - start, 0)
   full = jnp.minimum(-(-end // n), n_chunks)
   full = jnp.maximum(jnp.where(first < unseen, n_chunks, full), before)
-  masked = functools.partial(chunk, masked=True)
-  unmasked = functools.partial(chunk, masked=False)
+  masked, unmasked = (functools.partial(chunk, masked=m) for m in (True, False))
   state = jax.lax.fori_loop(before, full, masked, state)
   return jax.lax.fori_loop(full, n_chunks, unmasked, state)
 
@@ -186,13 +153,10 @@ def _add_block(
 def _merge(
   state: Sequence[jax.Array], scores: jax.Array, v: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Merges more keys into a softmax and its weighted sum of values.
+  """Merges keys of scores [N, s, T] and values v [N, V, s] into a softmax.
 
-  Args:
-    state: the highest score [N, T], the sum of exp(score - highest) [N, T], and
-      the sum of values weighted by these [N, V, T].
-    scores: [N, s, T] of the new keys.
-    v: [N, V, s], their values.
+  The state is the highest score [N, T], the sum of exp(score - highest) [N, T],
+  and the sum of values weighted by these [N, V, T].
   """
   top, total, out = state
   new_top = jnp.maximum(top, scores.max(1))

@@ -33,13 +33,13 @@ MIN_BLOCK = 8  # rows
 MAX_BLOCK, MAX_BLOCK_ON_CPU = 4096, 256
 SAVED_ROWS = 1.25  # rows whose hidden state is saved, over those expected
 
+Tokens, Gates = Float[Array, "M D"], Float[Array, "M K"]
+Chosen = Int[Array, "M K"]
+
 
 def dense_ffn(
-  p: param_spec.Params,
-  x: Float[Array, "M D"],
-  chosen: Int[Array, "M K"],
-  gates: Float[Array, "M K"],
-) -> Float[Array, "M D"]:
+  p: param_spec.Params, x: Tokens, chosen: Chosen, gates: Gates
+) -> Tokens:
   """Reference: every expert on every token, unchosen ones weighted by 0."""
   n_experts = p["down"].shape[0]
   hot = jax.nn.one_hot(chosen, n_experts, dtype=gates.dtype)  # none: zeros
@@ -50,22 +50,24 @@ def dense_ffn(
   return jnp.einsum("MED,ME->MD", y, weight.astype(y.dtype))
 
 
+def _same_varying(
+  p: param_spec.Params, x: Tokens, gates: Gates
+) -> tuple[linear.Weight, linear.Weight, Tokens, Gates]:
+  args = p["gate_up"], p["down"], x, gates.astype(x.dtype)
+  return varying.same_varying(*args)
+
+
 def slotwise_ffn(
   p: param_spec.Params,
-  x: Float[Array, "M D"],
-  chosen: Int[Array, "M K"],
-  gates: Float[Array, "M K"],
+  x: Tokens,
+  chosen: Chosen,
+  gates: Gates,
   n_slots: int | None = None,
-) -> Float[Array, "M D"]:
+) -> Tokens:
   """`grouped_ffn` for very few tokens: slot by slot, without sorting."""
   del n_slots
   n_experts, k = p["down"].shape[0], chosen.shape[1]
-  leaves, structure = jax.tree.flatten(
-    (p["gate_up"], p["down"], x, gates.astype(x.dtype))
-  )
-  gate_up, down, x, gates = jax.tree.unflatten(
-    structure, varying.same_varying(*leaves)
-  )
+  gate_up, down, x, gates = _same_varying(p, x, gates)
   gates = jnp.where(chosen < n_experts, gates, 0)
 
   def add(y, slot):
@@ -151,45 +153,32 @@ def _layout(chosen: jax.Array, n_experts: int, plan: ExpertPlan) -> _Layout:
 
 def grouped_ffn(
   p: param_spec.Params,
-  x: Float[Array, "M D"],
-  chosen: Int[Array, "M K"],
-  gates: Float[Array, "M K"],
+  x: Tokens,
+  chosen: Chosen,
+  gates: Gates,
   n_slots: int | None = None,
   *,
   split_wgrad: bool = False,
-) -> Float[Array, "M D"]:
-  """Gate-weighted sum of each token's expert outputs, [M, D].
+) -> Tokens:
+  """Gate-weighted sum of the outputs of each token's experts.
 
-  Args:
-    p: parameters of the experts.
-    x: [M, D].
-    chosen: [M, K] int32.
-    gates: [M, K].
-    n_slots: expected number of choices of a real expert; M * K if not given.
-    split_wgrad: compute the gradients of weights in loops of their own, so that
-      a pipeline can run them later.
+  `n_slots` is the expected number of choices of a real expert; M * K if not
+  given. `split_wgrad` computes the gradients of weights in loops of their own,
+  so that a pipeline can run them later.
   """
-  n_experts = p["down"].shape[0]
-  leaves, structure = jax.tree.flatten(
-    (p["gate_up"], p["down"], x, gates.astype(x.dtype))
-  )
-  gate_up, down, x, gates = jax.tree.unflatten(
-    structure, varying.same_varying(*leaves)
-  )
+  n_experts, n_slots = p["down"].shape[0], n_slots or chosen.size
+  gate_up, down, x, gates = _same_varying(p, x, gates)
   if not chosen.size:
     return jnp.zeros_like(x)
-  plan = _make_plan(
-    *chosen.shape, n_experts, n_slots or chosen.size, split_wgrad
-  )
+  plan = _make_plan(*chosen.shape, n_experts, n_slots, split_wgrad)
   layout = _layout(chosen, n_experts, plan)
   return _ffn(plan, gate_up, down, x, gates, layout)
 
 
 def _take(rows: linear.Rows, index: jax.Array) -> linear.Rows:
   """rows[index], 0 where the index is beyond the last row."""
-  return jax.tree.map(
-    lambda a: a.at[index].get(mode="fill", fill_value=0), rows
-  )
+  fill = {"mode": "fill", "fill_value": 0}
+  return jax.tree.map(lambda a: a.at[index].get(**fill), rows)
 
 
 def _add(rows: jax.Array, index: jax.Array, update: jax.Array) -> jax.Array:
@@ -214,10 +203,7 @@ def _put(rows: linear.Rows, place: jax.Array, new: linear.Rows) -> linear.Rows:
   return jax.tree.map(put, rows, new)
 
 
-def _add_counts(
-  total: jax.Array | None, more: jax.Array | None
-) -> jax.Array | None:
-  """Sums counts of a quantization; None where nothing is quantized."""
+def _add_counts(total: linear.Counts, more: linear.Counts) -> linear.Counts:
   return None if total is None else total + more
 
 
@@ -225,11 +211,13 @@ def _empty_rows(
   like: jax.Array, n: int, n_columns: int, w: linear.Weight
 ) -> linear.Rows:
   """Zeros for n rows [n, C] that will be quantized for a weight."""
+
+  def zeros(t):
+    return jnp.zeros_like(like, t.dtype, shape=t.shape)
+
   h = jax.ShapeDtypeStruct((n, n_columns), like.dtype)
   types, _ = jax.eval_shape(linear.quantize_rows, h, w)
-  return jax.tree.map(
-    lambda t: jnp.zeros_like(like, t.dtype, shape=t.shape), types
-  )
+  return jax.tree.map(zeros, types)
 
 
 def _empty_wgrad(like: jax.Array, w: linear.Weight) -> jax.Array:
@@ -323,9 +311,7 @@ class _Backward:
     dact = linear.dgrad(b.dy, down_e).astype(b.h.dtype)
     return layers.swiglu_product_grad(b.h, dact, b.gate)
 
-  def dinput(
-    self, b: _Block, dh: jax.Array
-  ) -> tuple[jax.Array, jax.Array | None]:
+  def dinput(self, b: _Block, dh: jax.Array) -> tuple[jax.Array, linear.Counts]:
     """Gradient of the input of a block, and counts of its quantization."""
     dh_rows, counts = linear.quantize_gradient(dh, self.gate_up)
     dx = linear.dgrad(dh_rows, _expert(self.gate_up, b.expert))
@@ -343,9 +329,12 @@ class _Backward:
     """Folds `add` over all blocks; those with a saved hidden state first."""
     plan = self.plan
     for size, blocks in zip(plan.blocks, self.layout.blocks, strict=True):
-      saved = blocks.start + size <= plan.saved
-      n_saved = jnp.minimum(saved.sum(), blocks.used)
-      body = functools.partial(_add_block, self, add, blocks, size)
+
+      def body(saved, i, carry, size=size, blocks=blocks):
+        return add(carry, self.block(i, blocks, size, saved), saved)
+
+      n_saved = (blocks.start + size <= plan.saved).sum()
+      n_saved = jnp.minimum(n_saved, blocks.used)
       with_saved = functools.partial(body, True)
       carry = jax.lax.fori_loop(0, n_saved, with_saved, carry)
       if plan.saved < plan.places:
@@ -386,30 +375,13 @@ class _Backward:
     dx, dgates, dhidden, dh_counts = carry
 
     def add_weights(carry, b, saved):
-      if saved:
-        dh = _slice(dhidden, b.start, len(b.slots))
-      else:
-        dh, _ = self.dhidden(b)
+      size = len(b.slots)
+      dh = _slice(dhidden, b.start, size) if saved else self.dhidden(b)[0]
       new = self.dweights(b, dh)
-      return tuple(
-        _add(d, b.expert, n) for d, n in zip(carry, new, strict=True)
-      )
+      return tuple(map(_add, carry, (b.expert, b.expert), new))
 
     dweights = self.over_blocks(add_weights, (dgate_up, ddown))
     return dx, dgates, *dweights, dh_counts
-
-
-def _add_block(
-  backward: _Backward,
-  add: Callable[..., Any],
-  blocks: _Blocks,
-  size: int,
-  saved: bool,
-  i: jax.Array,
-  carry: Any,
-) -> Any:
-  """Body of a loop over blocks."""
-  return add(carry, backward.block(i, blocks, size, saved), saved)
 
 
 def _ffn_bwd(plan, residuals, dout):
@@ -425,10 +397,8 @@ def _ffn_bwd(plan, residuals, dout):
     *(_empty_wgrad(dout, w) for w in weights),
     None if dy_counts is None else jnp.zeros_like(dy_counts),
   )
-  if plan.split_wgrad:
-    grads = backward.split(*grads)
-  else:
-    grads = backward.all_at_once(grads)
+  split = plan.split_wgrad
+  grads = backward.split(*grads) if split else backward.all_at_once(grads)
   dx, dgates, dgate_up, ddown, dh_counts = grads
   return (
     linear.weight_cotangent(weights[0], dgate_up, [x_counts, dh_counts]),

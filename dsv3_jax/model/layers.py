@@ -8,11 +8,14 @@ over routed experts use the pieces too, with `scale` [M] on the rows' outputs.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dsv3_jax import param_spec, varying
 from dsv3_jax.linear import linear
 from dsv3_jax.model import remat
+
+Hidden = Float[Array, "B T D"]
+Segments = Int[Array, "B T"] | None  # None: one segment
 
 
 def rms_norm(
@@ -36,12 +39,10 @@ def swiglu_specs(d: int, f: int, std: float) -> param_spec.Specs:
 def swiglu(
   p: param_spec.Params, x: Float[Array, "... D"]
 ) -> Float[Array, "... D"]:
-  """[..., D] -> [..., D]."""
-  leaves, structure = jax.tree.flatten(
-    (p["gate_up"], p["down"], x.reshape(-1, x.shape[-1]))
-  )
-  args = jax.tree.unflatten(structure, varying.same_varying(*leaves))
-  return varying.psum_if_varying(_swiglu(*args).reshape(x.shape), "model")
+  """down(silu(gate(x)) * up(x))."""
+  rows = x.reshape(-1, x.shape[-1])
+  y = _swiglu(*varying.same_varying(p["gate_up"], p["down"], rows))
+  return varying.psum_if_varying(y.reshape(x.shape), "model")
 
 
 def swiglu_product(

@@ -2,16 +2,20 @@
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from dsv3_jax import config, param_spec, varying
 from dsv3_jax.linear import linear
 from dsv3_jax.model import attention, layers, remat, rope
+from dsv3_jax.model.layers import Hidden, Segments
+
+Angles = Float[Array, "*T pairs"]
 
 
 def specs(cfg: config.MLA, d: int, std: float) -> param_spec.Specs:
   """Down- and up-projections of queries and keys-values, and the output."""
   n, q, r = cfg.n_heads, cfg.q_rank, cfg.kv_rank
+  kv = cfg.nope_dim + cfg.v_dim
   if q:
     query = {
       "q_down": param_spec.linear(std, embed=d, q_rank=q),
@@ -23,20 +27,15 @@ def specs(cfg: config.MLA, d: int, std: float) -> param_spec.Specs:
   return query | {
     "kv_down": param_spec.linear(std, embed=d, kv_rank=r + cfg.rope_dim),
     "kv_norm": param_spec.norm_scale(r),
-    "kv_up": param_spec.linear(
-      std, kv_rank=r, heads=n, kv=cfg.nope_dim + cfg.v_dim
-    ),
+    "kv_up": param_spec.linear(std, kv_rank=r, heads=n, kv=kv),
     "out": param_spec.linear(std, 2, heads=n, v=cfg.v_dim, embed=d),
   }
 
 
 def queries(
-  p: param_spec.Params,
-  x: Float[Array, "B T D"],
-  angle: Float[Array, "*T pairs"],
-  cfg: config.MLA,
+  p: param_spec.Params, x: Hidden, angle: Angles, cfg: config.MLA
 ) -> tuple[Float[Array, "B T N P"], Float[Array, "B T N H"]]:
-  """Nope [B, T, N, P] and rotated rope [B, T, N, H] parts (eq. 6-9)."""
+  """Nope and rotated rope parts of queries (eq. 6-9)."""
   if cfg.q_rank:
     latent = remat.named(linear.linear(x, p["q_down"]), "latents")
     latent = layers.rms_norm(p["q_norm"], latent, cfg.norm_eps)
@@ -48,12 +47,9 @@ def queries(
 
 
 def latents(
-  p: param_spec.Params,
-  x: Float[Array, "B T D"],
-  angle: Float[Array, "*T pairs"],
-  cfg: config.MLA,
+  p: param_spec.Params, x: Hidden, angle: Angles, cfg: config.MLA
 ) -> tuple[Float[Array, "B T R"], Float[Array, "B T H"]]:
-  """Per position, the latent [B, T, R] and rotated key [B, T, H] (eq. 1, 3).
+  """The latent and the rotated key of each position (eq. 1, 3).
 
   Only the latent is normalised; the rope key is shared by all heads.
   """
@@ -79,22 +75,17 @@ def frequencies(cfg: config.MLA) -> np.ndarray:
 
 
 def mla(
-  p: param_spec.Params,
-  x: Float[Array, "B T D"],
-  cfg: config.MLA,
-  segments: Int[Array, "B T"] | None = None,
-) -> Float[Array, "B T D"]:
-  """Attention of a whole sequence from position 0, [B, T, D] -> [B, T, D].
+  p: param_spec.Params, x: Hidden, cfg: config.MLA, segments: Segments = None
+) -> Hidden:
+  """Attention of a whole sequence from position 0, as in training (eq. 1-11).
 
-  The training and prefill form: keys and values are expanded from the latent
-  (eq. 1-11). With segments [B, T] a token sees those of its own alone.
+  Keys and values are expanded from the latent.
   """
   angle = rope.angles(jnp.arange(x.shape[1]), frequencies(cfg))
   q_nope, q_rope = queries(p, x, angle, cfg)
   latent, k_rope = latents(p, x, angle, cfg)
-  k_nope, v = jnp.split(
-    linear.linear(latent, p["kv_up"]), [cfg.nope_dim], axis=-1
-  )
+  kv = linear.linear(latent, p["kv_up"])
+  k_nope, v = jnp.split(kv, [cfg.nope_dim], axis=-1)
   k_rope = jnp.broadcast_to(k_rope[:, :, None], q_rope.shape)
   q = jnp.concatenate([q_nope, q_rope], axis=-1) / cfg.softmax_divisor
   k = jnp.concatenate([k_nope, k_rope], axis=-1)

@@ -9,11 +9,15 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from dsv3_jax import config, param_spec, varying
 from dsv3_jax.linear import linear
 from dsv3_jax.model import cached_attention, mla, rope
+from dsv3_jax.model.cached_attention import Start
+from dsv3_jax.model.layers import Hidden
+
+Cache = Float[Array, "B S R+H"]
 
 
 def cache_spec(cfg: config.MLA) -> tuple[tuple[str, int], ...]:
@@ -31,10 +35,8 @@ def inference_params(
   """
   up_k, up_v = jnp.split(p["kv_up"], [cfg.nope_dim], axis=-1)
   others = {name: w for name, w in p.items() if name != "kv_up"}
-  return others | {
-    "up_k": jnp.einsum("RNP->NPR", up_k),
-    "up_v": jnp.einsum("RNV->NRV", up_v),
-  }
+  up_k, up_v = jnp.einsum("RNP->NPR", up_k), jnp.einsum("RNV->NRV", up_v)
+  return others | {"up_k": up_k, "up_v": up_v}
 
 
 def inference_specs(
@@ -53,12 +55,8 @@ def inference_specs(
 
 
 def _write(
-  p: param_spec.Params,
-  x: jax.Array,
-  cache: jax.Array,
-  start: jax.Array,
-  cfg: config.MLA,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  p: param_spec.Params, x: Hidden, cache: Cache, start: Start, cfg: config.MLA
+) -> tuple[jax.Array, jax.Array, jax.Array, Cache]:
   """Queries of new tokens, their positions, and the cache with them written."""
   positions = cached_attention.new_positions(start, x)
   angle = rope.angles(positions, mla.frequencies(cfg))
@@ -69,26 +67,14 @@ def _write(
 
 
 def decode(
-  p: param_spec.Params,
-  x: Float[Array, "B T D"],
-  cache: Float[Array, "B S R+H"],
-  start: Int[Array, " B"],
-  cfg: config.MLA,
-) -> tuple[Float[Array, "B T D"], Float[Array, "B S R+H"]]:
+  p: param_spec.Params, x: Hidden, cache: Cache, start: Start, cfg: config.MLA
+) -> tuple[Hidden, Cache]:
   """Attends from a few new tokens, without expanding the cache.
 
   The key up-projection moves into the query and the value up-projection behind
   the weighted sum (it is absorbed), so that all heads read the same latent.
-
-  Args:
-    p: parameters of `inference_params`.
-    x: [B, T, D], row b at positions start[b] .. start[b] + T - 1.
-    cache: [B, S, R + H]; positions before start are filled.
-    start: [B] int32.
-    cfg: the attention.
-
-  Returns:
-    [B, T, D] and the cache with the new positions written.
+  Parameters are those of `inference_params`; arguments and results otherwise as
+  in `attentions.Attention`.
   """
   q_nope, q_rope, positions, cache = _write(p, x, cache, start, cfg)
   q = jnp.einsum("BTNP,NPR->BTNR", q_nope, p["up_k"])
@@ -108,21 +94,19 @@ def decode(
   weights = jax.nn.softmax(scores, axis=1).astype(cache.dtype)
   mixed = jnp.einsum("BSTN,BSC->BTNC", weights, cache)[..., : cfg.kv_rank]
   out = jnp.einsum("BTNR,NRV->BTNV", mixed.astype(x.dtype), p["up_v"])
-  return varying.psum_if_varying(
-    linear.linear(out, p["out"], 2), "model"
-  ), cache
+  return _output(p, out), cache
+
+
+def _output(p: param_spec.Params, out: Float[Array, "B T N V"]) -> Hidden:
+  return varying.psum_if_varying(linear.linear(out, p["out"], 2), "model")
 
 
 def prefill(
-  p: param_spec.Params,
-  x: Float[Array, "B T D"],
-  cache: Float[Array, "B S R+H"],
-  start: Int[Array, " B"],
-  cfg: config.MLA,
-) -> tuple[Float[Array, "B T D"], Float[Array, "B S R+H"]]:
+  p: param_spec.Params, x: Hidden, cache: Cache, start: Start, cfg: config.MLA
+) -> tuple[Hidden, Cache]:
   """Attends from many new tokens, expanding a block of the cache at a time.
 
-  Memory depends on the number of new tokens and not on what was before them.
+  Memory depends on the number of new tokens, not on that of earlier ones.
   Arguments and results are those of `decode`.
   """
   q_nope, q_rope, _, cache = _write(p, x, cache, start, cfg)
@@ -136,6 +120,4 @@ def prefill(
     return jnp.concatenate([k_nope, k_rope], axis=-1), v
 
   out = cached_attention.extend(jnp.swapaxes(q, 1, 2), cache, start, expand)
-  return varying.psum_if_varying(
-    linear.linear(out, p["out"], 2), "model"
-  ), cache
+  return _output(p, out), cache

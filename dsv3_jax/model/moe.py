@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 from dsv3_jax import config, param_spec, varying
 from dsv3_jax.model import experts as experts_lib
 from dsv3_jax.model import layers, router
+from dsv3_jax.model.layers import Hidden
 
 
 def _no_dispatch(chosen: jax.Array) -> jax.Array:
@@ -43,11 +44,10 @@ class MoEStats:
 def specs(cfg: config.Model) -> param_spec.Specs:
   """Router centroids, routed experts and the shared experts as one FFN."""
   d, f, std = cfg.d_model, cfg.moe.ffn_dim, cfg.init_std
+  n, expert = cfg.router.n_experts, layers.swiglu_specs(d, f, std)
   tree = {
-    "router": param_spec.weight(std, embed=d, scores=cfg.router.n_experts),
-    "experts": param_spec.stack(
-      layers.swiglu_specs(d, f, std), cfg.router.n_experts, "experts"
-    ),
+    "router": param_spec.weight(std, embed=d, scores=n),
+    "experts": param_spec.stack(expert, n, "experts"),
   }
   if cfg.moe.n_shared:
     tree["shared"] = layers.swiglu_specs(d, cfg.moe.n_shared * f, std)
@@ -56,24 +56,15 @@ def specs(cfg: config.Model) -> param_spec.Specs:
 
 def moe(
   p: param_spec.Params,
-  x: Float[Array, "B T D"],
+  x: Hidden,
   bias: Float[Array, " E"],
   cfg: config.Model,
   experts: Experts = LOCAL,
   valid: Bool[Array, "B T"] | None = None,
-) -> tuple[Float[Array, "B T D"], MoEStats]:
+) -> tuple[Hidden, MoEStats]:
   """Applies an MoE layer; no token is ever dropped.
 
-  Args:
-    p: parameters of `specs`.
-    x: [B, T, D].
-    bias: [E] f32 router bias.
-    cfg: the model.
-    experts: computes the routed experts' weighted sum.
-    valid: [B, T] bool, tokens that are no padding; the others go to no expert.
-
-  Returns:
-    y [B, T, D], and the layer's MoEStats.
+  Tokens that are not `valid` are padding, and go to no expert.
   """
   with jax.named_scope("router"):
     routing = router.route(p["router"], x, bias, cfg.router)
@@ -81,14 +72,10 @@ def moe(
   if valid is not None:
     routing = router.mask_invalid(routing, valid)
   with jax.named_scope("experts"):
-    k = cfg.router.top_k
-    chosen = routing.experts.reshape(-1, k)
-    y = experts.ffn(
-      p["experts"],
-      x.reshape(-1, x.shape[-1]),
-      chosen,
-      routing.gates.reshape(-1, k),
+    rows, chosen, gates = (
+      a.reshape(-1, a.shape[-1]) for a in (x, routing.experts, routing.gates)
     )
+    y = experts.ffn(p["experts"], rows, chosen, gates)
     y = varying.psum_if_varying(y, "model").reshape(x.shape)
   if "shared" in p:
     with jax.named_scope("shared"):

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax import config, param_spec
 from dsv3_jax.linear import linear
 from dsv3_jax.model import layers, remat
+from dsv3_jax.model.layers import Hidden
 
 
 def specs(cfg: config.Model, block: param_spec.Specs) -> param_spec.Specs:
@@ -27,33 +28,29 @@ def specs(cfg: config.Model, block: param_spec.Specs) -> param_spec.Specs:
 def module(
   p: param_spec.Params,
   bias: Float[Array, " E"] | None,
-  hidden: Float[Array, "B T D"],
-  ahead: Float[Array, "B T D"],
+  hidden: Hidden,
+  ahead: Hidden,
   cfg: config.Model,
   block: Callable[..., tuple[jax.Array, Any]],
-) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], Any]:
+) -> tuple[Hidden, Hidden, Any]:
   """Applies the module of one depth (eq. 21-22).
 
   The embedding comes first in the projection, as in the released weights.
 
   Args:
     p: parameters of `specs`.
-    bias: [E] f32.
-    hidden: [B, T, D] state of the depth before.
-    ahead: [B, T, D] embeddings of the tokens that this depth reads.
+    bias: of the router.
+    hidden: state of the depth before.
+    ahead: embeddings of the tokens that this depth reads.
     cfg: the model.
     block: (parameters, x, bias) -> (y, stats).
 
   Returns:
     State after the module's own norm, the state for the next depth, stats.
   """
-  concatenated = jnp.concatenate(
-    [
-      layers.rms_norm(p["embed_norm"], ahead, cfg.norm_eps),
-      layers.rms_norm(p["hidden_norm"], hidden, cfg.norm_eps),
-    ],
-    axis=-1,
-  )
+  ahead = layers.rms_norm(p["embed_norm"], ahead, cfg.norm_eps)
+  hidden = layers.rms_norm(p["hidden_norm"], hidden, cfg.norm_eps)
+  concatenated = jnp.concatenate([ahead, hidden], axis=-1)
   x = remat.named(linear.linear(concatenated, p["proj"]), "residual")
   x, stats = block(p["block"], x, bias)
   normed = layers.rms_norm(p["norm"], x, cfg.norm_eps)
@@ -63,7 +60,7 @@ def module(
 def predict(
   params: param_spec.Params,
   bias: Float[Array, "depth E"],
-  hidden: Float[Array, "B T D"],
+  hidden: Hidden,
   tokens: Int[Array, "B T"],
   cfg: config.Model,
   apply_module: Callable[..., tuple[jax.Array, jax.Array, Any]],
@@ -72,14 +69,7 @@ def predict(
 
   At depth k, position i joins the state of depth k - 1 with the embedding of
   token i + k, so that its output predicts token i + k + 1 (0-based).
-
-  Args:
-    params: all parameters of the model: embedding and `mtp` are read.
-    bias: [depth, E] f32.
-    hidden: [B, T, D] state of the main model.
-    tokens: [B, T] int32.
-    cfg: the model.
-    apply_module: (parameters, bias, hidden, ahead) of a depth, as in `module`.
+  `apply_module` is `module`, of (parameters, bias, hidden, ahead) of a depth.
 
   Returns:
     States after each depth's own norm, [B, T - k, D] for k = 1..D, and their

@@ -31,11 +31,8 @@ def yarn_frequencies(
   """
 
   def pair_turning(turns):
-    return (
-      dim
-      * math.log(original_len / (turns * 2 * math.pi))
-      / (2 * math.log(theta))
-    )
+    log_ratio = math.log(original_len / (turns * 2 * math.pi))
+    return dim * log_ratio / (2 * math.log(theta))
 
   low = max(math.floor(pair_turning(beta_fast)), 0)
   high = min(math.ceil(pair_turning(beta_slow)), dim - 1)
@@ -57,11 +54,8 @@ def rotate(
 ) -> Float[Array, "*dims H"]:
   """Rotates pairs (2i, 2i+1) of the last dim, in float32.
 
-  No gradient reaches the angles; the gradient of x is rotated back.
-
-  Args:
-    x: [..., dim].
-    angle: [T, dim/2] or any shape that broadcasts against x's pairs.
+  Angles broadcast against the pairs of x. No gradient reaches them; that of x
+  is rotated back.
   """
   angle = jnp.expand_dims(angle, range(x.ndim - angle.ndim))
   pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)

@@ -11,6 +11,9 @@ from jaxtyping import Array, Bool, Float, Int
 from dsv3_jax import config
 from dsv3_jax.linear import linear
 from dsv3_jax.model import remat
+from dsv3_jax.model.layers import Hidden
+
+Bias = Float[Array, " E"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,9 +21,7 @@ class Score:
   """A way to turn affinities into scores, and what depends on it."""
 
   function: Callable[[jax.Array], jax.Array]  # f32 [..., E] -> [..., E], >= 0
-  group_top: int = (
-    1  # a group of experts ranks by the sum of so many of its best
-  )
+  group_top: int = 1  # a group ranks by the sum of so many of its best experts
 
 
 # `config.Router.score` names one of these.
@@ -46,23 +47,14 @@ class Routing:
 
 
 def select(
-  scores: Float[Array, "*tokens E"],
-  bias: Float[Array, " E"],
-  cfg: config.Router,
+  scores: Float[Array, "*tokens E"], bias: Bias, cfg: config.Router
 ) -> tuple[Int[Array, "*tokens K"], Float[Array, "*tokens K"]]:
   """Top-k experts and their gates (eq. 12-16).
 
   Bias and group limit act on the choice alone; gates come from the scores.
   Groups that are not selected are masked with -inf: a biased score may be
-  negative, so 0 would let a masked expert win. Ties go to the lower index.
-
-  Args:
-    scores: [..., E] affinities.
-    bias: [E], no gradient.
-    cfg: routing rules.
-
-  Returns:
-    experts [..., K] int32 and gates [..., K].
+  negative, so 0 would let a masked expert win. Ties go to the lower index. No
+  gradient reaches the bias.
   """
   bias = jnp.expand_dims(bias, range(scores.ndim - 1))
   biased = jax.lax.stop_gradient(scores + bias)
@@ -83,10 +75,7 @@ def select(
 
 
 def route(
-  w: Float[Array, "D E"],
-  x: Float[Array, "B T D"],
-  bias: Float[Array, " E"],
-  cfg: config.Router,
+  w: Float[Array, "D E"], x: Hidden, bias: Bias, cfg: config.Router
 ) -> Routing:
   """Routes x [B, T, D] with centroids w [D, E]; all in float32."""
   affinity = linear.linear(x.astype(jnp.float32), w.astype(jnp.float32))
@@ -139,11 +128,6 @@ def update_bias(
   Once an optimizer step, from the counts of the whole global batch; an expert
   exactly at the mean stays (section 2.1.2, gamma = speed). The comparison is in
   integers, so no count is too large for it.
-
-  Args:
-    bias: [..., E] f32.
-    load: [..., E] int32.
-    speed: step size.
   """
   total, n_experts = load.sum(-1, keepdims=True), load.shape[-1]
   over = load > total // n_experts

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax import config, param_spec
 from dsv3_jax.model import attentions, layers, moe, mtp, remat
+from dsv3_jax.model.layers import Hidden, Segments
 
 
 @flax.struct.dataclass
@@ -61,11 +62,8 @@ def router_bias(cfg: config.Model) -> Float[Array, "routers E"]:
 
 
 def dense_block(
-  p: param_spec.Params,
-  x: Float[Array, "B T D"],
-  cfg: config.Model,
-  segments: Int[Array, "B T"] | None = None,
-) -> Float[Array, "B T D"]:
+  p: param_spec.Params, x: Hidden, cfg: config.Model, segments: Segments = None
+) -> Hidden:
   """h += attention(norm(h)); h += SwiGLU(norm(h))."""
   x = _attention(p, x, cfg, segments)
   h = layers.rms_norm(p["ffn_norm"], x, cfg.norm_eps)
@@ -74,12 +72,12 @@ def dense_block(
 
 def moe_block(
   p: param_spec.Params,
-  x: Float[Array, "B T D"],
+  x: Hidden,
   bias: Float[Array, " E"],
   cfg: config.Model,
   experts: moe.Experts,
-  segments: Int[Array, "B T"] | None = None,
-) -> tuple[Float[Array, "B T D"], moe.MoEStats]:
+  segments: Segments = None,
+) -> tuple[Hidden, moe.MoEStats]:
   """h += attention(norm(h)); h += MoE(norm(h)); also returns its stats."""
   x = _attention(p, x, cfg, segments)
   h = layers.rms_norm(p["ffn_norm"], x, cfg.norm_eps)
@@ -88,11 +86,8 @@ def moe_block(
 
 
 def _attention(
-  p: param_spec.Params,
-  x: jax.Array,
-  cfg: config.Model,
-  segments: jax.Array | None,
-) -> jax.Array:
+  p: param_spec.Params, x: Hidden, cfg: config.Model, segments: Segments
+) -> Hidden:
   name = cfg.attention.type
   attention = attentions.functions(cfg.attention)
   with jax.named_scope(name):
@@ -141,18 +136,12 @@ def forward(
   tokens: Int[Array, "B T"],
   cfg: config.Model,
   ctx: ForwardContext = LOCAL,
-  segments: Int[Array, "B T"] | None = None,
+  segments: Segments = None,
 ) -> Output:
   """Hidden states of the main model and of every MTP depth.
 
-  Args:
-    params: parameters of `specs`.
-    bias: [n_routers, E] f32 router bias.
-    tokens: [B, T] int32, T above the MTP depth.
-    cfg: the model.
-    ctx: options of the forward pass.
-    segments: [B, T] int32; attention stays inside a segment. None: a token sees
-      all tokens before it.
+  There must be more tokens in a sequence than MTP modules. Attention stays
+  inside a segment.
   """
   over_layers = jax.lax.scan if ctx.scan else _unrolled
   rematerialize = functools.partial(
@@ -173,20 +162,17 @@ def forward(
   stats = [_no_stats(bias)]
   if cfg.n_dense_layers:
     x, _ = over_layers(dense, x, params["dense"])
+  moe_bias, mtp_bias = jnp.split(bias, [cfg.n_moe_layers])
   if cfg.n_moe_layers:
-    layer = params["moe"], bias[: cfg.n_moe_layers]
-    x, moe_stats = over_layers(mixture, x, layer)
+    x, moe_stats = over_layers(mixture, x, (params["moe"], moe_bias))
     stats.append(moe_stats)
-  mtp_bias = bias[cfg.n_moe_layers :]
   out = predict(params, mtp_bias, x, tokens, cfg, ctx, segments)
   stats.append(out.stats)
   return out.replace(stats=_concatenated(stats))
 
 
-def embed(
-  params: param_spec.Params, tokens: Int[Array, "B T"]
-) -> Float[Array, "B T D"]:
-  """[B, T] int32 -> [B, T, D]."""
+def embed(params: param_spec.Params, tokens: Int[Array, "B T"]) -> Hidden:
+  """Embeddings of tokens."""
   with jax.named_scope("embed"):
     return params["embed"][tokens]
 
@@ -194,34 +180,22 @@ def embed(
 def predict(
   params: param_spec.Params,
   bias: Float[Array, "depth E"],
-  x: Float[Array, "B T D"],
+  x: Hidden,
   tokens: Int[Array, "B T"],
   cfg: config.Model,
   ctx: ForwardContext = LOCAL,
-  segments: Int[Array, "B T"] | None = None,
+  segments: Segments = None,
 ) -> Output:
-  """Applies the final norm and the MTP modules to the last layer's output.
+  """Applies the final norm and the MTP modules to the last layer's output x.
 
-  Args:
-    params: all parameters except those of layers are read.
-    bias: [depth, E] f32, of the MTP modules' routers.
-    x: [B, T, D], from the last layer.
-    tokens: [B, T] int32.
-    cfg: the model.
-    ctx: as in `forward`.
-    segments: as in `forward`.
-
-  Returns:
-    The hidden states, with the stats of the MTP modules.
+  Reads all parameters but those of layers. The stats, like the bias, are those
+  of the routers of the MTP modules.
   """
 
   def module(p, layer_bias, hidden, ahead):
-    n = hidden.shape[1]
+    ids = None if segments is None else segments[:, : hidden.shape[1]]
     block = functools.partial(
-      moe_block,
-      cfg=cfg,
-      experts=ctx.experts,
-      segments=None if segments is None else segments[:, :n],
+      moe_block, cfg=cfg, experts=ctx.experts, segments=ids
     )
     p = ctx.gather("mtp", p)
     return mtp.module(p, layer_bias, hidden, ahead, cfg, block)
@@ -246,7 +220,6 @@ def _concatenated(stats: list[moe.MoEStats]) -> moe.MoEStats:
 def logits(
   params: param_spec.Params, hidden: Float[Array, "... D"]
 ) -> Float[Array, "... C"]:
-  """Next-token logits [..., C] in float32 of hidden states [..., D]."""
-  return jnp.einsum(
-    "...D,DC->...C", hidden, params["head"], preferred_element_type=jnp.float32
-  )
+  """Next-token logits of hidden states, in float32."""
+  dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  return dot("...D,DC->...C", hidden, params["head"])

@@ -213,8 +213,7 @@ def _exchange(
   """Sends rows to the devices of their experts, and runs `inner` there."""
   if not chosen.size:
     return jnp.zeros_like(x)
-  leaves, structure = jax.tree.flatten((p, x, gates))
-  p, x, gates = jax.tree.unflatten(structure, varying.same_varying(*leaves))
+  p, x, gates = varying.same_varying(p, x, gates)
   n_slots = n_slots or chosen.size
   size, n_experts = jax.lax.axis_size(transport.axes), p["down"].shape[0]
   buffer_rows = _buffer_rows(
