@@ -59,12 +59,9 @@ def blocked(
 ) -> Float[Array, "M N"]:
   """a @ b, [M, K] and [K, N] to [M, N].
 
-  Args:
-    a: tiles of 128 columns.
-    b: tiles of 128 rows.
-    dtype: of the result, float32 or bfloat16; sums are float32.
-    tuning: the schedule of tiles.
-    interpret: parameters of Pallas' interpreter for GPUs, to run it on CPU.
+  Tiles of a have 128 columns, those of b 128 rows. The result is float32 or
+  bfloat16, its sums float32. `interpret` has parameters of Pallas' interpreter
+  for GPUs, to run it on CPU.
 
   Raises:
     NotImplementedError: for other tiles and types, without elements, or on

@@ -55,6 +55,7 @@ class Fp8Weight:
 
 Weight = jax.Array | Fp8Weight
 Rows = jax.Array | quantize.BlockScaled  # [M, K]
+Counts = Float[Array, "6"] | None  # of a quantization; None: there was none
 
 
 def differentiable(w: Weight) -> jax.Array | MasterHandle:
@@ -72,13 +73,18 @@ def block_size(w: Weight) -> int:
   return w.precision.tile if isinstance(w, Fp8Weight) else 0
 
 
+def _block_scaled(w: Fp8Weight, *shape: int) -> quantize.BlockScaled:
+  """The codes and scales of a weight, as matrices of a shape."""
+  tile = w.precision.tile, w.precision.tile
+  return quantize.BlockScaled(w.codes.reshape(*shape), w.scales, tile)
+
+
 def _matrix(w: Fp8Weight, n_contracted: int) -> scaled_matmul.Operand:
   """A weight [K, N] as right operand."""
   n = math.prod(w.shape[:n_contracted])
   if w.dequantized is not None:
     return w.dequantized.reshape(n, -1)
-  tile = w.precision.tile, w.precision.tile
-  return quantize.BlockScaled(w.codes.reshape(n, -1), w.scales, tile)
+  return _block_scaled(w, n, -1)
 
 
 def with_dequantized(w: Weight) -> Weight:
@@ -90,31 +96,18 @@ def with_dequantized(w: Weight) -> Weight:
     return w
   if not scaled_matmul.dequantizes(w.precision.backend):
     return w
-  codes = w.codes.reshape(*w.shape[:2], -1)
-  tile = w.precision.tile, w.precision.tile
-  dequantized = quantize.dequantize(
-    quantize.BlockScaled(codes, w.scales, tile),
-    scaled_matmul.dequantized_dtype(),
-  )
-  return w.replace(
-    codes=None, scales=None, dequantized=dequantized.reshape(w.shape)
-  )
+  dtype = scaled_matmul.dequantized_dtype()
+  values = quantize.dequantize(_block_scaled(w, *w.shape[:2], -1), dtype)
+  return w.replace(codes=None, scales=None, dequantized=values.reshape(w.shape))
 
 
 def quantize_rows(
   x: Float[Array, "M K"], w: Weight, scales: str = "", tile_rows: int = 1
-) -> tuple[Rows, Float[Array, "6"] | None]:
-  """Quantizes x [M, K] as left operand of a product with a weight.
+) -> tuple[Rows, Counts]:
+  """Quantizes x as left operand of a product with a weight; returns counts too.
 
-  Args:
-    x: activations or gradients.
-    w: the weight.
-    scales: as in `quantize.quantize`; the weight's own if not given.
-    tile_rows: rows of a tile.
-
-  Returns:
-    The operand, which is x itself where the weight is not in FP8, and the
-    counts of its quantization, if there was one.
+  The operand is x itself where the weight is not in FP8. Scales are as in
+  `quantize.quantize`; those of the weight's recipe if not given.
   """
   if not isinstance(w, Fp8Weight):
     return x, None
@@ -127,7 +120,7 @@ def quantize_rows(
 
 def quantize_gradient(
   dy: Float[Array, "M N"], w: Weight, scales: str = ""
-) -> tuple[Rows, Float[Array, "6"] | None]:
+) -> tuple[Rows, Counts]:
   """`quantize_rows` of a gradient, whose tiles the recipe may make square."""
   square = isinstance(w, Fp8Weight) and w.precision.gradient_tiles == "blocks"
   return quantize_rows(dy, w, scales, w.precision.tile if square else 1)
@@ -146,8 +139,7 @@ def fprop(x: Rows, w: Weight, n_contracted: int = 1) -> Float[Array, "M N"]:
   """x @ W, [M, K] and [K, N] to [M, N]; f32 in FP8."""
   if not isinstance(w, Fp8Weight):
     return x @ w.reshape(x.shape[1], -1)
-  matrix = _matrix(w, n_contracted)
-  return scaled_matmul.matmul(x, matrix, w.precision.backend)
+  return scaled_matmul.matmul(x, _matrix(w, n_contracted), w.precision.backend)
 
 
 def dgrad(dy: Rows, w: Weight, n_contracted: int = 1) -> Float[Array, "M K"]:
@@ -161,42 +153,26 @@ def dgrad(dy: Rows, w: Weight, n_contracted: int = 1) -> Float[Array, "M K"]:
 def wgrad(
   x: Rows, dy: Rows, w: Weight, scales: str = ""
 ) -> Float[Array, "K N"]:
-  """x.T @ dy, [M, K] and [M, N] to [K, N] f32.
-
-  Args:
-    x: the rows of `fprop`, or the activations.
-    dy: the gradient of the output, or its rows.
-    w: the weight.
-    scales: as in `quantize_rows`, of both.
-  """
+  """x.T @ dy, [M, K] and [M, N] to [K, N] f32; scales as in `quantize_rows`."""
   if not isinstance(w, Fp8Weight):
     # Stated so that no operand is transposed first; autodiff makes dw.T.
     return jax.lax.dot_general(
       x, dy, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
     )
-  precision = w.precision
+  tile, scales = (w.precision.tile, 1), scales or w.precision.scales
   x, dy = (
-    quantize.quantize(
-      dequantize_rows(a, jnp.float32),
-      (precision.tile, 1),
-      scales or precision.scales,
-    )
+    quantize.quantize(dequantize_rows(a, jnp.float32), tile, scales)
     for a in (x, dy)
   )
-  return scaled_matmul.matmul(x.transpose(), dy, precision.backend)
+  return scaled_matmul.matmul(x.transpose(), dy, w.precision.backend)
 
 
 def weight_cotangent(
-  w: Weight,
-  dw: Float[Array, "K N"] | Float[Array, "E K N"],
-  counts: list[Float[Array, "6"] | None],
+  w: Weight, dw: Float[Array, "... N"], counts: list[Counts]
 ) -> Weight:
-  """The cotangent of a weight, of its gradient and of counts.
+  """The cotangent of a weight, of its gradient dw and of counts.
 
-  Args:
-    w: the weight.
-    dw: f32, its elements in order.
-    counts: of each of `CLASSES`; not read unless the weight is in FP8.
+  Counts are one of each of `CLASSES`; without FP8 they are not read.
   """
   dw = dw.reshape(w.shape)
   if not isinstance(w, Fp8Weight):
@@ -214,18 +190,13 @@ def linear(
 ) -> Float[Array, "..."]:
   """Contracts the last n_contracted dims of x with the first ones of w.
 
-  Args:
-    x: activations.
-    w: the weight.
-    n_contracted: dims of inputs.
-    save_input: save x itself for `wgrad` rather than its tiles, where
-      something else saves it anyway. Tiles along tokens then have scales that
-      are powers of two.
+  With `save_input`, x itself is saved for `wgrad` rather than its tiles, where
+  something else saves it anyway. Tiles along tokens then have scales that are
+  powers of two.
   """
   lead = x.shape[: x.ndim - n_contracted]
   n = math.prod(w.shape[:n_contracted])
-  leaves, structure = jax.tree.flatten((x.reshape(-1, n), w))
-  flat, w = jax.tree.unflatten(structure, varying.same_varying(*leaves))
+  flat, w = varying.same_varying(x.reshape(-1, n), w)
   y = _linear(n_contracted, save_input, flat, w)
   return y.reshape(*lead, *w.shape[n_contracted:])
 

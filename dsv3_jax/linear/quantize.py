@@ -20,6 +20,9 @@ FLOOR = 1e-4  # of the largest magnitude of a tile: no scale is 0
 SCALES = ("float32", "power_of_two")
 
 Tile = tuple[int, int]
+Elements = Float[Array, "*stack R C"]  # a matrix, or a stack of them
+Tiles = Float[Array, "*stack rows columns"]  # a number for each tile
+Codes = UInt8[Array, "*stack R C"]
 
 
 @flax.struct.dataclass
@@ -51,9 +54,7 @@ class BlockScaled:
     return BlockScaled(self.codes, scales, (1, self.tile[1]))
 
 
-def magnitude(
-  x: Float[Array, "*stack R C"], tile: Tile
-) -> Float[Array, "*stack rows columns"]:
+def magnitude(x: Elements, tile: Tile) -> Tiles:
   """Largest magnitude per tile, [..., ceil(R / rows), ceil(C / columns)]."""
   *stack, n, m = x.shape
   rows, columns = tile
@@ -81,10 +82,7 @@ def from_ordered(bits: jax.Array) -> jax.Array:
 def scale(absmax: jax.Array, rounding: str, largest: float) -> jax.Array:
   """The divisor of a tile that makes its largest magnitude `largest`.
 
-  Args:
-    absmax: f32, the largest magnitude of each tile.
-    rounding: `float32`, or `power_of_two` for the next power of two above.
-    largest: of the format.
+  `rounding` is `float32`, or `power_of_two` for the next power of two above.
   """
   # Not a division, which the compiler would replace: so all agree on each bit.
   s = jnp.maximum(absmax, FLOOR) * jnp.float32(1 / largest)
@@ -92,16 +90,13 @@ def scale(absmax: jax.Array, rounding: str, largest: float) -> jax.Array:
     return s
   bits = jax.lax.bitcast_convert_type(s, jnp.int32)
   up = (bits + 0x7FFFFF) & 0x7F800000  # a mantissa of 0 with the next exponent
-  return jnp.where(
-    jnp.isfinite(s), jax.lax.bitcast_convert_type(up, jnp.float32), s
-  )
+  up = jax.lax.bitcast_convert_type(up, jnp.float32)
+  return jnp.where(jnp.isfinite(s), up, s)
 
 
 def expand_scales(
-  scales: Float[Array, "*stack rows columns"],
-  tile: Tile,
-  shape: tuple[int, ...],
-) -> Float[Array, "*stack R C"]:
+  scales: Tiles, tile: Tile, shape: tuple[int, ...]
+) -> Elements:
   """Expands scales of tiles to elements; a tile dim of 1 is not expanded."""
   for axis, size in zip((-2, -1), tile, strict=True):
     if size > 1:
@@ -110,34 +105,25 @@ def expand_scales(
   return scales[..., :n, :m]
 
 
-def encode(
-  x: Float[Array, "*stack R C"], scales: Float[Array, "*stack R C"]
-) -> UInt8[Array, "*stack R C"]:
+def encode(x: Elements, scales: Elements) -> Codes:
   """Encodes x / scales in E4M3, as bytes; scales are those of elements."""
   scaled = x.astype(jnp.float32) / scales
   values = jnp.clip(scaled, -E4M3_MAX, E4M3_MAX).astype(E4M3)
   return jax.lax.bitcast_convert_type(values, jnp.uint8)
 
 
-def quantize(
-  x: Float[Array, "*stack R C"], tile: Tile, scales: str = "float32"
-) -> BlockScaled:
-  """Quantizes a matrix, or a stack of them, [..., R, C], to E4M3."""
+def quantize(x: Elements, tile: Tile, scales: str = "float32") -> BlockScaled:
+  """Quantizes to E4M3."""
   per_tile = scale(magnitude(x, tile), scales, E4M3_MAX)
-  return BlockScaled(
-    encode(x, expand_scales(per_tile, tile, x.shape)), per_tile, tile
-  )
+  codes = encode(x, expand_scales(per_tile, tile, x.shape))
+  return BlockScaled(codes, per_tile, tile)
 
 
-def dequantize(
-  x: BlockScaled, dtype: jax.typing.DTypeLike
-) -> Float[Array, "*stack R C"]:
+def dequantize(x: BlockScaled, dtype: jax.typing.DTypeLike) -> Elements:
   """values * scales, rounded to dtype."""
   scales = expand_scales(x.scales, x.tile, x.codes.shape)
   return (x.values.astype(jnp.float32) * scales).astype(dtype)
 
-
-# --- E5M6 ---
 
 _E5M6_LARGEST = (2 - 2**-6) * 2.0**15
 
@@ -160,24 +146,17 @@ def e5m6(x: Float[Array, "M K"], n_columns: int) -> Float[Array, "M K"]:
   return (held * scales).astype(x.dtype)
 
 
-# --- counters ---
-
 COUNTERS = ("tiles", "not_finite", "zero", "elements", "saturated", "underflow")
 
 
 def count(
-  x: Float[Array, "*stack R C"], quantized: BlockScaled, everything: bool
+  x: Elements, quantized: BlockScaled, everything: bool
 ) -> Float[Array, "6"]:
   """Counts what quantization did: `COUNTERS`, [6] f32.
 
   Tiles in all, not finite and of zeros only; elements in all, too large for the
-  format (the cast alone would make NaN of them), and rounded to zero.
-
-  Args:
-    x: [..., R, C], the input.
-    quantized: the result.
-    everything: False counts only tiles that are not finite, which needs the
-      scales alone.
+  format (the cast alone would make NaN of them), and rounded to zero. Unless
+  `everything`, only tiles that are not finite, which needs the scales alone.
   """
   if everything:
     scales = expand_scales(quantized.scales, quantized.tile, x.shape)
@@ -187,9 +166,7 @@ def count(
   return jnp.zeros_like(bad, shape=len(COUNTERS)).at[1].set(bad)
 
 
-def count_tiles(
-  absmax: Float[Array, "*stack rows columns"],
-) -> Float[Array, "3"]:
+def count_tiles(absmax: Tiles) -> Float[Array, "3"]:
   """The first three of `COUNTERS`, from the largest magnitude of each tile."""
   total = jnp.full_like(absmax, absmax.size, shape=())
   counts = total, (~jnp.isfinite(absmax)).sum(), (absmax == 0).sum()
@@ -197,9 +174,7 @@ def count_tiles(
 
 
 def count_elements(
-  x: Float[Array, "*stack R C"],
-  codes: UInt8[Array, "*stack R C"],
-  scales: Float[Array, "*stack R C"],
+  x: Elements, codes: Codes, scales: Elements
 ) -> Float[Array, "3"]:
   """The last three of `COUNTERS`; scales are those of elements."""
   scaled = x.astype(jnp.float32) / scales

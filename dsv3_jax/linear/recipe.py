@@ -1,6 +1,7 @@
 """Precision recipes: parameters in BF16 or FP8 from float32 masters."""
 
 import fnmatch
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,17 +24,12 @@ def compute_params(
   precision: config.Precision,
   slices: Any = None,
 ) -> param_spec.Params:
-  """Converts parameters to a recipe, once an optimizer step.
+  """Converts float32 masters to a recipe, once an optimizer step.
 
   With `bf16` and `fp8` all are bfloat16 except norm scales and router
   centroids. With `fp8` the weights that `precision.fp8` names are `Fp8Weight`.
-
-  Args:
-    params: float32 master parameters; inside a `shard_map`, slices of them.
-    specs: of the parameters.
-    precision: the recipe.
-    slices: of each parameter, the dims that it is a slice of, and over which
-      mesh axes; None: none is sliced.
+  Inside a `shard_map` parameters may be slices; `slices` then has the sliced
+  dims of each, and over which mesh axes.
   """
   if precision.recipe == "fp32":
     return params
@@ -55,36 +51,30 @@ def fp8_paths(
   """Paths of the weights in FP8: linear layers that the recipe names."""
   if precision.recipe != "fp8":
     return frozenset()
-  linear = [
-    path
-    for path, spec in param_spec.flatten_with_paths(specs).items()
-    if spec.n_contracted
-  ]
-  return frozenset(
-    path
-    for pattern in precision.patterns
-    for path in fnmatch.filter(linear, pattern)
-  )
+  linear = _linear_specs(specs)
+  matches = (fnmatch.filter(linear, p) for p in precision.patterns)
+  return frozenset(itertools.chain.from_iterable(matches))
+
+
+def _linear_specs(specs: param_spec.Specs) -> dict[str, param_spec.ParamSpec]:
+  """Specs of the weights of linear layers, by path."""
+  leaves = param_spec.flatten_with_paths(specs).items()
+  return {path: spec for path, spec in leaves if spec.n_contracted}
 
 
 def validate(specs: param_spec.Specs, precision: config.Precision) -> list[str]:
   """Problems of an FP8 recipe for a model, one line each."""
   if precision.recipe != "fp8":
     return []
-  linear = {
-    p: spec
-    for p, spec in param_spec.flatten_with_paths(specs).items()
-    if spec.n_contracted
-  }
+  linear = _linear_specs(specs)
   problems = [
     f"Precision.fp8={pattern!r}: names no weight of a linear layer; there are"
     f" {', '.join(linear)}"
     for pattern in precision.patterns or ("",)
     if not fnmatch.filter(linear, pattern)
   ]
-  sizes = {
-    path: min(linear[path].matrix) for path in fp8_paths(specs, precision)
-  }
+  chosen = fp8_paths(specs, precision)
+  sizes = {path: min(linear[path].matrix) for path in chosen}
   path = min(sizes, key=sizes.get, default=None)
   if path and sizes[path] < precision.tile:
     problems.append(
@@ -120,13 +110,10 @@ def weight_counts(
   precision: config.Precision,
   slices: Any = None,
 ) -> dict[str, jax.Array]:
-  """Counts of the quantization of each weight in FP8: {path: [6] f32}.
+  """Counts the quantization of each weight in FP8: {path: [6] f32}.
 
-  Args:
-    params, specs, precision, slices: as `compute_params`.
-
-  Returns:
-    `quantize.COUNTERS` of the whole weight, all layers and experts together.
+  They are `quantize.COUNTERS` of the unsliced weight, all layers and experts
+  together; the arguments are those of `compute_params`.
   """
   chosen, counts = fp8_paths(specs, precision), {}
 
@@ -137,12 +124,11 @@ def weight_counts(
     flat, absmax, expand = _block_absmax(w, spec, precision.tile, slices)
     scales = quantize.scale(absmax, precision.scales, quantize.E4M3_MAX)
     scales = expand(scales)
-    local_counts = (
-      quantize.count_tiles(absmax),
-      quantize.count_elements(flat, quantize.encode(flat, scales), scales),
-    )
+    codes = quantize.encode(flat, scales)
+    of_elements = quantize.count_elements(flat, codes, scales)
     # The devices that hold slices of a block agree on its magnitude.
-    counts[name] = jnp.concatenate([_sum(n) for n in local_counts])
+    of_tiles = quantize.count_tiles(absmax)
+    counts[name] = jnp.concatenate([_sum(of_tiles), _sum(of_elements)])
 
   trees = (params, specs) if slices is None else (params, specs, slices)
   jax.tree.map_with_path(leaf, *trees)
@@ -175,9 +161,9 @@ def _block_absmax(
       return quantize.expand_scales(scales, square, flat.shape)
 
     return flat, quantize.magnitude(flat, square), expand
-  of_row, n_rows = _blocks(w.shape, range(n_stack, first_output), inside, tile)
-  of_column, n_columns = _blocks(
-    w.shape, range(first_output, w.ndim), inside, tile
+  dims = range(n_stack, first_output), range(first_output, w.ndim)
+  (of_row, n_rows), (of_column, n_columns) = (
+    _blocks(w.shape, each, inside, tile) for each in dims
   )
   local = quantize.ordered(flat)
   by_row = jnp.zeros_like(local, shape=(*stack, n_rows, of_column.size))
@@ -209,9 +195,6 @@ def _blocks(
   return index // tile, -(-total // tile)
 
 
-# --- differentiation ---
-
-
 def _is_weight(leaf: Any) -> bool:
   return isinstance(leaf, linear_lib.Fp8Weight)
 
@@ -237,12 +220,8 @@ def split_gradients(
 ) -> tuple[param_spec.Params, dict[str, dict[str, jax.Array]]]:
   """Splits gradients into those of the masters and counts of quantization.
 
-  Args:
-    grads: gradients with respect to what `differentiable` returned.
-
-  Returns:
-    Gradients, and {class: {path: [..., 6] f32, per layer}} for each of
-    `linear.CLASSES`; empty without weights in FP8.
+  Counts are {class: {path: [..., 6] f32, per layer}} for each of
+  `linear.CLASSES`; empty without weights in FP8.
   """
 
   def is_leaf(leaf):

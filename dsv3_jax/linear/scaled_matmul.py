@@ -17,19 +17,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dsv3_jax.linear import quantize
+from dsv3_jax.linear.quantize import BlockScaled
 
-Operand = quantize.BlockScaled | jax.Array  # an array: already dequantized
+Operand = BlockScaled | jax.Array  # an array: already dequantized
 
 
 def matmul(
-  a: quantize.BlockScaled, b: Operand, backend: str = "auto"
+  a: BlockScaled, b: Operand, backend: str = "auto"
 ) -> Float[Array, "M N"]:
   """a @ b, [M, K] and [K, N] to [M, N] f32.
 
-  Args:
-    a: left operand, tiles of n columns.
-    b: right operand, tiles of n rows.
-    backend: one of the module's, or `auto` for the fastest that there is.
+  Tiles of a have as many columns as those of b have rows. The backend is one of
+  the module's, or `auto` for the fastest that there is.
   """
   if isinstance(b, jax.Array):
     return dequantized(a, b)
@@ -49,9 +48,7 @@ def dequantized_dtype() -> jax.typing.DTypeLike:
   return jnp.float32 if on_cpu else jnp.bfloat16
 
 
-def exact(
-  a: quantize.BlockScaled, b: quantize.BlockScaled
-) -> Float[Array, "M N"]:
+def exact(a: BlockScaled, b: BlockScaled) -> Float[Array, "M N"]:
   """The reference: scales are applied to sums over one tile."""
   size, k = a.tile[1], a.codes.shape[1]
   shape = a.codes.shape[0], b.codes.shape[1]
@@ -63,28 +60,22 @@ def exact(
       b.values[span].astype(jnp.bfloat16),
       preferred_element_type=jnp.float32,
     )
-    row_scales = quantize.expand_scales(
-      a.scales[:, i : i + 1], (a.tile[0], 1), shape
-    )
-    column_scales = quantize.expand_scales(
-      b.scales[i : i + 1], (1, b.tile[1]), shape
-    )
-    total = total + sums * row_scales * column_scales
+    rows, columns = a.scales[:, i : i + 1], b.scales[i : i + 1]
+    rows = quantize.expand_scales(rows, (a.tile[0], 1), shape)
+    columns = quantize.expand_scales(columns, (1, b.tile[1]), shape)
+    total = total + sums * rows * columns
   return total
 
 
-def dequantized(a: quantize.BlockScaled, b: Operand) -> Float[Array, "M N"]:
+def dequantized(a: BlockScaled, b: Operand) -> Float[Array, "M N"]:
   """One product of the dequantized operands."""
-  if isinstance(b, quantize.BlockScaled):
+  if isinstance(b, BlockScaled):
     b = quantize.dequantize(b, dequantized_dtype())
-  return jnp.matmul(
-    quantize.dequantize(a, b.dtype), b, preferred_element_type=jnp.float32
-  )
+  a = quantize.dequantize(a, b.dtype)
+  return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
-def kernel(
-  a: quantize.BlockScaled, b: quantize.BlockScaled
-) -> Float[Array, "M N"]:
+def kernel(a: BlockScaled, b: BlockScaled) -> Float[Array, "M N"]:
   """The product on tensor cores."""
   from dsv3_jax.linear import fp8_matmul_hopper
 
@@ -97,9 +88,7 @@ def kernel(
 BACKENDS = {"exact": exact, "dequantized": dequantized, "kernel": kernel}
 
 
-def _function(
-  backend: str,
-) -> Callable[[quantize.BlockScaled, Operand], jax.Array]:
+def _function(backend: str) -> Callable[[BlockScaled, Operand], jax.Array]:
   """The product of a backend; `auto` is what was measured to be fastest."""
   if backend != "auto":
     return BACKENDS[backend]
