@@ -3,9 +3,12 @@
 Sizes: arXiv:2412.19437 (V3), arXiv:2405.04434 (V2 and V2-Lite).
 """
 
-from dataclasses import replace
-
 from dsv3_jax import config
+
+
+def _override(run: config.Run, settings: str) -> config.Run:
+  return config.override(run, *settings.split())
+
 
 _V3_MLA = config.MLA(
   n_heads=128, q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64, v_dim=128
@@ -36,71 +39,30 @@ V3_671B = config.Run(
   evaluate=config.Evaluate(every=500),
 )
 
-_V2_MODEL = config.Model(
-  vocab_size=102_400,
-  d_model=5120,
-  n_layers=60,
-  n_dense_layers=1,
-  dense_ffn_dim=12_288,
-  attention=_V3_MLA,
-  moe=config.MoE(n_shared=2, ffn_dim=1536),
-  # V2's gate is a softmax without bias or renormalization.
-  router=config.Router(
-    n_experts=160,
-    top_k=6,
-    n_groups=8,
-    top_groups=3,
-    score="softmax",
-    renormalize=False,
-    scale=16.0,
-    bias_speed=0.0,
-    balance_weight=0.003,
-  ),
-  mtp=config.MTP(depth=0),
-)
-
-V2_236B = replace(
+# V2's gate is a softmax without bias or renormalization.
+V2_236B = _override(
   V3_671B,
-  model=_V2_MODEL,
-  train=replace(
-    V3_671B.train,
-    tokens=8_100_000_000_000,
-    batch_size=9216,
-    micro_batches=72,
-    first_batch_size=2304,
-    ramp_sizes=3,
-  ),
-  optim=replace(V3_671B.optim, peak_lr=2.4e-4),
-  schedule=replace(V3_671B.schedule, ramp_until=0.0277778),
+  """
+  vocab_size=102_400 d_model=5120 n_layers=60 n_dense_layers=1
+  dense_ffn_dim=12_288 moe.n_shared=2 moe.ffn_dim=1536
+  router.n_experts=160 router.top_k=6 router.n_groups=8 router.top_groups=3
+  router.score=softmax router.renormalize=false router.scale=16
+  router.bias_speed=0 router.balance_weight=0.003 mtp.depth=0
+  train.tokens=8_100_000_000_000 train.batch_size=9216 train.micro_batches=72
+  train.first_batch_size=2304 train.ramp_sizes=3 optim.peak_lr=2.4e-4
+  schedule.ramp_until=0.0277778
+  """,
 )
-
-V2_LITE_16B = replace(
+V2_LITE_16B = _override(
   V2_236B,
-  model=replace(
-    _V2_MODEL,
-    d_model=2048,
-    n_layers=27,
-    dense_ffn_dim=10_944,
-    attention=replace(_V3_MLA, n_heads=16, q_rank=0),
-    moe=config.MoE(n_shared=2, ffn_dim=1408),
-    router=replace(
-      _V2_MODEL.router,
-      n_experts=64,
-      n_groups=1,
-      top_groups=1,
-      scale=1.0,
-      balance_weight=0.001,
-    ),
-  ),
-  train=replace(
-    V2_236B.train,
-    tokens=5_700_000_000_000,
-    batch_size=4608,
-    micro_batches=36,
-    first_batch_size=0,
-  ),
-  optim=replace(V2_236B.optim, peak_lr=4.2e-4),
-  schedule=replace(V2_236B.schedule, ramp_until=0.0),
+  """
+  d_model=2048 n_layers=27 dense_ffn_dim=10_944
+  attention.n_heads=16 attention.q_rank=0 moe.ffn_dim=1408
+  router.n_experts=64 router.n_groups=1 router.top_groups=1
+  router.scale=1 router.balance_weight=0.001
+  train.tokens=5_700_000_000_000 train.batch_size=4608 train.micro_batches=36
+  train.first_batch_size=0 optim.peak_lr=4.2e-4 schedule.ramp_until=0
+  """,
 )
 
 # Benchmark shapes.
@@ -131,83 +93,48 @@ S = config.Run(
   evaluate=config.Evaluate(every=500),
 )
 
-M = replace(
+M = _override(
   S,
-  model=replace(
-    S.model,
-    vocab_size=16_384,
-    d_model=512,
-    n_layers=12,
-    dense_ffn_dim=2048,
-    attention=config.MLA(
-      n_heads=8, q_rank=256, kv_rank=128, nope_dim=64, rope_dim=32, v_dim=64
-    ),
-    moe=config.MoE(n_shared=1, ffn_dim=256),
-    router=replace(S.model.router, n_experts=64, top_k=6),
-  ),
-  precision=replace(S.precision, tile=128),
+  """
+  vocab_size=16_384 d_model=512 n_layers=12 dense_ffn_dim=2048
+  attention.n_heads=8 attention.q_rank=256 attention.kv_rank=128
+  attention.nope_dim=64 attention.rope_dim=32 attention.v_dim=64
+  moe.ffn_dim=256 router.n_experts=64 router.top_k=6 precision.tile=128
+  """,
 )
 
-# Trains in minutes on two cores: every mechanism of V3, on two novels.
-TINY = replace(
+# Trains in minutes on two cores: every mechanism of V3, on two novels. In a few
+# hundred steps the bias must move faster than in the paper's many. The paper's
+# init_std is 0.006 for a width of 7168: std * sqrt(d_model) is the same.
+TINY = _override(
   S,
-  model=replace(
-    S.model,
-    vocab_size=2048,
-    d_model=192,
-    n_layers=5,
-    dense_ffn_dim=512,
-    attention=replace(_S_MLA, n_heads=6, q_rank=96),
-    moe=config.MoE(n_shared=1, ffn_dim=96),
-    # A few hundred steps: the bias must move faster than in the paper's many.
-    router=replace(S.model.router, n_experts=16, bias_speed=0.007),
-    # The paper's 0.006 for a width of 7168: std * sqrt(d_model) is the same.
-    init_std=0.037,
-  ),
-  data=config.Data(seq_len=256),
-  train=replace(S.train, tokens=573_440),
-  optim=config.Optim(peak_lr=2e-3, min_lr=5e-5, final_lr=5e-5),
-  schedule=config.Schedule(
-    warmup_steps=40,
-    constant_until=0.2,
-    decay_until=1.0,
-    tail_from=1.0,
-    bias_update_until=1.0,
-    mtp_until=0.5,
-  ),
-  checkpoint=config.Checkpoint(every=70),
-  evaluate=config.Evaluate(every=70),
+  """
+  vocab_size=2048 d_model=192 n_layers=5 dense_ffn_dim=512 init_std=0.037
+  attention.n_heads=6 attention.q_rank=96
+  moe.ffn_dim=96 router.n_experts=16 router.bias_speed=0.007
+  data.seq_len=256 train.tokens=573_440
+  optim.peak_lr=2e-3 optim.min_lr=5e-5 optim.final_lr=5e-5
+  schedule.warmup_steps=40 schedule.constant_until=0.2 schedule.decay_until=1
+  schedule.tail_from=1 schedule.bias_update_until=1 schedule.mtp_until=0.5
+  checkpoint.every=70 evaluate.every=70
+  """,
 )
 
-# Overnight on a laptop, or minutes on an accelerator; reads what
-# `scripts/prepare_data.py` writes.
-SMALL = replace(
+# Overnight on a laptop, or minutes on an accelerator; reads the output of
+# `scripts/prepare_data.py`. init_std is scaled to the width as in TINY.
+SMALL = _override(
   S,
-  model=replace(
-    S.model,
-    vocab_size=32_768,
-    router=replace(S.model.router, bias_speed=0.003),
-    init_std=0.032,  # scaled to the width as in TINY
-  ),
-  data=config.Data(
-    seq_len=512,
-    path="corpus",
-    domains=(
-      "prose=1,python=2,go=2,docs=2,maths-docs=1,maths-formal=1,chinese=2,"
-      "languages=1"
-    ),
-    heldout_fraction=0.003,
-    fim_rate=0.1,
-    split_rate=0.1,
-  ),
-  train=replace(S.train, tokens=19_660_800, batch_size=32, micro_batches=2),
-  optim=config.Optim(
-    peak_lr=1.5e-3, min_lr=1e-4, final_lr=1e-4, ema_decay=0.99
-  ),
-  schedule=replace(
-    TINY.schedule, warmup_steps=60, constant_until=0.3, mtp_until=0.7
-  ),
-  evaluate=config.Evaluate(every=300, ema=True),
+  """
+  vocab_size=32_768 router.bias_speed=0.003 init_std=0.032 data.path=corpus
+  data.heldout_fraction=0.003 data.fim_rate=0.1 data.split_rate=0.1
+  train.tokens=19_660_800 train.batch_size=32 train.micro_batches=2
+  optim.peak_lr=1.5e-3 optim.min_lr=1e-4 optim.final_lr=1e-4
+  optim.ema_decay=0.99
+  schedule.warmup_steps=60 schedule.constant_until=0.3 schedule.decay_until=1
+  schedule.tail_from=1 schedule.bias_update_until=1 schedule.mtp_until=0.7
+  evaluate.every=300 evaluate.ema=true data.domains=\
+prose=1,python=2,go=2,docs=2,maths-docs=1,maths-formal=1,chinese=2,languages=1
+  """,
 )
 
 PRESETS = {
