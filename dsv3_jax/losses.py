@@ -39,17 +39,10 @@ def cross_entropy(
 
   Logits exist for one chunk of tokens at a time, and the gradient is made in
   the same pass, so that they are never computed twice. No gradient reaches the
-  weights.
-
-  Args:
-    hidden: [M, D].
-    head: [D, C].
-    labels: [M] int32; anything where the weight is 0.
-    weights: [M] f32.
+  weights. Where one is 0 the label may be anything.
   """
   chunks = _chunks(hidden, labels, weights)
-  nll = jax.lax.map(lambda c: _chunk_nll(c, head)[0], chunks)
-  return nll.sum()
+  return jax.lax.map(lambda c: _chunk_nll(c, head)[0], chunks).sum()
 
 
 def _chunks(hidden: jax.Array, *per_token: jax.Array) -> tuple[jax.Array, ...]:
@@ -96,12 +89,8 @@ def _cross_entropy_fwd(hidden, head, labels, weights):
 
 
 def _cross_entropy_bwd(residuals, dtotal):
-  dhidden, dhead = residuals
-
-  def scale(g):
-    return (g * dtotal).astype(g.dtype)
-
-  return scale(dhidden), scale(dhead), None, None
+  dhidden, dhead = ((g * dtotal).astype(g.dtype) for g in residuals)
+  return dhidden, dhead, None, None
 
 
 cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
@@ -120,18 +109,8 @@ def loss(
 
   L_main + (lambda / D) * sum_k L^k + sum of balance losses. Depth k has T - k
   terms but the weights of T: position i carries the weight of its target.
-
-  Args:
-    params: parameters of the model.
-    bias: [n_routers, E] f32.
-    data: tokens, labels and segments [B, T].
-    weights: [B, T] f32 of the labels, see `token_weights`.
-    mtp_weight: lambda.
-    cfg: the model.
-    ctx: options of the forward pass.
-
-  Returns:
-    The losses, and the statistics of the routers, [n_routers, ...].
+  `weights` are those of the labels (`token_weights`), `mtp_weight` is lambda.
+  Also returns the statistics of the routers.
   """
   out = transformer.forward(params, bias, data.tokens, cfg, ctx, data.segments)
   return _losses(params, out, data, weights, mtp_weight, cfg), out.stats
@@ -151,20 +130,12 @@ def loss_from_last_layer(
 
   `bias`, balance losses and statistics are those of the MTP modules alone.
   """
-  out = transformer.predict(
-    params, bias, x, data.tokens, cfg, ctx, data.segments
-  )
+  tokens, segments = data.tokens, data.segments
+  out = transformer.predict(params, bias, x, tokens, cfg, ctx, segments)
   return _losses(params, out, data, weights, mtp_weight, cfg), out.stats
 
 
-def _losses(
-  params: param_spec.Params,
-  out: transformer.Output,
-  data: Batch,
-  weights: jax.Array,
-  mtp_weight: jax.Array | float,
-  cfg: config.Model,
-) -> Losses:
+def _losses(params, out, data, weights, mtp_weight, cfg) -> Losses:
   """The losses of the hidden states of a forward pass."""
   segments = data.segments
 
@@ -173,12 +144,9 @@ def _losses(
     if segments is not None:  # nothing is predicted from another segment
       n = hidden.shape[1]
       weight = jnp.where(segments[:, shift:] == segments[:, :n], weight, 0)
-    return cross_entropy(
-      hidden.reshape(-1, cfg.d_model),
-      params["head"],
-      data.labels[:, shift:].reshape(-1),
-      weight.reshape(-1),
-    )
+    rows, labels = hidden.reshape(-1, cfg.d_model), data.labels[:, shift:]
+    args = rows, params["head"], labels.reshape(-1), weight.reshape(-1)
+    return cross_entropy(*args)
 
   with jax.named_scope("loss"):
     main = term(out.hidden, 0)

@@ -53,10 +53,9 @@ def shardings(run: config.Run, mesh: jax.sharding.Mesh) -> TrainState:
   """Sharding of each array of the state: the optimizer's as its parameter's."""
   params = layouts.make_layout(run, mesh.shape).specs
   state = _shapes(run)
+  opt_state = _like_params(state.opt_state, state.params, params)
   specs = jax.tree.map(lambda _: jax.P(), state)
-  specs = specs.replace(
-    params=params, opt_state=_like_params(state.opt_state, state.params, params)
-  )
+  specs = specs.replace(params=params, opt_state=opt_state)
   return jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), specs)
 
 
@@ -64,18 +63,15 @@ def _like_params(
   opt_state: optax.OptState, params: param_spec.Params, specs: param_spec.Specs
 ) -> optax.OptState:
   """Specs of an optimizer's arrays: of the parameter their path ends with."""
-  spec_of, like = (
-    param_spec.flatten_with_paths(specs),
-    param_spec.flatten_with_paths(params),
-  )
+  spec_of, like = map(param_spec.flatten_with_paths, (specs, params))
 
   def spec(path, array):
     names = param_spec.name(path).split("/")
-    ends = ("/".join(names[i:]) for i in range(len(names)))
-    same = (
-      end for end in ends if end in like and like[end].shape == array.shape
-    )
-    return spec_of.get(next(same, None), jax.P())
+    for i in range(len(names)):
+      end = "/".join(names[i:])
+      if end in like and like[end].shape == array.shape:
+        return spec_of[end]
+    return jax.P()
 
   return jax.tree.map_with_path(spec, opt_state)
 
@@ -124,14 +120,8 @@ def gradients(
 
   Any split of the batch, over micro-batches or devices, gives the same sums: a
   token is weighted by 1 / (labels of the whole batch), a balance loss by its
-  share of the sequences.
-
-  Args:
-    state: parameters and bias are read.
-    batch: tokens and labels [A, B, T], A micro-batches, B divided over the
-      batch axes of the mesh.
-    run: the configuration.
-    mesh: where the batch is; None without one.
+  share of the sequences. Tokens and labels are [A, B, T]: A micro-batches, B
+  divided over the batch axes of the mesh, if there is one.
   """
   weights = losses.token_weights(batch.labels)
   weight = optim.mtp_weight(state.step, run)
@@ -214,9 +204,8 @@ def _gradient_sums(
     return total, (terms.replace(total=total, balance=balance), stats)
 
   def micro_sums(micro):
-    grads, (terms, stats) = jax.grad(objective, has_aux=True)(
-      recipe.differentiable(params), *micro
-    )
+    grad = jax.grad(objective, has_aux=True)
+    grads, (terms, stats) = grad(recipe.differentiable(params), *micro)
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
     return grads, terms, stats
 
@@ -244,9 +233,8 @@ def update(
   norm = optax.tree.norm(grads)
   rate = optim.learning_rate(state.step, run)
   speed = optim.bias_speed(state.step, run)
-  updates, opt_state = optim.make(run).update(
-    grads, state.opt_state, state.params
-  )
+  optimizer = optim.make(run)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
   bias = router.update_bias(state.router_bias, stats.load, speed)
   finite = jnp.isfinite(terms.total) & jnp.isfinite(norm)
@@ -283,14 +271,7 @@ def train_step(
   run: config.Run,
   mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[TrainState, Metrics]:
-  """One optimizer step; pure.
-
-  Args:
-    state: the state, donated by `make_step`.
-    batch: tokens and labels [A, B, T], A micro-batches.
-    run: the configuration.
-    mesh: of the devices that share the work; None for one device.
-  """
+  """One optimizer step, a pure function; arguments as in `gradients`."""
   sums = gradients(state, batch, run, mesh)
   state, metrics = update(state, sums, run)
   return state, metrics | ({"fp8": sums.fp8_counts} if sums.fp8_counts else {})
@@ -318,8 +299,7 @@ def trace_step(
   """
   spec = device_mesh.batch_spec(mesh.shape, 1)
   shape = run.train.micro_batches, run.train.micro_batch_size, run.data.seq_len
-  ids = jax.ShapeDtypeStruct(
-    shape, jnp.int32, sharding=jax.NamedSharding(mesh, spec)
-  )
+  divided = jax.NamedSharding(mesh, spec)
+  ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=divided)
   batch = Batch(ids, ids, ids if run.data.segment_mask else None)
   return make_step(run, mesh).trace(abstract_state(run, mesh), batch)
