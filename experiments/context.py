@@ -41,29 +41,15 @@ from experiments import cli
 DEPTHS = tuple(np.linspace(0, 1, 11).tolist())
 TOKENS_AT_ONCE = 1 << 15  # of prompts
 
-VARIANTS = {
-  "tiny": config.override(
-    presets.TINY,
-    "vocab_size=2048",
-    "d_model=128",
-    "n_layers=3",
-    "dense_ffn_dim=256",
-    "attention.n_heads=4",
-    "attention.q_rank=64",
-    "moe.ffn_dim=64",
-    "init_std=0.045",
-    "data.heldout_fraction=0.01",
-    "train.tokens=2457600",
-    "train.batch_size=16",
-    "optim.peak_lr=3e-3",
-    "router.bias_speed=0.003",
-    "schedule.warmup_steps=50",
-    "schedule.constant_until=0.8",
-    "checkpoint.every=1000",
-    "evaluate.every=1000",
-    "evaluate.sample_tokens=0",
-  )
-}
+_TINY = """
+  vocab_size=2048 d_model=128 n_layers=3 dense_ffn_dim=256 init_std=0.045
+  attention.n_heads=4 attention.q_rank=64 moe.ffn_dim=64
+  router.bias_speed=0.003 data.heldout_fraction=0.01
+  train.tokens=2457600 train.batch_size=16 optim.peak_lr=3e-3
+  schedule.warmup_steps=50 schedule.constant_until=0.8
+  checkpoint.every=1000 evaluate.every=1000 evaluate.sample_tokens=0
+"""
+VARIANTS = {"tiny": config.override(presets.TINY, *_TINY.split())}
 # Recipe of an extension.
 PHASE_TOKENS, PHASE_LR, WARMUP_STEPS = 491_520, 1e-3, 5
 
@@ -166,13 +152,12 @@ def execute(command: run_args.RunArgs) -> None:
   cli.start_jax(command)
   done = []
   for phase in planned:
-    folder = command.workdir / phase.name
     text = write_texts(phase.run, command.workdir, command.seed)
     run = config.override(phase.run, f"data.path={text}")
     one = dataclasses.replace(
       command,
       run=run,
-      workdir=folder,
+      workdir=command.workdir / phase.name,
       stop=run.total_steps,
       init_from=command.workdir / phase.start if phase.start else None,
     )
@@ -193,9 +178,8 @@ def write_texts(
   path = folder / f"texts-{length}.jsonl"
   if path.exists():
     return path
-  n = (
-    round(run.train.tokens / length * (1 + 2 * run.data.heldout_fraction)) + 20
-  )
+  with_heldout = 1 + 2 * run.data.heldout_fraction
+  n = round(run.train.tokens / length * with_heldout) + 20
   rng = np.random.default_rng([seed, length])
   longest = length - needles.SPARE
   texts = (needles.training_text(rng, longest) for _ in range(n))
@@ -235,24 +219,17 @@ def _evaluate(
   grids = {}
   print(f"{'right answers, %':28}" + "".join(f"{n:>8,}" for n in tested))
   for label, model in _models(command, done, lengths[-1]):
-    grid = needles.grid(
-      model, tok, tested, DEPTHS, _QUESTIONS.value, TOKENS_AT_ONCE
-    )
+    n = _QUESTIONS.value
+    grid = needles.grid(model, tok, tested, DEPTHS, n, TOKENS_AT_ONCE)
     grids[label] = grid.tolist()
     shares = "".join(f"{share:>8.1%}" for share in grid.mean(1))
     print(f"{label:28}{shares}", flush=True)
-  facts = {
-    "lengths": tested,
-    "depths": DEPTHS,
-    "prompts": _QUESTIONS.value,
-    "right": grids,
-  }
+  axes = {"lengths": tested, "depths": DEPTHS}
+  result = axes | {"prompts": _QUESTIONS.value, "right": grids}
   last = [phase for phase in done if phase.name.startswith("yarn")][-1]
   for path in (command.workdir, command.workdir / last.name):
-    io.write_json(path / "needles.json", metrics_writer.to_json(facts))
-  draw = functools.partial(
-    plots.needles, lengths=tested, depths=DEPTHS, right=grids
-  )
+    io.write_json(path / "needles.json", metrics_writer.to_json(result))
+  draw = functools.partial(plots.needles, right=grids, **axes)
   height = plots.needles_height_in(len(grids))
   (command.workdir / "needles.png").write_bytes(render.png(draw, height))
   print(page.write(command.workdir / last.name))

@@ -79,17 +79,13 @@ def compare(losses: Losses, warmup: int) -> dict[str, dict[str, float]]:
   `gap` is that of the mean over seeds, `worst_seed` that of the worst seed. A
   loss that is not finite makes them NaN.
   """
-  out = {
+  return {
     arm: {
-      "gap": np.abs(gap.mean(0)[warmup:]).max(),
-      "worst_seed": np.abs(gap[:, warmup:]).max(),
-      "last": gap[:, -1].mean(),
+      "gap": float(np.abs(gap.mean(0)[warmup:]).max()),
+      "worst_seed": float(np.abs(gap[:, warmup:]).max()),
+      "last": float(gap[:, -1].mean()),
     }
     for arm, gap in gaps(losses).items()
-  }
-  return {
-    arm: {name: float(value) for name, value in row.items()}
-    for arm, row in out.items()
   }
 
 
@@ -144,19 +140,13 @@ def _runs(
   command: run_args.RunArgs, arms: Sequence[str]
 ) -> list[tuple[str, run_args.RunArgs]]:
   """An arm and a command for each seed and arm."""
-  return [
-    (
-      arm,
-      dataclasses.replace(
-        command,
-        run=_run(command.run, arm),
-        seed=seed,
-        workdir=command.workdir / f"{arm}-{seed}",
-      ),
-    )
-    for seed in range(command.seed, command.seed + _SEEDS.value)
-    for arm in arms
-  ]
+  runs = []
+  for seed in range(command.seed, command.seed + _SEEDS.value):
+    for arm in arms:
+      run, workdir = _run(command.run, arm), command.workdir / f"{arm}-{seed}"
+      one = dataclasses.replace(command, run=run, seed=seed, workdir=workdir)
+      runs.append((arm, one))
+  return runs
 
 
 def _run(run: config.Run, arm: str) -> config.Run:
@@ -182,29 +172,20 @@ def _write(command: run_args.RunArgs, losses: Losses) -> None:
   warmup = command.run.schedule.warmup_steps
   rows = compare(losses, warmup)
   print(table(rows))
-  facts = {
-    "seeds": _SEEDS.value,
-    "steps": command.stop,
-    "warmup_steps": warmup,
-    "arms": rows,
-  }
+  result = {"seeds": _SEEDS.value, "steps": command.stop}
+  result |= {"warmup_steps": warmup, "arms": rows}
   path = command.workdir / "comparison.json"
-  io.write_json(path, metrics_writer.to_json(facts))
-  picture = render.png(
-    functools.partial(
-      plots.gaps,
-      x=[
-        command.run.rows_before(done) * command.run.data.seq_len
-        for done in range(1, command.stop + 1)
-      ],
-      curves={arm: smoothed(loss) for arm, loss in losses.items()},
-      gaps=gaps(losses),
-      bar=BAR,
-      warmup=warmup,
-    ),
-    5.2,
+  io.write_json(path, metrics_writer.to_json(result))
+  length, done = command.run.data.seq_len, range(1, command.stop + 1)
+  draw = functools.partial(
+    plots.gaps,
+    x=[command.run.rows_before(step) * length for step in done],
+    curves={arm: smoothed(loss) for arm, loss in losses.items()},
+    gaps=gaps(losses),
+    bar=BAR,
+    warmup=warmup,
   )
-  (command.workdir / "loss.png").write_bytes(picture)
+  (command.workdir / "loss.png").write_bytes(render.png(draw, 5.2))
 
 
 def main() -> None:

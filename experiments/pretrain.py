@@ -48,14 +48,14 @@ def dry_run(command: run_args.RunArgs) -> None:
   counts = flops.parameter_counts(run.model)
   length = run.data.seq_len
   sizes = [f"{phase.batch_size * length:,}" for phase in run.batch_phases]
+  steps = f"{run.total_steps:,}, of {', '.join(sizes)} tokens each"
   lines = {
     "main model": f"{counts['main']:,} parameters",
     "router biases": f"{counts['router_bias']:,}, apart from those",
     "MTP modules": f"{counts['mtp']:,} more, biases included",
     "active a token": f"{counts['active']:,} with the output head,"
     f" {counts['active_no_head']:,} without",
-    "optimizer steps": f"{run.total_steps:,}, of"
-    f" {', '.join(sizes)} tokens each",
+    "optimizer steps": steps,
     "token budget": f"{run.train.tokens:,}",
   }
   if command.mesh:

@@ -35,13 +35,9 @@ class Args:
 
   mode: str = flag("list", f"one of {', '.join(MODES)}", choices=MODES)
   workdir: str = flag("", "folder of the run")
-  other: str = flag(
-    "", "workdir of the checkpoint to compare; default: the same"
-  )
+  other: str = flag("", "workdir of the other checkpoint; default: the same")
   step: int | None = flag(None, "step of a checkpoint; default: all")
-  other_step: int | None = flag(
-    None, "step of the checkpoint to compare; default: --step"
-  )
+  other_step: int | None = flag(None, "step of the other; default: --step")
 
   def validate(self) -> Iterator[str]:
     """Yields what is wrong with the flags."""
@@ -125,17 +121,15 @@ def diff(
   other = manifest.read(others.folder(other_step))
   print(f"{checkpoints.folder(step)} -> {others.folder(other_step)}")
   lines = config.diff(io.flatten(one.metadata), io.flatten(other.metadata))
-  types = [
-    {name: facts["type"] for name, facts in each.arrays.items()}
-    for each in (one, other)
-  ]
+  types, digests = (
+    [{name: a[key] for name, a in each.arrays.items()} for each in (one, other)]
+    for key in ("type", "digest")
+  )
   lines += config.diff(*types)
   changed = {
     name
-    for name, facts in one.arrays.items()
-    if name in other.arrays
-    and facts["type"] == other.arrays[name]["type"]
-    and facts["digest"] != other.arrays[name]["digest"]
+    for name in one.arrays.keys() & other.arrays.keys()
+    if types[0][name] == types[1][name] and digests[0][name] != digests[1][name]
   }
   pairs = zip(checkpoints.arrays(step), others.arrays(other_step), strict=False)
   if types[0] == types[1]:

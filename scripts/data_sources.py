@@ -85,74 +85,39 @@ class Source:
   """Text of one package."""
 
   domain: str
-  client: str  # apt, npm, or python: the interpreter's own library
   package: str  # with its version where the client takes one
   files: str  # pattern of paths inside
-  extract: Extract
   licence: str
   megabytes: int  # of text, about
+  extract: Extract = whole_file
+  client: str = "apt"  # apt, npm, or python: the interpreter's own library
 
 
+_HELP = "**/text/**/*.html"
 SOURCES = (
+  Source("prose", "anarchism", "**/html/*.html", "GPL-2+", 11, html_text),
+  Source("python", "stdlib", "**/*.py", "PSF-2.0", 31, client="python"),
+  Source("go", "golang-1.19-src", "**/*.go", "BSD-3-Clause", 70),
+  Source("docs", "linux-doc-6.1", "**/Documentation/**/*.rst.gz", "GPL-2", 21),
+  Source("docs", "python3.11-doc", "**/_sources/**/*.txt", "PSF-2.0", 11),
   Source(
-    "prose", "apt", "anarchism", "**/html/*.html", html_text, "GPL-2+", 11
+    "maths-formal", "metamath-databases", "**/set.mm", "CC0-1.0", 16, theorems
   ),
-  Source("python", "python", "stdlib", "**/*.py", whole_file, "PSF-2.0", 31),
-  Source(
-    "go", "apt", "golang-1.19-src", "**/*.go", whole_file, "BSD-3-Clause", 70
-  ),
-  Source(
-    "docs",
-    "apt",
-    "linux-doc-6.1",
-    "**/Documentation/**/*.rst.gz",
-    whole_file,
-    "GPL-2",
-    21,
-  ),
-  Source(
-    "docs",
-    "apt",
-    "python3.11-doc",
-    "**/_sources/**/*.txt",
-    whole_file,
-    "PSF-2.0",
-    11,
-  ),
-  Source(
-    "maths-formal",
-    "apt",
-    "metamath-databases",
-    "**/set.mm",
-    theorems,
-    "CC0-1.0",
-    16,
-  ),
-  Source(
-    "maths-docs", "apt", "maxima-doc", "**/html/*.html", html_text, "GPL-2+", 5
-  ),
-  Source("maths-docs", "apt", "gap-doc", "**/*.html", html_text, "GPL-2+", 7),
-  Source("maths-docs", "apt", "pari-doc", "**/*.tex", whole_file, "GPL-2+", 3),
+  Source("maths-docs", "maxima-doc", "**/html/*.html", "GPL-2+", 5, html_text),
+  Source("maths-docs", "gap-doc", "**/*.html", "GPL-2+", 7, html_text),
+  Source("maths-docs", "pari-doc", "**/*.tex", "GPL-2+", 3),
   Source(
     "chinese",
-    "npm",
     "chinese-poetry@2.0.1",
     "package/dist/*/poet.*.json",
-    poems,
     "MIT",
     80,
+    poems,
+    "npm",
   ),
   *(
-    Source(
-      "languages",
-      "apt",
-      f"libreoffice-help-{language}",
-      "**/text/**/*.html",
-      help_text,
-      "MPL-2.0",
-      6,
-    )
-    for language in ("de", "fr", "ja", "ru")
+    Source("languages", package, _HELP, "MPL-2.0", 6, help_text)
+    for package in map("libreoffice-help-{}".format, ("de", "fr", "ja", "ru"))
   ),
 )
 DOMAINS = tuple(dict.fromkeys(source.domain for source in SOURCES))

@@ -29,47 +29,26 @@ from dsv3_jax.trainer import distributed
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "layouts.md"
 STEPS = 3
-RUN = config.override(
-  presets.TINY,
-  "vocab_size=256",
-  "d_model=16",
-  "n_layers=2",
-  "dense_ffn_dim=32",
-  "attention.n_heads=4",
-  "attention.q_rank=8",
-  "attention.kv_rank=8",
-  "attention.nope_dim=4",
-  "attention.rope_dim=4",
-  "attention.v_dim=4",
-  "moe.ffn_dim=8",
-  "router.n_experts=16",
-  "router.top_k=4",
-  "router.n_groups=8",
-  "router.top_groups=4",
-  "init_std=0.2",
-  "data.seq_len=8",
-  "train.tokens=6400",
-  "train.batch_size=16",
-  "train.micro_batches=2",
-  "train.scan_layers=true",
-  "schedule.warmup_steps=2",
-  "optim.clip_norm=0.1",
-  # Adam divides by the size of a gradient: one that is all but 0 would turn
-  # its rounding into a difference of the learning rate.
-  "optim.eps=1e-3",
-)
-
-
+# Adam divides by the size of a gradient: with a smaller eps, one that is all
+# but 0 would turn its rounding into a difference of the learning rate.
+_SETTINGS = """
+  vocab_size=256 d_model=16 n_layers=2 dense_ffn_dim=32 init_std=0.2
+  attention.n_heads=4 attention.q_rank=8 attention.kv_rank=8
+  attention.nope_dim=4 attention.rope_dim=4 attention.v_dim=4
+  moe.ffn_dim=8 router.n_experts=16 router.top_k=4
+  router.n_groups=8 router.top_groups=4 data.seq_len=8
+  train.tokens=6400 train.batch_size=16 train.micro_batches=2
+  train.scan_layers=true schedule.warmup_steps=2
+  optim.clip_norm=0.1 optim.eps=1e-3
+"""
+RUN = config.override(presets.TINY, *_SETTINGS.split())
 # For pipelines: a layer for each stage and micro-batches for all schedules.
 # Larger weights multiply rounding from layer to layer, without a pipeline too.
-DEEP = config.override(
-  RUN,
-  "n_layers=8",
-  "init_std=0.1",
-  "train.tokens=25600",
-  "train.batch_size=64",
-  "train.micro_batches=16",
-)
+_DEEP_SETTINGS = """
+  n_layers=8 init_std=0.1
+  train.tokens=25600 train.batch_size=64 train.micro_batches=16
+"""
+DEEP = config.override(RUN, *_DEEP_SETTINGS.split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +77,9 @@ class Case:
 
 
 def _pipeline(
-  mesh: str,
-  schedule: str,
-  layout: str = "zero1",
-  dispatch: str = "auto",
-  settings: tuple[str, ...] = (),
+  mesh: str, schedule: str, layout: str = "zero1", dispatch: str = "auto", *more
 ) -> Case:
-  settings = f"parallel.schedule={schedule}", *settings
+  settings = f"parallel.schedule={schedule}", *more
   return Case(mesh, layout, dispatch, settings, DEEP)
 
 
@@ -123,7 +98,7 @@ CASES = (
   Case("data=2,expert=2", "fsdp", "allgather", ("train.remat=block",)),
   _pipeline("pipe=2", "1f1b", "replicated"),
   _pipeline("pipe=4", "zb1p"),
-  _pipeline("pipe=2,data=2", "dualpipev", settings=("train.remat=block",)),
+  _pipeline("pipe=2,data=2", "dualpipev", "zero1", "auto", "train.remat=block"),
   Case("data=1"),
   Case("data=4", "fsdp"),
   Case("data=8", "replicated"),
@@ -172,7 +147,7 @@ CASES = (
   _pipeline("pipe=8,expert=2", "dualpipe"),
   _pipeline("pipe=2,node=2,expert=2", "dualpipe"),
   _pipeline(
-    "pipe=2,data=2,expert=2", "dualpipe", settings=("train.remat=block",)
+    "pipe=2,data=2,expert=2", "dualpipe", "zero1", "auto", "train.remat=block"
   ),
   _pipeline("pipe=2,data=2,node=2", "dualpipe"),
   _pipeline("pipe=1", "dualpipev"),
@@ -199,8 +174,8 @@ class Differences:
 
 def _batch(run: config.Run, step: int) -> Batch:
   rng = np.random.default_rng(step)
-  shape = (run.train.micro_batches, run.train.micro_batch_size)
-  shape = (*shape, run.data.seq_len + 1)
+  sizes = run.train.micro_batches, run.train.micro_batch_size
+  shape = *sizes, run.data.seq_len + 1
   rows = rng.integers(run.model.vocab_size, size=shape, dtype=np.int32)
   return make_batch(rows)
 
@@ -273,8 +248,6 @@ def measure(case: Case) -> Differences:
   )
 
 
-# --- the table ---
-
 INTRODUCTION = """# Layouts
 
 Three optimizer steps in float32 on each mesh and on one device: the largest
@@ -286,14 +259,7 @@ that several devices hold. A sum of 128 tokens in another order is off by some
 
 """
 HEAD = (
-  "mesh",
-  "layout",
-  "dispatch",
-  "loss",
-  "gradients",
-  "norm",
-  "update",
-  "parameters",
+  *"mesh layout dispatch loss gradients norm update parameters".split(),
   "counts, bias",
   "copies",
 )
@@ -319,12 +285,8 @@ def row(case: Case, found: Differences) -> str:
   """A row of the table, in Markdown."""
   *values, counts_equal, diverged = dataclasses.astuple(found)
   equal = [counts_equal, not diverged]
-  cells = (
-    *names(case),
-    *map(_power, values),
-    *("equal" if same else "DIFFER" for same in equal),
-  )
-  return markdown(cells)
+  verdicts = ("equal" if same else "DIFFER" for same in equal)
+  return markdown([*names(case), *map(_power, values), *verdicts])
 
 
 def heading() -> list[str]:

@@ -151,23 +151,19 @@ def _read_source(
   source: data_sources.Source, downloads: pathlib.Path, known: set[str]
 ) -> tuple[list[Document], dict[str, Any]]:
   """New documents of a source, and its entry in the manifest."""
-  facts = {
-    "package": source.package,
-    "client": source.client,
-    "licence": source.licence,
-  }
+  entry = {"package": source.package, "client": source.client}
+  entry["licence"] = source.licence
   left_out, found = collections.Counter(), []
   with tempfile.TemporaryDirectory(dir=downloads) as folder:
     if source.client == "python":
       root = pathlib.Path(sysconfig.get_path("stdlib"))
-      facts["version"] = sys.version.split()[0]
+      entry["version"] = sys.version.split()[0]
     else:
       root = pathlib.Path(folder)
       file = _fetch(source, downloads)
       _unpack(source, file, root)
-      digest = io.file_sha256(file)
-      facts |= {"file": file.name, "sha256": digest}
-      facts["megabytes_fetched"] = round(file.stat().st_size / 1e6, 1)
+      entry |= {"file": file.name, "sha256": io.file_sha256(file)}
+      entry["megabytes_fetched"] = round(file.stat().st_size / 1e6, 1)
     for name, text in documents(source, root, left_out):
       if "site-packages" in name:
         continue
@@ -176,17 +172,11 @@ def _read_source(
       else:
         known.add(digest)
         found.append((name, text))
-  facts |= {"documents": len(found), "left_out": dict(left_out)}
-  return found, facts
+  return found, entry | {"documents": len(found), "left_out": dict(left_out)}
 
 
 def prepare(out: pathlib.Path, domains: list[str], most: float) -> None:
-  """Writes missing domains, and the manifest.
-
-  Args:
-    out: the folder.
-    domains: some of `data_sources.DOMAINS`.
-    most: largest number of megabytes of text of a domain.
+  """Writes missing domains, of `most` megabytes at most, and the manifest.
 
   Raises:
     InputError: a package cannot be fetched.
@@ -196,13 +186,12 @@ def prepare(out: pathlib.Path, domains: list[str], most: float) -> None:
   path = out / MANIFEST
   manifest = io.read_json_object(path) if path.exists() else {}
   for domain in domains:
-    there = manifest.get(domain, {})
-    file = out / domain / TEXT
-    if there.get("most_megabytes") == most and file.is_file():
-      if io.file_sha256(file) == there["sha256"]:
+    old, file = manifest.get(domain, {}), out / domain / TEXT
+    if old.get("most_megabytes") == most and file.is_file():
+      if io.file_sha256(file) == old["sha256"]:
         print(f"{domain}: there already", flush=True)
         continue
-    known, found, facts = set(), [], []
+    known, found, entries = set(), [], []
     for source in data_sources.SOURCES:
       if source.domain == domain:
         print(
@@ -210,25 +199,22 @@ def prepare(out: pathlib.Path, domains: list[str], most: float) -> None:
           f" {source.megabytes} MB of text, {source.licence}",
           flush=True,
         )
-        more, source_facts = _read_source(source, downloads, known)
+        more, entry = _read_source(source, downloads, known)
         found += more
-        facts.append(source_facts)
-    kept = sample_by_hash(found, most * 1e6)
-    n_bytes = sum(len(text.encode()) for _, text in kept)
+        entries.append(entry)
+    sample = sample_by_hash(found, most * 1e6)
+    megabytes = sum(len(text.encode()) for _, text in sample) / 1e6
     manifest[domain] = {
-      "documents": len(kept),
+      "documents": len(sample),
       "documents_found": len(found),
-      "megabytes": round(n_bytes / 1e6, 3),
+      "megabytes": round(megabytes, 3),
       "most_megabytes": most,
-      "sha256": _write(kept, file),
-      "sources": facts,
+      "sha256": _write(sample, file),
+      "sources": entries,
     }
     io.write_json(path, manifest)
-    print(
-      f"{domain}: {len(kept):,} of {len(found):,} documents,"
-      f" {n_bytes / 1e6:.1f} MB",
-      flush=True,
-    )
+    size = f"{len(sample):,} of {len(found):,} documents, {megabytes:.1f} MB"
+    print(f"{domain}: {size}", flush=True)
 
 
 def execute(args: Args) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 from dsv3_jax.errors import InputError
 from dsv3_jax.parallel.pipeline import schedules, simulate, tick_table
+from dsv3_jax.parallel.pipeline.schedules import Schedule
 from dsv3_jax.report import schedule_plot
 from experiments import cli
 from experiments.flag_parser import flag
@@ -75,7 +76,7 @@ def _exact(time: float) -> float:
   return round(time, 9)
 
 
-def as_json(schedule: schedules.Schedule, timeline: simulate.Timeline) -> str:
+def as_json(schedule: Schedule, timeline: simulate.Timeline) -> str:
   """One object; its lists have an entry a rank."""
   return json.dumps(
     {
@@ -92,11 +93,9 @@ def _label(cell: schedules.Cell) -> str:
 
 
 def as_text(
-  schedule: schedules.Schedule,
-  timeline: simulate.Timeline,
-  times: simulate.Times,
+  schedule: Schedule, timeline: simulate.Timeline, times: simulate.Times
 ) -> str:
-  """A table of time and ranks, and what it comes to."""
+  """A table of time and ranks, and its totals."""
   lines = [
     f"{schedule.name}: {schedule.n_ranks} ranks,"
     f" {schedule.n_micro} micro-batches; kind, direction : micro-batch",
@@ -110,9 +109,7 @@ def as_text(
   return "\n".join(line.rstrip() for line in lines)
 
 
-def _table(
-  schedule: schedules.Schedule, timeline: simulate.Timeline
-) -> Iterator[str]:
+def _table(schedule: Schedule, timeline: simulate.Timeline) -> Iterator[str]:
   """A line for each time at which a cell starts or a rank falls idle."""
   cells = [
     (rank, _exact(start), _exact(end), _label(cell))
@@ -132,9 +129,7 @@ def _table(
     yield f"{at:>7}  " + "".join(f"{entry:{width}}" for entry in row)
 
 
-def _ranks(
-  schedule: schedules.Schedule, timeline: simulate.Timeline
-) -> Iterator[str]:
+def _ranks(schedule: Schedule, timeline: simulate.Timeline) -> Iterator[str]:
   yield f"{'rank':>7}  {'stages':8}{'idle':>8}{'peak activations':>18}"
   for rank, stages in enumerate(schedule.stages):
     held = ", ".join(map(str, stages))
@@ -143,9 +138,7 @@ def _ranks(
 
 
 def _totals(
-  schedule: schedules.Schedule,
-  timeline: simulate.Timeline,
-  times: simulate.Times,
+  schedule: Schedule, timeline: simulate.Timeline, times: simulate.Times
 ) -> Iterator[str]:
   formula = simulate.bubble(schedule.name, schedule.n_ranks, times)
   idle, makespan = max(timeline.idle), timeline.makespan
@@ -163,8 +156,7 @@ def execute(args: Args) -> None:
   times = args.durations()
   timeline = simulate.simulate(schedule, times)
   if args.png:
-    png = schedule_plot.png(schedule, timeline)
-    pathlib.Path(args.png).write_bytes(png)
+    pathlib.Path(args.png).write_bytes(schedule_plot.png(schedule, timeline))
   if args.json:
     print(as_json(schedule, timeline))
   else:

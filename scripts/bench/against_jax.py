@@ -33,8 +33,7 @@ def prepare(job: dict[str, Any]) -> worker.Task:
 
   def step() -> float:
     nonlocal state
-    rows = rng.integers(vocab, size=shape, dtype=np.int32)
-    batch = make_batch(rows)
+    batch = make_batch(rng.integers(vocab, size=shape, dtype=np.int32))
     batch = device_mesh.make_global_batch(batch, n_rows, mesh, dim=1)
     state, metrics = train_step(state, batch)
     return float(metrics["loss"])

@@ -175,13 +175,10 @@ def prepare(job: dict[str, Any]) -> worker.Task:
   makers = {"train": _train, "prefill": _prefill, "decode": _decode}
   step = makers[job["what"]](job)
   x = torch.randn(worker.PEAK_SIZE, worker.PEAK_SIZE)
-  return worker.Task(
-    step=step,
-    matmul=lambda: x @ x,
-    version=(
-      f"transformers {transformers.__version__}, torch {torch.__version__}"
-    ),
+  version = (
+    f"transformers {transformers.__version__}, torch {torch.__version__}"
   )
+  return worker.Task(step=step, matmul=lambda: x @ x, version=version)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
   python -m scripts.bench.gemm [--shapes=model] [--rounds=5]
 
 For products of 4096 tokens with weights of the model: every backend of
-`products.py` beside a product in BF16, and what it takes to quantize the
+`scaled_matmul.py` beside a product in BF16, and what it takes to quantize the
 activations. They take turns; the ratio is that of neighbouring turns. Errors
 are relative, in the norm, to a float32 product of what was quantized
 (`rounding`) and of what there was before (`error`). Prints a JSON object a
@@ -72,21 +72,18 @@ def _calls(
     "bf16": functools.partial(jax.jit(matmul), x, w),
     "quantize": functools.partial(quantize, x),
   }
-  missing = {}
-  ways = {
+  missing, kernel = {}, fp8_matmul_hopper.blocked
+  unpaired = fp8_matmul_hopper.Tuning(paired=False)
+  products = {
     "dequantized": scaled_matmul.dequantized,
     "exact": scaled_matmul.exact,
-    "kernel": fp8_matmul_hopper.blocked,
-    "kernel_unpaired": functools.partial(
-      fp8_matmul_hopper.blocked, tuning=fp8_matmul_hopper.Tuning(paired=False)
-    ),
-    "kernel_to_bf16": functools.partial(
-      fp8_matmul_hopper.blocked, dtype=jnp.bfloat16
-    ),
+    "kernel": kernel,
+    "kernel_unpaired": functools.partial(kernel, tuning=unpaired),
+    "kernel_to_bf16": functools.partial(kernel, dtype=jnp.bfloat16),
   }
-  for name, way in ways.items():
+  for name, product in products.items():
     try:
-      calls[name] = functools.partial(jax.jit(way), a, b)
+      calls[name] = functools.partial(jax.jit(product), a, b)
       calls[name]().block_until_ready()
     except NotImplementedError as error:
       missing[name] = str(error)

@@ -49,6 +49,7 @@ PREFILL = 2048  # tokens of the prompt that is only read
 PROMPT, NEW = 128, 128  # tokens of `decode`
 BATCHES = (1, 16)  # of `decode`
 OURS = "dsv3_jax"
+Results = dict[str, dict[str, Any]]  # answers of workers by their name
 OVERRIDES = ("mtp.depth=0",)  # transformers is without MTP
 # Keeps freed memory: getting it back from the system costs torch page faults.
 RIVAL_ENV = {
@@ -115,24 +116,14 @@ class Args:
     return shutil.which(self.baseline_python or sys.executable)
 
 
-# --- loads ---
-
-
 @dataclasses.dataclass(frozen=True)
 class Load:
-  """Work of one step of a worker.
+  """Work of one step of a worker."""
 
-  Attributes:
-    what: of `WHAT`.
-    batch: texts of a step.
-    prompt: tokens of each that are there.
-    new: tokens that are written behind them, one after the other.
-  """
-
-  what: str
-  batch: int
-  prompt: int
-  new: int = 0
+  what: str  # of `WHAT`
+  batch: int  # texts of a step
+  prompt: int  # tokens of each text that are read
+  new: int = 0  # tokens that are written behind them, one after the other
 
   @property
   def seq(self) -> int:
@@ -166,24 +157,15 @@ def loads(what: str, cfg: config.Run) -> list[Load]:
   return [Load(what, batch, PROMPT, NEW) for batch in BATCHES]
 
 
-# --- rounds ---
-
-
 def take_turns(
   workers: dict[str, subprocess.Popen],
   jobs: dict[str, dict[str, Any]],
   n_rounds: int,
-) -> dict[str, dict[str, Any]]:
-  """Prepares the workers one after the other, then lets them take turns.
+) -> Results:
+  """Sends each worker its job, one after the other, then lets them take turns.
 
-  Args:
-    workers: by name.
-    jobs: what each is told first.
-    n_rounds: turns of each.
-
-  Returns:
-    Of each worker its answer to the job, with "rounds": its answers to the
-    rounds, each with the "steps" that the round had.
+  Returns each worker's answer to the job, with "rounds": its answers to
+  the rounds, each with the "steps" that the round had.
   """
   results = {
     name: worker_lib.ask(worker, jobs[name]) | {"rounds": []}
@@ -199,7 +181,7 @@ def take_turns(
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-  """One of those that are compared."""
+  """A program that is compared."""
 
   python: str = sys.executable
   precision: str = "fp32"
@@ -224,14 +206,11 @@ def job(shape: str, load: Load, settings: Sequence[str]) -> dict[str, Any]:
 
 def measure(
   shape: str, load: Load, sides: dict[str, Side], n_rounds: int
-) -> dict[str, dict[str, Any]]:
+) -> Results:
   """Starts a worker for each side; see `take_turns`."""
   root = str(pathlib.Path(__file__).resolve().parents[2])
-  ours = (
-    "scripts.bench.against_jax"
-    if load.what == "train"
-    else "scripts.bench.decode"
-  )
+  module = "against_jax" if load.what == "train" else "decode"
+  ours = f"scripts.bench.{module}"
   # Only a training step allocates much once it is compiled.
   memory = allocator.mimalloc(keep_freed=load.what == "train")
   jobs, workers = {}, {}
@@ -259,29 +238,20 @@ def _sides(args: Args) -> dict[str, Side]:
   return sides
 
 
-# --- what is printed ---
-
-
 def _tokens_per_s(load: Load, result: dict[str, Any]) -> list[float]:
-  return [
-    round(load.tokens * r["steps"] / r["seconds"], 1) for r in result["rounds"]
-  ]
+  rounds = result["rounds"]
+  return [round(load.tokens * r["steps"] / r["seconds"], 1) for r in rounds]
 
 
 def _idle_cpu(result: dict[str, Any]) -> float:
   """Processors that a worker kept busy while it waited for its turns."""
-  cpu, clock = (
-    sum(r[field] for r in result["rounds"])
-    for field in ("idle_cpu_s", "idle_s")
-  )
-  return round(cpu / clock, 3)
+  rounds = result["rounds"]
+  cpu_s = sum(r["idle_cpu_s"] for r in rounds)
+  return round(cpu_s / sum(r["idle_s"] for r in rounds), 3)
 
 
 def report(
-  model: config.Model,
-  shape: str,
-  load: Load,
-  results: dict[str, dict[str, Any]],
+  model: config.Model, shape: str, load: Load, results: Results
 ) -> Iterator[dict[str, Any]]:
   """Yields a metric each: ours, then the rival and the ratio if there is one.
 
@@ -324,9 +294,6 @@ def _show(metric: dict[str, Any], as_json: bool) -> str:
   if as_json:
     return json.dumps(metric)
   return "  ".join(f"{name}={value}" for name, value in metric.items())
-
-
-# --- the command ---
 
 
 def execute(args: Args) -> int:

@@ -21,18 +21,13 @@ PEAK_REPEATS = 4
 
 
 class Task(NamedTuple):
-  """Functions that a worker times.
+  """Functions that a worker times."""
 
-  Attributes:
-    step: does one optimizer step, prefill or generation, and returns a number
-      of it when it is done: the loss, a logit, the sum of new tokens.
-    matmul: multiplies two float32 matrices of `PEAK_SIZE` and waits for it.
-    version: the libraries at work, for the record.
-  """
-
+  # Does one optimizer step, prefill or generation, and returns a number of it
+  # when it is done: the loss, a logit, the sum of new tokens.
   step: Callable[[], float]
-  matmul: Callable[[], object]
-  version: str
+  matmul: Callable[[], object]  # of two float32 matrices of `PEAK_SIZE`, waits
+  version: str  # of the libraries, for the record
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -78,13 +73,9 @@ def serve(prepare: Callable[[dict[str, Any]], Task]) -> None:
 
   task = prepare(json.loads(sys.stdin.readline()))
   first_s, _, step_s = (_seconds(task.step) for _ in range(3))
-  clock, cpu = answer(
-    {
-      "version": task.version,
-      "compile_s": max(0.0, first_s - step_s),
-      "step_s": step_s,
-    }
-  )
+  compile_s = max(0.0, first_s - step_s)
+  fields = {"version": task.version, "compile_s": compile_s, "step_s": step_s}
+  clock, cpu = answer(fields)
   for line in sys.stdin:
     idle = {
       "idle_s": time.perf_counter() - clock,

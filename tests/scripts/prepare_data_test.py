@@ -65,7 +65,7 @@ class ExtractTest(parameterized.TestCase):
 
 class DocumentsTest(absltest.TestCase):
   def source(self, files, extract=data_sources.whole_file):
-    return data_sources.Source("d", "apt", "p", files, extract, "PD", 1)
+    return data_sources.Source("d", "p", files, "PD", 1, extract)
 
   def test_files_are_read_in_order_and_what_is_left_out_is_counted(self):
     root = testing.folder(self)
