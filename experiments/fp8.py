@@ -158,13 +158,13 @@ def _run(run: config.Run, arm: str) -> config.Run:
 
 def _losses(runs: Sequence[tuple[str, run_args.RunArgs]]) -> Losses:
   """Next-token losses of all steps; NaN where one was not finite."""
-  found: dict[str, list[np.ndarray]] = {}
+  by_arm: dict[str, list[np.ndarray]] = {}
   for arm, one in runs:
     rows = metrics_writer.read(one.workdir / metrics_writer.METRICS)
     loss = [row["main_loss"] for row in rows if "main_loss" in row]
     # As many as asked for: the run may have gone further before.
-    found.setdefault(arm, []).append(np.array(loss[: one.stop], float))
-  return {arm: np.stack(losses) for arm, losses in found.items()}
+    by_arm.setdefault(arm, []).append(np.array(loss[: one.stop], float))
+  return {arm: np.stack(losses) for arm, losses in by_arm.items()}
 
 
 def _write(command: run_args.RunArgs, losses: Losses) -> None:

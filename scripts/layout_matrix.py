@@ -281,9 +281,9 @@ def _power(value: float) -> str:
   return f"{mantissa}e{int(exponent)}" if value else "0"
 
 
-def row(case: Case, found: Differences) -> str:
+def row(case: Case, differences: Differences) -> str:
   """A row of the table, in Markdown."""
-  *values, counts_equal, diverged = dataclasses.astuple(found)
+  *values, counts_equal, diverged = dataclasses.astuple(differences)
   equal = [counts_equal, not diverged]
   verdicts = ("equal" if same else "DIFFER" for same in equal)
   return markdown([*names(case), *map(_power, values), *verdicts])

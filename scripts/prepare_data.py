@@ -81,14 +81,14 @@ def _fetch(source: data_sources.Source, folder: pathlib.Path) -> pathlib.Path:
   """The path of a package's file, fetched if it is missing."""
   name = source.package.replace("@", "-")
   pattern = f"{name}_*.deb" if source.client == "apt" else f"{name}.tgz"
-  if not (found := sorted(folder.glob(pattern))):
+  if not (files := sorted(folder.glob(pattern))):
     command = {"apt": ["apt-get", "download"], "npm": ["npm", "pack"]}
     with tempfile.TemporaryDirectory(dir=folder) as partial:
       _run([*command[source.client], source.package], pathlib.Path(partial))
       (file,) = pathlib.Path(partial).glob(pattern)
       os.replace(file, folder / file.name)
-    found = sorted(folder.glob(pattern))
-  return found[-1]
+    files = sorted(folder.glob(pattern))
+  return files[-1]
 
 
 def _unpack(source: data_sources.Source, file: pathlib.Path, to: pathlib.Path):
@@ -123,25 +123,25 @@ def documents(
         yield f"{name}:{i}", document
 
 
-def sample_by_hash(found: list[Document], most: float) -> list[Document]:
+def sample_by_hash(texts: list[Document], most: float) -> list[Document]:
   """At most `most` bytes of documents, chosen by hash, in their order."""
   chosen, left = set(), most
-  for i in sorted(range(len(found)), key=lambda i: io.sha256(found[i][1])):
-    size = len(found[i][1].encode())
+  for i in sorted(range(len(texts)), key=lambda i: io.sha256(texts[i][1])):
+    size = len(texts[i][1].encode())
     if size <= left:
       chosen.add(i)
       left -= size
-  return [found[i] for i in sorted(chosen)]
+  return [texts[i] for i in sorted(chosen)]
 
 
-def _write(found: list[Document], path: pathlib.Path) -> str:
+def _write(texts: list[Document], path: pathlib.Path) -> str:
   """Writes documents, always the same bytes; returns their SHA-256."""
   path.parent.mkdir(exist_ok=True)
   with (
     io.atomic_write(path, "wb") as file,
     gzip.GzipFile("", "wb", mtime=0, fileobj=file) as packed,
   ):
-    for name, text in found:
+    for name, text in texts:
       line = json.dumps({"text": text, "source": name}, ensure_ascii=False)
       packed.write(line.encode() + b"\n")
   return io.file_sha256(path)
@@ -153,7 +153,7 @@ def _read_source(
   """New documents of a source, and its entry in the manifest."""
   entry = {"package": source.package, "client": source.client}
   entry["licence"] = source.licence
-  left_out, found = collections.Counter(), []
+  left_out, texts = collections.Counter(), []
   with tempfile.TemporaryDirectory(dir=downloads) as folder:
     if source.client == "python":
       root = pathlib.Path(sysconfig.get_path("stdlib"))
@@ -171,8 +171,8 @@ def _read_source(
         left_out["there before"] += 1
       else:
         known.add(digest)
-        found.append((name, text))
-  return found, entry | {"documents": len(found), "left_out": dict(left_out)}
+        texts.append((name, text))
+  return texts, entry | {"documents": len(texts), "left_out": dict(left_out)}
 
 
 def prepare(out: pathlib.Path, domains: list[str], most: float) -> None:
@@ -191,7 +191,7 @@ def prepare(out: pathlib.Path, domains: list[str], most: float) -> None:
       if io.file_sha256(file) == old["sha256"]:
         print(f"{domain}: there already", flush=True)
         continue
-    known, found, entries = set(), [], []
+    known, texts, entries = set(), [], []
     for source in data_sources.SOURCES:
       if source.domain == domain:
         print(
@@ -200,20 +200,20 @@ def prepare(out: pathlib.Path, domains: list[str], most: float) -> None:
           flush=True,
         )
         more, entry = _read_source(source, downloads, known)
-        found += more
+        texts += more
         entries.append(entry)
-    sample = sample_by_hash(found, most * 1e6)
+    sample = sample_by_hash(texts, most * 1e6)
     megabytes = sum(len(text.encode()) for _, text in sample) / 1e6
     manifest[domain] = {
       "documents": len(sample),
-      "documents_found": len(found),
+      "documents_found": len(texts),
       "megabytes": round(megabytes, 3),
       "most_megabytes": most,
       "sha256": _write(sample, file),
       "sources": entries,
     }
     io.write_json(path, manifest)
-    size = f"{len(sample):,} of {len(found):,} documents, {megabytes:.1f} MB"
+    size = f"{len(sample):,} of {len(texts):,} documents, {megabytes:.1f} MB"
     print(f"{domain}: {size}", flush=True)
 
 

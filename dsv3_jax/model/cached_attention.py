@@ -50,10 +50,10 @@ def attend(
   start: Start,
   keys_values: Callable[[jax.Array], Sequence[jax.Array]],
 ) -> tuple[Float[Array, "B T N V"], Cache]:
-  """`write`s new positions to a cache and attends to all that are filled.
+  """Writes new positions to a cache and attends to all that are filled.
 
   `keys_values` maps cache positions [s, ...] to keys [N, s, X] and values
-  [N, s, V]; otherwise the arguments are those of `extend`.
+  [N, s, V]; otherwise the arguments are those of `write` and `extend`.
   """
 
   def expand(block):

@@ -113,11 +113,11 @@ def measure(m: int, k: int, n: int, n_rounds: int) -> Iterator[dict]:
     for name, call in calls.items():
       times[name].append(_seconds(call, turns[name]))
   shape = {"m": m, "k": k, "n": n, "device": jax.devices()[0].device_kind}
-  for name, found in times.items():
-    median_s = statistics.median(found)
+  for name, seconds in times.items():
+    median_s = statistics.median(seconds)
     line = shape | {"what": name, "us": round(median_s * 1e6, 1)}
     if name != "quantize":
-      ratios = [b / a for a, b in zip(found, times["bf16"], strict=True)]
+      ratios = [b / a for a, b in zip(seconds, times["bf16"], strict=True)]
       made = calls[name]()
       line |= {
         "tflops": round(2 * m * k * n / median_s / 1e12, 3),

@@ -14,7 +14,7 @@ import json
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -79,19 +79,16 @@ class Sleeper:
     def forward(w, layer, x):
       return work(w, layer, x), (w, layer, x)
 
-    def backward(kept, dy):
-      w, layer, x = kept
+    def backward(residuals, dy):
+      w, layer, x = residuals
       dx = dy + self._call("I", layer, x, dy)
       dw = jnp.zeros_like(w) + self._call("W", layer, x, dy)
       return dw, jnp.zeros_like(layer), dx
 
     work.defvjp(forward, backward)
     zeros = jnp.zeros_like(bias[0])
-    stats = moe.MoEStats(
-      load=zeros.astype(jnp.int32),
-      balance=zeros.sum(),
-      sent=zeros[:2].astype(jnp.int32),
-    )
+    load = zeros.astype(jnp.int32)
+    stats = moe.MoEStats(load=load, balance=zeros.sum(), sent=load[:2])
     return (work(p["ffn"]["router"], bias[0, 0], x), stats.balance), stats
 
 
@@ -114,9 +111,11 @@ def inputs(
 ) -> tuple[train.TrainState, Batch]:
   """Micro-batch i holds tokens i, whose embeddings are i; layer i a bias i."""
   state = train.init_state(run, jax.random.key(0))
-  count = lambda a: np.broadcast_to(
-    np.arange(a.shape[0], dtype=np.float32)[:, None], a.shape
-  )
+
+  def count(a):
+    rows = np.arange(a.shape[0], dtype=np.float32)[:, None]
+    return np.broadcast_to(rows, a.shape)
+
   state = state.replace(
     params=state.params | {"embed": count(state.params["embed"])},
     router_bias=count(state.router_bias),
@@ -130,8 +129,10 @@ def inputs(
   return state, device_mesh.make_global_batch(batch, n_rows, mesh, dim=1)
 
 
-def executor(run: config.Run, mesh: jax.sharding.Mesh, sleeper: Sleeper):
-  """() -> nothing: makes the gradients of a step of sleeping layers."""
+def executor(
+  run: config.Run, mesh: jax.sharding.Mesh, sleeper: Sleeper
+) -> Callable[[], Any]:
+  """Returns a function that runs a step of sleeping layers, without update."""
   state, batch = inputs(run, mesh)
   gradients = functools.partial(train.gradients, run=run, mesh=mesh)
   layers = executor_lib.LAYERS

@@ -23,8 +23,8 @@ def main(folder: str, tokens: str, out: str) -> None:
   )
   rows = torch.from_numpy(np.load(tokens)).long()
   with torch.no_grad():
-    found = model.eval()(rows).logits
-  np.save(pathlib.Path(out), found.numpy())
+    logits = model.eval()(rows).logits
+  np.save(pathlib.Path(out), logits.numpy())
 
 
 if __name__ == "__main__":
