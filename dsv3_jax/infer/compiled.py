@@ -1,4 +1,4 @@
-"""Compiled programs of an engine: decode step, prompt chunk, longer cache."""
+"""Compiled programs of an engine: a decode step, and a chunk of prompts."""
 
 import functools
 from collections.abc import Callable
@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from dsv3_jax import config
 from dsv3_jax.infer import (
   cached_forward,
-  kvcache,
   sampling,
   serving_ffn,
   serving_mesh,
@@ -41,45 +40,26 @@ Program = Callable[..., tuple[speculation.DecodeState, Any, jax.Array]]
 
 
 @functools.cache
-def decode_program(
-  cfg: config.Model, mesh: serving_mesh.ServingMesh | None, mode: str
+def program(
+  step: Program,
+  cfg: config.Model,
+  mesh: serving_mesh.ServingMesh | None,
+  mode: str,
 ) -> Program:
-  """Returns a jitted function of parameters, state (donated), slots in use."""
-  experts = serving_ffn.make_experts(mesh, cfg) if mesh else None
+  """Compiles `speculation.decode_step` of all slots, or `read_chunk`.
 
-  def local(params, state, in_use):
-    return speculation.decode_step(params, state, in_use, cfg, mode, experts)
-
-  return jax.jit(serving_mesh.shard_mapped(local, mesh), donate_argnums=1)
-
-
-@functools.partial(jax.jit, static_argnames="n")
-def grow_cache(
-  state: speculation.DecodeState, n: int
-) -> speculation.DecodeState:
-  """Returns the state with a cache of n positions."""
-  return state.replace(cache=kvcache.grow(state.cache, n))
-
-
-@functools.cache
-def prefill_program(
-  cfg: config.Model, mesh: serving_mesh.ServingMesh | None, mode: str
-) -> Program:
-  """Returns a jitted function of parameters, state (donated), `PromptChunk`.
-
-  It returns the state; the token after the last one, drawn with the request's
-  sampling parameters, [R, 1] int32, with its log-probability; the load of the
-  main model's experts.
+  The program is a function of parameters, state (donated), and the slots in use
+  or a `PromptChunk`.
   """
   experts = serving_ffn.make_experts(mesh, cfg) if mesh else None
 
-  def local(params, state, chunk):
-    return _read_chunk(params, state, chunk, cfg, mode, experts)
+  def local(params, state, rows):
+    return step(params, state, rows, cfg, mode, experts)
 
   return jax.jit(serving_mesh.shard_mapped(local, mesh), donate_argnums=1)
 
 
-def _read_chunk(
+def read_chunk(
   params: InferenceParams,
   state: speculation.DecodeState,
   chunk: PromptChunk,
@@ -87,7 +67,12 @@ def _read_chunk(
   mode: str,
   experts: moe.Experts | None,
 ) -> tuple[speculation.DecodeState, tuple[jax.Array, jax.Array], jax.Array]:
-  """Reads a chunk of one prompt into a slot, and draws the token after it."""
+  """Reads a chunk of one prompt into a slot, and draws the token after it.
+
+  Returns:
+    The state; the token, drawn with the request's sampling parameters, [1, 1]
+    int32, and its log-probability; the load of the main model's experts.
+  """
   start, (n,), (slot,) = chunk.start, chunk.n, chunk.slot
 
   def of_slot(a):

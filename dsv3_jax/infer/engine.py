@@ -122,8 +122,8 @@ class Engine:
     self._slots = scheduler.Scheduler(options.max_batch, self._n_shards)
     # Cached by sampling mode: hashing the configuration at each call is slow.
     self._decode, self._prefill = (
-      functools.cache(functools.partial(program, cfg, mesh))
-      for program in (compiled.decode_program, compiled.prefill_program)
+      functools.cache(functools.partial(compiled.program, step, cfg, mesh))
+      for step in (speculation.decode_step, compiled.read_chunk)
     )
     self._state: speculation.DecodeState | None = None
     self._running: Step | None = None
@@ -163,7 +163,7 @@ class Engine:
     discarded.
     """
     events = []
-    while self._slots.n_free and self._slots.waiting:
+    while self._slots.free and self._slots.waiting:
       events += self._admit()
     last, self._running = self._running, self._launch()
     return events + self._step_events(last) if last else events
@@ -177,7 +177,7 @@ class Engine:
     requests = iter(requests)
     more = True
     while more or self.busy:
-      while more and len(self._slots.waiting) < self._slots.n_free:
+      while more and len(self._slots.waiting) < len(self._slots.free):
         if more := (request := next(requests, None)) is not None:
           self.submit(request)
       yield from self.step()
@@ -197,8 +197,8 @@ class Engine:
     n = kvcache.bucket(n, self.options.max_len)
     if self._state is None:
       self._state = self._empty_state(n)
-    elif n > kvcache.length(self._state.cache):
-      self._state = compiled.grow_cache(self._state, n)
+    elif n > kvcache.length(cache := self._state.cache):
+      self._state = self._state.replace(cache=kvcache.grow(cache, n))
 
   def _empty_state(self, n: int) -> speculation.DecodeState:
     b, k = self.options.max_batch, self.options.n_drafts
@@ -216,10 +216,9 @@ class Engine:
 
   def _shard(self, rows: Any) -> Any:
     """Divides arrays with a row for each slot, or each shard, over the mesh."""
-    if not self.mesh:
+    if not (mesh := self.mesh):
       return rows
-    sharding = jax.NamedSharding(self.mesh.mesh, self.mesh.batch)
-    return jax.device_put(rows, sharding)
+    return jax.device_put(rows, jax.NamedSharding(mesh.mesh, mesh.batch))
 
   # --- prefill ---
 

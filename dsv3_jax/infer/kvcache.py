@@ -3,6 +3,8 @@
 Its dims beyond texts and positions are those of the model's attention.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -49,6 +51,7 @@ def bucket(n: int, most: int) -> int:
   return min(max(MIN_LENGTH, 1 << (n - 1).bit_length()), most)
 
 
+@functools.partial(jax.jit, static_argnames="n")
 def grow(cache: Cache, n: int) -> Cache:
   """Returns the cache with room for n positions."""
 

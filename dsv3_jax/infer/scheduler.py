@@ -23,22 +23,16 @@ class Scheduler:
     """Starts with all slots free; each shard has an equal part of them."""
     self.slots_per_shard = n_slots // n_shards
     self.active: dict[int, Active] = {}  # by slot
-    self.waiting: collections.deque[tuple[int, GenerationRequest]]
-    self.waiting = collections.deque()  # of indices and requests
-    self._free = list(range(n_slots))[::-1]
-
-  @property
-  def n_free(self) -> int:
-    """Number of slots that no request has."""
-    return len(self._free)
+    self.waiting = collections.deque[tuple[int, GenerationRequest]]()
+    self.free = list(range(n_slots))[::-1]  # slots that no request has
 
   def admit(self) -> dict[int, Active]:
     """Gives slots to waiting requests, at most one a shard; by shard."""
     admitted = {}
-    for slot in self._free[::-1]:
+    for slot in self.free[::-1]:
       shard = slot // self.slots_per_shard
       if self.waiting and shard not in admitted:
-        self._free.remove(slot)
+        self.free.remove(slot)
         active = Active(*self.waiting.popleft(), slot=slot)
         self.active[slot] = admitted[shard] = active
     return admitted
@@ -46,7 +40,7 @@ class Scheduler:
   def release(self, slot: int) -> None:
     """Frees the slot of a finished request."""
     del self.active[slot]
-    self._free.append(slot)
+    self.free.append(slot)
 
   def cancel(self, index: int) -> None:
     """Removes a request, waiting or active; no error if there is none."""
