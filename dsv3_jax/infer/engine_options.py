@@ -72,15 +72,7 @@ def validate_options(
       f"n_drafts={options.n_drafts}: the model has no MTP module to draft with"
       " (mtp.depth=0)"
     )
-  return problems + _validate_mesh(cfg, options, mesh)
-
-
-def _validate_mesh(
-  cfg: config.Model,
-  options: EngineOptions,
-  mesh: serving_mesh.ServingMesh | None,
-) -> list[str]:
-  problems, every = [], options.rebalance_every
+  every = options.rebalance_every
   if every < 0 or (every and not (mesh or options.serving)):
     problems.append(
       f"rebalance_every={every}: must be at least 0, and 0 without a mesh"
@@ -89,10 +81,10 @@ def _validate_mesh(
   try:
     if options.serving and not mesh:
       mesh = serving_mesh.make_serving_mesh(options.serving, cfg)
+    if mesh:
+      problems += serving_mesh.validate(mesh, cfg, options.max_batch)
   except InputError as error:
-    return problems + str(error).splitlines()
-  if mesh:
-    problems += serving_mesh.validate(mesh, cfg, options.max_batch)
+    problems += str(error).splitlines()
   return problems
 
 

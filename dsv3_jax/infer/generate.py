@@ -111,8 +111,7 @@ def encode(tok: tokenizers.Tokenizer, prompt: Prompt) -> list[int]:
       prompt.encode()
     except UnicodeEncodeError as error:
       raise InputError(f"prompt: is not Unicode text: {error}") from error
-    ids = tok.encode(prompt, add_special_tokens=False).ids
-    return [tokenizer.BOS_ID, *ids]
+    return [tokenizer.BOS_ID, *tok.encode(prompt, add_special_tokens=False).ids]
   items = list(prompt)
   if items and isinstance(items[0], Mapping):
     return chat.encode(tok, items)

@@ -24,7 +24,7 @@ def from_params(
 
   The head is transposed, [C, D]: products of a few rows with it are several
   times faster on CPU. Layers and MTP modules are tuples; those with a router
-  have their row of the bias [n_routers, E].
+  have "bias", their row of [n_routers, E].
   """
   convert = attentions.functions(cfg.attention).inference_params
   tree = _unstack(params, bias, cfg, lambda a, i: a[i], convert)
@@ -36,8 +36,7 @@ def specs(cfg: config.Model) -> param_spec.Specs:
   stacked, dims = transformer.specs(cfg), (("scores", cfg.router.n_experts),)
   bias = param_spec.ParamSpec(dims, jax.nn.initializers.zeros)
 
-  def row(spec, i):
-    del i  # all are alike
+  def row(spec, _):
     return dataclasses.replace(spec, dims=spec.dims[1:])
 
   convert = attentions.functions(cfg.attention).inference_specs
@@ -55,12 +54,8 @@ def _unstack(
 ) -> dict[str, Any]:
   """Takes layers and MTP modules apart, and converts their attention.
 
-  Args:
-    tree: of `transformer.specs`.
-    bias: of each router.
-    cfg: the model.
-    row: returns that of a stacked leaf with an index.
-    convert: the attention's conversion of its part of a layer.
+  The function `row` returns the row of a stacked leaf with an index; `convert`
+  converts the attention's part of a layer.
   """
 
   def unstacked(stacked, i):

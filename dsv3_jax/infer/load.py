@@ -6,7 +6,6 @@ for text in model.generator().generate("It is a truth"):
 """
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Callable
 
@@ -62,7 +61,7 @@ class LoadedModel:
   def generator(
     self, options: EngineOptions | None = None
   ) -> generate.Generator:
-    """Reads the parameters onto their devices; returns a generator of texts.
+    """Reads parameters, each device its part alone; returns a generator.
 
     Raises:
       InputError: an option is out of range, or parameters cannot be read.
@@ -74,24 +73,6 @@ class LoadedModel:
     cfg, mesh = self._served_config(options), None
     if options.serving:
       mesh = serving_mesh.make_serving_mesh(options.serving, cfg)
-    params = self._inference_params(cfg, options, mesh)
-    return generate.Generator(
-      engine.Engine(params, cfg, options, mesh=mesh), self.tok
-    )
-
-  def _served_config(self, options: EngineOptions) -> config.Model:
-    """Returns the model that is served: with MTP modules only if they draft."""
-    if options.n_drafts:
-      return self.model
-    return config.override(self.model, "mtp.depth=0")
-
-  def _inference_params(
-    self,
-    cfg: config.Model,
-    options: EngineOptions,
-    mesh: serving_mesh.ServingMesh | None,
-  ) -> InferenceParams:
-    """Reads parameters onto the mesh; each device reads its part alone."""
     params, bias = self.read_params(mesh, cfg.mtp.depth > 0)
     if not cfg.mtp.depth:
       params.pop("mtp", None)
@@ -101,7 +82,15 @@ class LoadedModel:
         lambda a: a.addressable_data(0), (params, bias)
       )
     recipe = engine_options.DTYPES[options.dtype]
-    return _convert(params, bias, cfg=cfg, recipe=recipe)
+    params = _convert(params, bias, cfg=cfg, recipe=recipe)
+    served = engine.Engine(params, cfg, options, mesh=mesh)
+    return generate.Generator(served, self.tok)
+
+  def _served_config(self, options: EngineOptions) -> config.Model:
+    """Returns the model that is served: with MTP modules only if they draft."""
+    if options.n_drafts:
+      return self.model
+    return config.override(self.model, "mtp.depth=0")
 
 
 @jax.jit(static_argnames=("cfg", "recipe"))
@@ -139,11 +128,23 @@ def open_model(
       folder, ignore_auto_map=ignore_auto_map, follow_links=follow_links
     )
     path, model = folder / tokenizer_files.TOKENIZER, source.model
-    read_params = functools.partial(_read_released, source)
+
+    def read_params(mesh, drafting):
+      served = source if drafting else source.without_mtp()
+      specs = serving_params.load_specs(served.model, mesh)
+      return load_sharded.load(served, specs, _devices(mesh), np.float32)
+
   else:
     run = open_run.run_from_config(open_run.read_config(folder))
     path, model = folder / "data" / tokenizer_files.TOKENIZER, run.model
-    read_params = functools.partial(_read_run, folder, run, average)
+
+    def read_params(mesh, drafting):
+      del drafting  # a checkpoint is verified as a whole
+      specs = serving_params.load_specs(run.model, mesh)
+      return open_run.load_newest_params(
+        folder, run, _devices(mesh), average=average, specs=specs
+      )
+
   tok = tokenizer.load(path)
   tokenizer.check_fits(tok, model.vocab_size)
   return LoadedModel(model, tok, read_params)
@@ -151,27 +152,3 @@ def open_model(
 
 def _devices(mesh: serving_mesh.ServingMesh | None) -> jax.sharding.Mesh:
   return mesh.mesh if mesh else device_mesh.make_mesh({})
-
-
-def _read_released(
-  source: hf_read.ReleasedCheckpoint,
-  mesh: serving_mesh.ServingMesh | None,
-  drafting: bool,
-) -> Params:
-  source = source if drafting else source.without_mtp()
-  specs = serving_params.load_specs(source.model, mesh)
-  return load_sharded.load(source, specs, _devices(mesh), np.float32)
-
-
-def _read_run(
-  folder: pathlib.Path,
-  run: config.Run,
-  average: bool,
-  mesh: serving_mesh.ServingMesh | None,
-  drafting: bool,
-) -> Params:
-  del drafting  # a checkpoint is verified as a whole
-  specs = serving_params.load_specs(run.model, mesh)
-  return open_run.load_newest_params(
-    folder, run, _devices(mesh), average=average, specs=specs
-  )

@@ -50,10 +50,8 @@ def mode(requests: Iterable[GenerationRequest]) -> str:
 
 
 def most_likely(scores: jax.Array) -> jax.Array:
-  """Returns the index of the first largest score, [..., C] -> [...] int32.
-
-  Makes two reductions, since XLA's `argmax` is not vectorized on CPU.
-  """
+  """Returns the index of the first largest score, [..., C] -> [...] int32."""
+  # By two reductions, since XLA's `argmax` is not vectorized on CPU.
   top = scores.max(-1, keepdims=True)
   index = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
   last = scores.shape[-1] - 1

@@ -16,8 +16,6 @@ from dsv3_jax.model import transformer
 from dsv3_jax.parallel import device_mesh, sharding
 from dsv3_jax.param_spec import Params
 
-# --- placements ---
-
 
 def placement_for_load(
   load: np.ndarray, mesh: ServingMesh, cfg: config.Model
@@ -55,9 +53,6 @@ def _validate(
     raise InputError(
       f"a placement of (layers, experts, slots) {shape}: must be {expected}"
     )
-
-
-# --- parameters ---
 
 
 def load_specs(cfg: config.Model, mesh: ServingMesh | None) -> Any:

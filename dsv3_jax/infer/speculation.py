@@ -167,13 +167,8 @@ def decode_step(
 ) -> tuple[DecodeState, StepOutput, jax.Array]:
   """Generates 1 .. k + 1 tokens of every slot.
 
-  Args:
-    params: of `inference_params.from_params`.
-    state: of the slots; `tokens` has k + 1 columns.
-    active: [B] bool, slots in use; tokens of the others go to no expert.
-    cfg: the model.
-    mode: see `sampling.mode`.
-    experts: computes the routed experts; None: all on this device.
+  Tokens of slots that are not active, [B] bool, go to no expert. All experts
+  are on this device if `experts` is None.
 
   Returns:
     The new state; the tokens; the number of tokens that each routed expert got,
@@ -200,12 +195,9 @@ def decode_step(
   else:
     tokens = sampling.draw(p, seed, ahead[:, None], sampling.FINAL, mode)
     n = jnp.ones_like(position)
+  mtp_states = mtp_input(x, hidden, cfg) if n_drafts else None
   state = state.replace(
-    cache=cache,
-    tokens=tokens,
-    n=n,
-    start=position,
-    hidden=mtp_input(x, hidden, cfg) if n_drafts else None,
+    cache=cache, tokens=tokens, n=n, start=position, hidden=mtp_states
   )
   output = StepOutput(tokens, n, token_logprobs(logits, tokens))
   return state, output, jnp.concatenate([load, *loads])
