@@ -30,8 +30,7 @@ from dsv3_jax import io
 from dsv3_jax.config import fields
 from dsv3_jax.errors import InputError
 from dsv3_jax.infer import engine, generate
-from dsv3_jax.infer import request as request_lib
-from dsv3_jax.infer.request import GenerationRequest
+from dsv3_jax.infer.request import SETTINGS, GenerationRequest
 
 Row = dict[str, Any]
 
@@ -76,10 +75,7 @@ _CHECKS = {
   float: (_is_number, "a number"),
   tuple[str, ...]: (_list_of(_is_text), "a list of strings"),
 }
-_SETTINGS = {
-  name: _CHECKS[field.type] for name, field in request_lib.SETTINGS.items()
-}
-_KNOWN = _FORMS | _SETTINGS
+_KNOWN = _FORMS | {name: _CHECKS[f.type] for name, f in SETTINGS.items()}
 
 
 def validate_files(prompts: pathlib.Path, out: pathlib.Path) -> list[str]:
@@ -150,10 +146,9 @@ def _parse_line(line: bytes, defaults: Row) -> Row:
 
 def _make_request(row: Row) -> GenerationRequest:
   (prompt,) = (row[form] for form in _FORMS if form in row)
+  # A JSON number may be an integer, and JSON has no tuples.
   settings = {
-    # A JSON number may be an integer, and has no tuples.
-    name: type(field.default)(row[name])
-    for name, field in request_lib.SETTINGS.items()
+    name: type(field.default)(row[name]) for name, field in SETTINGS.items()
   }
   return GenerationRequest(prompt, **settings)
 
@@ -164,7 +159,7 @@ def _read_prompts(
   """Returns all lines that are not empty."""
   with _input_errors(f"--prompts={path}"):
     content = path.read_bytes()
-  settings = {name: getattr(defaults, name) for name in _SETTINGS}
+  settings = {name: getattr(defaults, name) for name in SETTINGS}
   settings["stop"] = list(defaults.stop)
   lines = []
   # Other line breaks than this one may stand in a line of JSON.
@@ -250,16 +245,9 @@ def _generate_rows(
     logprobs.append(round(chunk.logprob, 6))
     if chunk.finish_reason:
       line = lines[chunk.index]
-      yield (
-        {"index": line.index}
-        | line.fields
-        | {
-          "text": "".join(texts),
-          "ended": chunk.finish_reason,
-          "tokens": tokens,
-          "logprobs": logprobs,
-        }
-      )
+      row = {"index": line.index, **line.fields, "text": "".join(texts)}
+      row |= {"ended": chunk.finish_reason}
+      yield row | {"tokens": tokens, "logprobs": logprobs}
       del unfinished[chunk.index]
 
 
@@ -271,11 +259,7 @@ def generate_all(
 ) -> None:
   """Generates the texts of all prompts that have none yet.
 
-  Args:
-    generator: of the texts.
-    prompts: file of prompts.
-    out: file of texts.
-    defaults: settings of lines that do not state them.
+  Lines that do not state a setting have that of `defaults`.
 
   Raises:
     InputError: a file cannot be read or written, or `out` is of other prompts.
@@ -289,8 +273,7 @@ def generate_all(
   bad = [{"index": x.index, "error": x.error} for x in lines if x.error]
   start, n_tokens = time.perf_counter(), 0
   with _input_errors(f"--out={out}"):
-    # Drops an unfinished last row, and rows with errors.
-    _save(out, rows)
+    _save(out, rows)  # drops an unfinished last row, and rows with errors
     with open(out, "a", encoding="utf-8") as file, _bar() as bar:
       task = bar.add_task("texts", total=len(lines), speed="")
       bar.update(task, completed=len(rows))
@@ -301,11 +284,8 @@ def generate_all(
         speed = n_tokens / (time.perf_counter() - start)
         bar.update(task, advance=1, speed=f"{speed:.0f} tokens/s")
     _save(out, rows)
-  seconds = time.perf_counter() - start
-  _log(
-    f"{len(todo)} texts, {n_tokens} tokens in {seconds:.1f} s, compiling"
-    " included"
-  )
+  took = f"{time.perf_counter() - start:.1f} s, compiling included"
+  _log(f"{len(todo)} texts, {n_tokens} tokens in {took}")
   if generator.engine.stats.drafts:
     _log(describe_drafts(generator.engine.stats))
   if bad:

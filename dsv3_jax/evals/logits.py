@@ -65,13 +65,7 @@ def compute_logits(
   tokens: np.ndarray,
   mesh: jax.sharding.Mesh,
 ) -> list[np.ndarray]:
-  """Loads a checkpoint shard by shard, and computes float32 logits.
-
-  Args:
-    source: the checkpoint.
-    run: its model and the layout of its parameters.
-    tokens: [B, T] integers.
-    mesh: the devices to compute on.
+  """Loads a checkpoint by shards, and computes float32 logits of tokens [B, T].
 
   Returns:
     [B, T - k, C] for each depth k, 0 for the main model.

@@ -109,17 +109,13 @@ def prompt(
 ) -> Prompt:
   """Draws a prompt of about `length`, answer included, never longer.
 
-  Args:
-    rng: draws needles and filler text.
-    length: of the prompt, counted by `size`.
-    depth: position of the needle, from 0 (beginning) to 1 (end).
-    size: counts the length of a sentence.
+  Its needle is at a depth from 0, the beginning, to 1, the end. The function
+  `size` counts the length of a sentence.
   """
   categories = rng.permutation(list(SECRETS))[: N_DISTRACTORS + 1]
   secrets = [str(rng.choice(SECRETS[category])) for category in categories]
   needle, *others = map(_needle, categories, secrets)
-  asked = _question(categories[0])
-  answer = f" {secrets[0]}"
+  asked, answer = _question(categories[0]), f" {secrets[0]}"
   left = length - sum(map(size, (needle, *others, asked, answer)))
   filler, sentences = filler_text(), []
   while (left := left - size(new := filler[rng.integers(len(filler))])) >= 0:

@@ -28,7 +28,7 @@ LONGEST_CHUNK = 2048
 def _serving(
   job: dict[str, Any], cfg: config.Model
 ) -> serving_mesh.ServingConfig | None:
-  """Fastest serving configuration on the cores of one CPU; None: one device.
+  """Returns the fastest serving settings on a CPU's cores; None: one device.
 
   To write divides texts, to read divides heads. A single text leaves too
   little to divide where it is written.
@@ -39,15 +39,14 @@ def _serving(
   n = math.gcd(cores, divided, cfg.router.n_experts)
   if n == 1:
     return None
-  if writes:
-    return serving_mesh.ServingConfig(mesh={"expert": n}, role="decode")
-  return serving_mesh.ServingConfig(mesh={"model": n}, role="prefill")
+  axis, role = ("expert", "decode") if writes else ("model", "prefill")
+  return serving_mesh.ServingConfig(mesh={axis: n}, role=role)
 
 
 def _params(cfg: config.Model) -> inference_params.InferenceParams:
-  """Random ones, in host memory, as who serves has them from files.
+  """Draws parameters in host memory, where a server has them from files.
 
-  The programs that `schema.init` compiles would count in the peak of memory.
+  Compiled initializers would count in the peak of memory.
   """
   rng, key = np.random.default_rng(0), jax.random.key(0)
 
@@ -79,14 +78,11 @@ def _engine(job: dict[str, Any], cfg: config.Model) -> engine.Engine:
 
 
 def prepare(job: dict[str, Any]) -> worker.Task:
-  """Writes `job["new"]` tokens behind prompts, or one if it is to read only."""
+  """Generates `job["new"]` tokens after prompts; one if it is to read only."""
   cfg = config.override(presets.PRESETS[job["shape"]], *job["set"])
   prompts, new = job["prompts"], max(1, job["new"])
   writer = _engine(job, cfg.model)
-  requests = [
-    GenerationRequest(prompt=ids, max_tokens=new, temperature=0)
-    for ids in prompts
-  ]
+  requests = [GenerationRequest(ids, new, temperature=0) for ids in prompts]
 
   def step() -> float:
     tokens = [event.token for event in writer.run(requests)]
