@@ -10,7 +10,7 @@ import sys
 import time
 
 from dsv3_jax.checkpoint import checkpointer, manifest, orbax_io
-from dsv3_jax.trainer import batches, heartbeat
+from dsv3_jax.trainer import heartbeat, loop
 
 
 def die():
@@ -57,7 +57,7 @@ def main():
   if point == "removing":
     checkpointer.shutil.rmtree = lambda *_, **__: die()
   elif point == "data":
-    batches.global_batches = lambda *_: fail()
+    loop.global_batches = lambda *_: fail()
   else:
     module, name, fault, *after = where[point]
     at(module, name, int(n), fault, *after)

@@ -18,7 +18,7 @@ from dsv3_jax.data.batch import make_batch
 from dsv3_jax.model import router
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.trainer import loop
-from dsv3_jax.trainer.batches import global_batches
+from dsv3_jax.trainer.loop import global_batches
 
 RUN = testing.run()
 MESH = device_mesh.make_mesh({"data": 2})

@@ -79,12 +79,6 @@ def _fatal_to(path: pathlib.Path) -> Iterator[None]:
       path.unlink(missing_ok=True)
 
 
-def steps_up_to(folder: pathlib.Path, step: int) -> list[metrics_writer.Row]:
-  """Reads the rows of the steps up to one."""
-  rows = metrics_writer.read(folder / metrics_writer.METRICS)
-  return [row for row in rows if "loss" in row and row["step"] <= step]
-
-
 @contextlib.contextmanager
 def log_start_and_end(
   args: run_args.RunArgs,
@@ -94,11 +88,8 @@ def log_start_and_end(
 ) -> Iterator[Callable[..., None]]:
   """Logs start and end of the block as events; yields what adds an event.
 
-  Args:
-    args: arguments of the run.
-    first: step that training starts at.
-    began: when the program started, in seconds since 1970.
-    timer: measures the phases.
+  The program started at `began`, in seconds since 1970, and trains from step
+  `first`.
   """
   if jax.process_index():
     yield lambda event, **fields: None

@@ -107,9 +107,8 @@ def _call(processes: Processes, port: int, deadline: float) -> str:
     try:
       server = stack.enter_context(socket.create_server(("", port)))
     except OSError as error:
-      return (
-        f"--coordinator={processes.coordinator}: cannot listen there: {error}"
-      )
+      name = processes.coordinator
+      return f"--coordinator={name}: cannot listen there: {error}"
     channels = []
     while missing and not problem:
       try:
@@ -186,11 +185,8 @@ def fix_order_of_sums() -> None:
 def run_on_process_zero(work: Callable[[], Any]) -> Any:
   """Runs `work` in process 0 while the others wait, for files with one writer.
 
-  Returns:
-    What `work` returns in process 0, None in the others.
-
-  Raises:
-    Exception: that of `work` in process 0, one of its exit code in the others.
+  Returns its result in process 0, None in the others. Raises its error in
+  process 0, one of the same exit code in the others.
   """
   result, error, code = None, None, exit_codes.OK
   if jax.process_index() == 0:
@@ -201,13 +197,11 @@ def run_on_process_zero(work: Callable[[], Any]) -> Any:
   if jax.process_count() > 1:
     code = int(multihost_utils.broadcast_one_to_all(np.int32(code)))
   if code and error is None:
-    error_types = {
+    error_type = {
       exit_codes.BAD_INPUT: InputError,
       exit_codes.NO_CHECKPOINT: manifest.MissingError,
-    }
-    error = error_types.get(code, RuntimeError)(
-      "process 0 failed; see its output"
-    )
+    }.get(code, RuntimeError)
+    error = error_type("process 0 failed; see its output")
   if error:
     raise error
   return result

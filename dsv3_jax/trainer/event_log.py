@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from dsv3_jax import io
 from dsv3_jax.trainer import exit_codes, metrics_writer
 
 FILE = "events.jsonl"
@@ -31,20 +32,12 @@ Event = dict[str, Any]
 def read(workdir: pathlib.Path) -> list[Event]:
   """Reads all events, oldest first; skips a torn last line."""
   path = workdir / FILE
-  if not path.exists():
-    return []
-  with open(path, encoding="utf-8", errors="replace") as lines:
-    events = map(_parse, lines)
-    return [event for event in events if event is not None]
+  events = io.read_jsonl(path) if path.exists() else []
+  return [event for event in events if _is_event(event)]
 
 
-def _parse(line: str) -> Event | None:
-  try:
-    event = json.loads(line)
-  except (ValueError, RecursionError):
-    return None
-  good = isinstance(event, dict) and isinstance(event.get("event"), str)
-  return event if good and isinstance(event.get("time"), float) else None
+def _is_event(row: dict[str, Any]) -> bool:
+  return type(row.get("event")) is str and type(row.get("time")) is float
 
 
 def add(workdir: pathlib.Path, event: str, **fields: Any) -> None:

@@ -30,12 +30,7 @@ class SpikeError(RuntimeError):
   """Loss or gradient jumped; the data around that step is to be skipped."""
 
   def __init__(self, step: int, text: str):
-    """Stores where it happened.
-
-    Args:
-      step: steps done, including the step that jumped.
-      text: description.
-    """
+    """Stores the number of steps done, including the one that jumped."""
     super().__init__(text)
     self.step = step
     self.back_to: int | None = None  # checkpoint to restart from

@@ -61,14 +61,13 @@ class Heartbeat:
     """Prepares to watch.
 
     Args:
-      timeouts: how long to wait for what.
+      timeouts: see there.
       host: address of process 0; "": the name of its machine.
       own_process: SIGTERM and SIGINT stop the run, and the process exits where
         it is stuck. Else a process without peers is not watched.
     """
     self._timeouts, self._host = timeouts, host
-    self._own_process = own_process
-    self._index = 0
+    self._own_process, self._index = own_process, 0
     self._peers: dict[int, peers.Peer] = {}
     self._step, self._progress_at = -1, time.monotonic()  # of this process
     self._steps = collections.defaultdict(lambda: -1)  # of others, by index
@@ -127,12 +126,7 @@ class Heartbeat:
     self._progress_at = time.monotonic()
 
   def should_continue(self, done: int, last: bool = False) -> bool:
-    """Returns whether to start another step; see `StopVote`.
-
-    Args:
-      done: number of steps started.
-      last: there is no further step.
-    """
+    """Returns whether to start a step after `done`; see `StopVote`."""
     self._step = done
     self.progress()
     return self._vote.should_continue(done, last=last)

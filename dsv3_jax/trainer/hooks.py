@@ -14,13 +14,7 @@ from dsv3_jax.infer import engine, inference_params
 from dsv3_jax.infer.engine_options import EngineOptions
 from dsv3_jax.infer.request import GenerationRequest
 from dsv3_jax.parallel import device_mesh, replica_check
-from dsv3_jax.trainer import (
-  event_log,
-  heartbeat,
-  loop,
-  metrics_writer,
-  step_monitor,
-)
+from dsv3_jax.trainer import heartbeat, loop, step_monitor
 
 
 def checkpoint_metadata(
@@ -41,9 +35,6 @@ class TrainHooks(loop.Hooks):
   source: loader.BatchSource
   mesh: jax.sharding.Mesh
   checkpoints: checkpointer.Checkpointer
-  writer: metrics_writer.MetricsWriter | metrics_writer.NullWriter
-  record: Callable[..., None]  # appends to the event log
-  timer: event_log.GoodputTimer
   watchdog: heartbeat.Heartbeat
   average: ema.Average | None
   monitor: step_monitor.StepMonitor
@@ -76,9 +67,9 @@ class TrainHooks(loop.Hooks):
     row = {"step": int(state.step)} | scores
     if run.evaluate.sample_tokens:
       row["sample"] = _sample(state, data.tokenizer, run, mesh)
-    self.writer.write(row)
+    self.monitor.writer.write(row)
     self.watchdog.progress()
-    self.timer.lap("evaluating")
+    self.monitor.timer.lap("evaluating")
 
   def save(self, state: train.TrainState) -> None:
     """Starts saving the state and the average."""
@@ -87,7 +78,7 @@ class TrainHooks(loop.Hooks):
     self._run_save(self.checkpoints.wait)
     self._run_save(lambda: self.checkpoints.save(state, metadata, average))
     self.watchdog.progress()
-    self.timer.lap("saving")
+    self.monitor.timer.lap("saving")
 
   def _run_save(self, work: Callable[[], int | None]) -> None:
     """Runs a part of saving; logs the step that it finished."""
@@ -96,10 +87,11 @@ class TrainHooks(loop.Hooks):
     except checkpointer.SaveError as error:
       if self.source.run.checkpoint.on_error == "stop":
         raise
-      self.writer.note(f"{error}; training continues")
+      self.monitor.writer.note(f"{error}; training continues")
       return
     if step is not None:
-      self.record("saved", step=step, seconds=self.timer.seconds)
+      seconds = self.monitor.timer.seconds
+      self.monitor.record("saved", step=step, seconds=seconds)
 
   def finish(self, done: int) -> None:
     """Waits for the last save.
@@ -108,7 +100,7 @@ class TrainHooks(loop.Hooks):
       SaveError: there is no checkpoint of the last step.
     """
     self._run_save(self.checkpoints.wait)
-    self.timer.lap("saving")
+    self.monitor.timer.lap("saving")
     if jax.process_index() == 0 and done not in self.checkpoints.steps():
       raise checkpointer.SaveError(
         f"{self.checkpoints.folder(done)}: the last step is not saved"

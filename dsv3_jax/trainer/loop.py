@@ -1,11 +1,15 @@
 """Training loop: steps, overlapped with the host's work on the step before."""
 
-from collections.abc import Iterator
+import functools
+import itertools
+from collections.abc import Generator, Iterator
 
 import jax
 
 from dsv3_jax import config, ema, train
+from dsv3_jax.data import loader
 from dsv3_jax.data.batch import Batch
+from dsv3_jax.parallel import device_mesh
 
 
 class Hooks:
@@ -13,7 +17,6 @@ class Hooks:
 
   def should_continue(self, done: int) -> bool:
     """Returns whether to start a step, when `done` steps were started."""
-    del done
     return True
 
   def report(self, done: int, metrics: train.Metrics) -> None:
@@ -27,6 +30,19 @@ class Hooks:
 
   def save(self, state: train.TrainState) -> None:
     """Runs every `run.checkpoint.every` steps and after the last."""
+
+
+def global_batches(
+  source: loader.BatchSource, first_step: int, mesh: jax.sharding.Mesh
+) -> Generator[Batch, None, None]:
+  """Yields the batches [A, B, T] of optimizer steps from first_step on.
+
+  Each process reads the rows of its own devices.
+  """
+  n_rows = source.run.train.micro_batch_size
+  read = functools.partial(source, columns=device_mesh.local_rows(n_rows, mesh))
+  for batch in loader.prefetch(read, itertools.count(first_step)):
+    yield device_mesh.make_global_batch(batch, n_rows, mesh, dim=1)
 
 
 def fit(
@@ -45,13 +61,13 @@ def fit(
   step is always saved, and evaluated if that step is `stop`.
 
   Args:
-    state: the state to start from; donated.
+    state: donated.
     run: the configuration.
     batches: batches [A, B, T] from the state's step on.
     stop: number of steps done at the end.
     hooks: work besides the steps.
-    mesh: devices that share the work; None for one device.
-    average: moving average of the parameters, updated after every step.
+    mesh: None for one device.
+    average: updated after every step.
   """
   step_fn = train.make_step(run, mesh)
   pending = None

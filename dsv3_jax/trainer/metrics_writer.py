@@ -18,6 +18,8 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TextIO
 
+from dsv3_jax import io
+
 METRICS, EVENTS, LOG = "metrics.jsonl", "tensorboard", "log.txt"
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S  "  # before each line of log.txt
 LINE_S = 5.0  # least time between two plain lines
@@ -27,39 +29,19 @@ Row = dict[str, Any]
 
 
 def read(path: pathlib.Path) -> list[Row]:
-  """Reads the rows of a metrics file; none if there is no file.
-
-  Skips lines that are no JSON objects: a run that was killed, or that is
-  writing just now, leaves a torn last line.
-  """
-  if not path.exists():
-    return []
-  with open(path, encoding="utf-8", errors="replace") as lines:
-    rows = map(_parse, lines)
-    return [row for row in rows if row is not None]
-
-
-def _parse(line: str) -> Row | None:
-  try:
-    row = json.loads(line)
-  except (ValueError, RecursionError):
-    return None
-  return row if isinstance(row, dict) and "step" in row else None
+  """Reads the rows of a metrics file; none if there is no file."""
+  rows = io.read_jsonl(path) if path.exists() else []
+  return [row for row in rows if "step" in row]
 
 
 def truncate(path: pathlib.Path, done_steps: int) -> None:
-  """Removes the rows of steps after `done_steps` and torn lines.
+  """Removes rows of steps after `done_steps` and torn lines; all, if that is 0.
 
-  A run that starts at step 0 starts an empty file. The old file is replaced
-  in one operation, so a crash here loses nothing.
+  The old file is replaced in one operation, so a crash here loses nothing.
   """
   rows = read(path) if done_steps else []
-  shorter = path.with_suffix(".partial")
-  with open(shorter, "w", encoding="utf-8") as file:
+  with io.atomic_write(path) as file:
     file.writelines(_line(row) for row in rows if row["step"] <= done_steps)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(shorter, path)
 
 
 def _line(row: Row) -> str:
@@ -164,12 +146,10 @@ class Writer(Protocol):
   """Receives the rows of a run."""
 
   def write(self, step: int, row: Row) -> None:
-    """Writes a row, of strict JSON values.
+    """Writes a row, of strict JSON values, after `step` steps.
 
-    Args:
-      step: steps done.
-      row: metrics of an optimizer step (with `loss`) or of an evaluation (with
-        `heldout_loss`, and `sample`, a text).
+    It holds the metrics of an optimizer step (with `loss`) or of an evaluation
+    (with `heldout_loss`, and `sample`, a text).
     """
 
   def close(self) -> None:
@@ -187,7 +167,6 @@ class JsonLines:
 
   def write(self, step: int, row: Row) -> None:
     """Writes a row, on disk when the call returns."""
-    del step
     self._file.write(_line(row))
     self._file.flush()
 
@@ -221,11 +200,7 @@ class TensorBoard:
     self._write(done + 1 if done else 0, session_log=start)
 
   def write(self, step: int, row: Row) -> None:
-    """Writes the scalars of a row.
-
-    Raises:
-      OSError: they cannot be written.
-    """
+    """Writes the scalars of a row; raises OSError if that fails."""
     value = self._summary.Summary.Value
     values = [
       value(tag=tag, simple_value=scalar) for tag, scalar in _scalars(row)
@@ -342,19 +317,11 @@ DEFAULT = tuple(WRITERS)
 class NullWriter:
   """Writes nothing: the writer of processes other than process 0."""
 
-  def __enter__(self) -> "NullWriter":
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    pass
-
   def write(self, row: Row) -> None:
     """Ignores a row."""
-    del row
 
   def note(self, text: str) -> None:
     """Ignores a line of text."""
-    del text
 
 
 class MetricsWriter:
@@ -368,22 +335,16 @@ class MetricsWriter:
     stream: TextIO | None = None,
     writers: Sequence[str] = DEFAULT,
   ):
-    """Opens the writers.
+    """Opens the writers of these names in `WRITERS`, and makes the workdir.
 
-    Args:
-      workdir: folder of the run, made if it does not exist.
-      total_steps: the step that this run stops at; for the time left.
-      done_steps: steps done in the checkpoint that the run resumes from, 0 for
-        a new run. Rows of later steps are removed.
-      stream: where progress goes, default standard output.
-      writers: names in `WRITERS`.
+    `Context` explains the numbers of steps. Progress goes to `stream`, standard
+    output by default.
     """
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as opened:
-      self._terminal = opened.enter_context(
-        contextlib.closing(Terminal(workdir, stream))
-      )
+      self._terminal = Terminal(workdir, stream)
+      opened.callback(self._terminal.close)
       context = Context(workdir, done_steps, total_steps, self._terminal)
       self._writers = [
         opened.enter_context(contextlib.closing(WRITERS[name](context)))
@@ -397,7 +358,7 @@ class MetricsWriter:
   def __exit__(self, error_type: type | None, *_: object) -> None:
     # An error that is raised already is the one to report.
     with contextlib.suppress(*([OSError] if error_type else [])):
-      self.close()
+      self._closing.close()
 
   def write(self, row: Row) -> None:
     """Writes the row of an optimizer step or evaluation; it needs `step`."""
@@ -408,7 +369,3 @@ class MetricsWriter:
   def note(self, text: str) -> None:
     """Prints a line of text and appends it to log.txt."""
     self._terminal.print(text)
-
-  def close(self) -> None:
-    """Closes all writers."""
-    self._closing.close()

@@ -74,11 +74,7 @@ def connect_all(
   Process 0 listens at a free port; JAX's collectives tell the others where, and
   a token that proves that they belong to the run.
 
-  Args:
-    index: index of this process.
-    count: number of processes.
-    timeout_s: how long to wait for connections.
-    host: address of process 0; "": the name of its machine.
+  Its address is `host`, or the name of its machine.
 
   Returns:
     Peers by index: all others in process 0, process 0 in the others.

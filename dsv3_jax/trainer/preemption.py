@@ -21,9 +21,7 @@ class Listener:
   def __init__(self, grace_s: float, on_signal: Callable[[], None]):
     """Prepares to listen; `__enter__` must be called in the main thread.
 
-    Args:
-      grace_s: time from the first signal to the exit.
-      on_signal: called once, from another thread, at the first signal.
+    At the first signal, another thread calls `on_signal`, once.
     """
     self._grace_s, self._on_signal = grace_s, on_signal
     self._old = {}
@@ -83,12 +81,9 @@ class StopVote:
   """
 
   def __init__(self, index: int, count: int, send: Callable[..., None]):
-    """Begins without a request.
+    """Begins without a request, in process `index`.
 
-    Args:
-      index: index of this process.
-      count: number of processes.
-      send: sends a message to process 0, or from process 0 to all others.
+    `send` sends a message to process 0, or from process 0 to all others.
     """
     self._index, self._count, self._send = index, count, send
     self._changed = threading.Condition()  # guards what follows
@@ -124,11 +119,9 @@ class StopVote:
       self._changed.notify_all()
 
   def should_continue(self, done: int, *, last: bool) -> bool:
-    """Returns whether to start another step; waits for a pending decision.
+    """Returns whether to start a step after `done`; waits for a decision.
 
-    Args:
-      done: number of steps started.
-      last: there is no further step.
+    `last` says that there is no further step.
     """
     with self._changed:
       if last or (self._requested and self._stop_at is None):

@@ -9,7 +9,6 @@ from dsv3_jax.checkpoint import checkpointer, manifest
 from dsv3_jax.data import loader
 from dsv3_jax.errors import InputError
 from dsv3_jax.trainer import (
-  batches,
   distributed,
   event_log,
   exit_codes,
@@ -45,16 +44,6 @@ class _Comparison(metrics_writer.NullWriter):
         self.differences.append(
           f"step {step}: {key} was {logged[key]}, is {row[key]}"
         )
-
-
-class _Hooks(loop.Hooks):
-  """Reports steps and does nothing else."""
-
-  def __init__(self, monitor: step_monitor.StepMonitor):
-    self._monitor = monitor
-
-  def report(self, done: int, metrics: train.Metrics) -> None:
-    self._monitor.report(done, metrics)
 
 
 def replay(args: run_args.RunArgs, step: int) -> None:
@@ -94,21 +83,12 @@ def _replay(args: run_args.RunArgs, step: int) -> None:
   n_skipped = metadata["rows"] - source.positions(first).start
   source = dataclasses.replace(source, n_skipped=n_skipped)
   comparison = _Comparison(logged)
+  timer, record = event_log.GoodputTimer(), lambda *_, **__: None
   monitor = step_monitor.StepMonitor(
-    comparison,
-    source,
-    args.stop,
-    lambda *_, **__: None,
-    event_log.GoodputTimer(),
+    comparison, source, args.stop, record, timer
   )
-  loop.fit(
-    state,
-    run,
-    batches.global_batches(source, first, mesh),
-    step,
-    hooks=_Hooks(monitor),
-    mesh=mesh,
-  )
+  batch_iterator = loop.global_batches(source, first, mesh)
+  loop.fit(state, run, batch_iterator, step, hooks=monitor, mesh=mesh)
   if comparison.differences:
     raise exit_codes.MismatchError(
       "\n".join(comparison.differences)

@@ -12,7 +12,7 @@ from dsv3_jax.data import loader
 from dsv3_jax.errors import NotFiniteError
 from dsv3_jax.linear import quantize
 from dsv3_jax.parallel import comm_volume
-from dsv3_jax.trainer import event_log, exit_codes, metrics_writer
+from dsv3_jax.trainer import event_log, exit_codes, loop, metrics_writer
 
 LOADS = 60  # times in a run that the loads of all experts are written
 IDS = 64  # rows of data that are listed for a bad step
@@ -25,7 +25,7 @@ _SHARES = {"zero": "tiles", "saturated": "elements", "underflow": "elements"}
 Counters = Mapping[str, Mapping[str, np.ndarray]]
 
 
-class StepMonitor:
+class StepMonitor(loop.Hooks):
   """Turns the metrics of steps into rows, and finds steps that went wrong."""
 
   def __init__(
@@ -37,21 +37,14 @@ class StepMonitor:
     timer: event_log.GoodputTimer,
     earlier: Iterable[metrics_writer.Row] = (),
   ):
-    """Prepares for the first step of this start.
+    """Prepares for the steps up to `stop`; `earlier` are the rows before them.
 
-    Args:
-      writer: gets the rows.
-      source: source of the batches.
-      stop: step at which this start ends.
-      record: appends to the event log.
-      timer: measures the time of steps.
-      earlier: rows of the steps before this start.
+    `record` appends to the event log.
     """
-    self._writer, self._source, self._stop = writer, source, stop
-    self._record, self._timer = record, timer
+    self.writer, self._source, self._stop = writer, source, stop
+    self.record, self.timer = record, timer
     self._run = source.run
-    self._bad_in_a_row = 0
-    self._started = False
+    self._bad_in_a_row, self._started = 0, False
     self.row: metrics_writer.Row = {}  # of the newest step
     self._recent = {
       key: collections.deque(maxlen=RECENT) for key in ("loss", "grad_norm")
@@ -67,13 +60,13 @@ class StepMonitor:
       SpikeError: loss or gradient jumped, and train.spike_skip is set.
     """
     metrics = jax.device_get(metrics)
-    seconds = self._timer.lap("training" if self._started else "compiling")
+    seconds = self.timer.lap("training" if self._started else "compiling")
     self._started = True
     row = metrics_writer.to_json(self._make_row(done, metrics, seconds))
     self.row = row
-    self._writer.write(row)
+    self.writer.write(row)
     for line in not_finite_tiles(metrics.get("fp8", {})):
-      self._writer.note(f"step {done}: {line}")
+      self.writer.note(f"step {done}: {line}")
     if metrics["finite"]:
       self._bad_in_a_row = 0
     else:
@@ -131,24 +124,20 @@ class StepMonitor:
     """Logs a bad step and the data that it read."""
     step = row["step"] - 1
     read, ids = self._source.positions(step), self._source.row_ids(step)
-    self._writer.note(
+    self.writer.note(
       f"step {row['step']} {why}; it read sequences {read.start} to"
       f" {read.stop - 1} of the run, rows {', '.join(map(str, ids[:IDS]))}"
       + (", ..." if len(ids) > IDS else "")
     )
     values = {key: row[key] for key in self._recent}
-    self._record("bad", step=row["step"], why=why, rows=ids, **values)
+    self.record("bad", step=row["step"], why=why, rows=ids, **values)
 
 
 def fp8_shares(counters: Counters) -> dict[str, float]:
   """Computes shares of zero tiles, saturated and underflowed elements.
 
-  Args:
-    counters: by tensor class and weight.
-
-  Returns:
-    Shares over all weights under names such as `fp8_gradient_underflow`; none
-    if only tiles that are not finite were counted.
+  They are over all weights, under names such as `fp8_gradient_underflow`; none
+  if only tiles that are not finite were counted.
   """
   shares = {}
   for tensor_class, by_path in counters.items():

@@ -7,18 +7,16 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
-from dsv3_jax import config, ema, train
+from dsv3_jax import config, io, train
 from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.data import loader, prepare, tokenized_corpus
 from dsv3_jax.errors import InputError, NotFiniteError
 from dsv3_jax.parallel import layout_check
 from dsv3_jax.plan import flops
 from dsv3_jax.trainer import (
-  batches,
   crash_loop,
   distributed,
   event_log,
@@ -113,18 +111,15 @@ def _train(
     stack.callback(average.close)
   first = int(state.step)
   source = _skip_spikes(source, checkpoints, first, spikes)
-  train_hooks = _open_hooks(
-    args, stack, watchdog, source, mesh, checkpoints, average, first, began
+  monitor = _open_monitor(args, stack, source, first, began)
+  train_hooks = hooks.TrainHooks(
+    source, mesh, checkpoints, watchdog, average, monitor
   )
+  batch_iterator = loop.global_batches(source, first, mesh)
   # Closed here, since the traceback of an error would keep its thread.
-  batch_iterator = stack.enter_context(
-    contextlib.closing(batches.global_batches(source, first, mesh))
-  )
+  stack.callback(batch_iterator.close)
   state = loop.fit(
-    state,
-    run,
-    batch_iterator,
-    args.stop,
+    *(state, run, batch_iterator, args.stop),
     hooks=train_hooks,
     mesh=mesh,
     average=average,
@@ -138,49 +133,36 @@ def _train(
     )
   if first < args.stop and jax.process_index() == 0:
     _write_summary(args, data, train_hooks.heldout, began)
-  return FitResult(state, train_hooks.monitor.row, train_hooks.heldout)
+  return FitResult(state, monitor.row, train_hooks.heldout)
 
 
-def _open_hooks(
+def _open_monitor(
   args: run_args.RunArgs,
   stack: contextlib.ExitStack,
-  watchdog: heartbeat.Heartbeat,
   source: loader.BatchSource,
-  mesh: jax.sharding.Mesh,
-  checkpoints: checkpointer.Checkpointer,
-  average: ema.Average | None,
   first: int,
   began: float,
-) -> hooks.TrainHooks:
+) -> step_monitor.StepMonitor:
   """Opens event log and metrics writer, which `stack` closes."""
-  corpus = source.corpus
-  earlier = crash_loop.steps_up_to(args.workdir, first)
+  rows = metrics_writer.read(args.workdir / metrics_writer.METRICS)
+  earlier = [row for row in rows if "loss" in row and row["step"] <= first]
   timer = event_log.GoodputTimer()
   record = stack.enter_context(
     crash_loop.log_start_and_end(args, first, began, timer)
   )
-  writer = stack.enter_context(_open_writer(args, first))
+  writer = metrics_writer.NullWriter()
+  if jax.process_index() == 0:
+    writer = metrics_writer.MetricsWriter(
+      args.workdir, args.stop, first, writers=args.writers
+    )
+    stack.enter_context(writer)
   writer.note(
     f"{args.variant}: {first} of {args.stop} steps done,"
-    f" {corpus.n_tokens:,} tokens of text an epoch, {corpus.padding:.2%}"
-    " padding in rows"
+    f" {source.corpus.n_tokens:,} tokens of text an epoch,"
+    f" {source.corpus.padding:.2%} padding in rows"
   )
-  monitor = step_monitor.StepMonitor(
+  return step_monitor.StepMonitor(
     writer, source, args.stop, record, timer, earlier
-  )
-  return hooks.TrainHooks(
-    *(source, mesh, checkpoints, writer, record, timer, watchdog, average),
-    monitor,
-  )
-
-
-def _open_writer(
-  args: run_args.RunArgs, first: int
-) -> metrics_writer.MetricsWriter | metrics_writer.NullWriter:
-  if jax.process_index():
-    return metrics_writer.NullWriter()
-  return metrics_writer.MetricsWriter(
-    args.workdir, args.stop, first, writers=args.writers
   )
 
 
@@ -270,23 +252,17 @@ def _write_summary(
   heldout: dict[str, float],
   began: float,
 ) -> None:
-  """Writes summary.json at the end of a run."""
-  summary = _summary(args.run, data) | heldout
+  """Writes summary.json, figures for the report, at the end of a run."""
+  counts = flops.parameter_counts(args.run.model)
   spent = event_log.goodput(event_log.read(args.workdir))  # by all starts
-  summary["train_seconds"] = spent["compiling"] + spent["training"]
-  summary["total_seconds"] = time.time() - began
-  workdir.write_summary(args.workdir, summary)
-
-
-def _summary(
-  run: config.Run, data: tokenized_corpus.TokenizedCorpus
-) -> dict[str, Any]:
-  """Returns figures of the model and of the text, for the report."""
-  counts = flops.parameter_counts(run.model)
-  sizes = {
+  summary = {
     "parameters": counts["main"] + counts["mtp"],
     "active_parameters": counts["active"],
     "train_bytes": data.train_bytes,
     "heldout_bytes": data.heldout_bytes,
+    **(data.compression or {}),
+    **heldout,
+    "train_seconds": spent["compiling"] + spent["training"],
+    "total_seconds": time.time() - began,
   }
-  return sizes | (data.compression or {})
+  io.write_json(args.workdir / workdir.SUMMARY, summary)

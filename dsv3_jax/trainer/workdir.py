@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import json
 import os
 import pathlib
 import platform
@@ -15,7 +14,7 @@ import jax
 import jaxlib
 from absl import logging
 
-from dsv3_jax import config
+from dsv3_jax import config, io
 from dsv3_jax.errors import InputError
 from dsv3_jax.interop import open_run
 
@@ -23,22 +22,12 @@ ENV, SUMMARY, LOCK = "env.json", "summary.json", "lock"
 
 # Settings of when to evaluate or save and where to compute, not of what is
 # trained: a run may change them.
-_CHANGEABLE = (
-  "settings.checkpoint.",
-  "settings.evaluate.",
-  "settings.parallel.",
-)
+_CHANGEABLE = "settings.checkpoint.", "settings.evaluate.", "settings.parallel."
 
 
 def run_identity(variant: str, seed: int, run: config.Run) -> dict[str, Any]:
   """Returns the content of config.json, which identifies the run."""
   return {"variant": variant, "seed": seed, "settings": config.flatten(run)}
-
-
-def _write(path: pathlib.Path, content: dict[str, Any]) -> None:
-  partial = path.with_suffix(".partial")
-  partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-  os.replace(partial, path)
 
 
 def _flat(identity: dict[str, Any]) -> dict[str, Any]:
@@ -79,28 +68,22 @@ def check_same(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
   # A setting newer than the run: its default is what was done without it.
   default = config.default_settings(config.Run, saved["settings"])
   saved["settings"] = default | saved["settings"]
-  there, here = _flat(saved), _flat(identity)
   changes = [
-    line
-    for line in config.diff(there, here)
+    f"  {line.removeprefix('settings.')}"
+    for line in config.diff(_flat(saved), _flat(identity))
     if not line.startswith(_CHANGEABLE)
   ]
   if changes:
     raise InputError(
-      "\n".join(
-        [
-          f"--workdir={workdir} belongs to another configuration; take"
-          " another folder or the old settings (there -> here):",
-          *(f"  {line.removeprefix('settings.')}" for line in changes),
-        ]
-      )
+      f"--workdir={workdir} belongs to another configuration; take another"
+      " folder or the old settings (there -> here):\n" + "\n".join(changes)
     )
 
 
 def write_config(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
   """Writes config.json, if there is none."""
   if not (workdir / open_run.CONFIG).exists():
-    _write(workdir / open_run.CONFIG, identity)
+    io.write_json(workdir / open_run.CONFIG, identity)
 
 
 @contextlib.contextmanager
@@ -143,7 +126,7 @@ def _revision() -> str:
 
 def write_environment(workdir: pathlib.Path) -> None:
   """Writes env.json: versions, devices, git revision."""
-  _write(
+  io.write_json(
     workdir / ENV,
     {
       "python": platform.python_version(),
@@ -155,8 +138,3 @@ def write_environment(workdir: pathlib.Path) -> None:
       "revision": _revision(),
     },
   )
-
-
-def write_summary(workdir: pathlib.Path, summary: dict[str, Any]) -> None:
-  """Writes summary.json: figures for the report."""
-  _write(workdir / SUMMARY, summary)

@@ -30,7 +30,7 @@ from dsv3_jax.trainer import (
   workdir,
 )
 from dsv3_jax.trainer import replay as replay_lib
-from dsv3_jax.trainer.batches import global_batches
+from dsv3_jax.trainer.loop import global_batches
 from experiments import cli
 
 PROSE = "It was a bright cold day, and {} clocks were striking thirteen.\n"
