@@ -51,21 +51,17 @@ class Average:
   ) -> None:
     """Starts to add the parameters after a step to the average.
 
-    Waits for the update before, which bounds memory, not for this one. The
-    parameters may be donated right after.
-
-    Args:
-      step: steps done.
-      params: as the first ones.
-      finite: [] bool; if false, nothing changes.
-
-    Raises:
-      Exception: that of the update before.
+    Waits for the update before, which bounds memory and raises its error, not
+    for this one. The parameters may be donated right after. If `finite`, []
+    bool, is false, nothing changes.
     """
     self._wait()
     # One copy of each slice, also if several devices hold it.
     slices = [_slices(leaf) for leaf in jax.tree.leaves(params)]
-    copies = jax.device_put(slices, jax.tree.map(_host_of, slices))
+    in_host = jax.tree.map(
+      lambda part: part.sharding.with_memory_kind("pinned_host"), slices
+    )
+    copies = jax.device_put(slices, in_host)
     decay = decay_at(step, self._decay)
     self._job = self._thread.submit(self._average, copies, finite, decay)
 
@@ -120,11 +116,6 @@ def _slices(a: jax.Array) -> dict[tuple, jax.Array]:
   for shard in a.addressable_shards:
     slices.setdefault(_key(shard.index, a.shape), shard.data)
   return slices
-
-
-def _host_of(part: jax.Array) -> jax.sharding.Sharding:
-  """Returns the sharding in the host memory of its device."""
-  return part.sharding.with_memory_kind("pinned_host")
 
 
 def _slice_of(slices, shape, index):

@@ -37,12 +37,7 @@ class Checkpointer:
   """Saves, verifies and restores the checkpoints of a run."""
 
   def __init__(self, directory: pathlib.Path, cfg: config.Checkpoint):
-    """Opens a folder, and makes it if needed.
-
-    Args:
-      directory: the folder.
-      cfg: settings, such as which steps to keep.
-    """
+    """Opens the folder of a run's checkpoints, and makes it if needed."""
     orbax_io.silence()
     self.directory = directory.absolute()
     self.directory.mkdir(parents=True, exist_ok=True)
@@ -62,23 +57,26 @@ class Checkpointer:
 
   def steps(self) -> list[int]:
     """Lists finished steps with the files of their manifests, oldest first."""
-    return [step for step in self._all_steps() if not self._problem(step)]
+    return [step for step, problem in self._check_all().items() if not problem]
 
   def problems(self) -> dict[int, str]:
     """Maps each damaged step to its problem."""
-    problems = {step: self._problem(step) for step in self._all_steps()}
-    return {step: problem for step, problem in problems.items() if problem}
+    return {
+      step: problem for step, problem in self._check_all().items() if problem
+    }
 
-  def _all_steps(self) -> list[int]:
+  def _check_all(self) -> dict[int, str]:
+    """Maps each step, oldest first, to the problem of its manifest, or ""."""
     names = os.listdir(self.directory)
-    return sorted(int(name) for name in names if _is_step(name))
+    steps = sorted(int(name) for name in names if _is_step(name))
+    return {step: self._try_manifest(step)[1] for step in steps}
 
-  def _problem(self, step: int) -> str:
+  def _try_manifest(self, step: int) -> tuple[manifest.Manifest | None, str]:
+    """Reads the manifest of a step, or returns why that is impossible."""
     try:
-      manifest.read(self.folder(step))
+      return manifest.read(self.folder(step)), ""
     except DamagedError as error:
-      return str(error)
-    return ""
+      return None, str(error)
 
   def metadata(self, step: int) -> dict[str, Any]:
     """Reads the metadata of a step; all processes call it.
@@ -90,11 +88,7 @@ class Checkpointer:
 
   def _manifest(self, step: int) -> manifest.Manifest:
     """Reads the manifest of a step, if all processes can."""
-    saved, problem = None, ""
-    try:
-      saved = manifest.read(self.folder(step))
-    except DamagedError as error:
-      problem = str(error)
+    saved, problem = self._try_manifest(step)
     _agree(problem)
     return saved
 
@@ -118,14 +112,12 @@ class Checkpointer:
       tree["average"] = {"params": average}
     leaves = param_spec.flatten_with_paths(tree)
     digests = _start_digests(leaves)  # before the state is donated
-    types = {
-      name: orbax_io.dtype_and_shape(leaf) for name, leaf in leaves.items()
-    }
+    types = _types(leaves)
 
     def finish(folder):
       arrays = {
-        name: {"type": of, "digest": checksum.to_hex(digests[name])}
-        for name, of in types.items()
+        name: {"type": types[name], "digest": checksum.to_hex(digest)}
+        for name, digest in digests.items()
       }
       manifest.write(folder, step, arrays, metadata)
 
@@ -200,28 +192,21 @@ class Checkpointer:
   def repair(self) -> list[str]:
     """Removes leftovers of a killed run; quarantines damaged checkpoints.
 
-    Only the process that writes here may call it.
-
-    Returns:
-      One line for each quarantined checkpoint.
+    Only the process that writes here may call it. Returns a line for each
+    quarantined checkpoint.
     """
     for name in os.listdir(self.directory):
       if _TEMPORARY in name or name.endswith(_REMOVED):
         shutil.rmtree(self.directory / name, ignore_errors=True)
-    lines = []
-    for step, problem in self.problems().items():
-      lines.append(f"{self.quarantine(step, CORRUPT)}: {problem}")
-    return lines
+    return [
+      f"{self.quarantine(step, CORRUPT)}: {problem}"
+      for step, problem in self.problems().items()
+    ]
 
   def quarantine(self, step: int, suffix: str) -> pathlib.Path:
-    """Renames a checkpoint so that it is not read; keeps the last such folder.
+    """Renames a checkpoint so that it is not read, and returns its new folder.
 
-    Args:
-      step: step of the checkpoint.
-      suffix: CORRUPT or SUSPECT.
-
-    Returns:
-      The new folder.
+    The suffix is CORRUPT or SUSPECT. The last such folder of a step is kept.
     """
     folder = self.folder(step).with_suffix(suffix)
     if folder.exists():
@@ -232,10 +217,8 @@ class Checkpointer:
   def restore(self, step: int, like: train.TrainState) -> train.TrainState:
     """Restores the state of a step.
 
-    Args:
-      step: step of the checkpoint.
-      like: shapes, types and shardings, see `train.abstract_state`; they may
-        differ from the shardings that the state was saved with.
+    `like` has its shapes, types and shardings, see `train.abstract_state`; the
+    shardings may differ from those that the state was saved with.
 
     Raises:
       DamagedError: it is damaged.
@@ -252,12 +235,7 @@ class Checkpointer:
   def restore_parameters(
     self, step: int, like: train.TrainState, *, average: bool = False
   ) -> tuple[param_spec.Params, jax.Array]:
-    """Restores only parameters and router bias of a step.
-
-    Args:
-      step: step of the checkpoint.
-      like: as for `restore`.
-      average: restore the parameters' moving average instead.
+    """Restores only parameters, or their moving average, and router bias.
 
     Raises:
       DamagedError: it is damaged.
@@ -278,10 +256,7 @@ class Checkpointer:
     names = param_spec.flatten_with_paths(like)
     asked = {_group(name) for name in names}
     there = {k: v["type"] for k, v in saved.items() if _group(k) in asked}
-    here = {
-      name: orbax_io.dtype_and_shape(leaf) for name, leaf in names.items()
-    }
-    if changes := config.diff(there, here):
+    if changes := config.diff(there, _types(names)):
       raise InputError(
         f"{folder} is of another architecture (there -> here):\n"
         + "\n".join(f"  {line}" for line in changes)
@@ -321,11 +296,9 @@ class Checkpointer:
   ) -> dict[str, jax.Array]:
     """Reads arrays by name and compares their checksums."""
     arrays = {}
-
-    def read():
-      arrays.update(orbax_io.read(folder, like))
-
-    problem = orbax_io.first_error_line(read)
+    problem = orbax_io.first_error_line(
+      lambda: arrays.update(orbax_io.read(folder, like))
+    )
     _agree(problem and f"{folder} cannot be read: {problem}")
     wrong = [
       name
@@ -343,9 +316,7 @@ class Checkpointer:
   ) -> tuple[int, T] | None:
     """Loads the newest step that is not damaged; all processes call it.
 
-    Args:
-      load: reads a step, as `restore` does.
-      quarantine: also quarantine damaged steps, as only the run itself may.
+    With `quarantine`, as only the run itself may, quarantines damaged steps.
 
     Returns:
       The step and the result of `load`; None if there are no checkpoints.
@@ -378,6 +349,10 @@ def _is_step(name: str) -> bool:
 def _group(name: str) -> str:
   """Returns the group that is restored together, such as `state/params`."""
   return "/".join(name.split("/")[:2])
+
+
+def _types(leaves: dict[str, Any]) -> dict[str, str]:
+  return {name: orbax_io.dtype_and_shape(leaf) for name, leaf in leaves.items()}
 
 
 def _remove(folder: pathlib.Path) -> None:

@@ -132,8 +132,7 @@ def read(folder: pathlib.Path) -> Manifest:
 
 
 def _seal(body: dict[str, Any]) -> str:
-  text = json.dumps(body, sort_keys=True, separators=(",", ":"))
-  return io.sha256(text)
+  return io.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")))
 
 
 def _files(folder: pathlib.Path) -> dict[str, int]:

@@ -40,14 +40,10 @@ def encode(
   messages: Sequence[Mapping[str, str]],
   answer_next: bool = True,
 ) -> list[int]:
-  """Encodes a conversation.
+  """Encodes messages of a `role`, one of ROLES, and a `content` each.
 
-  A special token's name inside a message is plain text.
-
-  Args:
-    tok: the tokenizer.
-    messages: `role`, one of ROLES, and `content` each.
-    answer_next: whether to end with the special token of the assistant.
+  A special token's name inside a message is plain text. With `answer_next`, the
+  special token of the assistant is the last.
 
   Raises:
     InputError: an unknown role.

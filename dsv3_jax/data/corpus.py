@@ -36,8 +36,7 @@ def split(
   Raises:
     InputError: one of the two would have no text.
   """
-  whole = len(documents) >= WHOLE_DOCUMENTS
-  split_fn = _split_whole if whole else _split_end
+  split_fn = _split_whole if len(documents) >= WHOLE_DOCUMENTS else _split_end
   train, heldout = split_fn(documents, heldout_fraction)
   if not train or not heldout:
     n_bytes = len(text_bytes(documents))
@@ -56,8 +55,7 @@ def _split_whole(
   """Holds out whole documents, at least one."""
   sizes = [len(document.text.encode()) for document in documents]
   budget = heldout_fraction * sum(sizes)
-  keys = [digest([document]) for document in documents]
-  order = sorted(range(len(documents)), key=lambda i: keys[i])
+  order = sorted(range(len(sizes)), key=lambda i: digest([documents[i]]))
   chosen = set()
   for i in order:
     if sizes[i] <= budget:

@@ -21,13 +21,8 @@ def cut_documents(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Cuts documents into pieces of at most `size` tokens.
 
-  Args:
-    starts: [N] first token of each document.
-    lengths: [N] their numbers of tokens.
-    size: most tokens of a piece.
-
-  Returns:
-    starts and lengths [P] of the pieces.
+  Takes the first token and length of each document, both [N]; returns those of
+  the pieces, both [P].
   """
   step = max(size - 1, 1)
   n = np.where(lengths <= size, 1, -(-(lengths - 1) // step))
@@ -100,14 +95,8 @@ class PackedRows:
     if self._tokens is None:
       self._tokens = self._file.open()
     pieces = slice(self._first[row], self._first[row + 1])
-    packed = np.concatenate(
-      [
-        self._tokens[start : start + length]
-        for start, length in zip(
-          self._starts[pieces], self._lengths[pieces], strict=True
-        )
-      ]
-    )
+    spans = zip(self._starts[pieces], self._lengths[pieces], strict=True)
+    packed = np.concatenate([self._tokens[i : i + n] for i, n in spans])
     tokens = np.full(self._seq_len + 1, tokenizer.PAD_ID, np.int32)
     tokens[: len(packed)] = packed
     return {"tokens": tokens, "row": np.int64(row)}
@@ -122,18 +111,14 @@ class PackedRows:
 def heldout_windows(
   tokens: np.ndarray, seq_len: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Cuts held-out tokens into windows that score each but the first once.
+  """Cuts held-out tokens [n] into windows that score each but the first once.
 
   Windows advance by half of `seq_len`; each scores the targets that no window
   before it did, so that all but those of the first have at least half a window
   of context. The first token, BOS, is context only.
 
-  Args:
-    tokens: [n] token ids.
-    seq_len: T.
-
   Returns:
-    rows [R, T + 1] int32, padded with PAD, and mask [R, T] bool: whether
+    rows [R, seq_len + 1] int32, padded with PAD, and mask [R, T] bool: whether
     target rows[:, 1:] is scored.
 
   Raises:

@@ -31,12 +31,9 @@ def prepare(
   Only one process may do this at a time; others then open what it wrote with
   `tokenized_corpus.open_corpus`.
 
-  Args:
-    data: the corpus and how it is tokenized.
-    vocab_size: of the model.
-    directory: where tokenizer.json, data.json and, in a folder for each domain,
-      train.bin and heldout.bin are; of one run.
-    tokenizer_file: a tokenizer.json to use instead of one trained on the text.
+  The directory, of one run, holds tokenizer.json, data.json and, in a folder
+  for each domain, train.bin and heldout.bin. No tokenizer is trained if a
+  tokenizer_file is given.
 
   Raises:
     InputError: the corpus is empty, undecodable, or changed since `directory`

@@ -73,15 +73,14 @@ def read_documents(path: str, on_decode_error: str) -> list[Document]:
       f"data.on_decode_error={on_decode_error!r}: must be error, replace or"
       " skip"
     )
-  counts = collections.Counter()
-  documents = []
+  reader, documents = _Reader(on_decode_error), []
   for name, file in _files(path):
-    for document in _read(name, file, on_decode_error, counts):
+    for document in reader.read(name, file):
       if document.text.strip():
         documents.append(document)
       else:
-        counts["documents dropped: empty"] += 1
-  for event, count in sorted(counts.items()):
+        reader.counts["documents dropped: empty"] += 1
+  for event, count in sorted(reader.counts.items()):
     logging.warning("data.path=%r: %d %s", path, count, event)
   if not documents:
     raise InputError(f"data.path={path!r}: there is no text in it; {_ALLOWED}")
@@ -119,82 +118,78 @@ def _unreadable(error: OSError) -> None:
   raise InputError(f"data.path: cannot read {error.filename}: {error.strerror}")
 
 
-def _read(
-  name: str, file: pathlib.Path, policy: str, counts: collections.Counter
-) -> Iterator[Document]:
-  """Yields the documents of one file."""
-  try:
-    raw = file.read_bytes()
-    if file.suffix.lower() == ".gz":
-      if not raw:  # which gzip takes for the end of a good file
-        raise EOFError("the file is empty, no gzip header")
-      raw = gzip.decompress(raw)
-  except (OSError, EOFError, zlib.error) as error:
-    raise InputError(f"data.path: cannot read {file}: {error}") from error
-  if file.name.lower().removesuffix(".gz").endswith(".jsonl"):
-    yield from _read_lines(name, file, raw, policy, counts)
-  elif (text := _text(raw, str(file), 0, policy, counts)) is not None:
-    yield Document(name, text)
+@dataclasses.dataclass
+class _Reader:
+  """Reads files; counts the texts that the policy changed or dropped."""
 
+  policy: str  # data.on_decode_error
+  counts: collections.Counter = dataclasses.field(
+    default_factory=collections.Counter
+  )
 
-def _read_lines(
-  name: str,
-  file: pathlib.Path,
-  raw: bytes,
-  policy: str,
-  counts: collections.Counter,
-) -> Iterator[Document]:
-  """Yields the documents of a .jsonl file; skips blank lines."""
-  start = 0
-  for number, line in enumerate(raw.split(b"\n"), 1):
-    where = f"{file}, line {number}"
-    text = _text(line, where, start, policy, counts)
-    start += len(line) + 1
-    if text is None or not text.strip():
-      continue
+  def read(self, name: str, file: pathlib.Path) -> Iterator[Document]:
+    """Yields the documents of one file."""
     try:
-      record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-      raise InputError(f"{where}: not JSON: {error}") from error
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-      raise InputError(
-        f'{where}: expected an object {{"text": "..."}}, got {text[:60]!r}'
-      )
-    # JSON may spell what UTF-8 cannot hold; as bytes it meets the same rule.
-    inner = record["text"].encode("utf-8", "surrogatepass")
-    text = _text(inner, f"{where}, in its text", 0, policy, counts)
-    if text is not None:
-      yield Document(f"{name}:{number}", text)
+      raw = file.read_bytes()
+      if file.suffix.lower() == ".gz":
+        if not raw:  # which gzip takes for the end of a good file
+          raise EOFError("the file is empty, no gzip header")
+        raw = gzip.decompress(raw)
+    except (OSError, EOFError, zlib.error) as error:
+      raise InputError(f"data.path: cannot read {file}: {error}") from error
+    if file.name.lower().removesuffix(".gz").endswith(".jsonl"):
+      yield from self._read_lines(name, file, raw)
+    elif (text := self._decode(raw, str(file))) is not None:
+      yield Document(name, text)
+
+  def _read_lines(
+    self, name: str, file: pathlib.Path, raw: bytes
+  ) -> Iterator[Document]:
+    """Yields the documents of a .jsonl file; skips blank lines."""
+    start = 0
+    for number, line in enumerate(raw.split(b"\n"), 1):
+      where = f"{file}, line {number}"
+      text = self._decode(line, where, start)
+      start += len(line) + 1
+      if text is None or not text.strip():
+        continue
+      try:
+        record = json.loads(text)
+      except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON: {error}") from error
+      if not isinstance(record, dict) or type(record.get("text")) is not str:
+        raise InputError(
+          f'{where}: expected an object {{"text": "..."}}, got {text[:60]!r}'
+        )
+      # JSON may spell what UTF-8 cannot hold; as bytes it meets the same rule.
+      inner = record["text"].encode("utf-8", "surrogatepass")
+      if (text := self._decode(inner, f"{where}, in its text")) is not None:
+        yield Document(f"{name}:{number}", text)
+
+  def _decode(self, raw: bytes, where: str, start: int = 0) -> str | None:
+    """Decodes bytes that begin at offset `start`; None if they are dropped."""
+    bad = _first_bad(raw)
+    if bad < len(raw):
+      if self.policy == "error":
+        raise InputError(
+          f"{where}: byte {raw[bad]:#04x} at offset {start + bad} is not UTF-8"
+          " text; data.on_decode_error=replace puts U+FFFD there, =skip drops"
+          " the document"
+        )
+      if self.policy == "skip":
+        self.counts["documents dropped: not valid UTF-8"] += 1
+        return None
+      self.counts["texts with bytes replaced by U+FFFD"] += 1
+    text = raw.decode("utf-8", "replace").replace("\0", "\ufffd")
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
-def _text(
-  raw: bytes, where: str, start: int, policy: str, counts: collections.Counter
-) -> str | None:
-  """Decodes bytes that begin at offset `start`; None if they are dropped."""
-  bad = _first_bad(raw)
-  if bad is not None:
-    if policy == "error":
-      raise InputError(
-        f"{where}: byte {raw[bad]:#04x} at offset {start + bad} is not UTF-8"
-        " text; data.on_decode_error=replace puts U+FFFD there, =skip drops"
-        " the document"
-      )
-    if policy == "skip":
-      counts["documents dropped: not valid UTF-8"] += 1
-      return None
-    counts["texts with bytes replaced by U+FFFD"] += 1
-  text = raw.decode("utf-8", "replace").replace("\0", "\ufffd")
-  return text.removeprefix("\ufeff").replace("\r\n", "\n")
-
-
-def _first_bad(raw: bytes) -> int | None:
-  """Returns the offset of the first NUL or byte that is not UTF-8, if any."""
+def _first_bad(raw: bytes) -> int:
+  """Returns the offset of the first NUL or byte that is not UTF-8, or len."""
   end = len(raw)
   try:
     raw.decode("utf-8")
   except UnicodeDecodeError as error:
     end = error.start
   nul = raw.find(b"\0", 0, end)
-  if nul >= 0:
-    return nul
-  return end if end < len(raw) else None
+  return nul if nul >= 0 else end

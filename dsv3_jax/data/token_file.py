@@ -7,8 +7,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import tokenizers
@@ -70,15 +69,30 @@ def write(
   }
   known = _manifest(path)
   if known is not None:
-    _refuse_changes(path, inputs, known)
+    changes = [
+      f"{key} was {getattr(known, key)}, is {value}"
+      for key, value in inputs.items()
+      if getattr(known, key) != value
+    ]
+    if changes:
+      raise InputError(
+        f"{path}: the data changed since this run began"
+        f" ({'; '.join(changes)}); restore it, or start in another workdir"
+      )
     if path.is_file() and io.file_sha256(path) == known.tokens_digest:
       _refuse_size(path, known)
       return known
     logging.warning("%s: missing or damaged, tokenizing again", path)
-  size, digest = _write_ids(
-    path, tokenize.encode(documents, tok, **rates), inputs, vocab_size
-  )
-  result = TokenFile(path=path, **inputs, n_tokens=size, tokens_digest=digest)
+  n_tokens, digest = 0, hashlib.sha256()
+  with io.atomic_write(path, "wb") as file:
+    for name, ids in tokenize.encode(documents, tok, **rates):
+      check_ids(ids, vocab_size, name)
+      raw = ids.astype(inputs["dtype"]).tobytes()
+      n_tokens += len(ids)
+      digest.update(raw)
+      file.write(raw)
+  inputs |= {"n_tokens": n_tokens, "tokens_digest": digest.hexdigest()}
+  result = TokenFile(path=path, **inputs)
   manifest = dataclasses.asdict(result)
   del manifest["path"]
   io.write_json(manifest_path(path), manifest)
@@ -117,21 +131,6 @@ def _manifest(path: pathlib.Path) -> TokenFile | None:
     ) from error
 
 
-def _refuse_changes(
-  path: pathlib.Path, inputs: dict[str, Any], known: TokenFile
-) -> None:
-  changes = [
-    f"{key} was {getattr(known, key)}, is {value}"
-    for key, value in inputs.items()
-    if getattr(known, key) != value
-  ]
-  if changes:
-    raise InputError(
-      f"{path}: the data changed since this run began"
-      f" ({'; '.join(changes)}); restore it, or start in another workdir"
-    )
-
-
 def _refuse_size(path: pathlib.Path, known: TokenFile) -> None:
   n_tokens = path.stat().st_size // np.dtype(known.dtype).itemsize
   if known.n_tokens != n_tokens or not isinstance(known.n_tokens, int):
@@ -142,12 +141,9 @@ def _refuse_size(path: pathlib.Path, known: TokenFile) -> None:
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
-  """Raises InputError if ids are not in [0, vocab_size); names the first.
+  """Raises InputError if ids of any shape are not in [0, vocab_size).
 
-  Args:
-    ids: token ids of any shape.
-    vocab_size: rows of the embedding.
-    where: name of the document or file, for the message.
+  The message names the first of them, and the document or file `where` it is.
   """
   if ids.dtype.kind not in "iu":
     raise InputError(f"{where}: token ids must be integers, got {ids.dtype}")
@@ -157,21 +153,3 @@ def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
       f"{where}: token id {ids.flat[bad[0]]} at offset {bad[0]}; allowed:"
       f" 0 to {vocab_size - 1}"
     )
-
-
-def _write_ids(
-  path: pathlib.Path,
-  encoded: Iterable[tuple[str, np.ndarray]],
-  inputs: dict[str, Any],
-  vocab_size: int,
-) -> tuple[int, str]:
-  """Writes the ids; returns their number and the sha256 of the bytes."""
-  size, digest = 0, hashlib.sha256()
-  with io.atomic_write(path, "wb") as file:
-    for name, ids in encoded:
-      check_ids(ids, vocab_size, name)
-      raw = ids.astype(inputs["dtype"]).tobytes()
-      size += len(ids)
-      digest.update(raw)
-      file.write(raw)
-  return size, digest.hexdigest()

@@ -43,11 +43,8 @@ def encode(
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Yields (name, ids) for each document, from BOS to EOS.
 
-  Args:
-    documents: in corpus order.
-    tok: the tokenizer.
-    fim_rate: fraction of the documents to rearrange.
-    split_rate: fraction of the tokens with line breaks to split.
+  Rearranges a fraction `fim_rate` of the documents, and splits a fraction
+  `split_rate` of the tokens with line breaks.
   """
   halves = _halves(tok) if split_rate else {}
   for first in range(0, len(documents), _GROUP_DOCUMENTS):
@@ -113,11 +110,8 @@ def _halves(tok: tokenizers.Tokenizer) -> dict[int, np.ndarray]:
     text = tok.decode([i], skip_special_tokens=True)
     match = _MERGED.fullmatch(text)
     if match and _is_punctuation(match[1].removeprefix(" ")):
-      ids = [
-        tok.encode(half, add_special_tokens=False).ids
-        for half in match.groups()
-      ]
-      halves[i] = np.array(sum(ids, []))
+      encoded = tok.encode_batch(list(match.groups()), add_special_tokens=False)
+      halves[i] = np.concatenate([half.ids for half in encoded])
   return halves
 
 

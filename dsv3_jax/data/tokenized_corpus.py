@@ -1,7 +1,7 @@
 """The tokenized corpus of a run, as processes open it from the workdir."""
 
+import contextlib
 import dataclasses
-import json
 import pathlib
 
 import grain
@@ -10,6 +10,7 @@ import tokenizers
 
 from dsv3_jax import config, io
 from dsv3_jax.data import packing, shuffle, token_file, tokenizer
+from dsv3_jax.errors import InputError
 
 MANIFEST, TOKENIZER = "data.json", "tokenizer.json"
 
@@ -87,31 +88,16 @@ def open_corpus(data: config.Data, directory: pathlib.Path) -> TokenizedCorpus:
   for name, weight in (data.domain_weights or {"": 1.0}).items():
     train = token_file.open_file(directory / name / "train.bin")
     heldout = token_file.open_file(directory / name / "heldout.bin")
-    domains.append(
-      Domain(
-        name,
-        weight,
-        train,
-        packing.PackedRows(train, data.seq_len),
-        heldout,
-        np.asarray(heldout.open(), np.int32),
-      )
-    )
+    rows = packing.PackedRows(train, data.seq_len)
+    tokens = np.asarray(heldout.open(), np.int32)
+    domains.append(Domain(name, weight, train, rows, heldout, tokens))
   tok = tokenizer.load(directory / TOKENIZER)
   corpus = TokenizedCorpus(tok, tuple(domains))
-  measured = _compression(directory / MANIFEST, corpus.digests)
-  return dataclasses.replace(corpus, compression=measured)
-
-
-def _compression(
-  path: pathlib.Path, digests: dict[str, str]
-) -> dict[str, float] | None:
-  """Reads the manifest's figures; None if they are missing or of other data."""
-  try:
-    manifest = json.loads(path.read_text())
-    return manifest["compression"] if manifest["digests"] == digests else None
-  except (OSError, ValueError, TypeError, KeyError, RecursionError):
-    return None
+  with contextlib.suppress(InputError, KeyError):  # it is measured again
+    manifest = io.read_json_object(directory / MANIFEST)
+    if manifest["digests"] == corpus.digests:
+      return dataclasses.replace(corpus, compression=manifest["compression"])
+  return corpus
 
 
 def write_manifest(corpus: TokenizedCorpus, directory: pathlib.Path) -> None:

@@ -358,7 +358,7 @@ class MetricsWriter:
   def __exit__(self, error_type: type | None, *_: object) -> None:
     # An error that is raised already is the one to report.
     with contextlib.suppress(*([OSError] if error_type else [])):
-      self._closing.close()
+      self.close()
 
   def write(self, row: Row) -> None:
     """Writes the row of an optimizer step or evaluation; it needs `step`."""
@@ -369,3 +369,7 @@ class MetricsWriter:
   def note(self, text: str) -> None:
     """Prints a line of text and appends it to log.txt."""
     self._terminal.print(text)
+
+  def close(self) -> None:
+    """Closes all writers."""
+    self._closing.close()
