@@ -32,12 +32,9 @@ from dsv3_jax.trainer import (
 )
 from experiments import flag_parser
 
-OK, BAD_INPUT, NOT_FINITE = (
-  exit_codes.OK,
-  exit_codes.BAD_INPUT,
-  exit_codes.NOT_FINITE,
-)
-NO_CHECKPOINT, INTERNAL = exit_codes.NO_CHECKPOINT, exit_codes.INTERNAL
+OK, BAD_INPUT = exit_codes.OK, exit_codes.BAD_INPUT
+NOT_FINITE, INTERNAL = exit_codes.NOT_FINITE, exit_codes.INTERNAL
+NO_CHECKPOINT = exit_codes.NO_CHECKPOINT
 
 flags.DEFINE_string("workdir", None, "folder of the run")
 flags.DEFINE_string("variant", None, "variant of the experiment")
@@ -95,12 +92,7 @@ _RENAMED = {
 def parse_flags(
   argv: Sequence[str], renamed: Mapping[str, str] = _RENAMED
 ) -> list[str]:
-  """Reads the flags; returns the problems, one a line.
-
-  Args:
-    argv: the command line.
-    renamed: {old name: new name} of flags.
-  """
+  """Reads the flags, also by old names; returns the problems, one a line."""
   known = flags.FLAGS
   try:
     argv = flag_parser.with_current_names(argv, renamed)
@@ -175,20 +167,13 @@ def _help(module: str = "__main__") -> str:
   known = flags.FLAGS
   is_main = module == "__main__"
   own = known.main_module_help() if is_main else known.module_help(module)
-  return "\n".join(
-    (str(sys.modules[module].__doc__), own, known.module_help(__name__))
-  )
+  return f"{sys.modules[module].__doc__}\n{own}\n{known.module_help(__name__)}"
 
 
 def run_main(
   main: Callable[[], int | None], describe: Callable[[], str] = _help
 ) -> NoReturn:
-  """Calls main and exits with the code that the error it raises stands for.
-
-  Args:
-    main: does what the command line says.
-    describe: what --help prints.
-  """
+  """Calls main and exits with the code that the error it raises stands for."""
   if "--help" in sys.argv[1:]:
     print(describe())
     sys.exit(OK)
@@ -215,11 +200,9 @@ def run_main(
 def run_script(
   execute: Callable[[Any], int | None], args_class: type
 ) -> NoReturn:
-  """Reads the command line into `args_class`, calls `execute` with it, exits.
+  """Reads flags into `args_class`, see `flag_parser`; calls `execute`, exits.
 
-  Args:
-    execute: does the work; returns None for success, or an exit code.
-    args_class: a dataclass of flags, see `flag_parser`.
+  `execute` returns None for success, or an exit code.
   """
   run_main(
     lambda: execute(flag_parser.parse(args_class, sys.argv)),
@@ -246,12 +229,7 @@ def main(
   variants: Mapping[str, config.Run],
   execute: Callable[[run_args.RunArgs], int | None],
 ) -> None:
-  """Runs an experiment from the command line.
-
-  Args:
-    variants: runs by name; the first is the default.
-    execute: does the work of a command.
-  """
+  """Runs an experiment from the command line; the first variant is default."""
 
   def checked():
     problems = parse_flags(sys.argv)

@@ -56,12 +56,7 @@ def flag(
 def with_current_names(
   argv: Sequence[str], renamed: Mapping[str, str]
 ) -> list[str]:
-  """Replaces old names of flags, with a warning on stderr for each.
-
-  Args:
-    argv: the command line.
-    renamed: {old name: new name}.
-  """
+  """Replaces the keys of `renamed` by its values, with warnings on stderr."""
   current = []
   for text in argv:
     match = re.fullmatch(r"(--?(?:no)?)(\w+)(=.*)?", text, re.DOTALL)
@@ -117,11 +112,7 @@ def _define(cls: type) -> flags.FlagValues:
 
 
 def _value(field: dataclasses.Field, value_type: type, value: Any) -> Any:
-  """The value of a flag.
-
-  Raises:
-    ValueError: says what it must be.
-  """
+  """The value of a flag; the ValueError of a wrong one says what it must be."""
   if value is None or value_type is bool:
     return value
   choices, low = field.metadata["choices"], field.metadata["low"]

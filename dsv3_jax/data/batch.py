@@ -31,10 +31,8 @@ def make_batch(
 ) -> Batch:
   """Splits rows [..., T + 1] of consecutive token ids into tokens and labels.
 
-  Args:
-    rows: token ids, each below the model's vocabulary size.
-    *unpredicted: ids whose labels become IGNORE, such as padding.
-    segment_start: the id that begins a segment, if attention stays inside one.
+  Labels that are `unpredicted`, such as padding, become IGNORE. `segment_start`
+  is the id that begins a segment, if attention stays inside one.
   """
   rows = np.asarray(rows, np.int32)
   labels = rows[..., 1:]

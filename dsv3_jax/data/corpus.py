@@ -28,10 +28,7 @@ def split(
   A corpus of at least `WHOLE_DOCUMENTS` documents holds out whole ones: in the
   order of a hash of name and text, each that still fits into the fraction. A
   smaller corpus holds out the last bytes of all its text, see `_cut`.
-
-  Args:
-    documents: in corpus order.
-    heldout_fraction: of the UTF-8 bytes, in (0, 1).
+  The fraction, in (0, 1), is of the UTF-8 bytes.
 
   Raises:
     InputError: one of the two would have no text.

@@ -39,11 +39,9 @@ class BatchSource:
     return [int(self._rows[i]["row"]) for i in self.positions(step)]
 
   def __call__(self, step: int, columns: Sequence[int] | None = None) -> Batch:
-    """Reads the batch [A, B', T] of an optimizer step.
+    """Reads the batch [A, B', T] of a step, counted from 0.
 
-    Args:
-      step: from 0.
-      columns: which rows of each micro-batch to read; None: all.
+    It has B' columns, which are rows of each micro-batch; all by default.
     """
     data, n_rows = self.run.data, self.run.train.micro_batch_size
     columns = range(n_rows) if columns is None else columns
@@ -55,8 +53,7 @@ class BatchSource:
     unpredicted = [tokenizer.PAD_ID]
     if data.segment_mask:
       unpredicted.append(data.segment_start)
-    shape = -1, len(columns), data.seq_len + 1
-    rows = np.reshape(tokens, shape)
+    rows = np.reshape(tokens, (-1, len(columns), data.seq_len + 1))
     return make_batch(rows, *unpredicted, segment_start=data.segment_start)
 
 

@@ -13,11 +13,7 @@ from dsv3_jax.errors import InputError
 
 
 def shuffle(rows: packing.PackedRows, seed: int) -> grain.MapDataset:
-  """Orders all rows at random, anew each epoch, without end.
-
-  Raises:
-    InputError: the seed is not one of 32 bits.
-  """
+  """Orders all rows at random, anew each epoch, without end."""
   if not 0 <= seed < 1 << 32:
     raise InputError(f"seed={seed}: must be in 0 to {(1 << 32) - 1}")
   return grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
@@ -29,7 +25,6 @@ def mix(
   """Interleaves the shuffled rows of domains, as often as the weights say."""
   if len(domains) == 1:
     return shuffle(domains[0], seed)
-  shuffled = [
-    shuffle(rows, (seed + i) % 2**32) for i, rows in enumerate(domains)
-  ]
-  return grain.MapDataset.mix(shuffled, list(weights))
+  seeds = [(seed + i) % 2**32 for i in range(len(domains))]
+  shuffled = map(shuffle, domains, seeds)
+  return grain.MapDataset.mix(list(shuffled), list(weights))

@@ -23,8 +23,7 @@ def load_documents(data: config.Data) -> dict[str, Split]:
   of the domain "".
 
   Raises:
-    InputError: there is no such source; a domain has too little text; or what
-      the source raises.
+    InputError: no such source, too little text, or what the source raises.
   """
   if data.source not in SOURCES:
     hint = fields.nearest(data.source, SOURCES)

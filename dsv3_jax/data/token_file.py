@@ -100,11 +100,7 @@ def write(
 
 
 def open_file(path: pathlib.Path) -> TokenFile:
-  """Returns a token file that `write` has written; reads its manifest only.
-
-  Raises:
-    InputError: it is missing, or not as long as its manifest says.
-  """
+  """Opens what `write` has written, if it is as long as its manifest says."""
   known = _manifest(path)
   if known is None or not path.is_file():
     raise InputError(f"{path}: missing; rerun the command to prepare the data")

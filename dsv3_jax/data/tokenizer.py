@@ -59,10 +59,8 @@ def train(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
       f" {len(alphabet) + len(SPECIAL)}, for {len(alphabet)} bytes and"
       f" {len(SPECIAL)} special tokens"
     )
-  splits = [
-    pre_tokenizers.Split(tokenizers.Regex(split), "isolated")
-    for split in _SPLITS
-  ]
+  regexes = map(tokenizers.Regex, _SPLITS)
+  splits = [pre_tokenizers.Split(regex, "isolated") for regex in regexes]
   byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   tok = tokenizers.Tokenizer(models.BPE())
   tok.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
@@ -124,8 +122,7 @@ def load(path: pathlib.Path) -> tokenizers.Tokenizer:
 
 def save(tok: tokenizers.Tokenizer, path: pathlib.Path) -> None:
   """Writes a tokenizer.json, complete or not at all."""
-  with io.atomic_write(path) as file:
-    file.write(tok.to_str(pretty=True))
+  io.write_text(path, tok.to_str(pretty=True))
 
 
 def _guard(tok: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

@@ -97,14 +97,11 @@ def log_start_and_end(
   folder = args.workdir
   metrics = folder / metrics_writer.METRICS
   record = functools.partial(event_log.add, folder)
+  seen_at = metrics.stat().st_mtime if metrics.exists() else 0.0
+  sender = {"host": socket.gethostname(), "process": os.getpid()}
+  again = args.ignore_crash_loop
   record(
-    "start",
-    step=first,
-    began=began,
-    seen_at=metrics.stat().st_mtime if metrics.exists() else 0.0,
-    again=args.ignore_crash_loop,
-    host=socket.gethostname(),
-    process=os.getpid(),
+    "start", step=first, began=began, seen_at=seen_at, again=again, **sender
   )
   code, text = exit_codes.OK, ""
   try:

@@ -79,20 +79,15 @@ class Processes:
     if problem := _roll_call(self):
       raise InputError(problem)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(
-      self.coordinator,
-      self.count,
-      self.index,
-      initialization_timeout=self.timeout_s,
-    )
+    address = self.coordinator, self.count, self.index
+    jax.distributed.initialize(*address, initialization_timeout=self.timeout_s)
 
 
 def _roll_call(processes: Processes) -> str:
   """Lets process 0 hear from all others; returns what is wrong, in all.
 
-  The connections end here: the port is JAX's next, and with
-  `--coordinator=auto` there is no roll call, so that the heartbeat makes its
-  own connections.
+  The connections end here: the port is JAX's next. The heartbeat makes its own,
+  since there is no roll call with `--coordinator=auto`.
   """
   host, _, port = processes.coordinator.rpartition(":")
   deadline = time.monotonic() + processes.timeout_s

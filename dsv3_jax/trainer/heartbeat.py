@@ -58,13 +58,10 @@ class Heartbeat:
     host: str = "",
     own_process: bool = True,
   ):
-    """Prepares to watch.
+    """Prepares to watch; `host` is the address of process 0, or "".
 
-    Args:
-      timeouts: see there.
-      host: address of process 0; "": the name of its machine.
-      own_process: SIGTERM and SIGINT stop the run, and the process exits where
-        it is stuck. Else a process without peers is not watched.
+    In its own process, SIGTERM and SIGINT stop the run, and a process exits
+    where it is stuck. Else a process without peers is not watched.
     """
     self._timeouts, self._host = timeouts, host
     self._own_process, self._index = own_process, 0

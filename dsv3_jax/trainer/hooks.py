@@ -94,11 +94,7 @@ class TrainHooks(loop.Hooks):
       self.monitor.record("saved", step=step, seconds=seconds)
 
   def finish(self, done: int) -> None:
-    """Waits for the last save.
-
-    Raises:
-      SaveError: there is no checkpoint of the last step.
-    """
+    """Waits for the last save; raises SaveError if it did not succeed."""
     self._run_save(self.checkpoints.wait)
     self.monitor.timer.lap("saving")
     if jax.process_index() == 0 and done not in self.checkpoints.steps():
@@ -134,7 +130,7 @@ def _sample(
   arrays = state.params, state.router_bias, state.step
   params, bias, step = device_mesh.on_first_device(arrays, mesh)
   n = run.evaluate.sample_tokens
-  if jax.process_index() or not n:
+  if jax.process_index():
     return ""
   model = config.override(run.model, "mtp.depth=0")
   generator = engine.Engine(

@@ -61,11 +61,7 @@ def restore_or_create(
 def _with_parameters(
   state: train.TrainState, args: run_args.RunArgs, mesh: jax.sharding.Mesh
 ) -> train.TrainState:
-  """Replaces parameters and router bias by those of `args.init_from`.
-
-  Raises:
-    InputError: that run has another architecture, or no checkpoint.
-  """
+  """Replaces parameters and router bias by those of `args.init_from`."""
   folder = args.init_from
   source = config.override(
     open_run.run_from_config(open_run.read_config(folder)),

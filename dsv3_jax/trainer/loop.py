@@ -60,14 +60,8 @@ def fit(
   The host's work on a step overlaps the next step. The state after the last
   step is always saved, and evaluated if that step is `stop`.
 
-  Args:
-    state: donated.
-    run: the configuration.
-    batches: batches [A, B, T] from the state's step on.
-    stop: number of steps done at the end.
-    hooks: work besides the steps.
-    mesh: None for one device.
-    average: updated after every step.
+  The state is donated; the batches [A, B, T] are those from its step on; a mesh
+  of None is one device; the average is updated after every step.
   """
   step_fn = train.make_step(run, mesh)
   pending = None

@@ -23,10 +23,7 @@ def seconds_left(deadline: float) -> float:
 def accept(server: socket.socket, deadline: float) -> tuple[socket.socket, Any]:
   """Accepts a connection and reads its first line, a JSON value.
 
-  Drops connections that send something else.
-
-  Raises:
-    TimeoutError: none came before `deadline`.
+  Drops connections that send something else. Raises TimeoutError at `deadline`.
   """
   while True:
     server.settimeout(seconds_left(deadline))

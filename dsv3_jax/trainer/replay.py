@@ -75,12 +75,18 @@ def _replay(args: run_args.RunArgs, step: int) -> None:
   checkpoints = checkpointer.Checkpointer(
     folder / "checkpoints", run.checkpoint
   )
-  state = _restore_before(checkpoints, step, train.abstract_state(run, mesh))
-  first = int(state.step)
-  metadata = checkpoints.metadata(first)
+  earlier = [s for s in checkpoints.steps() if s < step]
+  if not earlier:
+    raise manifest.MissingError(
+      f"{checkpoints.directory}: no checkpoint from before step {step};"
+      " checkpoint.keep_every keeps some for good"
+    )
+  first = earlier[-1]
+  state = checkpoints.restore(first, train.abstract_state(run, mesh))
+  position = checkpoints.metadata(first)["rows"]
   checkpoints.close()
   source = loader.BatchSource(trainer.read_data(args), run, args.seed)
-  n_skipped = metadata["rows"] - source.positions(first).start
+  n_skipped = position - source.positions(first).start
   source = dataclasses.replace(source, n_skipped=n_skipped)
   comparison = _Comparison(logged)
   timer, record = event_log.GoodputTimer(), lambda *_, **__: None
@@ -100,15 +106,3 @@ def _replay(args: run_args.RunArgs, step: int) -> None:
       f"steps {first + 1} to {step} replayed from checkpoint {first}: all"
       f" {comparison.n_numbers} numbers are bitwise identical"
     )
-
-
-def _restore_before(
-  checkpoints: checkpointer.Checkpointer, step: int, like: train.TrainState
-) -> train.TrainState:
-  steps = [s for s in checkpoints.steps() if s < step]
-  if not steps:
-    raise manifest.MissingError(
-      f"{checkpoints.directory}: no checkpoint from before step {step};"
-      " checkpoint.keep_every keeps some for good"
-    )
-  return checkpoints.restore(steps[-1], like)

@@ -173,11 +173,11 @@ def read_data(args: run_args.RunArgs) -> tokenized_corpus.TokenizedCorpus:
   if args.init_from:
     tokenizer_file = args.init_from / "data" / tokenized_corpus.TOKENIZER
 
-  def write() -> tokenized_corpus.TokenizedCorpus:
-    vocab_size = run.model.vocab_size
-    return prepare.prepare(run.data, vocab_size, directory, tokenizer_file)
-
-  written = distributed.run_on_process_zero(write)
+  written = distributed.run_on_process_zero(
+    lambda: prepare.prepare(
+      run.data, run.model.vocab_size, directory, tokenizer_file
+    )
+  )
   return written or tokenized_corpus.open_corpus(run.data, directory)
 
 
@@ -226,8 +226,7 @@ def _skip_spikes(
 ) -> loader.BatchSource:
   """Continues the data of a checkpoint, without the data around loss spikes.
 
-  Raises:
-    NotFiniteError: the loss has jumped too often after this checkpoint.
+  Raises NotFiniteError if the loss has jumped too often after this checkpoint.
   """
   run = source.run
   n_skipped = checkpoints.metadata(first)["rows"] - run.rows_before(first)

@@ -59,11 +59,7 @@ def check_or_create(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
 
 
 def check_same(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
-  """Checks that a workdir belongs to a run.
-
-  Raises:
-    InputError: it belongs to another configuration, or to none.
-  """
+  """Raises InputError if a workdir belongs to another run, or to none."""
   saved = open_run.read_config(workdir)
   # A setting newer than the run: its default is what was done without it.
   default = config.default_settings(config.Run, saved["settings"])
@@ -88,12 +84,9 @@ def write_config(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def lock(workdir: pathlib.Path) -> Iterator[None]:
-  """Locks the workdir while the block runs.
+  """Locks the workdir while the block runs; InputError names another holder.
 
   The system releases the lock when the process ends, however it does.
-
-  Raises:
-    InputError: another process holds the lock; names it.
   """
   with open(workdir / LOCK, "a+", encoding="utf-8") as file:
     try:
