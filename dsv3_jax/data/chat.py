@@ -43,10 +43,7 @@ def encode(
   """Encodes messages of a `role`, one of ROLES, and a `content` each.
 
   A special token's name inside a message is plain text. With `answer_next`, the
-  special token of the assistant is the last.
-
-  Raises:
-    InputError: an unknown role.
+  special token of the assistant is the last. Raises InputError on other roles.
   """
   for message in messages:
     if message["role"] not in ROLES:

@@ -28,10 +28,8 @@ def split(
   A corpus of at least `WHOLE_DOCUMENTS` documents holds out whole ones: in the
   order of a hash of name and text, each that still fits into the fraction. A
   smaller corpus holds out the last bytes of all its text, see `_cut`.
-  The fraction, in (0, 1), is of the UTF-8 bytes.
-
-  Raises:
-    InputError: one of the two would have no text.
+  The fraction, in (0, 1), is of the UTF-8 bytes. Raises InputError if one of
+  the two would have no text.
   """
   split_fn = _split_whole if len(documents) >= WHOLE_DOCUMENTS else _split_end
   train, heldout = split_fn(documents, heldout_fraction)

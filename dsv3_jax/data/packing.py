@@ -118,11 +118,8 @@ def heldout_windows(
   of context. The first token, BOS, is context only.
 
   Returns:
-    rows [R, seq_len + 1] int32, padded with PAD, and mask [R, T] bool: whether
-    target rows[:, 1:] is scored.
-
-  Raises:
-    InputError: there are fewer than two tokens.
+    rows [R, seq_len + 1] int32, padded with PAD, and mask [R, seq_len] bool:
+    whether target rows[:, 1:] is scored.
   """
   n_targets = len(tokens) - 1
   if n_targets < 1:

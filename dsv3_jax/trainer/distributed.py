@@ -63,11 +63,7 @@ class Processes:
     return problems
 
   def join(self) -> None:
-    """Waits for the other processes and connects JAX to them.
-
-    Raises:
-      InputError: some did not join in time; names them.
-    """
+    """Connects JAX to the others; InputError names those that did not join."""
     if not self.coordinator:
       return
     # JAX's service would handle SIGTERM; `preemption` does.
@@ -177,8 +173,8 @@ def fix_order_of_sums() -> None:
     os.environ["XLA_FLAGS"] = f"{given} {name}=true".strip()
 
 
-def run_on_process_zero(work: Callable[[], Any]) -> Any:
-  """Runs `work` in process 0 while the others wait, for files with one writer.
+def run_on_process_zero(work: Callable[..., Any], *args: Any) -> Any:
+  """Calls `work` in process 0 while the others wait, for files with one writer.
 
   Returns its result in process 0, None in the others. Raises its error in
   process 0, one of the same exit code in the others.
@@ -186,7 +182,7 @@ def run_on_process_zero(work: Callable[[], Any]) -> Any:
   result, error, code = None, None, exit_codes.OK
   if jax.process_index() == 0:
     try:
-      result = work()
+      result = work(*args)
     except Exception as e:
       error, code = e, exit_codes.code_of(e) or exit_codes.INTERNAL
   if jax.process_count() > 1:
@@ -205,8 +201,7 @@ def run_on_process_zero(work: Callable[[], Any]) -> Any:
 def mesh(sizes: Mapping[str, int] | None = None) -> jax.sharding.Mesh:
   """Makes a mesh of all devices of all processes; by default on axis `data`.
 
-  Raises:
-    InputError: the sizes do not multiply to the number of devices.
+  Raises InputError if the sizes do not multiply to the number of devices.
   """
   n = jax.device_count()
   sizes = sizes or {"data": n}

@@ -53,13 +53,10 @@ def add(workdir: pathlib.Path, event: str, **fields: Any) -> None:
 
 
 def crashes(events: Sequence[Event]) -> tuple[int, int]:
-  """Counts starts that failed since the last checkpoint of a later step.
+  """Counts starts that failed since the latest step with a checkpoint; with it.
 
   Starts that were killed do not count: machines that are preempted again and
   again are often preempted at the same place, where most time is spent.
-
-  Returns:
-    Number of failed starts, and the latest step that had a checkpoint.
   """
   n, reached = 0, -1
   for event in events:

@@ -8,7 +8,7 @@ import jax
 
 from dsv3_jax import config, ema, train
 from dsv3_jax.checkpoint import checkpointer
-from dsv3_jax.data import loader, packing, tokenized_corpus, tokenizer
+from dsv3_jax.data import loader, packing, tokenizer
 from dsv3_jax.evals import hidden, likelihood
 from dsv3_jax.infer import engine, inference_params
 from dsv3_jax.infer.engine_options import EngineOptions
@@ -55,18 +55,17 @@ class TrainHooks(loop.Hooks):
 
   def evaluate(self, state: train.TrainState) -> None:
     """Writes the likelihood of held-out text, and a sample."""
-    run, mesh, data = self.source.run, self.mesh, self.source.corpus
-    scores = _heldout(state, data, run, mesh)
+    run = self.source.run
+    scores = self._heldout(state)
     if run.evaluate.ema:
       shardings = jax.tree.map(lambda a: a.sharding, state.params)
       averaged = jax.device_put(self.average.params(), shardings)
-      averaged = state.replace(params=averaged)
-      ema_scores = _heldout(averaged, data, run, mesh)
+      ema_scores = self._heldout(state.replace(params=averaged))
       scores |= {f"{name}_ema": value for name, value in ema_scores.items()}
     self.heldout.update(scores)
     row = {"step": int(state.step)} | scores
     if run.evaluate.sample_tokens:
-      row["sample"] = _sample(state, data.tokenizer, run, mesh)
+      row["sample"] = self._sample(state)
     self.monitor.writer.write(row)
     self.watchdog.progress()
     self.monitor.timer.lap("evaluating")
@@ -102,49 +101,37 @@ class TrainHooks(loop.Hooks):
         f"{self.checkpoints.folder(done)}: the last step is not saved"
       )
 
+  def _heldout(self, state: train.TrainState) -> dict[str, float]:
+    run, data, by_domain = self.source.run, self.source.run.data, {}
+    model = hidden.EvalModel(state.params, state.router_bias, run, self.mesh)
+    for domain in self.source.corpus.domains:
+      rows, mask = packing.heldout_windows(domain.heldout_tokens, data.seq_len)
+      if data.segment_mask:
+        mask &= rows[:, 1:] != data.segment_start
+      by_domain[domain.name] = likelihood.heldout(
+        model, rows, mask, domain.heldout.text_bytes
+      )
+    return likelihood.metrics(by_domain)
 
-def _heldout(
-  state: train.TrainState,
-  data: tokenized_corpus.TokenizedCorpus,
-  run: config.Run,
-  mesh: jax.sharding.Mesh,
-) -> dict[str, float]:
-  model = hidden.EvalModel(state.params, state.router_bias, run, mesh)
-  by_domain = {}
-  for domain in data.domains:
-    rows, mask = packing.heldout_windows(
-      domain.heldout_tokens, run.data.seq_len
+  def _sample(self, state: train.TrainState) -> str:
+    """Generates text without a prompt, in process 0 on one device."""
+    arrays = state.params, state.router_bias, state.step
+    params, bias, step = device_mesh.on_first_device(arrays, self.mesh)
+    run, n = self.source.run, self.source.run.evaluate.sample_tokens
+    if jax.process_index():
+      return ""
+    model = config.override(run.model, "mtp.depth=0")
+    weights = inference_params.from_params(params, bias, model)
+    options = EngineOptions(max_batch=1, max_len=n + 1)
+    generator = engine.Engine(weights, model, options)
+    request = GenerationRequest(
+      [tokenizer.BOS_ID],
+      max_tokens=n,
+      temperature=0.8,
+      top_p=0.95,
+      seed=int(step),
+      stop_token_ids=(tokenizer.EOS_ID,),
     )
-    if run.data.segment_mask:
-      mask &= rows[:, 1:] != run.data.segment_start
-    by_domain[domain.name] = likelihood.heldout(
-      model, rows, mask, domain.heldout.text_bytes
-    )
-  return likelihood.metrics(by_domain)
-
-
-def _sample(
-  state: train.TrainState, tok: Any, run: config.Run, mesh: jax.sharding.Mesh
-) -> str:
-  """Generates text without a prompt, in process 0 on one device."""
-  arrays = state.params, state.router_bias, state.step
-  params, bias, step = device_mesh.on_first_device(arrays, mesh)
-  n = run.evaluate.sample_tokens
-  if jax.process_index():
-    return ""
-  model = config.override(run.model, "mtp.depth=0")
-  generator = engine.Engine(
-    inference_params.from_params(params, bias, model),
-    model,
-    EngineOptions(max_batch=1, max_len=n + 1),
-  )
-  request = GenerationRequest(
-    [tokenizer.BOS_ID],
-    max_tokens=n,
-    temperature=0.8,
-    top_p=0.95,
-    seed=int(step),
-    stop_token_ids=(tokenizer.EOS_ID,),
-  )
-  events = generator.run([request])
-  return tok.decode([e.token for e in events if e.finish_reason != engine.STOP])
+    events = generator.run([request])
+    tokens = [e.token for e in events if e.finish_reason != engine.STOP]
+    return self.source.corpus.tokenizer.decode(tokens)

@@ -71,13 +71,9 @@ def connect_all(
   Process 0 listens at a free port; JAX's collectives tell the others where, and
   a token that proves that they belong to the run.
 
-  Its address is `host`, or the name of its machine.
-
-  Returns:
-    Peers by index: all others in process 0, process 0 in the others.
-
-  Raises:
-    InputError: a process did not connect in time; names it.
+  Its address is `host`, or the name of its machine. Returns peers by index: all
+  others in process 0, process 0 in the others. InputError names those that did
+  not connect in time.
   """
   shared = np.zeros(_TOKEN_BYTES + _ADDRESS_BYTES, np.uint8)
   with contextlib.ExitStack() as stack:

@@ -57,9 +57,8 @@ def replay(args: run_args.RunArgs, step: int) -> None:
     MissingError: there is no checkpoint before it.
     MismatchError: numbers differ; names them.
   """
-  with heartbeat.Heartbeat(
-    args.timeouts, args.processes.host, args.own_process
-  ):
+  host = args.processes.host
+  with heartbeat.Heartbeat(args.timeouts, host, args.own_process):
     _replay(args, step)
 
 

@@ -70,9 +70,8 @@ def fit(args: run_args.RunArgs) -> FitResult:
   if problems:
     raise InputError("\n".join(problems))
   spikes: list[exit_codes.SpikeError] = []
-  with heartbeat.Heartbeat(
-    args.timeouts, args.processes.host, args.own_process
-  ) as watchdog:
+  host, own_process = args.processes.host, args.own_process
+  with heartbeat.Heartbeat(args.timeouts, host, own_process) as watchdog:
     while True:
       try:
         with contextlib.ExitStack() as stack:
@@ -100,9 +99,7 @@ def _train(
     args.workdir / "checkpoints", run.checkpoint
   )
   stack.callback(checkpoints.close)
-  distributed.run_on_process_zero(
-    lambda: crash_loop.repair_workdir(args, checkpoints)
-  )
+  distributed.run_on_process_zero(crash_loop.repair_workdir, args, checkpoints)
   source = loader.BatchSource(data, run, args.seed)
   state, average = initial_state.restore_or_create(
     args, checkpoints, source, mesh
@@ -168,17 +165,12 @@ def _open_monitor(
 
 def read_data(args: run_args.RunArgs) -> tokenized_corpus.TokenizedCorpus:
   """Opens the corpus of a run; process 0 tokenizes or verifies it before."""
-  run, directory = args.run, args.workdir / "data"
-  tokenizer_file = None
+  data, directory, tokenizer_file = args.run.data, args.workdir / "data", None
   if args.init_from:
     tokenizer_file = args.init_from / "data" / tokenized_corpus.TOKENIZER
-
-  written = distributed.run_on_process_zero(
-    lambda: prepare.prepare(
-      run.data, run.model.vocab_size, directory, tokenizer_file
-    )
-  )
-  return written or tokenized_corpus.open_corpus(run.data, directory)
+  inputs = data, args.run.model.vocab_size, directory, tokenizer_file
+  written = distributed.run_on_process_zero(prepare.prepare, *inputs)
+  return written or tokenized_corpus.open_corpus(data, directory)
 
 
 def _prepare(
@@ -192,13 +184,10 @@ def _prepare(
     workdir.check_or_create(folder, identity)
     stack.enter_context(workdir.lock(folder))
 
-  def write() -> None:
-    workdir.write_config(folder, identity)
-    workdir.write_environment(folder)
-
   distributed.run_on_process_zero(claim)
   data = read_data(args)
-  distributed.run_on_process_zero(write)
+  distributed.run_on_process_zero(workdir.write_config, folder, identity)
+  distributed.run_on_process_zero(workdir.write_environment, folder)
   return data
 
 

@@ -39,10 +39,8 @@ def check_or_create(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
   """Creates the workdir of a run, or checks that it belongs to this run.
 
   `write_config` makes it the run's, later: settings that prove wrong before
-  that do not claim the folder.
-
-  Raises:
-    InputError: it cannot be written, or belongs to another configuration.
+  that do not claim the folder. Raises InputError if it cannot be written, or
+  belongs to another configuration.
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -119,15 +117,13 @@ def _revision() -> str:
 
 def write_environment(workdir: pathlib.Path) -> None:
   """Writes env.json: versions, devices, git revision."""
-  io.write_json(
-    workdir / ENV,
-    {
-      "python": platform.python_version(),
-      "jax": jax.__version__,
-      "jaxlib": jaxlib.__version__,
-      "platform": platform.platform(),
-      "processors": os.cpu_count(),
-      "devices": [d.device_kind for d in jax.devices()],
-      "revision": _revision(),
-    },
-  )
+  environment = {
+    "python": platform.python_version(),
+    "jax": jax.__version__,
+    "jaxlib": jaxlib.__version__,
+    "platform": platform.platform(),
+    "processors": os.cpu_count(),
+    "devices": [d.device_kind for d in jax.devices()],
+    "revision": _revision(),
+  }
+  io.write_json(workdir / ENV, environment)
