@@ -81,15 +81,11 @@ def _fatal_to(path: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def log_start_and_end(
-  args: run_args.RunArgs,
-  first: int,
-  began: float,
-  timer: event_log.GoodputTimer,
+  args: run_args.RunArgs, step: int, began: float, timer: event_log.GoodputTimer
 ) -> Iterator[Callable[..., None]]:
   """Logs start and end of the block as events; yields what adds an event.
 
-  The program started at `began`, in seconds since 1970, and trains from step
-  `first`.
+  The program started at `began`, in seconds since 1970, and trains from `step`.
   """
   if jax.process_index():
     yield lambda event, **fields: None
@@ -101,7 +97,7 @@ def log_start_and_end(
   sender = {"host": socket.gethostname(), "process": os.getpid()}
   again = args.ignore_crash_loop
   record(
-    "start", step=first, began=began, seen_at=seen_at, again=again, **sender
+    "start", step=step, began=began, seen_at=seen_at, again=again, **sender
   )
   code, text = exit_codes.OK, ""
   try:

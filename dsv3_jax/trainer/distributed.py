@@ -41,11 +41,12 @@ class Processes:
 
   def validate(self) -> list[str]:
     """Returns what is wrong with the values, one line each."""
-    problems = []
     if not self.coordinator:
-      if self.count != 1 or self.index:
-        problems.append("--coordinator is missing: HOST:PORT of process 0")
-      return problems
+      alone = self.count == 1 and not self.index
+      return (
+        [] if alone else ["--coordinator is missing: HOST:PORT of process 0"]
+      )
+    problems = []
     _, colon, port = self.coordinator.rpartition(":")
     if self.coordinator != "auto" and not (colon and port.isdecimal()):
       problems.append(

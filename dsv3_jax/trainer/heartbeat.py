@@ -86,9 +86,8 @@ class Heartbeat:
       self._thread.start()
     self._listener = None
     if self._own_process:
-      self._listener = preemption.Listener(
-        self._timeouts.grace_s, self.request_stop
-      )
+      grace_s = self._timeouts.grace_s
+      self._listener = preemption.Listener(grace_s, self.request_stop)
       self._listener.__enter__()
     return self
 

@@ -41,7 +41,7 @@ def restore_or_create(
           " here):\n" + "\n".join(f"  {line}" for line in changes)
         )
     state = checkpoints.restore(step, like)
-    return state, _average(run, checkpoints, state)
+    return state, _average(run.optim.ema_decay, checkpoints, state)
 
   if newest := checkpoints.newest(load, quarantine=True):
     return newest[1]
@@ -55,7 +55,7 @@ def restore_or_create(
     state = _with_parameters(state, args, mesh)
   checkpoints.save(state, expected)
   checkpoints.wait()
-  return state, _average(run, checkpoints, state)
+  return state, _average(run.optim.ema_decay, checkpoints, state)
 
 
 def _with_parameters(
@@ -82,18 +82,16 @@ def _shapes(model: config.Model) -> dict[str, str]:
 
 
 def _average(
-  run: config.Run,
-  checkpoints: checkpointer.Checkpointer,
-  state: train.TrainState,
+  decay: float, checkpoints: checkpointer.Checkpointer, state: train.TrainState
 ) -> ema.Average | None:
   """Restores the average of the parameters, or starts one at step 0."""
-  if not run.optim.ema_decay:
+  if not decay:
     return None
   step = int(state.step)
   if not step:
-    return ema.Average(state.params, run.optim.ema_decay)
+    return ema.Average(state.params, decay)
   in_host = jax.tree.map(ema.in_host_memory, state.params)
   params, _ = checkpoints.restore_parameters(
     step, state.replace(params=in_host), average=True
   )
-  return ema.Average(params, run.optim.ema_decay)
+  return ema.Average(params, decay)

@@ -201,10 +201,8 @@ class TensorBoard:
 
   def write(self, step: int, row: Row) -> None:
     """Writes the scalars of a row; raises OSError if that fails."""
-    value = self._summary.Summary.Value
-    values = [
-      value(tag=tag, simple_value=scalar) for tag, scalar in _scalars(row)
-    ]
+    value, scalars = self._summary.Summary.Value, _scalars(row)
+    values = [value(tag=tag, simple_value=scalar) for tag, scalar in scalars]
     self._write(step, summary=self._summary.Summary(value=values))
 
   def _write(self, step: int, **fields: object) -> None:

@@ -71,9 +71,8 @@ def _replay(args: run_args.RunArgs, step: int) -> None:
   if step not in logged:
     last = max(logged, default=0)
     raise InputError(f"--replay_step={step}: steps 1 to {last} are logged")
-  checkpoints = checkpointer.Checkpointer(
-    folder / "checkpoints", run.checkpoint
-  )
+  directory = folder / "checkpoints"
+  checkpoints = checkpointer.Checkpointer(directory, run.checkpoint)
   earlier = [s for s in checkpoints.steps() if s < step]
   if not earlier:
     raise manifest.MissingError(

@@ -96,9 +96,8 @@ class StepMonitor(loop.Hooks):
       if n_bytes:
         row[f"bytes_over_{axis}"] = n_bytes
     row |= fp8_shares(metrics.get("fp8", {}))
-    row["tokens_per_s"] = (
-      run.batch_phase(done - 1).batch_size * length / seconds
-    )
+    n_tokens = run.batch_phase(done - 1).batch_size * length
+    row["tokens_per_s"] = n_tokens / seconds
     if metrics["load"].size:
       row["max_vio"] = metrics["max_vio_per_layer"].max()
     every = max(run.total_steps // LOADS, 1)

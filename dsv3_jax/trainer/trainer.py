@@ -95,9 +95,8 @@ def _train(
   if problems := _validate(run, mesh):
     raise InputError("\n".join(problems))
   data = _prepare(args, stack)
-  checkpoints = checkpointer.Checkpointer(
-    args.workdir / "checkpoints", run.checkpoint
-  )
+  folder = args.workdir / "checkpoints"
+  checkpoints = checkpointer.Checkpointer(folder, run.checkpoint)
   stack.callback(checkpoints.close)
   distributed.run_on_process_zero(crash_loop.repair_workdir, args, checkpoints)
   source = loader.BatchSource(data, run, args.seed)
@@ -144,9 +143,8 @@ def _open_monitor(
   rows = metrics_writer.read(args.workdir / metrics_writer.METRICS)
   earlier = [row for row in rows if "loss" in row and row["step"] <= first]
   timer = event_log.GoodputTimer()
-  record = stack.enter_context(
-    crash_loop.log_start_and_end(args, first, began, timer)
-  )
+  log = crash_loop.log_start_and_end(args, first, began, timer)
+  record = stack.enter_context(log)
   writer = metrics_writer.NullWriter()
   if jax.process_index() == 0:
     writer = metrics_writer.MetricsWriter(
