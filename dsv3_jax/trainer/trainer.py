@@ -90,7 +90,7 @@ def _train(
   stack: contextlib.ExitStack,
   spikes: Sequence[exit_codes.SpikeError],
 ) -> FitResult:
-  run, began = args.run, time.time()
+  run, stop, began = args.run, args.stop, time.time()
   mesh = distributed.mesh(args.mesh)
   if problems := _validate(run, mesh):
     raise InputError("\n".join(problems))
@@ -111,23 +111,20 @@ def _train(
   train_hooks = hooks.TrainHooks(
     source, mesh, checkpoints, watchdog, average, monitor
   )
-  batch_iterator = loop.global_batches(source, first, mesh)
+  batches = loop.global_batches(source, first, mesh)
   # Closed here, since the traceback of an error would keep its thread.
-  stack.callback(batch_iterator.close)
+  stack.callback(batches.close)
   state = loop.fit(
-    *(state, run, batch_iterator, args.stop),
-    hooks=train_hooks,
-    mesh=mesh,
-    average=average,
+    state, run, batches, stop, hooks=train_hooks, mesh=mesh, average=average
   )
   done = int(state.step)
   watchdog.should_continue(done, last=True)
   train_hooks.finish(done)
-  if done < args.stop:
+  if done < stop:
     raise exit_codes.PreemptedError(
       f"preempted; step {done} is saved; rerun the command to resume"
     )
-  if first < args.stop and jax.process_index() == 0:
+  if first < stop and jax.process_index() == 0:
     _write_summary(args, data, train_hooks.heldout, began)
   return FitResult(state, monitor.row, train_hooks.heldout)
 
