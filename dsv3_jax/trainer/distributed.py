@@ -42,10 +42,8 @@ class Processes:
   def validate(self) -> list[str]:
     """Returns what is wrong with the values, one line each."""
     if not self.coordinator:
-      alone = self.count == 1 and not self.index
-      return (
-        [] if alone else ["--coordinator is missing: HOST:PORT of process 0"]
-      )
+      missing = "--coordinator is missing: HOST:PORT of process 0"
+      return [missing] if self.count != 1 or self.index else []
     problems = []
     _, colon, port = self.coordinator.rpartition(":")
     if self.coordinator != "auto" and not (colon and port.isdecimal()):
