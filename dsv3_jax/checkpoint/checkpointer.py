@@ -116,8 +116,8 @@ class Checkpointer:
 
     def finish(folder):
       arrays = {
-        name: {"type": types[name], "digest": checksum.to_hex(digest)}
-        for name, digest in digests.items()
+        name: {"type": of, "digest": checksum.to_hex(digests[name])}
+        for name, of in types.items()
       }
       manifest.write(folder, step, arrays, metadata)
 

@@ -20,7 +20,7 @@ def load_documents(data: config.Data) -> dict[str, Split]:
   """Reads the documents of a run: {domain: (training, held-out)}.
 
   With `data.domains`, documents of other domains are dropped; without, all are
-  of the domain "". Raises InputError: no such source, or too little text.
+  of the domain "". Raises InputError if a source or text is missing.
   """
   if data.source not in SOURCES:
     hint = fields.nearest(data.source, SOURCES)

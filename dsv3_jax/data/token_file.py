@@ -100,7 +100,7 @@ def write(
 
 
 def open_file(path: pathlib.Path) -> TokenFile:
-  """Opens what `write` has written, if it is as long as its manifest says."""
+  """Opens what `write` has written; InputError if it is missing or cut off."""
   known = _manifest(path)
   if known is None or not path.is_file():
     raise InputError(f"{path}: missing; rerun the command to prepare the data")

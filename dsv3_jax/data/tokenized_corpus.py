@@ -79,7 +79,10 @@ class TokenizedCorpus:
 
 
 def open_corpus(data: config.Data, directory: pathlib.Path) -> TokenizedCorpus:
-  """Opens what `prepare.prepare` has written to a directory; reads no text."""
+  """Opens what `prepare.prepare` has written to a directory; reads no text.
+
+  Raises InputError if a file is missing, or no longer than a row.
+  """
   domains = []
   for name, weight in (data.domain_weights or {"": 1.0}).items():
     train = token_file.open_file(directory / name / "train.bin")

@@ -47,7 +47,7 @@ def train(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
   """Learns a vocabulary of at most `vocab_size` ids from texts.
 
   It is smaller if the texts have no more pairs to merge. Any text round-trips:
-  all 256 bytes are in the vocabulary, or InputError is raised.
+  all 256 bytes are in the vocabulary. Raises InputError without room for them.
   """
   alphabet = pre_tokenizers.ByteLevel.alphabet()
   if vocab_size < len(alphabet) + len(SPECIAL):

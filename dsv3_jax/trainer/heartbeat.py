@@ -58,9 +58,9 @@ class Heartbeat:
     host: str = "",
     own_process: bool = True,
   ):
-    """Prepares to watch; `host` is the address of process 0, or "".
+    """Prepares to watch; `host`: address of process 0, "": of its machine.
 
-    In its own process, SIGTERM and SIGINT stop the run, and a process exits
+    With `own_process`, SIGTERM and SIGINT stop the run, and the process exits
     where it is stuck. Else a process without peers is not watched.
     """
     self._timeouts, self._host = timeouts, host
