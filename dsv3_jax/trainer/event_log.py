@@ -53,7 +53,7 @@ def add(workdir: pathlib.Path, event: str, **fields: Any) -> None:
 
 
 def crashes(events: Sequence[Event]) -> tuple[int, int]:
-  """Counts starts that failed since the latest step with a checkpoint; with it.
+  """Counts the failed starts since the latest saved step, and returns both.
 
   Starts that were killed do not count: machines that are preempted again and
   again are often preempted at the same place, where most time is spent.
