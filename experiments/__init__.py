@@ -1,0 +1,1 @@
+"""Experiments: programs that train and generate; flags live here."""

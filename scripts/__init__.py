@@ -1,0 +1,1 @@
+"""Scripts: tools around runs, checkpoints and benchmarks."""

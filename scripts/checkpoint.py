@@ -1,4 +1,4 @@
-"""Looks at the checkpoints of a run.
+"""Lists, verifies and compares the checkpoints of a run.
 
   python -m scripts.checkpoint --mode=list --workdir=runs/demo
   python -m scripts.checkpoint --mode=verify --workdir=runs/demo [--step=N]

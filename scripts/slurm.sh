@@ -16,14 +16,14 @@ workdir=runs/slurm      # on a file system that all nodes share
 mesh=node=2,expert=8    # multiplies to all accelerators of the job
 # ------------------------------------------------------------------------------
 # Each process is started again after a crash or a preemption, and all find each
-# other; what was refused (exit code 2) would be refused again and ends the job.
-# The same sbatch command goes on from the newest checkpoint.
+# other; bad input (exit code 2) would be refused again and ends the job.
+# The same sbatch command resumes from the newest checkpoint.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?start it with sbatch}"
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 port=$((20000 + SLURM_JOB_ID % 10000))  # jobs may share a node
 # $SLURM_PROCID differs between the processes, so each has to read its own.
-# One that ends for good takes the others with it: they would wait for it.
+# If one process fails for good, srun ends the others, which would wait for it.
 exec srun --kill-on-bad-exit=1 bash -c 'exec "$@" --process="$SLURM_PROCID"' - \
   scripts/supervise.sh .venv/bin/python -m experiments.pretrain \
   --variant="$variant" --workdir="$workdir" --mesh="$mesh" \

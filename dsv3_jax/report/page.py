@@ -88,7 +88,7 @@ def _summary(run: run_data.Record, r: Results) -> str:
   """Describes model, training, quality and expert balance in a paragraph."""
   sizes = run.summary.get("parameters")
   active = run.summary.get("active_parameters")
-  text = "A model of the DeepSeek-V3 kind"
+  text = "A DeepSeek-V3 model"
   if sizes is not None:
     text += f" with {plots.count(sizes)} parameters"
     if active is not None:
@@ -98,7 +98,7 @@ def _summary(run: run_data.Record, r: Results) -> str:
     text += f" and {seconds(run.summary['train_seconds'])}"
   text += "."
   if r.budget and r.steps < r.budget:
-    text += f" Its token budget is {r.budget:,} steps: it can go on."
+    text += f" Its token budget is {r.budget:,} steps: training can continue."
   if r.heldout_bpb is not None:
     text += f" It needs {r.heldout_bpb:.2f} bits for a byte of text that it"
     text += " has never seen"

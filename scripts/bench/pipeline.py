@@ -1,4 +1,4 @@
-"""Do pipelines take the time that the simulator predicts?
+"""Compares the time of pipelined steps with the prediction of the simulator.
 
   python -m scripts.bench.pipeline [--ranks=4] [--microbatches=8] [--ms=50]
 

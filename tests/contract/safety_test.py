@@ -40,7 +40,7 @@ ALLOWED = {
   "scripts/bench/convert.py": {"subprocess"},
   "scripts/bench/worker.py": {"subprocess"},
   "scripts/convert.py": {"subprocess"},
-  # pip fetches what the user lists, wheels only; they are read as archives.
+  # apt-get and npm fetch what the user lists, read as archives.
   "scripts/prepare_data.py": {"subprocess", "tarfile"},
 }
 
