@@ -227,7 +227,9 @@ def _kernel(a, b, of_rows, of_columns, out, *, plan):
       mine = pl.ds(i * TILE + group * ROWS, ROWS)
       plgpu.copy_smem_to_gmem(leaving.at[group], out.at[mine, there])
 
-    add = lambda _, *refs: _add(plan, own, *refs)
+    def add(_, *refs):
+      return _add(plan, own, *refs)
+
     pipeline(add, compute_context=compute)(
       a.at[here],
       b.at[:, there] if plan.interpret else b.at[there],
@@ -249,8 +251,10 @@ def _kernel(a, b, of_rows, of_columns, out, *, plan):
 
     plgpu.wait_smem_to_gmem(0)
 
+  def unused(*_):
+    return None
+
   # Held for all tiles: else groups would wait for each other between them.
-  unused = lambda *_: None
   held = pipeline(unused, compute_context=unused).get_allocations(
     a, b, of_rows, of_columns
   )

@@ -94,6 +94,7 @@ def _function(backend: str) -> Callable[[BlockScaled, Operand], jax.Array]:
     return BACKENDS[backend]
   on_hopper = False
   if jax.default_backend() == "gpu":
+    # Pallas' Mosaic, which the kernel imports, is of use on GPUs alone.
     from dsv3_jax.linear import fp8_matmul_hopper
 
     on_hopper = fp8_matmul_hopper.supported()
