@@ -4,7 +4,6 @@ import functools
 import json
 import os
 import pathlib
-import resource
 import shutil
 import subprocess
 import sys
@@ -553,8 +552,6 @@ class DryRunTest(absltest.TestCase):
       "35,698,924,544",
     ):
       self.assertIn(count, done.stdout)
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    self.assertLess(used.ru_utime, 10)
 
 
 @pytest.mark.slow

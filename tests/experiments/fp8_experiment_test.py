@@ -4,6 +4,7 @@ import json
 from unittest import mock
 
 import numpy as np
+import pytest
 import testing
 from absl import flags
 from absl.testing import absltest, flagsaver, parameterized
@@ -127,6 +128,7 @@ class ExecuteTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "--workdir is missing"):
       fp8.execute(self.command(workdir=None))
 
+  @pytest.mark.slow
   def test_trains_the_same_run_in_both_and_compares(self):
     self.enter_context(flagsaver.flagsaver(seeds=1, arms=["bf16", "fp8"]))
     self.enter_context(mock.patch.object(cli, "start_jax"))

@@ -519,6 +519,7 @@ class TwoTest(Case):
     "SIGTERM to one of two and of four processes",
     "all save the same step and exit 75",
   )
+  @pytest.mark.slow
   def test_one_is_told_to_leave_and_all_do(self):
     with self.launch() as started:
       started.until(self.after_step(23))

@@ -309,6 +309,7 @@ WAY = (
   ({"data": 2, "expert": 2}, "fsdp"),
   ({"data": 1}, "replicated"),
 )
+PAIRS = tuple(itertools.pairwise(WAY))
 
 
 def middle_state(run):
@@ -390,13 +391,22 @@ class RelayoutTest(parameterized.TestCase):
       later, _ = self.rows_of(3, 8, *settings)
       self.assertEqual(later, found[sum(sizes[:3]) :])
 
-  @parameterized.parameters(*itertools.pairwise(WAY))
+  @parameterized.parameters(*PAIRS[::3])
   @pytest.mark.fault(
     "F24",
     "resumed with other devices, layouts, processes",
     "same state and batch, loss within 1e-6",
   )
   def test_a_save_goes_on_in_another_layout(self, before, after):
+    self.check_goes_on(before, after)
+
+  @parameterized.parameters(*PAIRS[1::3], *PAIRS[2::3])
+  @pytest.mark.slow
+  @pytest.mark.fault("F24")
+  def test_and_in_every_other_one(self, before, after):
+    self.check_goes_on(before, after)
+
+  def check_goes_on(self, before, after):
     checkpoints = checkpointer.Checkpointer(
       testing.folder(self) / "checkpoints", config.Checkpoint()
     )
