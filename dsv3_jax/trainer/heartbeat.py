@@ -66,6 +66,7 @@ class Heartbeat:
     self._timeouts, self._host = timeouts, host
     self._own_process, self._index = own_process, 0
     self._peers: dict[int, peers.Peer] = {}
+    self._left: list[peers.Peer] = []  # have said that they leave
     self._step, self._progress_at = -1, time.monotonic()  # of this process
     self._steps = collections.defaultdict(lambda: -1)  # of others, by index
 
@@ -110,7 +111,7 @@ class Heartbeat:
       self._waker.close()
       self._thread.join()
       self._wake.close()
-    for peer in self._peers.values():
+    for peer in (*self._peers.values(), *self._left):
       peer.channel.close()
 
   def request_stop(self) -> None:
@@ -142,12 +143,14 @@ class Heartbeat:
             f"process {self._index}, this one, was stopped for"
             f" {now - before:.0f} s; the others did not wait{_RESTART}",
           )
+        if any(key.data is None for key, _ in ready):
+          return  # whatever peers do while this process leaves
         for key, _ in ready:
-          if key.data is None:
-            return
           if not self._receive(key.data):
             selector.unregister(key.fileobj)
-            self._peers.pop(key.data.index).channel.close()
+            # Not closed yet: a peer that leaves, and still listens, would take
+            # that for a lost process.
+            self._left.append(self._peers.pop(key.data.index))
         if now - beat_at >= BEAT_S:
           self._send(step=self._step)
           beat_at = now

@@ -1,13 +1,18 @@
 """Tests of what watches over a process; `faults_test` has several of them."""
 
+import contextlib
 import pathlib
 import shutil
+import socket
 import subprocess
+import time
+from unittest import mock
 
+import jax
 import testing
 from absl.testing import absltest, parameterized
 
-from dsv3_jax.trainer import heartbeat
+from dsv3_jax.trainer import heartbeat, peers
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -36,6 +41,28 @@ class HeartbeatTest(parameterized.TestCase):
     with heartbeat.Heartbeat() as watchdog:
       watchdog.request_stop()
       self.assertFalse(watchdog.should_continue(7))
+
+  def test_a_peer_that_leaves_is_not_taken_for_lost_nor_disconnected(self):
+    ours, theirs = socket.socketpair()
+    theirs.settimeout(60)
+    self.enter_context(theirs)
+    patch = mock.patch.object
+    self.enter_context(patch(jax, "process_count", return_value=2))
+    self.enter_context(
+      patch(peers, "connect_all", return_value={1: peers.Peer(ours, 1)})
+    )
+    lost = self.enter_context(patch(heartbeat.Heartbeat, "_end"))
+    with heartbeat.Heartbeat() as watchdog:
+      theirs.sendall(b'{"leaving": true}\n')
+      while watchdog._peers:  # until its thread has read that
+        time.sleep(0.01)
+      theirs.setblocking(False)
+      with contextlib.suppress(BlockingIOError):
+        while True:  # heartbeats may have come before; no end of file
+          self.assertNotEmpty(theirs.recv(1 << 16))
+    lost.assert_not_called()
+    theirs.settimeout(60)
+    self.assertEmpty(theirs.recv(1 << 16))  # closed at the end
 
   def test_two_may_follow_each_other(self):
     for _ in range(2):
