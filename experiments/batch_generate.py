@@ -28,7 +28,7 @@ from rich import console, progress
 
 from dsv3_jax import io
 from dsv3_jax.config import fields
-from dsv3_jax.errors import InputError
+from dsv3_jax.errors import InputError, raise_problems
 from dsv3_jax.infer import engine, generate
 from dsv3_jax.infer.request import SETTINGS, GenerationRequest
 
@@ -136,8 +136,7 @@ def _parse_line(line: bytes, defaults: Row) -> Row:
   forms = _FORMS.keys() & row.keys()
   if len(forms) != 1:
     problems.append(f"must have one of {', '.join(_FORMS)}, has {len(forms)}")
-  if problems:
-    raise InputError("\n".join(problems))
+  raise_problems(problems)
   values = {form: row[form] for form in forms} | defaults | row
   # JSON may hold surrogates, which no file and no tokenizer takes.
   json.dumps(values, ensure_ascii=False).encode()

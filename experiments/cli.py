@@ -21,7 +21,7 @@ from absl import flags
 
 from dsv3_jax import config
 from dsv3_jax.config import fields
-from dsv3_jax.errors import InputError
+from dsv3_jax.errors import InputError, raise_problems
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.trainer import (
   distributed,
@@ -236,8 +236,7 @@ def main(
     if not flags.FLAGS.is_parsed():  # a value of the wrong type
       raise InputError("\n".join(problems))
     command, more = _command(variants)
-    if problems := problems + more:
-      raise InputError("\n".join(problems))
+    raise_problems(problems + more)
     return execute(command)
 
   run_main(checked, functools.partial(_help, execute.__module__))

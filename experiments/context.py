@@ -30,7 +30,7 @@ from absl import flags
 from dsv3_jax import config, io
 from dsv3_jax.config import presets
 from dsv3_jax.data import tokenizer
-from dsv3_jax.errors import InputError
+from dsv3_jax.errors import raise_problems
 from dsv3_jax.evals import hidden, needles
 from dsv3_jax.interop import open_run
 from dsv3_jax.parallel import layout_check
@@ -147,8 +147,7 @@ def execute(command: run_args.RunArgs) -> None:
   planned = [] if problems else phases(command.run, lengths, _WITHOUT.value)
   for phase in planned:
     problems += layout_check.validate(phase.run, command.mesh)
-  if problems:
-    raise InputError("\n".join(dict.fromkeys(problems)))
+  raise_problems(dict.fromkeys(problems))
   cli.start_jax(command)
   done = []
   for phase in planned:

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from absl import flags
 
 from dsv3_jax.config import fields
-from dsv3_jax.errors import InputError
+from dsv3_jax.errors import InputError, raise_problems
 
 T = TypeVar("T")
 _NOUNS = {int: "a whole number", float: "a number"}
@@ -173,8 +173,7 @@ def parse(cls: type[T], argv: Sequence[str]) -> T:
     InputError: all problems, one a line.
   """
   args, problems = read(cls, argv)
-  if problems:
-    raise InputError("\n".join(problems))
+  raise_problems(problems)
   return args
 
 

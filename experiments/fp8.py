@@ -27,7 +27,7 @@ from absl import flags
 
 from dsv3_jax import config, io
 from dsv3_jax.config import presets
-from dsv3_jax.errors import InputError
+from dsv3_jax.errors import raise_problems
 from dsv3_jax.report import plots, render
 from dsv3_jax.trainer import metrics_writer, run_args, trainer
 from experiments import cli
@@ -125,8 +125,7 @@ def execute(command: run_args.RunArgs) -> None:
   problems = _problems(command.run, arms, command.seed, command.stop)
   if command.workdir is None:
     problems.append("--workdir is missing: the folder of all runs")
-  if problems:
-    raise InputError("\n".join(problems))
+  raise_problems(problems)
   runs = _runs(command, arms)
   cli.start_jax(command)
   for _, one in runs:

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from dsv3_jax.errors import InputError
+from dsv3_jax.errors import InputError, raise_problems
 from dsv3_jax.infer import engine, engine_options, generate, load, serving_mesh
 from dsv3_jax.infer.request import SETTINGS, GenerationRequest
 from dsv3_jax.parallel import device_mesh
@@ -157,8 +157,7 @@ def _open(args: Args, problems: list[str]) -> load.LoadedModel:
       problems += map(_of_flag, loaded.validate(args.options, *requests))
     except InputError as error:
       problems += str(error).splitlines()
-  if problems:
-    raise InputError("\n".join(problems))
+  raise_problems(problems)
   return loaded
 
 

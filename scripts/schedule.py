@@ -13,7 +13,7 @@ import json
 import pathlib
 from collections.abc import Iterator
 
-from dsv3_jax.errors import InputError
+from dsv3_jax.errors import InputError, raise_problems
 from dsv3_jax.parallel.pipeline import schedules, simulate, tick_table
 from dsv3_jax.parallel.pipeline.schedules import Schedule
 from dsv3_jax.report import schedule_plot
@@ -66,8 +66,7 @@ class Args:
       times = simulate.Times(**durations)
     except InputError as error:
       problems += str(error).splitlines()
-    if problems:
-      raise InputError("\n".join(problems))
+    raise_problems(problems)
     return times
 
 

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from dsv3_jax.errors import InputError
+from dsv3_jax.errors import raise_problems
 
 T = typing.TypeVar("T")
 # Whole numbers up to here are exact as floats, and in JSON, everywhere.
@@ -82,8 +82,7 @@ def _validate(cfg: Any) -> None:
   problems = list(_field_problems(cfg))
   if not problems and hasattr(cfg, "validate"):
     problems = list(cfg.validate())
-  if problems:
-    raise InputError("\n".join(problems))
+  raise_problems(problems)
 
 
 @typing.dataclass_transform(

@@ -10,7 +10,7 @@ from typing import Any
 from absl import logging
 
 from dsv3_jax.config import fields, model
-from dsv3_jax.errors import InputError
+from dsv3_jax.errors import InputError, raise_problems
 
 # Old name -> new name of a setting or of a group of settings, both without a
 # leading `model.`. Old names are read for one release: in `--set`, in
@@ -210,8 +210,7 @@ def override(cfg: Any, *assignments: str) -> Any:
   values, invalid = _assignments(flatten(cfg), assignments)
   problems += invalid
   result = _rebuild(cfg, values, "", problems)
-  if problems:
-    raise InputError("\n".join(problems))
+  raise_problems(problems)
   return result
 
 

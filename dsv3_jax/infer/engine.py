@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax import config
-from dsv3_jax.errors import InputError, NotFiniteError
+from dsv3_jax.errors import NotFiniteError, raise_problems
 from dsv3_jax.infer import (
   compiled,
   eplb,
@@ -105,8 +105,7 @@ class Engine:
       InputError: an option is out of range, or there is no MTP module to draft.
     """
     options = (options or EngineOptions()).resolve(cfg)
-    if problems := validate_options(cfg, options, mesh):
-      raise InputError("\n".join(problems))
+    raise_problems(validate_options(cfg, options, mesh))
     if options.serving and not mesh:
       mesh = serving_mesh.make_serving_mesh(options.serving, cfg)
     if placement and not mesh:
@@ -140,8 +139,7 @@ class Engine:
     Raises:
       InputError: it cannot be served.
     """
-    if problems := self.validate_request(request):
-      raise InputError("\n".join(problems))
+    raise_problems(self.validate_request(request))
     index, self.submitted = self.submitted, self.submitted + 1
     self._slots.waiting.append((index, request))
     return index

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import tokenizers
 
 from dsv3_jax.data import chat, tokenizer
-from dsv3_jax.errors import InputError
+from dsv3_jax.errors import InputError, raise_problems
 from dsv3_jax.infer import engine as engine_lib
 from dsv3_jax.infer.request import GenerationRequest, Prompt
 
@@ -80,8 +80,7 @@ class Generator:
       InputError: it cannot be served; lists the problems, a line each.
     """
     request = tokenize(self.tok, request)
-    if problems := self.engine.validate_request(request):
-      raise InputError("\n".join(problems))
+    raise_problems(self.engine.validate_request(request))
     return request
 
 

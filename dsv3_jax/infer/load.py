@@ -15,7 +15,7 @@ import tokenizers
 
 from dsv3_jax import config, param_spec
 from dsv3_jax.data import tokenizer
-from dsv3_jax.errors import InputError
+from dsv3_jax.errors import InputError, raise_problems
 from dsv3_jax.infer import (
   engine,
   engine_options,
@@ -68,8 +68,7 @@ class LoadedModel:
       manifest.MissingError: the run has no checkpoint.
     """
     options = options or EngineOptions()
-    if problems := self.validate(options):
-      raise InputError("\n".join(problems))
+    raise_problems(self.validate(options))
     cfg, mesh = self._served_config(options), None
     if options.serving:
       mesh = serving_mesh.make_serving_mesh(options.serving, cfg)

@@ -13,7 +13,7 @@ import jax
 from dsv3_jax import config, io, train
 from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.data import loader, prepare, tokenized_corpus
-from dsv3_jax.errors import InputError, NotFiniteError
+from dsv3_jax.errors import NotFiniteError, raise_problems
 from dsv3_jax.parallel import layout_check
 from dsv3_jax.plan import flops
 from dsv3_jax.trainer import (
@@ -67,8 +67,7 @@ def fit(args: run_args.RunArgs) -> FitResult:
   problems = args.validate()
   if args.workdir is None:
     problems.append("--workdir is missing: the folder that the run writes to")
-  if problems:
-    raise InputError("\n".join(problems))
+  raise_problems(problems)
   spikes: list[exit_codes.SpikeError] = []
   host, own_process = args.processes.host, args.own_process
   with heartbeat.Heartbeat(args.timeouts, host, own_process) as watchdog:
@@ -92,8 +91,7 @@ def _train(
 ) -> FitResult:
   run, stop, began = args.run, args.stop, time.time()
   mesh = distributed.mesh(args.mesh)
-  if problems := _validate(run, mesh):
-    raise InputError("\n".join(problems))
+  raise_problems(_validate(run, mesh))
   data = _prepare(args, stack)
   folder = args.workdir / "checkpoints"
   checkpoints = checkpointer.Checkpointer(folder, run.checkpoint)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from dsv3_jax.config import fields
-from dsv3_jax.errors import InputError
+from dsv3_jax.errors import raise_problems
 from dsv3_jax.parallel.pipeline import schedule_check, schedules, tick_table
 
 
@@ -116,8 +116,7 @@ def bubble(name: str, n_ranks: int, times: Times | None = None) -> float:
     InputError: no such schedule, or not on so many ranks.
   """
   n_micro = 4 * n_ranks  # enough for every schedule
-  if problems := schedules.validate(name, n_ranks, n_micro):
-    raise InputError("\n".join(problems))
+  raise_problems(schedules.validate(name, n_ranks, n_micro))
   times = times or Times()
   n_stages = 2 * n_ranks if name == "dualpipev" else n_ranks
   if name == "1f1b":

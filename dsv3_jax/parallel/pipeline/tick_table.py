@@ -28,7 +28,11 @@ def to_ticks(schedule: schedules.Schedule) -> Ticks:
 
   Returns:
     For each tick and rank a cell, or None if the rank is idle.
+
+  Raises:
+    ValueError: the schedule lacks or repeats an operation, or waits forever.
   """
+  schedule_check.check(schedule)
   starts = schedule_check.start_ticks(schedule)
   n_ticks = 1 + max(itertools.chain(*starts))
   table = [[None] * schedule.n_ranks for _ in range(n_ticks)]
