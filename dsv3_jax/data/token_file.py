@@ -55,8 +55,8 @@ def write(
   again if they do not.
 
   Raises:
-    InputError: the file was made from other documents, tokenizer or rates, or
-      an id is not below `vocab_size`.
+    InputError: the file was made from other documents, tokenizer or rates, an
+      id is not below `vocab_size`, or the ids do not stand for all bytes.
   """
   rates = {"fim_rate": fim_rate, "split_rate": split_rate}
   inputs = rates | {
@@ -84,13 +84,16 @@ def write(
       return known
     logging.warning("%s: missing or damaged, tokenizing again", path)
   n_tokens, digest = 0, hashlib.sha256()
+  lengths, covered = tokenizer.byte_lengths(tok, vocab_size), 0
   with io.atomic_write(path, "wb") as file:
     for name, ids in tokenize.encode(documents, tok, **rates):
       check_ids(ids, vocab_size, name)
       raw = ids.astype(inputs["dtype"]).tobytes()
       n_tokens += len(ids)
+      covered += int(lengths[ids].sum())
       digest.update(raw)
       file.write(raw)
+    tokenizer.check_covers(covered, inputs["text_bytes"], str(path))
   inputs |= {"n_tokens": n_tokens, "tokens_digest": digest.hexdigest()}
   result = TokenFile(path=path, **inputs)
   manifest = dataclasses.asdict(result)

@@ -81,16 +81,19 @@ class TokenizedCorpus:
 def open_corpus(data: config.Data, directory: pathlib.Path) -> TokenizedCorpus:
   """Opens what `prepare.prepare` has written to a directory; reads no text.
 
-  Raises InputError if a file is missing, or no longer than a row.
+  Raises InputError if a file is missing, or no longer than a row, or if the
+  held-out tokens do not stand for all bytes of their text.
   """
-  domains = []
+  tok, domains = tokenizer.load(directory / TOKENIZER), []
   for name, weight in (data.domain_weights or {"": 1.0}).items():
     train = token_file.open_file(directory / name / "train.bin")
     heldout = token_file.open_file(directory / name / "heldout.bin")
     rows = packing.PackedRows(train, data.seq_len)
     tokens = np.asarray(heldout.open(), np.int32)
+    lengths = tokenizer.byte_lengths(tok, heldout.vocab_size)
+    covered, path = int(lengths[tokens].sum()), str(heldout.path)
+    tokenizer.check_covers(covered, heldout.text_bytes, path)
     domains.append(Domain(name, weight, train, rows, heldout, tokens))
-  tok = tokenizer.load(directory / TOKENIZER)
   corpus = TokenizedCorpus(tok, tuple(domains))
   with contextlib.suppress(InputError, KeyError):  # it is measured again
     manifest = io.read_json_object(directory / MANIFEST)

@@ -9,6 +9,7 @@ import importlib.util
 import pathlib
 from collections.abc import Iterable
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -69,7 +70,7 @@ def train(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
     show_progress=False,
   )
   tok.train_from_iterator(texts, trainer)
-  return _guard(tok)
+  return _reset(tok)
 
 
 def deepseek() -> tokenizers.Tokenizer:
@@ -110,7 +111,7 @@ def load(path: pathlib.Path) -> tokenizers.Tokenizer:
       f"{path}: ids of {BOS}, {EOS}, {PAD} must be"
       f" {BOS_ID}, {EOS_ID}, {PAD_ID}, got {ids}"
     )
-  return _guard(tok)
+  return _reset(tok)
 
 
 def save(tok: tokenizers.Tokenizer, path: pathlib.Path) -> None:
@@ -118,11 +119,48 @@ def save(tok: tokenizers.Tokenizer, path: pathlib.Path) -> None:
   io.write_text(path, tok.to_str(pretty=True))
 
 
-def _guard(tok: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-  """Makes special names in a text plain text: data cannot forge a token."""
+def _reset(tok: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+  """Makes the ids of a text a function of all of the text, and of it alone.
+
+  Special names in it are plain text: data cannot forge a token. A file may say
+  that texts are truncated or padded, or that merges are dropped at random;
+  these are settings of who saved it, not of the vocabulary.
+  """
   tok.add_special_tokens(list(SPECIAL))  # not all are special as released
   tok.encode_special_tokens = True
+  tok.no_truncation()
+  tok.no_padding()
+  if getattr(tok.model, "dropout", None) is not None:
+    tok.model.dropout = None
   return tok
+
+
+def byte_lengths(tok: tokenizers.Tokenizer, vocab_size: int) -> np.ndarray:
+  """Returns the bytes of text of each id, int64; 0 for special ones.
+
+  There are `vocab_size` ids, or those of the tokenizer if it has more.
+  """
+  lengths = np.zeros(max(vocab_size, n_ids(tok)), np.int64)
+  # Byte-level BPE writes each byte as one character.
+  for token, i in tok.get_vocab(with_added_tokens=False).items():
+    lengths[i] = len(token)
+  for i, token in tok.get_added_tokens_decoder().items():
+    lengths[i] = 0 if token.special else len(token.content.encode())
+  return lengths
+
+
+def check_covers(covered: int, n_bytes: int, where: str) -> None:
+  """Raises InputError unless tokens have as many bytes as their text.
+
+  Bits per byte divide the likelihood of the tokens by the bytes of the text.
+  """
+  if covered != n_bytes:
+    raise InputError(
+      f"{where}: its tokens stand for {covered:,} bytes, its text has"
+      f" {n_bytes:,}: the tokenizer changes texts, or the file is of another"
+      " one; use a byte-level tokenizer that keeps all bytes, and prepare the"
+      " data in another workdir"
+    )
 
 
 def n_ids(tok: tokenizers.Tokenizer) -> int:

@@ -1,5 +1,6 @@
 """Tokenizing the corpus of a run, opening it, and refusing another one."""
 
+import json
 import pathlib
 import random
 import tempfile
@@ -55,6 +56,27 @@ class PrepareTest(parameterized.TestCase):
     self.assertEqual(first["tokenizer"], second["tokenizer"])
     self.assertEqual(first["train_tokens"], second["train_tokens"])
     self.assertNotEqual(first["heldout_tokens"], second["heldout_tokens"])
+
+  def test_a_tokenizer_that_changes_texts_is_refused(self):
+    facts = json.loads(tokenizer.train(["x"], 300).to_str())
+    strip = {"type": "Strip", "strip_left": True, "strip_right": True}
+    facts["normalizer"] = strip
+    path = self.root / "lossy.json"
+    path.write_text(json.dumps(facts, ensure_ascii=False))
+    data = config.Data(path=str(self.text), seq_len=16)
+    with self.assertRaisesRegex(ValueError, "stand for .* bytes"):
+      prepare.prepare(data, 300, self.directory, path)
+    self.assertFalse((self.directory / "train.bin").exists())
+
+  def test_held_out_tokens_cover_their_text(self):
+    domain = self.prepare().domains[0]
+    manifest = domain.heldout.path.with_suffix(".json")
+    facts = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(facts | {"text_bytes": 7}))
+    with self.assertRaisesRegex(ValueError, "its text has 7:"):
+      tokenized_corpus.open_corpus(
+        config.Data(path=str(self.text), seq_len=16), self.directory
+      )
 
   def test_second_start_reuses_everything(self):
     first = self.prepare()

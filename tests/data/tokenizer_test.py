@@ -179,6 +179,62 @@ class LoadTest(parameterized.TestCase):
       tokenizer.load(self.path)
 
 
+def forge(path, tok, **changes):
+  """Saves a tokenizer with other settings, as its file may have them."""
+  facts = json.loads(tok.to_str())
+  facts["model"] |= changes.pop("model", {})
+  path.write_text(json.dumps(facts | changes, ensure_ascii=False))
+  return path
+
+
+class ResetTest(parameterized.TestCase):
+  TRUNCATION = {
+    "direction": "Right",
+    "max_length": 8,
+    "strategy": "LongestFirst",
+    "stride": 0,
+  }
+  PADDING = {
+    "strategy": {"Fixed": 99},
+    "direction": "Left",
+    "pad_to_multiple_of": None,
+    "pad_id": 2,
+    "pad_type_id": 0,
+    "pad_token": tokenizer.PAD,
+  }
+
+  @parameterized.parameters(
+    dict(truncation=TRUNCATION),
+    dict(truncation=TRUNCATION | {"direction": "Left"}),
+    dict(padding=PADDING),
+    dict(padding=PADDING | {"strategy": "BatchLongest"}),
+    dict(truncation=TRUNCATION, padding=PADDING),
+    dict(model={"dropout": 0.5}),
+  )
+  def test_settings_of_who_saved_it_change_no_id(self, **changes):
+    tok = tokenizer.train(HARD * 9, 400)
+    path = forge(temporary_directory(self) / "t.json", tok, **changes)
+    texts = ["A text of more than eight tokens, with merges.", "x"]
+    loaded = tokenizer.load(path)
+    for encode_batch in (loaded.encode_batch, loaded.encode_batch_fast):
+      got = encode_batch(texts, add_special_tokens=False)
+      for text, encoding in zip(texts, got, strict=True):
+        self.assertEqual(encoding.ids, encode(tok, text).ids)
+    self.assertEqual(tokenizer.digest(loaded), tokenizer.digest(tok))
+
+
+class CoverTest(absltest.TestCase):
+  def test_bytes_of_all_tokens(self):
+    tok = tokenizer.deepseek()
+    lengths = tokenizer.byte_lengths(tok, 129_280)
+    for text in HARD:
+      ids = [tokenizer.BOS_ID, *encode(tok, text).ids]
+      n, covered = len(text.encode()), int(lengths[ids].sum())
+      tokenizer.check_covers(covered, n, "here")
+      with self.assertRaisesRegex(ValueError, f"here: .* has {n + 1}:"):
+        tokenizer.check_covers(covered, n + 1, "here")
+
+
 class MissingPackageTest(absltest.TestCase):
   def test_says_how_to_install(self):
     with absltest.mock.patch.object(
