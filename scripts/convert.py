@@ -236,7 +236,6 @@ def _load_tokens(path: str) -> np.ndarray:
 
 def _logits(args: Args) -> None:
   tokens, released = _load_tokens(args.tokens), _open_released(args)
-  _check_values(released)
   sizes, _ = cli.parse_mesh(args.mesh)
   if sizes:
     n_devices = math.prod(sizes.values())

@@ -248,6 +248,26 @@ def read_fp8_tile(config_json: dict[str, Any]) -> tuple[int, int] | None:
   return tuple(size)
 
 
+def ignored_settings(config_json: dict[str, Any]) -> Iterator[str]:
+  """Yields a note for each setting that changes nothing here."""
+  rope = "rope_parameters", "rope_scaling"
+  known = {"": KNOWN} | dict.fromkeys(rope, _KNOWN_ROPE)
+  known["quantization_config"] = {*FP8, "weight_block_size", "scale_fmt"}
+  for section in known:
+    settings = config_json.get(section) if section else config_json
+    prefix = f"{section}." if section else ""
+    for key in sorted(set(settings or ()) - set(known[section])):
+      value = settings[key]
+      yield f"config.json: {prefix}{key}={value!r} is unknown and ignored"
+  quantization = config_json.get("quantization_config") or {}
+  if scale_fmt := quantization.get("scale_fmt"):
+    yield (
+      f"config.json: quantization_config.scale_fmt={scale_fmt!r} is how"
+      " activations are quantized elsewhere; the scales of weights are read as"
+      " they are, powers of two or not"
+    )
+
+
 def make_config_json(run: config.Run) -> dict[str, Any]:
   """Returns the config.json of a model, without the types of its files.
 
@@ -322,6 +342,11 @@ def _inexpressible_settings(model: config.Model) -> Iterator[str]:
     )
 
 
+_KNOWN_ROPE = {
+  *_YARN,
+  *("type", "rope_type", "rope_theta", "mscale", "attention_factor"),
+  "truncate",
+}
 # Keys that are read, and keys that have no meaning for the model itself.
 KNOWN = frozenset(_SETTINGS) | frozenset(_REQUIRED) | frozenset((
     "architectures", "model_type", "num_key_value_heads", "rope_theta",

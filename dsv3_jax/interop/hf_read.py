@@ -176,10 +176,7 @@ def open_folder(
   tile = hf_config.read_fp8_tile(config_json)
   tensors, problems = _read_headers(folder, follow_links)
   raise_problems(problems)
-  notes = [
-    f"{CONFIG}: {key}={config_json[key]!r} is unknown and ignored"
-    for key in sorted(config_json.keys() - hf_config.KNOWN)
-  ]
+  notes = list(hf_config.ignored_settings(config_json))
   if model.mtp.depth and _largest_layer(tensors) < model.n_layers:
     notes.append(
       f"{CONFIG}: num_nextn_predict_layers={model.mtp.depth}, but no tensor"
@@ -356,9 +353,11 @@ def _check_scales(
 
 
 def validate_values(released: ReleasedCheckpoint) -> Iterator[str]:
-  """Yields scales that are not valid, and MTP copies that differ."""
-  quantization = released.config_json.get("quantization_config") or {}
-  powers = quantization.get("scale_fmt") == "ue8m0"
+  """Yields scales that are not valid, and MTP copies that differ.
+
+  Whoever imports, verifies or loads a checkpoint asks this, so that all have
+  one opinion of it.
+  """
   for name, tensor in released.tensors.items():
     if not name.endswith(hf_mapping.SCALES):
       continue
@@ -367,8 +366,6 @@ def validate_values(released: ReleasedCheckpoint) -> Iterator[str]:
       yield f"{name}: not all finite"
     elif not (scales > 0).all():
       yield f"{name}: not all above 0"
-    elif powers and (np.frexp(scales)[0] != 0.5).any():
-      yield f"{name}: not all powers of two, as scale_fmt=ue8m0 says"
   for name, original in hf_mapping.mtp_copies(released.model).items():
     if not _equal_bytes(released.tensors[name], released.tensors[original]):
       yield f"{name}: differs from {original}, which it must repeat"

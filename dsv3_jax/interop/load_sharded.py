@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from dsv3_jax import param_spec
-from dsv3_jax.interop import hf_mapping, resumable
+from dsv3_jax.errors import raise_problems
+from dsv3_jax.interop import hf_mapping, hf_read, resumable
 from dsv3_jax.interop.hf_mapping import Block, Slices
 from dsv3_jax.interop.hf_read import ReleasedCheckpoint
 from dsv3_jax.model import transformer
@@ -26,7 +27,12 @@ def load(
 
   `specs` are partition specs of the parameters, a tree as `transformer.specs`,
   `dtype` is their type; FP8 is dequantized, and the bias is float32.
+
+  Raises:
+    InputError: a tensor cannot be read, or holds values that are not valid.
   """
+  if not source.checksums:  # else the import has asked
+    raise_problems(hf_read.validate_values(source), f"{source.folder}: ")
   model = source.model
   blocks: dict[str, Blocks] = {}
   for block in hf_mapping.model_blocks(model):

@@ -368,13 +368,31 @@ class RefusedTest(parameterized.TestCase):
     released.rewrite(released.in_fp8(self.folder), changed)
     self.refused(name, message)
 
-  @pytest.mark.fault("F45")
-  def test_scales_that_are_no_powers_of_two(self):
-    released.in_fp8(self.folder)
+  def test_scales_are_read_whatever_their_format_is_called(self):
+    released.in_fp8(self.folder)  # as in V3.1, whose o_proj has other scales
     path = self.folder / "config.json"
     how = json.loads(path.read_text())["quantization_config"]
-    self.change_config(quantization_config=how | {"scale_fmt": "ue8m0"})
-    self.refused("not all powers of two")
+    self.change_config(
+      quantization_config=how | {"scale_fmt": "ue8m0", "other": 1}
+    )
+    found = hf_read.open_folder(self.folder)
+    self.assertEmpty(list(hf_read.validate_values(found)))
+    self.assertRegex("\n".join(found.notes), "other=1.*\n.*'ue8m0' .* as they")
+
+  @parameterized.parameters(
+    ("layers.0.self_attn.o_proj.weight_scale_inv", "not all finite"),
+    ("layers.3.embed_tokens.weight", "differs from"),
+  )
+  def test_who_loads_has_the_same_opinion(self, name, message):
+    def change(found):
+      found[f"model.{name}"] = found[f"model.{name}"].clone().fill_(torch.nan)
+
+    released.rewrite(released.in_fp8(self.folder), change)
+    self.refused(message)
+    found, mesh = hf_read.open_folder(self.folder), device_mesh.make_mesh({})
+    specs = layouts.make_layout(found.make_run(), mesh.shape).specs
+    with self.assertRaisesRegex(ValueError, f"{name}: {message}"):
+      load_sharded.load(found, specs, mesh, np.float32)
 
   def test_fp8_without_quantization_config(self):
     released.in_fp8(self.folder)
