@@ -2,13 +2,14 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dsv3_jax import config
 from dsv3_jax.config import model as model_lib
 from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError, raise_problems
+from dsv3_jax.model.router import SCORES
 
 # Maps keys of config.json to settings of `config.Model` with the same value.
 _SETTINGS = {
@@ -35,15 +36,36 @@ _SETTINGS = {
   "routed_scaling_factor": "router.scale",
   "num_nextn_predict_layers": "mtp.depth",
 }
-_DEFAULTS = {  # values of keys that are null or missing
+_NULL = {  # what null means; null of any other key is refused
   "q_lora_rank": 0,
   "n_shared_experts": 0,
-  "n_group": 1,
-  "topk_group": 1,
+  "norm_topk_prob": False,
+  "num_nextn_predict_layers": 0,
+}
+# What a missing key means, where DeepSeek's own class of the model type and
+# that of `transformers` agree; another key that is missing is refused.
+_V3_DEFAULTS = {
+  "q_lora_rank": 1536,
+  "n_shared_experts": 1,
+  "n_group": 8,
+  "topk_group": 4,
+  "norm_topk_prob": True,
+  "routed_scaling_factor": 2.5,
+  "num_nextn_predict_layers": 1,
+  "rms_norm_eps": 1e-6,
+  "initializer_range": 0.02,
+  "max_position_embeddings": 4096,
+}
+_V2_DEFAULTS = {
+  "q_lora_rank": 1536,
+  "n_group": None,
+  "topk_group": None,
+  "norm_topk_prob": False,
+  "routed_scaling_factor": 1.0,
   "num_nextn_predict_layers": 0,
   "rms_norm_eps": 1e-6,
   "initializer_range": 0.02,
-  "routed_scaling_factor": 1.0,
+  "max_position_embeddings": 2048,
 }
 # The quantization that is read and written, with tiles of `weight_block_size`.
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
@@ -62,15 +84,35 @@ class _ModelType:
   """The router of a `model_type`, in the terms of config.json."""
 
   score: str  # key of the scores in model/router.py
+  group_top: int  # a group ranks by so many of its best experts
   architecture: str
-  renormalize: bool  # default of norm_topk_prob
-  topk_methods: tuple[str, ...]  # with one group, and with several
+  defaults: Mapping[str, Any]  # of keys that are missing
+  topk_methods: tuple[str, ...]  # with one group, the default; with several
   has_bias: bool  # files have e_score_correction_bias
+  # Values of norm_topk_prob of which all software has the same opinion: of V2's
+  # true, `transformers` ignores it, and DeepSeek's code ignores the scale.
+  renormalize: tuple[bool, ...]
 
 
-_V3 = _ModelType("sigmoid", "DeepseekV3ForCausalLM", True, ("noaux_tc",), True)
-_V2_METHODS = "greedy", "group_limited_greedy"
-_V2 = _ModelType("softmax", "DeepseekV2ForCausalLM", False, _V2_METHODS, False)
+_V3 = _ModelType(
+  score="sigmoid",
+  group_top=2,
+  architecture="DeepseekV3ForCausalLM",
+  defaults=_V3_DEFAULTS,
+  topk_methods=("noaux_tc",),
+  has_bias=True,
+  renormalize=(True, False),
+)
+_GREEDY = "greedy"  # chooses among all experts, whatever the groups are
+_V2 = _ModelType(
+  score="softmax",
+  group_top=1,
+  architecture="DeepseekV2ForCausalLM",
+  defaults=_V2_DEFAULTS,
+  topk_methods=(_GREEDY, "group_limited_greedy"),
+  has_bias=False,
+  renormalize=(False,),
+)
 # A model is written with the first type that has the score of its router.
 _MODEL_TYPES = {"deepseek_v3": _V3, "kimi_k2": _V3, "deepseek_v2": _V2}
 _REQUIRED = {  # the only supported value
@@ -96,27 +138,37 @@ def read_model(config_json: dict[str, Any]) -> config.Model:
       f" {', '.join(_MODEL_TYPES)}"
     )
   problems = list(_unsupported_settings(config_json))
-  renormalize = _MODEL_TYPES[model_type].renormalize
-  defaults = _DEFAULTS | {"norm_topk_prob": renormalize}
+  method, *_ = _MODEL_TYPES[model_type].topk_methods
+  defaults = {
+    key: value
+    for key, value in _MODEL_TYPES[model_type].defaults.items()
+    if key not in config_json
+  }
+  config_json = defaults | config_json
+  if config_json.get("topk_method", method) == _GREEDY:
+    config_json |= {"n_group": 1, "topk_group": 1}
   values = {}
   for key, path in _SETTINGS.items():
     value = config_json.get(key)
+    if value is None and key in config_json:
+      value = _NULL.get(key)
     if value is None:
-      value = defaults.get(key)
-    if value is None:
-      problems.append(f"config.json: {key} is missing")
+      problems.append(f"config.json: {key} is missing or null")
     else:
       values[path] = value
   values["router.score"] = _MODEL_TYPES[model_type].score
-  if config_json.get("topk_method") == "greedy":
-    values |= {"router.n_groups": 1, "router.top_groups": 1}
   try:
     max_len(config_json)
     values["attention.rope_theta"], yarn = _rope(config_json)
   except InputError as error:
     problems += str(error).splitlines()
   raise_problems(problems)
-  return _model(values, yarn)
+  try:
+    return _model(values, yarn)
+  except InputError as error:
+    taken = [f"{key}={value}" for key, value in defaults.items()]
+    note = "\nconfig.json: defaults of missing keys: " + ", ".join(taken)
+    raise InputError(f"{error}{note * bool(taken)}") from error
 
 
 def _unsupported_settings(config_json: dict[str, Any]) -> Iterator[str]:
@@ -131,6 +183,8 @@ def _unsupported_settings(config_json: dict[str, Any]) -> Iterator[str]:
   ):
     if config_json.get(key, allowed[0]) not in allowed:
       yield f"config.json: {key}={config_json[key]!r}: must be {must_be}"
+  if True not in model_type.renormalize and config_json.get("norm_topk_prob"):
+    yield f"config.json: norm_topk_prob=True: must be False in {name}"
 
 
 def _rope(config_json: dict[str, Any]) -> tuple[float, model_lib.Yarn]:
@@ -187,7 +241,7 @@ def _model(values: dict[str, Any], yarn: model_lib.Yarn) -> config.Model:
     "mtp": model_lib.MTP,
   }
   values = values | {"attention.yarn": yarn}
-  if values["router.score"] == "softmax":  # balanced only by a loss
+  if not has_router_bias(values["router.score"]):  # balanced by a loss alone
     values["router.bias_speed"] = 0.0
   sections, problems = collections.defaultdict(dict), []
   for path, value in values.items():
@@ -205,7 +259,8 @@ def _model(values: dict[str, Any], yarn: model_lib.Yarn) -> config.Model:
 
 def max_len(config_json: dict[str, Any]) -> int:
   """Returns the longest context of the model in tokens."""
-  length = config_json.get("max_position_embeddings", 4096)
+  defaults = _MODEL_TYPES[config_json["model_type"]].defaults
+  length = (defaults | config_json)["max_position_embeddings"]
   if type(length) is int and length > 0:
     return length
   setting = f"max_position_embeddings={length!r}"
@@ -310,10 +365,8 @@ def _model_type(score: str) -> tuple[str, _ModelType]:
   for name, model_type in _MODEL_TYPES.items():
     if model_type.score == score:
       return name, model_type
-  raise InputError(
-    f"router.score={score!r}: must be {_V3.score!r} or {_V2.score!r} in"
-    f" {_RELEASED}"
-  )
+  scores = " or ".join(dict.fromkeys(t.score for t in _MODEL_TYPES.values()))
+  raise InputError(f"router.score={score}: must be {scores} in {_RELEASED}")
 
 
 def has_router_bias(score: str) -> bool:
@@ -335,10 +388,41 @@ def _inexpressible_settings(model: config.Model) -> Iterator[str]:
     yield (
       f"attention.norm_eps={attention.norm_eps:g}: must be 1e-06 in {_RELEASED}"
     )
+  if attention.yarn.factor > 1 and not attention.yarn.mscale:
+    yield (
+      f"attention.yarn.mscale=0: must be above 0 in {_RELEASED}, 0 is read as"
+      " missing; 1e-9 computes the same"
+    )
+  yield from _inexpressible_router(model.router)
   if not model.n_moe_layers:
     yield (
       f"n_dense_layers={model.n_dense_layers}: must be below"
       f" n_layers={model.n_layers} in {_RELEASED}"
+    )
+
+
+def _inexpressible_router(router: config.Router) -> Iterator[str]:
+  """Yields what software that reads the router's `model_type` does not do."""
+  try:
+    name, model_type = _model_type(router.score)
+  except InputError as error:
+    yield str(error)
+    return
+  if router.renormalize not in model_type.renormalize:
+    yield (
+      f"router.renormalize={router.renormalize} with router.score="
+      f"{router.score}: must be {model_type.renormalize[0]} in {_RELEASED}"
+      f" of type {name}"
+    )
+  if router.n_groups == 1:
+    return
+  ours, theirs = SCORES[router.score].group_top, model_type.group_top
+  if ours != theirs or router.n_experts // router.n_groups < theirs:
+    yield (
+      f"router.n_groups={router.n_groups} of n_experts={router.n_experts}: in"
+      f" {_RELEASED} of type {name} groups rank by their best {theirs}"
+      f" experts, here by {ours}; it must be the same number, and a group must"
+      " have as many"
     )
 
 

@@ -1,10 +1,15 @@
+import copy
+import dataclasses
 import json
+from unittest import mock
 
+import transformers
 from absl.testing import absltest, parameterized
 
-from dsv3_jax import config
+from dsv3_jax import config, errors
 from dsv3_jax.config import presets
 from dsv3_jax.interop import hf_config
+from dsv3_jax.model import router
 from dsv3_jax.plan import flops
 
 # What DeepSeek's config.json of V3 says; R1's is the same.
@@ -205,6 +210,135 @@ class ReadTest(parameterized.TestCase):
   @parameterized.parameters((_V3, (128, 128)), (_V31, (128, 128)), ({}, None))
   def test_tile(self, facts, want):
     self.assertEqual(hf_config.read_fp8_tile(facts), want)
+
+
+class MissingTest(parameterized.TestCase):
+  """Tests keys that config.json lacks, or that are null."""
+
+  @parameterized.parameters(
+    (transformers.DeepseekV3Config, _V3),
+    (transformers.DeepseekV3Config, _MOONLIGHT),
+    (transformers.DeepseekV2Config, _V2),
+    (transformers.DeepseekV2Config, _V2_LITE),
+  )
+  def test_missing_is_the_default_of_the_reference_or_refused(self, cls, facts):
+    self.assertNotEmpty(hf_config._SETTINGS)
+    for key, path in hf_config._SETTINGS.items():
+      less = {k: v for k, v in facts.items() if k != key}
+      try:
+        ours = config.flatten(hf_config.read_model(less))[path]
+      except ValueError as error:
+        self.assertRegex(str(error), key)
+        continue
+      given = {k: v for k, v in less.items() if k != "quantization_config"}
+      theirs = getattr(cls(**copy.deepcopy(given)), key, None)
+      if theirs is None:  # of V2: no groups, no MTP
+        theirs = {"n_group": 1, "topk_group": 1}.get(key, 0)
+      self.assertEqual(ours, theirs, key)
+
+  def test_without_a_method_v2_chooses_among_all_experts(self):
+    facts = {k: v for k, v in _V2.items() if k != "topk_method"}
+    model = hf_config.read_model(facts)
+    self.assertEqual((model.router.n_groups, model.router.top_groups), (1, 1))
+
+  def test_null_is_null(self):
+    nulls = dict.fromkeys(("q_lora_rank", "n_shared_experts"))
+    nulls |= dict.fromkeys(("norm_topk_prob", "num_nextn_predict_layers"))
+    model = hf_config.read_model(_V3 | nulls)
+    self.assertEqual(model.attention.q_rank, 0)
+    self.assertEqual(model.moe.n_shared, 0)
+    self.assertEqual(model.router.renormalize, False)
+    self.assertEqual(model.mtp.depth, 0)
+
+  @parameterized.parameters(
+    *(hf_config._SETTINGS.keys() - hf_config._NULL.keys())
+  )
+  def test_null_that_means_nothing_is_refused(self, key):
+    with self.assertRaisesRegex(ValueError, f"{key} is missing or null|heads"):
+      hf_config.read_model(_V3 | {key: None})
+
+  def test_longest_context(self):
+    for facts, want in ((_V3, 4096), (_V2, 2048)):
+      less = {k: v for k, v in facts.items() if not k.startswith("max_pos")}
+      self.assertEqual(hf_config.max_len(less), want)
+
+
+def _others(run, path):
+  """Yields the run with other values of a setting of its model."""
+  value = config.flatten(run)[path]
+  numbers = value if type(value) in (int, float) else 0
+  for other in (
+    *(numbers + 1, numbers * 2, numbers / 2, 0),
+    *(not value, "pre_norm", "routed", "softmax"),
+  ):
+    try:
+      changed = config.override(run, f"{path}={other}")
+    except ValueError:
+      continue
+    if changed != run:
+      yield changed
+
+
+class ChoicesTest(parameterized.TestCase):
+  """Tests that other software reads the model that was trained."""
+
+  def test_every_setting_comes_back_or_is_refused(self):
+    run = config.override(presets.V3_671B, *_YARN_40)
+    training = {
+      *("model.router.bias_speed", "model.router.balance_weight"),
+      *("model.router.balance_map", "model.mtp.weight"),
+      "model.mtp.late_weight",
+    }
+    paths = {p for p in config.flatten(run) if p.startswith("model.")}
+    told = 0
+    for path in sorted(paths - training):
+      for changed in _others(run, path):
+        try:
+          facts = hf_config.make_config_json(changed)
+        except errors.InputError:
+          continue
+        got = hf_config.read_model(facts)
+        want = config.flatten(changed.model)
+        got = config.flatten(got) | {
+          k.removeprefix("model."): want[k.removeprefix("model.")]
+          for k in training
+        }
+        self.assertEqual(got, want, path)
+        told += 1
+    self.assertGreater(told, len(paths))
+
+  @parameterized.parameters(
+    ("third", {}, "router.score=third: must be sigmoid or softmax"),
+    ("sigmoid", {"group_top": 1}, "by their best 2 experts, here by 1"),
+    ("softmax", {"group_top": 2}, "by their best 1 experts, here by 2"),
+  )
+  def test_a_router_of_ones_own_is_refused(self, score, changes, message):
+    entry = router.SCORES.get(score, router.SCORES["sigmoid"])
+    table = {score: dataclasses.replace(entry, **changes)}
+    config.ROUTER_SCORES.append(score)
+    self.addCleanup(config.ROUTER_SCORES.pop)
+    run = config.override(
+      presets.V3_671B, f"router.score={score}", "router.renormalize=false"
+    )
+    with mock.patch.dict(router.SCORES, table):
+      with self.assertRaisesRegex(errors.InputError, message):
+        hf_config.make_config_json(run)
+
+  @parameterized.parameters(
+    (
+      ("router.score=softmax", "mtp.depth=0"),
+      "router.renormalize=True with router.score=softmax: must be False",
+    ),
+    (("router.n_groups=256", "router.top_groups=8"), "a group must have as"),
+  )
+  def test_a_router_that_others_misread_is_refused(self, assignments, message):
+    run = config.override(presets.V3_671B, *assignments)
+    with self.assertRaisesRegex(errors.InputError, message):
+      hf_config.make_config_json(run)
+
+  def test_v2_with_gates_of_sum_1_is_refused(self):
+    with self.assertRaisesRegex(errors.InputError, "norm_topk_prob=True: must"):
+      hf_config.read_model(_V2 | {"norm_topk_prob": True})
 
 
 class BothWaysTest(parameterized.TestCase):
