@@ -24,6 +24,7 @@ from dsv3_jax.interop import hf_mapping, hf_read, resumable
 from dsv3_jax.interop.hf_mapping import Block
 from dsv3_jax.interop.hf_write import ExportFormat
 from dsv3_jax.interop.resumable import Advance
+from dsv3_jax.model.router import SCORES
 
 _ARCHITECTURE = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.DEEPSEEK2]
 _T = gguf.MODEL_TENSOR
@@ -51,9 +52,14 @@ _TENSORS = {
   "ffn/experts/down": (_T.FFN_DOWN_EXP,),
   hf_mapping.BIAS: (_T.FFN_EXP_PROBS_B,),
 }
-_GATING_FUNCTIONS = {
+_GATING_FUNCTIONS = {  # by `router.score`
   "sigmoid": gguf.ExpertGatingFuncType.SIGMOID,
   "softmax": gguf.ExpertGatingFuncType.SOFTMAX,
+}
+_GROUP_TOP = 2  # llama.cpp ranks groups by so many of their best experts
+_RAW_TYPES = {
+  hf_read.F32: gguf.GGMLQuantizationType.F32,
+  hf_read.BF16: gguf.GGMLQuantizationType.BF16,
 }
 
 
@@ -89,18 +95,30 @@ def validate(model: config.Model) -> Iterator[str]:
       f"norm_eps={model.norm_eps:g}, attention.norm_eps={attention.norm_eps:g}:"
       " llama.cpp takes one number for both"
     )
-  if router.score == "softmax" and router.n_groups > 1:
-    yield (
-      f"router.n_groups={router.n_groups} with router.score=softmax: llama.cpp"
-      " ranks groups by their two best experts, V2 by the best"
-    )
   if router.score not in _GATING_FUNCTIONS:
     scores = " and ".join(_GATING_FUNCTIONS)
     yield f"router.score={router.score}: llama.cpp has only {scores}"
+  elif router.n_groups > 1:
+    yield from _group_problems(router)
   if not model.moe.n_shared:
     yield "moe.n_shared=0: llama.cpp expects shared experts"
   if not model.n_moe_layers:
     yield "n_dense_layers=n_layers: llama.cpp expects mixture layers"
+
+
+def _group_problems(router: config.Router) -> Iterator[str]:
+  """Yields why llama.cpp would choose other groups of experts."""
+  setting = f"router.n_groups={router.n_groups}"
+  if (ours := SCORES[router.score].group_top) != _GROUP_TOP:
+    yield (
+      f"{setting} with router.score={router.score}: llama.cpp ranks groups by"
+      f" their best {_GROUP_TOP} experts, this score by their best {ours}"
+    )
+  if (size := router.n_experts // router.n_groups) < _GROUP_TOP:
+    yield (
+      f"{setting} of n_experts={router.n_experts}: has groups of {size},"
+      f" llama.cpp ranks groups by their best {_GROUP_TOP} experts"
+    )
 
 
 def _path_in_layer(path: str) -> str:
@@ -264,8 +282,11 @@ def write(
   if path.exists():
     raise InputError(f"{path}: already exists; take another name")
   tensors = list(_tensors(export_format))
-  if any(t.dtype == hf_read.E4M3 for t in tensors):
-    raise InputError(f"{path}: GGUF has no FP8; use --dtype=bfloat16")
+  if other := {str(t.dtype) for t in tensors} - set(map(str, _RAW_TYPES)):
+    raise InputError(
+      f"{path}: has {', '.join(sorted(other))}: GGUF has no FP8, and is written"
+      f" in {' or '.join(map(str, _RAW_TYPES))}; use --dtype=bfloat16"
+    )
   resumable.check_free_space(path.parent, total_bytes(export_format))
   partial = path.with_name(f".{path.name}.partial")
   writer = gguf.GGUFWriter(partial, _ARCHITECTURE)
@@ -288,9 +309,8 @@ def _write_tensors(
   advance: Advance,
 ) -> None:
   """Writes the header and all tensors."""
-  types = gguf.GGMLQuantizationType
   for t in tensors:
-    raw = types.F32 if t.dtype == hf_read.F32 else types.BF16
+    raw = _RAW_TYPES[t.dtype]
     writer.add_tensor_info(t.name, t.shape, t.dtype, t.n_bytes, raw)
   writer.write_header_to_file()
   writer.write_kv_data_to_file()

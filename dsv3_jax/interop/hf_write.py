@@ -34,6 +34,14 @@ JOURNAL = ".export.jsonl"
 SHARD_BYTES = 4_300_000_000  # most bytes of a file, unless a block has more
 TILE = 128, 128  # FP8 tile of outputs and inputs
 
+# Types to write: that of matrices, and what config.json calls the others;
+# "stored" has the types of the source.
+DTYPES = {
+  "float32": (hf_read.F32, "float32"),
+  "bfloat16": (hf_read.BF16, "bfloat16"),
+  "fp8": (hf_read.E4M3, "bfloat16"),
+}
+
 BlockShapes = tuple[Block, safetensors.Shapes]
 
 
@@ -70,7 +78,13 @@ class ExportFormat:
   """Converts the blocks of a source to tensors of the types to write."""
 
   source: ParamSource
-  dtype: str  # stored, float32, bfloat16 or fp8
+  dtype: str  # "stored", or one of DTYPES
+
+  def __post_init__(self) -> None:
+    if self.dtype not in ("stored", *DTYPES):
+      raise InputError(
+        f"dtype={self.dtype}: must be stored or one of {', '.join(DTYPES)}"
+      )
 
   @property
   def tile(self) -> tuple[int, int] | None:
@@ -81,11 +95,12 @@ class ExportFormat:
     """Returns the types of a block's tensors and of their scales."""
     if self.dtype == "stored":
       return self.source.dtypes(block)
-    if self.dtype == "float32" or block.path == hf_mapping.BIAS:
+    if block.path == hf_mapping.BIAS:
       return hf_read.F32, None
-    if self.dtype == "fp8" and block.quantized:
-      return hf_read.E4M3, hf_read.F32
-    return hf_read.BF16, None
+    dtype, _ = DTYPES[self.dtype]
+    if dtype != hf_read.E4M3:
+      return dtype, None
+    return (dtype, hf_read.F32) if block.quantized else (hf_read.BF16, None)
 
   def tensors(self, block: Block) -> Iterator[tuple[str, np.ndarray]]:
     """Yields names and arrays of a block's tensors, in the order of `shapes`.
@@ -186,8 +201,7 @@ def exported_config_json(
   if export_format.dtype == "fp8":
     tile = {"weight_block_size": list(TILE)}
     config_json["quantization_config"] = hf_config.FP8 | tile
-  dtype = "float32" if export_format.dtype == "float32" else "bfloat16"
-  return config_json | {"torch_dtype": dtype}
+  return config_json | {"torch_dtype": DTYPES[export_format.dtype][1]}
 
 
 def export(

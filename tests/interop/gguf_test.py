@@ -143,7 +143,8 @@ class GgufTest(parameterized.TestCase):
     ("shared experts", "moe.n_shared=0"),
     ("mixture layers", "n_dense_layers=4"),
     ("one number for both", "norm_eps=1e-5"),
-    ("groups", "router.score=softmax", "mtp.depth=0"),
+    ("by their best 2", "router.score=softmax", "mtp.depth=0"),
+    ("has groups of 1", "router.n_groups=8", "router.top_groups=4"),
   )
   def test_models_that_llama_cpp_would_misread_are_refused(
     self, message, *assignments
@@ -163,6 +164,15 @@ class GgufTest(parameterized.TestCase):
       got = found[f"blk.{i + 1}.exp_probs_b.bias"]
       self.assertEqual(got.dtype, np.float32)
       np.testing.assert_array_equal(got, bias[i].astype(np.float32))
+
+  def test_a_score_of_ones_own_is_refused(self):
+    config.ROUTER_SCORES.append("third")
+    self.addCleanup(config.ROUTER_SCORES.remove, "third")
+    model = testing.tiny("vocab_size=304", "router.score=third")
+    problems = list(gguf.validate(model))
+    self.assertEqual(
+      problems, ["router.score=third: llama.cpp has only sigmoid and softmax"]
+    )
 
   def test_fp8(self):
     _, _, source = _arrays(testing.tiny("vocab_size=304"))
