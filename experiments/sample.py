@@ -12,7 +12,8 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from dsv3_jax.errors import InputError, raise_problems
 from dsv3_jax.infer import engine, engine_options, generate, load, serving_mesh
@@ -22,10 +23,16 @@ from dsv3_jax.trainer import distributed
 from experiments import batch_generate, cli, flag_parser
 from experiments.flag_parser import flag
 
+# Settings of a request that neither a flag nor the folder states.
+_DEFAULTS = {"max_tokens": 200, "temperature": 0.8, "top_p": 0.95}
 
-def _setting(name: str, default: object) -> object:
+
+def _setting(name: str, default: object = None) -> object:
   """Makes the flag of a setting of a request."""
   help_text = SETTINGS[name].metadata["help"]
+  if default is None:
+    last = _DEFAULTS.get(name, SETTINGS[name].default)
+    help_text += f"; default: generation_config.json's, or {last}"
   return flag(default, help_text, repeated=isinstance(default, tuple))
 
 
@@ -37,10 +44,10 @@ class Args:
   prompt: str = flag("", "beginning of the text")
   prompts: str = flag("", "JSON Lines file of prompts")
   out: str = flag("", "JSON Lines file for the texts of --prompts")
-  max_tokens: int = _setting("max_tokens", 200)
-  temperature: float = _setting("temperature", 0.8)
-  top_p: float = _setting("top_p", 0.95)
-  top_k: int = _setting("top_k", 0)
+  max_tokens: int | None = _setting("max_tokens")
+  temperature: float | None = _setting("temperature")
+  top_p: float | None = _setting("top_p")
+  top_k: int | None = _setting("top_k")
   seed: int = _setting("seed", 0)
   stop: tuple[str, ...] = _setting("stop", ())
   speculative: bool = flag(False, "draft tokens with the MTP module")
@@ -93,7 +100,7 @@ class Args:
       yield "--prompt and --prompts: give one of them"
     if self.drafts < 1:
       yield f"--drafts={self.drafts}: must be at least 1"
-    yield from map(_of_flag, self.request.validate())
+    yield from map(_of_flag, self.request({}).validate())
 
   @property
   def files(self) -> tuple[pathlib.Path, pathlib.Path]:
@@ -105,11 +112,14 @@ class Args:
     """Sizes of the mesh axes that are given."""
     return cli.parse_mesh(self.mesh)[0]
 
-  @property
-  def request(self) -> GenerationRequest:
-    """The request of --prompt, and the defaults of --prompts."""
-    settings = {name: getattr(self, name) for name in SETTINGS}
-    return GenerationRequest(self.prompt, **settings)
+  def request(self, settings: Mapping[str, Any]) -> GenerationRequest:
+    """The request of --prompt, and the defaults of --prompts.
+
+    `settings` are those of the model's folder, which flags replace.
+    """
+    given = {name: getattr(self, name) for name in SETTINGS}
+    given = {name: v for name, v in given.items() if v is not None}
+    return GenerationRequest(self.prompt, **{**_DEFAULTS, **settings, **given})
 
   @property
   def options(self) -> engine_options.EngineOptions:
@@ -153,7 +163,8 @@ def _open(args: Args, problems: list[str]) -> load.LoadedModel:
         follow_links=args.follow_links,
       )
       # Problems of the request itself are in the list already.
-      requests = [] if problems or args.prompts else [args.request]
+      request = args.request(loaded.defaults.settings)
+      requests = [] if problems or args.prompts else [request]
       problems += map(_of_flag, loaded.validate(args.options, *requests))
     except InputError as error:
       problems += str(error).splitlines()
@@ -165,7 +176,8 @@ def _print_text(generator: generate.Generator, args: Args) -> None:
   """Prints the prompt and the text that continues it, chunk by chunk."""
   start, n = time.perf_counter(), 0
   print(args.prompt, end="", flush=True)
-  for chunk in generator.stream([args.request]):
+  request = args.request(generator.defaults.settings)
+  for chunk in generator.stream([request]):
     print(chunk.text, end="", flush=True)
     n += 1
   print()
@@ -192,9 +204,13 @@ def _sample() -> None:
   mesh = args.mesh_shape
   if (n := math.prod(mesh.values())) > 1:
     distributed.use_virtual_devices(n, spare_threads=True)
-  generator = _open(args, problems).generator(args.options)
+  loaded = _open(args, problems)
+  for note in loaded.notes:
+    print(f"note: {note}", file=sys.stderr)
+  generator = loaded.generator(args.options)
   if args.prompts:
-    batch_generate.generate_all(generator, *args.files, args.request)
+    request = args.request(loaded.defaults.settings)
+    batch_generate.generate_all(generator, *args.files, request)
   else:
     _print_text(generator, args)
   if mesh:

@@ -171,6 +171,8 @@ def _import(args: Args) -> None:
   target, total = folder / hf_import.FOLDER, released.total_bytes()
   with _progress_bar("import", total) as advance:
     hf_import.import_checkpoint(released, target, args.link, advance)
+  for note in open_run.read_defaults(folder).notes:
+    _print(f"note: {note}")
   try:
     _import_tokenizer(target / tokenizer_files.TOKENIZER, folder)
     description = workdir.run_identity("imported", 0, released.make_run())
@@ -203,8 +205,11 @@ def _export(args: Args) -> None:
   max_len = hf_config.max_len(config_json)
   if args.gguf:
     path, tok = pathlib.Path(args.gguf), _load_tokenizer(folder)
+    defaults = open_run.read_defaults(folder)
+    if defaults.template is None:
+      _print(f"note: {folder} has no chat template: {path} will have none")
     with _progress_bar("export", gguf.total_bytes(export_format)) as advance:
-      gguf.write(export_format, tok, path, max_len, advance)
+      gguf.write(export_format, tok, path, max_len, advance, defaults)
     _print(f"{path}: {path.stat().st_size:,} bytes")
     return
   target = pathlib.Path(args.hf)

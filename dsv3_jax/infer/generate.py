@@ -9,6 +9,8 @@ from dsv3_jax.data import chat, tokenizer
 from dsv3_jax.errors import InputError, raise_problems
 from dsv3_jax.infer import engine as engine_lib
 from dsv3_jax.infer.request import GenerationRequest, Prompt
+from dsv3_jax.interop import tokenizer_files
+from dsv3_jax.interop.tokenizer_files import DEFAULTS, GenerationDefaults
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
@@ -27,17 +29,24 @@ class Chunk:
 class Generator:
   """Generates texts with an engine."""
 
-  def __init__(self, engine: engine_lib.Engine, tok: tokenizers.Tokenizer):
-    self.engine, self.tok = engine, tok
+  def __init__(
+    self,
+    engine: engine_lib.Engine,
+    tok: tokenizers.Tokenizer,
+    defaults: GenerationDefaults = DEFAULTS,
+  ):
+    self.engine, self.tok, self.defaults = engine, tok, defaults
 
   def generate(self, request: GenerationRequest | str) -> Iterator[str]:
     """Yields one text piece by piece; a string is a prompt.
+
+    A prompt alone has the settings that the model's folder states.
 
     Raises:
       InputError: the request cannot be served.
     """
     if isinstance(request, str):
-      request = GenerationRequest(request)
+      request = GenerationRequest(request, **self.defaults.settings)
     for chunk in self.stream([request]):
       if chunk.text:
         yield chunk.text
@@ -74,36 +83,44 @@ class Generator:
         self.engine.cancel(index)
 
   def tokenize(self, request: GenerationRequest) -> GenerationRequest:
-    """Returns the request with its prompt in token ids, and EOS as a stop.
+    """Returns the request with its prompt in token ids; the model's EOS stops.
 
     Raises:
       InputError: it cannot be served; lists the problems, a line each.
     """
-    request = tokenize(self.tok, request)
+    request = tokenize(self.tok, request, self.defaults)
     raise_problems(self.engine.validate_request(request))
     return request
 
 
 def tokenize(
-  tok: tokenizers.Tokenizer, request: GenerationRequest
+  tok: tokenizers.Tokenizer,
+  request: GenerationRequest,
+  defaults: GenerationDefaults,
 ) -> GenerationRequest:
-  """Returns the request with its prompt in token ids, and EOS as a stop.
+  """Returns the request with its prompt in token ids; the model's EOS stops.
 
   Raises:
-    InputError: the prompt is no Unicode text, or has an unknown role.
+    InputError: the prompt is no Unicode text, or no conversation that the
+      model's chat template accepts.
   """
   return dataclasses.replace(
     request,
-    prompt=encode(tok, request.prompt),
-    stop_token_ids=(*request.stop_token_ids, tokenizer.EOS_ID),
+    prompt=encode(tok, request.prompt, defaults.template),
+    stop_token_ids=(*request.stop_token_ids, *defaults.stop_token_ids),
   )
 
 
-def encode(tok: tokenizers.Tokenizer, prompt: Prompt) -> list[int]:
+def encode(
+  tok: tokenizers.Tokenizer,
+  prompt: Prompt,
+  template: chat.ChatTemplate | None = chat.V3,
+) -> list[int]:
   """Returns the token ids of a prompt; a text begins with BOS.
 
   Raises:
-    InputError: it is no Unicode text, or has an unknown role.
+    InputError: it is no Unicode text, or no conversation that the chat template
+      accepts.
   """
   if isinstance(prompt, str):
     try:
@@ -112,9 +129,14 @@ def encode(tok: tokenizers.Tokenizer, prompt: Prompt) -> list[int]:
       raise InputError(f"prompt: is not Unicode text: {error}") from error
     return [tokenizer.BOS_ID, *tok.encode(prompt, add_special_tokens=False).ids]
   items = list(prompt)
-  if items and isinstance(items[0], Mapping):
-    return chat.encode(tok, items)
-  return items
+  if not items or not isinstance(items[0], Mapping):
+    return items
+  if template is None:
+    raise InputError(
+      "messages: the model's folder has no chat template; add"
+      f" {tokenizer_files.TEMPLATE}, or give a prompt"
+    )
+  return chat.encode(tok, items, template=template)
 
 
 class _StreamedText:

@@ -28,6 +28,7 @@ from dsv3_jax.infer.engine_options import EngineOptions
 from dsv3_jax.infer.inference_params import InferenceParams
 from dsv3_jax.infer.request import GenerationRequest
 from dsv3_jax.interop import hf_read, load_sharded, open_run, tokenizer_files
+from dsv3_jax.interop.tokenizer_files import GenerationDefaults
 from dsv3_jax.linear import recipe as recipe_lib
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import device_mesh
@@ -41,6 +42,8 @@ class LoadedModel:
 
   model: config.Model
   tok: tokenizers.Tokenizer
+  defaults: GenerationDefaults
+  notes: tuple[str, ...]  # messages for the user
   # Reads parameters onto a mesh, or one device; MTP modules only if asked to.
   read_params: Callable[[serving_mesh.ServingMesh | None, bool], Params]
 
@@ -52,7 +55,7 @@ class LoadedModel:
     problems = engine_options.validate_options(cfg, options)
     for request in () if problems else requests:
       try:
-        request = generate.tokenize(self.tok, request)
+        request = generate.tokenize(self.tok, request, self.defaults)
         problems += engine_options.validate_request(cfg, options, request)
       except InputError as error:
         problems += str(error).splitlines()
@@ -83,7 +86,7 @@ class LoadedModel:
     recipe = engine_options.DTYPES[options.dtype]
     params = _convert(params, bias, cfg=cfg, recipe=recipe)
     served = engine.Engine(params, cfg, options, mesh=mesh)
-    return generate.Generator(served, self.tok)
+    return generate.Generator(served, self.tok, self.defaults)
 
   def _served_config(self, options: EngineOptions) -> config.Model:
     """Returns the model that is served: with MTP modules only if they draft."""
@@ -127,6 +130,8 @@ def open_model(
       folder, ignore_auto_map=ignore_auto_map, follow_links=follow_links
     )
     path, model = folder / tokenizer_files.TOKENIZER, source.model
+    defaults = tokenizer_files.read_defaults(folder, source.config_json)
+    notes = source.notes + defaults.notes
 
     def read_params(mesh, drafting):
       served = source if drafting else source.without_mtp()
@@ -136,6 +141,8 @@ def open_model(
   else:
     run = open_run.run_from_config(open_run.read_config(folder))
     path, model = folder / "data" / tokenizer_files.TOKENIZER, run.model
+    defaults = open_run.read_defaults(folder)
+    notes = defaults.notes
 
     def read_params(mesh, drafting):
       del drafting  # a checkpoint is verified as a whole
@@ -144,9 +151,11 @@ def open_model(
         folder, run, _devices(mesh), average=average, specs=specs
       )
 
+  problems = GenerationRequest("", **defaults.settings).validate()
+  raise_problems(problems, f"{folder}: {tokenizer_files.GENERATION}: ")
   tok = tokenizer.load(path)
   tokenizer.check_fits(tok, model.vocab_size)
-  return LoadedModel(model, tok, read_params)
+  return LoadedModel(model, tok, defaults, notes, read_params)
 
 
 def _devices(mesh: serving_mesh.ServingMesh | None) -> jax.sharding.Mesh:

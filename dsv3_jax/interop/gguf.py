@@ -18,12 +18,13 @@ import numpy as np
 import tokenizers
 
 from dsv3_jax import config
-from dsv3_jax.data import chat, tokenizer
+from dsv3_jax.data import tokenizer
 from dsv3_jax.errors import InputError, raise_problems
 from dsv3_jax.interop import hf_mapping, hf_read, resumable
 from dsv3_jax.interop.hf_mapping import Block
 from dsv3_jax.interop.hf_write import ExportFormat
 from dsv3_jax.interop.resumable import Advance
+from dsv3_jax.interop.tokenizer_files import DEFAULTS, GenerationDefaults
 from dsv3_jax.model.router import SCORES
 
 _ARCHITECTURE = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.DEEPSEEK2]
@@ -228,7 +229,10 @@ def _describe_model(
 
 
 def _describe_tokens(
-  writer: gguf.GGUFWriter, tok: tokenizers.Tokenizer, n_rows: int
+  writer: gguf.GGUFWriter,
+  tok: tokenizers.Tokenizer,
+  n_rows: int,
+  defaults: GenerationDefaults,
 ) -> None:
   """Writes the tokenizer, with a name for every row of the embedding."""
   tokenizer_json = json.loads(tok.to_str())
@@ -249,11 +253,28 @@ def _describe_tokens(
   writer.add_token_types([token_type(i) for i in range(n_rows)])
   writer.add_token_merges(merges)
   writer.add_bos_token_id(tokenizer.BOS_ID)
-  writer.add_eos_token_id(tokenizer.EOS_ID)
+  # Any of these ends a text.
+  adders = writer.add_eos_token_id, writer.add_eot_token_id
+  adders += (writer.add_eom_token_id,)
+  if len(defaults.stop_token_ids) > len(adders):
+    raise InputError(
+      f"eos_token_id={list(defaults.stop_token_ids)}: a GGUF file names at most"
+      f" {len(adders)} tokens that end a text"
+    )
+  for add, i in zip(adders, defaults.stop_token_ids, strict=False):
+    add(i)
+  for name, add_setting in (
+    ("temperature", writer.add_sampling_temp),
+    ("top_p", writer.add_sampling_top_p),
+    ("top_k", writer.add_sampling_top_k),
+  ):
+    if name in defaults.settings:
+      add_setting(defaults.settings[name])
   writer.add_pad_token_id(tokenizer.PAD_ID)
   writer.add_add_bos_token(True)
   writer.add_add_eos_token(False)
-  writer.add_chat_template(chat.TEMPLATE)
+  if defaults.template:
+    writer.add_chat_template(defaults.template.source)
 
 
 def total_bytes(export_format: ExportFormat) -> int:
@@ -267,8 +288,11 @@ def write(
   path: pathlib.Path,
   max_len: int,
   advance: Advance,
+  defaults: GenerationDefaults = DEFAULTS,
 ) -> None:
   """Writes a GGUF file atomically; `max_len` is the longest context in tokens.
+
+  `defaults` are what the model's folder says about generation.
 
   Raises:
     InputError: llama.cpp would refuse or misread the model, the file exists,
@@ -291,7 +315,7 @@ def write(
   partial = path.with_name(f".{path.name}.partial")
   writer = gguf.GGUFWriter(partial, _ARCHITECTURE)
   _describe_model(writer, model, max_len)
-  _describe_tokens(writer, tok, model.vocab_size)
+  _describe_tokens(writer, tok, model.vocab_size, defaults)
   try:
     _write_tensors(writer, export_format, tensors, advance)
   except OSError as error:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dsv3_jax import config, param_spec, train
+from dsv3_jax import config, io, param_spec, train
 from dsv3_jax.checkpoint import checkpointer, manifest
 from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
@@ -54,6 +54,15 @@ def run_from_config(metadata: dict[str, Any]) -> config.Run:
   base = next(iter(presets.PRESETS.values()))
   settings = metadata["settings"].items()
   return config.override(base, *(f"{path}={value}" for path, value in settings))
+
+
+def read_defaults(workdir: pathlib.Path) -> tokenizer_files.GenerationDefaults:
+  """Returns what an import says about generation; V3's format for a run."""
+  folder = workdir / hf_import.FOLDER
+  if not folder.is_dir():
+    return tokenizer_files.DEFAULTS
+  config_json = io.read_json_object(folder / CONFIG)
+  return tokenizer_files.read_defaults(folder, config_json)
 
 
 def load_newest_params(

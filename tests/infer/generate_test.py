@@ -23,7 +23,7 @@ from dsv3_jax.infer import engine, generate, load, serving_mesh, serving_params
 from dsv3_jax.infer.engine_options import EngineOptions
 from dsv3_jax.infer.request import GenerationRequest
 from dsv3_jax.interop import load_sharded, open_run
-from experiments import cli
+from experiments import cli, sample
 from scripts import convert
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -499,6 +499,69 @@ class LoadTest(FolderTest):
     (folder / "tokenizer.json").unlink()
     with self.assertRaisesRegex(ValueError, "not a readable tokenizer"):
       generator(folder)
+
+
+class DefaultsTest(FolderTest):
+  """Tests that what a folder says about generation is obeyed."""
+
+  def setUp(self):
+    super().setUp()
+    self.folder = testing.folder(self) / "hf"
+    shutil.copytree(self.released, self.folder)
+
+  def write(self, template=None, **generation):
+    (self.folder / "generation_config.json").write_text(json.dumps(generation))
+    path = self.folder / "tokenizer_config.json"
+    about = json.loads(path.read_text())
+    about["chat_template"] = template
+    path.write_text(json.dumps(about))
+
+  def workdir(self):
+    """The folder, imported."""
+    workdir = testing.folder(self) / "imported"
+    arguments = f"--mode=import --hf={self.folder} --workdir={workdir}"
+    program = functools.partial(cli.run_main, convert.execute)
+    code, out, err = testing.command_line(program, *arguments.split())
+    assert not code, err
+    self.out = out
+    return workdir
+
+  def test_of_a_released_folder_and_of_its_import(self):
+    template = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
+    self.write(template, eos_token_id=[1, 70], top_k=1, repetition_penalty=2)
+    messages = [{"role": "user", "content": "cold"}]
+    cold = self.tok.encode("cold", add_special_tokens=False).ids
+    for folder in (self.folder, self.workdir()):
+      model = load.open_model(folder)
+      self.assertRegex("\n".join(model.notes), "repetition_penalty=2 is not")
+      self.assertEqual(model.defaults.settings, {"top_k": 1})
+      written = model.generator(EngineOptions(max_len=32))
+      made = written.tokenize(GenerationRequest(messages, max_tokens=3))
+      self.assertEqual(made.prompt, [0, *cold, 1])
+      self.assertEqual(made.stop_token_ids, (1, 70))
+    self.assertIn("repetition_penalty=2 is not", self.out)
+
+  def test_flags_replace_it(self):
+    self.write(temperature=0, max_new_tokens=2)
+    model = load.open_model(self.folder)
+    args = sample.Args(prompt="a", workdir="x", temperature=0.5)
+    request = args.request(model.defaults.settings)
+    self.assertEqual((request.temperature, request.max_tokens), (0.5, 2))
+    self.assertEqual(request.top_p, 0.95)
+    request = sample.Args(prompt="a").request(model.defaults.settings)
+    self.assertEqual(request.temperature, 0)
+
+  def test_without_a_template_conversations_are_refused(self):
+    self.write()
+    model = load.open_model(self.folder)
+    ask = GenerationRequest([{"role": "user", "content": "a"}], max_tokens=1)
+    (problem,) = model.validate(EngineOptions(), ask)
+    self.assertIn("has no chat template; add chat_template.jinja", problem)
+
+  def test_a_setting_out_of_range(self):
+    self.write(top_p=7)
+    with self.assertRaisesRegex(ValueError, "generation_config.json: top_p=7"):
+      load.open_model(self.folder)
 
 
 class ServingMeshTest(FolderTest):

@@ -1,5 +1,6 @@
 """Tests that llama.cpp writes the same text with the same probabilities."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,8 +14,8 @@ import testing
 from absl.testing import absltest, parameterized
 
 from dsv3_jax import config, param_spec
-from dsv3_jax.data import tokenizer
-from dsv3_jax.interop import gguf, hf_mapping, hf_write
+from dsv3_jax.data import chat, tokenizer
+from dsv3_jax.interop import gguf, hf_mapping, hf_write, tokenizer_files
 from dsv3_jax.model import transformer
 
 _LLAMA = pathlib.Path(__file__).with_name("llama.py")
@@ -144,7 +145,7 @@ class GgufTest(parameterized.TestCase):
     ("mixture layers", "n_dense_layers=4"),
     ("one number for both", "norm_eps=1e-5"),
     ("by their best 2", "router.score=softmax", "mtp.depth=0"),
-    ("has groups of 1", "router.n_groups=8", "router.top_groups=4"),
+    ("has groups of 1", "router.n_groups=16", "router.top_groups=4"),
   )
   def test_models_that_llama_cpp_would_misread_are_refused(
     self, message, *assignments
@@ -173,6 +174,36 @@ class GgufTest(parameterized.TestCase):
     self.assertEqual(
       problems, ["router.score=third: llama.cpp has only sigmoid and softmax"]
     )
+
+  def test_says_of_generation_what_the_folder_says(self):
+    _, _, source = _arrays(testing.tiny("vocab_size=304"))
+    export_format = hf_write.ExportFormat(source, "float32")
+
+    def write(**changes):
+      defaults = dataclasses.replace(tokenizer_files.DEFAULTS, **changes)
+      path = self.path.with_name(f"{len(str(changes))}.gguf")
+      gguf.write(export_format, self.tok, path, 9, lambda n: None, defaults)
+      return {
+        name: field.contents()
+        for name, field in library.GGUFReader(path).fields.items()
+      }
+
+    found = write(
+      template=chat.ChatTemplate("own"),
+      stop_token_ids=(1, 7),
+      settings={"temperature": 0.5, "top_k": 3, "max_tokens": 9},
+    )
+    self.assertEqual(found["tokenizer.chat_template"], "own")
+    self.assertEqual(found["tokenizer.ggml.eos_token_id"], 1)
+    self.assertEqual(found["tokenizer.ggml.eot_token_id"], 7)
+    self.assertEqual(found["general.sampling.temp"], 0.5)
+    self.assertEqual(found["general.sampling.top_k"], 3)
+    found = write()
+    self.assertEqual(found["tokenizer.chat_template"], chat.TEMPLATE)
+    self.assertNotIn("general.sampling.temp", found)
+    self.assertNotIn("tokenizer.chat_template", write(template=None))
+    with self.assertRaisesRegex(ValueError, "at most 3 tokens that end"):
+      write(stop_token_ids=(1, 2, 3, 4))
 
   def test_fp8(self):
     _, _, source = _arrays(testing.tiny("vocab_size=304"))
