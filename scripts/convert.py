@@ -157,7 +157,8 @@ def _open_released(args: Args) -> ReleasedCheckpoint:
 
 
 def _check_values(released: ReleasedCheckpoint) -> None:
-  raise_problems(hf_read.validate_values(released), f"{released.folder}: ")
+  problems = hf_read.group_by_kind(hf_read.validate_values(released))
+  raise_problems(problems, f"{released.folder}: ")
 
 
 def _import(args: Args) -> None:
@@ -271,7 +272,7 @@ def _verify(args: Args) -> None:
   if (released.folder / hf_read.SUMS).exists():
     total = sum(path.stat().st_size for path in released.shards())
     with _progress_bar("verify", total) as advance:
-      raise_problems(hf_read.corrupt_shards(released, advance))
+      raise_problems(hf_write.corrupt_shards(released, advance))
   else:
     _print(
       f"note: no {hf_read.SUMS} in {released.folder}: SHA-256 not compared"

@@ -61,6 +61,7 @@ _GROUP_TOP = 2  # llama.cpp ranks groups by so many of their best experts
 _RAW_TYPES = {
   hf_read.F32: gguf.GGMLQuantizationType.F32,
   hf_read.BF16: gguf.GGMLQuantizationType.BF16,
+  hf_read.F16: gguf.GGMLQuantizationType.F16,
 }
 
 

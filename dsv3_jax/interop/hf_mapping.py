@@ -46,7 +46,7 @@ _FFN = {
   "ffn/experts": "mlp.experts.{expert}",
 }
 _PROJECTIONS = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
-_UNSTACKED = {
+UNSTACKED = {
   "embed": "model.embed_tokens.weight",
   "norm": "model.norm.weight",
   "head": "lm_head.weight",
@@ -100,7 +100,7 @@ def _file_layer(path: str, index: tuple[int, ...], cfg: config.Model) -> int:
 def _tensor_names(path: str, index: tuple[int, ...], layer: int) -> list[str]:
   """Returns the names of the tensors of a block."""
   if not index:
-    return [_UNSTACKED[path]]
+    return [UNSTACKED[path]]
   prefix = f"model.layers.{layer}."
   within = path.partition("/")[2].removeprefix("block/")
   if within in _LAYER:
@@ -154,7 +154,7 @@ def count_blocks(cfg: config.Model) -> int:
 def mtp_copies(cfg: config.Model) -> dict[str, str]:
   """Maps tensors of MTP layers to those of the main model that they repeat."""
   return {
-    f"model.layers.{cfg.n_layers + i}.{copy}.weight": _UNSTACKED[path]
+    f"model.layers.{cfg.n_layers + i}.{copy}.weight": UNSTACKED[path]
     for i in range(cfg.mtp.depth)
     for copy, path in _MTP_COPIES.items()
   }

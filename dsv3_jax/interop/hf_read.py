@@ -6,7 +6,6 @@ it is ever executed.
 """
 
 import dataclasses
-import hashlib
 import json
 import pathlib
 import re
@@ -19,13 +18,12 @@ from dsv3_jax import config, io
 from dsv3_jax.errors import InputError, raise_problems
 from dsv3_jax.interop import hf_config, hf_mapping, safetensors
 from dsv3_jax.interop.hf_mapping import Block, Slices
-from dsv3_jax.interop.resumable import Advance
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SUMS = "SHA256SUMS"
 E4M3 = safetensors.DTYPES["F8_E4M3"]
-F32, BF16 = safetensors.DTYPES["F32"], safetensors.DTYPES["BF16"]
+F32, BF16, F16 = map(safetensors.DTYPES.get, ("F32", "BF16", "F16"))
 _SCALES = F32, safetensors.DTYPES["F8_E8M0"]
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
@@ -175,7 +173,7 @@ def open_folder(
   model = hf_config.read_model(config_json)
   tile = hf_config.read_fp8_tile(config_json)
   tensors, problems = _read_headers(folder, follow_links)
-  raise_problems(problems)
+  raise_problems(group_by_kind(problems))
   notes = list(hf_config.ignored_settings(config_json))
   if model.mtp.depth and _largest_layer(tensors) < model.n_layers:
     notes.append(
@@ -192,7 +190,8 @@ def open_folder(
     )
   problems = list(_check_tensors(tensors, model, tile))
   problems += _check_copies(tensors, model)
-  raise_problems(problems, f"{folder}: ")
+  raise_problems(group_by_kind(problems), f"{folder}: ")
+  notes += _passed_over(tensors, model)
   notes += _rounded_biases(tensors, model)
   return ReleasedCheckpoint(
     folder, config_json, model, tensors, tile, tuple(notes)
@@ -281,6 +280,18 @@ def _read_headers(
   return tensors, problems
 
 
+def group_by_kind(problems: Iterable[str]) -> Iterator[str]:
+  """Yields one line for those that differ in numbers alone: the first, a count.
+
+  A model has a thousand tensors a layer.
+  """
+  kinds: dict[str, list[str]] = {}
+  for problem in problems:
+    kinds.setdefault(re.sub(r"\d+", "0", problem), []).append(problem)
+  for first, *others in kinds.values():
+    yield first + f" (and {len(others):,} more of this kind)" * bool(others)
+
+
 def _largest_layer(names: Iterable[str]) -> int:
   """Returns the largest layer number in names of tensors; -1: none."""
   matches = (re.match(r"model\.layers\.(\d{1,9})\.", name) for name in names)
@@ -292,6 +303,8 @@ def _check_tensors(
 ) -> Iterator[str]:
   """Yields tensors that are missing, unused, or of another shape or type."""
   unused, dtypes = dict(tensors), {}
+  embedding = tensors.get(hf_mapping.UNSTACKED["embed"])
+  half = F16 if embedding and embedding.dtype == F16 else BF16
   for block in hf_mapping.model_blocks(model):
     for name in block.names:
       tensor = unused.pop(name, None)
@@ -301,7 +314,7 @@ def _check_tensors(
       if tensor.shape != block.tensor_shape:
         yield f"{name}: shape {tensor.shape}, must be {block.tensor_shape}"
       fp8 = block.quantized and tile is not None
-      allowed = (F32, BF16, E4M3) if fp8 else (F32, BF16)
+      allowed = (F32, half, E4M3) if fp8 else (F32, half)
       if tensor.dtype not in allowed:
         types = " or ".join(map(str, allowed))
         yield f"{name}: dtype {tensor.dtype}, must be {types}"
@@ -310,8 +323,43 @@ def _check_tensors(
         yield f"{name}: dtype {tensor.dtype}, but {first[0]} is {first[1]}"
       if fp8 and tensor.dtype == E4M3:
         yield from _check_scales(name, block.scales_shape(tile), unused)
+  for name in _passed_over_names(tensors, model):
+    del unused[name]
+  depth, first = model.mtp.depth, model.n_layers + model.mtp.depth
+  if f"model.layers.{first}.eh_proj.weight" in unused:
+    extra = [n for n in unused if _largest_layer([n]) >= first]
+    yield (
+      f"{CONFIG}: num_nextn_predict_layers={depth}, but {len(extra):,} tensors"
+      f" are of MTP layers, model.layers.{first}. on; set it to"
+      f" {_largest_layer(extra) - model.n_layers + 1} in {CONFIG} to read them"
+    )
+    unused = {name: t for name, t in unused.items() if name not in extra}
   for name in sorted(unused.keys() - hf_mapping.mtp_copies(model).keys()):
     yield f"{name}: not part of this model"
+
+
+def _passed_over_names(tensors: Tensors, model: config.Model) -> list[str]:
+  """Returns tensors that hold nothing of a model.
+
+  `transformers` writes matrices of no experts, with a dim of 0, and older
+  versions the frequencies of the rotation, which follow from config.json.
+  """
+  blocks = hf_mapping.model_blocks(model)
+  needed = {name for block in blocks for name in block.names}
+  return sorted(
+    name
+    for name, tensor in tensors.items()
+    if name not in needed
+    and (name.endswith("rotary_emb.inv_freq") or 0 in tensor.shape)
+  )
+
+
+def _passed_over(tensors: Tensors, model: config.Model) -> Iterator[str]:
+  """Yields a note for each kind of tensor that holds nothing of a model."""
+  yield from group_by_kind(
+    f"{name}: holds nothing of the model, passed over"
+    for name in _passed_over_names(tensors, model)
+  )
 
 
 def _check_copies(tensors: Tensors, model: config.Model) -> Iterator[str]:
@@ -384,26 +432,3 @@ def _equal_bytes(
     if bytes_a != bytes_b:
       return False
   return True
-
-
-def corrupt_shards(
-  released: ReleasedCheckpoint, advance: Advance
-) -> Iterator[str]:
-  """Yields a problem for each shard whose SHA-256 is not that in SHA256SUMS."""
-  sums = (released.folder / SUMS).read_text(encoding="utf-8")
-  lines = (line.partition("  ") for line in sums.splitlines())
-  recorded = {name: digest for digest, _, name in lines}
-  for path in released.shards():
-    if path.name not in recorded:
-      yield f"{path}: not in {SUMS}"
-      continue
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-      while data := file.read(1 << 24):
-        digest.update(data)
-        advance(len(data))
-    if digest.hexdigest() != recorded[path.name]:
-      yield (
-        f"{path}: corrupt: its SHA-256 is {digest.hexdigest()}, must be"
-        f" {recorded[path.name]}; download or export it again"
-      )

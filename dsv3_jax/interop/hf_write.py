@@ -318,3 +318,26 @@ def _sha256_on_disk(path: pathlib.Path) -> str:
   with path.open("rb") as file:
     safetensors.drop_from_cache(file.fileno())
     return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def corrupt_shards(
+  released: ReleasedCheckpoint, advance: Advance
+) -> Iterator[str]:
+  """Yields a problem for each shard whose SHA-256 is not that in SHA256SUMS."""
+  sums = (released.folder / hf_read.SUMS).read_text(encoding="utf-8")
+  lines = (line.partition("  ") for line in sums.splitlines())
+  recorded = {name: digest for digest, _, name in lines}
+  for path in released.shards():
+    if path.name not in recorded:
+      yield f"{path}: not in {hf_read.SUMS}"
+      continue
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+      while data := file.read(1 << 24):
+        digest.update(data)
+        advance(len(data))
+    if digest.hexdigest() != recorded[path.name]:
+      yield (
+        f"{path}: corrupt: its SHA-256 is {digest.hexdigest()}, must be"
+        f" {recorded[path.name]}; download or export it again"
+      )

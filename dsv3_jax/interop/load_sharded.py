@@ -32,7 +32,8 @@ def load(
     InputError: a tensor cannot be read, or holds values that are not valid.
   """
   if not source.checksums:  # else the import has asked
-    raise_problems(hf_read.validate_values(source), f"{source.folder}: ")
+    problems = hf_read.group_by_kind(hf_read.validate_values(source))
+    raise_problems(problems, f"{source.folder}: ")
   model = source.model
   blocks: dict[str, Blocks] = {}
   for block in hf_mapping.model_blocks(model):

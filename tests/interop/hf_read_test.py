@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import warnings
 
 import jax
 import numpy as np
@@ -82,6 +83,26 @@ class ParityTest(parameterized.TestCase):
     want = released.logits(model, tokens)
     self.assertGreater(np.abs(want).max(), 0.5)
     np.testing.assert_allclose(got, want, rtol=0, atol=CLOSE)
+
+  def test_without_shared_experts(self):
+    with warnings.catch_warnings(action="ignore"):
+      model = released.model({"n_shared_experts": 0})
+    found = hf_read.open_folder(released.save(model, testing.folder(self)))
+    self.assertIn("passed over", "".join(found.notes))
+    tokens = released.random_tokens(2, 9)
+    (ours,) = our_logits(found, tokens)
+    np.testing.assert_allclose(
+      ours, released.logits(model, tokens), rtol=0, atol=CLOSE
+    )
+
+  def test_float16(self):
+    model = released.model().half()
+    found = hf_read.open_folder(released.save(model, testing.folder(self)))
+    self.assertRegex("".join(found.notes), "biases are float16")
+    tokens = released.random_tokens(2, 9)
+    (ours,) = our_logits(found, tokens)
+    want = released.logits(model.float(), tokens)
+    np.testing.assert_allclose(ours, want, rtol=0, atol=CLOSE)
 
   def test_experts_chosen(self):
     model = released.model({"n_routed_experts": 16}, seed=3)
@@ -321,6 +342,49 @@ class RefusedTest(parameterized.TestCase):
       "../../evil: not part of this model",
       "model.layers.9.self_attn.o_proj.weight: not part of this model",
     )
+
+  def lines(self):
+    with self.assertRaises(ValueError) as caught:
+      hf_read.open_folder(self.folder)
+    return str(caught.exception).splitlines()
+
+  @parameterized.parameters(0, None)
+  def test_mtp_layers_that_config_json_does_not_announce(self, depth):
+    self.change_config(num_nextn_predict_layers=depth)
+    (line,) = self.lines()
+    self.assertRegex(
+      line,
+      "num_nextn_predict_layers=0, but 44 tensors are of MTP layers,"
+      " .*layers.3. on; set it to 1 in config.json",
+    )
+    self.change_config(num_nextn_predict_layers=1)
+    self.assertEqual(hf_read.open_folder(self.folder).model.mtp.depth, 1)
+
+  def test_problems_of_one_kind_are_one_line(self):
+    def change(found):
+      for layer in (1, 2):
+        for expert in range(8):
+          del found[f"model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"]
+          found[f"model.layers.{layer}.mlp.extra.{expert}"] = torch.zeros(1)
+
+    released.rewrite(self.folder, change)
+    missing, extra = self.lines()
+    self.assertRegex(missing, r"up_proj.weight: missing \(and 15 more of this")
+    self.assertRegex(extra, r"not part of this model \(and 15 more of this")
+
+  def test_what_holds_nothing_is_named_and_passed_over(self):
+    def change(found):
+      for layer in range(4):
+        name = f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"
+        found[name] = torch.ones(4)
+      found["model.rotary_emb.inv_freq"] = torch.ones(4)
+      found["model.layers.0.mlp.more.weight"] = torch.ones(0, 64)
+
+    released.rewrite(self.folder, change)
+    notes = "\n".join(hf_read.open_folder(self.folder).notes)
+    self.assertRegex(notes, r"layers.0.*inv_freq: holds .* \(and 3 more")
+    self.assertRegex(notes, r"model.rotary_emb.inv_freq: holds nothing")
+    self.assertRegex(notes, r"mlp.more.weight: holds nothing")
 
   @parameterized.parameters(torch.float16, torch.int16)
   @pytest.mark.fault("F43")

@@ -130,6 +130,20 @@ class RoundTripTest(ConvertTest):
     out = self.convert("verify", hf=self.out)
     self.assertRegex(out, "logits of 256 random tokens: .*e-0[678] from")
 
+  def test_what_holds_nothing_of_the_model_is_imported_as_it_is(self):
+    def change(found):
+      found["model.rotary_emb.inv_freq"] = torch.arange(4.0)
+      found["model.layers.0.more.weight"] = torch.zeros(0, 64)
+
+    released.save(released.model(), self.hf)
+    released.rewrite(self.hf, change)
+    code, out, err = converted("import", hf=self.hf, workdir=self.workdir)
+    self.assertEqual(code, 0, err)
+    self.assertIn("inv_freq: holds nothing of the model, passed over", out)
+    self.assertEqual(released.raw(self.workdir / "hf"), released.raw(self.hf))
+    code, _, err = converted("verify", workdir=self.workdir)
+    self.assertEqual(code, 0, err)
+
   def test_fp8_as_bfloat16_and_float32(self):
     released.save(released.model(), self.hf)
     released.in_fp8(self.hf, (28, 20))
