@@ -102,10 +102,36 @@ def _keys(seed: jax.Array, position: jax.Array, purpose: int) -> jax.Array:
   return jax.vmap(jax.vmap(key, (None, 0)))(seed, position)
 
 
+def _uniform(low: jax.Array, high: jax.Array) -> jax.Array:
+  """Returns numbers in (0, 1) from random words, f32.
+
+  They have 24 leading bits at any magnitude down to 2^-64; those of
+  `jax.random.uniform` are multiples of 2^-23, so that none is below 1e-7.
+  """
+  words = high.astype(jnp.float32), low.astype(jnp.float32)
+  u = (words[0] + (words[1] + 0.5) * 2.0**-32) * 2.0**-32
+  return jnp.minimum(u, 1 - 2.0**-24)
+
+
+def _words(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, ...]:
+  """Draws two random words for each place, uint32."""
+  return tuple(jax.random.bits(key, (2, *shape), jnp.uint32))
+
+
 def uniform(seed: jax.Array, position: jax.Array, purpose: int) -> jax.Array:
-  """Draws numbers in [0, 1), [B, T], for tokens at these positions [B, T]."""
-  draw = jax.vmap(jax.vmap(jax.random.uniform))
-  return draw(_keys(seed, position, purpose))
+  """Draws numbers in (0, 1), [B, T], for tokens at these positions [B, T]."""
+  words = jax.vmap(jax.vmap(lambda key: _words(key, ())))
+  return _uniform(*words(_keys(seed, position, purpose)))
+
+
+def exponential(low: jax.Array, high: jax.Array) -> jax.Array:
+  """Returns exponentially distributed numbers from random words, f32.
+
+  Both tails have all of float32's digits: half of the numbers is -log(v), half
+  -log(1 - v), with v below 1/2.
+  """
+  v = _uniform(low, high) / 2
+  return -jnp.where(low & 1, jnp.log(v), jnp.log1p(-v))
 
 
 def draw(
@@ -118,6 +144,7 @@ def draw(
   """
   if mode == GREEDY:
     return most_likely(p)
-  keys = _keys(seed, position, purpose)
-  noise = jax.vmap(jax.vmap(lambda k: jax.random.gumbel(k, p.shape[-1:])))(keys)
-  return most_likely(jnp.log(p) + noise)
+  words = jax.vmap(jax.vmap(lambda key: _words(key, p.shape[-1:])))
+  # The least of exponential numbers over p is each index with probability p.
+  noise = exponential(*words(_keys(seed, position, purpose)))
+  return most_likely(p / noise)

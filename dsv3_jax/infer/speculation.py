@@ -116,6 +116,26 @@ def _draft(
   return drafts, q, cache, load[None]
 
 
+def _accept(
+  p: jax.Array, q: jax.Array, drafts: jax.Array, u: jax.Array
+) -> jax.Array:
+  """Returns whether drafts [B, k] are accepted, given u [B, k] in (0, 1).
+
+  Rejections must have the mass of max(p - q, 0), which is drawn in their place.
+  In exact numbers max(q - p, 0) has it too; rounded, this may have more or
+  less, 0 if p is 1 - 1e-9, and rare tokens would come too often or never.
+  """
+  p_draft, q_draft = _of_tokens(p, drafts), _of_tokens(q, drafts)
+  missing = jnp.maximum(p - q, 0).sum(-1)
+  excess = jnp.maximum(q - p, 0).sum(-1)
+  scale = jnp.minimum(missing / jnp.where(excess > 0, excess, 1), 1)
+  scale = jnp.where(missing > 0, scale, 1)
+  rejected = jnp.maximum(q_draft - p_draft, 0) / q_draft * scale
+  rejected += jnp.maximum(missing - excess, 0)
+  # Whichever is rare is compared with u, whose small numbers are exact.
+  return jnp.where(2 * p_draft < q_draft, u * q_draft < p_draft, u >= rejected)
+
+
 def verify_drafts(
   p: jax.Array,
   q: jax.Array,
@@ -144,7 +164,7 @@ def verify_drafts(
   k = drafts.shape[1]
   at = position[:, None] + jnp.arange(k + 1)[None]
   u = sampling.uniform(seed, at[:, :k], sampling.ACCEPT)
-  accepted = u * _of_tokens(q, drafts) < _of_tokens(p[:, :k], drafts)
+  accepted = _accept(p[:, :k], q, drafts, u)
   n = jnp.cumprod(accepted.astype(jnp.int32), axis=1).sum(1)
   residual = jnp.maximum(p - jnp.pad(q, ((0, 0), (0, 1), (0, 0))), 0)
   # If p and q differ by rounding alone, nothing may be left.

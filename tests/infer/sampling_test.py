@@ -1,6 +1,7 @@
 """Tests of what tokens are drawn from, and of drawing them."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -306,6 +307,39 @@ class DrawTest(parameterized.TestCase):
         np.testing.assert_array_equal(
           draw(p[place], seed[row], position[place]), tokens[place]
         )
+
+  def test_numbers_are_exact_in_both_tails(self):
+    # The words are all that is random, so their numbers are the distribution.
+    rng = np.random.default_rng(0)
+    size = 2 ** rng.uniform(0, 64, 10_000)
+    numbers = np.append(size.astype(np.uint64), np.uint64([1, 2, 2**63]))
+    words = (numbers % 2**32).astype(np.uint32), numbers >> np.uint64(32)
+    got = np.float64(sampling.exponential(words[0], np.uint32(words[1])))
+    v = (np.float64(numbers) + 0.5) / 2**65
+    exact = np.where(numbers % 2, -np.log(v), -np.log1p(-v))
+    np.testing.assert_allclose(got, exact, rtol=1e-6)
+    self.assertLess(got.min(), 1e-18)
+    self.assertGreater(got.max(), 40)
+
+  @parameterized.parameters(1e-3, 1e-8, 1e-12, 1e-15)
+  def test_a_rare_token_is_drawn_by_its_share(self, share):
+    # Its number is small with the probability that the words say: it wins for
+    # all below the one where its score is that of the other token.
+    mode = sampling.UNTRUNCATED
+    other = np.uint64(2**63)  # an even word: -log1p(-v), v = 1/4
+    limit = int(-np.expm1(np.log1p(-0.25) * share) * 2.0**65)
+    for number, wins in ((limit * 0.999, True), (limit * 1.001, False)):
+      number = np.uint64(int(number) // 2 * 2)
+      both = np.array([other, number])
+      words = lambda key, shape, dtype, both=both: jnp.stack(
+        [jnp.uint32(both % 2**32), jnp.uint32(both >> np.uint64(32))]
+      )
+      with mock.patch.object(jax.random, "bits", words):
+        p = np.float32([[[1, share]]])
+        token = sampling.draw(
+          p, np.uint32([0]), np.int32([[0]]), sampling.FINAL, mode
+        )
+      self.assertEqual(int(token[0, 0]), wins)
 
   def test_without_temperature_nothing_is_random(self):
     p = np.float32([[[0.4, 0.6, 0]]])

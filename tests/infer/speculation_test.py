@@ -184,6 +184,34 @@ class JudgeTest(parameterized.TestCase):
     self.assertEqual(n.tolist(), [1, 2])
     self.assertEqual(tokens[:, 0].tolist(), [1, 1])
 
+  @parameterized.parameters(
+    # Target and draft of the tokens; the draft; its probability to be accepted.
+    ((1, 1e-9), (1, 0), 0, 1 - 1e-9),  # 1 - 1e-9 is 1 in float32
+    ((1, 1e-12), (1, 0), 0, 1 - 1e-12),
+    ((1e-9, 1), (0.5, 0.5), 0, 2e-9),
+    ((1e-12, 1), (0.5, 0.5), 0, 2e-12),
+    # Rounding gives the draft 6e-8 more than the others are short of.
+    ((0.5, 0.5, 1e-9), (0.5 + 2**-24, 0.5, 0), 0, 1 - 1e-9 / 0.5),
+  )
+  def test_rare_tokens_come_by_their_share(self, p, q, draft, share):
+    rejects = 1 - share < share
+    edge = 1 - share if rejects else share
+    for u, below in ((edge * 0.99, True), (edge * 1.01, False)):
+      fixed = lambda seed, position, purpose, u=u: jnp.full(position.shape, u)
+      with mock.patch.object(sampling, "uniform", fixed):
+        tokens, n = speculation.verify_drafts(
+          np.float32([[p, p]]),
+          np.float32([[q]]),
+          np.int32([[draft]]),
+          np.uint32([0]),
+          np.int32([3]),
+          sampling.UNTRUNCATED,
+        )
+      self.assertEqual(int(n[0]) == 2, below != rejects, u)
+      if int(n[0]) == 1:  # in its place comes what it was short of
+        short = np.argmax(np.float32(p) - np.float32(q))
+        self.assertEqual(int(tokens[0, 0]), short)
+
   # Ones in place of probabilities: of the target, then drafts.
   @parameterized.parameters(
     ((3, 1, 4), (3, 1), (3, 1, 4)),
