@@ -191,8 +191,9 @@ class Engine:
   # --- the cache ---
 
   def _reserve(self, n: int) -> None:
-    """Makes the cache long enough for n positions."""
-    n = kvcache.bucket(n, self.options.max_len)
+    """Makes the cache long enough for texts of n tokens."""
+    longest = self.options.n_positions(self.options.max_len)
+    n = kvcache.bucket(self.options.n_positions(n), longest)
     if self._state is None:
       self._state = self._empty_state(n)
     elif n > kvcache.length(cache := self._state.cache):
@@ -224,7 +225,7 @@ class Engine:
     """Reads prompts into free slots, and draws their first tokens."""
     admitted, events = self._slots.admit(), []
     requests = {shard: a.request for shard, a in admitted.items()}
-    self._reserve(max(map(self.options.n_positions, requests.values())))
+    self._reserve(max(len(r.prompt) + r.max_tokens for r in requests.values()))
     longest = max(len(r.prompt) for r in requests.values())
     program = self._prefill(sampling.mode(requests.values()))
     for start in range(0, longest, self.options.chunk):

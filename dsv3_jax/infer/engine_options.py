@@ -34,10 +34,10 @@ class EngineOptions:
     longest = int(min(DEFAULT_MAX_LEN, cfg.attention.max_len))
     return dataclasses.replace(self, max_len=longest)
 
-  def n_positions(self, request: GenerationRequest) -> int:
-    """Positions of the cache that a request needs."""
+  def n_positions(self, n: int) -> int:
+    """Positions of the cache that a text of n tokens needs."""
     # The last step may write as many positions too many as there are drafts.
-    return len(request.prompt) + request.max_tokens + self.n_drafts
+    return n + self.n_drafts
 
 
 def validate_options(
@@ -102,7 +102,7 @@ def validate_request(
     wrong = ids[(ids < 0) | (ids >= vocab)][0]
     problems.append(f"prompt: token id {wrong} must be in [0, {vocab})")
   problems += request.validate()
-  if (needed := options.n_positions(request)) > options.max_len:
+  if (needed := len(request.prompt) + request.max_tokens) > options.max_len:
     problems.append(
       f"prompt of {ids.size} tokens with max_tokens={request.max_tokens}:"
       f" needs {needed} positions of the cache, which has at most"

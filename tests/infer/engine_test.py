@@ -611,7 +611,7 @@ class RefusalTest(parameterized.TestCase):
   @parameterized.parameters(0, 2)
   def test_refuses_what_is_longer_than_the_cache(self, n_drafts):
     made = make(n_drafts)
-    fits = request(0, 40, MAX_LEN - 40 - n_drafts)
+    fits = request(0, 40, MAX_LEN - 40)  # drafts need no room of the user's
     self.assertEqual(made.validate_request(fits), [])
     more = dataclasses.replace(fits, max_tokens=fits.max_tokens + 1)
     (problem,) = made.validate_request(more)
@@ -620,6 +620,10 @@ class RefusalTest(parameterized.TestCase):
       f"prompt of 40 tokens with max_tokens={more.max_tokens}: needs 65"
       f" positions .* at most max_len={MAX_LEN}",
     )
+
+  def test_a_text_that_fills_the_cache_is_that_without_drafts(self):
+    asked = [dataclasses.replace(request(0, 40, MAX_LEN - 40), temperature=0)]
+    self.assertEqual(run(make(2), asked), run(make(0), asked))
 
   def test_names_all_problems_of_a_request(self):
     asked = GenerationRequest((), 0, -1, 0, -1, -1)
