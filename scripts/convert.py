@@ -209,6 +209,8 @@ def _export(args: Args) -> None:
     defaults = open_run.read_defaults(folder)
     if defaults.template is None:
       _print(f"note: {folder} has no chat template: {path} will have none")
+    if source.model.mtp.depth:
+      _print("note: MTP layers are not written: llama.cpp reads none")
     with _progress_bar("export", gguf.total_bytes(export_format)) as advance:
       gguf.write(export_format, tok, path, max_len, advance, defaults)
     _print(f"{path}: {path.stat().st_size:,} bytes")

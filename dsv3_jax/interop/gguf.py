@@ -6,12 +6,14 @@ separate tensors with a dim for heads.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import gguf
 import numpy as np
@@ -57,6 +59,8 @@ _GATING_FUNCTIONS = {  # by `router.score`
   "sigmoid": gguf.ExpertGatingFuncType.SIGMOID,
   "softmax": gguf.ExpertGatingFuncType.SOFTMAX,
 }
+_BETAS = 32.0, 1.0  # of YaRN
+_MAX_LAYERS, _MAX_EXPERTS = 512, 1024
 _GROUP_TOP = 2  # llama.cpp ranks groups by so many of their best experts
 _RAW_TYPES = {
   hf_read.F32: gguf.GGMLQuantizationType.F32,
@@ -86,11 +90,26 @@ def validate(model: config.Model) -> Iterator[str]:
   if not isinstance(attention, config.MLA):
     yield f"attention.type={attention.type!r}: must be 'mla'"
     return
-  if not attention.q_rank and model.n_layers not in (26, 27):
+  if bool(attention.q_rank) == _has_plain_queries(model):
+    other = "no " if attention.q_rank else ""
     yield (
-      f"attention.q_rank=0 with n_layers={model.n_layers}: llama.cpp expects"
-      " compressed queries except with 26 or 27 layers (V2-Lite, Moonlight);"
-      " export to --hf instead"
+      f"attention.q_rank={attention.q_rank} with n_layers={model.n_layers}:"
+      f" llama.cpp expects {other}compressed queries, with 26 or 27 layers"
+      " (V2-Lite, Moonlight) none, else all; export to --hf instead"
+    )
+  if model.n_layers > _MAX_LAYERS:
+    yield f"n_layers={model.n_layers}: llama.cpp has at most {_MAX_LAYERS}"
+  if router.n_experts > _MAX_EXPERTS:
+    yield (
+      f"router.n_experts={router.n_experts}: llama.cpp has at most"
+      f" {_MAX_EXPERTS}"
+    )
+  yarn = attention.yarn
+  if yarn.factor > 1 and (yarn.beta_fast, yarn.beta_slow) != _BETAS:
+    yield (
+      f"attention.yarn.beta_fast={yarn.beta_fast:g}, beta_slow="
+      f"{yarn.beta_slow:g}: llama.cpp has {_BETAS[0]:g} and {_BETAS[1]:g},"
+      " whatever a file says; export to --hf instead"
     )
   if model.norm_eps != attention.norm_eps:
     yield (
@@ -100,12 +119,27 @@ def validate(model: config.Model) -> Iterator[str]:
   if router.score not in _GATING_FUNCTIONS:
     scores = " and ".join(_GATING_FUNCTIONS)
     yield f"router.score={router.score}: llama.cpp has only {scores}"
-  elif router.n_groups > 1:
+  elif _limits_groups(router):
     yield from _group_problems(router)
   if not model.moe.n_shared:
     yield "moe.n_shared=0: llama.cpp expects shared experts"
   if not model.n_moe_layers:
     yield "n_dense_layers=n_layers: llama.cpp expects mixture layers"
+
+
+def _has_plain_queries(model: config.Model) -> bool:
+  """Whether llama.cpp expects queries that are not compressed.
+
+  It goes by the sizes of V2-Lite, Moonlight, and a model of 48 layers.
+  """
+  return model.n_layers in (26, 27) or (
+    model.n_layers == 48 and model.vocab_size == 128256
+  )
+
+
+def _limits_groups(router: config.Router) -> bool:
+  """Whether groups matter: llama.cpp refuses to choose all of them."""
+  return router.top_groups < router.n_groups
 
 
 def _group_problems(router: config.Router) -> Iterator[str]:
@@ -214,7 +248,8 @@ def _describe_model(
     writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
     writer.add_rope_scaling_factor(mla.yarn.factor)
     writer.add_rope_scaling_orig_ctx_len(mla.yarn.original_len)
-    writer.add_rope_scaling_yarn_log_mul(0.1 * mla.yarn.mscale)
+    # Of 0 llama.cpp would take another scale; this one is 1 in float32.
+    writer.add_rope_scaling_yarn_log_mul(max(0.1 * mla.yarn.mscale, 1e-9))
     writer.add_rope_scaling_yarn_beta_fast(mla.yarn.beta_fast)
     writer.add_rope_scaling_yarn_beta_slow(mla.yarn.beta_slow)
   writer.add_expert_count(router.n_experts)
@@ -224,7 +259,7 @@ def _describe_model(
   writer.add_expert_weights_scale(router.scale)
   writer.add_expert_weights_norm(router.renormalize)
   writer.add_expert_gating_func(_GATING_FUNCTIONS[router.score])
-  if router.n_groups > 1:
+  if _limits_groups(router):
     writer.add_expert_group_count(router.n_groups)
     writer.add_expert_group_used_count(router.top_groups)
 
@@ -278,6 +313,31 @@ def _describe_tokens(
     writer.add_chat_template(defaults.template.source)
 
 
+@functools.cache
+def _pre_tokenizer() -> Any:
+  """Returns the pre-tokenizer that llama.cpp calls `deepseek-v3`."""
+  own = tokenizer.train((), 300)  # bytes and special tokens
+  return json.loads(own.to_str())["pre_tokenizer"]
+
+
+def validate_tokenizer(tok: tokenizers.Tokenizer) -> Iterator[str]:
+  """Yields the reasons why llama.cpp would make other ids of a text."""
+  found = json.loads(tok.to_str())
+  model, normalizer = found["model"], found["normalizer"] or {}
+  if found["pre_tokenizer"] != _pre_tokenizer():
+    yield "pre_tokenizer: is not DeepSeek-V3's, the one written to GGUF"
+  if normalizer.get("normalizers", normalizer):
+    yield f"normalizer: {normalizer}: GGUF has none with byte-level BPE"
+  if model["type"] != "BPE" or model.get("ignore_merges"):
+    yield f"model: {model['type']}: must be BPE whose merges make all tokens"
+  for token in found["added_tokens"]:
+    if token["lstrip"] or token["rstrip"] or token["single_word"]:
+      yield (
+        f"added token {token['content']!r}: takes spaces beside it, or stands"
+        " alone; llama.cpp has no such tokens"
+      )
+
+
 def total_bytes(export_format: ExportFormat) -> int:
   """Returns the size of all tensors in bytes."""
   return sum(tensor.n_bytes for tensor in _tensors(export_format))
@@ -301,6 +361,7 @@ def write(
   """
   model = export_format.source.model
   raise_problems(validate(model))
+  raise_problems(validate_tokenizer(tok), "tokenizer.json: ")
   tokenizer.check_fits(tok, model.vocab_size)
   if not path.parent.is_dir():
     raise InputError(f"{path}: there is no folder {path.parent}")

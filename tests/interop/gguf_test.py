@@ -11,6 +11,7 @@ import gguf as library
 import jax
 import numpy as np
 import testing
+import tokenizers
 from absl.testing import absltest, parameterized
 
 from dsv3_jax import config, param_spec
@@ -89,6 +90,13 @@ class GgufTest(parameterized.TestCase):
       "float32",
       1e-4,
     ),
+    (  # what llama.cpp would misread, or refuse, in its plain form
+      "other_forms",
+      (*_YARN[:2], "attention.yarn.mscale=0", "router.n_groups=4",
+       "router.top_groups=4", "n_layers=2"),
+      "float32",
+      1e-4,
+    ),
     (
       "queries_as_they_are",
       ("attention.q_rank=0", "n_layers=27", "vocab_size=300"),
@@ -140,11 +148,16 @@ class GgufTest(parameterized.TestCase):
       self.assertEqual(_llama(self.path, text, 3), want, text)
 
   @parameterized.parameters(
-    ("compressed queries", "attention.q_rank=0"),
+    ("expects compressed queries", "attention.q_rank=0"),
+    ("expects no compressed queries", "n_layers=26"),
+    ("at most 512", "n_layers=513", "d_model=2"),
+    ("at most 1024", "router.n_experts=1032", "d_model=2"),
     ("shared experts", "moe.n_shared=0"),
     ("mixture layers", "n_dense_layers=4"),
     ("one number for both", "norm_eps=1e-5"),
     ("by their best 2", "router.score=softmax", "mtp.depth=0"),
+    ("has 32 and 1, whatever", *_YARN, "attention.yarn.beta_fast=16"),
+    ("has 32 and 1, whatever", *_YARN, "attention.yarn.beta_slow=2"),
     ("has groups of 1", "router.n_groups=16", "router.top_groups=4"),
   )
   def test_models_that_llama_cpp_would_misread_are_refused(
@@ -204,6 +217,30 @@ class GgufTest(parameterized.TestCase):
     self.assertNotIn("tokenizer.chat_template", write(template=None))
     with self.assertRaisesRegex(ValueError, "at most 3 tokens that end"):
       write(stop_token_ids=(1, 2, 3, 4))
+
+  @parameterized.parameters(
+    ({"pre_tokenizer": {"type": "ByteLevel"}}, "is not DeepSeek-V3's"),
+    ({"normalizer": {"type": "NFC"}}, "GGUF has none"),
+    ({"model": {"ignore_merges": True}}, "whose merges make all tokens"),
+    ({"added_tokens": {"lstrip": True}}, "takes spaces beside it"),
+  )
+  def test_tokenizers_that_llama_cpp_has_not_are_refused(
+    self, changes, message
+  ):
+    facts = json.loads(self.tok.to_str())
+    byte_level = {"add_prefix_space": False, "trim_offsets": True}
+    byte_level |= {"use_regex": True}
+    for name, change in changes.items():
+      if name == "added_tokens":
+        facts[name][-1] |= change
+      elif name == "pre_tokenizer":
+        facts[name] = change | byte_level
+      else:
+        facts[name] = (facts[name] or {}) | change
+    tok = tokenizers.Tokenizer.from_str(json.dumps(facts))
+    self.assertEmpty(list(gguf.validate_tokenizer(self.tok)))
+    (problem,) = gguf.validate_tokenizer(tok)
+    self.assertIn(message, problem)
 
   def test_fp8(self):
     _, _, source = _arrays(testing.tiny("vocab_size=304"))
