@@ -613,7 +613,7 @@ class EndToEndTest(absltest.TestCase):
       restored = checkpoints.restore(8, like)
       average, _ = checkpoints.restore_parameters(8, like, average=True)
       found = testing.host(restored), jax.device_get(average)
-      return found, checkpoints.facts(8)
+      return found, checkpoints.metadata(8)
 
     pretrain("parts", 4)
     pretrain("parts", 8)
