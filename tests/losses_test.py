@@ -150,12 +150,18 @@ class LossTest(parameterized.TestCase):
     documents = [
       np.r_[start, rng.integers(1, 41, n - 1)].astype(np.int32) for n in lengths
     ]
-    joined = np.concatenate(documents)[None]
+    joined = (
+      np.concatenate(documents)[None],
+      np.repeat([1, 2, 3, 4], lengths)[None],
+    )
     # Padded at the end, where nothing is predicted.
-    apart = np.stack([np.pad(d, (0, 10 - len(d))) for d in documents])
+    apart = [
+      np.stack([np.pad(a, (0, 10 - len(a))) for a in arrays])
+      for arrays in (documents, [np.ones_like(d) for d in documents])
+    ]
 
-    def losses_of(row, how):
-      data = make_batch(row, start, segment_start=how)
+    def losses_of(rows, segment_mask):
+      data = make_batch(*rows, segment_mask=segment_mask)
       weights = (data.labels != IGNORE).astype(np.float32)
 
       def total(params):
@@ -165,9 +171,9 @@ class LossTest(parameterized.TestCase):
       return jax.jit(jax.value_and_grad(total, has_aux=True))(params)
 
     # Sums of the same terms in another order.
-    expected, terms = losses_of(apart, None), 17 + 2 * 3 * 465
-    testing.assert_close(losses_of(joined, start), expected, terms)
-    (_, unmasked), _ = losses_of(joined, None)
+    expected, terms = losses_of(apart, False), 17 + 2 * 3 * 465
+    testing.assert_close(losses_of(joined, True), expected, terms)
+    (_, unmasked), _ = losses_of(joined, False)
     (_, alone), _ = expected
     self.assertGreater(np.abs(np.subtract(unmasked, alone)).min(), 1e-2)
 

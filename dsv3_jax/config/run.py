@@ -53,11 +53,6 @@ class Data:
     return self.domains.split(",") if self.domains else []
 
   @property
-  def segment_start(self) -> int | None:
-    """The BOS id if attention stops there, else None."""
-    return 0 if self.segment_mask else None
-
-  @property
   def domain_weights(self) -> dict[str, float]:
     """The weight of each domain, in order; empty if there is one domain."""
     pairs = (entry.partition("=") for entry in self._domain_entries)

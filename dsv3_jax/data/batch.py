@@ -17,26 +17,25 @@ class Batch:
   segments: jax.Array | None = None
 
 
-def segment_ids(
-  tokens: jax.Array | np.ndarray, start: int | None
-) -> jax.Array | np.ndarray | None:
-  """Segments [..., T] of tokens, each beginning with `start`; None without."""
-  if start is None:
-    return None
-  return (tokens == start).cumsum(-1, dtype=np.int32)
-
-
 def make_batch(
-  rows: np.ndarray, *unpredicted: int, segment_start: int | None = None
+  rows: np.ndarray,
+  segments: np.ndarray | None = None,
+  *,
+  segment_mask: bool = False,
 ) -> Batch:
   """Splits rows [..., T + 1] of consecutive token ids into tokens and labels.
 
-  Labels that are `unpredicted`, such as padding, become IGNORE. `segment_start`
-  is the id that begins a segment, if attention stays inside one.
+  `segments`, of the same shape, are those of the rows of `packing.PackedRows`:
+  labels that are padding become IGNORE. With `segment_mask` attention stays
+  inside a segment, and so do labels: one in another segment becomes IGNORE.
   """
   rows = np.asarray(rows, np.int32)
-  labels = rows[..., 1:]
-  for i in unpredicted:
-    labels = np.where(labels == i, IGNORE, labels)
-  tokens = rows[..., :-1]
-  return Batch(tokens, labels, segment_ids(tokens, segment_start))
+  tokens, labels = rows[..., :-1], rows[..., 1:]
+  if segments is None:
+    return Batch(tokens, labels)
+  here, there = segments[..., :-1], segments[..., 1:]
+  ignored = there == 0
+  if segment_mask:
+    ignored |= there != here
+  labels = np.where(ignored, IGNORE, labels)
+  return Batch(tokens, labels, here if segment_mask else None)

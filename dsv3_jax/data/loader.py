@@ -10,7 +10,7 @@ import grain
 import numpy as np
 
 from dsv3_jax import config
-from dsv3_jax.data import tokenized_corpus, tokenizer
+from dsv3_jax.data import tokenized_corpus
 from dsv3_jax.data.batch import Batch, make_batch
 
 T = TypeVar("T")
@@ -45,16 +45,17 @@ class BatchSource:
     """
     data, n_rows = self.run.data, self.run.train.micro_batch_size
     columns = range(n_rows) if columns is None else columns
-    tokens = [
-      self._rows[start + column]["tokens"]
+    rows = [
+      self._rows[start + column]
       for start in self.positions(step)[::n_rows]
       for column in columns
     ]
-    unpredicted = [tokenizer.PAD_ID]
-    if data.segment_mask:
-      unpredicted.append(data.segment_start)
-    rows = np.reshape(tokens, (-1, len(columns), data.seq_len + 1))
-    return make_batch(rows, *unpredicted, segment_start=data.segment_start)
+    shape = -1, len(columns), data.seq_len + 1
+    tokens, segments = (
+      np.reshape([row[name] for row in rows], shape)
+      for name in ("tokens", "segments")
+    )
+    return make_batch(tokens, segments, segment_mask=data.segment_mask)
 
 
 def prefetch(read: Callable[[int], T], steps: Iterable[int]) -> Iterator[T]:

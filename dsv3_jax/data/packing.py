@@ -4,7 +4,8 @@ A document longer than a row is cut into rows that overlap by a token, so that
 each token but its first is a target once. Its last piece and the shorter
 documents are packed by best fit, the longest first, each into the fullest row
 that has room for it (section 4.1, arXiv:2404.10830). The end of a row is
-padding.
+padding. The segment of a token is the place of its document in the row, from 1
+on; that of padding is 0.
 """
 
 import bisect
@@ -99,7 +100,10 @@ class PackedRows:
     packed = np.concatenate([self._tokens[i : i + n] for i, n in spans])
     tokens = np.full(self._seq_len + 1, tokenizer.PAD_ID, np.int32)
     tokens[: len(packed)] = packed
-    return {"tokens": tokens, "row": np.int64(row)}
+    segments = np.zeros_like(tokens)
+    lengths = self._lengths[pieces]
+    segments[: len(packed)] = np.arange(1, len(lengths) + 1).repeat(lengths)
+    return {"tokens": tokens, "segments": segments, "row": np.int64(row)}
 
   def __getstate__(self) -> dict[str, Any]:
     return self.__dict__ | {"_tokens": None}
@@ -110,7 +114,7 @@ class PackedRows:
 
 def heldout_windows(
   tokens: np.ndarray, seq_len: int
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Cuts held-out tokens [n] into windows that score each but the first once.
 
   Windows advance by half of `seq_len`; each scores the targets that no window
@@ -118,8 +122,9 @@ def heldout_windows(
   of context. The first token, BOS, is context only.
 
   Returns:
-    rows [R, seq_len + 1] int32, padded with PAD, and mask [R, seq_len] bool:
-    whether target rows[:, 1:] is scored.
+    rows [R, seq_len + 1] int32, padded with PAD; their segments, the same
+    shape: documents counted from 1, and 0 for padding; and mask [R, seq_len]
+    bool: whether target rows[:, 1:] is scored.
   """
   n_targets = len(tokens) - 1
   if n_targets < 1:
@@ -128,10 +133,11 @@ def heldout_windows(
   n_rows = 1 + max(0, -(-(n_targets - seq_len) // stride))
   index = np.arange(n_rows)[:, None] * stride + np.arange(seq_len + 1)
   inside = index <= n_targets
-  rows = np.where(
-    inside, tokens[np.minimum(index, n_targets)], tokenizer.PAD_ID
-  )
+  index = np.minimum(index, n_targets)
+  rows = np.where(inside, tokens[index], tokenizer.PAD_ID)
+  documents = (tokens == tokenizer.BOS_ID).cumsum(dtype=np.int32)
+  segments = np.where(inside, documents[index], 0)
   new = np.arange(seq_len) >= seq_len - stride
   mask = inside[:, 1:] & new
   mask[0] = inside[0, 1:]
-  return rows.astype(np.int32), mask
+  return rows.astype(np.int32), segments, mask

@@ -37,9 +37,9 @@ def _scored(params, bias, rows, *, score, per_row, with_mtp, run, mesh):
   cfg = run.model if with_mtp else main
 
   def local(params, bias, rows):
-    tokens, *data = rows
+    tokens, segments, *data = rows
     params, out = sharded_forward.forward(
-      params, bias[: cfg.n_routers], tokens, run, layout, cfg
+      params, bias[: cfg.n_routers], tokens, run, layout, cfg, segments
     )
     value = score(params, out, *data)
     return value if per_row else jax.lax.psum(value, layout.batch_axes)
@@ -52,12 +52,21 @@ def _scored(params, bias, rows, *, score, per_row, with_mtp, run, mesh):
   )(params, bias, rows)
 
 
+def _rows_from(
+  a: np.ndarray, start: int, size: int, local: list[int]
+) -> np.ndarray:
+  """Selects the `local` ones of `size` rows, zeros after the last of all."""
+  a = a[start : start + size]
+  return np.pad(a, ((0, size - len(a)), *((0, 0),) * (a.ndim - 1)))[local]
+
+
 def map_hidden(
   model: EvalModel,
   score: Score,
   tokens: np.ndarray,
   *data: np.ndarray,
   batch_size: int,
+  segments: np.ndarray | None = None,
   per_row: bool = False,
   with_mtp: bool = False,
 ) -> Iterator[Any]:
@@ -70,6 +79,7 @@ def map_hidden(
     *data: [R, ...] each; `score` gets the same rows of them as of tokens. Rows
       that pad the last batch are zeros.
     batch_size: rows in a batch, rounded up to a multiple of the mesh's shards.
+    segments: [R, T] int32, which attention stays inside of.
     per_row: whether the score has values for each row, not one sum.
     with_mtp: whether the output has the states of the MTP modules too.
   """
@@ -78,11 +88,8 @@ def map_hidden(
   size = -(-min(batch_size, len(tokens)) // n_shards) * n_shards
   for i in range(0, len(tokens), size or 1):
     local = device_mesh.local_rows(size, mesh, device_mesh.ROWS)
-    batch = [a[i : i + size] for a in (tokens, *data)]
-    padding = size - len(batch[0])
-    rows = tuple(
-      np.pad(a, ((0, padding), *((0, 0),) * (a.ndim - 1)))[local] for a in batch
-    )
+    here = functools.partial(_rows_from, start=i, size=size, local=local)
+    rows = jax.tree.map(here, (tokens, segments, *data))
     rows = device_mesh.make_global_batch(
       rows, size, mesh, axes=device_mesh.ROWS
     )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from dsv3_jax import losses
+from dsv3_jax.data.batch import IGNORE, Batch
 from dsv3_jax.evals import hidden as hidden_lib
 
 
@@ -34,19 +35,22 @@ def _nll(params, out, labels, mask):
 
 
 def heldout(
-  model: hidden_lib.EvalModel, rows: np.ndarray, mask: np.ndarray, n_bytes: int
+  model: hidden_lib.EvalModel, batch: Batch, mask: np.ndarray, n_bytes: int
 ) -> Likelihood:
   """Computes the likelihood of a text from its windows.
 
   Args:
     model: to evaluate.
-    rows: [R, T + 1] int32 windows.
-    mask: [R, T] bool, targets to score.
+    batch: [R, T], its windows.
+    mask: [R, T] bool, labels to score; those that are IGNORE are not.
     n_bytes: UTF-8 bytes of the text that the scored targets spell.
   """
   size = model.run.evaluate.batch_size
-  data = rows[:, :-1], rows[:, 1:], mask.astype(np.float32)
-  sums = hidden_lib.map_hidden(model, _nll, *data, batch_size=size)
+  mask = mask & (batch.labels != IGNORE)
+  data = batch.tokens, batch.labels, mask.astype(np.float32)
+  sums = hidden_lib.map_hidden(
+    model, _nll, *data, batch_size=size, segments=batch.segments
+  )
   return Likelihood(float(sum(sums)), int(mask.sum()), n_bytes)
 
 

@@ -3,9 +3,8 @@
 import jax
 
 from dsv3_jax import config, param_spec
-from dsv3_jax.data.batch import segment_ids
 from dsv3_jax.linear import recipe
-from dsv3_jax.model import transformer
+from dsv3_jax.model import layers, transformer
 from dsv3_jax.parallel import layouts
 
 
@@ -32,6 +31,7 @@ def forward(
   run: config.Run,
   layout: layouts.Layout,
   cfg: config.Model | None = None,
+  segments: layers.Segments = None,
 ) -> tuple[param_spec.Params, transformer.Output]:
   """Evaluates the model on this device's rows.
 
@@ -42,12 +42,12 @@ def forward(
     run: the configuration.
     layout: of the run on the mesh.
     cfg: the model, if not the run's.
+    segments: [b, T] int32, which attention stays inside of.
 
   Returns:
     The gathered parameters, to apply the head with, and the hidden states.
   """
   cfg = cfg or run.model
   params = gather_params(params, run, layout)
-  segments = segment_ids(tokens, run.data.segment_start)
   ctx = context(layout)
   return params, transformer.forward(params, bias, tokens, cfg, ctx, segments)

@@ -9,6 +9,7 @@ import jax
 from dsv3_jax import config, ema, train
 from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.data import loader, packing, tokenizer
+from dsv3_jax.data.batch import make_batch
 from dsv3_jax.evals import hidden, likelihood
 from dsv3_jax.infer import engine, inference_params
 from dsv3_jax.infer.engine_options import EngineOptions
@@ -105,11 +106,10 @@ class TrainHooks(loop.Hooks):
     run, data, by_domain = self.source.run, self.source.run.data, {}
     model = hidden.EvalModel(state.params, state.router_bias, run, self.mesh)
     for domain in self.source.corpus.domains:
-      rows, mask = packing.heldout_windows(domain.heldout_tokens, data.seq_len)
-      if data.segment_mask:
-        mask &= rows[:, 1:] != data.segment_start
+      *rows, mask = packing.heldout_windows(domain.heldout_tokens, data.seq_len)
+      batch = make_batch(*rows, segment_mask=data.segment_mask)
       by_domain[domain.name] = likelihood.heldout(
-        model, rows, mask, domain.heldout.text_bytes
+        model, batch, mask, domain.heldout.text_bytes
       )
     return likelihood.metrics(by_domain)
 

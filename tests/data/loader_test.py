@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+from unittest import mock
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ import testing
 from absl.testing import absltest, parameterized
 
 from dsv3_jax import config
-from dsv3_jax.data import loader, packing, shuffle, tokenized_corpus, tokenizer
+from dsv3_jax.data import loader, packing, shuffle, tokenized_corpus
 from dsv3_jax.data import token_file as token_file_lib
 
 
@@ -165,6 +166,30 @@ class BatchSourceTest(parameterized.TestCase):
       for batch, step in zip(batches, steps, strict=True):
         testing.assert_same(batch, source(step))
 
+  def test_segments_are_those_of_the_rows(self):
+    run = testing.run("data.segment_mask=true", "train.micro_batches=2")
+    rows = [
+      {
+        "tokens": np.arange(9) + 10 * i,
+        "segments": np.array([1] * 3 + [2] * 5 + [0]),
+      }
+      for i in range(8)
+    ]
+    source = loader.BatchSource(mock.Mock(shuffled=lambda _: rows), run, 0)
+    batch = source(0)
+    np.testing.assert_array_equal(
+      batch.tokens[:, :, 0] // 10, [range(4), range(4, 8)]
+    )
+    for segments, labels in zip(
+      batch.segments.reshape(8, 8), batch.labels.reshape(8, 8), strict=True
+    ):
+      np.testing.assert_array_equal(segments, [1] * 3 + [2] * 5)
+      np.testing.assert_array_equal(labels < 0, np.isin(range(8), (2, 7)))
+    plain = config.override(run, "data.segment_mask=false")
+    plain = loader.BatchSource(source.corpus, plain, 0)(0)
+    self.assertIsNone(plain.segments)
+    self.assertEqual((plain.labels < 0).sum(), 8)  # padding alone
+
   def test_missing_tokens_raise(self):
     self.path.unlink()
     with self.assertRaises(FileNotFoundError):
@@ -193,13 +218,6 @@ class PrefetchTest(absltest.TestCase):
       env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     self.assertEqual((out.stdout, out.stderr), (b"0\n", b""))
-
-
-class SegmentTest(absltest.TestCase):
-  def test_begin_with_bos(self):
-    data = config.Data(seq_len=4, segment_mask=True)
-    self.assertEqual(data.segment_start, tokenizer.BOS_ID)
-    self.assertIsNone(config.Data(seq_len=4).segment_start)
 
 
 if __name__ == "__main__":

@@ -122,6 +122,26 @@ class RowsTest(parameterized.TestCase):
     self.assertEqual(read.padding, 6 / 27)
     self.assertEqual(read[0]["tokens"].dtype, np.int32)
 
+  def test_segments_are_the_documents_even_of_pieces_without_bos(self):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, 40, 60)  # most are longer than a row
+    read = self.rows(lengths, 8)
+    document = np.repeat(np.arange(60), lengths)
+    cut = 0
+    for i in range(len(read)):
+      row, pieces = read[i], slice(*read._first[i : i + 2])
+      spans = zip(read._starts[pieces], read._lengths[pieces], strict=True)
+      owner = np.concatenate([document[at : at + n] for at, n in spans])
+      tokens, segments = row["tokens"], row["segments"]
+      self.assertEqual(segments.dtype, np.int32)
+      real = segments > 0
+      np.testing.assert_array_equal(real, tokens != tokenizer.PAD_ID)
+      np.testing.assert_array_equal(
+        segments[real][:, None] == segments[real], owner[:, None] == owner
+      )
+      cut += (tokens[segments > 1][:1] != tokenizer.BOS_ID).sum()
+    self.assertGreater(cut, 10)  # begin behind another document, without BOS
+
   def test_pickle_holds_no_tokens(self):
     read = self.rows([20_000], 8)
     read[0]
@@ -153,7 +173,7 @@ class HeldoutWindowsTest(parameterized.TestCase):
   )
   def test_each_target_is_scored_once_with_enough_context(self, n, seq_len):
     tokens = np.arange(n) + 100
-    rows, mask = packing.heldout_windows(tokens, seq_len)
+    rows, _, mask = packing.heldout_windows(tokens, seq_len)
     self.assertEqual(rows.shape[1], seq_len + 1)
     self.assertEqual(mask.shape, (len(rows), seq_len))
     self.assertEqual(rows.dtype, np.int32)
@@ -167,9 +187,18 @@ class HeldoutWindowsTest(parameterized.TestCase):
         self.assertGreaterEqual(2 * (1 + scores.argmax()), seq_len)
 
   def test_padding_is_masked(self):
-    rows, mask = packing.heldout_windows(np.array([0, 9, 1]), 5)
+    rows, segments, mask = packing.heldout_windows(np.array([0, 9, 1]), 5)
     self.assertEqual(rows.tolist(), [[0, 9, 1, 2, 2, 2]])
+    self.assertEqual(segments.tolist(), [[1, 1, 1, 0, 0, 0]])
     self.assertEqual(mask.tolist(), [[True, True, False, False, False]])
+
+  def test_segments_go_on_in_the_next_window(self):
+    tokens = np.array([0, 9, 1, 0, 8, 7, 6, 5, 1])
+    rows, segments, _ = packing.heldout_windows(tokens, 4)
+    self.assertEqual(rows[1].tolist(), [1, 0, 8, 7, 6])
+    self.assertEqual(
+      segments.tolist(), [[1, 1, 1, 2, 2], [1, 2, 2, 2, 2], [2, 2, 2, 2, 2]]
+    )
 
   def test_one_token_is_refused(self):
     with self.assertRaisesRegex(ValueError, "1 tokens, at least 2"):

@@ -7,6 +7,7 @@ import testing
 from absl.testing import absltest
 
 from dsv3_jax import config
+from dsv3_jax.data.batch import make_batch
 from dsv3_jax.evals import hidden, likelihood
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import device_mesh, layouts
@@ -27,7 +28,9 @@ class HeldoutTest(absltest.TestCase):
     rng = np.random.default_rng(2)
     self.mask = rng.random((3, SEQ_LEN)) < 0.6
 
-  def heldout(self, *, params=None, rows=None, run=RUN, shards=1):
+  def heldout(
+    self, *, params=None, rows=None, segments=None, run=RUN, shards=1
+  ):
     mesh = device_mesh.make_mesh({"data": shards})
     params = self.params if params is None else params
     places = layouts.make_layout(run, mesh.shape).specs
@@ -39,7 +42,8 @@ class HeldoutTest(absltest.TestCase):
     bias = jax.device_put(self.bias, jax.NamedSharding(mesh, jax.P()))
     model = hidden.EvalModel(params, bias, run, mesh)
     rows = self.rows if rows is None else rows
-    return likelihood.heldout(model, rows, self.mask, N_BYTES).row("")
+    batch = make_batch(rows, segments, segment_mask=segments is not None)
+    return likelihood.heldout(model, batch, self.mask, N_BYTES).row("")
 
   def expected_nats(self):
     params, bias = reference.f64((self.params, self.bias))
@@ -85,6 +89,17 @@ class HeldoutTest(absltest.TestCase):
     expected = self.heldout()
     rows[:, -1] = (rows[:, -1] + 1) % VOCAB
     self.assertEqual(self.heldout(rows=rows), expected)
+
+  def test_a_segment_is_scored_without_those_before_it(self):
+    segments = np.broadcast_to(np.arange(SEQ_LEN + 1) > 3, self.rows.shape)
+    rows, segments = self.rows.copy(), 1 + segments.astype(np.int32)
+    rows[:, :4] = (rows[:, :4] + 1) % VOCAB
+    self.mask[:, 3] = True  # from the other segment: not scored
+    self.mask[:, :3] = False
+    expected = self.heldout(segments=segments)
+    self.assertEqual(self.heldout(rows=rows, segments=segments), expected)
+    self.mask[:, 3] = False
+    self.assertEqual(self.heldout(segments=segments), expected)
 
   def test_domains_are_told_together_and_apart(self):
     found = likelihood.metrics(
