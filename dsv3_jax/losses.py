@@ -22,10 +22,27 @@ class Losses:
   balance: jax.Array  # alpha included, summed over routers
 
 
-def token_weights(labels: Int[Array, "*B T"]) -> Float[Array, "*B T"]:
-  """1 / (number of labels that count) for those, 0 for the ignored ones."""
-  counted = labels != IGNORE
-  return counted / jnp.maximum(counted.sum(), 1).astype(jnp.float32)
+# [*B, T - k] of the labels from k on, which depth k predicts, for k = 0 (the
+# main model) to the MTP depth.
+TokenWeights = tuple[Float[Array, "*B _"], ...]
+
+
+def token_weights(data: Batch, depth: int) -> TokenWeights:
+  """1 / (number of labels that count) for those, 0 for the others.
+
+  Those of depth k count all labels, as eq. 24 divides by T though only T - k
+  have a prediction. Segments are texts of their own: there, only labels count
+  that a token of their own segment predicts at that depth.
+  """
+  counted, weights = data.labels != IGNORE, []
+  for k in range(depth + 1):
+    predicted, n = counted[..., k:], counted.sum()
+    if k and data.segments is not None:
+      same = data.segments[..., k:] == data.segments[..., :-k]
+      predicted = predicted & same
+      n = predicted.sum()
+    weights.append(predicted / jnp.maximum(n, 1).astype(jnp.float32))
+  return tuple(weights)
 
 
 @jax.custom_vjp
@@ -100,17 +117,16 @@ def loss(
   params: param_spec.Params,
   bias: Float[Array, "routers E"],
   data: Batch,
-  weights: Float[Array, "B T"],
+  weights: TokenWeights,
   mtp_weight: Float[Array, ""] | float,
   cfg: config.Model,
   ctx: transformer.ForwardContext = transformer.LOCAL,
 ) -> tuple[Losses, moe.MoEStats]:
   """Main, MTP and balance losses of a batch (eq. 17-25).
 
-  L_main + (lambda / D) * sum_k L^k + sum of balance losses. Depth k has T - k
-  terms but the weights of T: position i carries the weight of its target.
-  `weights` are those of the labels (`token_weights`), `mtp_weight` is lambda.
-  Also returns the statistics of the routers.
+  L_main + (lambda / D) * sum_k L^k + sum of balance losses. `weights` are those
+  of the labels (`token_weights`), `mtp_weight` is lambda. Also returns the
+  statistics of the routers.
   """
   out = transformer.forward(params, bias, data.tokens, cfg, ctx, data.segments)
   return _losses(params, out, data, weights, mtp_weight, cfg), out.stats
@@ -121,7 +137,7 @@ def loss_from_last_layer(
   bias: Float[Array, "depth E"],
   x: Float[Array, "B T D"],
   data: Batch,
-  weights: Float[Array, "B T"],
+  weights: TokenWeights,
   mtp_weight: Float[Array, ""] | float,
   cfg: config.Model,
   ctx: transformer.ForwardContext = transformer.LOCAL,
@@ -137,16 +153,11 @@ def loss_from_last_layer(
 
 def _losses(params, out, data, weights, mtp_weight, cfg) -> Losses:
   """The losses of the hidden states of a forward pass."""
-  segments = data.segments
 
-  def term(hidden, shift):
-    weight = weights[:, shift:]
-    if segments is not None:  # nothing is predicted from another segment
-      n = hidden.shape[1]
-      weight = jnp.where(segments[:, shift:] == segments[:, :n], weight, 0)
-    rows, labels = hidden.reshape(-1, cfg.d_model), data.labels[:, shift:]
-    args = rows, params["head"], labels.reshape(-1), weight.reshape(-1)
-    return cross_entropy(*args)
+  def term(hidden, depth):
+    rows, labels = hidden.reshape(-1, cfg.d_model), data.labels[:, depth:]
+    labels, weight = labels.reshape(-1), weights[depth].reshape(-1)
+    return cross_entropy(rows, params["head"], labels, weight)
 
   with jax.named_scope("loss"):
     main = term(out.hidden, 0)

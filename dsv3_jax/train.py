@@ -123,7 +123,7 @@ def gradients(
   share of the sequences. Tokens and labels are [A, B, T]: A micro-batches, B
   divided over the batch axes of the mesh, if there is one.
   """
-  weights = losses.token_weights(batch.labels)
+  weights = losses.token_weights(batch, run.model.mtp.depth)
   weight = optim.mtp_weight(state.step, run)
   args = state.params, state.router_bias, weight, batch, weights
   if mesh is None:
@@ -178,7 +178,7 @@ def _gradient_sums(
   bias: jax.Array,
   mtp_weight: jax.Array,
   batch: Batch,
-  weights: jax.Array,
+  weights: losses.TokenWeights,
   run: config.Run,
   ctx: transformer.ForwardContext,
   n_shards: int = 1,

@@ -9,7 +9,7 @@ import testing
 from absl.testing import absltest, parameterized
 
 from dsv3_jax import losses
-from dsv3_jax.data.batch import IGNORE, make_batch
+from dsv3_jax.data.batch import IGNORE, Batch, make_batch
 from dsv3_jax.model import moe, transformer
 
 VOCAB = 37
@@ -50,7 +50,7 @@ class CrossEntropyTest(parameterized.TestCase):
   def test_ignored_labels_leave_value_and_gradient_alone(self):
     hidden, head, labels, _ = _case(9)
     ignored = labels.at[2:5].set(IGNORE)
-    weights = losses.token_weights(ignored)
+    (weights,) = losses.token_weights(Batch(ignored, ignored), depth=0)
     np.testing.assert_allclose(weights, [1 / 6] * 2 + [0] * 3 + [1 / 6] * 4)
     run = jax.value_and_grad(losses.cross_entropy, (0, 1))
     value, (dhidden, dhead) = run(hidden, head, ignored, weights)
@@ -69,7 +69,7 @@ class CrossEntropyTest(parameterized.TestCase):
   def test_all_labels_ignored_is_zero(self):
     hidden, head, labels, _ = _case(9)
     ignored = jnp.full_like(labels, IGNORE)
-    weights = losses.token_weights(ignored)
+    (weights,) = losses.token_weights(Batch(ignored, ignored), depth=0)
     run = jax.value_and_grad(losses.cross_entropy, (0, 1))
     for leaf in jax.tree.leaves(run(hidden, head, ignored, weights)):
       np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
@@ -105,7 +105,7 @@ def _model(*assignments):
 def _gradients(params, bias, rows, cfg, kept):
   """Gradients of the total loss, and the load."""
   data = make_batch(rows)
-  weights = losses.token_weights(data.labels)
+  weights = losses.token_weights(data, cfg.mtp.depth)
   ctx = transformer.ForwardContext(saved_activations=kept)
 
   def total(params):
@@ -135,7 +135,7 @@ class LossTest(parameterized.TestCase):
     fake = types.SimpleNamespace(forward=forward)
     with absltest.mock.patch.object(losses, "transformer", fake):
       out, _ = losses.loss(
-        {"head": head}, None, data, losses.token_weights(data.labels), 0.3, cfg
+        {"head": head}, None, data, losses.token_weights(data, 1), 0.3, cfg
       )
     np.testing.assert_array_equal(seen["tokens"], [[0, 1, 2, 3]])
     head, state = reference.f64((head, state))
@@ -162,7 +162,8 @@ class LossTest(parameterized.TestCase):
 
     def losses_of(rows, segment_mask):
       data = make_batch(*rows, segment_mask=segment_mask)
-      weights = (data.labels != IGNORE).astype(np.float32)
+      weights = losses.token_weights(data, cfg.mtp.depth)
+      weights = tuple((w > 0).astype(np.float32) for w in weights)
 
       def total(params):
         out, _ = losses.loss(params, bias, data, weights, 0.3, cfg)
@@ -177,11 +178,37 @@ class LossTest(parameterized.TestCase):
     (_, alone), _ = expected
     self.assertGreater(np.abs(np.subtract(unmasked, alone)).min(), 1e-2)
 
+  @parameterized.parameters((1, 3), (1, 4), (2, 4), (2, 32))
+  def test_segments_have_the_mean_of_what_they_predict(self, depth, length):
+    # Uniform predictions: the mean is log(vocabulary), whatever is left out.
+    cfg = testing.tiny("d_model=6", "vocab_size=41", f"mtp.depth={depth}")
+    segments = np.arange(97) // length + 1
+    segments[90:] = 0  # padding
+    rows = testing.tokens(2, 97, vocab_size=41)
+    segments = np.stack([segments, np.where(segments > 1, segments, 0)])
+    data = make_batch(rows, segments, segment_mask=True)
+    weights = losses.token_weights(data, depth)
+    for k in range(depth + 1):
+      counted = [
+        segments[b, i] == segments[b, i + 1 + k] != 0
+        for b in range(2)
+        for i in range(96 - k)
+      ]
+      expected = np.reshape(counted, (2, 96 - k)) / np.float32(sum(counted))
+      np.testing.assert_array_equal(weights[k], expected)
+    states = [jnp.zeros((2, 96 - k, 6)) for k in range(depth + 1)]
+    stats = moe.MoEStats(None, jnp.zeros(2), None)
+    out = transformer.Output(states[0], tuple(states[1:]), stats)
+    head = {"head": jnp.zeros((6, 41))}
+    terms = losses._losses(head, out, data, weights, 0.3, cfg)
+    expected = np.log(np.float64(41))
+    testing.assert_close((terms.main, terms.mtp), (expected,) * 2, 41 + 192)
+
   def test_matches_the_reference(self):
     depth = 2
     cfg, params, bias, rows = _model(f"mtp.depth={depth}", "n_layers=1")
     data = make_batch(rows)
-    weights = losses.token_weights(data.labels)
+    weights = losses.token_weights(data, depth)
     out, stats = jax.jit(losses.loss, static_argnums=5)(
       params, bias, data, weights, cfg.mtp.weight, cfg
     )

@@ -33,7 +33,7 @@ def gradient_sums(
   bias: jax.Array,
   mtp_weight: jax.Array,
   batch: Batch,
-  weights: jax.Array,
+  weights: losses.TokenWeights,
   *,
   run: config.Run,
   layout: layouts.Layout,
@@ -45,7 +45,7 @@ def gradient_sums(
     bias: [n_routers, E] f32.
     mtp_weight: lambda.
     batch: tokens and labels [A, B', T], the rows of this device.
-    weights: [A, B', T], of labels.
+    weights: [A, B', T - k] of the labels of each depth k.
     run: the configuration.
     layout: its layout, with stages.
 
@@ -83,7 +83,7 @@ def _executor(
   bias: jax.Array,
   mtp_weight: jax.Array,
   batch: Batch,
-  weights: jax.Array,
+  weights: losses.TokenWeights,
   run: config.Run,
   layout: layouts.Layout,
 ) -> "_Executor":
@@ -162,7 +162,7 @@ class _Executor:
   bias: jax.Array
   mtp_weight: jax.Array
   batch: Batch
-  weights: jax.Array
+  weights: losses.TokenWeights
   run: config.Run
   layout: layouts.Layout
   passes: dict[str, split_backward.Passes]
