@@ -128,7 +128,9 @@ def loss(
   of the labels (`token_weights`), `mtp_weight` is lambda. Also returns the
   statistics of the routers.
   """
-  out = transformer.forward(params, bias, data.tokens, cfg, ctx, data.segments)
+  out = transformer.forward(
+    params, bias, data.tokens, cfg, ctx, data.segments, data.valid
+  )
   return _losses(params, out, data, weights, mtp_weight, cfg), out.stats
 
 
@@ -146,8 +148,9 @@ def loss_from_last_layer(
 
   `bias`, balance losses and statistics are those of the MTP modules alone.
   """
-  tokens, segments = data.tokens, data.segments
-  out = transformer.predict(params, bias, x, tokens, cfg, ctx, segments)
+  out = transformer.predict(
+    params, bias, x, data.tokens, cfg, ctx, data.segments, data.valid
+  )
   return _losses(params, out, data, weights, mtp_weight, cfg), out.stats
 
 

@@ -301,5 +301,7 @@ def trace_step(
   shape = run.train.micro_batches, run.train.micro_batch_size, run.data.seq_len
   divided = jax.NamedSharding(mesh, spec)
   ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=divided)
-  batch = Batch(ids, ids, ids if run.data.segment_mask else None)
+  valid = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=divided)
+  segments = ids if run.data.segment_mask else None
+  batch = Batch(ids, ids, segments, valid)
   return make_step(run, mesh).trace(abstract_state(run, mesh), batch)

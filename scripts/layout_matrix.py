@@ -36,7 +36,7 @@ _SETTINGS = """
   attention.n_heads=4 attention.q_rank=8 attention.kv_rank=8
   attention.nope_dim=4 attention.rope_dim=4 attention.v_dim=4
   moe.ffn_dim=8 router.n_experts=16 router.top_k=4
-  router.n_groups=8 router.top_groups=4 data.seq_len=8
+  router.n_groups=8 router.top_groups=4 data.seq_len=8 data.segment_mask=true
   train.tokens=6400 train.batch_size=16 train.micro_batches=2
   train.scan_layers=true schedule.warmup_steps=2
   optim.clip_norm=0.1 optim.eps=1e-3
@@ -177,7 +177,11 @@ def _batch(run: config.Run, step: int) -> Batch:
   sizes = run.train.micro_batches, run.train.micro_batch_size
   shape = *sizes, run.data.seq_len + 1
   rows = rng.integers(run.model.vocab_size, size=shape, dtype=np.int32)
-  return make_batch(rows)
+  # Two documents in a row, then perhaps padding.
+  position, second = np.arange(shape[-1]), rng.integers(2, 5, (*sizes, 1))
+  end = rng.integers(second + 1, shape[-1] + 1)
+  segments = np.where(position < end, 1 + (position >= second), 0)
+  return make_batch(rows, segments, segment_mask=run.data.segment_mask)
 
 
 def _first_state(run: config.Run) -> train.TrainState:

@@ -9,6 +9,7 @@ import testing
 from absl.testing import absltest, parameterized
 
 from dsv3_jax import losses
+from dsv3_jax.data import tokenizer
 from dsv3_jax.data.batch import IGNORE, Batch, make_batch
 from dsv3_jax.model import moe, transformer
 
@@ -125,7 +126,7 @@ class LossTest(parameterized.TestCase):
     hidden = testing.normal(1, 4, 6, seed=2)
     seen = {}
 
-    def forward(params, bias, tokens, cfg, ctx, segments):
+    def forward(params, bias, tokens, cfg, ctx, segments, valid):
       seen["tokens"] = tokens
       stats = moe.MoEStats(jnp.zeros((2, 16), jnp.int32), jnp.zeros(2), None)
       return transformer.Output(hidden, (state,), stats)
@@ -150,11 +151,11 @@ class LossTest(parameterized.TestCase):
     documents = [
       np.r_[start, rng.integers(1, 41, n - 1)].astype(np.int32) for n in lengths
     ]
-    joined = (
-      np.concatenate(documents)[None],
-      np.repeat([1, 2, 3, 4], lengths)[None],
-    )
-    # Padded at the end, where nothing is predicted.
+    # Padded at the end, where nothing is predicted and no expert is chosen.
+    joined = [
+      np.pad(np.concatenate(arrays), (0, 1))[None]
+      for arrays in (documents, list(map(np.full, lengths, (1, 2, 3, 4))))
+    ]
     apart = [
       np.stack([np.pad(a, (0, 10 - len(a))) for a in arrays])
       for arrays in (documents, [np.ones_like(d) for d in documents])
@@ -166,17 +167,57 @@ class LossTest(parameterized.TestCase):
       weights = tuple((w > 0).astype(np.float32) for w in weights)
 
       def total(params):
-        out, _ = losses.loss(params, bias, data, weights, 0.3, cfg)
-        return out.main + out.mtp, (out.main, out.mtp)
+        out, stats = losses.loss(params, bias, data, weights, 0.3, cfg)
+        return out.main + out.mtp, (out.main, out.mtp, stats.load)
 
-      return jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+      run = jax.jit(jax.value_and_grad(total, has_aux=True))
+      (value, (*terms, load)), gradients = run(params)
+      return (value, terms, gradients), load
 
     # Sums of the same terms in another order.
-    expected, terms = losses_of(apart, False), 17 + 2 * 3 * 465
-    testing.assert_close(losses_of(joined, True), expected, terms)
-    (_, unmasked), _ = losses_of(joined, False)
-    (_, alone), _ = expected
-    self.assertGreater(np.abs(np.subtract(unmasked, alone)).min(), 1e-2)
+    (expected, want_load), terms = losses_of(apart, False), 17 + 2 * 3 * 465
+    result, load = losses_of(joined, True)
+    testing.assert_close(result, expected, terms)
+    np.testing.assert_array_equal(load, want_load)
+    (_, unmasked, _), _ = losses_of(joined, False)
+    self.assertGreater(np.abs(np.subtract(unmasked, expected[1])).min(), 1e-2)
+
+  @parameterized.parameters("scores", "routed")
+  def test_padding_is_no_load(self, balance_map):
+    cfg, params, bias, rows = _model(
+      "mtp.depth=2", f"router.balance_map={balance_map}"
+    )
+    lengths = 5, 8  # of the row's 9, of which 8 are tokens
+    segments = np.int32(np.arange(9) < np.reshape(lengths, (2, 1)))
+    rows = np.where(segments, np.pad(rows, ((0, 0), (0, 1))), tokenizer.PAD_ID)
+
+    @jax.jit
+    def run(params, data):
+      def total(params):
+        weights = losses.token_weights(data, 2)
+        out, stats = losses.loss(params, bias, data, weights, 0.3, cfg)
+        return out.total, (out, stats)
+
+      return jax.grad(total, has_aux=True)(params)
+
+    gradients, (out, stats) = run(params, make_batch(rows, segments))
+    other = np.where(segments, rows, 17)
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      run(params, make_batch(other, segments)),
+      (gradients, (out, stats)),
+    )
+    # As if each row were as short as its text.
+    params, bias = reference.f64((params, bias))
+    _, _, loads, balances = zip(
+      *(
+        reference.forward(params, bias, row[None, :n], cfg)
+        for row, n in zip(rows, lengths, strict=True)
+      ),
+      strict=True,
+    )
+    np.testing.assert_array_equal(stats.load, sum(loads))
+    testing.assert_close(out.balance, np.mean(balances), 3 * 465)
 
   @parameterized.parameters((1, 3), (1, 4), (2, 4), (2, 32))
   def test_segments_have_the_mean_of_what_they_predict(self, depth, length):

@@ -15,6 +15,8 @@ class Batch:
   labels: jax.Array  # [..., T] int32, the next token, or IGNORE
   # [..., T] int32, which attention stays inside of; None: a row is one segment
   segments: jax.Array | None = None
+  # [..., T] bool, False for padding, at the end of rows; None: there is none
+  valid: jax.Array | None = None
 
 
 def make_batch(
@@ -33,9 +35,10 @@ def make_batch(
   tokens, labels = rows[..., :-1], rows[..., 1:]
   if segments is None:
     return Batch(tokens, labels)
+  segments = np.asarray(segments, np.int32)
   here, there = segments[..., :-1], segments[..., 1:]
   ignored = there == 0
   if segment_mask:
     ignored |= there != here
   labels = np.where(ignored, IGNORE, labels)
-  return Batch(tokens, labels, here if segment_mask else None)
+  return Batch(tokens, labels, here if segment_mask else None, here != 0)

@@ -8,7 +8,7 @@ over routed experts use the pieces too, with `scale` [M] on the rows' outputs.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax import param_spec, varying
 from dsv3_jax.linear import linear
@@ -16,6 +16,7 @@ from dsv3_jax.model import remat
 
 Hidden = Float[Array, "B T D"]
 Segments = Int[Array, "B T"] | None  # None: one segment
+Valid = Bool[Array, "B T"] | None  # False: padding; None: there is none
 
 
 def rms_norm(

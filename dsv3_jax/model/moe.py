@@ -6,12 +6,12 @@ from collections.abc import Callable
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from dsv3_jax import config, param_spec, varying
 from dsv3_jax.model import experts as experts_lib
 from dsv3_jax.model import layers, router
-from dsv3_jax.model.layers import Hidden
+from dsv3_jax.model.layers import Hidden, Valid
 
 
 def _no_dispatch(chosen: jax.Array) -> jax.Array:
@@ -60,16 +60,17 @@ def moe(
   bias: Float[Array, " E"],
   cfg: config.Model,
   experts: Experts = LOCAL,
-  valid: Bool[Array, "B T"] | None = None,
+  valid: Valid = None,
 ) -> tuple[Hidden, MoEStats]:
   """Applies an MoE layer; no token is ever dropped.
 
-  Tokens that are not `valid` are padding, and go to no expert.
+  Padding goes to no expert and counts in no statistic.
   """
   with jax.named_scope("router"):
     routing = router.route(p["router"], x, bias, cfg.router)
-    balance = router.balance_loss(routing.scores, routing.experts, cfg.router)
-  if valid is not None:
+    balance = router.balance_loss(
+      routing.scores, routing.experts, cfg.router, valid
+    )
     routing = router.mask_invalid(routing, valid)
   with jax.named_scope("experts"):
     rows, chosen, gates = (

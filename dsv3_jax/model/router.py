@@ -6,12 +6,12 @@ from collections.abc import Callable
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from dsv3_jax import config
 from dsv3_jax.linear import linear
 from dsv3_jax.model import remat
-from dsv3_jax.model.layers import Hidden
+from dsv3_jax.model.layers import Hidden, Valid
 
 Bias = Float[Array, " E"]
 
@@ -86,8 +86,10 @@ def route(
   return Routing(experts, gates, scores, load)
 
 
-def mask_invalid(routing: Routing, valid: Bool[Array, "B T"]) -> Routing:
-  """Sends tokens that are not valid [B, T] to no expert: index E."""
+def mask_invalid(routing: Routing, valid: Valid) -> Routing:
+  """Sends padding to no expert: index E."""
+  if valid is None:
+    return routing
   n_experts = routing.load.size
   experts = jnp.where(valid[..., None], routing.experts, n_experts)
   load = _multi_hot(experts, n_experts).sum((0, 1), dtype=jnp.int32)
@@ -103,19 +105,26 @@ def balance_loss(
   scores: Float[Array, "B T E"],
   experts: Int[Array, "B T K"],
   cfg: config.Router,
+  valid: Valid = None,
 ) -> Float[Array, ""]:
   """Sequence-wise balance loss, mean over sequences (eq. 17-20).
 
   f_i counts the top-k of the plain scores, as written; `balance_map="routed"`
-  counts the experts really chosen. It carries no gradient.
+  counts the experts really chosen. It carries no gradient. A sequence is the
+  tokens of a row without its padding.
   """
   if cfg.balance_map == "scores":
     experts = jax.lax.top_k(jax.lax.stop_gradient(scores), cfg.top_k)[1]
   chosen = _multi_hot(experts, cfg.n_experts).astype(jnp.float32)
-  f = chosen.mean(1) * (cfg.n_experts / cfg.top_k)
+  n_tokens, real = scores.shape[1], None
+  if valid is not None:
+    real = valid[..., None]
+    n_tokens = jnp.maximum(real.sum(1), 1)
+  f = chosen.sum(1, where=real) / n_tokens * (cfg.n_experts / cfg.top_k)
   f = remat.named(f, "routing")
   share = scores / (scores.sum(-1, keepdims=True) + FLOOR)
-  return cfg.balance_weight * (f * share.mean(1)).sum(-1).mean()
+  p = share.sum(1, where=real) / n_tokens
+  return cfg.balance_weight * (f * p).sum(-1).mean()
 
 
 def update_bias(
@@ -136,6 +145,10 @@ def update_bias(
 
 
 def max_violation(load: Int[Array, "*layers E"]) -> Float[Array, "*layers"]:
-  """MaxVio, (max load - mean load) / mean load, over the last dim."""
+  """MaxVio, (max load - mean load) / mean load, over the last dim.
+
+  It is 0 where there is no load.
+  """
   load = load.astype(jnp.float32)
-  return load.max(-1) / load.mean(-1) - 1.0
+  most, mean = load.max(-1), load.mean(-1)
+  return (most - mean) / jnp.where(mean > 0, mean, 1)

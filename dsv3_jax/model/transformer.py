@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax import config, param_spec
 from dsv3_jax.model import attentions, layers, moe, mtp, remat
-from dsv3_jax.model.layers import Hidden, Segments
+from dsv3_jax.model.layers import Hidden, Segments, Valid
 
 
 @flax.struct.dataclass
@@ -77,11 +77,12 @@ def moe_block(
   cfg: config.Model,
   experts: moe.Experts,
   segments: Segments = None,
+  valid: Valid = None,
 ) -> tuple[Hidden, moe.MoEStats]:
   """h += attention(norm(h)); h += MoE(norm(h)); also returns its stats."""
   x = _attention(p, x, cfg, segments)
   h = layers.rms_norm(p["ffn_norm"], x, cfg.norm_eps)
-  y, stats = moe.moe(p["ffn"], h, bias, cfg, experts)
+  y, stats = moe.moe(p["ffn"], h, bias, cfg, experts, valid)
   return x + y, stats
 
 
@@ -137,11 +138,12 @@ def forward(
   cfg: config.Model,
   ctx: ForwardContext = LOCAL,
   segments: Segments = None,
+  valid: Valid = None,
 ) -> Output:
   """Hidden states of the main model and of every MTP depth.
 
   There must be more tokens in a sequence than MTP modules. Attention stays
-  inside a segment.
+  inside a segment; the routers leave padding out.
   """
   over_layers = jax.lax.scan if ctx.scan else _unrolled
   rematerialize = functools.partial(
@@ -156,7 +158,7 @@ def forward(
   def mixture(h, layer):
     p, layer_bias = layer
     p = ctx.gather("moe", p)
-    return moe_block(p, h, layer_bias, cfg, ctx.experts, segments)
+    return moe_block(p, h, layer_bias, cfg, ctx.experts, segments, valid)
 
   x = embed(params, tokens)
   stats = [_no_stats(bias)]
@@ -166,7 +168,7 @@ def forward(
   if cfg.n_moe_layers:
     x, moe_stats = over_layers(mixture, x, (params["moe"], moe_bias))
     stats.append(moe_stats)
-  out = predict(params, mtp_bias, x, tokens, cfg, ctx, segments)
+  out = predict(params, mtp_bias, x, tokens, cfg, ctx, segments, valid)
   stats.append(out.stats)
   return out.replace(stats=_concatenated(stats))
 
@@ -185,6 +187,7 @@ def predict(
   cfg: config.Model,
   ctx: ForwardContext = LOCAL,
   segments: Segments = None,
+  valid: Valid = None,
 ) -> Output:
   """Applies the final norm and the MTP modules to the last layer's output x.
 
@@ -193,9 +196,9 @@ def predict(
   """
 
   def module(p, layer_bias, hidden, ahead):
-    ids = None if segments is None else segments[:, : hidden.shape[1]]
+    here, joined = _of_depth(segments, valid, x.shape[1] - hidden.shape[1])
     block = functools.partial(
-      moe_block, cfg=cfg, experts=ctx.experts, segments=ids
+      moe_block, cfg=cfg, experts=ctx.experts, segments=here, valid=joined
     )
     p = ctx.gather("mtp", p)
     return mtp.module(p, layer_bias, hidden, ahead, cfg, block)
@@ -205,6 +208,22 @@ def predict(
   module = remat.remat(ctx.saved_activations, module)
   states, stats = mtp.predict(params, bias, start, tokens, cfg, module)
   return Output(hidden, states, _concatenated([_no_stats(bias), *stats]))
+
+
+def _of_depth(
+  segments: Segments, valid: Valid, depth: int
+) -> tuple[Segments, Valid]:
+  """Segments of an MTP depth's positions, and which of them join real tokens.
+
+  Those that join two segments predict nothing, and are left out like padding.
+  """
+  if valid is not None:
+    valid = valid[:, depth:]
+  if segments is None:
+    return None, valid
+  here = segments[:, :-depth]
+  same = segments[:, depth:] == here
+  return here, same if valid is None else same & valid
 
 
 def _no_stats(bias: jax.Array) -> moe.MoEStats:

@@ -86,11 +86,6 @@ def _validate_pipeline(run: config.Run, sizes: Sizes) -> Iterator[str]:
       f"--mesh: model={sizes['model']} with parallel.schedule={name}: layers"
       " of a stage cannot be divided; use model=1"
     )
-  if run.data.segment_mask:
-    yield (
-      f"data.segment_mask=true with parallel.schedule={name}: stages do not"
-      " receive segments; use one of them"
-    )
   if sharding.LAYOUTS[run.parallel.layout].gather_by_layer:
     yield (
       f"parallel.layout={run.parallel.layout} with parallel.schedule={name}:"

@@ -271,8 +271,8 @@ class UpdateBiasTest(absltest.TestCase):
     np.testing.assert_array_equal(router.update_bias(bias, load, 0.0), bias)
 
   def test_max_violation(self):
-    load = jnp.int32([[4, 4, 4, 4], [16, 0, 0, 0], [5, 3, 4, 4]])
-    np.testing.assert_allclose(router.max_violation(load), [0, 3, 0.25])
+    load = jnp.int32([[4, 4, 4, 4], [16, 0, 0, 0], [5, 3, 4, 4], [0, 0, 0, 0]])
+    np.testing.assert_allclose(router.max_violation(load), [0, 3, 0.25, 0])
 
   def test_loop_balances_a_skewed_router(self):
     # Affinities differ by up to 3 between experts; tokens add noise to them.

@@ -76,18 +76,19 @@ def side_by_side(run):
   p = jax.tree.map(lambda a: a[0], testing.draw(specs))
   x = testing.normal(2, run.data.seq_len, run.model.d_model)
   bias = testing.normal(1, run.model.router.n_experts)
+  constants = bias, None, None  # neither segments nor padding
   layer = functools.partial(
     executor._moe,
     cfg=run.model,
     experts=layouts.make_layout(run, SIZES).experts,
   )
   put_off = [leaf.ndim > 1 for leaf in jax.tree.leaves(p)]
-  passes = split_backward.split(layer, p, bias, x, put_off)
+  passes = split_backward.split(layer, p, constants, x, put_off)
   d_outputs = x, jax.ShapeDtypeStruct((), np.float32)
   return (
-    jax.jit(passes.forward).trace(p, bias, x),
+    jax.jit(passes.forward).trace(p, constants, x),
     jax.jit(passes.input_gradient).trace(
-      p, bias, passes.residual_types, d_outputs
+      p, constants, passes.residual_types, d_outputs
     ),
   )
 
@@ -233,13 +234,6 @@ class ProblemsTest(parameterized.TestCase):
     found = "\n".join(layout_check.validate(run, SIZES))
     self.assertIn("11 micro-batches: must be even and at least 8", found)
     self.assertIn("use 10 or 12", found)
-
-  def test_segments_are_not_known_to_stages(self):
-    run = config.override(RUN, "data.segment_mask=true")
-    (line,) = layout_check.validate(run, SIZES)
-    self.assertIn("data.segment_mask=true with parallel.schedule", line)
-    plain = config.override(run, "parallel.schedule=none")
-    self.assertEmpty(layout_check.validate(plain, {"data": 2}))
 
   def test_too_few_while_the_batch_grows(self):
     run = config.override(

@@ -95,7 +95,9 @@ def _executor(
   for name in layout.stages.stacks:
     p = jax.tree.map(lambda a: a[0], params[name])
     trained = recipe.differentiable(p)
-    constants = p, {"dense": (), "moe": bias[:1]}[name]
+    masks = batch.segments, batch.valid
+    masks = jax.tree.map(lambda a: vary(a[0]), masks)
+    constants = p, ({"dense": (), "moe": bias[:1]}[name], *masks)
     deferred = [leaf.ndim > 1 for leaf in jax.tree.leaves(trained)]
     layer = functools.partial(
       _layer, name, cfg=run.model, experts=layout.experts
@@ -109,30 +111,33 @@ def _executor(
   )
 
 
-# Layers as functions of (parameters, router bias [1, E] or (), x).
+# Layers as functions of parameters, constants and x. The constants are router
+# bias [1, E] or (), segments [B, T] or None, and valid [B, T] or None.
 
 
 def _dense(
   p: param_spec.Params,
-  bias: tuple[()],
+  constants: Any,
   x: jax.Array,
   cfg: config.Model,
   experts: moe.Experts,
 ) -> tuple[tuple[jax.Array], None]:
   """Returns (y,), and no stats."""
-  del bias, experts
-  return (transformer.dense_block(p, x, cfg),), None
+  del experts
+  _, segments, _ = constants
+  return (transformer.dense_block(p, x, cfg, segments),), None
 
 
 def _moe(
   p: param_spec.Params,
-  bias: jax.Array,
+  constants: Any,
   x: jax.Array,
   cfg: config.Model,
   experts: moe.Experts,
 ) -> tuple[tuple[jax.Array, jax.Array], moe.MoEStats]:
   """Returns (y, balance loss), and the stats of the layer."""
-  y, stats = transformer.moe_block(p, x, bias[0], cfg, experts)
+  (bias,), *masks = constants
+  y, stats = transformer.moe_block(p, x, bias, cfg, experts, *masks)
   return (y, stats.balance), stats
 
 
@@ -148,9 +153,9 @@ def _layer(
   experts: moe.Experts,
 ) -> Any:
   """Runs a layer; only `trained` and x have gradients."""
-  p, bias = constants
+  p, others = constants
   return LAYERS[name](
-    recipe.with_differentiable(trained, p), bias, x, cfg, experts
+    recipe.with_differentiable(trained, p), others, x, cfg, experts
   )
 
 
@@ -216,11 +221,13 @@ class _Executor:
     stack = self.layout.stages.stacks[name]
     row = op.direction * stack.size + i
     p = jax.tree.map(lambda a: buffers_lib.get(a, row), self.params[name])
+    masks = self.batch.segments, self.batch.valid
+    masks = jax.tree.map(lambda a: a[op.micro_batch], masks)
     if name == "dense":
-      return recipe.differentiable(p), (p, ()), row, None
+      return recipe.differentiable(p), (p, ((), *masks)), row, None
     router = jnp.asarray(stack.first, jnp.int32)[op.stage] + i
     bias = buffers_lib.get(self.bias, router)[None]
-    return recipe.differentiable(p), (p, bias), row, router
+    return recipe.differentiable(p), (p, (bias, *masks)), row, router
 
   def _forward_layer(
     self, name: str, op: EncodedOp, i: jax.Array, x: jax.Array, buffers: Buffers
