@@ -21,6 +21,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import tokenizers
+from absl import logging
+from tokenizers import decoders
 
 from dsv3_jax.data import corpus, tokenizer
 
@@ -29,7 +31,9 @@ _PIECE_CHARACTERS = 1 << 18
 # No pre-token spans a line break and a letter behind it, so a cut there
 # changes no id.
 _PIECE_END = re.compile(r"(?<=\n)(?=[A-Za-z])")
-_MERGED = re.compile(r"(.*[^\r\n])([\r\n]+)", re.DOTALL)
+# A token that ends with line breaks, in the alphabet of ByteLevel, which has a
+# character for each byte: Ċ is LF, č is CR.
+_MERGED = re.compile(r"(.*[^Ċč])([Ċč]+)", re.DOTALL)
 
 Segment = str | int  # text, or the id of a special token
 
@@ -104,14 +108,23 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _halves(tok: tokenizers.Tokenizer) -> dict[int, np.ndarray]:
-  """Maps each token of punctuation and line breaks to the ids of its halves."""
-  halves = {}
-  for i in tok.get_vocab().values():
-    text = tok.decode([i], skip_special_tokens=True)
-    match = _MERGED.fullmatch(text)
-    if match and _is_punctuation(match[1].removeprefix(" ")):
-      encoded = tok.encode_batch(list(match.groups()), add_special_tokens=False)
-      halves[i] = np.concatenate([half.ids for half in encoded])
+  """Maps each token of punctuation and line breaks to the ids of its halves.
+
+  The halves have the bytes of the token: where it begins inside of a character,
+  so does the first half.
+  """
+  decode, model, halves = decoders.ByteLevel().decode, tok.model, {}
+  for token, i in tok.get_vocab().items():
+    match = _MERGED.fullmatch(token)
+    # A part of a character decodes to U+FFFD, which is a symbol.
+    if match and _is_punctuation(decode([match[1]]).removeprefix(" ")):
+      pieces = itertools.chain(*map(model.tokenize, match.groups()))
+      halves[i] = np.array([piece.id for piece in pieces])
+  if not halves:
+    logging.warning(
+      "data.split_rate: no token of the vocabulary joins punctuation and line"
+      " breaks, so none is split"
+    )
   return halves
 
 

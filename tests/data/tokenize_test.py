@@ -118,6 +118,30 @@ class EncodeTest(parameterized.TestCase):
       text = self.tok.decode([i])
       self.assertNotRegex(text, re.compile(r"^ ?[.,:!\])]+[\r\n]+$"))
 
+  @parameterized.parameters("trained", "deepseek")
+  def test_halves_have_the_bytes_of_the_token(self, name):
+    characters = [
+      chr(c) for c in (*range(0x2010, 0x2028), *range(0x3000, 0x3020))
+    ]
+    texts = [f"x {c}\n\ny{c}\r\n{c}\n" for c in characters]
+    if name == "trained":
+      tok = tokenizer.train(texts * 4, 420)
+    else:
+      try:
+        tok = tokenizer.deepseek()
+      except ValueError as error:
+        self.skipTest(str(error))
+    halves = tokenize._halves(tok)
+    for i, ids in halves.items():
+      joined = "".join(map(tok.id_to_token, ids))
+      self.assertEqual(joined, tok.id_to_token(i))
+    begun = [i for i in halves if "\ufffd" in tok.decode([i])]
+    self.assertNotEmpty(begun)  # begin inside of a character
+    documents = [corpus.Document(str(i), t) for i, t in enumerate(texts)]
+    split = ids_of(documents, tok, split_rate=1)
+    self.assertEqual([tok.decode(ids) for ids in split], texts)
+    self.assertFalse(np.isin(np.concatenate(split), list(halves)).any())
+
   def test_a_share_of_them_is_split(self):
     joined = list(tokenize._halves(self.tok))
     plain = np.concatenate(ids_of(DOCUMENTS, self.tok))
