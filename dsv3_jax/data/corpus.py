@@ -3,7 +3,9 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from absl import logging
 
 from dsv3_jax.errors import InputError
 
@@ -21,64 +23,105 @@ class Document:
 
 
 def split(
-  documents: Sequence[Document], heldout_fraction: float
+  documents: Sequence[Document],
+  heldout_fraction: float,
+  trained_bytes: dict[str, int] | None = None,
 ) -> tuple[list[Document], list[Document]]:
   """Splits documents into training and held-out ones.
 
   A corpus of at least `WHOLE_DOCUMENTS` documents holds out whole ones: in the
   order of a hash of name and text, each that still fits into the fraction. A
-  smaller corpus holds out the last bytes of all its text, see `_cut`.
-  The fraction, in (0, 1), is of the UTF-8 bytes. Raises InputError if one of
-  the two would have no text.
+  smaller corpus holds out the last bytes of all its text, see `_cut`. Copies of
+  a text are split like it, whatever their names; the log counts them.
+
+  Args:
+    documents: of a domain.
+    heldout_fraction: in (0, 1), of the UTF-8 bytes.
+    trained_bytes: for each text of the domains before, which are split in the
+      same way, how many of its bytes are trained on; receives those of this
+      one.
+
+  Raises:
+    InputError: one of the two would have no text.
   """
-  split_fn = _split_whole if len(documents) >= WHOLE_DOCUMENTS else _split_end
-  train, heldout = split_fn(documents, heldout_fraction)
-  if not train or not heldout:
-    n_bytes = len(text_bytes(documents))
-    raise InputError(
-      f"data.heldout_fraction={heldout_fraction}: of {n_bytes} bytes of text in"
-      f" {len(documents)} documents this leaves nothing to"
-      f" {'evaluate' if train else 'train'} on; choose another fraction or add"
-      " text"
+  trained_bytes = {} if trained_bytes is None else trained_bytes
+  n_known = len(trained_bytes)
+  copies: dict[str, list[Document]] = {}
+  for document in documents:
+    copies.setdefault(document.text, []).append(document)
+  choose = _choose_whole if len(documents) >= WHOLE_DOCUMENTS else _choose_end
+  for text, n_bytes in choose(copies, heldout_fraction, trained_bytes).items():
+    trained_bytes.setdefault(text, n_bytes)
+  n_copies = len(documents) - len(trained_bytes) + n_known
+  if n_copies:
+    logging.warning(
+      "data: %d of %d documents are copies of others; each is trained on or"
+      " held out like the first",
+      n_copies,
+      len(documents),
     )
-  return train, heldout
-
-
-def _split_whole(
-  documents: Sequence[Document], heldout_fraction: float
-) -> tuple[list[Document], list[Document]]:
-  """Holds out whole documents, at least one."""
-  sizes = [len(document.text.encode()) for document in documents]
-  budget = heldout_fraction * sum(sizes)
-  order = sorted(range(len(sizes)), key=lambda i: digest([documents[i]]))
-  chosen = set()
-  for i in order:
-    if sizes[i] <= budget:
-      chosen.add(i)
-      budget -= sizes[i]
-  if not chosen:  # no document is that small: take the smallest
-    chosen.add(min(order, key=lambda i: sizes[i]))
-  train = [d for i, d in enumerate(documents) if i not in chosen]
-  return train, [documents[i] for i in sorted(chosen)]
-
-
-def _split_end(
-  documents: Sequence[Document], heldout_fraction: float
-) -> tuple[list[Document], list[Document]]:
-  """Holds out the end of the text."""
-  total = len(text_bytes(documents))
-  remaining = total - round(heldout_fraction * total)  # bytes to train on
   train, heldout = [], []
   for document in documents:
     raw = document.text.encode()
-    inside = 0 < remaining < len(raw)
-    at = _cut(raw, remaining) if inside else max(0, remaining)
+    at = trained_bytes[document.text]
+    if at in (0, len(raw)):
+      (train if at else heldout).append(document)
+      continue
     for documents_of, piece in ((train, raw[:at]), (heldout, raw[at:])):
       if piece.strip():
         piece = dataclasses.replace(document, text=piece.decode())
         documents_of.append(piece)
-    remaining -= len(raw)
+  if not train or not heldout:
+    n_bytes = len(text_bytes(documents))
+    raise InputError(
+      f"data.heldout_fraction={heldout_fraction}: of {n_bytes} bytes of text in"
+      f" {len(documents)} documents, {n_copies} of them copies of others, this"
+      f" leaves nothing to {'evaluate' if train else 'train'} on; choose"
+      " another fraction or add text"
+    )
   return train, heldout
+
+
+def _choose_whole(
+  copies: Mapping[str, Sequence[Document]],
+  heldout_fraction: float,
+  known: Mapping[str, int],
+) -> dict[str, int]:
+  """Holds out whole texts, at least one; returns the bytes to train on."""
+  sizes = {text: len(text.encode()) for text in copies}
+  total = {text: sizes[text] * len(copies[text]) for text in copies}
+  budget = heldout_fraction * sum(total.values())
+  budget -= sum(total[text] for text in copies if known.get(text) == 0)
+  order = sorted(
+    copies.keys() - known.keys(),
+    key=lambda text: min(digest([document]) for document in copies[text]),
+  )
+  heldout = {text for text in copies if known.get(text) == 0}
+  for text in order:
+    if total[text] <= budget:
+      heldout.add(text)
+      budget -= total[text]
+  if order and not heldout:  # no text is that small: take the smallest
+    heldout.add(min(order, key=lambda text: total[text]))
+  return {text: 0 if text in heldout else sizes[text] for text in copies}
+
+
+def _choose_end(
+  copies: Mapping[str, Sequence[Document]],
+  heldout_fraction: float,
+  known: Mapping[str, int],
+) -> dict[str, int]:
+  """Holds out the end of the text; returns the bytes to train on."""
+  del known
+  total = sum(len(text.encode()) * len(copies[text]) for text in copies)
+  remaining = total - round(heldout_fraction * total)  # bytes to train on
+  trained = {}
+  for text, documents in copies.items():
+    raw, n = text.encode(), len(documents)
+    at = min(max(0, remaining // n), len(raw))
+    trained[text] = _cut(raw, at) if 0 < at < len(raw) else at
+    remaining -= n * len(raw)
+  return trained
 
 
 def _cut(raw: bytes, at: int) -> int:

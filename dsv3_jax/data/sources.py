@@ -32,7 +32,8 @@ def load_documents(data: config.Data) -> dict[str, Split]:
     name = document.domain if data.domain_weights else ""
     if name in domains:
       domains[name].append(document)
+  trained_bytes: dict[str, int] = {}
   return {
-    name: corpus.split(documents, data.heldout_fraction)
+    name: corpus.split(documents, data.heldout_fraction, trained_bytes)
     for name, documents in domains.items()
   }

@@ -1,5 +1,6 @@
 """The split of a corpus, and its digest."""
 
+import collections
 import random
 
 from absl.testing import absltest, parameterized
@@ -81,6 +82,40 @@ class SplitTest(parameterized.TestCase):
     ]
     # 10 of 100 drawn twice: equal with probability 1 / C(100, 10) ~ 6e-14.
     self.assertNotEqual(*names)
+
+  @parameterized.parameters(1, 2, 5)
+  def test_copies_are_on_one_side_whatever_their_names(self, n):
+    # Few documents of one text each are cut, many are held out whole.
+    for n_texts in (7 // n + 1, 40):
+      texts = [d.text for d in make(n_texts)]
+      documents = [
+        corpus.Document(f"{i} of {text[:9]}", text)
+        for i in range(n)
+        for text in texts
+      ]
+      if n > 1:
+        with self.assertLogs(level="WARNING") as log:
+          train, heldout = corpus.split(documents, 0.3)
+        told = f"{(n - 1) * n_texts} of {n * n_texts} documents are copies"
+        self.assertIn(told, log.output[0])
+      else:
+        train, heldout = corpus.split(documents, 0.3)
+      self.assertEqual(
+        len(corpus.text_bytes(train)) + len(corpus.text_bytes(heldout)),
+        len(corpus.text_bytes(documents)),
+      )
+      self.assertEmpty({d.text for d in train} & {d.text for d in heldout})
+      for part in (train, heldout):
+        times = collections.Counter(d.text for d in part)
+        self.assertEqual(set(times.values()), {n})
+      share = len(corpus.text_bytes(heldout))
+      share /= len(corpus.text_bytes(documents))
+      self.assertBetween(share, 0.3 - 1 / n_texts, 0.3 + n / 1000)
+
+  def test_copies_alone_are_refused(self):
+    documents = [corpus.Document(str(i), "the same") for i in range(20)]
+    with self.assertRaisesRegex(ValueError, "19 of them copies .* to train on"):
+      corpus.split(documents, 0.1)
 
   def test_huge_document_is_trained_on(self):
     documents = [*make(30), corpus.Document("huge", "x" * 100_000)]

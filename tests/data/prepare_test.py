@@ -13,6 +13,7 @@ from dsv3_jax import config
 from dsv3_jax.data import (
   corpus,
   prepare,
+  sources,
   text_files,
   tokenized_corpus,
   tokenizer,
@@ -178,9 +179,10 @@ class PrepareTest(parameterized.TestCase):
 
   def test_bytes_of_jsonl_documents_are_those_of_the_text(self):
     self.text = self.root / "text.jsonl"
-    self.text.write_text('{"text": "word \\u00e9 \\n"}\n' * 40)
+    lines = (f'{{"text": "word {i} \\u00e9 \\n"}}\n' for i in range(10, 50))
+    self.text.write_text("".join(lines))
     prepared = self.prepare(heldout_fraction=0.25)
-    one = len("word é \n".encode())
+    one = len("word 10 é \n".encode())
     self.assertEqual(prepared.train_bytes, 30 * one)
     self.assertEqual(prepared.heldout_bytes, 10 * one)
     self.assertEqual(prepared.domains[0].heldout.n_documents, 10)
@@ -252,6 +254,26 @@ class DomainsTest(parameterized.TestCase):
       ValueError, "domains: maths not in .*which has code, prose.txt"
     ):
       self.prepare("code=1,maths=2")
+
+  def test_copies_in_two_are_on_one_side(self):
+    prose = self.corpus / "prose"
+    prose.mkdir()
+    for i in range(30):
+      text = (self.corpus / "code" / f"{i}.py").read_text()
+      (prose / f"copy of {29 - i}").write_text(text)
+    (prose / "other").write_text("Line 8 of it.\n")
+    data = config.Data(
+      path=str(self.corpus), seq_len=32, domains="prose=1,code=1"
+    )
+    with self.assertLogs(level="WARNING") as log:
+      found = sources.load_documents(data)
+    self.assertIn("data: 30 of 30 documents are copies", log.output[-1])
+    train, heldout = (
+      {d.text for documents in found.values() for d in documents[side]}
+      for side in (0, 1)
+    )
+    self.assertNotEmpty(heldout)
+    self.assertEmpty(train & heldout)
 
   def test_rates_reach_the_training_text_alone(self):
     prepared = self.prepare(fim_rate=1.0)
