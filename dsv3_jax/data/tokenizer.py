@@ -7,6 +7,7 @@ plain text: only code that asks for an id by name makes one.
 
 import importlib.util
 import pathlib
+import sys
 from collections.abc import Iterable
 
 import numpy as np
@@ -42,13 +43,17 @@ _SPLITS = (
     )
   ),
 )
+# Characters of a word that training sees whole. Its time grows with the square
+# of a word's length, and a line without a space or a sign is one word.
+_MAX_WORD = 256
 
 
 def train(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
   """Learns a vocabulary of at most `vocab_size` ids from texts.
 
   It is smaller if the texts have no more pairs to merge. Any text round-trips:
-  all 256 bytes are in the vocabulary. Raises InputError without room for them.
+  all 256 bytes are in the vocabulary. A terminal shows the progress. Raises
+  InputError without room for the bytes.
   """
   alphabet = pre_tokenizers.ByteLevel.alphabet()
   if vocab_size < len(alphabet) + len(SPECIAL):
@@ -57,19 +62,22 @@ def train(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
       f" {len(alphabet) + len(SPECIAL)}, for {len(alphabet)} bytes and"
       f" {len(SPECIAL)} special tokens"
     )
-  regexes = map(tokenizers.Regex, _SPLITS)
-  splits = [pre_tokenizers.Split(regex, "isolated") for regex in regexes]
+  *splits, bounded = (
+    pre_tokenizers.Split(tokenizers.Regex(regex), "isolated")
+    for regex in (*_SPLITS, rf"[\s\S]{{1,{_MAX_WORD}}}")
+  )
   byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   tok = tokenizers.Tokenizer(models.BPE())
-  tok.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+  tok.pre_tokenizer = pre_tokenizers.Sequence([*splits, bounded, byte_level])
   tok.decoder = decoders.ByteLevel()
   trainer = trainers.BpeTrainer(
     vocab_size=vocab_size,
     special_tokens=list(SPECIAL),
     initial_alphabet=alphabet,
-    show_progress=False,
+    show_progress=sys.stderr.isatty(),
   )
   tok.train_from_iterator(texts, trainer)
+  tok.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
   return _reset(tok)
 
 

@@ -125,6 +125,18 @@ class TrainTest(parameterized.TestCase):
       tokenizer.check_fits(self.tok, 2047)
 
 
+class LongWordTest(absltest.TestCase):
+  def test_training_sees_words_in_bounded_pieces(self):
+    # Whole, a word takes the square of its length.
+    word = ("z" + "a" * 254 + "q") * 40
+    tok = tokenizer.train([word], 600)
+    self.assertIn("aaaa", tok.get_vocab())
+    self.assertFalse([t for t in tok.get_vocab() if "qz" in t])
+    # A text is encoded by whole words, as ever.
+    self.assertLen(tok.pre_tokenizer.pre_tokenize_str(word), 1)
+    self.assertEqual(tok.decode(encode(tok, word).ids), word)
+
+
 class PreTokenizerTest(parameterized.TestCase):
   """The rules as the technical report's tokenizer.json has them."""
 
