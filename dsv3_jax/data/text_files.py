@@ -63,7 +63,8 @@ def read_documents(path: str, on_decode_error: str) -> list[Document]:
 
   Raises:
     InputError: the path is missing, has no text, cannot be read, is not the
-      JSON expected, or has invalid text; names the file and the line or byte.
+      JSON expected, has records but is no .jsonl, or has invalid text; names
+      the file and the line or byte.
   """
   if on_decode_error not in ("error", "replace", "skip"):
     raise InputError(
@@ -134,9 +135,18 @@ class _Reader:
         raw = gzip.decompress(raw)
     except (OSError, EOFError, zlib.error) as error:
       raise InputError(f"data.path: cannot read {file}: {error}") from error
-    if file.name.lower().removesuffix(".gz").endswith(".jsonl"):
+    plain_name = file.name.lower().removesuffix(".gz")
+    if plain_name.endswith(".jsonl"):
       yield from self._read_lines(name, file, raw)
     elif (text := self._decode(raw, str(file))) is not None:
+      if _has_records(text):
+        raise InputError(
+          f'{file}: has JSON records with a "text", which are read from .jsonl'
+          " files alone, one record a line, such as jq -c '.[]' makes of an"
+          " array; rename or convert it"
+        )
+      if plain_name.endswith((".json", ".ndjson")):
+        self.counts["JSON files read as plain text, not as records"] += 1
       yield Document(name, text)
 
   def _read_lines(
@@ -179,6 +189,18 @@ class _Reader:
       self.counts["texts with bytes replaced by U+FFFD"] += 1
     text = raw.decode("utf-8", "replace").replace("\0", "\ufffd")
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
+
+
+def _has_records(text: str) -> bool:
+  """Whether a JSON object with a "text" begins a text, or an array in it."""
+  text = text.lstrip().removeprefix("[").lstrip()
+  if text[:1] != "{":
+    return False
+  try:
+    record, _ = json.JSONDecoder().raw_decode(text)
+  except (ValueError, RecursionError):
+    return False
+  return type(record.get("text")) is str
 
 
 def _first_bad(raw: bytes) -> int:

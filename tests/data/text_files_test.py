@@ -53,6 +53,28 @@ class ReadTest(parameterized.TestCase):
     path = self.write(name, TEXT)
     self.assertEqual(self.read(path), [(name, TEXT)])
 
+  @parameterized.product(
+    name=("a.json", "a.JSON.gz", "a.txt", "a.ndjson"),
+    text=(
+      '[\n  {"id": 1, "text": "one"},\n  {"id": 2, "text": "two"}\n]',
+      '{"text": "one"}\n{"text": "two"}\n',
+      ' [{"text": "cut off"}, {"te',
+    ),
+  )
+  def test_records_of_another_name_are_refused(self, name, text):
+    path = self.write(name, text)
+    with self.assertRaisesRegex(
+      ValueError, f"{name}: has JSON records .*jsonl"
+    ):
+      self.read(path)
+
+  @parameterized.parameters('["a", "b"]', '{"name": 1}', "[1", '{"text": 1}')
+  def test_other_json_is_plain_text_and_told(self, text):
+    path = self.write("a.json", text)
+    with self.assertLogs(level="WARNING") as log:
+      self.assertEqual(self.read(path), [("a.json", text)])
+    self.assertIn("1 JSON files read as plain text", log.output[0])
+
   @parameterized.parameters("a.jsonl", "a.jsonl.gz")
   def test_json_lines(self, name):
     lines = [json.dumps({"text": t, "id": 1}) for t in ("x\ny", "é")]
