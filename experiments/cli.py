@@ -121,6 +121,14 @@ def parse_mesh(text: str) -> tuple[dict[str, int], list[str]]:
   return sizes, problems
 
 
+def end_values(run: config.Run) -> list[str]:
+  """Settings that begin with the lambda and gamma that a run ends with."""
+  return [
+    f"schedule.{name}={int(getattr(run.schedule, name) >= 1)}"
+    for name in ("mtp_until", "bias_update_until")
+  ]
+
+
 def _command(
   variants: Mapping[str, config.Run],
 ) -> tuple[run_args.RunArgs, list[str]]:
@@ -132,7 +140,9 @@ def _command(
   if name in variants:
     run = variants[name]
     try:
-      run = config.override(run, *args.set)
+      given, run = run, config.override(run, *args.set)
+      if args.init_from and run.extends_context:  # as section 4.3 goes on
+        run = config.override(given, *end_values(given), *args.set)
     except InputError as error:
       problems += [f"--set: {line}" for line in str(error).splitlines()]
   else:

@@ -87,7 +87,10 @@ def with_yarn(run: config.Run, longest: int) -> config.Run:
 def phases(
   run: config.Run, lengths: Sequence[int], without_yarn: bool
 ) -> list[ContextPhase]:
-  """Pre-training, and a phase for each length; all have the same YaRN."""
+  """Pre-training, and a phase for each length.
+
+  All have the same YaRN, and go on with the last lambda and gamma.
+  """
   planned = [ContextPhase("short", "short", run, "")]
   series = [("yarn", "", with_yarn(run, lengths[-1]))]
   if without_yarn:
@@ -105,6 +108,7 @@ def phases(
         f"optim.peak_lr={PHASE_LR}",
         f"schedule.warmup_steps={WARMUP_STEPS}",
         "schedule.constant_until=0.5",
+        *cli.end_values(run),
       )
       name = f"{lead}-{length}"
       planned.append(ContextPhase(name, f"to {length}{suffix}", longer, start))

@@ -295,6 +295,14 @@ class Run:
       )
 
   @property
+  def extends_context(self) -> bool:
+    """Whether rows are longer than those of pre-training, before YaRN."""
+    yarn = getattr(self.model.attention, "yarn", None)
+    if yarn is None or yarn.factor <= 1:
+      return False
+    return self.data.seq_len > yarn.original_len
+
+  @property
   def tokens_per_step(self) -> int:
     """Tokens of a step at the full batch size."""
     return self.train.batch_size * self.data.seq_len

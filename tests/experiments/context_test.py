@@ -8,7 +8,7 @@ import testing
 from absl import flags
 from absl.testing import absltest, flagsaver, parameterized
 
-from dsv3_jax import config
+from dsv3_jax import config, optim
 from dsv3_jax.data import corpus, text_files
 from dsv3_jax.evals import needles
 from dsv3_jax.parallel import device_mesh
@@ -36,7 +36,7 @@ TINY = config.override(
 )
 
 
-class PhasesTest(absltest.TestCase):
+class PhasesTest(parameterized.TestCase):
   def test_yarn_is_the_same_in_all_phases(self):
     run = context.VARIANTS["tiny"]
     short, *longer = context.phases(run, [2048, 8192], without_yarn=False)
@@ -47,6 +47,21 @@ class PhasesTest(absltest.TestCase):
       yarn = phase.run.model.attention.yarn
       self.assertEqual((yarn.factor, yarn.original_len), (32, 256))
       self.assertEqual(phase.run.data.seq_len % 2048, 0)
+
+  @parameterized.parameters((0.5, 0.1, 0.0), (1, 0.3, 0.003))
+  def test_lambda_and_gamma_go_on_as_they_ended(self, until, weight, speed):
+    run = config.override(
+      context.VARIANTS["tiny"],
+      f"schedule.mtp_until={until}",
+      f"schedule.bias_update_until={until}",
+    )
+    short, *longer = context.phases(run, [2048, 8192], without_yarn=True)
+    last = short.run.total_steps - 1
+    values = [(last, run), *((0, p.run) for p in longer)]
+    values += [(p.run.total_steps - 1, p.run) for p in longer]
+    for step, of in values:
+      self.assertAlmostEqual(float(optim.mtp_weight(step, of)), weight, 6)
+      self.assertAlmostEqual(float(optim.bias_speed(step, of)), speed, 6)
 
   def test_the_arm_without_it_differs_in_nothing_else(self):
     found = context.phases(context.VARIANTS["tiny"], [2048], without_yarn=True)

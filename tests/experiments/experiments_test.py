@@ -178,6 +178,30 @@ class CommandLineTest(parameterized.TestCase):
     self.assertEqual(command.seed, 3)
 
   @parameterized.parameters(
+    # tiny's lambda falls half-way; its gamma stays to the end.
+    (64, (), 0, 1),
+    (64, ("schedule.bias_update_until=0.9",), 0, 0.9),
+    (128, (), 0.5, 1),
+  )
+  def test_a_longer_context_goes_on_with_the_last_values(
+    self, original_len, settings, mtp_until, bias_update_until
+  ):
+    folder, seen = testing.folder(self), []
+    (folder / "checkpoints").mkdir()
+    arguments = ["--variant=tiny", "--workdir=w", f"--init_from={folder}"]
+    settings = "attention.yarn.factor=4", "data.seq_len=128", *settings
+    settings = *settings, f"attention.yarn.original_len={original_len}"
+    arguments += [f"--set={setting}" for setting in settings]
+    with mock.patch.object(distributed.jax, "config"):
+      code, _, err = testing.command_line(
+        lambda: pretrain_main(seen.append), *arguments
+      )
+    self.assertEqual((code, err), (cli.OK, ""))
+    schedule = seen[0].run.schedule
+    self.assertEqual(schedule.mtp_until, mtp_until)
+    self.assertEqual(schedule.bias_update_until, bias_update_until)
+
+  @parameterized.parameters(
     (NotFiniteError("x\ny"), cli.NOT_FINITE),
     (manifest.MissingError("x\ny"), cli.NO_CHECKPOINT),
     (InputError("x\ny"), cli.BAD_INPUT),
