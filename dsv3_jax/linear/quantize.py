@@ -16,7 +16,6 @@ from jaxtyping import Array, Float, UInt8
 E4M3 = jnp.float8_e4m3fn
 E4M3_MAX = 448.0
 OVERFLOW = 464.0  # from here on a cast to E4M3 gives NaN
-FLOOR = 1e-4  # of the largest magnitude of a tile: no scale is 0
 SCALES = ("float32", "power_of_two")
 
 Tile = tuple[int, int]
@@ -82,10 +81,15 @@ def from_ordered(bits: jax.Array) -> jax.Array:
 def scale(absmax: jax.Array, rounding: str, largest: float) -> jax.Array:
   """The divisor of a tile that makes its largest magnitude `largest`.
 
-  `rounding` is `float32`, or `power_of_two` for the next power of two above.
+  `rounding` is `float32`, or `power_of_two` for the next power of two above. A
+  scale follows the magnitudes as far as float32 is normal, since gradients
+  shrink as a batch grows; smaller ones, which some devices flush, count as
+  zeros, whose scale is 1.
   """
+  tiny = jnp.finfo(jnp.float32).tiny
   # Not a division, which the compiler would replace: so all agree on each bit.
-  s = jnp.maximum(absmax, FLOOR) * jnp.float32(1 / largest)
+  s = jnp.maximum(absmax * jnp.float32(1 / largest), tiny)
+  s = jnp.where(absmax < tiny, 1, s)
   if rounding == "float32":
     return s
   bits = jax.lax.bitcast_convert_type(s, jnp.int32)

@@ -14,7 +14,7 @@ import testing
 from absl.testing import absltest, parameterized
 from quantize_test import relative
 
-from dsv3_jax import config, param_spec, train
+from dsv3_jax import config, losses, param_spec, train
 from dsv3_jax.config import presets
 from dsv3_jax.data.batch import make_batch
 from dsv3_jax.linear import linear, quantize
@@ -106,6 +106,17 @@ class ExpertsTest(parameterized.TestCase):
       value_and_gradients(apart, p8, *args),
     )
 
+  def test_gradients_are_linear_in_that_of_the_output(self):
+    _, p8, *args, dy = mixture(100)
+    (_, *want), _ = value_and_gradients(experts.grouped_ffn, p8, *args, dy)
+    power = np.float32(2) ** -60
+    small, _ = value_and_gradients(experts.grouped_ffn, p8, *args, power * dy)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_array_equal(a, power * b),
+      small[1:],
+      tuple(want),
+    )
+
   def test_gradients_that_are_not_finite_are_counted(self):
     _, p8, x, *args, dy = mixture(20)
     x = x.at[3, 5].set(np.nan)
@@ -150,6 +161,14 @@ class DispatchTest(parameterized.TestCase):
       (p8, *args), jax.tree.map(lambda s: jax.NamedSharding(mesh, s), in_specs)
     )
     (y, dp, dx, dgates), _ = jax.device_get(run(*args))
+    # What is sent has scales of its own magnitude, however small.
+    power = np.float32(2) ** -60
+    small, _ = jax.device_get(run(*args[:-1], power * args[-1]))
+    jax.tree.map(
+      lambda a, b: np.testing.assert_array_equal(a, power * b),
+      small[1:],
+      (dp, dx, dgates),
+    )
     (y1, dp1, dx1, dgates1), _ = value_and_gradients(
       experts.grouped_ffn, *mixture(96)[1:]
     )
@@ -291,6 +310,56 @@ def check(test, sizes, settings):
   test.assertEqual(counted.keys(), set(linear.CLASSES))
   for by_path in counted.values():
     test.assertEqual(by_path.keys(), names)
+
+
+class BatchSizeTest(absltest.TestCase):
+  @pytest.mark.slow
+  def test_gradients_keep_their_precision_at_any_batch_size(self):
+    # A token's share of a mean loss: in batches of 256 tokens, and of 2^27.
+    run = config.override(
+      presets.PRESETS["tiny"],
+      "n_layers=2",
+      "data.seq_len=64",
+      "train.tokens=1e6",
+      "router.balance_weight=0",
+    )
+    state = train.init_state(run, jax.random.key(0))
+    rows = np.random.default_rng(0).integers(8, 2048, (4, 65))
+    batch = make_batch(rows, run.model.vocab_size)
+    weights = losses.token_weights(batch.labels)
+
+    def gradients(recipe, *shares):
+      how = config.override(run, f"precision.recipe={recipe}").precision
+      specs = transformer.specs(run.model)
+
+      @jax.jit
+      def of(share):
+        p = recipe_lib.compute_params(state.params, specs, how)
+        objective = lambda trained: (
+          losses.loss(
+            recipe_lib.with_differentiable(trained, p),
+            state.router_bias,
+            batch,
+            weights * share,
+            0.3,
+            run.model,
+          )[0].total
+        )
+        grads = jax.grad(objective)(recipe_lib.differentiable(p))
+        return recipe_lib.split_gradients(grads)[0]
+
+      for share in shares:
+        leaves = param_spec.flatten_with_paths(of(np.float32(share))).items()
+        yield {k: np.float64(v).ravel() / share for k, v in leaves}
+
+    (want,) = gradients("fp32", 1)
+    for found in gradients("fp8", 1, 2.0**-19):
+      norm = {k: np.linalg.norm(found[k]) for k in want}
+      exact = {k: np.linalg.norm(want[k]) for k in want}
+      cos = [found[k] @ want[k] / norm[k] / exact[k] for k in want]
+      self.assertGreater(np.median(cos), 0.98)
+      for k in want:
+        self.assertBetween(norm[k] / exact[k], 0.97, 1.03, k)
 
 
 class LayoutsTest(parameterized.TestCase):

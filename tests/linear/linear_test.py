@@ -103,6 +103,13 @@ class LinearTest(parameterized.TestCase):
       floor = np.abs(a) @ np.abs(b)
       self.assertLess(np.max(np.abs(exactly - product) / floor), bound)
 
+  def test_gradients_are_linear_in_that_of_the_output(self):
+    x, w, dy = inputs(*SHAPES[3])
+    want, power = three(x, w, dy), np.float32(2) ** -60
+    found = three(x, w, power * dy)
+    for name in ("dx", "dw"):
+      np.testing.assert_array_equal(found[name], power * want[name])
+
   def test_independent_errors_add_in_squares(self):
     x, w = testing.normal(512, 512), testing.normal(512, 512, seed=1)
     made = three(x, w, x)["y"]

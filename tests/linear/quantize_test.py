@@ -26,8 +26,8 @@ def numpy_quantize(x, tile, power_of_two=False):
   for i in range(n):
     for j in range(m):
       here = np.s_[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns]
-      s = np.maximum(np.abs(x[here]).max(), np.float32(1e-4))
-      s = s * np.float32(1 / 448)
+      largest, tiny = np.abs(x[here]).max(), np.finfo(np.float32).tiny
+      s = np.maximum(largest * np.float32(1 / 448), tiny) if largest else 1
       if power_of_two:
         s = np.float32(2.0) ** np.ceil(np.log2(np.float64(s)))
       values[here] = np.clip(x[here] / np.float32(s), -448, 448)
@@ -66,11 +66,23 @@ class QuantizeTest(parameterized.TestCase):
     scales=quantize.SCALES,
   )
   def test_matches_numpy_bit_for_bit(self, shape, tile, scales):
-    x = normal(*shape) * 10.0 ** normal(shape[0], 1, seed=1)
+    x = normal(*shape) * np.float32(10) ** (8 * normal(shape[0], 1, seed=1))
     made = jax.jit(quantize.quantize, static_argnums=(1, 2))(x, tile, scales)
     values, per_tile = numpy_quantize(x, tile, scales == "power_of_two")
     np.testing.assert_array_equal(made.scales, per_tile)
     np.testing.assert_array_equal(np.asarray(made.codes), values.view(np.uint8))
+
+  @parameterized.product(
+    exponent=(-100, -40, 40),
+    tile=((1, 128), (128, 1), (128, 128)),
+    scales=quantize.SCALES,
+  )
+  def test_scales_follow_numbers_of_any_magnitude(self, exponent, tile, scales):
+    x = normal(130, 200)
+    one = quantize.quantize(x, tile, scales)
+    made = quantize.quantize(x * np.float32(2) ** exponent, tile, scales)
+    np.testing.assert_array_equal(made.codes, one.codes)
+    np.testing.assert_array_equal(made.scales, one.scales * 2.0**exponent)
 
   def test_576_rows_have_five_scale_rows(self):
     made = quantize.quantize(normal(576, 256), (128, 128))
@@ -111,7 +123,7 @@ class QuantizeTest(parameterized.TestCase):
   def test_no_tile_is_needed_for_zeros(self):
     made = quantize.quantize(jnp.zeros((4, 256)), (1, 128))
     np.testing.assert_array_equal(quantize.dequantize(made, jnp.float32), 0)
-    self.assertTrue(np.all(np.asarray(made.scales) > 0))
+    np.testing.assert_array_equal(made.scales, 1)
     none = quantize.quantize(jnp.zeros((0, 256)), (1, 128))
     self.assertEqual(none.scales.size, 0)
 
@@ -178,9 +190,9 @@ class E5M6Test(parameterized.TestCase):
   def test_scales_are_powers_of_two_of_each_tile(self):
     x = normal(4, 256)
     held = np.asarray(quantize.e5m6(x, 128))
-    np.testing.assert_array_equal(
-      quantize.e5m6(x * 2.0**20, 128), held * 2.0**20
-    )
+    for exponent in (-80, -30, 20):
+      power = np.float32(2) ** exponent
+      np.testing.assert_array_equal(quantize.e5m6(x * power, 128), held * power)
 
   def test_bfloat16_holds_it(self):
     x = jnp.asarray(normal(4, 256))
