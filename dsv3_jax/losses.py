@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax import config, param_spec
 from dsv3_jax.data.batch import IGNORE, Batch
+from dsv3_jax.linear import dot
 from dsv3_jax.model import moe, transformer
 
 CHUNK = 1024  # tokens whose logits exist at a time
@@ -80,7 +81,7 @@ def _chunk_nll(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Weighted loss of a chunk, its logits and their log-sum-exp."""
   hidden, labels, weights = chunk
-  logits = jnp.dot(hidden, head, preferred_element_type=jnp.float32)
+  logits = dot.matmul(hidden, head, preferred_element_type=jnp.float32)
   lse = jax.nn.logsumexp(logits, axis=-1)
   label = jnp.clip(labels, 0)[:, None]  # IGNORE: any row, its weight is 0
   target = jnp.take_along_axis(logits, label, axis=-1)[:, 0]
@@ -95,8 +96,8 @@ def _cross_entropy_fwd(hidden, head, labels, weights):
     hit = jax.nn.one_hot(label, head.shape[1], dtype=jnp.bool_)
     dlogits = (jnp.exp(logits - lse[:, None]) - hit) * weight[:, None]
     dlogits = dlogits.astype(x.dtype)
-    dhead += jnp.dot(x.T, dlogits, preferred_element_type=jnp.float32)
-    return (total + nll, dhead), dlogits @ head.T
+    dhead += dot.matmul(x.T, dlogits, preferred_element_type=jnp.float32)
+    return (total + nll, dhead), dot.matmul(dlogits, head.T)
 
   zero = jnp.zeros_like(weights, shape=()), jnp.zeros_like(head, jnp.float32)
   chunks = _chunks(hidden, labels, weights)

@@ -20,6 +20,7 @@ import tokenizers
 from dsv3_jax.data import text_files, tokenizer
 from dsv3_jax.errors import InputError
 from dsv3_jax.evals import hidden as hidden_lib
+from dsv3_jax.model import transformer
 
 SECRETS = {
   category: tuple(words.split())
@@ -130,7 +131,7 @@ def _answered(params, out, start, answer):
   """Whether each row's answer [b, A] is the most likely; PAD matches any."""
   positions = start[:, None] + jnp.arange(answer.shape[1])[None]
   states = jnp.take_along_axis(out.hidden, positions[..., None], axis=1)
-  guess = jnp.argmax(states @ params["head"], axis=-1)
+  guess = jnp.argmax(transformer.logits(params, states), axis=-1)
   right = (guess == answer) | (answer == tokenizer.PAD_ID)
   return right.all(-1).astype(jnp.float32)
 

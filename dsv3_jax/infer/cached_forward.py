@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from dsv3_jax import config, param_spec
 from dsv3_jax.infer import kvcache
 from dsv3_jax.infer.inference_params import InferenceParams
+from dsv3_jax.linear import dot
 from dsv3_jax.model import attentions, layers, moe, mtp
 from dsv3_jax.model import experts as experts_lib
 
@@ -130,7 +131,7 @@ def logits(params: InferenceParams, hidden: jax.Array) -> jax.Array:
   rows = hidden.reshape(-1, hidden.shape[-1])
   # The transpose is materialized: the product is much faster so on CPU.
   columns = jax.lax.optimization_barrier(rows.T)
-  result = jnp.matmul(
+  result = dot.matmul(
     params["head"], columns, preferred_element_type=jnp.float32
   )
   return result.T.reshape(*hidden.shape[:-1], -1)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dsv3_jax import config, varying
-from dsv3_jax.linear import quantize, scaled_matmul
+from dsv3_jax.linear import dot, quantize, scaled_matmul
 
 CLASSES = ("activation", "gradient")  # tensors whose tiles are counted
 
@@ -138,14 +138,14 @@ def dequantize_rows(
 def fprop(x: Rows, w: Weight, n_contracted: int = 1) -> Float[Array, "M N"]:
   """x @ W, [M, K] and [K, N] to [M, N]; f32 in FP8."""
   if not isinstance(w, Fp8Weight):
-    return x @ w.reshape(x.shape[1], -1)
+    return dot.matmul(x, w.reshape(x.shape[1], -1))
   return scaled_matmul.matmul(x, _matrix(w, n_contracted), w.precision.backend)
 
 
 def dgrad(dy: Rows, w: Weight, n_contracted: int = 1) -> Float[Array, "M K"]:
   """dy @ W.T, [M, N] and [K, N] to [M, K]; f32 in FP8."""
   if not isinstance(w, Fp8Weight):
-    return dy @ w.reshape(-1, dy.shape[1]).T
+    return dot.matmul(dy, w.reshape(-1, dy.shape[1]).T)
   matrix = _matrix(w, n_contracted).transpose()
   return scaled_matmul.matmul(dy, matrix, w.precision.backend)
 
@@ -156,7 +156,7 @@ def wgrad(
   """x.T @ dy, [M, K] and [M, N] to [K, N] f32; scales as in `quantize_rows`."""
   if not isinstance(w, Fp8Weight):
     # Stated so that no operand is transposed first; autodiff makes dw.T.
-    return jax.lax.dot_general(
+    return dot.dot_general(
       x, dy, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
     )
   tile, scales = (w.precision.tile, 1), scales or w.precision.scales

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dsv3_jax.linear import quantize
+from dsv3_jax.linear import dot, quantize
 from dsv3_jax.linear.quantize import BlockScaled
 
 Operand = BlockScaled | jax.Array  # an array: already dequantized
@@ -72,7 +72,7 @@ def dequantized(a: BlockScaled, b: Operand) -> Float[Array, "M N"]:
   if isinstance(b, BlockScaled):
     b = quantize.dequantize(b, dequantized_dtype())
   a = quantize.dequantize(a, b.dtype)
-  return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+  return dot.matmul(a, b, preferred_element_type=jnp.float32)
 
 
 def kernel(a: BlockScaled, b: BlockScaled) -> Float[Array, "M N"]:

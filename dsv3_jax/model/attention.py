@@ -22,13 +22,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.linear import quantize
+from dsv3_jax.linear import dot, quantize
 from dsv3_jax.model import remat
 
 CHUNK = 128  # queries that attend together
 BLOCKS = 8
 
-_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+_dot = functools.partial(dot.einsum, preferred_element_type=jnp.float32)
 _slice = jax.lax.dynamic_slice_in_dim
 
 

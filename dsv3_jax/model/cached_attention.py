@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.linear import dot
 from dsv3_jax.model.attention import CHUNK
 
 KEYS = 512  # cache positions that are expanded to keys and values at a time
 
 Cache = Float[Array, "B S *dims"]
 Start = Int[Array, " B"]  # position of the first new token of each text
-_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+_dot = functools.partial(dot.einsum, preferred_element_type=jnp.float32)
 _slice = jax.lax.dynamic_slice_in_dim
 
 

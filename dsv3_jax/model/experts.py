@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax import param_spec, varying
-from dsv3_jax.linear import linear
+from dsv3_jax.linear import dot, linear, quantize
 from dsv3_jax.model import layers, remat
 
 MIN_BLOCK = 8  # rows
@@ -43,11 +43,11 @@ def dense_ffn(
   """Reference: every expert on every token, unchosen ones weighted by 0."""
   n_experts = p["down"].shape[0]
   hot = jax.nn.one_hot(chosen, n_experts, dtype=gates.dtype)  # none: zeros
-  weight = jnp.einsum("MKE,MK->ME", hot, gates)
-  h = jnp.einsum("MD,EDGF->MEGF", x, p["gate_up"])
+  weight = dot.einsum("MKE,MK->ME", hot, gates)
+  h = dot.einsum("MD,EDGF->MEGF", x, p["gate_up"])
   act = jax.nn.silu(h[:, :, 0]) * h[:, :, 1]
-  y = jnp.einsum("MEF,EFD->MED", act, p["down"])
-  return jnp.einsum("MED,ME->MD", y, weight.astype(y.dtype))
+  y = dot.einsum("MEF,EFD->MED", act, p["down"])
+  return dot.einsum("MED,ME->MD", y, weight.astype(y.dtype))
 
 
 def _same_varying(
@@ -220,6 +220,13 @@ def _empty_rows(
   return jax.tree.map(zeros, types)
 
 
+def _zero_counts(like: jax.Array, w: linear.Weight) -> linear.Counts:
+  """Counts of no quantization for a weight."""
+  if not linear.block_size(w):
+    return None
+  return jnp.zeros_like(like, jnp.float32, shape=len(quantize.COUNTERS))
+
+
 def _empty_wgrad(like: jax.Array, w: linear.Weight) -> jax.Array:
   """Zeros [E, K, N] f32."""
   shape = *w.shape[:2], math.prod(w.shape[2:])
@@ -238,8 +245,7 @@ def _ffn_fwd(plan, gate_up, down, x, gates, layout):
   # Once a token, with powers of two: dispatch has sent tokens like this.
   x_rows, x_counts = linear.quantize_rows(x, gate_up, "power_of_two")
   hidden = _empty_rows(x, plan.saved, 2 * down.shape[1], gate_up)
-  act_counts = None if x_counts is None else jnp.zeros_like(x_counts)
-  carry = jnp.zeros_like(x), hidden, act_counts
+  carry = jnp.zeros_like(x), hidden, _zero_counts(x, down)
   for size, blocks in zip(plan.blocks, layout.blocks, strict=True):
 
     def add(i, carry, size=size, blocks=blocks):
@@ -395,7 +401,7 @@ def _ffn_bwd(plan, residuals, dout):
     jnp.zeros_like(dout),
     jnp.zeros_like(gates.reshape(-1)),
     *(_empty_wgrad(dout, w) for w in weights),
-    None if dy_counts is None else jnp.zeros_like(dy_counts),
+    _zero_counts(dout, gate_up),
   )
   split = plan.split_wgrad
   grads = backward.split(*grads) if split else backward.all_at_once(grads)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dsv3_jax import config, param_spec, varying
-from dsv3_jax.linear import linear
+from dsv3_jax.linear import dot, linear
 from dsv3_jax.model import cached_attention, mla, rope
 from dsv3_jax.model.cached_attention import Start
 from dsv3_jax.model.layers import Hidden
@@ -77,12 +77,12 @@ def decode(
   in `attentions.Attention`.
   """
   q_nope, q_rope, positions, cache = _write(p, x, cache, start, cfg)
-  q = jnp.einsum("BTNP,NPR->BTNR", q_nope, p["up_k"])
+  q = dot.einsum("BTNP,NPR->BTNR", q_nope, p["up_k"])
   q = jnp.concatenate([q, q_rope], axis=-1) / cfg.softmax_divisor
   # Queries as columns, so that the cache is the left operand in its own layout:
   # twice as fast on CPU when it is long.
   columns = jnp.einsum("BTNC->BCTN", q.astype(cache.dtype))
-  scores = jnp.einsum(
+  scores = dot.einsum(
     "BSC,BCTN->BSTN",
     cache,
     jax.lax.optimization_barrier(columns),
@@ -92,8 +92,8 @@ def decode(
   visible = key[None, :, None] <= positions[:, None]
   scores = jnp.where(visible[..., None], scores, -jnp.inf)
   weights = jax.nn.softmax(scores, axis=1).astype(cache.dtype)
-  mixed = jnp.einsum("BSTN,BSC->BTNC", weights, cache)[..., : cfg.kv_rank]
-  out = jnp.einsum("BTNR,NRV->BTNV", mixed.astype(x.dtype), p["up_v"])
+  mixed = dot.einsum("BSTN,BSC->BTNC", weights, cache)[..., : cfg.kv_rank]
+  out = dot.einsum("BTNR,NRV->BTNV", mixed.astype(x.dtype), p["up_v"])
   return _output(p, out), cache
 
 
@@ -114,9 +114,9 @@ def prefill(
 
   def expand(block):
     latent, k_rope = jnp.split(block.astype(x.dtype), [cfg.kv_rank], axis=-1)
-    k_nope = jnp.einsum("SR,NPR->NSP", latent, p["up_k"])
+    k_nope = dot.einsum("SR,NPR->NSP", latent, p["up_k"])
     k_rope = jnp.broadcast_to(k_rope, (*k_nope.shape[:2], cfg.rope_dim))
-    v = jnp.einsum("SR,NRV->NVS", latent, p["up_v"])
+    v = dot.einsum("SR,NRV->NVS", latent, p["up_v"])
     return jnp.concatenate([k_nope, k_rope], axis=-1), v
 
   out = cached_attention.extend(jnp.swapaxes(q, 1, 2), cache, start, expand)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax import config, param_spec
+from dsv3_jax.linear import dot
 from dsv3_jax.model import attentions, layers, moe, mtp, remat
 from dsv3_jax.model.layers import Hidden, Segments, Valid
 
@@ -240,5 +241,6 @@ def logits(
   params: param_spec.Params, hidden: Float[Array, "... D"]
 ) -> Float[Array, "... C"]:
   """Next-token logits of hidden states, in float32."""
-  dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  return dot("...D,DC->...C", hidden, params["head"])
+  return dot.einsum(
+    "...D,DC->...C", hidden, params["head"], preferred_element_type=jnp.float32
+  )

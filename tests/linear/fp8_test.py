@@ -96,6 +96,16 @@ class ExpertsTest(parameterized.TestCase):
       # Four to seven quantizations of 2.5 % each.
       self.assertBetween(relative(a, b), 0.01, 0.12)
 
+  @parameterized.parameters("gate_up", "down")
+  def test_one_of_their_weights_may_be_in_fp8_alone(self, name):
+    p, p8, *args = mixture(20)
+    mixed = p | {name: p8[name]}
+    found, counted = value_and_gradients(experts.grouped_ffn, mixed, *args)
+    want, _ = value_and_gradients(experts.grouped_ffn, p, *args)
+    for a, b in zip(*map(jax.tree.leaves, (found, want)), strict=True):
+      self.assertLess(relative(a, b), 0.12)
+    self.assertEqual(counted["gradient"].keys(), {name})
+
   def test_weights_gradients_apart_are_the_same(self):
     _, p8, *args = mixture(100)
     apart = functools.partial(experts.grouped_ffn, split_wgrad=True)
