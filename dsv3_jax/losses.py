@@ -56,9 +56,11 @@ def cross_entropy(
   """Sum of weights * -log softmax(hidden @ head)[labels], in float32.
 
   Logits exist for one chunk of tokens at a time, and the gradient is made in
-  the same pass, so that they are never computed twice. No gradient reaches the
+  the same pass, so that they are never computed twice. The head is cast to the
+  type of the states; its gradient is in its own. No gradient reaches the
   weights. Where one is 0 the label may be anything.
   """
+  head = head.astype(hidden.dtype)
   chunks = _chunks(hidden, labels, weights)
   return jax.lax.map(lambda c: _chunk_nll(c, head)[0], chunks).sum()
 
@@ -89,6 +91,8 @@ def _chunk_nll(
 
 
 def _cross_entropy_fwd(hidden, head, labels, weights):
+  types, head = (hidden[:0], head[:0]), head.astype(hidden.dtype)
+
   def step(carry, chunk):
     total, dhead = carry
     x, label, weight = chunk
@@ -97,17 +101,20 @@ def _cross_entropy_fwd(hidden, head, labels, weights):
     dlogits = (jnp.exp(logits - lse[:, None]) - hit) * weight[:, None]
     dlogits = dlogits.astype(x.dtype)
     dhead += dot.matmul(x.T, dlogits, preferred_element_type=jnp.float32)
-    return (total + nll, dhead), dot.matmul(dlogits, head.T)
+    dx = dot.matmul(dlogits, head.T, preferred_element_type=jnp.float32)
+    return (total + nll, dhead), dx
 
   zero = jnp.zeros_like(weights, shape=()), jnp.zeros_like(head, jnp.float32)
   chunks = _chunks(hidden, labels, weights)
   (total, dhead), dhidden = jax.lax.scan(step, zero, chunks)
   dhidden = dhidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
-  return total, (dhidden, dhead.astype(head.dtype))
+  return total, (types, (dhidden, dhead))
 
 
 def _cross_entropy_bwd(residuals, dtotal):
-  dhidden, dhead = ((g * dtotal).astype(g.dtype) for g in residuals)
+  dhidden, dhead = (
+    (g * dtotal).astype(like.dtype) for like, g in zip(*residuals, strict=True)
+  )
   return dhidden, dhead, None, None
 
 

@@ -186,7 +186,10 @@ def _gradient_sums(
   """Sums over the micro-batches of one device."""
   share = 1.0 / (batch.tokens.shape[0] * n_shards)
   ctx = dataclasses.replace(
-    ctx, saved_activations=run.train.activations, scan=run.train.scan_layers
+    ctx,
+    saved_activations=run.train.activations,
+    scan=run.train.scan_layers,
+    dtype=params["embed"].dtype,
   )
 
   def objective(trained, micro, micro_weights):

@@ -18,9 +18,19 @@ def varying(x: jax.Array) -> frozenset[str]:
 
 
 def vary(x: jax.Array, axes: Iterable[str]) -> jax.Array:
-  """Casts x to vary over the axes too; its gradient is summed over them."""
+  """Casts x to vary over the axes too; its gradient is summed over them.
+
+  The sum is in float32, whatever the type.
+  """
   new = tuple(axis for axis in axes if axis not in varying(x))
-  return jax.lax.pcast(x, new, to="varying") if new else x
+  if not new:
+    return x
+  return jax.lax.pcast(_widened(x), new, to="varying").astype(x.dtype)
+
+
+def _widened(x: jax.Array) -> jax.Array:
+  """x, in float32 if it is bfloat16."""
+  return x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
 
 
 def same_varying(*trees: Any) -> tuple[Any, ...]:
@@ -42,5 +52,7 @@ def data_dependent_on(x: jax.Array, done: jax.Array) -> jax.Array:
 
 
 def psum_if_varying(x: jax.Array, axis: str) -> jax.Array:
-  """Sums x over a mesh axis that it varies over; else returns x."""
-  return jax.lax.psum(x, axis) if axis in varying(x) else x
+  """Sums x over a mesh axis that it varies over, in float32; else returns x."""
+  if axis not in varying(x):
+    return x
+  return jax.lax.psum(_widened(x), axis).astype(x.dtype)

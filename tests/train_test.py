@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import testing
 from absl.testing import absltest, parameterized
+from jax.extend import core
 
 from dsv3_jax import param_spec, train
 from dsv3_jax.checkpoint import checkpointer
@@ -23,6 +24,14 @@ from dsv3_jax.trainer.loop import global_batches
 RUN = testing.run()
 MESH = device_mesh.make_mesh({"data": 2})
 PROSE = "It was a bright cold day, and {} clocks were striking thirteen.\n"
+
+
+def equations(jaxpr):
+  """All equations of a program, those of its loops and functions too."""
+  for eqn in jaxpr.eqns:
+    yield eqn
+    for inner in core.jaxprs_in_params(eqn.params):
+      yield from equations(inner)
 
 
 @functools.cache
@@ -48,6 +57,102 @@ def batch_of(run=RUN, seed=0):
   rows = testing.tokens(*shape, vocab_size=cfg.vocab_size, seed=seed)
   rows = rows.reshape(run.train.micro_batches, -1, shape[1])
   return make_batch(rows)
+
+
+# Ways to divide a batch: settings, and sizes of a mesh.
+SPLITS = (
+  ((), {}),
+  (("train.micro_batches=4",), {}),
+  (("parallel.layout=fsdp", "parallel.rounds=many"), {"data": 2, "expert": 2}),
+  (("parallel.dispatch=allgather",), {"node": 2, "expert": 2}),
+  ((), {"data": 2, "model": 2}),
+  (("train.micro_batches=4", "parallel.schedule=dualpipev"), {"pipe": 2}),
+)
+SUMS = "cumsum", "psum", "reduce_scatter", "reduce_sum", "scatter-add"
+
+
+class SumsTest(parameterized.TestCase):
+  """Sums over tokens, micro-batches, devices and stages are in float32."""
+
+  @parameterized.parameters(*SPLITS)
+  def test_none_is_in_bfloat16(self, *split):
+    self.check_program("bf16", *split)
+
+  @parameterized.parameters(*SPLITS)
+  @pytest.mark.slow
+  def test_nor_in_fp8(self, *split):
+    self.check_program("fp8", *split)
+
+  def check_program(self, recipe, settings, sizes):
+    """No sum of a step is in bfloat16, in its program."""
+    run = testing.run(
+      "n_layers=4",
+      "d_model=32",
+      "moe.ffn_dim=32",
+      "attention.v_dim=16",
+      "precision.tile=8",
+      f"precision.recipe={recipe}",
+      *settings,
+    )
+    step = train.trace_step(run, device_mesh.make_mesh(sizes))
+    sums = [
+      eqn
+      for eqn in equations(step.jaxpr.jaxpr)
+      if eqn.primitive.name.startswith(SUMS)
+    ]
+    self.assertNotEmpty(sums)
+    for eqn in sums:
+      for out in eqn.outvars:
+        self.assertNotEqual(out.aval.dtype, jnp.bfloat16, eqn)
+
+  @parameterized.parameters(*SPLITS)
+  @pytest.mark.slow
+  def test_many_tokens_however_they_are_divided(self, settings, sizes):
+    """Gradients in bfloat16 of 16,384 tokens, against those in float32."""
+    found = skewed_gradients(
+      ("precision.recipe=bf16", *settings), tuple(sizes.items())
+    )
+    want = skewed_gradients((), ())
+    for path, g in want.items():
+      ratio = np.linalg.norm(found[path]) / np.linalg.norm(g)
+      self.assertBetween(ratio, 0.97, 1.03, path)
+    # A few roundings of 2^-9 each; a running sum in bfloat16 loses the half of
+    # token 5, which occurs 5000 times.
+    for i in range(5, 10):
+      error = found["embed"][i] - want["embed"][i]
+      share = np.linalg.norm(error) / np.linalg.norm(want["embed"][i])
+      self.assertLess(share, 0.02, i)
+
+
+@functools.cache
+def skewed_gradients(settings, sizes):
+  """Gradients of 16,384 tokens, some of which are far more frequent."""
+  run = testing.run(
+    "n_layers=4",
+    "d_model=32",
+    "data.seq_len=512",
+    "train.batch_size=32",
+    "train.tokens=1e6",
+    # All experts of every token: no rounding moves a token elsewhere.
+    "router.top_k=8",
+    "router.n_groups=1",
+    "router.top_groups=1",
+    *settings,
+  )
+  mesh = device_mesh.make_mesh(dict(sizes))
+  state = jax.device_put(testing.state(run), train.shardings(run, mesh))
+  p = np.ones(300)
+  p[5:7] = 150, 30
+  rows = np.random.default_rng(0).choice(300, (32, 513), p=p / p.sum())
+  shape = run.train.micro_batches, run.train.micro_batch_size, 513
+  batch = device_mesh.make_global_batch(
+    make_batch(rows.reshape(shape)), run.train.micro_batch_size, mesh, dim=1
+  )
+  grads = jax.jit(lambda *a: train.gradients(*a, run, mesh).grads)(state, batch)
+  return {
+    path: np.float64(g)
+    for path, g in param_spec.flatten_with_paths(grads).items()
+  }
 
 
 class InitTest(absltest.TestCase):

@@ -3,7 +3,7 @@
 import fnmatch
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from dsv3_jax.linear import linear as linear_lib
 from dsv3_jax.linear import quantize
 
 _FLOAT32 = ("norm", "router")  # in float32 whatever the recipe (section 3.3)
+_SHARED = ("embed", "head")  # the main model and all MTP modules read them
 
 Slices = tuple[tuple[int, tuple[str, ...]], ...]  # (dim, mesh axes) of a leaf
 
@@ -23,13 +24,15 @@ def compute_params(
   specs: param_spec.Specs,
   precision: config.Precision,
   slices: Any = None,
+  uncast: Container[str] = (),
 ) -> param_spec.Params:
   """Converts float32 masters to a recipe, once an optimizer step.
 
   With `bf16` and `fp8` all are bfloat16 except norm scales and router
   centroids. With `fp8` the weights that `precision.fp8` names are `Fp8Weight`.
   Inside a `shard_map` parameters may be slices; `slices` then has the sliced
-  dims of each, and over which mesh axes.
+  dims of each, and over which mesh axes. Groups of layers that are `uncast`
+  stay float32 but for their weights in FP8.
   """
   if precision.recipe == "fp32":
     return params
@@ -39,10 +42,17 @@ def compute_params(
     name = param_spec.name(path)
     if name in chosen:
       return _fp8(w, spec, precision, slices)
-    return w if name.endswith(_FLOAT32) else w.astype(jnp.bfloat16)
+    group = name.partition("/")[0]
+    return w if group in uncast else w.astype(dtype(name, precision))
 
   trees = (params, specs) if slices is None else (params, specs, slices)
   return jax.tree.map_with_path(leaf, *trees)
+
+
+def dtype(path: str, precision: config.Precision) -> jax.typing.DTypeLike:
+  """The dtype in which a parameter that is not in FP8 is computed with."""
+  is_float32 = precision.recipe == "fp32" or path.endswith(_FLOAT32)
+  return jnp.float32 if is_float32 else jnp.bfloat16
 
 
 def fp8_paths(
@@ -200,8 +210,18 @@ def _is_weight(leaf: Any) -> bool:
 
 
 def differentiable(params: param_spec.Params) -> Any:
-  """The tree to differentiate: parameters, and `MasterHandle` for FP8."""
-  return jax.tree.map(linear_lib.differentiable, params, is_leaf=_is_weight)
+  """The tree to differentiate: parameters, and `MasterHandle` for FP8.
+
+  Embedding and head are float32 in it, cast where they are read: a gradient has
+  the type of its array, and theirs are sums over tokens and over modules.
+  """
+
+  def leaf(path, w):
+    if param_spec.name(path) in _SHARED:
+      return w.astype(jnp.float32)
+    return linear_lib.differentiable(w)
+
+  return jax.tree.map_with_path(leaf, params, is_leaf=_is_weight)
 
 
 def with_differentiable(

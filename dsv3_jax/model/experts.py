@@ -80,7 +80,8 @@ def slotwise_ffn(
     return y.at[i // k].add(linear.fprop(act, down_e)[0].astype(x.dtype)), None
 
   slots = jnp.arange(chosen.size), chosen.reshape(-1), gates.reshape(-1)
-  return jax.lax.scan(add, jnp.zeros_like(x), slots)[0]
+  y, _ = jax.lax.scan(add, jnp.zeros_like(x, jnp.float32), slots)
+  return y.astype(x.dtype)
 
 
 @flax.struct.dataclass
@@ -162,6 +163,7 @@ def grouped_ffn(
 ) -> Tokens:
   """Gate-weighted sum of the outputs of each token's experts.
 
+  Outputs have the type of x, and are added in float32.
   `n_slots` is the expected number of choices of a real expert; M * K if not
   given. `split_wgrad` computes the gradients of weights in loops of their own,
   so that a pipeline can run them later.
@@ -245,7 +247,7 @@ def _ffn_fwd(plan, gate_up, down, x, gates, layout):
   # Once a token, with powers of two: dispatch has sent tokens like this.
   x_rows, x_counts = linear.quantize_rows(x, gate_up, "power_of_two")
   hidden = _empty_rows(x, plan.saved, 2 * down.shape[1], gate_up)
-  carry = jnp.zeros_like(x), hidden, _zero_counts(x, down)
+  carry = jnp.zeros_like(x, jnp.float32), hidden, _zero_counts(x, down)
   for size, blocks in zip(plan.blocks, layout.blocks, strict=True):
 
     def add(i, carry, size=size, blocks=blocks):
@@ -264,6 +266,7 @@ def _ffn_fwd(plan, gate_up, down, x, gates, layout):
 
     carry = jax.lax.fori_loop(0, blocks.used, add, carry)
   y, hidden, act_counts = carry
+  y = y.astype(x.dtype)
   hidden = remat.named(hidden, "hidden")
   return y, (*weights, x_rows, gates, layout, hidden, x_counts, act_counts)
 
@@ -365,7 +368,7 @@ class _Backward:
   def split(self, dx, dgates, dgate_up, ddown, dh_counts) -> Any:
     """Does the same in two loops, that of the weights last."""
     shape = self.plan.saved, 2 * self.down.shape[1]
-    dhidden = jnp.zeros_like(dx, shape=shape)
+    dhidden = jnp.zeros_like(dx, self.dtype, shape=shape)
 
     def add_inputs(carry, b, saved):
       dx, dgates, dhidden, dh_counts = carry
@@ -398,8 +401,8 @@ def _ffn_bwd(plan, residuals, dout):
     plan, layout, gate_up, down, x, gates, hidden, dy_rows, dout.dtype
   )
   grads = (
-    jnp.zeros_like(dout),
-    jnp.zeros_like(gates.reshape(-1)),
+    jnp.zeros_like(dout, jnp.float32),
+    jnp.zeros_like(gates.reshape(-1), jnp.float32),
     *(_empty_wgrad(dout, w) for w in weights),
     _zero_counts(dout, gate_up),
   )
@@ -409,8 +412,8 @@ def _ffn_bwd(plan, residuals, dout):
   return (
     linear.weight_cotangent(weights[0], dgate_up, [x_counts, dh_counts]),
     linear.weight_cotangent(weights[1], ddown, [act_counts, dy_counts]),
-    dx,
-    dgates.reshape(gates.shape),
+    dx.astype(dout.dtype),
+    dgates.reshape(gates.shape).astype(gates.dtype),
     None,
   )
 

@@ -86,7 +86,10 @@ def mla(
   latent, k_rope = latents(p, x, angle, cfg)
   kv = linear.linear(latent, p["kv_up"])
   k_nope, v = jnp.split(kv, [cfg.nope_dim], axis=-1)
-  k_rope = jnp.broadcast_to(k_rope[:, :, None], q_rope.shape)
+  # In float32, as its gradient is a sum over heads.
+  k_rope = k_rope.astype(jnp.float32)[:, :, None]
+  k_nope, k_rope = varying.same_varying(k_nope, k_rope)
+  k_rope = jnp.broadcast_to(k_rope, q_rope.shape).astype(k_nope.dtype)
   q = jnp.concatenate([q_nope, q_rope], axis=-1) / cfg.softmax_divisor
   k = jnp.concatenate([k_nope, k_rope], axis=-1)
   q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))

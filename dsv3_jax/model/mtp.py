@@ -80,7 +80,7 @@ def predict(
     with jax.named_scope(f"mtp_{depth}"):
       p = jax.tree.map(lambda a, i=depth - 1: a[i], params["mtp"])
       with jax.named_scope("embed"):
-        ahead = params["embed"][tokens[:, depth:]]
+        ahead = params["embed"][tokens[:, depth:]].astype(hidden.dtype)
       state, hidden, module_stats = apply_module(
         p, bias[depth - 1], hidden[:, :-1], ahead
       )

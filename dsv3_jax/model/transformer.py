@@ -125,6 +125,7 @@ class ForwardContext:
   # CPU, need no copy of what the backward pass reads.
   scan: bool = True
   experts: moe.Experts = moe.LOCAL  # how the routed experts are computed
+  dtype: jax.typing.DTypeLike | None = None  # of states; None: the embedding's
   # All-gathers the parameters of one layer of a group (`dense`, `moe`, `mtp`).
   gather: Callable[[str, param_spec.Params], param_spec.Params] = _unsharded
 
@@ -162,6 +163,7 @@ def forward(
     return moe_block(p, h, layer_bias, cfg, ctx.experts, segments, valid)
 
   x = embed(params, tokens)
+  x = x.astype(ctx.dtype or x.dtype)
   stats = [_no_stats(bias)]
   if cfg.n_dense_layers:
     x, _ = over_layers(dense, x, params["dense"])

@@ -282,6 +282,11 @@ def _later_rounds(
   )
 
 
+def _wide(tree: Any) -> Any:
+  """Arrays in float32, in which rounds are added."""
+  return jax.tree.map(lambda a: a.astype(jnp.float32), tree)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _all_rounds(
   one_round: Callable[..., jax.Array],
@@ -303,8 +308,10 @@ def _all_rounds_fwd(one_round, split_wgrad, p, plan, trained, x, gates):
   del split_wgrad
   f = functools.partial(one_round, p, plan)
   y, vjp = jax.vjp(functools.partial(f, 0), trained, x, gates)
-  _, y = _later_rounds(plan.rounds, lambda i, y: y + f(i, trained, x, gates), y)
-  return y, (vjp, p, plan, trained, x, gates)
+  _, total = _later_rounds(
+    plan.rounds, lambda i, total: total + f(i, trained, x, gates), _wide(y)
+  )
+  return total.astype(y.dtype), (vjp, p, plan, trained, x, gates)
 
 
 def _all_rounds_bwd(one_round, split_wgrad, residuals, dy):
@@ -320,7 +327,8 @@ def _all_rounds_bwd(one_round, split_wgrad, residuals, dy):
 
     return _later_rounds(rounds, add, total)
 
-  d_trained, dx, dgates = vjp(dy)
+  first = vjp(dy)
+  d_trained, dx, dgates = _wide(first)
   if split_wgrad:
     done, (dx, dgates) = add_later_rounds(
       (dx, dgates), plan.rounds, lambda i, *a: f(i, trained, *a), x, gates
@@ -332,10 +340,18 @@ def _all_rounds_bwd(one_round, split_wgrad, residuals, dy):
       trained,
     )
   else:
-    total = d_trained, dx, dgates
-    _, total = add_later_rounds(total, plan.rounds, f, trained, x, gates)
-    d_trained, dx, dgates = total
-  return None, None, d_trained, dx, dgates
+    _, (d_trained, dx, dgates) = add_later_rounds(
+      (d_trained, dx, dgates), plan.rounds, f, trained, x, gates
+    )
+  return (
+    None,
+    None,
+    *jax.tree.map(
+      lambda total, like: total.astype(like.dtype),
+      (d_trained, dx, dgates),
+      first,
+    ),
+  )
 
 
 _all_rounds.defvjp(_all_rounds_fwd, _all_rounds_bwd)

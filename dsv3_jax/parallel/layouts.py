@@ -74,7 +74,7 @@ class Layout:
       if stacks := self._stacks(name):
         a = sharding.all_gather(a, of.inside_stage())
         a = stages.to_ranks(a, stacks, of.pipe_dim)
-      elif self._gathered_for_step(name):
+      elif name not in self.rules.by_layer:
         a = sharding.all_gather(a, of)
       return varying.vary(a, self.varying_axes)
 
@@ -82,10 +82,15 @@ class Layout:
 
   def gather_layer(self, name: str, p: Params) -> Params:
     """All-gathers one layer; passed to `forward` as `gather`."""
-    if self._gathered_for_step(name):
+    if name not in self.rules.by_layer:
       return p
+
+    def gather(a: jax.Array, of: ParamSharding) -> jax.Array:
+      cast = of.dtype is not None
+      return (sharding.all_gather_cast if cast else sharding.all_gather)(a, of)
+
     shardings = jax.tree.map(lambda of: of.of_layer(), self.shardings[name])
-    return sharding.map_arrays(sharding.all_gather, p, shardings)
+    return sharding.map_arrays(gather, p, shardings)
 
   def reduce_scatter_grads(self, gradients: Params) -> Params:
     """Sums local gradients of gathered parameters into those of the shards."""
@@ -94,7 +99,7 @@ class Layout:
       if stacks := self._stacks(name):
         g = stages.from_ranks(g, stacks, of.pipe_dim)
         g = sharding.reduce_scatter(g, of.inside_stage())
-      elif self._gathered_for_step(name):
+      elif name not in self.rules.by_layer:
         g = sharding.reduce_scatter(g, of)
       remaining = varying.varying(g) - of.axes
       return jax.lax.psum(g, tuple(sorted(remaining)))
@@ -112,9 +117,6 @@ class Layout:
       )
       for name, p in params.items()
     }
-
-  def _gathered_for_step(self, name: str) -> bool:
-    return not (self.rules.gather_by_layer and name in ("dense", "moe", "mtp"))
 
   def _stacks(self, name: str) -> stages.LayerStacks | None:
     return self.stages.stacks.get(name) if self.stages else None
@@ -142,11 +144,18 @@ def make_layout(
     schedule = schedules.SCHEDULES[run.parallel.schedule](
       sizes.get("pipe", 1), micro_batches or run.train.micro_batches
     )
+  fp8 = recipe.fp8_paths(specs, run.precision)
+
+  def shard(path: Any, param: param_spec.ParamSpec) -> ParamSharding:
+    of = sharding.param_sharding(param, rules, sizes)
+    name = param_spec.name(path)
+    if name in fp8 or name.partition("/")[0] not in rules.by_layer:
+      return of
+    return dataclasses.replace(of, dtype=recipe.dtype(name, run.precision))
+
   return Layout(
-    shardings=jax.tree.map(
-      lambda param: sharding.param_sharding(param, rules, sizes), specs
-    ),
-    fp8=recipe.fp8_paths(specs, run.precision),
+    shardings=jax.tree.map_with_path(shard, specs),
+    fp8=fp8,
     rules=rules,
     sizes=sizes,
     batch_axes=device_mesh.active_axes(

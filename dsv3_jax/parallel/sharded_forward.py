@@ -13,7 +13,10 @@ def gather_params(
 ) -> param_spec.Params:
   """Master parameters in the run's precision, all-gathered for a step."""
   specs = transformer.specs(run.model)
-  params = recipe.compute_params(params, specs, run.precision, layout.fsdp_dims)
+  slices, by_layer = layout.fsdp_dims, layout.rules.by_layer
+  params = recipe.compute_params(
+    params, specs, run.precision, slices, uncast=by_layer
+  )
   return layout.gather_for_step(params)
 
 

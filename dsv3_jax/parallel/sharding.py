@@ -7,10 +7,12 @@ state) or layer by layer (FSDP).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from dsv3_jax import param_spec
 from dsv3_jax.linear import linear
@@ -31,6 +33,11 @@ class ShardingRules:
   fsdp_axes: Axes = ()  # mesh axes that shard what is not divided
   gather_by_layer: bool = False  # all-gather before each layer, not each step
 
+  @property
+  def by_layer(self) -> tuple[str, ...]:
+    """Groups of parameters that are all-gathered layer by layer."""
+    return ("dense", "moe", "mtp") if self.gather_by_layer else ()
+
 
 LAYOUTS = {
   "replicated": ShardingRules(),
@@ -46,6 +53,8 @@ class ParamSharding:
   dims: tuple[Axes, ...]  # mesh axes of each dim
   # (dim, mesh axes) that are all-gathered before use
   fsdp_dims: tuple[tuple[int, Axes], ...]
+  # The type that float32 arrays are cast to before they are all-gathered
+  dtype: jax.typing.DTypeLike | None = None
 
   @property
   def spec(self) -> jax.P:
@@ -68,12 +77,13 @@ class ParamSharding:
       (dim, tuple(axis for axis in axes if axis != "pipe"))
       for dim, axes in self.fsdp_dims
     )
-    return ParamSharding(self.dims, tuple((d, a) for d, a in fsdp_dims if a))
+    fsdp_dims = tuple((dim, axes) for dim, axes in fsdp_dims if axes)
+    return dataclasses.replace(self, fsdp_dims=fsdp_dims)
 
   def of_layer(self) -> "ParamSharding":
     """Drops the leading dim, of layers."""
     fsdp_dims = tuple((dim - 1, axes) for dim, axes in self.fsdp_dims)
-    return ParamSharding(self.dims[1:], fsdp_dims)
+    return dataclasses.replace(self, dims=self.dims[1:], fsdp_dims=fsdp_dims)
 
 
 def param_sharding(
@@ -114,6 +124,21 @@ def all_gather(a: jax.Array, sharding: ParamSharding) -> jax.Array:
   for dim, axes in sharding.fsdp_dims:
     a = jax.lax.all_gather(a, axes, axis=dim, tiled=True)
   return a
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def all_gather_cast(a: jax.Array, sharding: ParamSharding) -> jax.Array:
+  """Gathers a float32 array in the `dtype` of its sharding.
+
+  Its gradient, which arrives in that type, is summed over devices in float32.
+  """
+  return all_gather(a.astype(sharding.dtype), sharding)
+
+
+all_gather_cast.defvjp(
+  lambda a, sharding: (all_gather_cast(a, sharding), None),
+  lambda sharding, _, g: (reduce_scatter(g.astype(jnp.float32), sharding),),
+)
 
 
 def reduce_scatter(g: jax.Array, sharding: ParamSharding) -> jax.Array:

@@ -34,9 +34,10 @@ class AllGather:
     return jax.lax.all_gather(x, self.axes, tiled=True)
 
   def combine(self, y: jax.Array, rows: None) -> jax.Array:
-    """Sums the rows over devices; each receives its own."""
+    """Sums the rows over devices in float32; each receives its own."""
     del rows
-    return jax.lax.psum_scatter(y, self.axes, tiled=True)
+    wide = y.astype(jnp.float32)
+    return jax.lax.psum_scatter(wide, self.axes, tiled=True).astype(y.dtype)
 
 
 @flax.struct.dataclass
@@ -67,11 +68,14 @@ class AllToAll:
     return y.reshape(-1, x.shape[-1])
 
   def combine(self, y: jax.Array, rows: Rows) -> jax.Array:
-    """Returns rows [R * C, D] to their sources, and adds those of a token."""
+    """Returns rows [R * C, D] to their sources, and adds those of a token.
+
+    They are added in float32 and rounded once.
+    """
     y = y.reshape(*rows.token.shape, -1)
     y = self.all_to_all(y, rows.incoming, self.axes)
-    x = jnp.zeros_like(y, shape=(rows.n_tokens, y.shape[-1]))
-    return x.at[rows.token].add(y, mode="drop")
+    x = jnp.zeros_like(y, jnp.float32, shape=(rows.n_tokens, y.shape[-1]))
+    return x.at[rows.token].add(y, mode="drop").astype(y.dtype)
 
 
 def padded_all_to_all(
