@@ -1,8 +1,10 @@
 """The training state and one optimizer step."""
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -27,7 +29,7 @@ class TrainState:
   opt_state: optax.OptState
   router_bias: jax.Array  # [n_routers, E] f32, moved by counts, not gradients
   step: jax.Array  # [] int32, optimizer steps done
-  skipped: jax.Array  # [] int32, steps whose loss or gradient was not finite
+  skipped: jax.Array  # [] int32, steps not applied since not all was finite
   key: jax.Array  # PRNG key of the run; a use folds in the step
 
 
@@ -223,12 +225,24 @@ def _gradient_sums(
   return jax.lax.scan(add, zeros, micros)[0]
 
 
+def _all_finite(tree: Any) -> jax.Array:
+  """Returns whether every float in a tree of arrays is finite, [] bool."""
+  alike = collections.defaultdict(list)
+  for a in jax.tree.leaves(tree):
+    if jnp.issubdtype(a.dtype, jnp.floating):
+      kind = jax.typeof(a)
+      alike[kind.shape, kind.sharding].append(jnp.isfinite(a))
+  alls = [functools.reduce(jnp.logical_and, g).all() for g in alike.values()]
+  return jnp.stack(alls).all()
+
+
 def update(
   state: TrainState, sums: BatchGradients, run: config.Run
 ) -> tuple[TrainState, Metrics]:
   """Applies what `gradients` returned.
 
-  A step whose loss or gradient is not finite changes nothing but the counters.
+  A step changes nothing but the counters if anything about it is not finite:
+  loss, gradient, or a number of the state that it would leave behind.
   The router bias moves once, by the counts of the whole batch, and acts from
   the next step on (section 2.1.2).
   """
@@ -237,10 +251,16 @@ def update(
   rate = optim.learning_rate(state.step, run)
   speed = optim.bias_speed(state.step, run)
   optimizer = optim.make(run)
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+
+  def moved(grads, opt_state, params):
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return jax.tree.map(lambda p, u: p - rate * u, params, updates), opt_state
+
+  before = grads, state.opt_state, state.params
+  params, opt_state = moved(*before)
+  checked = moved(*jax.lax.optimization_barrier(before))
   bias = router.update_bias(state.router_bias, stats.load, speed)
-  finite = jnp.isfinite(terms.total) & jnp.isfinite(norm)
+  finite = _all_finite((terms.total, norm, checked, bias))
   keep = functools.partial(jnp.where, finite)
   new_state = TrainState(
     params=jax.tree.map(keep, params, state.params),

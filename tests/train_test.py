@@ -7,16 +7,17 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import testing
 from absl.testing import absltest, parameterized
 from jax.extend import core
 
-from dsv3_jax import param_spec, train
+from dsv3_jax import losses, optim, param_spec, train
 from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.data import loader, prepare
 from dsv3_jax.data.batch import make_batch
-from dsv3_jax.model import router
+from dsv3_jax.model import moe, router
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.trainer import loop
 from dsv3_jax.trainer.loop import global_batches
@@ -206,8 +207,8 @@ class StepTest(absltest.TestCase):
 
   @pytest.mark.fault(
     "F29",
-    "NaN or infinity in loss or gradient",
-    "the step changes only its counters; reported with its rows",
+    "NaN or infinity in loss, gradient or update",
+    "the step changes only its counters; reported with its rows; never saved",
   )
   def test_a_step_that_is_not_finite_changes_only_the_counters(self):
     head = testing.state(RUN).params["head"].at[0, 0].set(jnp.nan)
@@ -220,6 +221,38 @@ class StepTest(absltest.TestCase):
     self.assertEqual((after.step, after.skipped), (1, 1))
     expected = before.replace(step=after.step, skipped=after.skipped)
     testing.assert_same(after, expected)
+
+  @pytest.mark.fault("F29")
+  def test_nor_does_one_whose_update_alone_is_not_finite(self):
+    sums = train.BatchGradients(
+      {"w": jnp.array([1e15, 1.0])},
+      losses.Losses(*jnp.ones(4)),
+      moe.MoEStats(jnp.arange(8).reshape(1, 8), jnp.ones(1), jnp.zeros((1, 2))),
+      {},
+    )
+    params = {"w": jnp.array([2.0, 3.0])}
+    infinite_moment = optax.GradientTransformation(
+      lambda params: jnp.zeros(()), lambda g, m, params: (g, m + jnp.inf)
+    )
+    for name, optimizer, bad in (
+      ("adamw", optim.adamw, False),
+      ("nan", lambda run: optax.scale(jnp.nan), True),
+      ("overflow", lambda run: optax.scale(1e30), True),
+      ("moment", lambda run: infinite_moment, True),
+    ):
+      with (
+        self.subTest(name),
+        mock.patch.dict(optim.OPTIMIZERS, {name: optimizer}),
+      ):
+        run = testing.run(f"optim.name={name}")
+        opt_state = optim.make(run).init(params)
+        state = testing.state(RUN).replace(params=params, opt_state=opt_state)
+        new, metrics = train.update(state, sums, run)
+        self.assertEqual(metrics["finite"], not bad)
+        self.assertEqual((new.step, new.skipped), (1, bad))
+        if bad:
+          new = new.replace(step=state.step, skipped=state.skipped)
+          testing.assert_same(testing.host(new), testing.host(state))
 
 
 @pytest.mark.fault(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -21,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from dsv3_jax import checksum, config, param_spec, train
 from dsv3_jax.checkpoint import manifest, orbax_io
-from dsv3_jax.errors import InputError
+from dsv3_jax.errors import InputError, NotFiniteError
 
 DamagedError, MissingError = manifest.DamagedError, manifest.MissingError
 SaveError = manifest.SaveError
@@ -104,6 +105,7 @@ class Checkpointer:
 
     Raises:
       SaveError: that one failed, or this one cannot begin.
+      NotFiniteError: an array holds NaN or infinity, and nothing is saved.
     """
     self.wait()
     step = int(state.step)
@@ -111,7 +113,12 @@ class Checkpointer:
     if average is not None:
       tree["average"] = {"params": average}
     leaves = param_spec.flatten_with_paths(tree)
-    digests = _start_digests(leaves)  # before the state is donated
+    digests, finite = _start_digests(leaves)  # before the state is donated
+    if wrong := _false(finite):
+      raise NotFiniteError(
+        f"checkpoint {self.folder(step)} is not saved, since numbers are not"
+        f" finite: {wrong}"
+      )
     types = _types(leaves)
 
     def finish(folder):
@@ -300,15 +307,15 @@ class Checkpointer:
       lambda: arrays.update(orbax_io.read(folder, like))
     )
     _agree(problem and f"{folder} cannot be read: {problem}")
-    wrong = [
-      name
-      for name, found in _start_digests(arrays).items()
-      if checksum.to_hex(found) != saved[name]["digest"]
-    ]
-    if wrong:
-      raise DamagedError(
-        f"{folder} is damaged: not what was saved: {', '.join(wrong)}"
-      )
+    digests, finite = _start_digests(arrays)
+    same = {
+      name: checksum.to_hex(found) == saved[name]["digest"]
+      for name, found in digests.items()
+    }
+    if wrong := _false(same):
+      raise DamagedError(f"{folder} is damaged: not what was saved: {wrong}")
+    if wrong := _false(finite):  # an earlier version saved it
+      raise DamagedError(f"{folder} is of no use: not finite: {wrong}")
     return arrays
 
   def newest(
@@ -381,22 +388,39 @@ def _of_first(steps: Sequence[int]) -> list[int]:
   return multihost_utils.broadcast_one_to_all(own).tolist()
 
 
-def _start_digests(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  """Computes checksums [2] of all leaves, where they are."""
-  digests = {}
+def _false(checks: dict[str, Any]) -> str:
+  """Returns the names of the checks that are false, or ""."""
+  return ", ".join(name for name, ok in checks.items() if not ok)
+
+
+def _start_digests(
+  leaves: dict[str, jax.Array],
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+  """Computes checksums [2] of all leaves, and whether each is finite, []."""
+  digests, finite = {}, {}
   for lead in ("state/", "average/"):  # which may be on other devices
     on_devices = {
       name: jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
       for name, leaf in leaves.items()
       if name.startswith(lead)
     }
-    digests |= _digests(on_devices)
-  return digests
+    for whole, part in zip(
+      (digests, finite), _digests(on_devices), strict=True
+    ):
+      whole.update(part)
+  return digests, finite
 
 
 @jax.jit
-def _digests(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  return {name: checksum.compute(leaf) for name, leaf in leaves.items()}
+def _digests(leaves):
+  digests = {name: checksum.compute(leaf) for name, leaf in leaves.items()}
+  return digests, {name: _is_finite(leaf) for name, leaf in leaves.items()}
+
+
+def _is_finite(a: jax.Array) -> jax.Array:
+  if not jnp.issubdtype(a.dtype, jnp.floating):
+    return jnp.array(True)
+  return jnp.isfinite(a).all()
 
 
 def _raw(state: train.TrainState) -> train.TrainState:

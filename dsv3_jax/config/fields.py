@@ -4,8 +4,10 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+import numpy as np
 
 from dsv3_jax.errors import raise_problems
 
@@ -20,12 +22,15 @@ def number(
   low: float | None = None,
   high: float | None = None,
   above: float | None = None,
+  below: float | None = None,
 ) -> Any:
-  """A numeric field with low <= value <= high and value > above.
+  """A numeric field with low <= value <= high and above < value < below.
 
-  Whole numbers are at most LARGEST, negative ones at least -LARGEST.
+  Whole numbers are at most LARGEST, negative ones at least -LARGEST. Others are
+  finite in float32, in which `above` and `below` hold too: an epsilon that
+  devices read as 0, or a decay that they read as 1, is refused.
   """
-  limits = {"low": low, "high": high, "above": above}
+  limits = {"low": low, "high": high, "above": above, "below": below}
   return dataclasses.field(default=default, metadata=limits)
 
 
@@ -33,6 +38,31 @@ def choice(default: str, *others: str) -> Any:
   """A text field that must be one of the values given."""
   choices = {"choices": (default, *others)}
   return dataclasses.field(default=default, metadata=choices)
+
+
+def _float32(value: float) -> float:
+  """Returns the number that a device reads: most take subnormal ones for 0."""
+  with np.errstate(over="ignore", under="ignore"):
+    rounded = np.float32(value)
+  return 0.0 if abs(rounded) < np.finfo(np.float32).tiny else float(rounded)
+
+
+def _limit_problems(
+  value: float, rounded: float, limits: Mapping[str, Any]
+) -> Iterator[str]:
+  """What limits a number exceeds; `rounded` is the number that devices read."""
+  low, high, above, below = map(limits.get, ("low", "high", "above", "below"))
+  if not math.isfinite(rounded):
+    yield "must be finite" + " in float32" * math.isfinite(value)
+    return
+  if low is not None and value < low:
+    yield f"must be at least {low:g}"
+  if high is not None and value > high:
+    yield f"must be at most {high:g}"
+  if above is not None and rounded <= above:
+    yield f"must be above {above:g}" + " in float32" * (value > above)
+  if below is not None and rounded >= below:
+    yield f"must be below {below:g}" + " in float32" * (value < below)
 
 
 def _field_problems(cfg: Any) -> Iterator[str]:
@@ -50,16 +80,10 @@ def _field_problems(cfg: Any) -> Iterator[str]:
       yield f"{setting}: expected {expected.__name__}"
     elif type(value) is int and abs(value) > LARGEST:
       yield f"{setting}: must be at most {LARGEST}, or -{LARGEST} at least"
-    elif is_number and not math.isfinite(value):
-      yield f"{setting}: must be finite"
     elif is_number:
-      low, high, above = map(field.metadata.get, ("low", "high", "above"))
-      if low is not None and value < low:
-        yield f"{setting}: must be at least {low:g}"
-      if above is not None and value <= above:
-        yield f"{setting}: must be above {above:g}"
-      if high is not None and value > high:
-        yield f"{setting}: must be at most {high:g}"
+      rounded = _float32(value) if expected is float else value
+      for problem in _limit_problems(value, rounded, field.metadata):
+        yield f"{setting}: {problem}"
     elif choices := field.metadata.get("choices"):
       yield from unknown(f"{type(cfg).__name__}.{field.name}", value, choices)
 

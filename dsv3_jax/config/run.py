@@ -67,8 +67,9 @@ class Optim:
   peak_lr: float = number(2.2e-4, above=0)
   min_lr: float = number(2.2e-5, low=0)
   final_lr: float = number(7.3e-6, low=0)
-  beta1: float = number(0.9, low=0, high=1)
-  beta2: float = number(0.95, low=0, high=1)
+  # At 1, Adam's correction of the moments' bias would divide by 0.
+  beta1: float = number(0.9, low=0, below=1)
+  beta2: float = number(0.95, low=0, below=1)
   eps: float = number(1e-8, above=0)
   weight_decay: float = number(0.1, low=0)
   clip_norm: float = number(1.0, above=0)
@@ -129,7 +130,8 @@ class Train:
   remat: str = choice("none", "selective", "block")
   saved_activations: str = "latents,attention,residual,routing,sent,hidden"
   scan_layers: bool = True  # false: unrolled, faster on CPU, compiles longer
-  max_bad_steps: int = number(8, low=0)  # non-finite steps in a row: exit 3
+  # More steps than this, of 100, that are not finite: exit 3.
+  max_bad_steps: int = number(8, low=0)
   # A step is a spike if its loss or gradient norm is this many times the
   # median of the 100 before; 0: no detection.
   spike_factor: float = number(0.0, low=0)

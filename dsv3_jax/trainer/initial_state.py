@@ -5,7 +5,7 @@ import jax
 from dsv3_jax import config, ema, param_spec, train
 from dsv3_jax.checkpoint import checkpointer, manifest
 from dsv3_jax.data import loader
-from dsv3_jax.errors import InputError
+from dsv3_jax.errors import InputError, NotFiniteError
 from dsv3_jax.interop import open_run
 from dsv3_jax.model import transformer
 from dsv3_jax.trainer import hooks, metrics_writer, run_args
@@ -53,7 +53,12 @@ def restore_or_create(
   state = train.make_state(run, mesh, args.seed)
   if args.init_from:
     state = _with_parameters(state, args, mesh)
-  checkpoints.save(state, expected)
+  try:
+    checkpoints.save(state, expected)
+  except NotFiniteError as error:
+    if not args.init_from:
+      raise
+    raise InputError(f"--init_from={args.init_from}: {error}") from error
   checkpoints.wait()
   return state, _average(run.optim.ema_decay, checkpoints, state)
 

@@ -1,6 +1,7 @@
 """StepMonitor: writes the row of each step; stops on NaNs and loss spikes."""
 
 import collections
+import itertools
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -16,7 +17,8 @@ from dsv3_jax.trainer import event_log, exit_codes, loop, metrics_writer
 
 LOADS = 60  # times in a run that the loads of all experts are written
 IDS = 64  # rows of data that are listed for a bad step
-# A spike is searched among the RECENT steps, once there are ENOUGH of them.
+# Steps that are not finite are counted among the RECENT ones; a spike is
+# searched among them, once there are ENOUGH.
 RECENT, ENOUGH = 100, 20
 # FP8 counters that rows report, and what each is a share of.
 _SHARES = {"zero": "tiles", "saturated": "elements", "underflow": "elements"}
@@ -44,19 +46,23 @@ class StepMonitor(loop.Hooks):
     self.writer, self._source, self._stop = writer, source, stop
     self.record, self.timer = record, timer
     self._run = source.run
-    self._bad_in_a_row, self._started = 0, False
+    self._started = False
     self.row: metrics_writer.Row = {}  # of the newest step
     self._recent = {
       key: collections.deque(maxlen=RECENT) for key in ("loss", "grad_norm")
     }
+    earlier = list(earlier)
     for row in earlier:
       self._find_spike(row)
+    skipped = [row.get("skipped_steps", 0) for row in earlier]
+    is_bad = (now > before for before, now in itertools.pairwise(skipped))
+    self._bad = collections.deque(is_bad, maxlen=RECENT)
 
   def report(self, done: int, metrics: train.Metrics) -> None:
     """Writes the row of a step; waits for the step to finish.
 
     Raises:
-      NotFiniteError: too many steps in a row were not finite.
+      NotFiniteError: too many of the recent steps were not finite.
       SpikeError: loss or gradient jumped, and train.spike_skip is set.
     """
     metrics = jax.device_get(metrics)
@@ -67,22 +73,24 @@ class StepMonitor(loop.Hooks):
     self.writer.write(row)
     for line in not_finite_tiles(metrics.get("fp8", {})):
       self.writer.note(f"step {done}: {line}")
-    if metrics["finite"]:
-      self._bad_in_a_row = 0
-    else:
-      self._bad_in_a_row += 1
-      self._report_bad(row, "was skipped: loss or gradient not finite")
-    if self._bad_in_a_row > self._run.train.max_bad_steps:
-      raise NotFiniteError(
-        f"{self._bad_in_a_row} steps in a row up to step {done} were not"
-        " finite; the newest checkpoint is from before them. Lower"
-        " optim.peak_lr, or look at the data of these steps:"
-        f" {event_log.FILE} lists their rows, --replay_step repeats one"
-      )
+    self._bad.append(not metrics["finite"])
+    if not metrics["finite"]:
+      self._report_bad(row, f"was skipped: {_what_is_bad(metrics)} not finite")
+      self._limit_bad(done)
     if spike := self._find_spike(row):
       self._report_bad(row, spike)
       if self._run.train.spike_skip:
         raise exit_codes.SpikeError(done, f"step {done} {spike}")
+
+  def _limit_bad(self, done: int) -> None:
+    """Raises NotFiniteError if too many of the recent steps were skipped."""
+    if (n_bad := sum(self._bad)) > self._run.train.max_bad_steps:
+      raise NotFiniteError(
+        f"{n_bad} of the last {len(self._bad)} steps up to step {done} were not"
+        " finite; none of them was applied or saved. Lower optim.peak_lr, or"
+        f" look at the data of these steps: {event_log.FILE} lists their rows,"
+        " --replay_step repeats one"
+      )
 
   def _make_row(
     self, done: int, metrics: train.Metrics, seconds: float
@@ -130,6 +138,13 @@ class StepMonitor(loop.Hooks):
     )
     values = {key: row[key] for key in self._recent}
     self.record("bad", step=row["step"], why=why, rows=ids, **values)
+
+
+def _what_is_bad(metrics: train.Metrics) -> str:
+  """Names what is not finite in a step that was skipped."""
+  if np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]):
+    return "the update is"
+  return "loss or gradient"
 
 
 def fp8_shares(counters: Counters) -> dict[str, float]:

@@ -60,7 +60,7 @@ def fit(args: run_args.RunArgs) -> FitResult:
   Raises:
     PreemptedError: a signal stopped the run, which is saved.
     InputError: arguments, workdir or data do not fit.
-    NotFiniteError: too many steps in a row were not finite.
+    NotFiniteError: too many of the recent steps were not finite.
     SaveError: a checkpoint could not be written.
     DivergedError: copies of a replicated array differ between devices.
   """

@@ -5,6 +5,7 @@ import pathlib
 import resource
 import shutil
 import tempfile
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from absl.testing import absltest, parameterized
 
 from dsv3_jax import config, train
 from dsv3_jax.checkpoint import checkpointer, manifest
+from dsv3_jax.errors import NotFiniteError
 from dsv3_jax.parallel import device_mesh
 
 RUN = testing.run("optim.moments=bfloat16")
@@ -133,6 +135,36 @@ class SaveTest(Case):
     self.assertEqual(done, 5)
     self.assertIsNone(store.check())
     self.assertEqual(store.steps(), [5])
+
+  @pytest.mark.fault("F29")
+  def test_what_is_not_finite_is_not_saved(self):
+    store, state = self.saved(1), noisy_state(step=2)
+    nu = state.opt_state[1].nu
+    bad = nu | {"head": nu["head"].at[3, 2].set(jnp.inf)}
+    inner = state.opt_state[1]._replace(nu=bad)
+    opt_state = (state.opt_state[0], inner, state.opt_state[2])
+    average = state.params | {"norm": state.params["norm"].at[0].set(jnp.nan)}
+    for args in (
+      (state.replace(opt_state=opt_state), FACTS),
+      (state, FACTS, average),
+    ):
+      with self.assertRaisesRegex(
+        NotFiniteError, "2 is not saved.*(head|norm)"
+      ):
+        store.save(*args)
+    self.assertEqual(store.steps(), [1])
+
+  @pytest.mark.fault("F29")
+  def test_what_is_not_finite_is_not_restored(self):
+    store, state = self.saved(1), noisy_state(step=2)
+    # As versions before did.
+    with mock.patch.object(checkpointer, "_false", lambda checks: ""):
+      store.save(state.replace(router_bias=state.router_bias / 0), FACTS)
+      store.wait()
+    load = lambda step: store.restore(step, like())
+    step, _ = store.newest(load, quarantine=True)
+    self.assertEqual(step, 1)
+    self.assertTrue((store.directory / "2.corrupt").exists())
 
   def test_an_empty_folder_has_no_step(self):
     store = self.saved()

@@ -90,18 +90,39 @@ class ReporterTest(parameterized.TestCase):
     self.assertEqual((facts["step"], facts["loss"]), (2, None))
 
   @pytest.mark.fault("F30")
-  def test_too_many_in_a_row_end_the_run(self):
-    report = self.setting("train.max_bad_steps=2")
+  @parameterized.parameters(1, 2, 20)
+  def test_too_many_of_the_recent_steps_end_the_run(self, every):
+    report = self.setting("train.max_bad_steps=3")
     bad = self.metrics(grad_norm=np.inf)
-    for step in (1, 2, 4, 5):
-      report.report(step, bad)
-      if step == 2:
-        report.report(3, self.metrics())
+    for step in range(1, 4 * every):
+      report.report(step, self.metrics() if step % every else bad)
     with self.assertRaisesRegex(
-      FloatingPointError, "3 steps in a row up to step 6 were not finite"
+      FloatingPointError,
+      f"4 of the last {4 * every} steps up to step {4 * every} were not finite",
     ):
-      report.report(6, bad)
-    self.assertLen(self.events, 5)
+      report.report(4 * every, bad)
+    self.assertLen(self.events, 4)
+
+  @pytest.mark.fault("F30")
+  def test_bad_steps_far_apart_do_not(self):
+    report = self.setting("train.max_bad_steps=3")
+    bad, every = self.metrics(loss=np.nan), step_monitor.RECENT // 3 + 1
+    for step in range(1, 10 * every):
+      report.report(step, self.metrics() if step % every else bad)
+    self.assertLen(self.events, 9)
+
+  @pytest.mark.fault("F30")
+  def test_bad_steps_before_a_restart_count(self):
+    row = {"loss": 1.0, "grad_norm": 1.0}
+    before = [row | {"step": i, "skipped_steps": i // 2} for i in range(1, 9)]
+    report = self.setting("train.max_bad_steps=4", before=before)
+    with self.assertRaisesRegex(FloatingPointError, "5 of the last 8 steps"):
+      report.report(9, self.metrics(loss=np.nan))
+
+  def test_an_update_that_is_not_finite_is_told(self):
+    self.setting().report(1, self.metrics() | {"finite": np.False_})
+    (line,) = self.book.notes
+    self.assertStartsWith(line, "step 1 was skipped: the update is not finite")
 
   def rise(self, report, n, key, value):
     rng = np.random.default_rng(0)

@@ -167,7 +167,7 @@ class NumbersTest(CheckedRunTest):
 
   @pytest.mark.fault(
     "F30",
-    "too many bad steps in a row",
+    "too many bad steps among the recent ones",
     "exits 3; no checkpoint of a bad state",
   )
   def test_too_many_bad_steps_end_the_run(self):
@@ -176,7 +176,9 @@ class NumbersTest(CheckedRunTest):
     )
     code, err = self.train(bad, "train.max_bad_steps=1")
     self.assertEqual(code, exit_codes.NOT_FINITE)
-    self.assertRegex(err, "error: 2 steps in a row up to step 3 were not fin")
+    self.assertRegex(
+      err, "error: 2 of the last 3 steps up to step 3 were not f"
+    )
     self.assertEqual([event["step"] for event in self.events("bad")], [2, 3])
     self.assertLen(self.events("bad")[0]["rows"], 8)
     (end,) = self.events("end")
