@@ -10,8 +10,6 @@ tiny: a complete small DeepSeek-V3, trained on two novels in minutes on two
 cores; expect held-out bits per byte below 1.85.
 """
 
-import math
-
 import jax
 from absl import flags
 
@@ -20,7 +18,7 @@ from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.plan import flops
-from dsv3_jax.trainer import replay, run_args, trainer
+from dsv3_jax.trainer import memory, replay, run_args, trainer
 from experiments import cli
 
 _DRY_RUN = flags.DEFINE_bool(
@@ -70,11 +68,7 @@ def _on_mesh(
 ) -> dict[str, str]:
   """Lowers the train step for a mesh whose devices need not exist."""
   train.trace_step(run, mesh).lower(lowering_platforms=("cpu", "cuda", "tpu"))
-  state = train.abstract_state(run, mesh)
-  held = sum(
-    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    for leaf in jax.tree.leaves(state)
-  )
+  held = memory.bytes_per_device(train.abstract_state(run, mesh))
   return {
     "train step": f"lowers for {mesh.size:,} devices",
     "state a device": f"{held / 2**30:.2f} GiB, of master weights and"

@@ -25,6 +25,7 @@ from dsv3_jax.trainer import (
   hooks,
   initial_state,
   loop,
+  memory,
   metrics_writer,
   run_args,
   step_monitor,
@@ -92,6 +93,7 @@ def _train(
   run, stop, began = args.run, args.stop, time.time()
   mesh = distributed.mesh(args.mesh)
   raise_problems(_validate(run, mesh))
+  raise_problems(memory.validate(run, mesh))
   data = _prepare(args, stack)
   folder = args.workdir / "checkpoints"
   checkpoints = checkpointer.Checkpointer(folder, run.checkpoint)

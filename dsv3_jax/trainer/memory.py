@@ -1,0 +1,108 @@
+"""Memory of a run's state, compared with what devices and host have."""
+
+import math
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from dsv3_jax import config, train
+from dsv3_jax.config import presets
+from dsv3_jax.parallel import device_mesh, layout_check
+
+# Limits of a container, in the two versions of Linux' control groups.
+_LIMITS = (
+  "/sys/fs/cgroup/memory.max",
+  "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
+_MOST_DEVICES = 1 << 14  # of a mesh that is proposed
+
+
+def bytes_per_device(tree: Any) -> int:
+  """Sums the bytes that one device holds of arrays, or of their shapes."""
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+  )
+
+
+def host_bytes() -> int:
+  """Returns the bytes of memory of this machine, or of its container."""
+  there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  for path in map(pathlib.Path, _LIMITS):
+    if path.is_file() and (text := path.read_text().strip()).isdecimal():
+      there = min(there, int(text))
+  return there
+
+
+def validate(run: config.Run, mesh: jax.sharding.Mesh) -> Iterator[str]:
+  """Yields a line where the state exceeds memory; allocates nothing.
+
+  The state is master weights, optimizer moments and the parameters' average. A
+  step needs more, which is not counted: what is refused here can never run.
+  """
+  devices = mesh.local_devices
+  state = train.abstract_state(run, mesh)
+  held, average, host = bytes_per_device(state), 0, host_bytes()
+  if run.optim.ema_decay:  # each slice once
+    full = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state.params))
+    average = min(bytes_per_device(state.params) * len(devices), full)
+  if devices[0].platform == "cpu":  # virtual devices share the host's memory
+    if (needed := held * len(devices) + average) > host:
+      yield (
+        f"the state needs {_gib(needed)} of this machine's memory, which has"
+        f" {_gib(host)}; {_what_fits(run, mesh, host, 1)}"
+      )
+    return
+  stats = [device.memory_stats() or {} for device in devices]
+  there = min(each.get("bytes_limit", math.inf) for each in stats)
+  if held > there:
+    fits = _what_fits(run, mesh, there * len(devices), _MOST_DEVICES)
+    yield (
+      f"the state needs {_gib(held)} on each of {mesh.size} devices, which have"
+      f" {_gib(there)}; {fits}"
+    )
+  if average > host:
+    yield (
+      f"optim.ema_decay={run.optim.ema_decay:g}: the average needs"
+      f" {_gib(average)} of this machine's memory, which has {_gib(host)};"
+      " optim.ema_decay=0 keeps none"
+    )
+
+
+def _what_fits(
+  run: config.Run, mesh: jax.sharding.Mesh, local: float, most: int
+) -> str:
+  """Describes a mesh or layout, and presets, whose state fits in memory.
+
+  `local` is the memory of all devices of this process in bytes, `most` the
+  largest factor of more devices.
+  """
+  per_device = local / len(mesh.local_devices)
+
+  def fits(other: config.Run, sizes: device_mesh.Sizes) -> bool:
+    if layout_check.validate(other, sizes):
+      return False
+    state = train.abstract_state(other, device_mesh.abstract_mesh(sizes))
+    return bytes_per_device(state) <= per_device
+
+  known = []
+  for layout in ("zero1", "fsdp"):
+    other = config.override(run, f"parallel.layout={layout}")
+    factors = (2**i for i in range(most.bit_length()))
+    meshes = ({**mesh.shape, "data": mesh.shape["data"] * n} for n in factors)
+    if sizes := next((s for s in meshes if fits(other, s)), None):
+      text = ",".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1)
+      known.append(f"--mesh={text or 'data=1'} with parallel.layout={layout}")
+  names = [
+    name for name, one in presets.PRESETS.items() if fits(one, mesh.shape)
+  ]
+  if names:
+    known.append(f"--variant={' or '.join(names)}")
+  return f"what would fit: {'; '.join(known) or 'no preset'}"
+
+
+def _gib(n_bytes: float) -> str:
+  return f"{n_bytes / 2**30:,.2f} GiB"
