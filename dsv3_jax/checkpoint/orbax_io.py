@@ -6,17 +6,21 @@ import pathlib
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-T = TypeVar("T")
 
+def orbax_keys(leaves: dict[str, Any]) -> dict[str, Any]:
+  """Renames leaves to the names that Orbax writes; leaves out empty arrays.
 
-def orbax_keys(leaves: dict[str, T]) -> dict[str, T]:
-  """Renames leaves to the names that Orbax writes."""
-  return {name.replace("/", "."): leaf for name, leaf in leaves.items()}
+  Orbax writes no array of size 0, such as the bias of a model without routers.
+  """
+  return {
+    name.replace("/", "."): leaf for name, leaf in leaves.items() if leaf.size
+  }
 
 
 def dtype_and_shape(a: Any) -> str:
@@ -33,21 +37,30 @@ def read(
     Exception: one cannot be read.
   """
   item = orbax_keys(like)
-  # Not `Checkpointer`: it would wait for a process in which this fails.
-  restored = ocp.PyTreeCheckpointHandler().restore(
-    folder,
-    args=ocp.args.PyTreeRestore(
-      item=item,
-      restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-      partial_restore=True,
-    ),
-  )
-  arrays = {name: restored[key] for name, key in zip(like, item, strict=True)}
-  for name, array in arrays.items():
+  restored = {}
+  if item:  # or there is no file of Orbax that could be read
+    # Not `Checkpointer`: it would wait for a process in which this fails.
+    restored = ocp.PyTreeCheckpointHandler().restore(
+      folder,
+      args=ocp.args.PyTreeRestore(
+        item=item,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+        partial_restore=True,
+      ),
+    )
+  arrays = {}
+  for name, leaf in like.items():
+    if not leaf.size:
+      arrays[name] = jax.device_put(
+        jnp.empty(leaf.shape, leaf.dtype), leaf.sharding
+      )
+      continue
+    (key,) = orbax_keys({name: leaf})
+    array, expected = restored[key], dtype_and_shape(leaf)
     # Orbax returns the request itself for an array that it does not know.
-    expected = dtype_and_shape(like[name])
     if not isinstance(array, jax.Array) or dtype_and_shape(array) != expected:
       raise ValueError(f"{name} is not there as {expected}")
+    arrays[name] = array
   return arrays
 
 

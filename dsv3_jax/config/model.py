@@ -21,6 +21,13 @@ class Yarn:
   beta_slow: float = number(1.0, above=0)
   mscale: float = number(1.0, low=0)  # V2 has 0.707
 
+  def validate(self) -> Iterator[str]:
+    if self.beta_fast < (slow := self.beta_slow):
+      yield (
+        f"Yarn.beta_fast={self.beta_fast:g}: must be at least"
+        f" beta_slow={slow:g}"
+      )
+
   @property
   def max_len(self) -> float:
     """The longest context; infinite without extension."""
@@ -59,7 +66,7 @@ class MLA(Attention):
   nope_dim: int = number(low=1)
   rope_dim: int = number(low=2)
   v_dim: int = number(low=1)
-  rope_theta: float = number(10_000.0, above=0)
+  rope_theta: float = number(10_000.0, above=1)  # 1: all pairs turn alike
   yarn: Yarn = Yarn()
   # Of the norms of latents; DeepSeek's code has a constant for it.
   norm_eps: float = number(1e-6, above=0)

@@ -232,7 +232,8 @@ def _of_depth(
 def _no_stats(bias: jax.Array) -> moe.MoEStats:
   """Stats of zero routers, to concatenate others to."""
   load = bias[:0].astype(jnp.int32)
-  return moe.MoEStats(load, load.sum(-1, dtype=bias.dtype), load[:, :2])
+  sent = jnp.repeat(load[:, :1], 2, axis=1)  # also of a single expert
+  return moe.MoEStats(load, load.sum(-1, dtype=bias.dtype), sent)
 
 
 def _concatenated(stats: list[moe.MoEStats]) -> moe.MoEStats:
