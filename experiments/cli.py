@@ -11,6 +11,7 @@ import functools
 import math
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -189,6 +190,9 @@ def run_main(
     sys.exit(OK)
   try:
     code = main() or OK
+  except KeyboardInterrupt:
+    code = 128 + signal.SIGINT  # as if the signal had not been caught
+    print("error: interrupted", file=sys.stderr)
   except Exception as error:
     code = exit_codes.code_of(error)
     if code is None:

@@ -57,8 +57,10 @@ class Processes:
         f"--process={self.index}: must be in 0 to {self.count - 1}, below"
         f" --processes={self.count}"
       )
-    if self.timeout_s < 1:
-      problems.append(f"--join_timeout={self.timeout_s}: must be at least 1 s")
+    if not 1 <= self.timeout_s <= 1e9:
+      problems.append(
+        f"--join_timeout={self.timeout_s}: must be from 1 to 1e9 s"
+      )
     return problems
 
   def join(self) -> None:

@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from dsv3_jax.errors import InputError
 from dsv3_jax.trainer import exit_codes, peers, preemption
 
 BEAT_S = 1.0
+LONGEST_S = 1e9  # timers and sockets refuse more
 MAX_TEXT = 2000  # characters of an error that other processes get
 _RESTART = "; restart all processes to resume from the newest checkpoint"
 
@@ -38,15 +40,17 @@ class Timeouts:
 
   def validate(self) -> list[str]:
     """Returns what is wrong with the values, one line each."""
-    return [
-      f"--{flag}={value:g}: must be at least {low:g} s"
-      for flag, value, low in (
-        ("heartbeat", self.heartbeat_s, 2 * BEAT_S),
-        ("watchdog_timeout", self.stuck_s, 0),
-        ("grace_period", self.grace_s, 0),
-      )
-      if not value >= low
-    ]
+    problems = []
+    for flag, value, low in (
+      ("heartbeat", self.heartbeat_s, 2 * BEAT_S),
+      ("watchdog_timeout", self.stuck_s, 0),
+      ("grace_period", self.grace_s, 0),
+    ):
+      if not value >= low:
+        problems.append(f"--{flag}={value:g}: must be at least {low:g} s")
+      elif value > LONGEST_S:
+        problems.append(f"--{flag}={value:g}: must be at most {LONGEST_S:g} s")
+    return problems
 
 
 class Heartbeat:
@@ -57,12 +61,16 @@ class Heartbeat:
     timeouts: Timeouts = Timeouts(),
     host: str = "",
     own_process: bool = True,
+    what_is_saved: Callable[[], str] = lambda: "nothing was to be saved",
   ):
     """Prepares to watch; `host`: address of process 0, "": of its machine.
 
     With `own_process`, SIGTERM and SIGINT stop the run, and the process exits
-    where it is stuck. Else a process without peers is not watched.
+    where it is stuck. Else a process without peers is not watched. A signal
+    before `begin` ends all processes at once, and `what_is_saved` says what is
+    true of the checkpoints then.
     """
+    self._what_is_saved = what_is_saved
     self._timeouts, self._host = timeouts, host
     self._own_process, self._index = own_process, 0
     self._peers: dict[int, peers.Peer] = {}
@@ -88,7 +96,9 @@ class Heartbeat:
     self._listener = None
     if self._own_process:
       grace_s = self._timeouts.grace_s
-      self._listener = preemption.Listener(grace_s, self.request_stop)
+      self._listener = preemption.Listener(
+        grace_s, self.request_stop, self._leave
+      )
       self._listener.__enter__()
     return self
 
@@ -117,6 +127,18 @@ class Heartbeat:
   def request_stop(self) -> None:
     """Asks all processes to stop after a step; from any thread."""
     self._vote.request()
+
+  def begin(self) -> None:
+    """States that a step was done, which a signal must not lose."""
+    if self._listener:
+      self._listener.begin()
+
+  def _leave(self, name: str) -> None:
+    """Ends all processes at once, before the first step was done."""
+    code = exit_codes.PREEMPTED
+    text = f"{name} before the end of the first step; {self._what_is_saved()}"
+    self._send(end=[code, text])
+    preemption.exit_now(code, text)
 
   def progress(self) -> None:
     """Resets the watchdog after work that is no step."""

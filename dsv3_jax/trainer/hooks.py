@@ -49,6 +49,7 @@ class TrainHooks(loop.Hooks):
   def report(self, done: int, metrics: train.Metrics) -> None:
     """Writes the row of a step, see `StepMonitor.report`."""
     self.monitor.report(done, metrics)
+    self.watchdog.begin()
 
   def check(self, state: train.TrainState) -> None:
     """Compares the copies of replicated arrays."""

@@ -15,16 +15,28 @@ class Listener:
   """Handles signals in its own thread; the first one starts the grace period.
 
   When that is over, or at a second signal, the process exits at once: what was
-  saved before stays as it is.
+  saved before stays as it is. Before `begin` there is nothing to save, and the
+  first signal does not wait.
   """
 
-  def __init__(self, grace_s: float, on_signal: Callable[[], None]):
+  def __init__(
+    self,
+    grace_s: float,
+    on_signal: Callable[[], None],
+    leave: Callable[[str], None],
+  ):
     """Prepares to listen; `__enter__` must be called in the main thread.
 
-    At the first signal, another thread calls `on_signal`, once.
+    At the first signal, another thread calls `on_signal`, once; before `begin`
+    it calls `leave` instead, with the name of the signal.
     """
-    self._grace_s, self._on_signal = grace_s, on_signal
+    self._grace_s, self._on_signal, self._leave = grace_s, on_signal, leave
+    self._begun = False
     self._old = {}
+
+  def begin(self) -> None:
+    """States that there is work that a signal must not lose."""
+    self._begun = True
 
   def __enter__(self) -> "Listener":
     # Python calls handlers between its own instructions only, which a
@@ -49,7 +61,9 @@ class Listener:
   def _listen(self) -> None:
     if not (name := self._next()):
       return
-    late = f"not saved in {self._grace_s:g} s; the last checkpoint is complete"
+    if not self._begun:
+      self._leave(name)
+    late = f"not saved in {self._grace_s:g} s; earlier checkpoints are complete"
     timer = threading.Timer(
       self._grace_s, exit_now, (exit_codes.PREEMPTED, late)
     )

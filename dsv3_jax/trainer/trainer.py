@@ -5,6 +5,7 @@ result = Trainer(run, workdir).fit()
 
 import contextlib
 import dataclasses
+import pathlib
 import time
 from collections.abc import Sequence
 
@@ -71,7 +72,9 @@ def fit(args: run_args.RunArgs) -> FitResult:
   raise_problems(problems)
   spikes: list[exit_codes.SpikeError] = []
   host, own_process = args.processes.host, args.own_process
-  with heartbeat.Heartbeat(args.timeouts, host, own_process) as watchdog:
+  with heartbeat.Heartbeat(
+    args.timeouts, host, own_process, lambda: _what_is_saved(args.workdir)
+  ) as watchdog:
     while True:
       try:
         with contextlib.ExitStack() as stack:
@@ -82,6 +85,15 @@ def fit(args: run_args.RunArgs) -> FitResult:
         if exit_codes.code_of(error) is None:
           metrics_writer.add_traceback(args.workdir, error)
         raise
+
+
+def _what_is_saved(folder: pathlib.Path) -> str:
+  """Says which checkpoint there is; from any thread, at any time."""
+  names = [path.name for path in (folder / "checkpoints").glob("*")]
+  steps = [int(name) for name in names if name.isdecimal()]
+  if not steps:
+    return "nothing is saved yet; rerun the command to start again"
+  return f"step {max(steps)} is saved; rerun the command to resume"
 
 
 def _train(

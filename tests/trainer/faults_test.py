@@ -234,15 +234,12 @@ class KillTest(Case):
 class SignalTest(Case):
   """SIGTERM and SIGINT to the only process, and two at one workdir."""
 
-  def check_signal(self, number, happened):
+  def check_signal(self, number, happened, said="saving, then exiting"):
     with self.launch() as started:
       started.until(happened)
       started.processes[0].send_signal(number)
       self.assert_one_goes_on(
-        started,
-        exit_codes.PREEMPTED,
-        "saving, then exiting",
-        "rerun the command to resume",
+        started, exit_codes.PREEMPTED, said, "rerun the command to resume"
       )
 
   @pytest.mark.fault(
@@ -274,7 +271,9 @@ class SignalTest(Case):
     self.enter_context(mock.patch.object(SignalTest, "CACHE", False))
     log = self.run_ / "log.txt"
     self.check_signal(
-      signal.SIGTERM, lambda: log.exists() and "steps done" in log.read_text()
+      signal.SIGTERM,
+      lambda: log.exists() and "steps done" in log.read_text(),
+      "error: SIGTERM before the end of the first step; step 0 is saved",
     )
 
   @pytest.mark.slow

@@ -1,8 +1,10 @@
 """Tests of what watches over a process; `faults_test` has several of them."""
 
 import contextlib
+import math
 import pathlib
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -12,7 +14,7 @@ import jax
 import testing
 from absl.testing import absltest, parameterized
 
-from dsv3_jax.trainer import heartbeat, peers
+from dsv3_jax.trainer import exit_codes, heartbeat, peers, preemption, trainer
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -23,6 +25,7 @@ class HeartbeatTest(parameterized.TestCase):
     ({"heartbeat_s": float("nan")}, "--heartbeat=nan: must be at least 2 s"),
     ({"stuck_s": -1.0}, "--watchdog_timeout=-1: must be at least 0 s"),
     ({"grace_s": -0.5}, "--grace_period=-0.5: must be at least 0 s"),
+    ({"grace_s": math.inf}, "--grace_period=inf: must be at most 1e+09 s"),
   )
   def test_says_what_is_wrong(self, fields, message):
     self.assertEqual(heartbeat.Timeouts(**fields).validate(), [message])
@@ -41,6 +44,32 @@ class HeartbeatTest(parameterized.TestCase):
     with heartbeat.Heartbeat() as watchdog:
       watchdog.request_stop()
       self.assertFalse(watchdog.should_continue(7))
+
+  @parameterized.parameters(False, True)
+  def test_a_signal_before_the_first_step_ends_all_at_once(self, begun):
+    codes = []
+    self.enter_context(
+      mock.patch.object(preemption, "exit_now", lambda *end: codes.append(end))
+    )
+    saved = lambda: "step 3 is saved"
+    with heartbeat.Heartbeat(what_is_saved=saved) as watchdog:
+      send = self.enter_context(mock.patch.object(watchdog, "_send"))
+      if begun:
+        watchdog.begin()
+      signal.raise_signal(signal.SIGINT)
+      while not (codes or watchdog._vote._requested):
+        time.sleep(0.01)
+    text = "SIGINT before the end of the first step; step 3 is saved"
+    end = exit_codes.PREEMPTED, text
+    self.assertEqual(codes, [] if begun else [end])
+    self.assertEqual(mock.call(end=list(end)) in send.mock_calls, not begun)
+
+  def test_says_which_checkpoint_there_is(self):
+    folder = testing.folder(self)
+    self.assertIn("nothing is saved yet", trainer._what_is_saved(folder))
+    for name in ("0", "20", "30.orbax-checkpoint-tmp", "40.corrupt"):
+      (folder / "checkpoints" / name).mkdir(parents=True)
+    self.assertStartsWith(trainer._what_is_saved(folder), "step 20 is saved")
 
   def test_a_peer_that_leaves_is_not_taken_for_lost_nor_disconnected(self):
     ours, theirs = socket.socketpair()
