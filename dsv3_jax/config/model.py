@@ -64,9 +64,9 @@ class MLA(Attention):
   q_rank: int = number(low=0)  # 0: no query compression (V2-Lite)
   kv_rank: int = number(low=1)
   nope_dim: int = number(low=1)
-  rope_dim: int = number(low=2)
+  rope_dim: int = number(low=2, high=65_536)
   v_dim: int = number(low=1)
-  rope_theta: float = number(10_000.0, above=1)  # 1: all pairs turn alike
+  rope_theta: float = number(10_000.0, above=0)
   yarn: Yarn = Yarn()
   # Of the norms of latents; DeepSeek's code has a constant for it.
   norm_eps: float = number(1e-6, above=0)
@@ -75,6 +75,11 @@ class MLA(Attention):
     if (dim := self.rope_dim) % 2:
       pairs = f"must be even, components rotate in pairs; try {dim + 1}"
       yield f"MLA.rope_dim={dim}: {pairs}"
+    if self.yarn.factor > 1 >= self.rope_theta:
+      yield (
+        f"MLA.rope_theta={self.rope_theta:g}: must be above 1 with YaRN, which"
+        " tells pairs apart by how fast they turn"
+      )
 
   @property
   def qk_dim(self) -> int:
@@ -100,7 +105,7 @@ ROUTER_SCORES = ["sigmoid", "softmax"]
 class Router:
   """Expert choice, its loss-free balancing, and balance loss (2.1.2)."""
 
-  n_experts: int = number(low=1)
+  n_experts: int = number(low=1, high=100_000)
   top_k: int = number(low=1)
   n_groups: int = number(1, low=1)
   top_groups: int = number(1, low=1)

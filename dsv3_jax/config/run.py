@@ -12,7 +12,7 @@ from dsv3_jax.config.model import Model
 
 def _is_weight(entry: str) -> bool:
   try:
-    return 0 < float(entry.partition("=")[2]) < math.inf
+    return 1e-9 <= float(entry.partition("=")[2]) <= 1e9
   except ValueError:
     return False
 
@@ -45,7 +45,7 @@ class Data:
       if names.count(name) > 1 or not valid:
         yield (
           f"{setting}: {entry!r} must be name=weight, such as prose=2; each"
-          " name once and in Data.path, the weight above 0"
+          " name once and in Data.path, the weight from 1e-9 to 1e9"
         )
 
   @property
@@ -124,7 +124,7 @@ class Train:
   # With schedule.ramp_until: the first batch size, in fewer micro-batches, and
   # the number of sizes before batch_size.
   first_batch_size: int = number(0, low=0)
-  ramp_sizes: int = number(4, low=1)
+  ramp_sizes: int = number(4, low=1, high=10_000)
   # Layers recompute nothing in the backward pass, all but the saved
   # activations, or everything from their input.
   remat: str = choice("none", "selective", "block")
@@ -241,6 +241,9 @@ class Evaluate:
   sample_tokens: int = number(120, low=0)  # length of the sample text
 
 
+MOST_STEPS = 2**31 - 1  # devices count steps in int32
+
+
 @dataclasses.dataclass(frozen=True)
 class BatchPhase:
   """Consecutive steps with one batch size, up to the next phase."""
@@ -294,6 +297,12 @@ class Run:
       yield (
         f"Schedule.warmup_steps={self.schedule.warmup_steps}: must be at most"
         f" the {self.total_steps} steps of the token budget"
+      )
+
+    elif self.total_steps > MOST_STEPS:
+      yield (
+        f"Train.tokens={self.train.tokens}: must be at most {MOST_STEPS} steps,"
+        f" of batch_size * seq_len = {self.tokens_per_step} tokens each"
       )
 
   @property

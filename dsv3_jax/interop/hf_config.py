@@ -414,10 +414,9 @@ def _inexpressible_router(router: config.Router) -> Iterator[str]:
       f"{router.score}: must be {model_type.renormalize[0]} in {_RELEASED}"
       f" of type {name}"
     )
-  if router.n_groups == 1:
-    return
   ours, theirs = SCORES[router.score].group_top, model_type.group_top
-  if ours != theirs or router.n_experts // router.n_groups < theirs:
+  differ = router.n_groups > 1 and ours != theirs
+  if differ or router.n_experts // router.n_groups < theirs:
     yield (
       f"router.n_groups={router.n_groups} of n_experts={router.n_experts}: in"
       f" {_RELEASED} of type {name} groups rank by their best {theirs}"

@@ -41,7 +41,9 @@ def _validate_sizes(run: config.Run, sizes: Sizes) -> Iterator[str]:
 
 
 def _divisors(n: int) -> str:
-  *others, last = (str(i) for i in range(1, n + 1) if n % i == 0)
+  """Lists numbers of devices that divide n, up to the largest clusters."""
+  sizes = range(1, min(n, 10_000) + 1)
+  *others, last = (str(i) for i in sizes if n % i == 0)
   return f"{', '.join(others)} or {last}" if others else last
 
 

@@ -52,6 +52,12 @@ class RunArgs:
         f"--steps={self.stop}: must be in 1 to {self.run.total_steps}, the"
         " steps of the token budget train.tokens"
       )
+    sample, longest = self.run.evaluate.sample_tokens, self.run.model.attention
+    if sample >= longest.max_len:
+      problems.append(
+        f"Evaluate.sample_tokens={sample}: must be below {longest.max_len:g},"
+        " the longest context of model.attention"
+      )
     for axis, size in mesh.items():
       if axis not in device_mesh.AXES or size < 1:
         problems.append(

@@ -76,6 +76,8 @@ class FieldTest(parameterized.TestCase):
     ("data.split_rate", 2.0, "at most 1"),
     ("data.domains", "a=1", "needs Data.path"),
     ("attention.yarn.factor", 0.5, "at least 1"),
+    ("attention.yarn.beta_fast", 0.5, "at least beta_slow=1"),
+    ("router.n_experts", 2**40, "at most 100000"),
     ("attention.yarn.original_len", 0, "at least 1"),
     ("optim.peak_lr", -1.0, "above 0"),
     ("optim.min_lr", -1.0, "at least 0"),
@@ -135,6 +137,14 @@ class FieldTest(parameterized.TestCase):
     self.assertIn(message, text)
     self.assertIn(path.split(".")[-1], text)
     self.assertIn(str(value), text)
+
+  @parameterized.parameters(1.0, 0.5)
+  def test_yarn_needs_pairs_that_turn_differently(self, theta):
+    with self.assertRaisesRegex(ValueError, f"rope_theta={theta:g}: .*above 1"):
+      config.override(
+        RUN, "attention.yarn.factor=2", f"attention.rope_theta={theta}"
+      )
+    config.override(RUN, f"attention.rope_theta={theta}")
 
   @parameterized.parameters(
     path for path, value in config.flatten(RUN).items() if type(value) is float

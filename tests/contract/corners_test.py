@@ -1,14 +1,20 @@
 """Tests of models and runs at the corners of what validation allows."""
 
+import dataclasses
 import functools
+import math
 from unittest import mock
 
+import numpy as np
 import pytest
 import testing
 from absl.testing import absltest, parameterized
 
-from dsv3_jax import config, train
+from dsv3_jax import config, optim, train
 from dsv3_jax.checkpoint import checkpointer
+from dsv3_jax.config import fields, presets
+from dsv3_jax.errors import InputError
+from dsv3_jax.model import mla
 from dsv3_jax.parallel import device_mesh, layout_check
 from dsv3_jax.plan import flops
 from dsv3_jax.trainer import Trainer, distributed
@@ -35,7 +41,8 @@ CORNERS = {
   " attention.rope_dim=2 attention.q_rank=1 attention.kv_rank=1 moe.ffn_dim=1"
   f" dense_ffn_dim=1 d_model=1 {ONE_EXPERT}",
   "one token": "data.seq_len=1 mtp.depth=0 train.batch_size=1",
-  "YaRN": "attention.yarn.factor=9 attention.yarn.original_len=1",
+  "YaRN": "attention.yarn.factor=9 attention.yarn.original_len=1"
+  " evaluate.sample_tokens=8",
   "remat": "train.remat=block train.micro_batches=8 train.scan_layers=false",
   "bfloat16": "precision.recipe=bf16 optim.moments=bfloat16",
 }
@@ -45,6 +52,48 @@ def make(corner):
   return testing.run(*CORNERS[corner].split())
 
 
+# The largest and the smallest number of float32 that is not 0.
+LARGEST, SMALLEST = 3e38, 2e-38
+
+
+def numeric(cfg, prefix=""):
+  """Yields path, type and limits of every numeric setting."""
+  for field in dataclasses.fields(cfg):
+    value, path = getattr(cfg, field.name), prefix + field.name
+    if dataclasses.is_dataclass(value):
+      yield from numeric(value, path + ".")
+    elif type(value) in (int, float):
+      yield path, type(value), field.metadata
+
+
+SETTINGS = {path: rest for path, *rest in numeric(testing.run())}
+
+
+def ends(kind, limits):
+  """Values at and near the ends of a range, and the extremes of its type."""
+  extremes = [1, 2, fields.LARGEST]
+  if kind is float:
+    extremes = [0.0, SMALLEST, 1.0, LARGEST]
+    for limit in filter(None, (limits.get("above"), limits.get("below"))):
+      near = np.nextafter(np.float32(limit), np.float32([-9, 9]))
+      extremes += near.tolist()
+  return {limits.get("low"), limits.get("high"), *extremes} - {None}
+
+
+def plan(run):
+  """Everything that is computed of settings before a step is traced."""
+  if not layout_check.validate(run, {}):
+    layout_check.validate(run, {"data": 3, "expert": 5})
+    flops.forward_flops(run.model, 8, 1)
+  for step in (0, run.total_steps - 1):
+    optim.learning_rate(step, run)
+    optim.bias_speed(step, run)
+    optim.mtp_weight(step, run)
+    run.rows_before(step)
+  assert np.isfinite(mla.frequencies(run.model.attention)).all()
+  assert math.isfinite(run.model.attention.softmax_divisor)
+
+
 class CornersTest(parameterized.TestCase):
   @parameterized.parameters(*CORNERS)
   def test_a_step_traces(self, corner):
@@ -52,6 +101,16 @@ class CornersTest(parameterized.TestCase):
     self.assertEmpty(layout_check.validate(run, {}))
     flops.parameter_counts(run.model)
     train.trace_step(run, device_mesh.abstract_mesh({}))
+
+  @parameterized.parameters(*SETTINGS)
+  def test_no_allowed_number_ends_in_a_traceback(self, path):
+    for value in ends(*SETTINGS[path]):
+      for run in (testing.run("attention.yarn.factor=4"), presets.V3_671B):
+        try:
+          run = config.override(run, f"{path}={value!r}")
+        except InputError:
+          continue
+        plan(run)
 
   @parameterized.parameters("dense", "one layer")
   def test_arrays_without_elements_are_saved_and_restored(self, corner):
