@@ -114,7 +114,7 @@ SCHEDULES: dict[str, Callable[[jax.Array, config.Run], jax.Array]] = {
 def learning_rate(step: jax.Array | int, run: config.Run) -> jax.Array:
   """Learning rate of a step: linear warm-up of the schedule chosen by name."""
   rate = SCHEDULES[run.schedule.name](progress(step, run), run)
-  warmup = max(run.schedule.warmup_steps, 1)
+  warmup = max(run.warmup_steps, 1)
   warm = (jnp.asarray(step, jnp.float32) + 1) / warmup
   return rate * jnp.minimum(warm, 1)
 

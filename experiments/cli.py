@@ -185,7 +185,7 @@ def run_main(
   main: Callable[[], int | None], describe: Callable[[], str] = _help
 ) -> NoReturn:
   """Calls main and exits with the code that the error it raises stands for."""
-  if "--help" in sys.argv[1:]:
+  if {"--help", "-h"} & set(sys.argv[1:]):
     print(describe())
     sys.exit(OK)
   try:

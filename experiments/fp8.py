@@ -111,10 +111,10 @@ def _problems(
     problems.append(f"--arms: needs {BASELINE}, the baseline of the others")
   if not 1 <= _SEEDS.value <= 2**32 - seed:
     problems.append(f"--seeds={_SEEDS.value}: must be at least 1")
-  if stop <= run.schedule.warmup_steps:
+  if stop <= run.warmup_steps:
     problems.append(
       f"--steps={stop}: must be more than the"
-      f" {run.schedule.warmup_steps} steps of the warm-up"
+      f" {run.warmup_steps} steps of the warm-up"
     )
   return problems
 
@@ -168,7 +168,7 @@ def _losses(runs: Sequence[tuple[str, run_args.RunArgs]]) -> Losses:
 
 def _write(command: run_args.RunArgs, losses: Losses) -> None:
   """The comparison: on screen, as numbers and as a picture."""
-  warmup = command.run.schedule.warmup_steps
+  warmup = command.run.warmup_steps
   rows = compare(losses, warmup)
   print(table(rows))
   result = {"seeds": _SEEDS.value, "steps": command.stop}

@@ -38,7 +38,7 @@ _SETTINGS = """
   moe.ffn_dim=8 router.n_experts=16 router.top_k=4
   router.n_groups=8 router.top_groups=4 data.seq_len=8 data.segment_mask=true
   train.tokens=6400 train.batch_size=16 train.micro_batches=2
-  train.scan_layers=true schedule.warmup_steps=2
+  train.scan_layers=true schedule.warmup_until=0.04
   optim.clip_norm=0.1 optim.eps=1e-3
 """
 RUN = config.override(presets.TINY, *_SETTINGS.split())

@@ -19,6 +19,7 @@ mesh=node=2,expert=8    # multiplies to all accelerators of the job
 # other; bad input (exit code 2) would be refused again and ends the job.
 # The same sbatch command resumes from the newest checkpoint.
 set -euo pipefail
+[ "${1:-}" != --help ] || { sed -n '2,/^[^#]/s/^# //p' "$0"; exit 0; }
 cd "${SLURM_SUBMIT_DIR:?start it with sbatch}"
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 port=$((20000 + SLURM_JOB_ID % 10000))  # jobs may share a node

@@ -7,6 +7,7 @@
 #   such as: scripts/supervise.sh .venv/bin/python -m experiments.pretrain \
 #     --variant=small --workdir=runs/mine
 set -uo pipefail
+[ "${1:-}" != --help ] || { sed -n '2,/^[^#]/s/^# //p' "$0"; exit 0; }
 [ $# -gt 0 ] || { echo "usage: $0 COMMAND..." >&2; exit 2; }
 stopping=
 trap 'stopping=1; [ -z "${child:-}" ] || kill -TERM "$child" 2>/dev/null' TERM INT

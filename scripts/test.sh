@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh machine to tested: installs, lints, runs the suite.
 # usage: scripts/test.sh [--all]   (--all: the slow tests too)
+[ "${1:-}" != --help ] || { sed -n '2,/^[^#]/s/^# //p' "$0"; exit 0; }
 . "$(dirname "$0")/venv.sh" requirements.txt requirements-dev.txt
 case "${1:-}" in
   "") selection="not slow" ;;

@@ -7,7 +7,7 @@ import optax
 import testing
 from absl.testing import absltest, parameterized
 
-from dsv3_jax import optim, param_spec
+from dsv3_jax import config, optim, param_spec
 from dsv3_jax.config import presets
 from dsv3_jax.model import transformer
 
@@ -52,6 +52,29 @@ class LearningRateTest(parameterized.TestCase):
     rate = optim.learning_rate(step, V3)
     np.testing.assert_allclose(rate, expected, rtol=0, atol=half_digit + slope)
 
+  @parameterized.parameters(
+    # Section 2 of the reports of V2: 0.316 at two shares of the tokens.
+    (presets.V2_236B, 2.4e-4, 0.6, 0.9),
+    (presets.V2_LITE_16B, 4.2e-4, 0.8, 0.9),
+  )
+  def test_v2_falls_in_two_steps(self, run, peak, first, second):
+    self.assertEqual(run.warmup_steps, 2000)
+    rows = np.array([2e-3, first - 1e-3, first + 1e-3, second - 1e-3, 0.999])
+    last = run.batch_phases[-1]
+    rows = np.maximum(rows, 0.03) * run.train.tokens / run.data.seq_len
+    steps = last.first_step + (rows - last.first_row) // last.batch_size
+    rates = [optim.learning_rate(int(step), run) for step in steps]
+    factors = [1, 1, 0.316, 0.316, 0.316**2]
+    expected = peak * np.array(factors)
+    np.testing.assert_allclose(rates, expected, rtol=8 * testing.EPS)
+
+  @parameterized.parameters(*presets.PRESETS)
+  def test_warm_up_scales_with_the_budget(self, name):
+    run = presets.PRESETS[name]
+    half = config.override(run, f"train.tokens={run.train.tokens // 2}")
+    # Ramps of the batch are shares of the tokens too.
+    self.assertAlmostEqual(half.warmup_steps, run.warmup_steps / 2, delta=1)
+
   def test_never_rises_after_warm_up(self):
     steps = np.linspace(2000, V3.total_steps - 1, 5000, dtype=np.int32)
     rates = jax.vmap(lambda s: optim.learning_rate(s, V3))(steps)
@@ -60,7 +83,7 @@ class LearningRateTest(parameterized.TestCase):
 
   def test_no_warm_up_and_no_decay(self):
     run = testing.run(
-      "schedule.warmup_steps=0",
+      "schedule.warmup_until=0",
       "schedule.constant_until=1",
       "schedule.decay_until=1",
       "schedule.tail_from=1",

@@ -67,7 +67,7 @@ def run(*assignments: str) -> config.Run:
     data=config.Data(seq_len=8),
     train=config.Train(tokens=64 * 100, batch_size=8),
     optim=config.Optim(peak_lr=1e-2),
-    schedule=config.Schedule(warmup_steps=2),
+    schedule=config.Schedule(warmup_until=0.02),
   )
   return config.override(micro, *assignments)
 

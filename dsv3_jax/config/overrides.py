@@ -36,6 +36,10 @@ RENAMED_VALUES = {
 }
 
 
+# It was a number of steps; `schedule.warmup_until` is a share of the tokens.
+WARMUP_STEPS = "schedule.warmup_steps"
+
+
 @functools.cache
 def _warn_once(message: str) -> None:
   logging.warning("%s; the old one is read for one release", message)
@@ -164,7 +168,7 @@ def _with_attention(cfg: Any, cls: type[model.Attention]) -> Any:
   """A config, not yet validated, with settings of another attention.
 
   Settings of the same name keep their value; others have their default, or 0
-  where there is none.
+  where there is none: `override` refuses these unless they are assigned.
   """
   new = copy.copy(cfg)
   if not isinstance(cfg, model.Model):
@@ -181,20 +185,52 @@ def _with_attention(cfg: Any, cls: type[model.Attention]) -> Any:
   return new
 
 
+def _missing(cfg: Any, cls: type[model.Attention]) -> list[str]:
+  """Settings that an attention requires and the one before does not have."""
+  attention = (cfg if isinstance(cfg, model.Model) else cfg.model).attention
+  return [
+    field.name
+    for field in dataclasses.fields(cls)
+    if field.default is dataclasses.MISSING
+    and not hasattr(attention, field.name)
+  ]
+
+
 def _with_attention_type(
   cfg: Any, assignments: Sequence[str]
 ) -> tuple[Any, list[str]]:
   """The config with the attention that is assigned, and problems."""
   types, problems = model.attention_types(), []
+  paths = [text.partition("=")[0] for text in assignments]
+  assigned = {path.removeprefix("model.attention.") for path in paths}
+  assigned |= {path.removeprefix("attention.") for path in paths}
   for text in assignments:
     path, _, name = text.partition("=")
     if path.removeprefix("model.") == "attention.type":
       if name in types:
+        for required in _missing(cfg, types[name]):
+          if required not in assigned:
+            problems.append(f"attention.{required}: needed by {text}")
         cfg = _with_attention(cfg, types[name])
       else:
         hint = fields.nearest(name, types)
         problems.append(f"{text}: must be one of {', '.join(types)}{hint}")
   return cfg, problems
+
+
+def _with_warmup_steps(run: Any, assignment: str) -> Any:
+  """The run with the warm-up of an old setting, a number of steps."""
+  text = assignment.partition("=")[2]
+  try:
+    steps = _parse(text, int)
+  except (ValueError, OverflowError):
+    steps = -1
+  if steps < 0:
+    raise InputError(f"{WARMUP_STEPS}={text!r}: expected int, at least 0")
+  _warn_once(f"setting {WARMUP_STEPS} is now schedule.warmup_until, a share")
+  tokens = run.rows_before(steps) * run.data.seq_len
+  share = tokens / run.train.tokens
+  return override(run, f"schedule.warmup_until={share}")
 
 
 def override(cfg: Any, *assignments: str) -> Any:
@@ -206,12 +242,14 @@ def override(cfg: Any, *assignments: str) -> Any:
   Raises:
     InputError: one line a problem, of all assignments together.
   """
+  old = [text for text in assignments if text.startswith(f"{WARMUP_STEPS}=")]
+  assignments = [text for text in assignments if text not in old]
   cfg, problems = _with_attention_type(cfg, assignments)
   values, invalid = _assignments(flatten(cfg), assignments)
   problems += invalid
   result = _rebuild(cfg, values, "", problems)
   raise_problems(problems)
-  return result
+  return _with_warmup_steps(result, old[-1]) if old else result
 
 
 def diff(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

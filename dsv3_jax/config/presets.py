@@ -39,7 +39,10 @@ V3_671B = config.Run(
   evaluate=config.Evaluate(every=500),
 )
 
-# V2's gate is a softmax without bias or renormalization.
+# V2's gate is a softmax without bias or renormalization. Its learning rate
+# falls in two steps, to 0.316 and 0.316^2 of the peak: a cosine of no length.
+# Not like V2: of its balance losses only that of experts (alpha_1) is here, not
+# those of devices and of communication, and training drops no token.
 V2_236B = _override(
   V3_671B,
   """
@@ -49,7 +52,10 @@ V2_236B = _override(
   router.score=softmax router.renormalize=false router.scale=16
   router.bias_speed=0 router.balance_weight=0.003 mtp.depth=0
   train.tokens=8_100_000_000_000 train.batch_size=9216 train.micro_batches=72
-  train.first_batch_size=2304 train.ramp_sizes=3 optim.peak_lr=2.4e-4
+  train.first_batch_size=2304 train.ramp_sizes=3
+  optim.peak_lr=2.4e-4 optim.min_lr=7.584e-5 optim.final_lr=2.396544e-5
+  schedule.warmup_until=0.00233017
+  schedule.constant_until=0.6 schedule.decay_until=0.6 schedule.tail_from=0.9
   schedule.ramp_until=0.0277778
   """,
 )
@@ -61,7 +67,10 @@ V2_LITE_16B = _override(
   router.n_experts=64 router.n_groups=1 router.top_groups=1
   router.scale=1 router.balance_weight=0.001
   train.tokens=5_700_000_000_000 train.batch_size=4608 train.micro_batches=36
-  train.first_batch_size=0 optim.peak_lr=4.2e-4 schedule.ramp_until=0
+  train.first_batch_size=0 schedule.ramp_until=0
+  optim.peak_lr=4.2e-4 optim.min_lr=1.3272e-4 optim.final_lr=4.193952e-5
+  schedule.warmup_until=0.00662259
+  schedule.constant_until=0.8 schedule.decay_until=0.8 schedule.tail_from=0.9
   """,
 )
 
@@ -108,13 +117,14 @@ M = _override(
 # init_std is 0.006 for a width of 7168: std * sqrt(d_model) is the same.
 TINY = _override(
   S,
-  """
+  f"""
   vocab_size=2048 d_model=192 n_layers=5 dense_ffn_dim=512 init_std=0.037
   attention.n_heads=6 attention.q_rank=96
   moe.ffn_dim=96 router.n_experts=16 router.bias_speed=0.007
   data.seq_len=256 train.tokens=573_440
   optim.peak_lr=2e-3 optim.min_lr=5e-5 optim.final_lr=5e-5
-  schedule.warmup_steps=40 schedule.constant_until=0.2 schedule.decay_until=1
+  schedule.warmup_until={40 / 280}
+  schedule.constant_until=0.2 schedule.decay_until=1
   schedule.tail_from=1 schedule.bias_update_until=1 schedule.mtp_until=0.5
   checkpoint.every=70 evaluate.every=70
   """,
@@ -130,7 +140,7 @@ SMALL = _override(
   train.tokens=19_660_800 train.batch_size=32 train.micro_batches=2
   optim.peak_lr=1.5e-3 optim.min_lr=1e-4 optim.final_lr=1e-4
   optim.ema_decay=0.99
-  schedule.warmup_steps=60 schedule.constant_until=0.3 schedule.decay_until=1
+  schedule.warmup_until=0.05 schedule.constant_until=0.3 schedule.decay_until=1
   schedule.tail_from=1 schedule.bias_update_until=1 schedule.mtp_until=0.7
   evaluate.every=300 evaluate.ema=true data.domains=\
 prose=1,python=2,go=2,docs=2,maths-docs=1,maths-formal=1,chinese=2,languages=1

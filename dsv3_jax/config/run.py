@@ -86,7 +86,8 @@ class Schedule:
   """
 
   name: str = "constant_cosine"  # a key of optim.SCHEDULES
-  warmup_steps: int = number(2000, low=0)
+  # 2000 steps of 3072 sequences.
+  warmup_until: float = number(2000 * 3072 * 4096 / 14.8e12, low=0, high=1)
   constant_until: float = number(10 / 14.8, low=0, high=1)
   decay_until: float = number(14.3 / 14.8, low=0, high=1)
   tail_from: float = number(14.633 / 14.8, low=0, high=1)
@@ -293,11 +294,6 @@ class Run:
         f"Train.tokens={self.train.tokens}: must be at least one step of"
         f" batch_size * seq_len = {self.tokens_per_step} tokens"
       )
-    elif self.schedule.warmup_steps > self.total_steps:
-      yield (
-        f"Schedule.warmup_steps={self.schedule.warmup_steps}: must be at most"
-        f" the {self.total_steps} steps of the token budget"
-      )
 
     elif self.total_steps > MOST_STEPS:
       yield (
@@ -349,3 +345,11 @@ class Run:
     rows = self.train.tokens // self.data.seq_len
     last = [p for p in self.batch_phases if p.first_row <= rows][-1]
     return last.first_step + (rows - last.first_row) // last.batch_size
+
+  @property
+  def warmup_steps(self) -> int:
+    """The number of optimizer steps of the warm-up, to the nearest."""
+    share = self.schedule.warmup_until
+    rows = round(share * self.train.tokens / self.data.seq_len)
+    last = [p for p in self.batch_phases if p.first_row <= rows][-1]
+    return last.first_step + round((rows - last.first_row) / last.batch_size)

@@ -15,6 +15,7 @@ import jaxlib
 from absl import logging
 
 from dsv3_jax import config, io
+from dsv3_jax.config import overrides
 from dsv3_jax.errors import InputError
 from dsv3_jax.interop import open_run
 
@@ -62,6 +63,8 @@ def check_same(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
   # A setting newer than the run: its default is what was done without it.
   default = config.default_settings(config.Run, saved["settings"])
   saved["settings"] = default | saved["settings"]
+  if overrides.WARMUP_STEPS in saved["settings"]:
+    saved["settings"] = config.flatten(open_run.run_from_config(saved))
   changes = [
     f"  {line.removeprefix('settings.')}"
     for line in config.diff(_flat(saved), _flat(identity))

@@ -28,4 +28,7 @@ def main(folder: str, tokens: str, out: str) -> None:
 
 
 if __name__ == "__main__":
+  if len(sys.argv) != 4:
+    print(__doc__)
+    sys.exit(0 if "--help" in sys.argv else 2)
   main(*sys.argv[1:])

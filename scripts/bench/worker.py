@@ -64,6 +64,10 @@ def serve(prepare: Callable[[dict[str, Any]], Task]) -> None:
   A round's answer says what the worker did while it waited for it: `idle_s`
   seconds by the clock, `idle_cpu_s` seconds of processor time of all threads.
   """
+  if "--help" in sys.argv[1:]:
+    print(sys.modules["__main__"].__doc__)
+    print("A worker that other programs start: it reads a job from stdin.")
+    sys.exit()
   answers = os.fdopen(os.dup(1), "w")
   os.dup2(2, 1)  # what a library prints must not mix with the answers
 

@@ -95,7 +95,8 @@ class FieldTest(parameterized.TestCase):
     ("optim.weight_decay", -0.1, "at least 0"),
     ("optim.clip_norm", 0.0, "above 0"),
     ("optim.moments", "float16", "one of float32, bfloat16"),
-    ("schedule.warmup_steps", -1, "at least 0"),
+    ("schedule.warmup_until", -0.1, "at least 0"),
+    ("schedule.warmup_until", 1.1, "at most 1"),
     ("schedule.bias_update_until", 1.1, "at most 1"),
     ("schedule.mtp_until", -0.1, "at least 0"),
     ("schedule.constant_until", 0.99, "must not fall"),
@@ -123,7 +124,6 @@ class FieldTest(parameterized.TestCase):
     ("train.tokens", -(10**400), "-9007199254740992 at least"),
     ("data.seq_len", 1, "above MTP.depth=1"),
     ("train.tokens", 4095, "one step of batch_size * seq_len = 4096"),
-    ("schedule.warmup_steps", 10_000, "at most the 488 steps"),
   )
   @pytest.mark.fault(
     "F37",
@@ -497,7 +497,7 @@ class PresetTest(parameterized.TestCase):
     self.assertEqual(optim.peak_lr, 2.2e-4)
     self.assertEqual((optim.min_lr, optim.final_lr), (2.2e-5, 7.3e-6))
     self.assertEqual(optim.moments, "bfloat16")
-    self.assertEqual(run.schedule.warmup_steps, 2000)
+    self.assertEqual(run.warmup_steps, 2000)
     self.assertEqual(run.model.init_std, 0.006)
     self.assertEqual(
       (run.model.mtp.weight, run.model.mtp.late_weight), (0.3, 0.1)

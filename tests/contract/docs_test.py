@@ -1,14 +1,23 @@
 """Tests of README.md and docs/: paths, links, lines of code, commands."""
 
 import ast
+import contextlib
 import functools
+import importlib
 import pathlib
 import re
+import runpy
+import shlex
+import subprocess
+import tempfile
+from unittest import mock
 
+import testing
 from absl.testing import absltest, parameterized
 
 from dsv3_jax import config
 from dsv3_jax.config import presets
+from experiments import allocator, cli
 
 ROOT = pathlib.Path(__file__).parents[2]
 README, INDEX = ROOT / "README.md", ROOT / "docs" / "README.md"
@@ -81,6 +90,89 @@ class PageTest(parameterized.TestCase):
     names = re.findall(r"--set=([\w.]+)=", page.read_text())
     unknown = {name.removeprefix("model.") for name in names} - known
     self.assertEmpty(unknown - {"a.b"})
+
+
+# Commands of a page, with lines that a backslash continues.
+COMMAND = re.compile(
+  r"python -m ((?:experiments|scripts)[\w.]*\w)((?:\\\n|[^\n`#|;'])*)"
+)
+
+
+def commands() -> list[tuple[str, str, list[str]]]:
+  """Page, module and flags of each command that could be copied."""
+  found = []
+  for name, page in PRESENT:
+    for module, text in COMMAND.findall(page.read_text()):
+      if "..." not in text and "--" in text:
+        found.append((name, module, shlex.split(text.replace("\\\n", " "))))
+  return found
+
+
+PROGRAMS = sorted(
+  ".".join(path.relative_to(ROOT).with_suffix("").parts)
+  for folder in ("experiments", "scripts")
+  for path in (ROOT / folder).rglob("*.py")
+  if '\nif __name__ == "__main__":' in path.read_text()
+)
+
+
+class CommandTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    # What pages before this one in a reading have made.
+    folder = self.enter_context(tempfile.TemporaryDirectory())
+    (pathlib.Path(folder) / "runs" / "demo" / "checkpoints").mkdir(parents=True)
+    (pathlib.Path(folder) / "DIR").mkdir()
+    for name in ("prompts.jsonl", "DIR/model.safetensors"):
+      (pathlib.Path(folder) / name).touch()
+    self.enter_context(contextlib.chdir(folder))
+
+  def run_until_work(self, module, arguments):
+    """Exit code and errors of a program whose work is nothing."""
+    program = importlib.import_module(module)
+    if module == "scripts.bench":
+      program = importlib.import_module("scripts.bench.main")
+    if hasattr(program, "Args"):
+      main = functools.partial(cli.run_script, lambda args: None, program.Args)
+    else:
+      self.enter_context(mock.patch.object(program, "execute"))
+      program.execute.__module__ = module
+      program.execute.return_value = None
+      main = program.main
+    code, _, err = testing.command_line(main, *arguments)
+    return code, err
+
+  @parameterized.parameters(commands())
+  def test_is_accepted(self, page, module, arguments):
+    if module == "scripts.layout_matrix":
+      self.assertEqual(arguments, ["--write"])
+      return
+    self.assertEqual(self.run_until_work(module, arguments), (cli.OK, ""))
+
+  def test_there_are_some(self):
+    self.assertGreater(len(commands()), 20)
+
+  @parameterized.parameters(PROGRAMS)
+  def test_help_is_shown_and_nothing_done(self, module):
+    path = ROOT / f"{module.replace('.', '/')}.py"
+    program = functools.partial(runpy.run_path, str(path), run_name="__main__")
+    if "flags.DEFINE" in path.read_text():  # they cannot be defined again
+      program = importlib.import_module(module).main
+    # The allocator's settings would replace this process.
+    self.enter_context(mock.patch.object(allocator, "keep_large_blocks"))
+    code, out, _ = testing.command_line(program, "--help")
+    self.assertIn(code, (0, None))
+    (first, *_) = ast.get_docstring(ast.parse(path.read_text())).splitlines()
+    self.assertIn(first, out)
+
+  @parameterized.parameters("demo", "test", "supervise", "slurm")
+  def test_help_of_shell_scripts(self, name):
+    script = ROOT / "scripts" / f"{name}.sh"
+    done = subprocess.run(
+      ["bash", script, "--help"], capture_output=True, text=True, timeout=60
+    )
+    self.assertEqual((done.returncode, done.stderr), (0, ""))
+    self.assertIn("usage: ", done.stdout)
 
 
 class TourTest(absltest.TestCase):

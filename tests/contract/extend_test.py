@@ -202,7 +202,7 @@ class ScheduleTest(absltest.TestCase):
     run = testing.run(
       "schedule.name=trapezoidal",
       "schedule.constant_until=0.5",
-      "schedule.warmup_steps=0",
+      "schedule.warmup_until=0",
     )
     steps = np.array([0, 25, 50, 75, 99])
     rates = [float(optim.learning_rate(step, run)) for step in steps]

@@ -592,7 +592,7 @@ class EndToEndTest(absltest.TestCase):
     "train.batch_size=4",
     "train.micro_batches=2",
     "train.tokens=4096",
-    "schedule.warmup_steps=2",
+    "schedule.warmup_until=0.03125",
     # Three steps of two sequences, then four.
     "train.first_batch_size=2",
     "train.ramp_sizes=1",

@@ -31,7 +31,7 @@ SMALL = config.override(
   "data.seq_len=32",
   "train.batch_size=4",
   "train.tokens=640",
-  "schedule.warmup_steps=2",
+  "schedule.warmup_until=0.4",
   "checkpoint.every=5",
   "evaluate.every=5",
 )

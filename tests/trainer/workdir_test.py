@@ -47,6 +47,15 @@ class OldNamesTest(absltest.TestCase):
     facts = open_run.read_config(self.folder)
     self.assertEqual(open_run.run_from_config(facts), RUN)
 
+  def test_a_warm_up_in_steps_is_a_share(self):
+    path = self.folder / open_run.CONFIG
+    facts = json.loads(path.read_text())
+    del facts["settings"]["schedule.warmup_until"]
+    facts["settings"]["schedule.warmup_steps"] = 40
+    path.write_text(json.dumps(facts))
+    self.test_gives_the_same_settings()
+    workdir.check_same(self.folder, workdir.run_identity("tiny", 0, RUN))
+
   def test_another_value_is_another_run(self):
     other = config.override(RUN, "data.heldout_fraction=0.25")
     with self.assertRaisesRegex(
