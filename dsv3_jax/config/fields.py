@@ -50,7 +50,7 @@ def _float32(value: float) -> float:
 def _limit_problems(
   value: float, rounded: float, limits: Mapping[str, Any]
 ) -> Iterator[str]:
-  """What limits a number exceeds; `rounded` is the number that devices read."""
+  """Limits that a number exceeds; `rounded` is the number that devices read."""
   low, high, above, below = map(limits.get, ("low", "high", "above", "below"))
   if not math.isfinite(rounded):
     yield "must be finite" + " in float32" * math.isfinite(value)

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Iterator
 
+import jax
+
 from dsv3_jax import config, param_spec
 from dsv3_jax.linear import recipe
 from dsv3_jax.model import transformer
@@ -23,11 +25,16 @@ def validate(run: config.Run, sizes: Sizes) -> list[str]:
 
 def _validate_sizes(run: config.Run, sizes: Sizes) -> Iterator[str]:
   model, sequences = run.model, run.train.micro_batch_size
-  n_experts, n_heads = model.router.n_experts, model.attention.n_heads
+  n_experts = model.router.n_experts
+  # An attention may have fewer heads of keys than of queries.
+  dims = [
+    dim for s in jax.tree.leaves(transformer.specs(model)) for dim in s.dims
+  ]
+  heads = {size for axis, size in dims if axis == "heads"}
   for label, size, axes in (
     (f"{sequences} sequences of a micro-batch", sequences, device_mesh.BATCH),
     (f"{n_experts} routed experts", n_experts, device_mesh.EXPERTS),
-    (f"{n_heads} heads", n_heads, ("model",)),
+    *((f"{n} heads", n, ("model",)) for n in sorted(heads)),
     (f"dense_ffn_dim={model.dense_ffn_dim}", model.dense_ffn_dim, ("model",)),
     (f"moe.ffn_dim={model.moe.ffn_dim}", model.moe.ffn_dim, ("model",)),
   ):

@@ -7,7 +7,8 @@ import testing
 from absl.testing import absltest, parameterized
 
 from dsv3_jax import config
-from dsv3_jax.config import overrides, presets
+from dsv3_jax.config import fields, overrides, presets
+from dsv3_jax.config import model as model_lib
 
 # The recipe of the preset may change; these numbers stand in messages below.
 RUN = config.override(
@@ -137,6 +138,22 @@ class FieldTest(parameterized.TestCase):
     self.assertIn(message, text)
     self.assertIn(path.split(".")[-1], text)
     self.assertIn(str(value), text)
+
+  def test_another_attention_asks_for_what_it_requires(self):
+    @fields.checked
+    class Other(config.Attention):
+      type: str = "other"
+      n_kv_heads: int = fields.number(low=0)
+
+    types = {"mla": config.MLA, "other": Other}
+    with mock.patch.object(model_lib, "attention_types", lambda: types):
+      with self.assertRaisesRegex(ValueError, "attention.n_kv_heads: needed"):
+        config.override(RUN, "attention.type=other")
+      run = config.override(
+        RUN, "attention.type=other", "attention.n_kv_heads=0"
+      )
+    self.assertEqual(run.model.attention.n_kv_heads, 0)
+    self.assertEqual(run.model.attention.n_heads, RUN.model.attention.n_heads)
 
   @parameterized.parameters(1.0, 0.5)
   def test_yarn_needs_pairs_that_turn_differently(self, theta):

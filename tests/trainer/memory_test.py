@@ -23,7 +23,7 @@ class Accelerator:
 
 
 def problems(run, sizes, host, limit=None):
-  """Of devices of the CPU, or of accelerators with a limit."""
+  """Lists problems on devices of the CPU, or on accelerators with a limit."""
   mesh = device_mesh.make_mesh(sizes)
   devices = [Accelerator(limit) for _ in mesh.local_devices]
   devices = devices if limit else mesh.local_devices

@@ -167,7 +167,7 @@ class NumbersTest(CheckedRunTest):
 
   @pytest.mark.fault(
     "F30",
-    "too many bad steps among the recent ones",
+    "too many bad steps among the last 100",
     "exits 3; no checkpoint of a bad state",
   )
   def test_too_many_bad_steps_end_the_run(self):
