@@ -41,12 +41,12 @@ from experiments import cli
 DEPTHS = tuple(np.linspace(0, 1, 11).tolist())
 TOKENS_AT_ONCE = 1 << 15  # of prompts
 
-_TINY = """
+_TINY = f"""
   vocab_size=2048 d_model=128 n_layers=3 dense_ffn_dim=256 init_std=0.045
   attention.n_heads=4 attention.q_rank=64 moe.ffn_dim=64
   router.bias_speed=0.003 data.heldout_fraction=0.01
   train.tokens=2457600 train.batch_size=16 optim.peak_lr=3e-3
-  schedule.warmup_steps=50 schedule.constant_until=0.8
+  schedule.warmup_until={50 / 600} schedule.constant_until=0.8
   checkpoint.every=1000 evaluate.every=1000 evaluate.sample_tokens=0
 """
 VARIANTS = {"tiny": config.override(presets.TINY, *_TINY.split())}
@@ -100,13 +100,14 @@ def phases(
     for length in lengths:
       rows = max(PHASE_TOKENS // length, 1)
       size = max(run.train.batch_size * run.data.seq_len // length, 2)
+      steps = rows // size
       longer = config.override(
         base,
         f"data.seq_len={length}",
         f"train.batch_size={size}",
-        f"train.tokens={rows // size * size * length}",
+        f"train.tokens={steps * size * length}",
         f"optim.peak_lr={PHASE_LR}",
-        f"schedule.warmup_steps={WARMUP_STEPS}",
+        f"schedule.warmup_until={WARMUP_STEPS / max(steps, WARMUP_STEPS)}",
         "schedule.constant_until=0.5",
         *cli.end_values(run),
       )

@@ -32,7 +32,7 @@ TINY = config.override(
   "data.seq_len=128",
   "train.batch_size=4",
   "train.tokens=2560",
-  "schedule.warmup_steps=1",
+  "schedule.warmup_until=0.2",
 )
 
 
