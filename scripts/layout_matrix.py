@@ -87,12 +87,12 @@ def _pipeline(
 # a pipeline; these run in the fast tests.
 QUICK = (
   Case("model=2", "fsdp"),
-  Case("expert=4", "zero1", "all_to_all"),
   Case("node=2,expert=2", "zero1", "hierarchical_all_to_all"),
   _pipeline("pipe=4,expert=2", "dualpipe"),
 )
 CASES = (
   *QUICK,
+  Case("expert=4", "zero1", "all_to_all"),
   Case("data=2"),
   Case("node=2,model=2", "replicated", "all_to_all"),
   Case("data=2,expert=2", "fsdp", "allgather", ("train.remat=block",)),

@@ -67,9 +67,10 @@ class Sleeper:
     )
     return varying.vary(zero, sorted(varying.varying(args[-1])))
 
-  def layer(self, p, bias, x, cfg, experts):
+  def layer(self, p, constants, x, cfg, experts):
     """Stands in for an MoE layer; uses one of its weights."""
     del cfg, experts
+    bias, *_ = constants
 
     @jax.custom_vjp
     def work(w, layer, x):

@@ -8,6 +8,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import testing
 from absl.testing import absltest, parameterized
 
@@ -173,6 +174,7 @@ class OptimizerTest(absltest.TestCase):
     self.enter_context(mock.patch.dict(optim.OPTIMIZERS))
     self.muon = run_example("Optimizer")["muon"]
 
+  @pytest.mark.slow
   def test_trains_alike_on_one_device_and_two(self):
     run = testing.run("optim.name=muon", "train.tokens=640")
     one = losses(run, 4)

@@ -154,6 +154,7 @@ class ExecuteTest(parameterized.TestCase):
       (runs / "loss.png").read_bytes().hex(), b"\x89PNG".hex()
     )
 
+  @pytest.mark.slow
   def test_what_is_not_finite_is_told_with_its_path(self):
     run = config.override(
       self.run_config,

@@ -253,6 +253,7 @@ class SlicesTest(parameterized.TestCase):
 
 
 class CollectivesTest(parameterized.TestCase):
+  @pytest.mark.slow
   def test_a_weight_is_gathered_in_a_byte_a_number(self):
     self.check("fsdp")
 
@@ -373,6 +374,7 @@ class BatchSizeTest(absltest.TestCase):
 
 
 class LayoutsTest(parameterized.TestCase):
+  @pytest.mark.slow
   def test_differ_by_less_than_the_recipe_does(self):
     check(self, {"data": 2, "expert": 2}, ("parallel.layout=fsdp",))
 

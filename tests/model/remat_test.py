@@ -204,6 +204,7 @@ class StepTest(parameterized.TestCase):
     )
     return jax.device_get(compiled(*args))
 
+  @pytest.mark.slow
   def test_its_gradients_differ_by_sums_in_another_order(self):
     self.check_remat("selective", "true")
 

@@ -13,18 +13,29 @@ from scripts import checkpoint as script
 
 
 class ScriptTest(parameterized.TestCase):
-  def setUp(self):
-    super().setUp()
-    self.folder = testing.folder(self) / "run"
-    run, state, _ = micro.make(self.folder)
-    store = checkpointer.Checkpointer(
-      self.folder / "checkpoints", config.Checkpoint(keep=9)
-    )
-    self.addCleanup(store.close)
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.saved = testing.folder(cls) / "run"
+    cls.run_, state, _ = micro.make(cls.saved)
+    store = cls.open(cls.saved)
     params = state.params | {"head": state.params["head"] * 2}
     store.save(state.replace(params=params, step=state.step + 3), {"rows": 6})
     store.wait()
-    self.store, self.run_ = store, run
+    store.close()
+
+  @staticmethod
+  def open(folder):
+    return checkpointer.Checkpointer(
+      folder / "checkpoints", config.Checkpoint(keep=9)
+    )
+
+  def setUp(self):
+    super().setUp()
+    self.folder = testing.folder(self) / "run"
+    shutil.copytree(self.saved, self.folder)
+    self.store = self.open(self.folder)
+    self.addCleanup(self.store.close)
 
   def call(self, *flags):
     folder = f"--workdir={self.folder}"

@@ -676,6 +676,7 @@ class InterruptedTest(ConvertTest):
 
 
 class BenchTest(ConvertTest):
+  @pytest.mark.slow
   def test_compares_with_a_plain_read(self):
     released.save(released.model(), self.hf)
     arguments = f"--hf={self.hf} --rounds=1 --scratch={self.out}".split()

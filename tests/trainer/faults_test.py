@@ -399,6 +399,7 @@ class StorageTest(Case):
     "not saved",
   )
   @pytest.mark.fault("F21")
+  @pytest.mark.slow
   def test_a_full_disk_is_said_at_the_next_step(self):
     ended = self.check_full(exit_codes.INTERNAL)
     self.assertRegex(
@@ -539,6 +540,7 @@ class TwoTest(Case):
     "all exit and name it, a silent one after the heartbeat timeout; the end is"
     " bitwise identical",
   )
+  @pytest.mark.slow
   def test_another_is_killed(self):
     self.check_lost(self.N - 1, signal.SIGKILL, "disconnected")
 
