@@ -161,10 +161,9 @@ class StepTest(parameterized.TestCase):
     # whether the new state is finite.
     # No gradient: all of them are stored in slices here.
     shapes = {shape for each in sums for shape in each.shapes}
-    self.assertEqual(
-      shapes, {"s32[]", "f32[]", "s32[3,8]", "s32[3,2]", "pred[]"}
-    )
-    self.assertLess(len(sums), 10)
+    counts = {"s32[]", "s32[3,8]", "s32[3,2]"}
+    self.assertEqual(shapes, {"f32[]", "pred[]"} | counts)
+    self.assertLess(len([c for c in sums if "pred[]" not in c.shapes]), 10)
 
 
 class TextTest(absltest.TestCase):
