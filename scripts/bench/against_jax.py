@@ -20,7 +20,6 @@ from scripts.bench import worker
 
 def prepare(job: dict[str, Any]) -> worker.Task:
   """The train step of preset `job["shape"]` with `job["set"]` applied."""
-  jax.config.update("jax_num_cpu_devices", os.cpu_count())
   cfg = config.override(presets.PRESETS[job["shape"]], *job["set"])
   rng = np.random.default_rng(0)
   vocab, n_micro = cfg.model.vocab_size, cfg.train.micro_batches
@@ -49,4 +48,5 @@ def prepare(job: dict[str, Any]) -> worker.Task:
 
 
 if __name__ == "__main__":
+  jax.config.update("jax_num_cpu_devices", os.cpu_count())
   worker.serve(prepare)

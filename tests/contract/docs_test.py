@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from unittest import mock
 
+import jax
 import testing
 from absl.testing import absltest, parameterized
 
@@ -158,6 +159,8 @@ class CommandTest(parameterized.TestCase):
     program = functools.partial(runpy.run_path, str(path), run_name="__main__")
     if "flags.DEFINE" in path.read_text():  # they cannot be defined again
       program = importlib.import_module(module).main
+    # Devices are counted already, in this process.
+    self.enter_context(mock.patch.object(jax.config, "update"))
     # The allocator's settings would replace this process.
     self.enter_context(mock.patch.object(allocator, "keep_large_blocks"))
     code, out, _ = testing.command_line(program, "--help")

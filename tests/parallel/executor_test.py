@@ -6,6 +6,7 @@ import re
 import hlo
 import jax
 import numpy as np
+import pytest
 import testing
 from absl.testing import absltest, parameterized
 from jax.extend import core
@@ -162,6 +163,7 @@ class ProgramTest(parameterized.TestCase):
     self.assertGreater(sum(" while(" in op.text for op in tick), 4)
     self.assertFalse([op for op in tick if re.search(r" dot\(", op.text)])
 
+  @pytest.mark.slow
   def test_exchanges_do_not_meet(self):
     sizes = {"pipe": 2, "node": 2, "expert": 2}
     run = config.override(RUN, "train.batch_size=32", "n_dense_layers=1")

@@ -90,7 +90,6 @@ class ConvertTest(parameterized.TestCase):
 
 class RoundTripTest(ConvertTest):
   @parameterized.named_parameters(
-    ("f32", lambda folder: None),
     (
       "bf16",
       lambda folder: released.rewrite(
@@ -106,6 +105,13 @@ class RoundTripTest(ConvertTest):
     ("fp8_exponents", lambda folder: _exponents(released.in_fp8(folder))),
   )
   def test_every_byte_comes_back(self, change):
+    self.check_round_trip(change)
+
+  @pytest.mark.slow
+  def test_every_byte_of_float32_comes_back(self):
+    self.check_round_trip(lambda folder: None)
+
+  def check_round_trip(self, change):
     released.with_mtp(self.hf)
     change(self.hf)
     self.convert("import", hf=self.hf, workdir=self.workdir)
