@@ -294,6 +294,7 @@ class SplitTest(parameterized.TestCase):
   "state, data and metrics are those of 2N steps",
 )
 class ResumeTest(absltest.TestCase):
+  @pytest.mark.slow
   def test_n_steps_and_n_more_are_2n_steps(self):
     n = 3
     step = compiled_step()

@@ -193,14 +193,9 @@ class DispatchTest(parameterized.TestCase):
 
 
 class SlicesTest(parameterized.TestCase):
-  def test_slices_are_quantized_as_the_whole(self):
-    self.check_slices("fsdp")
-
+  @parameterized.parameters("zero1", "fsdp")
   @pytest.mark.slow
-  def test_slices_of_zero1_too(self):
-    self.check_slices("zero1")
-
-  def check_slices(self, layout):
+  def test_slices_are_quantized_as_the_whole(self, layout):
     run = config.override(
       RUN,
       f"parallel.layout={layout}",

@@ -7,6 +7,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+import pytest
 import testing
 from absl.testing import absltest, parameterized
 
@@ -179,8 +180,14 @@ class WorkerTest(parameterized.TestCase):
     self.assertAlmostEqual(task.step(), math.log(64), delta=0.2)
     self.assertEqual(task.matmul().shape, 2 * (worker_lib.PEAK_SIZE,))
 
-  @parameterized.parameters(0, 5)
-  def test_our_worker_reads_and_writes_behind_prompts(self, new):
+  def test_our_worker_reads_and_writes_behind_prompts(self):
+    self.check_decode(new=5)
+
+  @pytest.mark.slow
+  def test_our_worker_reads_prompts_alone(self):
+    self.check_decode(new=0)
+
+  def check_decode(self, new):
     small = ("n_layers=2", "d_model=32", "vocab_size=64")
     # It chooses how many devices there are, as only a new process can.
     worker = self.start("-m", "scripts.bench.decode")

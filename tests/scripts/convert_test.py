@@ -350,6 +350,7 @@ class ExportTest(ConvertTest):
 
 
 class FineTuneTest(ConvertTest):
+  @pytest.mark.slow
   def test_begins_with_what_was_imported(self):
     run, state, _ = micro.make(self.workdir)
     self.convert("export", workdir=self.workdir, hf=self.hf)
