@@ -337,8 +337,8 @@ class BatchSizeTest(absltest.TestCase):
     )
     state = train.init_state(run, jax.random.key(0))
     rows = np.random.default_rng(0).integers(8, 2048, (4, 65))
-    batch = make_batch(rows, run.model.vocab_size)
-    weights = losses.token_weights(batch.labels)
+    batch = make_batch(rows)
+    weights = losses.token_weights(batch, run.model.mtp.depth)
 
     def gradients(recipe, *shares):
       how = config.override(run, f"precision.recipe={recipe}").precision
@@ -352,7 +352,7 @@ class BatchSizeTest(absltest.TestCase):
             recipe_lib.with_differentiable(trained, p),
             state.router_bias,
             batch,
-            weights * share,
+            tuple(w * share for w in weights),
             0.3,
             run.model,
           )[0].total
