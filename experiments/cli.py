@@ -25,6 +25,7 @@ from dsv3_jax.config import fields
 from dsv3_jax.errors import InputError, raise_problems
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.trainer import (
+  compilation,
   distributed,
   exit_codes,
   heartbeat,
@@ -80,6 +81,12 @@ flags.DEFINE_list(
   "writers",
   list(metrics_writer.DEFAULT),
   f"writers of metrics, of {', '.join(metrics_writer.WRITERS)}",
+)
+
+flags.DEFINE_string(
+  "compile_cache",
+  compilation.default_cache(),
+  "folder of compiled programs, which later starts read; empty: none",
 )
 
 # Old name -> new name of flags; old names are read for one release.
@@ -201,10 +208,10 @@ def run_main(
     lead = "" if code == exit_codes.PREEMPTED else "error: "
     for line in str(error).splitlines():
       print(f"{lead}{line}", file=sys.stderr)
-  if (
-    code not in (OK, exit_codes.PREEMPTED) and jax.distributed.is_initialized()
-  ):
-    # JAX would wait here for the others, which wait for this process.
+  failed = code not in (OK, exit_codes.PREEMPTED)
+  if compilation.is_running() or (failed and jax.distributed.is_initialized()):
+    # The exit would wait for a compilation, or for other processes, which wait
+    # for this one.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -229,6 +236,7 @@ def start_jax(command: run_args.RunArgs) -> None:
 
   Call it once, before anything else starts JAX.
   """
+  compilation.use_cache(flags.FLAGS.compile_cache)
   n = max(math.prod(command.mesh.values()) // command.processes.count, 1)
   only_sums = command.run.parallel.layout == "replicated" and not any(
     size > 1 for axis, size in command.mesh.items() if axis != "data"

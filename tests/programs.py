@@ -13,7 +13,7 @@ import testing
 from absl.testing import parameterized
 
 from dsv3_jax.checkpoint import manifest
-from dsv3_jax.trainer import metrics_writer
+from dsv3_jax.trainer import metrics_writer, replay
 from experiments import cli
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -145,7 +145,7 @@ def rows(folder):
   """The rows of a run, without what depends on the time."""
   with contextlib.suppress(FileNotFoundError):
     return [
-      {key: value for key, value in row.items() if key != "tokens_per_s"}
+      {k: v for k, v in row.items() if k not in replay.OF_ONE_START}
       for row in metrics_writer.read(folder / metrics_writer.METRICS)
     ]
   return []

@@ -1,10 +1,10 @@
 """Tokenizes the corpus of a run into its workdir, or verifies what is there."""
 
 import bz2
-import dataclasses
+import contextlib
 import lzma
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import tokenizers
 
@@ -17,7 +17,14 @@ from dsv3_jax.data import (
   tokenizer,
 )
 
+# A context that shows a person what its block does, and for how long.
+Waiting = Callable[[str], contextlib.AbstractContextManager]
+
 COMPRESSED_BYTES = 1 << 23  # most text that is compressed: some seconds
+COMPRESSORS = {  # by the name of their bits per byte
+  "bzip2_bpb": lambda raw: bz2.compress(raw, 9),
+  "xz_bpb": lambda raw: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
+}
 
 
 def prepare(
@@ -25,41 +32,34 @@ def prepare(
   vocab_size: int,
   directory: pathlib.Path,
   tokenizer_file: pathlib.Path | None = None,
+  waiting: Waiting = contextlib.nullcontext,
 ) -> tokenized_corpus.TokenizedCorpus:
   """Reads the corpus, and writes or verifies its tokenizer and token files.
 
   Only one process may do this at a time; others then open what it wrote with
   `tokenized_corpus.open_corpus`.
 
-  The directory, of one run, holds tokenizer.json, data.json and, in a folder
-  for each domain, train.bin and heldout.bin. No tokenizer is trained if a
-  tokenizer_file is given.
+  The directory, of one run, holds tokenizer.json and, in a folder for each
+  domain, train.bin and heldout.bin. No tokenizer is trained if a tokenizer_file
+  is given. `waiting` shows what is being done.
 
   Raises:
     InputError: the corpus is empty, undecodable, or changed since `directory`
       was written; or the vocabulary does not fit the model.
   """
-  documents = sources.load_documents(data)
+  with waiting("reading the text"):
+    documents = sources.load_documents(data)
   directory.mkdir(parents=True, exist_ok=True)
-  tok = _tokenizer(data, documents, vocab_size, directory, tokenizer_file)
+  with waiting("learning a vocabulary"):
+    tok = _tokenizer(data, documents, vocab_size, directory, tokenizer_file)
   rates = {"fim_rate": data.fim_rate, "split_rate": data.split_rate}
   for name, (train, heldout) in documents.items():
     folder = directory / name
     folder.mkdir(exist_ok=True, parents=True)
-    token_file.write(train, folder / "train.bin", tok, vocab_size, **rates)
-    token_file.write(heldout, folder / "heldout.bin", tok, vocab_size)
-  result = tokenized_corpus.open_corpus(data, directory)
-  if result.compression is None:
-    measured = {}
-    if result.train_bytes <= COMPRESSED_BYTES:
-      train, heldout = (
-        b"".join(map(corpus.text_bytes, part))
-        for part in zip(*documents.values(), strict=True)
-      )
-      measured = compression_bits_per_byte(train, heldout)
-    result = dataclasses.replace(result, compression=measured)
-    tokenized_corpus.write_manifest(result, directory)
-  return result
+    with waiting(f"tokenizing {name}".rstrip()):
+      token_file.write(train, folder / "train.bin", tok, vocab_size, **rates)
+      token_file.write(heldout, folder / "heldout.bin", tok, vocab_size)
+  return tokenized_corpus.open_corpus(data, directory)
 
 
 def _tokenizer(
@@ -90,17 +90,28 @@ def _tokenizer(
   return tok
 
 
+def compression(data: config.Data) -> dict[str, float]:
+  """Returns bits per held-out byte of general compressors, for comparison.
+
+  There are none for a corpus that would take more than some seconds.
+  """
+  documents = sources.load_documents(data)
+  train, heldout = (
+    [corpus.text_bytes(part) for part in parts]
+    for parts in zip(*documents.values(), strict=True)
+  )
+  if sum(map(len, train)) > COMPRESSED_BYTES:
+    return {}
+  return compression_bits_per_byte(b"".join(train), b"".join(heldout))
+
+
 def compression_bits_per_byte(train: bytes, heldout: bytes) -> dict[str, float]:
   """Measures bits per held-out byte of `bzip2 -9` and `xz -9e`.
 
   That is by how much the compressed size of `train` grows once `heldout`
   follows it: figures to compare a model's bits per byte with.
   """
-  compressors = {
-    "bzip2_bpb": lambda raw: bz2.compress(raw, 9),
-    "xz_bpb": lambda raw: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME),
-  }
   return {
     name: 8 * (len(run(train + heldout)) - len(run(train))) / len(heldout)
-    for name, run in compressors.items()
+    for name, run in COMPRESSORS.items()
   }

@@ -1,6 +1,5 @@
 """The tokenized corpus of a run, as processes open it from the workdir."""
 
-import contextlib
 import dataclasses
 import pathlib
 
@@ -8,11 +7,10 @@ import grain
 import numpy as np
 import tokenizers
 
-from dsv3_jax import config, io
+from dsv3_jax import config
 from dsv3_jax.data import packing, shuffle, token_file, tokenizer
-from dsv3_jax.errors import InputError
 
-MANIFEST, TOKENIZER = "data.json", "tokenizer.json"
+TOKENIZER = "tokenizer.json"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,8 +31,6 @@ class TokenizedCorpus:
 
   tokenizer: tokenizers.Tokenizer
   domains: tuple[Domain, ...]
-  # Bits per held-out byte of general compressors; None: not measured yet.
-  compression: dict[str, float] | None = None
 
   def shuffled(self, seed: int) -> grain.MapDataset:
     """Returns the rows of a run in the order in which it reads them."""
@@ -94,15 +90,4 @@ def open_corpus(data: config.Data, directory: pathlib.Path) -> TokenizedCorpus:
     covered, path = int(lengths[tokens].sum()), str(heldout.path)
     tokenizer.check_covers(covered, heldout.text_bytes, path)
     domains.append(Domain(name, weight, train, rows, heldout, tokens))
-  corpus = TokenizedCorpus(tok, tuple(domains))
-  with contextlib.suppress(InputError, KeyError):  # it is measured again
-    manifest = io.read_json_object(directory / MANIFEST)
-    if manifest["digests"] == corpus.digests:
-      return dataclasses.replace(corpus, compression=manifest["compression"])
-  return corpus
-
-
-def write_manifest(corpus: TokenizedCorpus, directory: pathlib.Path) -> None:
-  """Writes the digests of a corpus and how well its text compresses."""
-  manifest = {"digests": corpus.digests, "compression": corpus.compression}
-  io.write_json(directory / MANIFEST, manifest)
+  return TokenizedCorpus(tok, tuple(domains))

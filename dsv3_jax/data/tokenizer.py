@@ -7,7 +7,6 @@ plain text: only code that asks for an id by name makes one.
 
 import importlib.util
 import pathlib
-import sys
 from collections.abc import Iterable
 
 import numpy as np
@@ -52,8 +51,8 @@ def train(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
   """Learns a vocabulary of at most `vocab_size` ids from texts.
 
   It is smaller if the texts have no more pairs to merge. Any text round-trips:
-  all 256 bytes are in the vocabulary. A terminal shows the progress. Raises
-  InputError without room for the bytes.
+  all 256 bytes are in the vocabulary. Raises InputError without room for the
+  bytes.
   """
   alphabet = pre_tokenizers.ByteLevel.alphabet()
   if vocab_size < len(alphabet) + len(SPECIAL):
@@ -74,7 +73,7 @@ def train(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
     vocab_size=vocab_size,
     special_tokens=list(SPECIAL),
     initial_alphabet=alphabet,
-    show_progress=sys.stderr.isatty(),
+    show_progress=False,
   )
   tok.train_from_iterator(texts, trainer)
   tok.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])

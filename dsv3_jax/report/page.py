@@ -13,7 +13,7 @@ import numpy as np
 
 from dsv3_jax import io
 from dsv3_jax.report import pictures, plots, render, run_data
-from dsv3_jax.trainer import event_log, metrics_writer
+from dsv3_jax.trainer import event_log, terminal
 
 TEMPLATE = pathlib.Path(__file__).with_name("page.html")
 SAMPLES = 6  # most samples of text that are shown
@@ -261,7 +261,7 @@ def _samples_html(run: run_data.Record) -> str:
     bits = row.get("heldout_bpb")
     at = f"step {row['step']:,}"
     at += "" if bits is None else f" · {bits:.2f} bits per byte"
-    text = html.escape(metrics_writer.printable(row["sample"]))
+    text = html.escape(terminal.printable(row["sample"]))
     parts.append(f"<div class=sample><h3>{at}</h3><p>{text}</p></div>\n")
   some = len(chosen) < len(rows)
   note = f"{len(chosen)} of {len(rows)} samples. " if some else ""

@@ -54,6 +54,7 @@ def fit(
   hooks: Hooks,
   mesh: jax.sharding.Mesh | None = None,
   average: ema.Average | None = None,
+  step_fn: train.StepFn | None = None,
 ) -> train.TrainState:
   """Trains until `stop` steps are done or a hook says not to continue.
 
@@ -61,9 +62,10 @@ def fit(
   step is always saved, and evaluated if that step is `stop`.
 
   The state is donated; the batches [A, B, T] are those from its step on; a mesh
-  of None is one device; the average is updated after every step.
+  of None is one device; the average is updated after every step; `step_fn` is
+  that of `train.make_step`, if it was made before.
   """
-  step_fn = train.make_step(run, mesh)
+  step_fn = step_fn or train.make_step(run, mesh)
   pending = None
   done = saved = int(state.step)
   while done < stop and hooks.should_continue(done):

@@ -3,6 +3,7 @@
 import math
 import os
 import pathlib
+import resource
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +36,17 @@ def host_bytes() -> int:
     if path.is_file() and (text := path.read_text().strip()).isdecimal():
       there = min(there, int(text))
   return there
+
+
+def bytes_in_use() -> int:
+  """Returns the bytes in use on the first device; of this process on a CPU."""
+  device = jax.local_devices()[0]
+  if (stats := device.memory_stats()) and "bytes_in_use" in stats:
+    return stats["bytes_in_use"]
+  path = pathlib.Path("/proc/self/statm")
+  if not path.is_file():  # of Linux alone
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def validate(run: config.Run, mesh: jax.sharding.Mesh) -> Iterator[str]:

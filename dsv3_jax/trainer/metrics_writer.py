@@ -1,4 +1,4 @@
-"""Writers of metrics: JSON lines, TensorBoard events, progress on a terminal.
+"""Writers of metrics: JSON lines, TensorBoard events, lines for a person.
 
 `WRITERS` names them; `MetricsWriter` passes each row to those of a run. In the
 workdir: `metrics.jsonl` (a JSON object a line, read back by `read`),
@@ -11,19 +11,15 @@ import json
 import math
 import os
 import pathlib
-import shutil
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 from dsv3_jax import io
+from dsv3_jax.trainer import progress, terminal
 
-METRICS, EVENTS, LOG = "metrics.jsonl", "tensorboard", "log.txt"
-TIME_FORMAT = "%Y-%m-%d %H:%M:%S  "  # before each line of log.txt
-LINE_S = 5.0  # least time between two plain lines
-LIVE_S = 0.1  # least time between two states of the live line
+METRICS, EVENTS = "metrics.jsonl", "tensorboard"
 
 Row = dict[str, Any]
 
@@ -64,72 +60,12 @@ def to_json(value: Any) -> Any:
   return value
 
 
-def _number(value: float | None, form: str) -> str:
-  return "nan" if value is None else format(value, form)
-
-
-def duration(seconds: float) -> str:
-  """Formats seconds as 1:02:03, or 2:03 below an hour."""
-  minutes, seconds = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  if hours:
-    return f"{hours}:{minutes:02}:{seconds:02}"
-  return f"{minutes}:{seconds:02}"
-
-
-def printable(text: str) -> str:
-  """Replaces the characters of a text that cannot be shown."""
-  return "".join(
-    c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}"
-    for c in text
-  )
-
-
-def excerpt(text: str, length: int) -> str:
-  """Returns the start of a text on one line, without control characters."""
-  text = printable(" ".join(text.split()))
-  return text if len(text) <= length else text[: length - 3] + "..."
-
-
 def add_traceback(folder: pathlib.Path, error: BaseException) -> None:
   """Appends the traceback of an unexpected error to the log of a run."""
   if folder.is_dir():
-    with open(folder / LOG, "a", encoding="utf-8") as file:
-      file.write(time.strftime(TIME_FORMAT))
+    with open(folder / terminal.LOG, "a", encoding="utf-8") as file:
+      file.write(time.strftime(terminal.TIME_FORMAT))
       file.writelines(traceback.format_exception(error))
-
-
-class Terminal:
-  """Prints lines, which log.txt gets too, and one live line on a terminal."""
-
-  def __init__(self, workdir: pathlib.Path, stream: TextIO | None = None):
-    """Opens log.txt; `stream` is standard output by default."""
-    self._log = open(workdir / LOG, "a", encoding="utf-8")
-    self._stream = stream or sys.stdout
-    self.live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
-
-  def print(self, text: str, *, to_stream: bool = True) -> None:
-    """Prints a line and appends it to log.txt."""
-    self._log.write(time.strftime(TIME_FORMAT) + text + "\n")
-    self._log.flush()
-    if to_stream:
-      self._put(("\r\x1b[K" if self.live else "") + text + "\n")
-
-  def show(self, text: str) -> None:
-    """Replaces the live line."""
-    width = shutil.get_terminal_size().columns
-    self._put(f"\r{text[: width - 1]}\x1b[K")
-
-  def _put(self, text: str) -> None:
-    # A model may write letters that the terminal's encoding does not have.
-    encoding = self._stream.encoding or "utf-8"
-    text = text.encode(encoding, "backslashreplace").decode(encoding)
-    self._stream.write(text)
-    self._stream.flush()
-
-  def close(self) -> None:
-    """Closes log.txt."""
-    self._log.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +75,7 @@ class Context:
   workdir: pathlib.Path
   done_steps: int  # of the checkpoint resumed from; later rows are void
   total_steps: int  # where the run stops
-  terminal: Terminal
+  terminal: terminal.Terminal
 
 
 class Writer(Protocol):
@@ -229,85 +165,13 @@ def _scalars(row: Row) -> Iterator[tuple[str, float]]:
         yield f"train/{key}", value
 
 
-class Progress:
-  """Prints progress for a person.
-
-  On a terminal, one live line shows the newest step; elsewhere a plain line is
-  printed every few seconds. Evaluations and the last step are always printed.
-  """
-
-  def __init__(self, context: Context):
-    """Prints nothing yet."""
-    self._terminal, self._total_steps = context.terminal, context.total_steps
-    self._first = None  # (time, step) of the first row: compilation is over
-    self._line_at = self._live_at = -math.inf
-    self._unprinted = None  # text of the newest step, if not printed yet
-    self._bpb = None
-
-  def write(self, step: int, row: Row) -> None:
-    """Shows a row."""
-    if "loss" in row:
-      self._step(step, row)
-    if "heldout_loss" in row or "heldout_bpb" in row:
-      self._evaluation(step, row)
-
-  def _step(self, step: int, row: Row) -> None:
-    now = time.monotonic()
-    self._first = self._first or (now, step)
-    text = self._text(step, row, now)
-    self._unprinted = f"step {text}"
-    if self._terminal.live and now - self._live_at >= LIVE_S:
-      self._terminal.show(text)
-      self._live_at = now
-    if now - self._line_at >= LINE_S:
-      self._terminal.print(self._unprinted, to_stream=not self._terminal.live)
-      self._line_at = now
-      self._unprinted = None
-
-  def _evaluation(self, step: int, row: Row) -> None:
-    self._catch_up()
-    self._bpb = row.get("heldout_bpb")
-    self._terminal.print(
-      f"step {step}/{self._total_steps}"
-      f"  held-out loss {_number(row.get('heldout_loss'), '.4f')}"
-      f"  {_number(self._bpb, '.3f')} bits per byte"
-    )
-    if sample := row.get("sample"):
-      self._terminal.print("  > " + excerpt(sample, 96))
-
-  def _text(self, step: int, row: Row, now: float) -> str:
-    """Returns a step's progress within 80 columns."""
-    columns = [f"{step}/{self._total_steps}"]
-    columns.append(f"loss {_number(row['loss'], '.3f')}")
-    if rate := row.get("tokens_per_s"):
-      columns.append(f"{rate:,.0f} tok/s")
-    began, first = self._first
-    if step > first:
-      left_s = (now - began) / (step - first) * (self._total_steps - step)
-      columns.append(f"{duration(left_s)} left")
-    if "max_vio" in row:
-      columns.append(f"MaxVio {_number(row['max_vio'], '.2f')}")
-    if "skipped_steps" in row:
-      columns.append(f"skipped {row['skipped_steps']}")
-    if self._bpb is not None:
-      columns.append(f"bpb {self._bpb:.3f}")
-    return "  ".join(columns)
-
-  def close(self) -> None:
-    """Prints the newest step."""
-    self._catch_up()
-
-  def _catch_up(self) -> None:
-    if self._unprinted:
-      self._terminal.print(self._unprinted)
-      self._unprinted = None
-
-
 # A writer is made with the `Context` of a run; add yours here.
 WRITERS: dict[str, Callable[[Context], Writer]] = {
   "jsonl": JsonLines,
   "tensorboard": TensorBoard,
-  "progress": Progress,
+  "progress": lambda context: progress.Progress(
+    context.terminal, context.total_steps
+  ),
 }
 DEFAULT = tuple(WRITERS)
 
@@ -330,19 +194,21 @@ class MetricsWriter:
     workdir: str | os.PathLike,
     total_steps: int,
     done_steps: int = 0,
-    stream: TextIO | None = None,
+    lines: terminal.Terminal | None = None,
     writers: Sequence[str] = DEFAULT,
   ):
     """Opens the writers of these names in `WRITERS`, and makes the workdir.
 
-    `Context` explains the numbers of steps. Progress goes to `stream`, standard
-    output by default.
+    `Context` explains the numbers of steps. `lines`, which stays open, shows
+    the progress; by default standard output does.
     """
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as opened:
-      self._terminal = Terminal(workdir, stream)
-      opened.callback(self._terminal.close)
+      if lines is None:
+        lines = terminal.Terminal(workdir)
+        opened.callback(lines.close)
+      self._terminal = lines
       context = Context(workdir, done_steps, total_steps, self._terminal)
       self._writers = [
         opened.enter_context(contextlib.closing(WRITERS[name](context)))

@@ -21,7 +21,7 @@ from dsv3_jax.trainer import (
   workdir,
 )
 
-_TIMINGS = {"tokens_per_s"}
+OF_ONE_START = {"tokens_per_s", "memory_bytes"}  # no result of a step
 
 
 class _Comparison(metrics_writer.NullWriter):
@@ -38,7 +38,7 @@ class _Comparison(metrics_writer.NullWriter):
     if step not in self._logged:
       raise InputError(f"step {step} is not in {metrics_writer.METRICS}")
     logged = self._logged[step]
-    for key in sorted(logged.keys() & row.keys() - _TIMINGS):
+    for key in sorted(logged.keys() & row.keys() - OF_ONE_START):
       self.n_numbers += 1
       if logged[key] != row[key]:
         self.differences.append(

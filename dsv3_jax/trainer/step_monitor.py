@@ -13,7 +13,7 @@ from dsv3_jax.data import loader
 from dsv3_jax.errors import NotFiniteError
 from dsv3_jax.linear import quantize
 from dsv3_jax.parallel import comm_volume
-from dsv3_jax.trainer import event_log, exit_codes, loop, metrics_writer
+from dsv3_jax.trainer import event_log, exit_codes, loop, memory, metrics_writer
 
 LOADS = 60  # times in a run that the loads of all experts are written
 IDS = 64  # rows of data that are listed for a bad step
@@ -47,11 +47,11 @@ class StepMonitor(loop.Hooks):
     self.record, self.timer = record, timer
     self._run = source.run
     self._started = False
-    self.row: metrics_writer.Row = {}  # of the newest step
+    earlier = list(earlier)
+    self.row: metrics_writer.Row = earlier[-1] if earlier else {}  # the newest
     self._recent = {
       key: collections.deque(maxlen=RECENT) for key in ("loss", "grad_norm")
     }
-    earlier = list(earlier)
     for row in earlier:
       self._find_spike(row)
     skipped = [row.get("skipped_steps", 0) for row in earlier]
@@ -69,6 +69,8 @@ class StepMonitor(loop.Hooks):
     seconds = self.timer.lap("training" if self._started else "compiling")
     self._started = True
     row = metrics_writer.to_json(self._make_row(done, metrics, seconds))
+    for change in _schedule_changes(self.row, row):
+      self.writer.note(f"step {done}: {change}")
     self.row = row
     self.writer.write(row)
     for line in not_finite_tiles(metrics.get("fp8", {})):
@@ -106,6 +108,7 @@ class StepMonitor(loop.Hooks):
     row |= fp8_shares(metrics.get("fp8", {}))
     n_tokens = run.batch_phase(done - 1).batch_size * length
     row["tokens_per_s"] = n_tokens / seconds
+    row["memory_bytes"] = memory.bytes_in_use()
     if metrics["load"].size:
       row["max_vio"] = metrics["max_vio_per_layer"].max()
     every = max(run.total_steps // LOADS, 1)
@@ -138,6 +141,19 @@ class StepMonitor(loop.Hooks):
     )
     values = {key: row[key] for key in self._recent}
     self.record("bad", step=row["step"], why=why, rows=ids, **values)
+
+
+def _schedule_changes(
+  before: metrics_writer.Row, row: metrics_writer.Row
+) -> Iterator[str]:
+  """Yields a line for each weight that a schedule has changed since a row."""
+  names = {
+    "mtp_weight": "weight of the MTP loss (lambda)",
+    "bias_speed": "speed of the router's bias (gamma)",
+  }
+  for key, name in names.items():
+    if key in before and key in row and before[key] != row[key]:
+      yield f"the {name} is now {row[key]:g}, after {before[key]:g}"
 
 
 def _what_is_bad(metrics: train.Metrics) -> str:

@@ -5,7 +5,7 @@ result = Trainer(run, workdir).fit()
 
 import contextlib
 import dataclasses
-import pathlib
+import threading
 import time
 from collections.abc import Sequence
 
@@ -18,6 +18,7 @@ from dsv3_jax.errors import NotFiniteError, raise_problems
 from dsv3_jax.parallel import layout_check
 from dsv3_jax.plan import flops
 from dsv3_jax.trainer import (
+  compilation,
   crash_loop,
   distributed,
   event_log,
@@ -29,7 +30,9 @@ from dsv3_jax.trainer import (
   memory,
   metrics_writer,
   run_args,
+  start_lines,
   step_monitor,
+  terminal,
   workdir,
 )
 
@@ -70,10 +73,14 @@ def fit(args: run_args.RunArgs) -> FitResult:
   if args.workdir is None:
     problems.append("--workdir is missing: the folder that the run writes to")
   raise_problems(problems)
+  start_lines.print_first(args)
   spikes: list[exit_codes.SpikeError] = []
   host, own_process = args.processes.host, args.own_process
   with heartbeat.Heartbeat(
-    args.timeouts, host, own_process, lambda: _what_is_saved(args.workdir)
+    args.timeouts,
+    host,
+    own_process,
+    lambda: workdir.what_is_saved(args.workdir),
   ) as watchdog:
     while True:
       try:
@@ -87,15 +94,6 @@ def fit(args: run_args.RunArgs) -> FitResult:
         raise
 
 
-def _what_is_saved(folder: pathlib.Path) -> str:
-  """Says which checkpoint there is; from any thread, at any time."""
-  names = [path.name for path in (folder / "checkpoints").glob("*")]
-  steps = [int(name) for name in names if name.isdecimal()]
-  if not steps:
-    return "nothing is saved yet; rerun the command to start again"
-  return f"step {max(steps)} is saved; rerun the command to resume"
-
-
 def _train(
   args: run_args.RunArgs,
   watchdog: heartbeat.Heartbeat,
@@ -106,8 +104,12 @@ def _train(
   mesh = distributed.mesh(args.mesh)
   raise_problems(_validate(run, mesh))
   raise_problems(memory.validate(run, mesh))
-  data = _prepare(args, stack)
+  lines = _claim(args, stack)
   folder = args.workdir / "checkpoints"
+  if lines and not spikes:
+    start_lines.print_all(lines, args, mesh)
+  step_fn, compiling = _compile_step(args, mesh)
+  data = _prepare(args, lines)
   checkpoints = checkpointer.Checkpointer(folder, run.checkpoint)
   stack.callback(checkpoints.close)
   distributed.run_on_process_zero(crash_loop.repair_workdir, args, checkpoints)
@@ -119,15 +121,25 @@ def _train(
     stack.callback(average.close)
   first = int(state.step)
   source = _skip_spikes(source, checkpoints, first, spikes)
-  monitor = _open_monitor(args, stack, source, first, began)
+  monitor = _open_monitor(args, stack, source, first, began, lines)
   train_hooks = hooks.TrainHooks(
     source, mesh, checkpoints, watchdog, average, monitor
   )
   batches = loop.global_batches(source, first, mesh)
   # Closed here, since the traceback of an error would keep its thread.
   stack.callback(batches.close)
+  if compiling and lines:
+    with lines.waiting("compiling the step"):
+      compiling.join()
   state = loop.fit(
-    state, run, batches, stop, hooks=train_hooks, mesh=mesh, average=average
+    state,
+    run,
+    batches,
+    stop,
+    hooks=train_hooks,
+    mesh=mesh,
+    average=average,
+    step_fn=step_fn,
   )
   done = int(state.step)
   watchdog.should_continue(done, last=True)
@@ -147,6 +159,7 @@ def _open_monitor(
   source: loader.BatchSource,
   first: int,
   began: float,
+  lines: terminal.Terminal | None,
 ) -> step_monitor.StepMonitor:
   """Opens event log and metrics writer, which `stack` closes."""
   rows = metrics_writer.read(args.workdir / metrics_writer.METRICS)
@@ -155,9 +168,9 @@ def _open_monitor(
   log = crash_loop.log_start_and_end(args, first, began, timer)
   record = stack.enter_context(log)
   writer = metrics_writer.NullWriter()
-  if jax.process_index() == 0:
+  if lines:
     writer = metrics_writer.MetricsWriter(
-      args.workdir, args.stop, first, writers=args.writers
+      args.workdir, args.stop, first, lines, args.writers
     )
     stack.enter_context(writer)
   writer.note(
@@ -170,31 +183,58 @@ def _open_monitor(
   )
 
 
-def read_data(args: run_args.RunArgs) -> tokenized_corpus.TokenizedCorpus:
+def read_data(
+  args: run_args.RunArgs, waiting: prepare.Waiting = contextlib.nullcontext
+) -> tokenized_corpus.TokenizedCorpus:
   """Opens the corpus of a run; process 0 tokenizes or verifies it before."""
   data, directory, tokenizer_file = args.run.data, args.workdir / "data", None
   if args.init_from:
     tokenizer_file = args.init_from / "data" / tokenized_corpus.TOKENIZER
   inputs = data, args.run.model.vocab_size, directory, tokenizer_file
-  written = distributed.run_on_process_zero(prepare.prepare, *inputs)
+  written = distributed.run_on_process_zero(prepare.prepare, *inputs, waiting)
   return written or tokenized_corpus.open_corpus(data, directory)
 
 
-def _prepare(
+def _claim(
   args: run_args.RunArgs, stack: contextlib.ExitStack
-) -> tokenized_corpus.TokenizedCorpus:
-  """Locks and describes the workdir in process 0; opens the data in it."""
+) -> terminal.Terminal | None:
+  """Locks the workdir in process 0, and opens its log."""
   folder = args.workdir
   identity = workdir.run_identity(args.variant, args.seed, args.run)
 
-  def claim() -> None:
+  def claim() -> terminal.Terminal:
     workdir.check_or_create(folder, identity)
     stack.enter_context(workdir.lock(folder))
+    return stack.enter_context(contextlib.closing(terminal.Terminal(folder)))
 
-  distributed.run_on_process_zero(claim)
-  data = read_data(args)
-  distributed.run_on_process_zero(workdir.write_config, folder, identity)
-  distributed.run_on_process_zero(workdir.write_environment, folder)
+  return distributed.run_on_process_zero(claim)
+
+
+def _compile_step(
+  args: run_args.RunArgs, mesh: jax.sharding.Mesh
+) -> tuple[train.StepFn, threading.Thread | None]:
+  """Returns the step, and a thread that compiles it while data is read.
+
+  Several processes compile one program after another, in the same order.
+  """
+  run, step_fn = args.run, train.make_step(args.run, mesh)
+  if jax.process_count() > 1:
+    return step_fn, None
+  size = run.batch_phase(workdir.newest_step(args.workdir)).batch_size
+  batch = train.abstract_batch(run, mesh, size // run.train.micro_batch_size)
+  state = train.abstract_state(run, mesh)
+  return step_fn, compilation.start(step_fn, state, batch)
+
+
+def _prepare(
+  args: run_args.RunArgs, lines: terminal.Terminal | None
+) -> tokenized_corpus.TokenizedCorpus:
+  """Opens the data in the workdir; describes the run there in process 0."""
+  waiting = lines.waiting if lines else contextlib.nullcontext
+  data = read_data(args, waiting)
+  identity = workdir.run_identity(args.variant, args.seed, args.run)
+  distributed.run_on_process_zero(workdir.write_config, args.workdir, identity)
+  distributed.run_on_process_zero(workdir.write_environment, args.workdir)
   return data
 
 
@@ -255,9 +295,17 @@ def _write_summary(
     "active_parameters": counts["active"],
     "train_bytes": data.train_bytes,
     "heldout_bytes": data.heldout_bytes,
-    **(data.compression or {}),
+    **_compression(args),
     **heldout,
     "train_seconds": spent["compiling"] + spent["training"],
     "total_seconds": time.time() - began,
   }
   io.write_json(args.workdir / workdir.SUMMARY, summary)
+
+
+def _compression(args: run_args.RunArgs) -> dict[str, float]:
+  """Bits per byte of general compressors, measured at the run's first end."""
+  path = args.workdir / workdir.SUMMARY
+  before = io.read_json_object(path) if path.exists() else {}
+  known = {name: before[name] for name in prepare.COMPRESSORS if name in before}
+  return known or prepare.compression(args.run.data)

@@ -20,6 +20,7 @@ from dsv3_jax.errors import InputError
 from dsv3_jax.interop import open_run
 
 ENV, SUMMARY, LOCK = "env.json", "summary.json", "lock"
+CHECKPOINTS = "checkpoints"
 
 # Settings of when to evaluate or save and where to compute, not of what is
 # trained: a run may change them.
@@ -75,6 +76,20 @@ def check_same(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
       f"--workdir={workdir} belongs to another configuration; take another"
       " folder or the old settings (there -> here):\n" + "\n".join(changes)
     )
+
+
+def newest_step(workdir: pathlib.Path) -> int:
+  """Returns the newest saved step by the names of folders; 0: there is none."""
+  names = [path.name for path in (workdir / CHECKPOINTS).glob("*")]
+  return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def what_is_saved(workdir: pathlib.Path) -> str:
+  """Says which checkpoint there is; from any thread, at any time."""
+  if not any((workdir / CHECKPOINTS).glob("[0-9]*")):
+    return "nothing is saved yet; rerun the command to start again"
+  step = newest_step(workdir)
+  return f"step {step} is saved; rerun the command to resume"
 
 
 def write_config(workdir: pathlib.Path, identity: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import programs
 import testing
 from absl.testing import absltest
 
-from dsv3_jax.trainer import exit_codes, metrics_writer
+from dsv3_jax.trainer import exit_codes, terminal
 
 GOOD = "  experts = jax.lax.top_k(biased, cfg.top_k)[1]\n"
 # NumPy's and JAX's errors of shapes are ValueErrors.
@@ -38,7 +38,7 @@ class BugTest(absltest.TestCase):
       text=True,
       timeout=programs.TIMEOUT_S,
     )
-    log = pathlib.Path(root / "run" / metrics_writer.LOG).read_text()
+    log = pathlib.Path(root / "run" / terminal.LOG).read_text()
     self.assertEqual(done.returncode, exit_codes.INTERNAL, done.stderr)
     for shown in (done.stderr, log):
       self.assertIn(f'File "{path}", line {line}', shown)

@@ -99,8 +99,6 @@ class PrepareTest(parameterized.TestCase):
     self.text.unlink()
     opened = self.open()
     self.assertEqual(opened.digests, written.digests)
-    self.assertEqual(opened.compression, written.compression)
-    self.assertEqual(set(opened.compression), {"bzip2_bpb", "xz_bpb"})
     for i in (0, 7, 1000):
       np.testing.assert_array_equal(
         opened.shuffled(3)[i]["tokens"], written.shuffled(3)[i]["tokens"]
@@ -114,24 +112,13 @@ class PrepareTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, f"{missing}: missing"):
       self.open()
 
-  @parameterized.parameters(None, "", "[]", "{}", '{"digests": {}}')
-  def test_lost_figures_of_compression_are_measured_again(self, content):
-    first = self.prepare()
-    manifest = self.directory / tokenized_corpus.MANIFEST
-    written = manifest.read_text()
-    manifest.unlink()
-    if content is not None:
-      manifest.write_text(content)
-    self.assertIsNone(self.open().compression)
-    self.assertEqual(self.prepare().compression, first.compression)
-    self.assertEqual(manifest.read_text(), written)
-
   def test_large_text_is_not_compressed(self):
+    data = config.Data(path=str(self.text))
+    self.assertEqual(set(prepare.compression(data)), {"bzip2_bpb", "xz_bpb"})
     self.enter_context(
       absltest.mock.patch.object(prepare, "COMPRESSED_BYTES", 100)
     )
-    self.assertEqual(self.prepare().compression, {})
-    self.assertEqual(self.open().compression, {})
+    self.assertEqual(prepare.compression(data), {})
 
   @parameterized.parameters("text", "heldout")
   def test_changed_corpus_is_refused(self, what):

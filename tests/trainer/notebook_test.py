@@ -15,7 +15,7 @@ from absl.testing import absltest
 
 from dsv3_jax import config, train
 from dsv3_jax.config import presets
-from dsv3_jax.trainer import Trainer, event_log, metrics_writer, trainer
+from dsv3_jax.trainer import Trainer, event_log, terminal, trainer
 
 PROGRAM = """
 import sys
@@ -94,7 +94,7 @@ class NotebookTest(absltest.TestCase):
     self.assertEqual(str(error), "bug")
     self.assert_threads_end(before)
     self.assertEqual(self.open_files(), files)
-    log = (self.folder / "run" / metrics_writer.LOG).read_text()
+    log = (self.folder / "run" / terminal.LOG).read_text()
     self.assertIn("ValueError: bug", log)
     self.assertEqual(int(self.trainer(2).fit().state.step), 2)
 

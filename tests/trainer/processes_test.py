@@ -13,7 +13,7 @@ from dsv3_jax import config, train
 from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.config import presets
 from dsv3_jax.parallel import device_mesh
-from dsv3_jax.trainer import metrics_writer
+from dsv3_jax.trainer import metrics_writer, terminal
 from experiments import cli
 
 STEPS = 4
@@ -52,7 +52,7 @@ class Programs(programs.Programs):
     folder = self.root / name
     rows = [row["step"] for row in self.rows(name) if "loss" in row]
     self.assertEqual(rows, list(range(1, STEPS + 1)))
-    log = (folder / metrics_writer.LOG).read_text()
+    log = (folder / terminal.LOG).read_text()
     for line in ("tiny: 0 of 4 steps done", "step 4/4  loss", "held-out loss"):
       self.assertEqual(log.count(line), 1, log)
     self.assertLen(list((folder / metrics_writer.EVENTS).iterdir()), 1)
@@ -73,7 +73,7 @@ class Programs(programs.Programs):
     shutil.copytree(self.root / "two", self.root / "after")
     shutil.rmtree(self.root / "after" / "checkpoints" / "4")
     self.train("after", "data=1")
-    log = (self.root / "after" / metrics_writer.LOG).read_text()
+    log = (self.root / "after" / terminal.LOG).read_text()
     self.assertIn("tiny: 2 of 4 steps done", log)
     self.assert_same_steps("after", {3, 4})
 
