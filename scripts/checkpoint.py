@@ -50,7 +50,10 @@ class Args:
 def _open(workdir: pathlib.Path) -> checkpointer.Checkpointer:
   folder = workdir / open_run.CHECKPOINTS
   if not folder.is_dir():
-    raise InputError(f"{workdir}: has no folder {open_run.CHECKPOINTS}")
+    raise InputError(
+      f"{workdir}: has no folder {open_run.CHECKPOINTS}"
+      f"{open_run.what_else(workdir)}"
+    )
   return checkpointer.Checkpointer(folder, config.Checkpoint())
 
 

@@ -30,6 +30,7 @@ import tokenizers
 from rich import console, progress
 
 from dsv3_jax import config, io
+from dsv3_jax.config import fields
 from dsv3_jax.data import tokenizer
 from dsv3_jax.errors import InputError, raise_problems
 from dsv3_jax.evals import logits as logits_lib
@@ -103,7 +104,8 @@ class Args:
   def validate(self) -> Iterator[str]:
     """Yields problems of flags that do not fit together."""
     if self.mode not in _REQUIRED:
-      yield f"--mode={self.mode}: must be one of {', '.join(_REQUIRED)}"
+      hint = fields.nearest(self.mode, _REQUIRED)
+      yield f"--mode={self.mode}: must be one of {', '.join(_REQUIRED)}{hint}"
       return
     for name in _REQUIRED[self.mode]:
       if not getattr(self, name):

@@ -1,6 +1,7 @@
 """Reads the configuration and the parameters of a run from its workdir."""
 
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from dsv3_jax import config, io, param_spec, train
 from dsv3_jax.checkpoint import checkpointer, manifest
-from dsv3_jax.config import presets
+from dsv3_jax.config import fields, presets
 from dsv3_jax.errors import InputError
 from dsv3_jax.interop import (
   hf_config,
@@ -42,11 +43,29 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
     metadata["settings"] = config.with_current_names(settings)
   except OSError as error:
     raise InputError(
-      f"{workdir}: holds no run, {path.name} is missing"
+      f"{workdir}: holds no run, {path.name} is missing{what_else(workdir)}"
     ) from error
   except (ValueError, KeyError, TypeError, RecursionError) as error:
-    raise InputError(f"{path}: is not the configuration of a run") from error
+    raise InputError(
+      f"{path}: is not the configuration of a run{what_else(workdir)}"
+    ) from error
   return metadata
+
+
+def what_else(folder: pathlib.Path) -> str:
+  """Says what a folder without a run is or holds, and what to do."""
+  if any(folder.glob("*.safetensors")):
+    return (
+      "; it is a released checkpoint, to import: python -m scripts.convert"
+      f" --mode=import --hf={folder} --workdir=NEW"
+    )
+  runs = sorted(path.parent for path in folder.glob(f"*/{CHECKPOINTS}"))
+  if runs:
+    return f"; there is one in {', '.join(map(str, runs[:3]))}"
+  if not os.path.isdir(folder):
+    near = os.path.isdir(folder.parent) and os.listdir(folder.parent)
+    return f", and so is the folder{fields.nearest(folder.name, near or ())}"
+  return "; --workdir is the folder that experiments.pretrain wrote"
 
 
 def run_from_config(metadata: dict[str, Any]) -> config.Run:
