@@ -2,6 +2,8 @@
 
 import errno
 
+import jax
+
 from dsv3_jax.checkpoint import manifest
 from dsv3_jax.errors import InputError, NotFiniteError
 from dsv3_jax.parallel import replica_check
@@ -26,6 +28,10 @@ class MismatchError(RuntimeError):
   """A replayed step gave other numbers."""
 
 
+class OutOfMemoryError(RuntimeError):
+  """The memory of a device, or of this machine, was full."""
+
+
 class SpikeError(RuntimeError):
   """Loss or gradient jumped; the data around that step is to be skipped."""
 
@@ -46,7 +52,15 @@ _CODES = {
   manifest.SaveError: INTERNAL,
   replica_check.DivergedError: INTERNAL,
   MismatchError: INTERNAL,
+  OutOfMemoryError: INTERNAL,
 }
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+  """Returns whether XLA, or the system, could not allocate memory."""
+  is_xla = isinstance(error, jax.errors.JaxRuntimeError)
+  exhausted = is_xla and "RESOURCE_EXHAUSTED" in str(error)
+  return exhausted or isinstance(error, MemoryError)
 
 
 def code_of(error: BaseException) -> int | None:

@@ -65,6 +65,7 @@ def fit(args: run_args.RunArgs) -> FitResult:
     NotFiniteError: too many of the recent steps were not finite.
     SaveError: a checkpoint could not be written.
     DivergedError: copies of a replicated array differ between devices.
+    OutOfMemoryError: an allocation failed.
   """
   problems = args.validate()
   if args.workdir is None:
@@ -84,6 +85,10 @@ def fit(args: run_args.RunArgs) -> FitResult:
       except Exception as error:
         if exit_codes.code_of(error) is None:
           metrics_writer.add_traceback(args.workdir, error)
+        if exit_codes.is_out_of_memory(error):
+          sizes = args.mesh or {"data": jax.device_count()}
+          text = memory.out_of_memory(args.run, sizes, error)
+          raise exit_codes.OutOfMemoryError(text) from error
         raise
 
 
