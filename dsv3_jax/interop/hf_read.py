@@ -204,6 +204,11 @@ def _read_config_json(
   if not folder.is_dir():
     raise InputError(f"{folder}: no such folder")
   config_json = io.read_json_object(folder / CONFIG)
+  if "settings" in config_json:
+    raise InputError(
+      f"{folder}: is the workdir of a run, not a released checkpoint: use"
+      f" --workdir={folder}"
+    )
   if "auto_map" in config_json and not ignore_auto_map:
     raise InputError(
       f"{folder / CONFIG}: auto_map names code that comes with the"

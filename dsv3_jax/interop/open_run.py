@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shlex
 from typing import Any
 
 import jax
@@ -73,6 +74,24 @@ def run_from_config(metadata: dict[str, Any]) -> config.Run:
   base = next(iter(presets.PRESETS.values()))
   settings = metadata["settings"].items()
   return config.override(base, *(f"{path}={value}" for path, value in settings))
+
+
+def flags_of(metadata: dict[str, Any]) -> str:
+  """Returns the flags of the run that a config.json describes.
+
+  They are "" if its variant is none of the presets.
+  """
+  variant, seed = metadata["variant"], metadata["seed"]
+  if variant not in presets.PRESETS:
+    return ""
+  preset = config.flatten(presets.PRESETS[variant])
+  words = [f"--variant={variant}", *[f"--seed={seed}"] * bool(seed)]
+  words += [
+    f"--set={path.removeprefix('model.')}={value}"
+    for path, value in metadata["settings"].items()
+    if preset.get(path) != value
+  ]
+  return " ".join(map(shlex.quote, words))
 
 
 def read_defaults(workdir: pathlib.Path) -> tokenizer_files.GenerationDefaults:

@@ -72,10 +72,17 @@ def _with_parameters(
     open_run.run_from_config(open_run.read_config(folder)),
     f"parallel.layout={args.run.parallel.layout}",
   )
-  if changes := config.diff(_shapes(source.model), _shapes(args.run.model)):
+  if _shapes(source.model) != _shapes(args.run.model):
+    there, here = (config.flatten(m) for m in (source.model, args.run.model))
+    sizes = [
+      f"--set={path}={value}"
+      for path, value in there.items()
+      if path in here and here[path] != value
+    ]
     raise InputError(
       f"--init_from={folder} has another architecture (there -> here):\n"
-      + "\n".join(f"  {line}" for line in changes)
+      + "\n".join(f"  {line}" for line in config.diff(there, here))
+      + f"\nto train that model: {' '.join(sizes)}"
     )
   params, bias = open_run.load_newest_params(folder, source, mesh)
   return state.replace(params=params, router_bias=bias)

@@ -71,6 +71,8 @@ def check_same(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
     if not line.startswith(_CHANGEABLE)
   ]
   if changes:
+    if old := open_run.flags_of(saved):
+      changes.append(f"the old settings are {old}")
     raise InputError(
       f"--workdir={workdir} belongs to another configuration; take another"
       " folder or the old settings (there -> here):\n" + "\n".join(changes)
