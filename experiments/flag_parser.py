@@ -13,6 +13,7 @@ tuple[str, ...], which is a list with commas or a flag to be repeated.
 
 import dataclasses
 import difflib
+import os
 import re
 import shutil
 import sys
@@ -172,6 +173,12 @@ def unread(rest: Sequence[str], known: flags.FlagValues) -> Iterator[str]:
       yield f"unknown flag {text!r}{_meant(name, value, known)}"
     elif equals:
       yield f"stray argument {text!r}{_meant(name, value, known)}"
+    elif (
+      "workdir" in known
+      and not known["workdir"].present
+      and os.path.isdir(text)
+    ):
+      yield f"stray argument {text!r}; write --workdir={text}"
     else:
       yield f"stray argument {text!r}: settings are --flag=value"
 

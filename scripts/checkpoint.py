@@ -43,6 +43,8 @@ class Args:
     """Yields what is wrong with the flags."""
     if not self.workdir:
       yield "--workdir is missing: the folder of the run"
+    if self.mode == "list" and self.step is not None:
+      yield "--step: --mode=list shows all steps; --mode=verify reads one"
     if self.mode == "diff" and self.step is None:
       yield "--step is missing: the checkpoint to compare"
 

@@ -202,7 +202,15 @@ def _read_config_json(
   folder: pathlib.Path, ignore_auto_map: bool
 ) -> dict[str, Any]:
   if not folder.is_dir():
-    raise InputError(f"{folder}: no such folder")
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder))
+    hint = (
+      f"; to get it: hf download {folder} --local-dir DIR" if is_name else ""
+    )
+    raise InputError(f"{folder}: no such folder{hint}")
+  if not (folder / CONFIG).exists():
+    raise InputError(
+      f"{folder}: holds no released checkpoint, {CONFIG} is missing"
+    )
   config_json = io.read_json_object(folder / CONFIG)
   if "settings" in config_json:
     raise InputError(

@@ -128,7 +128,10 @@ def load_newest_params(
   hf_import.check_format(folder)
   saved = folder / CHECKPOINTS
   if not saved.is_dir():
-    raise manifest.MissingError(f"{folder}: has no checkpoints yet")
+    raise manifest.MissingError(
+      f"{folder}: has no checkpoints yet; the run that writes there saves one"
+      " when it begins"
+    )
   checkpoints = checkpointer.Checkpointer(saved, run.checkpoint)
   like = train.abstract_state(run, mesh)
 

@@ -15,6 +15,7 @@ from dsv3_jax import config, io, train
 from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.data import loader, prepare, tokenized_corpus
 from dsv3_jax.errors import NotFiniteError, raise_problems
+from dsv3_jax.interop import open_run
 from dsv3_jax.parallel import layout_check
 from dsv3_jax.plan import flops
 from dsv3_jax.trainer import (
@@ -194,6 +195,9 @@ def _prepare(
 
   def claim() -> None:
     workdir.check_or_create(folder, identity)
+    # Before the folder is the run's, which other settings could not use then.
+    if args.init_from and not (folder / open_run.CONFIG).exists():
+      initial_state.check_source(args)
     stack.enter_context(workdir.lock(folder))
 
   distributed.run_on_process_zero(claim)

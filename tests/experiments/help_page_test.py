@@ -142,6 +142,8 @@ class FlagHintTest(parameterized.TestCase):
     ("experiments.sample", "--set=d_model=5", "--help lists all"),
     ("scripts.prepare_data", "--output=x", "write --out=x"),
     ("scripts.convert", "--output_dir=x", "write --hf=x"),
+    ("experiments.sample", "/tmp", "settings are --flag=value"),
+    ("scripts.prepare_data", "/tmp", "settings are --flag=value"),
   )
   def test_of_programs(self, module, argument, expected):
     args_class = importlib.import_module(module).Args
@@ -149,6 +151,10 @@ class FlagHintTest(parameterized.TestCase):
     argv = argv if "workdir" in args_class.__dataclass_fields__ else argv[::2]
     _, problems = flag_parser.read(args_class, argv)
     self.assertIn(expected, problems[0])
+
+  def test_a_folder_alone_is_the_workdir(self):
+    _, problems = flag_parser.read(sample.Args, ["program", "/tmp"])
+    self.assertIn("write --workdir=/tmp", problems[0])
 
   def test_every_target_exists(self):
     known = set(flags.FLAGS)

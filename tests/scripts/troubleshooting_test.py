@@ -150,7 +150,7 @@ def _(folder):
 def _(folder):
   run = config.override(presets.TINY, "n_layers=3")
   args = run_args.RunArgs(presets.TINY, "w", init_from=workdir_of(folder, run))
-  initial_state._with_parameters(mock.Mock(), args, mock.Mock())
+  initial_state.check_source(args)
 
 
 @row("--coordinator=X: cannot listen there: port N is in use")
@@ -435,6 +435,15 @@ class RemedyTest(absltest.TestCase):
     with self.assertRaises(ValueError) as raised:
       TRIGGERS["--init_from=DIR has another architecture"](testing.folder(self))
     self.assertEndsWith(str(raised.exception), "that model: --set=n_layers=3")
+
+  def test_a_source_that_does_not_fit_claims_no_workdir(self):
+    root = testing.folder(self)
+    (root / "a" / "checkpoints").mkdir(parents=True)
+    workdir_of(root / "a", config.override(presets.TINY, "n_layers=3"))
+    run = config.override(presets.TINY, "d_model=8", "train.batch_size=16")
+    with self.assertRaisesRegex(ValueError, "has another architecture"):
+      trainer.Trainer(run, root / "b", init_from=root / "a").fit()
+    self.assertFalse((root / "b" / "config.json").exists())
 
   def test_the_traceback_is_kept(self):
     folder = testing.folder(self)
