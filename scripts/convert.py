@@ -47,7 +47,7 @@ from dsv3_jax.interop import (
 from dsv3_jax.interop.hf_read import ReleasedCheckpoint
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.plan import flops
-from dsv3_jax.trainer import distributed, workdir
+from dsv3_jax.trainer import distributed, exit_codes, workdir
 from experiments import allocator, cli, flag_parser
 from experiments.flag_parser import flag
 
@@ -341,6 +341,10 @@ _COMMANDS = {
 }
 
 
+@exit_codes.out_of_memory_says(
+  "--mode=logits with --mesh=expert=N divides the model over devices; shorter"
+  " --tokens need less"
+)
 def execute() -> None:
   """Runs the command that --mode names."""
   args = flag_parser.parse(Args, sys.argv)

@@ -1,6 +1,8 @@
 """Exit codes of programs, and the errors that they stand for."""
 
+import contextlib
 import errno
+from collections.abc import Iterator
 
 import jax
 
@@ -54,6 +56,18 @@ _CODES = {
   MismatchError: INTERNAL,
   OutOfMemoryError: INTERNAL,
 }
+
+
+@contextlib.contextmanager
+def out_of_memory_says(remedy: str) -> Iterator[None]:
+  """Raises OutOfMemoryError with a remedy where the block lacks memory."""
+  try:
+    yield
+  except Exception as error:
+    if not is_out_of_memory(error):
+      raise
+    first = next(iter(str(error).splitlines()), type(error).__name__)
+    raise OutOfMemoryError(f"out of memory: {first}\n{remedy}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -451,6 +451,20 @@ class RemedyTest(absltest.TestCase):
       TRIGGERS["out of memory: RESOURCE_EXHAUSTED: ..."](folder)
     self.assertIn("Traceback", (folder / "log.txt").read_text())
 
+  def test_a_program_says_what_needs_less(self):
+    folder, error = testing.folder(self), MemoryError("no room")
+    with mock.patch.object(sample, "_open", side_effect=error):
+      code, _, err = testing.command_line(sample.main, f"--workdir={folder}")
+    self.assertEqual(code, cli.INTERNAL)
+    self.assertStartsWith(
+      err, "error: out of memory: no room\nerror: what needs"
+    )
+    with mock.patch.object(convert.flag_parser, "parse", side_effect=error):
+      program = functools.partial(cli.run_main, convert.execute)
+      code, _, err = testing.command_line(program)
+    self.assertEqual(code, cli.INTERNAL)
+    self.assertIn("error: --mode=logits with --mesh", err)
+
   def test_the_free_port_is_free(self):
     with self.assertRaises(ValueError) as raised:
       TRIGGERS["--coordinator=X: cannot listen there: port N is in use"](None)
