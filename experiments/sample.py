@@ -1,4 +1,4 @@
-"""Generates text with a run's newest checkpoint, or with a released one.
+r"""Generates text with a run's newest checkpoint, or with a released one.
 
   python -m experiments.sample --workdir=runs/demo --prompt="It is a truth"
   python -m experiments.sample --workdir=runs/demo \

@@ -1,4 +1,4 @@
-"""Lists, verifies and compares the checkpoints of a run.
+r"""Lists, verifies and compares the checkpoints of a run.
 
   python -m scripts.checkpoint --mode=list --workdir=runs/demo
   python -m scripts.checkpoint --mode=verify --workdir=runs/demo [--step=N]

@@ -11,10 +11,11 @@ import pathlib
 import re
 
 from dsv3_jax import io
+from dsv3_jax.trainer import exit_codes
 from experiments import cli
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "troubleshooting.md"
-HEAD = "| message | cause and remedy |\n|---|---|\n"
+HEAD = "| message | code | cause and remedy |\n|---|---|---|\n"
 # Words of a message that stand for others.
 _PLACEHOLDER = re.compile(r"\\\.\\\.\\\.|\b(?:DIR|FILE|HOST|K|N|NAME|X|Y)\b")
 
@@ -25,6 +26,7 @@ class Row:
 
   message: str  # with `...` and DIR, FILE, HOST, K, N, NAME, X, Y for others
   remedy: str
+  code: int = exit_codes.BAD_INPUT
 
   @property
   def pattern(self) -> str:
@@ -62,6 +64,7 @@ _START = (
     "setting X is now Y",
     "an old name of a setting or (`--X is now --Y`) of a flag, still read for"
     " one release; use the new one",
+    code=0,
   ),
   Row(
     "--steps=N: must be in 1 to K, the steps of the token budget",
@@ -192,23 +195,27 @@ _DATA = (
 _CHECKPOINTS = (
   Row(
     "DIR holds metrics of a run but no checkpoint",
-    "(4) checkpoints were moved or deleted; restore them, or start in a new"
+    "checkpoints were moved or deleted; restore them, or start in a new"
     " workdir",
+    code=4,
   ),
   Row(
     "no checkpoint can be used",
-    "(4) all are damaged, with a reason for each. `python -m scripts.checkpoint"
+    "all are damaged, with a reason for each. `python -m scripts.checkpoint"
     " --mode=verify --workdir=DIR` names arrays and files; folders `N.corrupt`"
     " are what was quarantined",
+    code=4,
   ),
   Row(
     "DIR: has no checkpoints yet",
-    "(4) the run has not begun its first step; sample from it later",
+    "the run has not begun its first step; sample from it later",
+    code=4,
   ),
   Row(
     "N starts in a row failed before there was a checkpoint after step K",
-    "(4) a crash loop; correct the cause that follows in the message, then"
+    "a crash loop; correct the cause that follows in the message, then"
     " start once with `--ignore_crash_loop`",
+    code=4,
   ),
   Row(
     "the model is not that of DIR (there -> here)",
@@ -222,9 +229,10 @@ _CHECKPOINTS = (
   ),
   Row(
     "DIR could not be saved: ... No space left on device",
-    "(70) free space, and run the same command again; the last good checkpoint"
+    "free space, and run the same command again; the last good checkpoint"
     " is intact. `checkpoint.keep` and `checkpoint.keep_every` decide how many"
     " are kept",
+    code=70,
   ),
   Row(
     "DIR: was imported by an older version",
@@ -249,17 +257,19 @@ _CHECKPOINTS = (
 _TRAINING = (
   Row(
     "N of the last K steps up to step X were not finite",
-    '(3) see "Non-finite steps" below',
+    'see "Non-finite steps" below',
+    code=3,
   ),
   Row(
     "the state needs N GiB of this machine's memory, which has K GiB; what"
     " would fit: ...",
-    "(2) a model that memory cannot hold; the line names meshes and presets"
+    "a model that memory cannot hold; the line names meshes and presets"
     " that it can",
   ),
   Row(
     "out of memory: RESOURCE_EXHAUSTED: ...",
-    '(70) see "Out of memory" below; the line names settings that need less',
+    'see "Out of memory" below; the line names settings that need less',
+    code=70,
   ),
 )
 TABLES = {
@@ -273,7 +283,9 @@ TABLES = {
 def page(text: str) -> str:
   """The page with its tables of messages written anew."""
   for section, rows in TABLES.items():
-    lines = (f"| `{row.message}` | {row.remedy} |\n" for row in rows)
+    lines = (
+      f"| `{row.message}` | {row.code} | {row.remedy} |\n" for row in rows
+    )
     table = HEAD + "".join(lines)
     text = re.sub(
       rf"(?<=^## {section}\n\n)(?:\|.*\n)*",

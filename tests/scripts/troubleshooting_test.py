@@ -383,7 +383,8 @@ class TableTest(parameterized.TestCase):
   def test_the_page_has_every_table(self):
     page = troubleshooting.PAGE.read_text("utf-8")
     for one in ROWS:
-      self.assertIn(f"| `{one.message}` | {one.remedy} |", page)
+      row = f"| `{one.message}` | {one.code} | {one.remedy} |"
+      self.assertIn(row, page)
 
   def test_every_message_has_a_trigger(self):
     self.assertCountEqual(TRIGGERS, [row.message for row in ROWS])
@@ -393,11 +394,10 @@ class TableTest(parameterized.TestCase):
     for i, row in enumerate(ROWS)
   )
   def test_is_printed(self, row):
-    printed = "nothing"
     try:
       printed = TRIGGERS[row.message](testing.folder(self))
     except Exception as error:
-      self.assertIsNotNone(exit_codes.code_of(error), repr(error))
+      self.assertEqual(exit_codes.code_of(error), row.code, repr(error))
       printed = str(error)
     self.assertRegex(printed, row.pattern)
 
