@@ -134,7 +134,7 @@ _START = (
   ),
   Row(
     "--init_from=DIR has another architecture",
-    "the settings that differ follow, and those that take the model there",
+    "the arrays that differ follow, and settings that take the model there",
   ),
   Row(
     "--coordinator=X: cannot listen there: port N is in use",

@@ -73,7 +73,7 @@ def check_source(args: run_args.RunArgs) -> config.Run:
     open_run.run_from_config(open_run.read_config(folder)),
     f"parallel.layout={args.run.parallel.layout}",
   )
-  if _shapes(source.model) != _shapes(args.run.model):
+  if changes := config.diff(_shapes(source.model), _shapes(args.run.model)):
     there, here = (config.flatten(m) for m in (source.model, args.run.model))
     sizes = [
       f"--set={path}={value}"
@@ -82,7 +82,7 @@ def check_source(args: run_args.RunArgs) -> config.Run:
     ]
     raise InputError(
       f"--init_from={folder} has another architecture (there -> here):\n"
-      + "\n".join(f"  {line}" for line in config.diff(there, here))
+      + "\n".join(f"  {line}" for line in changes)
       + f"\nto train that model: {' '.join(sizes)}"
     )
   return source
