@@ -55,6 +55,9 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
 
 def what_else(folder: pathlib.Path) -> str:
   """Says what a folder without a run is or holds, and what to do."""
+  if not os.path.isdir(folder):  # also where a name is too long
+    near = (path.name for path in folder.parent.glob("*"))
+    return f", and so is the folder{fields.nearest(folder.name, near)}"
   if any(folder.glob("*.safetensors")):
     return (
       "; it is a released checkpoint, to import: python -m scripts.convert"
@@ -63,9 +66,6 @@ def what_else(folder: pathlib.Path) -> str:
   runs = sorted(path.parent for path in folder.glob(f"*/{CHECKPOINTS}"))
   if runs:
     return f"; there is one in {', '.join(map(str, runs[:3]))}"
-  if not os.path.isdir(folder):
-    near = os.path.isdir(folder.parent) and os.listdir(folder.parent)
-    return f", and so is the folder{fields.nearest(folder.name, near or ())}"
   return "; --workdir is the folder that experiments.pretrain wrote"
 
 

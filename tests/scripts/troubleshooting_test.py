@@ -18,6 +18,7 @@ from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.config import overrides, presets
 from dsv3_jax.data import packing, text_files, token_file, tokenizer
 from dsv3_jax.data.corpus import Document
+from dsv3_jax.errors import InputError
 from dsv3_jax.infer import load
 from dsv3_jax.interop import hf_config, hf_import, open_run
 from dsv3_jax.parallel import device_mesh
@@ -482,6 +483,9 @@ class RemedyTest(absltest.TestCase):
       f"there is one in {folder}/runs/a", open_run.what_else(folder / "runs")
     )
     self.assertIn("'runs'", open_run.what_else(folder / "run"))
+    for name in ("a\0b", "x" * 5000, "no/such/place"):
+      with self.assertRaisesRegex(InputError, "and so is the folder"):
+        open_run.read_config(folder / name)
 
 
 if __name__ == "__main__":
