@@ -89,14 +89,6 @@ flags.DEFINE_list(
   f"writers of metrics, of {', '.join(metrics_writer.WRITERS)}",
 )
 
-# Axes of a mesh elsewhere, and the one that is meant.
-_AXIS_SYNONYMS = {
-  **dict.fromkeys("dp ddp fsdp zero batch replica".split(), "data"),
-  **dict.fromkeys("tp tensor mp".split(), "model"),
-  **dict.fromkeys("ep experts".split(), "expert"),
-  **dict.fromkeys("pp pipeline stage stages".split(), "pipe"),
-  **dict.fromkeys("nodes host hosts".split(), "node"),
-}
 # Old name -> new name of flags; old names are read for one release.
 _RENAMED = {
   "stuck_after": "watchdog_timeout",
@@ -125,8 +117,8 @@ def parse_mesh(text: str) -> tuple[dict[str, int], list[str]]:
     axis, _, size = part.partition("=")
     if axis not in device_mesh.AXES:
       hint = fields.nearest(axis, device_mesh.AXES)
-      if axis.lower() in _AXIS_SYNONYMS:
-        hint = f"; write {_AXIS_SYNONYMS[axis.lower()]}={size or 'N'}"
+      if other := flag_parser.AXIS_SYNONYMS.get(axis.lower()):
+        hint = f"; write {other}={size or 'N'}"
       elif axis.isdecimal():
         hint = f"; write data={axis} to divide the batch"
       problems.append(

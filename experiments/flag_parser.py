@@ -53,7 +53,6 @@ SYNONYMS = {
     ("steps",),
   ),
   **dict.fromkeys("random_seed rng_seed".split(), ("seed",)),
-  **dict.fromkeys("devices gpus num_devices n_gpus".split(), ("mesh",)),
   **dict.fromkeys("pretrained finetune_from weights".split(), ("init_from",)),
   **dict.fromkeys("settings override opts".split(), ("set",)),
   **dict.fromkeys(
@@ -73,6 +72,16 @@ SYNONYMS = {
   "context": ("max_len",),
   "num_microbatches": ("microbatches",),
   "stages": ("ranks",),
+}
+# Axes of a mesh elsewhere, and the one that is meant.
+AXIS_SYNONYMS = {
+  **dict.fromkeys(
+    "dp ddp fsdp devices gpus num_devices n_gpus".split(), "data"
+  ),
+  **dict.fromkeys("tp tensor mp".split(), "model"),
+  **dict.fromkeys("ep experts".split(), "expert"),
+  **dict.fromkeys("pp pipeline stage stages".split(), "pipe"),
+  **dict.fromkeys("nodes host hosts".split(), "node"),
 }
 T = TypeVar("T")
 _NOUNS = {int: "a whole number", float: "a number"}
@@ -143,6 +152,8 @@ def _meant(name: str, value: str, known: flags.FlagValues) -> str:
   for flag_name in SYNONYMS.get(name.lower().replace("-", "_"), ()):
     if flag_name in known and not known[flag_name].present:
       return f"; write --{flag_name}={value or 'VALUE'}"
+  if "mesh" in known and name in AXIS_SYNONYMS:
+    return f"; write --mesh={AXIS_SYNONYMS[name]}={value or 'N'}"
   if close := difflib.get_close_matches(name, list(known), n=1, cutoff=0.8):
     return f"; did you mean --{close[0]}?"
   if "set" in known:

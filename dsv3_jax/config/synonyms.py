@@ -189,7 +189,8 @@ def meant(name: str, paths: Iterable[str]) -> list[str]:
       by_word.setdefault(word, [target])
   group, _, word = name.lower().replace("-", "_").rpartition(".")
   if word not in by_word:
-    (word,) = difflib.get_close_matches(word, by_word, n=1) or [""]
+    close = difflib.get_close_matches(word, by_word, n=1, cutoff=0.75)
+    (word,) = close or [""]
   paths = by_word.get(word, [])
   return [path for path in paths if path == f"{group}.{word}"] or paths
 

@@ -41,6 +41,7 @@ class SynonymTest(parameterized.TestCase):
     ("train.lerning_rate", "'optim.peak_lr'"),
     ("max_steps", "use the flag --steps"),
     ("qqqq", "--list_settings shows all"),
+    ("tp", "--list_settings shows all"),  # not attention.type
     ("", "--list_settings shows all"),
   )
   def test_hints(self, name, expected):

@@ -12,6 +12,7 @@ from absl.testing import absltest, parameterized
 
 from dsv3_jax import config
 from dsv3_jax.config import presets
+from dsv3_jax.parallel import device_mesh
 from experiments import cli, context, flag_parser, fp8, pretrain, sample
 
 
@@ -128,6 +129,8 @@ class FlagHintTest(parameterized.TestCase):
     ("--deterministic=x", "--deterministic=x: expected true or false"),
     ("--mesh=tp=2", "write model=2"),
     ("--mesh=4", "write data=4"),
+    ("--gpus=8", "write --mesh=data=8"),
+    ("--tp=2", "write --mesh=model=2"),
     ("--variant=v3", "did you mean 'v3_671b'?"),
     ("--steps=99999", "; --set=train.tokens=204797952 has as many"),
   )
@@ -151,6 +154,10 @@ class FlagHintTest(parameterized.TestCase):
     argv = argv if "workdir" in args_class.__dataclass_fields__ else argv[::2]
     _, problems = flag_parser.read(args_class, argv)
     self.assertIn(expected, problems[0])
+
+  def test_axes_exist(self):
+    axes = set(flag_parser.AXIS_SYNONYMS.values())
+    self.assertEqual(axes, set(device_mesh.AXES))
 
   def test_a_folder_alone_is_the_workdir(self):
     _, problems = flag_parser.read(sample.Args, ["program", "/tmp"])
