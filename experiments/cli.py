@@ -32,14 +32,14 @@ from dsv3_jax.trainer import (
   metrics_writer,
   run_args,
 )
-from experiments import flag_parser
+from experiments import flag_parser, help_page
 
 OK, BAD_INPUT = exit_codes.OK, exit_codes.BAD_INPUT
 NOT_FINITE, INTERNAL = exit_codes.NOT_FINITE, exit_codes.INTERNAL
 NO_CHECKPOINT = exit_codes.NO_CHECKPOINT
 
 flags.DEFINE_string("workdir", None, "folder of the run")
-flags.DEFINE_string("variant", None, "variant of the experiment")
+flags.DEFINE_string("variant", None, "one of those above; default: the first")
 flags.DEFINE_integer("seed", 0, "random seed (initialization and data order)")
 flags.DEFINE_integer("steps", None, "last step; default: the token budget")
 flags.DEFINE_string(
@@ -50,7 +50,14 @@ flags.DEFINE_string(
 flags.DEFINE_string(
   "init_from", None, "workdir of a run whose parameters a new run starts with"
 )
-flags.DEFINE_multi_string("set", [], "a setting, such as train.tokens=1e6")
+flags.DEFINE_multi_string(
+  "set", [], "a setting, such as train.tokens=1e6; see --list_settings"
+)
+flags.DEFINE_bool(
+  "list_settings",
+  False,
+  "print all settings, with their values, what is allowed and what they mean",
+)
 flags.DEFINE_string(
   "coordinator", "", "HOST:PORT of process 0 of several, or auto"
 )
@@ -106,7 +113,7 @@ def parse_flags(
     argv = flag_parser.with_current_names(argv, renamed)
     _, *rest = known(argv, known_only=True)
   except (flags.Error, ValueError) as error:  # absl's own flags raise either
-    return [str(error)]
+    return [flag_parser.problem(error)]
   return list(flag_parser.unread(rest, known))
 
 
@@ -117,6 +124,10 @@ def parse_mesh(text: str) -> tuple[dict[str, int], list[str]]:
     axis, _, size = part.partition("=")
     if axis not in device_mesh.AXES:
       hint = fields.nearest(axis, device_mesh.AXES)
+      if other := flag_parser.AXIS_SYNONYMS.get(axis.lower()):
+        hint = f"; write {other}={size or 'N'}"
+      elif axis.isdecimal():
+        hint = f"; write data={axis} to divide the batch"
       problems.append(
         f"--mesh={part}: axes are {', '.join(device_mesh.AXES)}{hint}"
       )
@@ -180,12 +191,11 @@ def _command(
   return command, problems + command.validate()
 
 
-def _help(module: str = "__main__") -> str:
-  """Docstring and flags of an experiment's module, and the shared flags."""
-  known = flags.FLAGS
-  is_main = module == "__main__"
-  own = known.main_module_help() if is_main else known.module_help(module)
-  return f"{sys.modules[module].__doc__}\n{own}\n{known.module_help(__name__)}"
+def _help(
+  module: str = "__main__", variants: Mapping[str, config.Run] | None = None
+) -> str:
+  """Docstring of an experiment's module, its variants, and all flags."""
+  return help_page.experiment(module, __name__, variants or {})
 
 
 def run_main(
@@ -259,6 +269,10 @@ def main(
       raise InputError("\n".join(problems))
     command, more = _command(variants)
     raise_problems(problems + more)
+    if flags.FLAGS.list_settings:
+      name = command.variant
+      print(help_page.settings(command.run, variants[name], name))
+      return OK
     return execute(command)
 
-  run_main(checked, functools.partial(_help, execute.__module__))
+  run_main(checked, functools.partial(_help, execute.__module__, variants))

@@ -1,4 +1,4 @@
-"""Compares training in FP8 with training in BF16 (arXiv:2412.19437, app. B.1).
+r"""Compares training in FP8 with training in BF16 (arXiv:2412.19437, app. B.1).
 
   python -m experiments.fp8 --variant=tiny --workdir=runs/fp8 [--seeds=3] \
       [--arms=bf16,fp8,again,blocks,fp32]

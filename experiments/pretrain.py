@@ -82,7 +82,10 @@ def execute(command: run_args.RunArgs) -> None:
     dry_run(command)
     return
   if command.workdir is None:
-    raise InputError("--workdir is missing: the folder that the run writes to")
+    raise InputError(
+      "--workdir is missing: the folder that the run writes to, such as"
+      f" --workdir=runs/{command.variant}"
+    )
   cli.start_jax(command)
   if _REPLAY.value is None:
     trainer.fit(command)

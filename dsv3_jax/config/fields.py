@@ -23,6 +23,7 @@ def number(
   high: float | None = None,
   above: float | None = None,
   below: float | None = None,
+  doc: str = "",
 ) -> Any:
   """A numeric field with low <= value <= high and above < value < below.
 
@@ -31,13 +32,36 @@ def number(
   devices read as 0, or a decay that they read as 1, is refused.
   """
   limits = {"low": low, "high": high, "above": above, "below": below}
-  return dataclasses.field(default=default, metadata=limits)
+  return dataclasses.field(default=default, metadata=limits | {"doc": doc})
 
 
-def choice(default: str, *others: str) -> Any:
+def choice(default: str, *others: str, doc: str = "") -> Any:
   """A text field that must be one of the values given."""
-  choices = {"choices": (default, *others)}
-  return dataclasses.field(default=default, metadata=choices)
+  metadata = {"choices": (default, *others), "doc": doc}
+  return dataclasses.field(default=default, metadata=metadata)
+
+
+def plain(default: Any, doc: str) -> Any:
+  """A field without limits, other than its type."""
+  return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+def allowed(field: dataclasses.Field, field_type: type) -> str:
+  """Describes the values of a field, such as `>= 1` or `none, block`."""
+  if choices := field.metadata.get("choices"):
+    return ", ".join(choices)
+  if field_type in (bool, str):
+    return {bool: "true, false", str: "text"}[field_type]
+  low, high = map(field.metadata.get, ("low", "high"))
+  if low is not None and high is not None:
+    return f"{low:g} to {high:g}"
+  signs = {"low": ">=", "above": ">", "high": "<=", "below": "<"}
+  limits = [
+    f"{sign} {field.metadata[name]:g}"
+    for name, sign in signs.items()
+    if field.metadata.get(name) is not None
+  ]
+  return ", ".join(limits) or "any"
 
 
 def _float32(value: float) -> float:
@@ -90,7 +114,9 @@ def _field_problems(cfg: Any) -> Iterator[str]:
 
 def nearest(word: str, known: Iterable[str]) -> str:
   """A hint `; did you mean ...?` where a known word is close, else nothing."""
-  close = difflib.get_close_matches(word, list(known), n=1)
+  known = list(known)
+  close = difflib.get_close_matches(word, known, n=1)
+  close = close or [name for name in known if word and name.startswith(word)]
   return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -112,7 +138,7 @@ def _validate(cfg: Any) -> None:
 @typing.dataclass_transform(
   frozen_default=True,
   kw_only_default=True,
-  field_specifiers=(number, choice, dataclasses.field),
+  field_specifiers=(number, choice, plain, dataclasses.field),
 )
 def checked(cls: type[T]) -> type[T]:
   """Makes a frozen keyword-only dataclass that validates itself.

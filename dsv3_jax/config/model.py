@@ -8,18 +8,26 @@ import math
 from collections.abc import Iterator
 
 from dsv3_jax.config import fields
-from dsv3_jax.config.fields import choice, number
+from dsv3_jax.config.fields import choice, number, plain
 
 
 @fields.checked
 class Yarn:
   """Extension of the context by YaRN (section 4.3; arXiv:2309.00071)."""
 
-  factor: float = number(1.0, low=1)  # 1: no extension
-  original_len: int = number(4096, low=1)  # context length of pre-training
-  beta_fast: float = number(32.0, above=0)
-  beta_slow: float = number(1.0, above=0)
-  mscale: float = number(1.0, low=0)  # V2 has 0.707
+  factor: float = number(
+    1.0, low=1, doc="how many times longer the context becomes; 1: no extension"
+  )
+  original_len: int = number(4096, low=1, doc="context length of pre-training")
+  beta_fast: float = number(
+    32.0, above=0, doc="pairs that turn more often keep their frequency"
+  )
+  beta_slow: float = number(
+    1.0, above=0, doc="pairs that turn less often are slowed by `factor`"
+  )
+  mscale: float = number(
+    1.0, low=0, doc="growth of the softmax scale with `factor`; V2: 0.707"
+  )
 
   def validate(self) -> Iterator[str]:
     if self.beta_fast < (slow := self.beta_slow):
@@ -43,7 +51,7 @@ class Attention:
   """
 
   type: str
-  n_heads: int = number(low=1)  # divided over the mesh axis `model`
+  n_heads: int = number(low=1, doc="heads; the mesh axis model divides them")
 
   @property
   def max_len(self) -> float:
@@ -60,16 +68,20 @@ def attention_types() -> dict[str, type[Attention]]:
 class MLA(Attention):
   """Multi-head latent attention (section 2.1.1)."""
 
-  type: str = "mla"
-  q_rank: int = number(low=0)  # 0: no query compression (V2-Lite)
-  kv_rank: int = number(low=1)
-  nope_dim: int = number(low=1)
-  rope_dim: int = number(low=2, high=65_536)
-  v_dim: int = number(low=1)
-  rope_theta: float = number(10_000.0, above=0)
+  type: str = plain("mla", "attention, a name of model/attentions.py")
+  q_rank: int = number(
+    low=0, doc="rank of the queries; 0: not compressed (V2-Lite)"
+  )
+  kv_rank: int = number(low=1, doc="rank of keys and values, which is cached")
+  nope_dim: int = number(low=1, doc="dims of a head's query without position")
+  rope_dim: int = number(
+    low=2, high=65_536, doc="dims of a head's query with RoPE; even"
+  )
+  v_dim: int = number(low=1, doc="dims of a head's value")
+  rope_theta: float = number(10_000.0, above=0, doc="base of RoPE")
   yarn: Yarn = Yarn()
-  # Of the norms of latents; DeepSeek's code has a constant for it.
-  norm_eps: float = number(1e-6, above=0)
+  # DeepSeek's code has a constant for it.
+  norm_eps: float = number(1e-6, above=0, doc="epsilon of the latents' norms")
 
   def validate(self) -> Iterator[str]:
     if (dim := self.rope_dim) % 2:
@@ -105,19 +117,28 @@ ROUTER_SCORES = ["sigmoid", "softmax"]
 class Router:
   """Expert choice, its loss-free balancing, and balance loss (2.1.2)."""
 
-  n_experts: int = number(low=1, high=100_000)
-  top_k: int = number(low=1)
-  n_groups: int = number(1, low=1)
-  top_groups: int = number(1, low=1)
-  # `sigmoid` in V3, `softmax` in V2.
+  n_experts: int = number(low=1, high=100_000, doc="routed experts of a layer")
+  top_k: int = number(low=1, doc="experts chosen for a token")
+  n_groups: int = number(1, low=1, doc="groups of experts; 1: no groups")
+  top_groups: int = number(1, low=1, doc="groups that a token may choose from")
   score: str = dataclasses.field(
-    default="sigmoid", metadata={"choices": ROUTER_SCORES}
+    default="sigmoid",
+    metadata={
+      "choices": ROUTER_SCORES,
+      "doc": "affinities from logits; V3: sigmoid, V2: softmax",
+    },
   )
-  renormalize: bool = True
-  scale: float = number(2.5, above=0)
-  bias_speed: float = number(0.001, low=0)  # gamma
-  balance_weight: float = number(1e-4, low=0)  # alpha
-  balance_map: str = choice("scores", "routed")  # counted by f_i (eq. 18)
+  renormalize: bool = plain(True, "weights of the chosen experts sum to 1")
+  scale: float = number(2.5, above=0, doc="factor of the experts' weights")
+  bias_speed: float = number(
+    0.001, low=0, doc="gamma, step of the load-balancing bias; 0: none"
+  )
+  balance_weight: float = number(
+    1e-4, low=0, doc="alpha, weight of the balance loss in a sequence"
+  )
+  balance_map: str = choice(
+    "scores", "routed", doc="what the balance loss counts by f_i (eq. 18)"
+  )
 
   def validate(self) -> Iterator[str]:
     experts, groups, top = self.n_experts, self.n_groups, self.top_groups
@@ -139,36 +160,43 @@ class Router:
 class MoE:
   """Sizes of the experts of an MoE layer."""
 
-  n_shared: int = number(1, low=0)
-  ffn_dim: int = number(low=1)
+  n_shared: int = number(1, low=0, doc="shared experts, which see all tokens")
+  ffn_dim: int = number(low=1, doc="width of an expert")
 
 
 @fields.checked
 class MTP:
   """Multi-token prediction (section 2.2)."""
 
-  depth: int = number(1, low=0, high=100)
-  weight: float = number(0.3, low=0)  # lambda
-  late_weight: float = number(0.1, low=0)  # lambda after Schedule.mtp_until
-  # Depth 1 reads the hidden state after, or before, the main model's last norm.
-  input_state: str = choice("post_norm", "pre_norm")
+  depth: int = number(
+    1, low=0, high=100, doc="MTP modules, further tokens predicted; 0: none"
+  )
+  weight: float = number(0.3, low=0, doc="lambda, weight of the MTP loss")
+  late_weight: float = number(0.1, low=0, doc="lambda after schedule.mtp_until")
+  input_state: str = choice(
+    "post_norm",
+    "pre_norm",
+    doc="depth 1 reads the state after, or before, the model's last norm",
+  )
 
 
 @fields.checked
 class Model:
   """The whole network."""
 
-  vocab_size: int = number(low=4)
-  d_model: int = number(low=1)
-  n_layers: int = number(low=1, high=10_000)
-  n_dense_layers: int = number(low=0)
-  dense_ffn_dim: int = number(low=1)
+  vocab_size: int = number(low=4, doc="token ids, the rows of the embedding")
+  d_model: int = number(low=1, doc="width of the residual stream")
+  n_layers: int = number(low=1, high=10_000, doc="layers, without MTP modules")
+  n_dense_layers: int = number(low=0, doc="first layers, which have no experts")
+  dense_ffn_dim: int = number(low=1, doc="feed-forward width of those layers")
   attention: Attention
   moe: MoE
   router: Router
   mtp: MTP = MTP()
-  norm_eps: float = number(1e-6, above=0)
-  init_std: float = number(0.006, above=0)
+  norm_eps: float = number(1e-6, above=0, doc="epsilon of the RMSNorms")
+  init_std: float = number(
+    0.006, above=0, doc="standard deviation of initial weights"
+  )
 
   def validate(self) -> Iterator[str]:
     dense, layers = self.n_dense_layers, self.n_layers

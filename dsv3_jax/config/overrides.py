@@ -9,7 +9,7 @@ from typing import Any
 
 from absl import logging
 
-from dsv3_jax.config import fields, model
+from dsv3_jax.config import fields, model, synonyms
 from dsv3_jax.errors import InputError, raise_problems
 
 # Old name -> new name of a setting or of a group of settings, both without a
@@ -85,6 +85,34 @@ def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
   return out
 
 
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """A setting of a configuration, as `--list_settings` shows it."""
+
+  path: str  # without a leading `model.`
+  value: Any
+  allowed: str
+  doc: str
+
+
+def describe(cfg: Any, prefix: str = "") -> list[Setting]:
+  """All settings with what is allowed and what they mean, in order."""
+  settings, types = [], typing.get_type_hints(type(cfg))
+  for field in dataclasses.fields(cfg):
+    value, path = getattr(cfg, field.name), prefix + field.name
+    if dataclasses.is_dataclass(value):
+      settings += describe(value, path + ".")
+      continue
+    path = path.removeprefix("model.")
+    allowed = fields.allowed(field, types[field.name])
+    if path == "attention.type":
+      allowed = ", ".join(model.attention_types())
+    settings.append(
+      Setting(path, value, allowed, field.metadata.get("doc", ""))
+    )
+  return settings
+
+
 def default_settings(
   cls: type, settings: Mapping[str, Any], prefix: str = ""
 ) -> dict[str, Any]:
@@ -120,10 +148,10 @@ def _parse(text: str, expected: type) -> Any:
 
 
 def _assignments(
-  known: dict[str, Any], texts: Sequence[str]
+  cfg: Any, texts: Sequence[str]
 ) -> tuple[dict[str, Any], list[str]]:
   """Parses `path=value` texts to ({path: value}, problems)."""
-  values, problems = {}, []
+  known, values, problems = flatten(cfg), {}, []
   for text in texts:
     path, equals, value = text.partition("=")
     path = _current_name(path)
@@ -133,8 +161,8 @@ def _assignments(
       problems.append(f"{text!r}: expected path=value")
     elif path not in known:
       path = path.removeprefix("model.")
-      short = [k.removeprefix("model.") for k in known]
-      problems.append(f"{path}: no such setting{fields.nearest(path, short)}")
+      docs = {s.path: f"{s.allowed}: {s.doc}" for s in describe(cfg)}
+      problems.append(f"{path}: no such setting{synonyms.hint(path, docs)}")
     else:
       expected = type(known[path])
       try:
@@ -245,7 +273,7 @@ def override(cfg: Any, *assignments: str) -> Any:
   old = [text for text in assignments if text.startswith(f"{WARMUP_STEPS}=")]
   assignments = [text for text in assignments if text not in old]
   cfg, problems = _with_attention_type(cfg, assignments)
-  values, invalid = _assignments(flatten(cfg), assignments)
+  values, invalid = _assignments(cfg, assignments)
   problems += invalid
   result = _rebuild(cfg, values, "", problems)
   raise_problems(problems)

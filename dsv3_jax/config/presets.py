@@ -147,6 +147,15 @@ prose=1,python=2,go=2,docs=2,maths-docs=1,maths-formal=1,chinese=2,languages=1
   """,
 )
 
+PURPOSES = {  # by name, for `--help`
+  "tiny": "trains in minutes on two cores",
+  "small": "a night on a laptop, or minutes on an accelerator",
+  "v2_lite_16b": "DeepSeek-V2-Lite as published",
+  "v2_236b": "DeepSeek-V2 as published",
+  "v3_671b": "DeepSeek-V3 as published; its plan: --dry_run",
+  "S": "shape of benchmarks",
+  "M": "shape of benchmarks, larger",
+}
 PRESETS = {
   "tiny": TINY,
   "small": SMALL,

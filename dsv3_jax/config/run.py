@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from dsv3_jax.config import fields
-from dsv3_jax.config.fields import choice, number
+from dsv3_jax.config.fields import choice, number, plain
 from dsv3_jax.config.model import Model
 
 
@@ -21,19 +21,32 @@ def _is_weight(entry: str) -> bool:
 class Data:
   """Text, and its conversion to rows of tokens."""
 
-  source: str = "files"  # reader of `path`, a key of data.sources.SOURCES
-  path: str = ""  # file, .gz, .jsonl or a directory of them; "": two novels
-  tokenizer: str = choice("bpe", "deepseek")  # trained on the text, or V3's
-  seq_len: int = number(low=1)
-  # Fraction of the text, at its end, for held-out evaluation.
-  heldout_fraction: float = number(0.05, above=0, high=0.5)
-  on_decode_error: str = choice("error", "replace", "skip")  # invalid UTF-8
-  # Folders or files of `path` with sampling weights, such as prose=2,code=1;
-  # "": one domain.
-  domains: str = ""
-  segment_mask: bool = False  # attention stays within a document
-  fim_rate: float = number(0.0, low=0, high=1)  # fill-in-the-middle documents
-  split_rate: float = number(0.0, low=0, high=1)  # line-break tokens split
+  # A key of data.sources.SOURCES.
+  source: str = plain("files", "reader of `path`")
+  path: str = plain(
+    "", "text file, .gz, .jsonl, or a folder of them; empty: two novels"
+  )
+  tokenizer: str = choice(
+    "bpe", "deepseek", doc="BPE trained on the text, or V3's own"
+  )
+  seq_len: int = number(low=1, doc="tokens of a row, the context of training")
+  heldout_fraction: float = number(
+    0.05, above=0, high=0.5, doc="share of the text, at its end, to evaluate on"
+  )
+  on_decode_error: str = choice(
+    "error", "replace", "skip", doc="what to do with text that is not UTF-8"
+  )
+  domains: str = plain(
+    "",
+    "folders or files of `path` with sampling weights, such as prose=2,code=1",
+  )
+  segment_mask: bool = plain(False, "attention stays within a document")
+  fim_rate: float = number(
+    0.0, low=0, high=1, doc="share of fill-in-the-middle documents"
+  )
+  split_rate: float = number(
+    0.0, low=0, high=1, doc="share of tokens with a line break that are split"
+  )
 
   def validate(self) -> Iterator[str]:
     entries, setting = self._domain_entries, f"Data.domains={self.domains!r}"
@@ -63,19 +76,30 @@ class Data:
 class Optim:
   """AdamW and clipping (section 4.2)."""
 
-  name: str = "adamw"  # a key of optim.OPTIMIZERS
-  peak_lr: float = number(2.2e-4, above=0)
-  min_lr: float = number(2.2e-5, low=0)
-  final_lr: float = number(7.3e-6, low=0)
+  # A key of optim.OPTIMIZERS.
+  name: str = plain("adamw", "optimizer")
+  peak_lr: float = number(
+    2.2e-4, above=0, doc="learning rate after the warm-up, the highest"
+  )
+  min_lr: float = number(2.2e-5, low=0, doc="learning rate after the decay")
+  final_lr: float = number(7.3e-6, low=0, doc="learning rate of the tail")
   # At 1, Adam's correction of the moments' bias would divide by 0.
-  beta1: float = number(0.9, low=0, below=1)
-  beta2: float = number(0.95, low=0, below=1)
-  eps: float = number(1e-8, above=0)
-  weight_decay: float = number(0.1, low=0)
-  clip_norm: float = number(1.0, above=0)
-  moments: str = choice("float32", "bfloat16")
-  # Decay of the parameters' moving average in host memory; 0: no average.
-  ema_decay: float = number(0.0, low=0, high=1)
+  beta1: float = number(0.9, low=0, below=1, doc="decay of Adam's first moment")
+  beta2: float = number(
+    0.95, low=0, below=1, doc="decay of Adam's second moment"
+  )
+  eps: float = number(1e-8, above=0, doc="epsilon of Adam")
+  weight_decay: float = number(
+    0.1, low=0, doc="decoupled weight decay; not of norms"
+  )
+  clip_norm: float = number(1.0, above=0, doc="largest norm of the gradient")
+  moments: str = choice("float32", "bfloat16", doc="type of Adam's moments")
+  ema_decay: float = number(
+    0.0,
+    low=0,
+    high=1,
+    doc="decay of the parameters' average, in host memory; 0: no average",
+  )
 
 
 @fields.checked
@@ -85,15 +109,32 @@ class Schedule:
   The defaults are the paper's 10T, 14.3T and 14.633T of 14.8T tokens.
   """
 
-  name: str = "constant_cosine"  # a key of optim.SCHEDULES
-  # 2000 steps of 3072 sequences.
-  warmup_until: float = number(2000 * 3072 * 4096 / 14.8e12, low=0, high=1)
-  constant_until: float = number(10 / 14.8, low=0, high=1)
-  decay_until: float = number(14.3 / 14.8, low=0, high=1)
-  tail_from: float = number(14.633 / 14.8, low=0, high=1)
-  ramp_until: float = number(0.0, low=0, high=1)  # end of the batch ramp
-  bias_update_until: float = number(14.3 / 14.8, low=0, high=1)
-  mtp_until: float = number(10 / 14.8, low=0, high=1)
+  # A key of optim.SCHEDULES.
+  name: str = plain("constant_cosine", "shape of the learning rate")
+  warmup_until: float = number(
+    2000 * 3072 * 4096 / 14.8e12,  # 2000 steps of 3072 sequences
+    low=0,
+    high=1,
+    doc="end of the warm-up, a share of train.tokens, as all times here",
+  )
+  constant_until: float = number(
+    10 / 14.8, low=0, high=1, doc="end of optim.peak_lr"
+  )
+  decay_until: float = number(
+    14.3 / 14.8, low=0, high=1, doc="when optim.min_lr is reached"
+  )
+  tail_from: float = number(
+    14.633 / 14.8, low=0, high=1, doc="when optim.final_lr begins"
+  )
+  ramp_until: float = number(
+    0.0, low=0, high=1, doc="end of the growth of the batch; 0: no growth"
+  )
+  bias_update_until: float = number(
+    14.3 / 14.8, low=0, high=1, doc="when router.bias_speed becomes 0"
+  )
+  mtp_until: float = number(
+    10 / 14.8, low=0, high=1, doc="when mtp.late_weight replaces mtp.weight"
+  )
 
   def validate(self) -> Iterator[str]:
     times = self.constant_until, self.decay_until, self.tail_from
@@ -119,26 +160,43 @@ ACTIVATIONS = (
 class Train:
   """Token budget, batch size and memory of a training step."""
 
-  tokens: int = number(low=1)  # budget; schedules are fractions of it
-  batch_size: int = number(low=1)  # sequences an optimizer step
-  micro_batches: int = number(1, low=1)  # gradient accumulation steps
-  # With schedule.ramp_until: the first batch size, in fewer micro-batches, and
-  # the number of sizes before batch_size.
-  first_batch_size: int = number(0, low=0)
-  ramp_sizes: int = number(4, low=1, high=10_000)
-  # Layers recompute nothing in the backward pass, all but the saved
-  # activations, or everything from their input.
-  remat: str = choice("none", "selective", "block")
-  saved_activations: str = "latents,attention,residual,routing,sent,hidden"
-  scan_layers: bool = True  # false: unrolled, faster on CPU, compiles longer
-  # More steps than this, of 100, that are not finite: exit 3.
-  max_bad_steps: int = number(8, low=0)
-  # A step is a spike if its loss or gradient norm is this many times the
-  # median of the 100 before; 0: no detection.
-  spike_factor: float = number(0.0, low=0)
-  # After a spike, return to the newest checkpoint, and skip the data read since
-  # and the data of this many steps after it; 0: continue.
-  spike_skip: int = number(0, low=0)  # steps
+  tokens: int = number(low=1, doc="token budget; schedules are shares of it")
+  batch_size: int = number(low=1, doc="sequences of an optimizer step")
+  micro_batches: int = number(
+    1, low=1, doc="parts of the batch, one after the other; saves memory"
+  )
+  first_batch_size: int = number(
+    0, low=0, doc="with schedule.ramp_until, the batch size of the first step"
+  )
+  ramp_sizes: int = number(
+    4, low=1, high=10_000, doc="number of batch sizes before batch_size"
+  )
+  remat: str = choice(
+    "none",
+    "selective",
+    "block",
+    doc="recomputed in the backward pass: nothing, what is not saved, all",
+  )
+  saved_activations: str = plain(
+    "latents,attention,residual,routing,sent,hidden",
+    f"saved with remat=selective, of {', '.join(ACTIVATIONS)}",
+  )
+  scan_layers: bool = plain(
+    True, "loop over layers; false: faster on CPU, compiles longer"
+  )
+  max_bad_steps: int = number(
+    8, low=0, doc="non-finite steps of 100 to allow; more end the run (exit 3)"
+  )
+  spike_factor: float = number(
+    0.0,
+    low=0,
+    doc="loss or gradient norm of a spike, over the median of 100; 0: off",
+  )
+  spike_skip: int = number(
+    0,
+    low=0,
+    doc="steps of data to skip after a spike, from the newest checkpoint",
+  )
 
   def validate(self) -> Iterator[str]:
     batch = f"batch_size={self.batch_size}"
@@ -182,15 +240,21 @@ class Precision:
   (section 3.3); the other settings apply to that recipe.
   """
 
-  recipe: str = choice("fp32", "bf16", "fp8")
-  fp8: str = "*mla/*,*ffn/*"  # patterns of the paths of FP8 weights
-  tile: int = number(128, low=8)  # N_c
-  scales: str = choice("float32", "power_of_two")  # of the tiles
-  # Tiles of gradients of activations; `blocks`, square ones, made the paper's
-  # training diverge (appendix B.2).
-  gradient_tiles: str = choice("rows", "blocks")
-  backend: str = choice("auto", "exact", "dequantized", "kernel")
-  counters: bool = False  # log saturation, underflow and tiles of zeros
+  recipe: str = choice(
+    "fp32", "bf16", "fp8", doc="type of activations and products"
+  )
+  fp8: str = plain("*mla/*,*ffn/*", "patterns of the paths of FP8 weights")
+  tile: int = number(128, low=8, doc="N_c, numbers that share an FP8 scale")
+  scales: str = choice("float32", "power_of_two", doc="FP8 scales of tiles")
+  gradient_tiles: str = choice(
+    "rows", "blocks", doc="tiles of FP8 gradients; blocks diverge (app. B.2)"
+  )
+  backend: str = choice(
+    "auto", "exact", "dequantized", "kernel", doc="how FP8 tiles are multiplied"
+  )
+  counters: bool = plain(
+    False, "log FP8 saturation, underflow and tiles of zeros"
+  )
 
   @property
   def patterns(self) -> tuple[str, ...]:
@@ -201,7 +265,12 @@ class Precision:
 class Parallel:
   """Division of a step over a mesh; it never changes what is computed."""
 
-  layout: str = choice("zero1", "fsdp", "replicated")
+  layout: str = choice(
+    "zero1",
+    "fsdp",
+    "replicated",
+    doc="divided over data: moments, parameters too, or nothing",
+  )
   dispatch: str = choice(
     "auto",
     "allgather",
@@ -209,37 +278,51 @@ class Parallel:
     "hierarchical_all_to_all",
     "ragged_all_to_all",
     "ragged_hierarchical_all_to_all",
+    doc="how tokens reach their experts on other devices",
   )
-  # Rounds of a token exchange: `many` have a little more rows than balanced
-  # routing needs (usually one round suffices), `one` has the largest possible
-  # number of rows; `auto`: `one` on CPU.
-  rounds: str = choice("auto", "one", "many")
-  # Pipeline schedule, with the mesh axis `pipe`.
-  schedule: str = choice("none", "1f1b", "zb1p", "dualpipe", "dualpipev")
-  # Steps between comparisons of replicated arrays; 0: never.
-  replica_check_every: int = number(0, low=0)
+  # `many` have a little more rows than balanced routing needs (usually one
+  # round suffices), `one` has the largest possible number of rows.
+  rounds: str = choice(
+    "auto", "one", "many", doc="rounds of a token exchange; auto: one on CPU"
+  )
+  schedule: str = choice(
+    "none",
+    "1f1b",
+    "zb1p",
+    "dualpipe",
+    "dualpipev",
+    doc="pipeline schedule, with the mesh axis pipe",
+  )
+  replica_check_every: int = number(
+    0, low=0, doc="steps between comparisons of replicated arrays; 0: never"
+  )
 
 
 @fields.checked
 class Checkpoint:
   """Frequency and number of checkpoints."""
 
-  every: int = number(100, low=1)  # steps
-  keep: int = number(2, low=1)  # newest checkpoints to keep
-  keep_every: int = number(0, low=0)  # also keep multiples of this; 0: none
-  # Stop or continue training after a failed save. If the last save fails, the
-  # run ends with an error in both cases.
-  on_error: str = choice("stop", "continue")
+  every: int = number(100, low=1, doc="steps between checkpoints")
+  keep: int = number(2, low=1, doc="newest checkpoints to keep")
+  keep_every: int = number(
+    0, low=0, doc="also keep those of multiples of this step; 0: none"
+  )
+  # If the last save fails, the run ends with an error in both cases.
+  on_error: str = choice("stop", "continue", doc="after a save that failed")
 
 
 @fields.checked
 class Evaluate:
   """Held-out evaluation during training."""
 
-  every: int = number(100, low=1)  # steps
-  batch_size: int = number(32, low=1)
-  ema: bool = False  # also with the averaged parameters, see optim.ema_decay
-  sample_tokens: int = number(120, low=0)  # length of the sample text
+  every: int = number(100, low=1, doc="steps between evaluations")
+  batch_size: int = number(32, low=1, doc="held-out rows evaluated at a time")
+  ema: bool = plain(
+    False, "also evaluate averaged parameters, see optim.ema_decay"
+  )
+  sample_tokens: int = number(
+    120, low=0, doc="length of the sample text; 0: none"
+  )
 
 
 MOST_STEPS = 2**31 - 1  # devices count steps in int32

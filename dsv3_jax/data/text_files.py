@@ -41,7 +41,8 @@ def read_corpus(data: config.Data) -> Iterator[Document]:
     raise InputError(
       f"data.domains: {', '.join(missing)} not in data.path={data.path!r},"
       f" which {'has ' + ', '.join(there) if there else 'is no such folder'};"
-      " scripts/prepare_data.py makes such a corpus"
+      " python -m scripts.prepare_data --out=corpus makes that of"
+      " --variant=small"
     )
   for domain, path in (paths or {"": data.path}).items():
     for document in read_documents(path, data.on_decode_error):

@@ -7,35 +7,12 @@ from typing import Any
 
 from dsv3_jax import config
 from dsv3_jax.config import model as model_lib
-from dsv3_jax.config import presets
+from dsv3_jax.config import presets, synonyms
 from dsv3_jax.errors import InputError, raise_problems
 from dsv3_jax.model.router import SCORES
 
-# Maps keys of config.json to settings of `config.Model` with the same value.
-_SETTINGS = {
-  "vocab_size": "vocab_size",
-  "hidden_size": "d_model",
-  "num_hidden_layers": "n_layers",
-  "first_k_dense_replace": "n_dense_layers",
-  "intermediate_size": "dense_ffn_dim",
-  "rms_norm_eps": "norm_eps",
-  "initializer_range": "init_std",
-  "num_attention_heads": "attention.n_heads",
-  "q_lora_rank": "attention.q_rank",
-  "kv_lora_rank": "attention.kv_rank",
-  "qk_nope_head_dim": "attention.nope_dim",
-  "qk_rope_head_dim": "attention.rope_dim",
-  "v_head_dim": "attention.v_dim",
-  "n_shared_experts": "moe.n_shared",
-  "moe_intermediate_size": "moe.ffn_dim",
-  "n_routed_experts": "router.n_experts",
-  "num_experts_per_tok": "router.top_k",
-  "n_group": "router.n_groups",
-  "topk_group": "router.top_groups",
-  "norm_topk_prob": "router.renormalize",
-  "routed_scaling_factor": "router.scale",
-  "num_nextn_predict_layers": "mtp.depth",
-}
+# Keys of config.json -> settings of `config.Model` with the same value.
+_SETTINGS, _YARN = synonyms.CONFIG_JSON, synonyms.CONFIG_JSON_YARN
 _NULL = {  # what null means; null of any other key is refused
   "q_lora_rank": 0,
   "n_shared_experts": 0,
@@ -70,13 +47,6 @@ _V2_DEFAULTS = {
 # The quantization that is read and written, with tiles of `weight_block_size`.
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
 _RELEASED = "a released checkpoint"  # words of messages
-_YARN = {
-  "factor": "factor",
-  "original_max_position_embeddings": "original_len",
-  "beta_fast": "beta_fast",
-  "beta_slow": "beta_slow",
-  "mscale_all_dim": "mscale",
-}
 
 
 @dataclasses.dataclass(frozen=True)

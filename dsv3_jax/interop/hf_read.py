@@ -202,8 +202,21 @@ def _read_config_json(
   folder: pathlib.Path, ignore_auto_map: bool
 ) -> dict[str, Any]:
   if not folder.is_dir():
-    raise InputError(f"{folder}: no such folder")
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder))
+    hint = (
+      f"; to get it: hf download {folder} --local-dir DIR" if is_name else ""
+    )
+    raise InputError(f"{folder}: no such folder{hint}")
+  if not (folder / CONFIG).exists():
+    raise InputError(
+      f"{folder}: holds no released checkpoint, {CONFIG} is missing"
+    )
   config_json = io.read_json_object(folder / CONFIG)
+  if "settings" in config_json:
+    raise InputError(
+      f"{folder}: is the workdir of a run, not a released checkpoint: use"
+      f" --workdir={folder}"
+    )
   if "auto_map" in config_json and not ignore_auto_map:
     raise InputError(
       f"{folder / CONFIG}: auto_map names code that comes with the"

@@ -1,7 +1,9 @@
 """Reads the configuration and the parameters of a run from its workdir."""
 
 import json
+import os
 import pathlib
+import shlex
 from typing import Any
 
 import jax
@@ -9,7 +11,7 @@ import numpy as np
 
 from dsv3_jax import config, io, param_spec, train
 from dsv3_jax.checkpoint import checkpointer, manifest
-from dsv3_jax.config import presets
+from dsv3_jax.config import fields, presets
 from dsv3_jax.errors import InputError
 from dsv3_jax.interop import (
   hf_config,
@@ -42,11 +44,29 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
     metadata["settings"] = config.with_current_names(settings)
   except OSError as error:
     raise InputError(
-      f"{workdir}: holds no run, {path.name} is missing"
+      f"{workdir}: holds no run, {path.name} is missing{what_else(workdir)}"
     ) from error
   except (ValueError, KeyError, TypeError, RecursionError) as error:
-    raise InputError(f"{path}: is not the configuration of a run") from error
+    raise InputError(
+      f"{path}: is not the configuration of a run{what_else(workdir)}"
+    ) from error
   return metadata
+
+
+def what_else(folder: pathlib.Path) -> str:
+  """Says what a folder without a run is or holds, and what to do."""
+  if not os.path.isdir(folder):  # also where a name is too long
+    near = (path.name for path in folder.parent.glob("*"))
+    return f", and so is the folder{fields.nearest(folder.name, near)}"
+  if any(folder.glob("*.safetensors")):
+    return (
+      "; it is a released checkpoint, to import: python -m scripts.convert"
+      f" --mode=import --hf={folder} --workdir=NEW"
+    )
+  runs = sorted(path.parent for path in folder.glob(f"*/{CHECKPOINTS}"))
+  if runs:
+    return f"; there is one in {', '.join(map(str, runs[:3]))}"
+  return "; --workdir is the folder that experiments.pretrain wrote"
 
 
 def run_from_config(metadata: dict[str, Any]) -> config.Run:
@@ -54,6 +74,24 @@ def run_from_config(metadata: dict[str, Any]) -> config.Run:
   base = next(iter(presets.PRESETS.values()))
   settings = metadata["settings"].items()
   return config.override(base, *(f"{path}={value}" for path, value in settings))
+
+
+def flags_of(metadata: dict[str, Any]) -> str:
+  """Returns the flags of the run that a config.json describes.
+
+  They are "" if its variant is none of the presets.
+  """
+  variant, seed = metadata["variant"], metadata["seed"]
+  if variant not in presets.PRESETS:
+    return ""
+  preset = config.flatten(presets.PRESETS[variant])
+  words = [f"--variant={variant}", *[f"--seed={seed}"] * bool(seed)]
+  words += [
+    f"--set={path.removeprefix('model.')}={value}"
+    for path, value in metadata["settings"].items()
+    if preset.get(path) != value
+  ]
+  return " ".join(map(shlex.quote, words))
 
 
 def read_defaults(workdir: pathlib.Path) -> tokenizer_files.GenerationDefaults:
@@ -90,7 +128,10 @@ def load_newest_params(
   hf_import.check_format(folder)
   saved = folder / CHECKPOINTS
   if not saved.is_dir():
-    raise manifest.MissingError(f"{folder}: has no checkpoints yet")
+    raise manifest.MissingError(
+      f"{folder}: has no checkpoints yet; the run that writes there saves one"
+      " when it begins"
+    )
   checkpoints = checkpointer.Checkpointer(saved, run.checkpoint)
   like = train.abstract_state(run, mesh)
 

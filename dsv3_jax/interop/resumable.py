@@ -86,7 +86,10 @@ class Journal:
     """
     folder = self.path.parent
     if present := sorted(path.name for path in folder.iterdir()):
-      raise InputError(f"{folder}: must be empty, holds {', '.join(present)}")
+      raise InputError(
+        f"{folder}: must be empty, holds {', '.join(present)}; take a"
+        " new folder"
+      )
     check_free_space(folder, n_bytes)
     self._append({"source": self._source})
 

@@ -86,7 +86,8 @@ def _validate_pipeline(run: config.Run, sizes: Sizes) -> Iterator[str]:
     if n_ranks > 1:
       yield (
         f"--mesh: pipe={n_ranks} needs a parallel.schedule; use one of"
-        f" {', '.join(schedules.SCHEDULES)}"
+        f" {', '.join(schedules.SCHEDULES)}, such as"
+        " --set=parallel.schedule=1f1b, and enough train.micro_batches"
       )
     return
   yield from _validate_micro_batches(run, n_ranks)

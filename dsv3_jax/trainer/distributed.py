@@ -7,6 +7,7 @@ on the virtual machines of a TPU slice.
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -99,8 +100,7 @@ def _call(processes: Processes, port: int, deadline: float) -> str:
     try:
       server = stack.enter_context(socket.create_server(("", port)))
     except OSError as error:
-      name = processes.coordinator
-      return f"--coordinator={name}: cannot listen there: {error}"
+      return _port_problem(processes, port, error)
     channels = []
     while missing and not problem:
       try:
@@ -127,6 +127,18 @@ def _call(processes: Processes, port: int, deadline: float) -> str:
       with contextlib.suppress(OSError):  # one is lost; answer the others
         channel.sendall(json.dumps(problem).encode() + b"\n")
   return problem
+
+
+def _port_problem(processes: Processes, port: int, error: OSError) -> str:
+  problem = f"--coordinator={processes.coordinator}: cannot listen there"
+  if error.errno != errno.EADDRINUSE:
+    return f"{problem}: {error}"
+  with socket.create_server(("", 0)) as server:
+    free = server.getsockname()[1]
+  return (
+    f"{problem}: port {port} is in use, by another run or program; port {free}"
+    f" is free: start all processes with --coordinator={processes.host}:{free}"
+  )
 
 
 def _answer(

@@ -1,6 +1,10 @@
 """Exit codes of programs, and the errors that they stand for."""
 
+import contextlib
 import errno
+from collections.abc import Iterator
+
+import jax
 
 from dsv3_jax.checkpoint import manifest
 from dsv3_jax.errors import InputError, NotFiniteError
@@ -26,6 +30,10 @@ class MismatchError(RuntimeError):
   """A replayed step gave other numbers."""
 
 
+class OutOfMemoryError(RuntimeError):
+  """The memory of a device, or of this machine, was full."""
+
+
 class SpikeError(RuntimeError):
   """Loss or gradient jumped; the data around that step is to be skipped."""
 
@@ -46,7 +54,27 @@ _CODES = {
   manifest.SaveError: INTERNAL,
   replica_check.DivergedError: INTERNAL,
   MismatchError: INTERNAL,
+  OutOfMemoryError: INTERNAL,
 }
+
+
+@contextlib.contextmanager
+def out_of_memory_says(remedy: str) -> Iterator[None]:
+  """Raises OutOfMemoryError with a remedy where the block lacks memory."""
+  try:
+    yield
+  except Exception as error:
+    if not is_out_of_memory(error):
+      raise
+    first = next(iter(str(error).splitlines()), type(error).__name__)
+    raise OutOfMemoryError(f"out of memory: {first}\n{remedy}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+  """Returns whether XLA, or the system, could not allocate memory."""
+  is_xla = isinstance(error, jax.errors.JaxRuntimeError)
+  exhausted = is_xla and "RESOURCE_EXHAUSTED" in str(error)
+  return exhausted or isinstance(error, MemoryError)
 
 
 def code_of(error: BaseException) -> int | None:

@@ -63,21 +63,37 @@ def restore_or_create(
   return state, _average(run.optim.ema_decay, checkpoints, state)
 
 
-def _with_parameters(
-  state: train.TrainState, args: run_args.RunArgs, mesh: jax.sharding.Mesh
-) -> train.TrainState:
-  """Replaces parameters and router bias by those of `args.init_from`."""
+def check_source(args: run_args.RunArgs) -> config.Run:
+  """Returns the run of `args.init_from`, in the layout of this run.
+
+  Raises InputError if its parameters have other shapes.
+  """
   folder = args.init_from
   source = config.override(
     open_run.run_from_config(open_run.read_config(folder)),
     f"parallel.layout={args.run.parallel.layout}",
   )
   if changes := config.diff(_shapes(source.model), _shapes(args.run.model)):
+    there, here = (config.flatten(m) for m in (source.model, args.run.model))
+    sizes = [
+      f"--set={path}={value}"
+      for path, value in there.items()
+      if path in here and here[path] != value
+    ]
     raise InputError(
       f"--init_from={folder} has another architecture (there -> here):\n"
       + "\n".join(f"  {line}" for line in changes)
+      + f"\nto train that model: {' '.join(sizes)}"
     )
-  params, bias = open_run.load_newest_params(folder, source, mesh)
+  return source
+
+
+def _with_parameters(
+  state: train.TrainState, args: run_args.RunArgs, mesh: jax.sharding.Mesh
+) -> train.TrainState:
+  """Replaces parameters and router bias by those of `args.init_from`."""
+  source = check_source(args)
+  params, bias = open_run.load_newest_params(args.init_from, source, mesh)
   return state.replace(params=params, router_bias=bias)
 
 

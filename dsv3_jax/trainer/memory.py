@@ -1,5 +1,6 @@
 """Memory of a run's state, compared with what devices and host have."""
 
+import itertools
 import math
 import os
 import pathlib
@@ -11,6 +12,7 @@ import jax
 
 from dsv3_jax import config, train
 from dsv3_jax.config import presets
+from dsv3_jax.errors import InputError
 from dsv3_jax.parallel import device_mesh, layout_check
 
 # Limits of a container, in the two versions of Linux' control groups.
@@ -82,6 +84,50 @@ def validate(run: config.Run, mesh: jax.sharding.Mesh) -> Iterator[str]:
       f" {_gib(average)} of this machine's memory, which has {_gib(host)};"
       " optim.ema_decay=0 keeps none"
     )
+
+
+def out_of_memory(
+  run: config.Run, sizes: device_mesh.Sizes, error: BaseException
+) -> str:
+  """Describes an allocation that failed during training, and what needs less.
+
+  `sizes` are those of the mesh. The settings change memory only, the last two
+  also rounding.
+  """
+  batch, parts = run.train.batch_size, run.train.micro_batches
+  fewer = (n for n in range(parts + 1, batch + 1) if batch % n == 0)
+  remats = {
+    "none": ("selective", "block"),
+    "selective": ("block",),
+    "block": (),
+  }
+  proposed = [
+    *(f"train.micro_batches={n}" for n in itertools.islice(fewer, 1)),
+    *(f"train.remat={remat}" for remat in remats[run.train.remat]),
+    "train.scan_layers=true",
+    *["parallel.layout=fsdp"] * (sizes.get("data", 1) > 1),
+    "optim.moments=bfloat16",
+    *["precision.recipe=bf16"] * (run.precision.recipe == "fp32"),
+  ]
+  useful = [text for text in proposed if _changes(run, text, sizes)]
+  lines = str(error).splitlines() or [type(error).__name__]
+  return (
+    f"out of memory: {lines[0]}\na micro-batch is"
+    f" {run.train.micro_batch_size} sequences of {run.data.seq_len} tokens, on"
+    f" {math.prod(sizes.values())} devices. What needs less, in this order:"
+    f" {' '.join(f'--set={text}' for text in useful)}, or a --mesh of more"
+    " devices. A run with other settings than those of parallel begins in a new"
+    " --workdir"
+  )
+
+
+def _changes(run: config.Run, text: str, sizes: device_mesh.Sizes) -> bool:
+  """Returns whether a setting is another one, and allowed."""
+  try:
+    other = config.override(run, text)
+  except InputError:
+    return False
+  return other != run and not layout_check.validate(other, sizes)
 
 
 def _what_fits(

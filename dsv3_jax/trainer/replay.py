@@ -69,8 +69,8 @@ def _replay(args: run_args.RunArgs, step: int) -> None:
   rows = metrics_writer.read(folder / metrics_writer.METRICS)
   logged = {row["step"]: row for row in rows if "loss" in row}
   if step not in logged:
-    last = max(logged, default=0)
-    raise InputError(f"--replay_step={step}: steps 1 to {last} are logged")
+    there = f"steps 1 to {max(logged)} are" if logged else "no step is"
+    raise InputError(f"--replay_step={step}: {there} logged")
   directory = folder / "checkpoints"
   checkpoints = checkpointer.Checkpointer(directory, run.checkpoint)
   earlier = [s for s in checkpoints.steps() if s < step]

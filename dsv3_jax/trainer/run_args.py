@@ -48,9 +48,12 @@ class RunArgs:
     if not 0 <= self.seed < 2**32:
       problems.append(f"--seed={self.seed}: must be in [0, 2^32)")
     if not 0 < self.stop <= self.run.total_steps:
+      more = self.stop * self.run.tokens_per_step
       problems.append(
         f"--steps={self.stop}: must be in 1 to {self.run.total_steps}, the"
         " steps of the token budget train.tokens"
+        + f"; --set=train.tokens={more} has as many"
+        * (self.stop > 0)
       )
     sample, longest = self.run.evaluate.sample_tokens, self.run.model.attention
     if sample >= longest.max_len:
@@ -84,6 +87,7 @@ class RunArgs:
     ):
       problems.append(
         f"--init_from={self.init_from}: must have checkpoints/ or an"
-        " imported hf/"
+        " imported hf/; python -m scripts.convert --mode=import --hf=DIR"
+        " --workdir=NEW imports a released checkpoint"
       )
     return problems

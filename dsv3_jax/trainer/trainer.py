@@ -15,6 +15,7 @@ from dsv3_jax import config, io, train
 from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.data import loader, prepare, tokenized_corpus
 from dsv3_jax.errors import NotFiniteError, raise_problems
+from dsv3_jax.interop import open_run
 from dsv3_jax.parallel import layout_check
 from dsv3_jax.plan import flops
 from dsv3_jax.trainer import (
@@ -68,6 +69,7 @@ def fit(args: run_args.RunArgs) -> FitResult:
     NotFiniteError: too many of the recent steps were not finite.
     SaveError: a checkpoint could not be written.
     DivergedError: copies of a replicated array differ between devices.
+    OutOfMemoryError: an allocation failed.
   """
   problems = args.validate()
   if args.workdir is None:
@@ -91,6 +93,10 @@ def fit(args: run_args.RunArgs) -> FitResult:
       except Exception as error:
         if exit_codes.code_of(error) is None:
           metrics_writer.add_traceback(args.workdir, error)
+        if exit_codes.is_out_of_memory(error):
+          sizes = args.mesh or {"data": jax.device_count()}
+          text = memory.out_of_memory(args.run, sizes, error)
+          raise exit_codes.OutOfMemoryError(text) from error
         raise
 
 
@@ -204,6 +210,9 @@ def _claim(
 
   def claim() -> terminal.Terminal:
     workdir.check_or_create(folder, identity)
+    # Before the folder is the run's, which other settings could not use then.
+    if args.init_from and not (folder / open_run.CONFIG).exists():
+      initial_state.check_source(args)
     stack.enter_context(workdir.lock(folder))
     return stack.enter_context(contextlib.closing(terminal.Terminal(folder)))
 

@@ -72,9 +72,12 @@ def check_same(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
     if not line.startswith(_CHANGEABLE)
   ]
   if changes:
+    old = ", ".join(
+      filter(None, ["the old settings", open_run.flags_of(saved)])
+    )
     raise InputError(
       f"--workdir={workdir} belongs to another configuration; take another"
-      " folder or the old settings (there -> here):\n" + "\n".join(changes)
+      f" folder or {old} (there -> here):\n" + "\n".join(changes)
     )
 
 

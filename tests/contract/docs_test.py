@@ -167,6 +167,7 @@ class CommandTest(parameterized.TestCase):
     self.assertIn(code, (0, None))
     (first, *_) = ast.get_docstring(ast.parse(path.read_text())).splitlines()
     self.assertIn(first, out)
+    self.assertLessEqual(max(map(len, out.splitlines())), 80)
 
   @parameterized.parameters("demo", "test", "supervise", "slurm")
   def test_help_of_shell_scripts(self, name):

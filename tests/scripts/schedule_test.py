@@ -94,7 +94,7 @@ class ScriptTest(parameterized.TestCase):
   @parameterized.parameters(
     (["--ranks=5", "--microbatches=9"], "5 ranks: must be even"),
     (["--ranks=4", "--microbatches=6"], "6 micro-batches: must be even"),
-    (["--json=maybe"], "Non-boolean"),
+    (["--json=maybe"], "--json=maybe: expected true or false"),
     (["--ranks"], "Missing value"),
   )
   def test_bad_flags_exit_2(self, arguments, message):
