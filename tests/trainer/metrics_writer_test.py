@@ -1,22 +1,16 @@
-"""Rows survive kills and resumes; progress suits terminals and pipes."""
+"""Rows survive kills and resumes."""
 
 import io
 import json
 import pathlib
 import struct
 import tempfile
-from unittest import mock
 
 import numpy as np
 from absl.testing import absltest, parameterized
 from tensorboardX.proto import event_pb2
 
-from dsv3_jax.trainer import metrics_writer
-
-
-class Terminal(io.StringIO):
-  def isatty(self):
-    return True
+from dsv3_jax.trainer import metrics_writer, terminal
 
 
 def row(step: int, **more) -> dict:
@@ -43,26 +37,19 @@ def events(workdir: pathlib.Path) -> list[event_pb2.Event]:
   return found
 
 
-class WriterTestCase(parameterized.TestCase):
+class MetricsWriterTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     parent = self.enter_context(tempfile.TemporaryDirectory())
     self.workdir = pathlib.Path(parent) / "run"  # the writer makes it
     self.metrics = self.workdir / "metrics.jsonl"
-    clock = mock.patch("time.monotonic", side_effect=lambda: self.now)
-    self.enter_context(clock)
-    self.enter_context(mock.patch.dict("os.environ", {"TERM": "xterm"}))
-    self.now = 100.0
 
-  def writer(
-    self, total=10, done=0, stream=None
-  ) -> metrics_writer.MetricsWriter:
-    return metrics_writer.MetricsWriter(
-      self.workdir, total, done, stream or io.StringIO()
-    )
+  def writer(self, done=0, stream=None) -> metrics_writer.MetricsWriter:
+    self.workdir.mkdir(exist_ok=True)
+    lines = terminal.Terminal(self.workdir, stream or io.StringIO())
+    self.addCleanup(lines.close)
+    return metrics_writer.MetricsWriter(self.workdir, 10, done, lines)
 
-
-class MetricsWriterTest(WriterTestCase):
   def write(self, first: int, last: int) -> None:
     with self.writer(done=first - 1) as log:
       for step in range(first, last + 1):
@@ -147,76 +134,6 @@ class MetricsWriterTest(WriterTestCase):
     starts = [e.step for e in events(self.workdir) if e.HasField("session_log")]
     self.assertIn(2, starts)
     self.assertLen(list((self.workdir / "tensorboard").iterdir()), 2)
-
-
-class ProgressTest(WriterTestCase):
-  def test_pipe_gets_a_line_every_five_seconds(self):
-    stream = io.StringIO()
-    with self.writer(stream=stream) as log:
-      for step in range(1, 9):
-        log.write(row(step))
-        self.now += 2
-    lines = stream.getvalue().splitlines()
-    shown = [line.split()[1] for line in lines]
-    self.assertEqual(shown, ["1/10", "4/10", "7/10", "8/10"])
-    self.assertNotIn("\r", stream.getvalue())
-    logged = (self.workdir / "log.txt").read_text().splitlines()
-    self.assertEqual([line.split("  ", 1)[1] for line in logged], lines)
-
-  def test_line_says_what_a_person_wants_to_know(self):
-    stream = io.StringIO()
-    with self.writer(stream=stream) as log:
-      log.write(row(1))
-      log.write({"step": 1, "heldout_loss": 4.0, "heldout_bpb": 1.987})
-      self.now += 60
-      log.write(row(4))
-    line = stream.getvalue().splitlines()[-1]
-    # Three steps took 60 s and six are left.
-    self.assertEqual(
-      line,
-      "step 4/10  loss 1.000  12,346 tok/s  2:00 left  MaxVio 0.21"
-      "  skipped 1  bpb 1.987",
-    )
-    self.assertLess(len(line), 90)
-
-  def test_terminal_rewrites_one_line(self):
-    stream = Terminal()
-    with self.writer(stream=stream) as log:
-      for step in range(1, 5):
-        log.write(row(step))
-        self.now += 1
-      live = stream.getvalue()
-    self.assertNotIn("\n", live)
-    self.assertEqual(live.count("\r"), 4)
-    for state in live.split("\r")[1:]:
-      self.assertLess(len(state.removesuffix("\x1b[K")), 80)
-    self.assertEndsWith(stream.getvalue(), "\n")
-    self.assertEqual(stream.getvalue().count("\n"), 1)
-
-  def test_evaluation_always_gets_a_line_and_its_sample_one(self):
-    stream = Terminal()
-    with self.writer(stream=stream) as log:
-      log.write(row(1))
-      log.write(
-        {
-          "step": 1,
-          "heldout_loss": 4.0,
-          "heldout_bpb": None,
-          "sample": "one\ntwo\x1b[2J\r" + "x" * 200,
-        }
-      )
-    text = stream.getvalue().replace("\r\x1b[K", "")
-    self.assertIn("held-out loss 4.0000  nan bits per byte\n", text)
-    sample = text.splitlines()[-1]
-    self.assertStartsWith(sample, "  > one two\ufffd[2J xxx")
-    self.assertLess(len(sample), 101)
-
-  def test_letters_that_the_stream_cannot_show_are_escaped(self):
-    raw = io.BytesIO()
-    stream = io.TextIOWrapper(raw, encoding="ascii")
-    with self.writer(stream=stream) as log:
-      log.note("“quoted”")
-    self.assertEqual(raw.getvalue(), b"\\u201cquoted\\u201d\n")
 
 
 if __name__ == "__main__":
