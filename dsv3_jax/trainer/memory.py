@@ -3,6 +3,7 @@
 import math
 import os
 import pathlib
+import resource
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +36,20 @@ def host_bytes() -> int:
     if path.is_file() and (text := path.read_text().strip()).isdecimal():
       there = min(there, int(text))
   return there
+
+
+def peak_bytes() -> dict[str, int]:
+  """Returns the most memory so far, of this process and of its fullest device.
+
+  A processor's virtual devices have none of their own.
+  """
+  # Linux counts in KiB.
+  peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10}
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  key = "peak_bytes_in_use"
+  if used := [each[key] for each in stats if key in each]:
+    peak["device"] = max(used)
+  return peak
 
 
 def validate(run: config.Run, mesh: jax.sharding.Mesh) -> Iterator[str]:

@@ -194,7 +194,9 @@ def _prepare(
   distributed.run_on_process_zero(claim)
   data = read_data(args)
   distributed.run_on_process_zero(workdir.write_config, folder, identity)
-  distributed.run_on_process_zero(workdir.write_environment, folder)
+  distributed.run_on_process_zero(
+    lambda: workdir.write_environment(folder, own_process=args.own_process)
+  )
   return data
 
 
