@@ -12,8 +12,8 @@ from dsv3_jax.report import plots, run_data
 SNAPSHOTS = 4  # heat maps of expert load
 TREND = (
   "Every step faint, a running mean over 2% of the run solid. The biggest"
-  " outlier has a ring, or a triangle if it is beyond the axis; the mean is"
-  " without such."
+  " outlier has a ring, or a triangle if it is beyond the axis, whose values"
+  " the mean leaves out."
 )
 
 

@@ -64,11 +64,12 @@ def gaps(
   """
   above, below = figure.subplots(2, sharex=True)
   for i, (label, losses) in enumerate(curves.items()):
-    above.plot(x, losses.mean(0), label=label)
+    look = {"color": f"C{i}", "linestyle": "-"}
+    above.plot(x, losses.mean(0), label=label, **look)
     for gap in gaps.get(label, ()):
-      below.plot(x, gap, color=f"C{i}", alpha=0.3, linewidth=0.8)
+      below.plot(x, gap, alpha=0.3, linewidth=0.8, **look)
     if label in gaps:
-      below.plot(x, gaps[label].mean(0), color=f"C{i}")
+      below.plot(x, gaps[label].mean(0), **look)
   # Early losses are far above all others.
   late = np.concatenate([losses[:, warmup:] for losses in curves.values()])
   if np.isfinite(late).all():
