@@ -16,7 +16,7 @@ NEIGHBOURS = 10  # to each side, whose median a value is compared with
 # An outlier is this many standard deviations away. Of a million normal values
 # none is; the deviation is estimated by the median, which outliers leave alone.
 OUTLIER, MEDIAN_TO_STD = 8.0, 1.4826
-VISIBLE = 0.02  # and at least this part of the range of all values
+VISIBLE = 0.02  # and at least this part of the range of all medians
 
 
 def count(n: float, _: object = None) -> str:
@@ -152,7 +152,7 @@ def outliers(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     [len(part) for part in parts],
   )
   deviation = MEDIAN_TO_STD * np.maximum(local, np.median(distance))
-  bound = np.maximum(OUTLIER * deviation, VISIBLE * np.ptp(y))
+  bound = np.maximum(OUTLIER * deviation, VISIBLE * np.ptp(middle))
   order = np.argsort(-distance, kind="stable")
   order = order[distance[order] > bound[order]]
   return at[order], distance[order]

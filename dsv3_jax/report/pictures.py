@@ -100,11 +100,13 @@ def _bits_per_byte(run: run_data.Record) -> Picture | str:
 
 def _by_domain(run: run_data.Record) -> list[Picture]:
   """Returns the picture of bits per byte by domain, if there are several."""
-  if not (names := run_data.domains(run)):
-    return []
   curves = {
-    name: run_data.column(run.evals, f"heldout_bpb/{name}") for name in names
+    name: bits
+    for name in run_data.domains(run)
+    if (bits := run_data.column(run.evals, run_data.DOMAIN + name)) is not None
   }
+  if not curves:
+    return []
   return [
     Picture(
       name="bits_per_byte_by_domain",

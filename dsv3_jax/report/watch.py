@@ -16,7 +16,7 @@ from dsv3_jax.report import page, pictures, run_data
 
 HOST = "127.0.0.1"
 LEAST_S = 2.0  # between two pages
-BUSY = 0.1  # most of a core that drawing takes from the run
+BUSY = 0.2  # most of a core that drawing takes from the run
 _LIVE = pathlib.Path(__file__).with_name("live.html")
 
 

@@ -69,6 +69,8 @@ class OutliersTest(parameterized.TestCase):
     self.assertEmpty(axes.outliers(y)[0])
     y[300], y[500], y[400] = 5.5, 7, np.nan
     self.assertEqual(axes.outliers(y)[0].tolist(), [500, 300])
+    y[200] = 1e9  # hides no other
+    self.assertEqual(axes.outliers(y)[0].tolist(), [200, 500, 300])
 
   def test_steep_noisy_flat_or_short_curves_have_none(self):
     falling = 8 * np.exp(-np.arange(400) / 20)

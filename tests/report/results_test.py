@@ -94,11 +94,11 @@ class ResultsTest(parameterized.TestCase):
     self.assertIsNone(run_data.changes(self.run_of(config=other)))
 
   def test_domains_have_names_and_curves(self):
-    scores = {"prose": 2.0, "code": 1.0, "code_ema": 0.9}
+    scores = {"prose": 2.0, "code": 1.0, "code_ema": 0.9, "nan": None}
     row = {"step": 1, "heldout_loss": 1.0, "heldout_bpb": 1.5}
     row |= {f"heldout_bpb/{name}": value for name, value in scores.items()}
     run = self.run_of(ROW, row)
-    self.assertEqual(run_data.domains(run), ["code", "prose"])
+    self.assertEqual(run_data.domains(run), ["code", "nan", "prose"])
     (picture,) = (
       p
       for p in pictures.pictures(run)
