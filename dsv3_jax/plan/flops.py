@@ -5,6 +5,30 @@ import jax
 from dsv3_jax import config, param_spec
 from dsv3_jax.model import transformer
 
+# Dense BF16 FLOP/s of a device, by the start of its name in JAX; from the
+# vendors' data sheets, without sparsity.
+PEAK_FLOPS = {
+  "NVIDIA H100 PCIe": 756e12,
+  "NVIDIA H100": 989e12,
+  "NVIDIA H200": 989e12,
+  "NVIDIA H800": 989e12,
+  "NVIDIA A100": 312e12,
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5e": 197e12,
+  "TPU v5": 459e12,
+  "TPU v6 lite": 918e12,
+  "TPU v6e": 918e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+  """Dense BF16 FLOP/s of a device; None if it is not in `PEAK_FLOPS`."""
+  for name, peak in PEAK_FLOPS.items():
+    if device_kind.startswith(name):
+      return peak
+  return None
+
 
 def parameter_counts(cfg: config.Model) -> dict[str, int]:
   """Returns numbers of parameters as the papers count them.
@@ -65,3 +89,36 @@ def forward_flops(cfg: config.Model, n_tokens: int, n_logits: int) -> int:
   )
   layers = n_tokens * (active_weights(cfg) - head)
   return 2 * (layers + per_pair * pairs + n_logits * head)
+
+
+def train_flops(cfg: config.Model, n_tokens: int) -> int:
+  """Matrix-product FLOPs of training on one text, MTP modules included.
+
+  The backward pass is twice the forward pass; what it computes again
+  (`train.remat`) does not count.
+
+  Args:
+    cfg: sizes of the model.
+    n_tokens: tokens of the text, each with a loss.
+  """
+  main = forward_flops(cfg, n_tokens, n_tokens)
+  return 3 * (main + _mtp_flops(cfg, n_tokens))
+
+
+def _mtp_flops(cfg: config.Model, n_tokens: int) -> int:
+  """FLOPs of the MTP modules' forward pass: projection, layer, head."""
+  specs = transformer.specs(cfg).get("mtp", {})
+  scales = [s for s in jax.tree.leaves(specs) if s.axes[-1] == "norm"]
+  routed = specs.get("block", {}).get("ffn", {}).get("experts", {})
+  n_experts = cfg.router.n_experts
+  weights = param_spec.count(specs) - param_spec.count(scales)
+  weights -= (
+    param_spec.count(routed)
+    * (n_experts - cfg.router.top_k)
+    // max(n_experts, 1)
+  )
+  weights += cfg.mtp.depth * cfg.d_model * cfg.vocab_size
+  pairs = n_tokens * (n_tokens + 1) // 2
+  attention = cfg.attention
+  per_pair = attention.n_heads * (attention.qk_dim + attention.v_dim)
+  return 2 * (n_tokens * weights + cfg.mtp.depth * per_pair * pairs)

@@ -2,13 +2,19 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from dsv3_jax.report import plots, run_data
 
 SNAPSHOTS = 4  # heat maps of expert load
+TREND = (
+  "Every step faint, a running mean over 2% of the run solid. The biggest"
+  " outlier has a ring, or a triangle if it is beyond the axis, whose values"
+  " the mean leaves out."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +26,7 @@ class Picture:
   caption: str
   draw: Callable[[Figure], None]
   height_in: float = 3.4
+  narrow_height_in: float | None = None  # on a phone; None: the same
 
 
 # Each function returns a Picture, or a sentence on what the run lacks.
@@ -31,11 +38,16 @@ def _curves(run: run_data.Record, keys: dict[str, str]) -> dict:
   return {label: y for label, y in columns.items() if y is not None}
 
 
+def _numbers(rows: Sequence[dict]) -> np.ndarray:
+  """[rows] numbers of the steps."""
+  return np.array([row["step"] for row in rows])
+
+
 def _losses(run: run_data.Record) -> Picture | str:
   curves = _curves(run, {"next token": "main_loss", "MTP": "mtp_loss"})
   if not (curves := curves or _curves(run, {"training": "loss"})):
     return "Loss: no step has a finite one."
-  caption = "Every step faint, a running mean over 2% of the run solid."
+  caption = TREND
   if "MTP" in curves:
     caption += (
       " MTP is the loss of the multi-token prediction modules: they predict"
@@ -56,6 +68,7 @@ def _losses(run: run_data.Record) -> Picture | str:
       x=run_data.column(run.steps, "tokens"),
       curves=curves,
       points=points,
+      steps=_numbers(run.steps),
     ),
   )
 
@@ -85,6 +98,32 @@ def _bits_per_byte(run: run_data.Record) -> Picture | str:
   )
 
 
+def _by_domain(run: run_data.Record) -> list[Picture]:
+  """Returns the picture of bits per byte by domain, if there are several."""
+  curves = {
+    name: bits
+    for name in run_data.domains(run)
+    if (bits := run_data.column(run.evals, run_data.DOMAIN + name)) is not None
+  }
+  if not curves:
+    return []
+  return [
+    Picture(
+      name="bits_per_byte_by_domain",
+      title="Bits per byte by domain",
+      caption=(
+        "The same for the held-out text of each domain alone. Domains differ in"
+        " how well any program can compress them: compare each with itself."
+      ),
+      draw=functools.partial(
+        plots.by_domain,
+        x=run_data.tokens_at(run, [row["step"] for row in run.evals]),
+        curves=curves,
+      ),
+    )
+  ]
+
+
 def _max_violation(run: run_data.Record) -> Picture | str:
   at, vio = run_data.nested(run.steps, "max_vio_per_layer")
   if not vio.size:
@@ -95,13 +134,15 @@ def _max_violation(run: run_data.Record) -> Picture | str:
     caption=(
       "MaxVio: how far the busiest expert of a layer is above its even"
       " share of a step's tokens, as a part of that share; running mean"
-      " over 2% of the run. At 0, all experts have the same load."
+      " over 2% of the run. At 0, all experts have the same load. A ring marks"
+      " the single step that is furthest from its neighbours, if any is far."
     ),
     draw=functools.partial(
       plots.max_violation,
       x=run_data.column(run.steps, "tokens")[at],
       vio=vio,
       names=run_data.router_names(run, vio.shape[1]),
+      steps=_numbers(run.steps)[at],
     ),
   )
 
@@ -112,7 +153,7 @@ def _load_maps(run: run_data.Record) -> Picture | str:
     return "Expert load: no row has it; without MoE layers there is none."
   shown = plots.evenly_spaced(len(at), SNAPSHOTS)
   names = run_data.router_names(run, shares.shape[1])
-  rows = -(-len(shown) // 2)
+  rows, panel_in = -(-len(shown) // 2), 0.6 + 0.16 * min(16, len(names))
   return Picture(
     name="expert_load",
     title="Load of every expert",
@@ -128,7 +169,8 @@ def _load_maps(run: run_data.Record) -> Picture | str:
       titles=[f"step {run.steps[at[i]]['step']:,}" for i in shown],
       names=names,
     ),
-    height_in=1.2 + rows * (0.8 + 0.16 * min(16, len(names))),
+    height_in=1.2 + rows * panel_in,
+    narrow_height_in=1.2 + len(shown) * panel_in,
   )
 
 
@@ -150,6 +192,7 @@ def _load_over_time(run: run_data.Record) -> Picture | str:
       names=run_data.router_names(run, n),
     ),
     height_in=1.2 + 1.35 * -(-shown // 2),
+    narrow_height_in=1.2 + 1.2 * shown,
   )
 
 
@@ -201,7 +244,7 @@ def _schedules(run: run_data.Record) -> Picture | str:
     name="schedules",
     title="Schedules",
     caption="What was set from outside, by the number of tokens seen.",
-    draw=functools.partial(plots.panels, x=x, curves=curves, noisy=False),
+    draw=functools.partial(plots.panels, x=x, curves=curves),
     height_in=0.6 + 1.35 * len(curves),
   )
 
@@ -217,8 +260,10 @@ def _throughput(run: run_data.Record) -> Picture | str:
   return Picture(
     name="throughput",
     title="Throughput and gradients",
-    caption="Every step faint, a running mean over 2% of the run solid.",
-    draw=functools.partial(plots.panels, x=x, curves=curves, noisy=True),
+    caption=TREND,
+    draw=functools.partial(
+      plots.panels, x=x, curves=curves, steps=_numbers(run.steps)
+    ),
     height_in=0.6 + 1.35 * len(curves),
   )
 
@@ -240,6 +285,7 @@ def _needles(run: run_data.Record) -> list[Picture]:
       ),
       draw=functools.partial(plots.needles, **answers),
       height_in=plots.needles_height_in(n_models),
+      narrow_height_in=plots.needles_height_in(2 * n_models),
     )
   ]
 
@@ -249,6 +295,7 @@ def pictures(run: run_data.Record) -> list[Picture | str]:
   return [
     _losses(run),
     _bits_per_byte(run),
+    *_by_domain(run),
     _max_violation(run),
     _load_maps(run),
     _load_over_time(run),

@@ -3,63 +3,20 @@
 Colours and fonts are those of `render`. Files and runs are for others.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import matplotlib
 import matplotlib.ticker
 import numpy as np
-from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from dsv3_jax.report import axes as axes_lib
 from dsv3_jax.report import render
 
 PANELS = 12  # most layers that are shown with a panel of their own
-
-
-def count(n: float) -> str:
-  """Formats 1234567 as 1.23 M."""
-  for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
-    if abs(n) >= size:
-      return f"{n / (1e3 if unit == 'k' else size):.3g} {unit}"
-  return f"{n:,.0f}"
-
-
-def smooth(values: np.ndarray, window: int) -> np.ndarray:
-  """Returns the centred running mean over the finite values."""
-  if window < 2:
-    return values
-  finite, kernel = np.isfinite(values), np.ones(window)
-  total = np.convolve(np.where(finite, values, 0.0), kernel, "same")
-  count = np.convolve(finite, kernel, "same")
-  with np.errstate(invalid="ignore", divide="ignore"):
-    return np.where(count > 0.5, total / count, np.nan)
-
-
-def _window(n: int) -> int:
-  """Window of a running mean over 2 % of the run."""
-  return max(1, n // 50)
-
-
-def _scales(axes: Axes, *, label: bool = True, ticks: int = 6) -> None:
-  """Formats the axes: tokens to the right, about `ticks` ticks upwards."""
-  # The default number of ticks depends on the room that the layout leaves,
-  # and this on the width of their labels: a label could be cut off.
-  axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(ticks))
-  axes.grid(True, linewidth=0.8)
-  axes.xaxis.set_major_formatter(lambda n, _: count(n))
-  axes.set_xlim(left=0)
-  if label:
-    axes.set_xlabel("training tokens")
-
-
-def _trend(axes: Axes, x: np.ndarray, y: np.ndarray, label: str) -> None:
-  """Draws the running mean of y over the faint values themselves."""
-  window = _window(len(y))
-  marker = "o" if len(y) == 1 else None
-  (line,) = axes.plot(x, smooth(y, window), marker=marker, label=label)
-  if window > 1:
-    axes.plot(x, y, color=line.get_color(), alpha=0.25, linewidth=0.8, zorder=1)
 
 
 def losses(
@@ -67,6 +24,7 @@ def losses(
   x: np.ndarray,
   curves: Mapping[str, np.ndarray],
   points: Mapping[str, tuple[np.ndarray, np.ndarray]],
+  steps: np.ndarray,
 ) -> None:
   """Draws losses of every step as trends, those of evaluations as points.
 
@@ -75,15 +33,15 @@ def losses(
     x: [steps] tokens.
     curves: [steps] losses by label.
     points: tokens and losses of evaluations by label.
+    steps: [steps] their numbers.
   """
   axes = figure.subplots()
-  for label, y in curves.items():
-    _trend(axes, x, y, label)
+  axes_lib.trends(axes, x, curves, steps)
   for label, (at, y) in points.items():
     axes.plot(at, y, marker="o", markersize=4, label=label, zorder=3)
   axes.set_ylabel("cross-entropy (nats per token)")
-  _scales(axes)
-  figure.legend(loc="outside upper left", ncols=4)
+  axes_lib.scales(axes)
+  axes_lib.legend(figure)
 
 
 def gaps(
@@ -106,11 +64,12 @@ def gaps(
   """
   above, below = figure.subplots(2, sharex=True)
   for i, (label, losses) in enumerate(curves.items()):
-    above.plot(x, losses.mean(0), label=label)
+    look = {"color": f"C{i}", "linestyle": "-"}
+    above.plot(x, losses.mean(0), label=label, **look)
     for gap in gaps.get(label, ()):
-      below.plot(x, gap, color=f"C{i}", alpha=0.3, linewidth=0.8)
+      below.plot(x, gap, alpha=0.3, linewidth=0.8, **look)
     if label in gaps:
-      below.plot(x, gaps[label].mean(0), color=f"C{i}")
+      below.plot(x, gaps[label].mean(0), **look)
   # Early losses are far above all others.
   late = np.concatenate([losses[:, warmup:] for losses in curves.values()])
   if np.isfinite(late).all():
@@ -121,9 +80,9 @@ def gaps(
   below.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
   above.set_ylabel("loss (nats per token)")
   below.set_ylabel(f"gap to {next(iter(curves))}")
-  _scales(above, label=False)
-  _scales(below)
-  figure.legend(loc="outside upper left", ncols=len(curves))
+  axes_lib.scales(above, label=False)
+  axes_lib.scales(below)
+  axes_lib.legend(figure)
 
 
 def bits_per_byte(
@@ -138,38 +97,73 @@ def bits_per_byte(
     axes.annotate(f"{y[-1]:.2f}", at, (0, -6), va="top", **left)
   edge = axes.get_yaxis_transform()  # x = 1 is the right edge
   for name, value in baselines.items():
-    axes.axhline(value, color=render.INK, ls="--", lw=1)
+    axes.axhline(value, color=render.SOFT, ls="--", lw=1)
     text = f"{name} {value:.2f}"
     axes.annotate(text, (1, value), (0, 3), edge, va="bottom", **left)
   axes.set_ylabel("bits per byte of held-out text")
-  _scales(axes)
+  axes_lib.scales(axes)
   axes.margins(y=0.12)
 
 
-def max_violation(
-  figure: Figure, x: np.ndarray, vio: np.ndarray, names: Sequence[str]
+def by_domain(
+  figure: Figure, x: np.ndarray, curves: Mapping[str, np.ndarray]
 ) -> None:
-  """Draws the running mean of MaxVio [steps, routers], one line per router."""
+  """Draws held-out bits per byte of each domain, by name."""
+  axes = figure.subplots()
+  for (name, y), marker in zip(
+    curves.items(), itertools.cycle("osD^v"), strict=False
+  ):
+    axes.plot(x, y, marker=marker, markersize=4, label=name)
+  axes.set_ylabel("bits per byte")
+  axes_lib.scales(axes)
+  axes_lib.legend(figure)
+
+
+def max_violation(
+  figure: Figure,
+  x: np.ndarray,
+  vio: np.ndarray,
+  names: Sequence[str],
+  steps: np.ndarray,
+) -> None:
+  """Draws the running mean of MaxVio [steps, routers], one line per router.
+
+  Args:
+    figure: drawn into.
+    x: [steps] tokens.
+    vio: [steps, routers] values; the biggest outlier is marked.
+    names: of the routers.
+    steps: [steps] their numbers.
+  """
   axes = figure.subplots()
   n = len(names)
-  ramp = matplotlib.colormaps["viridis"]
-  colours = ramp(np.linspace(0.1, 0.88, n))  # its end is too faint on white
-  window, marker = _window(len(x)), "o" if len(x) == 1 else None
-  for column, colour in zip(vio.T, colours, strict=True):
-    axes.plot(x, smooth(column, window), color=colour, marker=marker, lw=1.5)
+  stops = np.linspace(0, len(render.RAMP) - 1, n).round().astype(int)
+  colours = [render.RAMP[i] for i in stops]
+  window, marker = axes_lib.window(len(x)), "o" if len(x) == 1 else None
+  found = []
+  for column, colour, name in zip(vio.T, colours, names, strict=True):
+    mean = axes_lib.smooth(column, window)
+    at = axes_lib.thin(mean)
+    axes.plot(x[at], mean[at], color=colour, marker=marker, linestyle="-")
+    for i, distance in zip(*axes_lib.outliers(column), strict=True):
+      found.append((distance, x[i], column[i], steps[i], name, colour))
+      break
   norm = BoundaryNorm(np.arange(n + 1) - 0.5, n)
   scale = matplotlib.cm.ScalarMappable(
     norm, matplotlib.colors.ListedColormap(colours)
   )
   bar = figure.colorbar(scale, ax=axes, aspect=25, pad=0.02)
-  shown = np.arange(0, n, -(-n // 16))
-  bar.set_ticks(shown, labels=[names[i] for i in shown], minor=False)
+  _name_ticks(bar.ax.yaxis, names)
   bar.ax.tick_params(which="both", length=0)
   bar.ax.invert_yaxis()  # first layer on top, as in the heat maps
   bar.outline.set_visible(False)
   axes.set_ylabel("MaxVio (0: even load)")
+  if found:
+    _, at, value, step, name, colour = max(found)
+    text = f"{name}: {value:.2f} at step {step:,}"
+    axes_lib.mark(axes, (at, value), text, colour)
   axes.set_ylim(bottom=0)
-  _scales(axes)
+  axes_lib.scales(axes)
 
 
 def load_maps(
@@ -179,8 +173,8 @@ def load_maps(
   names: Sequence[str],
 ) -> None:
   """Draws heat maps of expert load [times, routers, experts]; 1 is even."""
-  times, routers, _ = shares.shape
-  columns = min(times, 2)
+  times = len(shares)
+  columns = min(times, _columns(figure))
   grid = figure.subplots(-(-times // columns), columns, squeeze=False)
   for axes, share, title in zip(grid.flat, shares, titles, strict=False):
     image = axes.imshow(
@@ -188,14 +182,13 @@ def load_maps(
       vmin=0,
       vmax=2,
       aspect="auto",
-      interpolation="nearest",
+      interpolation="none",
       cmap=render.LOAD,
     )
     axes.set_title(title, loc="left")
     axes.tick_params(length=0)
-    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-    shown = np.arange(0, routers, -(-routers // 16))
-    axes.set_yticks(shown, [names[i] for i in shown])
+    axes_lib.set_ticks(axes.xaxis, 5 if columns == 2 else 8, integer=True)
+    _name_ticks(axes.yaxis, names)
     axes.spines[:].set_visible(True)
   for axes in grid.flat[times:]:
     axes.set_axis_off()
@@ -218,7 +211,7 @@ def load_over_time(
     names: of the routers.
   """
   shown = evenly_spaced(len(names), PANELS)
-  columns = min(len(shown), 2)
+  columns = min(len(shown), _columns(figure))
   rows = -(-len(shown) // columns)
   grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
   experts = np.arange(shares.shape[-1])
@@ -229,12 +222,12 @@ def load_over_time(
       vmax=2,
       shading="nearest",
       cmap=render.LOAD,
+      rasterized=True,
     )
     axes.set_title(names[i], loc="left")
     axes.tick_params(length=0)
-    axes.xaxis.set_major_formatter(lambda n, _: count(n))
-    few = matplotlib.ticker.MaxNLocator(5, integer=True)
-    axes.yaxis.set_major_locator(few)
+    axes_lib.token_axis(axes, label=False)
+    axes_lib.set_ticks(axes.yaxis, 4, integer=True)
   for axes in grid.flat[len(shown) :]:
     axes.set_axis_off()
   for axes in grid[:, 0]:
@@ -249,7 +242,8 @@ def _share_bar(figure: Figure, image: object, grid: np.ndarray) -> None:
   bar = figure.colorbar(
     image, ax=grid, location="top", extend="max", aspect=45, shrink=0.7
   )
-  bar.set_ticks([0, 0.5, 1, 1.5, 2])
+  bar.set_ticks([0, 0.5, 1, 1.5, 2], labels=["0", "0.5", "1", "1.5", "2"])
+  bar.solids.set_rasterized(True)
   bar.set_label("load of an expert (1: its even share)")
 
 
@@ -271,16 +265,15 @@ def expert_placement(
   marks = {"linestyle": "none", "markersize": size}
   axes.plot(in_order, rows, "o", label="experts in order", **marks)
   axes.plot(placed, rows, "D", label="placed by load, with replicas", **marks)
-  shown = np.arange(0, len(rows), -(-len(rows) // 16))
-  axes.set_yticks(shown, [names[i] for i in shown])
+  _name_ticks(axes.yaxis, names)
   axes.tick_params(axis="y", length=0)
   axes.set_ylim(len(rows) - 0.5, -0.5)  # first layer on top
-  axes.grid(True, axis="x", linewidth=0.8)
-  axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6))
-  axes.axvline(1, color=render.INK, ls="--", lw=1)
+  axes.grid(True, axis="x")
+  axes_lib.set_ticks(axes.xaxis, 5)
+  axes.axvline(1, color=render.SOFT, ls="--", lw=1)
   axes.margins(x=0.04)
   axes.set_xlabel("load of the busiest device (1: the mean of all)")
-  figure.legend(loc="outside upper left", ncols=2)
+  axes_lib.legend(figure)
 
 
 def needles_height_in(n: int) -> float:
@@ -305,7 +298,7 @@ def needles(
   ramp = LinearSegmentedColormap.from_list(
     "share-right", [render.PAPER, render.SERIES[0]]
   )
-  columns = min(len(right), 2)
+  columns = min(len(right), _columns(figure))
   rows = -(-len(right) // columns)
   grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
   for axes, (label, shares) in zip(grid.flat, right.items(), strict=False):
@@ -330,6 +323,17 @@ def needles(
   bar.set_label("right answers")
 
 
+def _columns(figure: Figure) -> int:
+  """Panels side by side."""
+  return 1 if axes_lib.is_narrow(figure) else 2
+
+
+def _name_ticks(axis: Axis, names: Sequence[str]) -> None:
+  """Puts ticks with the names of routers at their indices."""
+  shown = axes_lib.layer_ticks(names)
+  axis.set_ticks(shown, labels=[names[i] for i in shown], minor=False)
+
+
 def evenly_spaced(n: int, most: int) -> list[int]:
   """At most `most` evenly spaced indices below n, first and last included."""
   return sorted({round(i) for i in np.linspace(0, n - 1, min(n, most))})
@@ -339,8 +343,7 @@ def panels(
   figure: Figure,
   x: np.ndarray,
   curves: Mapping[str, np.ndarray],
-  *,
-  noisy: bool,
+  steps: np.ndarray | None = None,
 ) -> None:
   """Draws curves of different units, one above the other.
 
@@ -348,17 +351,18 @@ def panels(
     figure: drawn into.
     x: tokens.
     curves: values by label.
-    noisy: draw a running mean; otherwise exact steps.
+    steps: numbers of the steps, for noisy curves: a running mean is drawn and
+      its biggest outlier marked.
   """
   grid = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
   for axes, (label, y) in zip(grid, curves.items(), strict=True):
-    if noisy:
-      _trend(axes, x, y, label)
-    else:
-      marker = "o" if len(y) == 1 else None
-      axes.plot(x, y, drawstyle="steps-post", marker=marker)
-    axes.set_title(label, loc="left")
     axes.margins(y=0.12)
+    if steps is None:
+      marker, at = "o" if len(y) == 1 else None, axes_lib.thin(y)
+      axes.plot(x[at], y[at], drawstyle="steps-post", marker=marker)
+    else:
+      axes_lib.trends(axes, x, {label: y}, steps)
+    axes.set_title(label, loc="left")
     axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter("{x:,g}")
-    _scales(axes, label=axes is grid[-1], ticks=4)
+    axes.yaxis.set_major_formatter(axes_lib.number)
+    axes_lib.scales(axes, label=axes is grid[-1], ticks=4)

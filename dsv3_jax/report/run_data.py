@@ -9,11 +9,25 @@ from typing import Any
 import numpy as np
 
 from dsv3_jax import config, io
+from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
 from dsv3_jax.infer import eplb
+from dsv3_jax.interop import open_run
 from dsv3_jax.trainer import event_log, metrics_writer
+from dsv3_jax.trainer import workdir as workdir_lib
 
+NEEDLES = "needles.json"
+# What a report reads of a workdir.
+FILES = (
+  metrics_writer.METRICS,
+  event_log.FILE,
+  open_run.CONFIG,
+  workdir_lib.ENV,
+  workdir_lib.SUMMARY,
+  NEEDLES,
+)
 LAST = 0.1  # "at the end" is this share of the steps
+DOMAIN = "heldout_bpb/"  # before the name of a domain, in evaluation rows
 LAST_LOADS = 0.25  # experts are placed for the loads of this share of them
 
 
@@ -30,6 +44,7 @@ class Record:
   needles: dict[str, Any]  # see experiments/context.py; empty without it
   events: list[dict]  # see dsv3_jax/trainer/event_log.py
   missing: tuple[str, ...]  # sentences
+  run: config.Run | None = None  # `config` as a configuration, if it is one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +83,20 @@ def read(workdir: str | os.PathLike) -> Record:
       f"--workdir={workdir}: has no {metrics_writer.METRICS}; expected the"
       " workdir of a training run"
     )
-  rows = metrics_writer.read(path)
+  try:
+    rows = metrics_writer.read(path)
+  except OSError as error:
+    raise InputError(f"{path}: cannot be read: {error}") from error
   steps = [row for row in rows if "loss" in row]
   if not steps:
     raise InputError(f"{path}: has no training step yet; try again later")
-  missing, needles = [], workdir / "needles.json"
-  settings = _read_object(workdir / "config.json", missing)
+  missing, needles = [], workdir / NEEDLES
+  settings = _read_object(workdir / open_run.CONFIG, missing)
+  try:
+    metadata = open_run.read_config(workdir)
+    run = open_run.run_from_config(metadata)
+  except InputError:  # of another version, or reported above
+    run = None
   return Record(
     name=workdir.name,
     steps=steps,
@@ -81,12 +104,38 @@ def read(workdir: str | os.PathLike) -> Record:
     config=config.with_current_names(
       {k.removeprefix("settings."): v for k, v in settings.items()}
     ),
-    env=_read_object(workdir / "env.json", missing),
-    summary=_read_object(workdir / "summary.json", missing),
+    env=_read_object(workdir / workdir_lib.ENV, missing),
+    summary=_read_object(workdir / workdir_lib.SUMMARY, missing),
     needles=io.read_json_object(needles) if needles.is_file() else {},
     events=event_log.read(workdir),
     missing=tuple(missing),
+    run=run,
   )
+
+
+def domains(run: Record) -> list[str]:
+  """Names of the domains that evaluations tell apart; none if it is one."""
+  keys = {key for row in run.evals for key in row}
+  return sorted(
+    key.removeprefix(DOMAIN)
+    for key in keys
+    # `evaluate.ema` adds the averaged parameters under a name of their own.
+    if key.startswith(DOMAIN) and key.removesuffix("_ema") not in keys - {key}
+  )
+
+
+def changes(run: Record) -> dict[str, Any] | None:
+  """Preset's values of the settings that differ; None if that is unknown."""
+  preset = presets.PRESETS.get(run.config.get("variant", ""))
+  if preset is None or run.run is None:
+    return None
+  now, before = config.flatten(run.run), config.flatten(preset)
+  missing = "(not there)"
+  return {
+    path: before.get(path, missing)
+    for path, value in now.items()
+    if before.get(path, missing) != value
+  }
 
 
 def column(rows: Sequence[dict], key: str) -> np.ndarray | None:

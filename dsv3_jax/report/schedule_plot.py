@@ -13,6 +13,7 @@ from matplotlib.legend_handler import HandlerTuple
 from matplotlib.patches import Patch, Rectangle
 
 from dsv3_jax.parallel.pipeline import schedules, simulate
+from dsv3_jax.report import axes as axes_lib
 from dsv3_jax.report import render
 
 OP_NAMES = {
@@ -106,7 +107,7 @@ def _frame(
   axes.set_ylim(schedule.n_ranks - 0.5, -0.5)
   axes.set_yticks(range(schedule.n_ranks), labels)
   axes.tick_params(axis="y", length=0)
-  axes.spines["left"].set_visible(False)
+  axes_lib.set_ticks(axes.xaxis, 12)
   axes.set_xlabel("time")
   axes.set_title(
     f"{schedule.name}: {schedule.n_ranks} ranks [their stages],"

@@ -13,7 +13,13 @@ import jax
 from absl import logging
 
 from dsv3_jax.checkpoint import checkpointer, manifest
-from dsv3_jax.trainer import event_log, exit_codes, metrics_writer, run_args
+from dsv3_jax.trainer import (
+  event_log,
+  exit_codes,
+  memory,
+  metrics_writer,
+  run_args,
+)
 
 FATAL = "fatal.txt"
 
@@ -107,4 +113,5 @@ def log_start_and_end(
     code, text = exit_codes.code_of(error) or exit_codes.INTERNAL, f"{error}"
     raise
   finally:
-    record("end", code=code, text=text, seconds=timer.seconds)
+    peak = memory.peak_bytes()
+    record("end", code=code, text=text, seconds=timer.seconds, peak_bytes=peak)

@@ -8,7 +8,8 @@ One JSON object a line, each with `event` and `time` (seconds since 1970):
   bad     `step` was skipped or is a spike; `why`, and `rows` that it read
   end     exit `code` and `text`; missing if the process was killed
 
-`saved` and `end` also hold the seconds since the start, by phase.
+`saved` and `end` also hold the seconds since the start, by phase, and the most
+memory so far, see `memory.peak_bytes`.
 """
 
 import dataclasses

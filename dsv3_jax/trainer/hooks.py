@@ -1,10 +1,12 @@
 """TrainHooks: replica checks, evaluations and checkpoints of a training run."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from dsv3_jax import config, ema, train
 from dsv3_jax.checkpoint import checkpointer
@@ -15,7 +17,9 @@ from dsv3_jax.infer import engine, inference_params
 from dsv3_jax.infer.engine_options import EngineOptions
 from dsv3_jax.infer.request import GenerationRequest
 from dsv3_jax.parallel import device_mesh, replica_check
-from dsv3_jax.trainer import heartbeat, loop, step_monitor
+from dsv3_jax.trainer import heartbeat, loop, memory, step_monitor
+
+PROMPT_TOKENS = 16  # of a sample, BOS included
 
 
 def checkpoint_metadata(
@@ -27,6 +31,22 @@ def checkpoint_metadata(
     "model": config.flatten(source.run.model),
     "rows": source.positions(step).start,  # read next
   }
+
+
+def sample_prompt(heldout: np.ndarray, most: int) -> list[int]:
+  """Returns BOS and the start of a held-out document, `most` tokens together.
+
+  The document is the first one; it may be shorter.
+
+  Args:
+    heldout: [n] ids, documents of BOS ... EOS one after the other.
+    most: at least 1.
+  """
+  text = heldout[: most + 1].tolist()
+  if text[:1] == [tokenizer.BOS_ID]:
+    del text[0]
+  whole = itertools.takewhile(lambda token: token != tokenizer.EOS_ID, text)
+  return [tokenizer.BOS_ID, *whole][:most]
 
 
 @dataclasses.dataclass
@@ -67,7 +87,7 @@ class TrainHooks(loop.Hooks):
     self.heldout.update(scores)
     row = {"step": int(state.step)} | scores
     if run.evaluate.sample_tokens:
-      row["sample"] = self._sample(state)
+      row["sample_prompt"], row["sample"] = self._sample(state)
     self.monitor.writer.write(row)
     self.watchdog.progress()
     self.monitor.timer.lap("evaluating")
@@ -91,8 +111,8 @@ class TrainHooks(loop.Hooks):
       self.monitor.writer.note(f"{error}; training continues")
       return
     if step is not None:
-      seconds = self.monitor.timer.seconds
-      self.monitor.record("saved", step=step, seconds=seconds)
+      seconds, peak = self.monitor.timer.seconds, memory.peak_bytes()
+      self.monitor.record("saved", step=step, seconds=seconds, peak_bytes=peak)
 
   def finish(self, done: int) -> None:
     """Waits for the last save; raises SaveError if it did not succeed."""
@@ -114,19 +134,26 @@ class TrainHooks(loop.Hooks):
       )
     return likelihood.metrics(by_domain)
 
-  def _sample(self, state: train.TrainState) -> str:
-    """Generates text without a prompt, in process 0 on one device."""
+  def _sample(self, state: train.TrainState) -> tuple[str, str]:
+    """Returns a prompt, and its continuation by process 0 on one device.
+
+    The prompt is the start of the held-out text, and therefore the same at each
+    evaluation of a run.
+    """
     arrays = state.params, state.router_bias, state.step
     params, bias, step = device_mesh.on_first_device(arrays, self.mesh)
     run, n = self.source.run, self.source.run.evaluate.sample_tokens
     if jax.process_index():
-      return ""
+      return "", ""
     model = config.override(run.model, "mtp.depth=0")
     weights = inference_params.from_params(params, bias, model)
-    options = EngineOptions(max_batch=1, max_len=n + 1)
+    room = min(PROMPT_TOKENS, run.model.attention.max_len - n)
+    heldout = self.source.corpus.domains[0].heldout_tokens
+    prompt = sample_prompt(heldout, max(int(room), 1))
+    options = EngineOptions(max_batch=1, max_len=len(prompt) + n)
     generator = engine.Engine(weights, model, options)
     request = GenerationRequest(
-      [tokenizer.BOS_ID],
+      prompt,
       max_tokens=n,
       temperature=0.8,
       top_p=0.95,
@@ -135,4 +162,5 @@ class TrainHooks(loop.Hooks):
     )
     events = generator.run([request])
     tokens = [e.token for e in events if e.finish_reason != engine.STOP]
-    return self.source.corpus.tokenizer.decode(tokens)
+    decode = self.source.corpus.tokenizer.decode
+    return decode(prompt), decode(tokens)

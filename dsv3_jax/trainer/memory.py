@@ -40,15 +40,18 @@ def host_bytes() -> int:
   return there
 
 
-def bytes_in_use() -> int:
-  """Returns the bytes in use on the first device; of this process on a CPU."""
-  device = jax.local_devices()[0]
-  if (stats := device.memory_stats()) and "bytes_in_use" in stats:
-    return stats["bytes_in_use"]
-  path = pathlib.Path("/proc/self/statm")
-  if not path.is_file():  # of Linux alone
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def peak_bytes() -> dict[str, int]:
+  """Returns the most memory so far, of this process and of its fullest device.
+
+  A processor's virtual devices have none of their own.
+  """
+  # Linux counts in KiB.
+  peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10}
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  key = "peak_bytes_in_use"
+  if used := [each[key] for each in stats if key in each]:
+    peak["device"] = max(used)
+  return peak
 
 
 def validate(run: config.Run, mesh: jax.sharding.Mesh) -> Iterator[str]:

@@ -59,7 +59,7 @@ class Progress:
     )
     if sample := row.get("sample"):
       self._terminal.print("  > " + terminal.excerpt(sample, 96))
-    self._left.add_evaluation(time.monotonic())
+    self._left.add_evaluation(step, time.monotonic())
 
   def _columns(self, step: int, row: dict[str, Any]) -> list[tuple[int, str]]:
     """Returns (rank, text): on a narrow terminal the highest ranks go first."""
@@ -76,7 +76,7 @@ class Progress:
       columns.append((2, f"{left} left"))
     if "max_vio" in row:
       columns.append((8, f"MaxVio {_number(row['max_vio'], '.2f')}"))
-    if used := row.get("memory_bytes"):
+    if used := row.get("peak_bytes"):
       columns.append((9, f"{used / 2**30:.1f} GiB"))
     if skipped := row.get("skipped_steps"):
       columns.append((3, f"skipped {skipped}"))
@@ -104,7 +104,7 @@ class _TimeLeft:
     self._total_steps = total_steps
     self._steps = collections.deque(maxlen=RECENT)  # seconds of each
     self._evaluations = []  # seconds of each but the first
-    self._n_evaluations = 0
+    self._n_evaluations = self._evaluated = 0  # and the step of the newest
     self._first = self._now = None  # first step; time of the newest row
 
   def add_step(self, step: int, now: float) -> None:
@@ -114,11 +114,11 @@ class _TimeLeft:
       self._steps.append(now - self._now)
     self._now = now
 
-  def add_evaluation(self, now: float) -> None:
+  def add_evaluation(self, step: int, now: float) -> None:
     if self._n_evaluations and self._now is not None:
       self._evaluations.append(now - self._now)
     self._n_evaluations += 1
-    self._now = now
+    self._evaluated, self._now = step, now
 
   def text(self, step: int) -> str:
     """Returns the time left after a step, or "" before it is known."""
@@ -126,8 +126,8 @@ class _TimeLeft:
       return ""
     seconds = statistics.median(self._steps)
     if self._evaluations:
-      share = self._n_evaluations / (step - self._first + 1)
-      seconds += share * statistics.median(self._evaluations)
+      every = (self._evaluated - self._first + 1) / self._n_evaluations
+      seconds += statistics.median(self._evaluations) / every
     return terminal.duration(seconds * (self._total_steps - step))
 
 

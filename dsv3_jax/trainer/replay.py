@@ -21,7 +21,7 @@ from dsv3_jax.trainer import (
   workdir,
 )
 
-OF_ONE_START = {"tokens_per_s", "memory_bytes"}  # no result of a step
+OF_ONE_START = {"tokens_per_s", "peak_bytes"}  # no result of a step
 
 
 class _Comparison(metrics_writer.NullWriter):

@@ -108,7 +108,8 @@ class StepMonitor(loop.Hooks):
     row |= fp8_shares(metrics.get("fp8", {}))
     n_tokens = run.batch_phase(done - 1).batch_size * length
     row["tokens_per_s"] = n_tokens / seconds
-    row["memory_bytes"] = memory.bytes_in_use()
+    peak = memory.peak_bytes()
+    row["peak_bytes"] = peak.get("device", peak["host"])
     if metrics["load"].size:
       row["max_vio"] = metrics["max_vio_per_layer"].max()
     every = max(run.total_steps // LOADS, 1)

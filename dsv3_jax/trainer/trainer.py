@@ -243,7 +243,11 @@ def _prepare(
   data = read_data(args, waiting)
   identity = workdir.run_identity(args.variant, args.seed, args.run)
   distributed.run_on_process_zero(workdir.write_config, args.workdir, identity)
-  distributed.run_on_process_zero(workdir.write_environment, args.workdir)
+  distributed.run_on_process_zero(
+    lambda: workdir.write_environment(
+      args.workdir, own_process=args.own_process
+    )
+  )
   return data
 
 

@@ -5,8 +5,10 @@ import fcntl
 import os
 import pathlib
 import platform
+import shlex
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -136,9 +138,15 @@ def _revision() -> str:
   return done.stdout.strip()
 
 
-def write_environment(workdir: pathlib.Path) -> None:
-  """Writes env.json: versions, devices, git revision."""
-  environment = {
+def write_environment(workdir: pathlib.Path, *, own_process: bool) -> None:
+  """Writes env.json: command line, host, versions, devices, git revision.
+
+  The command line is that of a process of the run's own, not of a notebook.
+  """
+  command = shlex.join(["python", *sys.orig_argv[1:]])
+  environment = {"command": command} if own_process else {}
+  environment |= {
+    "host": socket.gethostname(),
     "python": platform.python_version(),
     "jax": jax.__version__,
     "jaxlib": jaxlib.__version__,

@@ -35,6 +35,8 @@ ALLOWED = {
   # The name of the machine; `git describe` of this repository.
   "dsv3_jax/trainer/crash_loop.py": {"socket"},
   "dsv3_jax/trainer/workdir.py": {"socket", "subprocess"},
+  # The page of a run, to this machine alone; no path leads to a file.
+  "dsv3_jax/report/watch.py": {"http", "socketserver"},
   # Other programs that the user asks for, with fixed arguments.
   "scripts/bench/main.py": {"subprocess"},
   "scripts/bench/convert.py": {"subprocess"},

@@ -1,114 +1,24 @@
 """The report shows what a run has, says what it lacks, and stands alone."""
 
 import html.parser
-import io
 import json
 import pathlib
 import tempfile
 
 import numpy as np
 import testing
+import written_run
 from absl.testing import absltest, parameterized
 
 from dsv3_jax.infer import eplb
-from dsv3_jax.report import page, pictures, plots, render, run_data
-from dsv3_jax.trainer import metrics_writer
+from dsv3_jax.report import axes, page, pictures, plots, render, run_data
 from scripts import report
-
-E, ROUTERS, STEPS, TOKENS = 16, 5, 488, 4096
-
-SETTINGS = {
-  "model.vocab_size": 2048,
-  "model.n_layers": 5,
-  "model.n_dense_layers": 1,
-  "model.router.n_experts": E,
-  "model.router.top_k": 4,
-  "model.moe.n_shared": 1,
-  "model.mtp.depth": 1,
-  "data.seq_len": 256,
-  "data.path": "",
-  "train.tokens": 2_000_000,
-  "train.batch_size": 16,
-}
-
-SAMPLE = """It was the evening of the day when the old lady came down to the
-house, and said she would not be <b>a moment</b> longer & that was all.
-
-“My dear,” said he, “you must be very tired.”"""
-
-
-def step_row(rng: np.random.Generator, step: int, total: int) -> dict:
-  """A row with the course that a real small run takes."""
-  t = step / total
-  main = 3.4 + 4.2 * np.exp(-9 * t) - 0.5 * t + rng.normal(0, 0.05)
-  skew = 1.3 * np.exp(-8 * t) + 0.03 + 0.08 * np.sin(12 * t) ** 2
-  tilt = np.sin(np.outer(np.arange(1, ROUTERS + 1), np.arange(E)))
-  share = np.exp(skew * tilt) + rng.normal(0, 0.05, (ROUTERS, E))
-  load = np.maximum(share, 0) / share.sum(-1, keepdims=True) * TOKENS * 4
-  load = np.round(load).astype(int)
-  vio = load.max(-1) / load.mean(-1) - 1
-  row = {
-    "step": step,
-    "tokens": step * TOKENS,
-    "loss": main * 1.3 + 0.3,
-    "main_loss": main,
-    "mtp_loss": main + 0.7 + rng.normal(0, 0.05),
-    "balance_loss": 1e-4,
-    "lr": 3e-3 * min(step / 30, 1) * (1 if t < 0.3 else 1.25 - 0.85 * t),
-    "grad_norm": 0.4 + 3 * np.exp(-20 * t) + rng.gamma(2, 0.05),
-    "tokens_per_s": 12_000 + rng.normal(0, 400) - 11_000 * (step == 1),
-    "max_vio": vio.max(),
-    "max_vio_per_layer": vio,
-    "bias_speed": 1e-3 if t < 0.97 else 0.0,
-    "mtp_weight": 0.3 if t < 0.5 else 0.1,
-    "skipped_steps": int(t > 0.4),
-  }
-  return row | ({"load": load} if step % 4 == 1 or step == total else {})
-
-
-def write_run(workdir: pathlib.Path, steps: int = STEPS) -> None:
-  """A workdir like that of a finished run."""
-  rng = np.random.default_rng(0)
-  with metrics_writer.MetricsWriter(
-    workdir, steps, stream=io.StringIO()
-  ) as log:
-    for step in range(1, steps + 1):
-      row = step_row(rng, step, steps)
-      log.write(row)
-      if step % 50 == 0 or step == steps:
-        loss = row["main_loss"] + 0.1
-        bits = loss / np.log(2) / 2.9
-        log.write(
-          {
-            "step": step,
-            "heldout_loss": loss,
-            "heldout_bpb": bits,
-            "sample": SAMPLE,
-          }
-        )
-  config = {"variant": "tiny", "seed": 0, "settings": SETTINGS}
-  env = {
-    "versions": {"jax": "0.10.2", "numpy": "2.4.6"},
-    "devices": ["cpu:0"],
-    "python": "3.11.14",
-    "git_revision": "0123abc",
-  }
-  summary = {
-    "parameters": 5_012_352,
-    "active_parameters": 2_345_472,
-    "bzip2_bpb": 1.99,
-    "xz_bpb": 2.21,
-    "train_seconds": 251.3,
-    "compile_seconds": 21.4,
-  }
-  for name, tree in (("config", config), ("env", env), ("summary", summary)):
-    (workdir / f"{name}.json").write_text(json.dumps(tree))
 
 
 class Elements(html.parser.HTMLParser):
   """Collects elements and text, and checks that tags close in order."""
 
-  VOID = ("meta", "img", "source")
+  VOID = ("meta", "img", "source", "wbr")
 
   def __init__(self, text: str):
     super().__init__()
@@ -146,18 +56,24 @@ class ReportTest(parameterized.TestCase):
 
   def test_complete_run_shows_everything_and_stands_alone(self):
     workdir = self.workdir()
-    write_run(workdir, steps=60)
+    written_run.write(workdir, steps=60)
     elements = self.page_of(workdir)
-    images = [a for tag, a in elements.found if tag == "img"]
-    self.assertLen(images, 8)
+    tags = [tag for tag, _ in elements.found]
+    self.assertEqual(tags.count("svg"), 2 * 8)  # also for a phone
+    images = [a for _, a in elements.found if a.get("role") == "img"]
+    self.assertLen(images, 2 * 8)
     for image in images:
-      self.assertNotEmpty(image["alt"])
+      self.assertNotEmpty(image["aria-label"])
+    ids = [a["id"] for _, a in elements.found if "id" in a]
+    self.assertCountEqual(ids, set(ids))
     for _, attributes in elements.found:
-      self.assertNotIn("href", attributes)
-      for name in ("src", "srcset"):
-        data = attributes.get(name, "data:image/png;base64,")
-        self.assertStartsWith(data, "data:image/png;base64,")
+      for name in ("href", "src", "srcset"):
+        self.assertNotIn(name, attributes)
+      data = attributes.get("xlink:href", "#")
+      if not data.startswith("data:image/png;base64,"):
+        self.assertIn(data.removeprefix("#"), ["", *ids])
     text = (workdir / "report.html").read_text(encoding="utf-8")
+    text = text.replace("url(#", "")
     for outside in ("http:", "https:", "<script", "<link", "url(", "@import"):
       self.assertNotIn(outside, text)
     for said in (
@@ -355,7 +271,7 @@ class PlotsTest(parameterized.TestCase):
   def test_smooth_keeps_a_line_and_skips_nan(self):
     y = np.full(9, 2.0)
     y[4] = np.nan
-    np.testing.assert_allclose(plots.smooth(y, 3), 2.0, rtol=1e-15)
+    np.testing.assert_allclose(axes.smooth(y, 3), 2.0, rtol=1e-15)
 
   def test_labels_stay_inside_the_picture(self):
     # In these limits, ticks every 0.25 just fit and need more room than 0.5.
@@ -363,7 +279,7 @@ class PlotsTest(parameterized.TestCase):
     drawn = []
 
     def draw(figure):
-      plots.losses(figure, x, {"training": y}, {})
+      plots.losses(figure, x, {"training": y}, {}, np.arange(1, 31))
       drawn.extend(figure.axes)
 
     render.png(draw, 3.4)
@@ -380,7 +296,7 @@ class PlotsTest(parameterized.TestCase):
     (671_026_404_352, "671 B"),
   )
   def test_count(self, n, expected):
-    self.assertEqual(plots.count(n), expected)
+    self.assertEqual(axes.count(n), expected)
 
 
 if __name__ == "__main__":

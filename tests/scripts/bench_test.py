@@ -49,6 +49,35 @@ class CostTest(parameterized.TestCase):
     model = presets.PRESETS[name].model
     self.assertEqual(flops.active_weights(model) + norm_gains(model), active)
 
+  @parameterized.parameters("tiny", "v3_671b")
+  def test_an_mtp_module_costs_a_layer_a_projection_and_the_head(self, name):
+    model, n = presets.PRESETS[name].model, 9
+
+    def forward(n_layers):
+      longer = config.override(model, f"n_layers={n_layers}")
+      return flops.forward_flops(longer, n, n)
+
+    layer = forward(model.n_layers + 1) - forward(model.n_layers)
+    d, vocab = model.d_model, model.vocab_size
+    module = layer + 2 * n * (2 * d * d + d * vocab)
+    expected = 3 * (forward(model.n_layers) + model.mtp.depth * module)
+    self.assertEqual(flops.train_flops(model, n), expected)
+
+  def test_training_without_mtp_costs_three_forward_passes(self):
+    model = presets.V2_LITE_16B.model
+    forward = flops.forward_flops(model, 9, 9)
+    self.assertEqual(flops.train_flops(model, 9), 3 * forward)
+
+  def test_the_peak_of_a_device_is_by_its_name(self):
+    for kind, peak in (
+      ("NVIDIA H100 80GB HBM3", 989e12),
+      ("NVIDIA H100 PCIe", 756e12),
+      ("TPU v5 lite", 197e12),
+      ("TPU v5p", 459e12),
+      ("cpu", None),
+    ):
+      self.assertEqual(flops.peak_flops(kind), peak)
+
   def test_attention_cost_counts_the_causal_pairs(self):
     model, seq_len = presets.S.model, 7
     pairs = sum(range(1, seq_len + 1))

@@ -66,10 +66,10 @@ class HeartbeatTest(parameterized.TestCase):
 
   def test_says_which_checkpoint_there_is(self):
     folder = testing.folder(self)
-    self.assertIn("nothing is saved yet", trainer._what_is_saved(folder))
+    self.assertIn("nothing is saved yet", workdir.what_is_saved(folder))
     for name in ("0", "20", "30.orbax-checkpoint-tmp", "40.corrupt"):
       (folder / "checkpoints" / name).mkdir(parents=True)
-    self.assertStartsWith(trainer._what_is_saved(folder), "step 20 is saved")
+    self.assertStartsWith(workdir.what_is_saved(folder), "step 20 is saved")
 
   def test_a_peer_that_leaves_is_not_taken_for_lost_nor_disconnected(self):
     ours, theirs = socket.socketpair()

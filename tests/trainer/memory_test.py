@@ -46,6 +46,16 @@ class MemoryTest(parameterized.TestCase):
     self.assertIn("GiB of this machine's memory, which has 0.00 GiB", line)
     self.assertIn("what would fit: --mesh=data=2 with parallel.layout=", line)
 
+  def test_the_peak_is_of_the_process_and_of_the_fullest_device(self):
+    mib = 2**20
+    peak = memory.peak_bytes()
+    self.assertEqual(list(peak), ["host"])
+    self.assertBetween(peak["host"], 100 * mib, 2**40)
+    used = [{"peak_bytes_in_use": n} for n in (5, 7, 6)]
+    devices = [mock.Mock(memory_stats=lambda s=s: s) for s in (*used, None)]
+    with mock.patch.object(memory.jax, "local_devices", lambda: devices):
+      self.assertEqual(memory.peak_bytes()["device"], 7)
+
   def test_more_devices_are_proposed(self):
     gib = 2**30
     first, second = problems(presets.V3_671B, {}, 32 * gib, 80 * gib)

@@ -43,7 +43,7 @@ def row(step: int, **more) -> dict:
     "tokens_per_s": 12_345.6,
     "max_vio": 0.21,
     "skipped_steps": 0,
-    "memory_bytes": 3 << 29,
+    "peak_bytes": 3 << 29,
   } | more
 
 

@@ -2,11 +2,15 @@
 
 import json
 import pathlib
+import socket
+import sys
 import tempfile
+from unittest import mock
 
+import testing
 from absl.testing import absltest
 
-from dsv3_jax import config
+from dsv3_jax import config, io
 from dsv3_jax.config import overrides, presets
 from dsv3_jax.interop import open_run
 from dsv3_jax.trainer import workdir
@@ -62,6 +66,21 @@ class OldNamesTest(absltest.TestCase):
       ValueError, "data.heldout_fraction: 0.125 -> 0.25"
     ):
       workdir.check_same(self.folder, workdir.run_identity("tiny", 0, other))
+
+
+class EnvironmentTest(absltest.TestCase):
+  def test_the_command_line_is_that_of_a_process_of_its_own(self):
+    folder = testing.folder(self)
+    argv = ["/usr/bin/python3", "-m", "experiments.pretrain", "--set=a=b c"]
+    with mock.patch.object(sys, "orig_argv", argv):
+      for own_process, expected in (
+        (True, "python -m experiments.pretrain '--set=a=b c'"),
+        (False, None),
+      ):
+        workdir.write_environment(folder, own_process=own_process)
+        written = io.read_json_object(folder / workdir.ENV)
+        self.assertEqual(written.get("command"), expected)
+        self.assertEqual(written["host"], socket.gethostname())
 
 
 if __name__ == "__main__":
