@@ -124,8 +124,13 @@ class Terminal:
     # A model may write letters that the terminal's encoding does not have.
     encoding = self._stream.encoding or "utf-8"
     text = text.encode(encoding, "backslashreplace").decode(encoding)
-    self._stream.write(text)
-    self._stream.flush()
+    try:
+      self._stream.write(text)
+      self._stream.flush()
+    except BrokenPipeError:
+      if not io.discard_closed_output():
+        raise
+      self.print("nobody reads the output: it goes to this file alone")
 
   def close(self) -> None:
     """Closes log.txt."""

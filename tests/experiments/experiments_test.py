@@ -1,10 +1,13 @@
 """Tests of the command lines, and of a run from start to report."""
 
+import contextlib
 import functools
+import io
 import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 from unittest import mock
@@ -211,6 +214,53 @@ class CommandLineTest(parameterized.TestCase):
     code, _, err = testing.command_line(main)
     self.assertEqual(code, expected)
     self.assertEqual(err, "error: x\nerror: y\n")
+
+
+class ClosedOutputTest(parameterized.TestCase):
+  """Readers that close a pipe early, as `head` does."""
+
+  def setUp(self):
+    super().setUp()
+    reading, writing = os.pipe()
+    os.close(reading)
+    # Buffered by line: what remains is written when it is closed.
+    self.pipe = self.enter_context(os.fdopen(writing, "w", buffering=1))
+
+  def run_main(self, main, *streams):
+    with contextlib.ExitStack() as stack:
+      for stream in streams:
+        stack.enter_context(mock.patch.object(sys, stream, self.pipe))
+      with self.assertRaises(SystemExit) as end:
+        cli.run_main(main)
+    return end.exception.code
+
+  @parameterized.parameters(True, False)
+  def test_ends_a_command_in_silence(self, flush):
+    err = self.enter_context(contextlib.redirect_stderr(io.StringIO()))
+    code = self.run_main(lambda: print("a", end="", flush=flush), "stdout")
+    self.assertEqual((code, err.getvalue()), (128 + signal.SIGPIPE, ""))
+
+  def test_an_error_has_no_reader_either(self):
+    main = mock.Mock(side_effect=InputError("no"))
+    code = self.run_main(main, "stdout", "stderr")
+    self.assertEqual(code, 128 + signal.SIGPIPE)
+
+  def test_another_pipe_is_a_bug_of_ours(self):
+    err = self.enter_context(contextlib.redirect_stderr(io.StringIO()))
+    code = self.run_main(mock.Mock(side_effect=BrokenPipeError("other")))
+    self.assertEqual(code, cli.INTERNAL)
+    self.assertIn("Traceback", err.getvalue())
+
+  def test_a_training_goes_on(self):
+    folder = testing.folder(self)
+    with mock.patch.object(sys, "stdout", self.pipe):
+      terminal = metrics_writer.Terminal(folder)
+      self.addCleanup(terminal.close)
+      for text in ("one", "two"):
+        terminal.print(text)
+    log = (folder / metrics_writer.LOG).read_text()
+    self.assertRegex(log, "one\n.*nobody reads the output.*\n.*two\n")
+    self.assertEqual(log.count("nobody"), 1)
 
 
 class SampleTest(parameterized.TestCase):
