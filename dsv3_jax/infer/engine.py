@@ -154,17 +154,19 @@ class Engine:
     return bool(self._slots.waiting or self._slots.active)
 
   def step(self) -> list[Event]:
-    """Admits requests, launches a decode step, returns the last step's events.
+    """Admits requests; else launches a decode step, returns the last's events.
 
     The devices thus compute while the host reads what they generated before. A
     request that hits a stop token has run one extra step; its output is
-    discarded.
+    discarded. First tokens do not wait for a decode step, which compiles first.
     """
     events = []
     while self._slots.free and self._slots.waiting:
       events += self._admit()
+    if events:
+      return events
     last, self._running = self._running, self._launch()
-    return events + self._step_events(last) if last else events
+    return self._step_events(last) if last else []
 
   def run(self, requests: Iterable[GenerationRequest]) -> Iterator[Event]:
     """Serves requests in order, taking each when there is a slot for it.

@@ -300,6 +300,21 @@ class SampleTest(parameterized.TestCase):
     drafted, err = self.text(*flags, "--speculative", "--drafts=2")
     self.assertEqual(drafted, plain)
     self.assertRegex(err, r"^20 tokens in .* of \d+ drafts \d+% accepted: ")
+    with self.subTest("as JSON, and nothing else"):
+      out, err = self.text(*flags, "--json", "--stop=no such")
+      row = json.loads(out, parse_constant=refuse)  # NaN is none
+      self.assertEqual((out.count("\n"), err), (1, ""))
+      self.assertEqual("It was" + row["text"] + "\n", plain)
+      self.assertEqual((row["prompt"], row["ended"]), ("It was", "length"))
+      self.assertEqual((row["n_tokens"], len(row["tokens"])), (20, 20))
+      self.assertGreater(row["tokens_per_s"], 0)
+      self.assertEqual((row["seed"], row["stop"]), (0, ["no such"]))
+    with self.subTest("a conversation"):
+      stdin = io.StringIO("It was\n")
+      with mock.patch.object(sys, "stdin", stdin):
+        out, err = self.text("--chat", "--temperature=0", "--max_tokens=20")
+      self.assertIn("the answer ends at --max_tokens=20", err)
+      self.assertNotEmpty(out)
     with self.subTest("a string ends it"):
       end = plain[9:11]
       out, _ = self.text(*flags, f"--stop={end}", "--stop=no such")
@@ -363,6 +378,9 @@ class SampleTest(parameterized.TestCase):
     (("--dtype=float16",), "--dtype=float16: must be one of float32, b"),
     (("--prompts=x",), "--prompts and --out: one needs the other"),
     (("--out=x",), "--prompts and --out: one needs the other"),
+    (("--out=x", "--json"), "--json and --out: give one of them"),
+    (("--json", "--prompts=/no"), "--prompts=/no: there is no such file"),
+    (("--chat", "--max_tokens=5000"), "max_tokens=5000: needs 5004 pos"),
     (("--prompt_=x",), "unknown flag '--prompt_=x'; did you mean --prompt?"),
     (("cold",), "stray argument 'cold'"),
     (("--set=d_model=3",), "unknown flag '--set=d_model=3'"),

@@ -319,6 +319,11 @@ class QueueTest(absltest.TestCase):
     self.assertEqual(ended, len(LENGTHS))
     self.assertFalse(made.busy)
 
+  def test_first_tokens_do_not_wait_for_a_decode_step(self):
+    made = make()
+    self.assertLen(list(itertools.islice(made.run(requests()), SLOTS)), SLOTS)
+    self.assertEqual(made.stats.cycles, 0)
+
   def test_takes_no_more_than_it_has_slots_for(self):
     made, source = make(), iter(requests())
     next(made.run(source))
