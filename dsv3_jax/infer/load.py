@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
@@ -32,6 +33,7 @@ from dsv3_jax.interop.tokenizer_files import GenerationDefaults
 from dsv3_jax.linear import recipe as recipe_lib
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import device_mesh
+from dsv3_jax.plan import memory
 
 Params = tuple[param_spec.Params, jax.Array]  # and router bias, in float32
 
@@ -67,7 +69,8 @@ class LoadedModel:
     """Reads parameters, each device its part alone; returns a generator.
 
     Raises:
-      InputError: an option is out of range, or parameters cannot be read.
+      InputError: an option is out of range, parameters cannot be read, or the
+        devices have not the memory for them.
       manifest.MissingError: the run has no checkpoint.
     """
     options = options or EngineOptions()
@@ -75,6 +78,7 @@ class LoadedModel:
     cfg, mesh = self._served_config(options), None
     if options.serving:
       mesh = serving_mesh.make_serving_mesh(options.serving, cfg)
+    _check_memory(cfg, options.dtype, mesh)
     params, bias = self.read_params(mesh, cfg.mtp.depth > 0)
     if not cfg.mtp.depth:
       params.pop("mtp", None)
@@ -93,6 +97,23 @@ class LoadedModel:
     if options.n_drafts:
       return self.model
     return config.override(self.model, "mtp.depth=0")
+
+
+def _check_memory(
+  cfg: config.Model, dtype: str, mesh: serving_mesh.ServingMesh | None
+) -> None:
+  """Raises InputError if there is no room for parameters as read and served."""
+  specs = serving_params.load_specs(cfg, mesh)
+  read = load_sharded.sharded(transformer.specs(cfg), specs, _devices(mesh))
+  layers = {name: read[name] for name in ("dense", "moe") if name in read}
+  # Layers are served apart, in copies; what is not stacked may be as read.
+  copied = memory.bytes_per_device(layers) * jnp.dtype(dtype).itemsize / 4
+  memory.check_fits(
+    f"the parameters in float32 as they are read, and in {dtype}",
+    memory.bytes_per_device(read) + copied,
+    _devices(mesh).local_devices,
+    "--dtype=bfloat16 needs less, --mesh=expert=N divides them",
+  )
 
 
 @jax.jit(static_argnames=("cfg", "recipe"))

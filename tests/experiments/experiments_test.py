@@ -27,9 +27,11 @@ from dsv3_jax.data.batch import Batch
 from dsv3_jax.errors import InputError, NotFiniteError
 from dsv3_jax.interop import open_run
 from dsv3_jax.parallel import device_mesh
+from dsv3_jax.plan import memory
 from dsv3_jax.trainer import distributed, metrics_writer, trainer
 from dsv3_jax.trainer import workdir as workdir_lib
 from experiments import cli, pretrain, sample
+from scripts import convert
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROSE = "It was a bright cold day, and {} clocks were striking thirteen.\n"
@@ -435,6 +437,22 @@ class SampleTest(parameterized.TestCase):
     self.assertEqual((code, out), (cli.BAD_INPUT, ""))
     self.assertIn("--workdir is missing", err)
     self.assertIn("--top_k=-1", err)
+
+  def test_memory_is_compared_before_anything_is_read(self):
+    self.enter_context(mock.patch.object(memory, "host_bytes", lambda: 1 << 10))
+    self.enter_context(
+      mock.patch.object(checkpointer.Checkpointer, "newest", refuse)
+    )
+    self.assert_refused(
+      ["--dtype=bfloat16"],
+      "the parameters in float32 as they are read, and in bfloat16 need 0.00"
+      " GiB of this machine's memory, which has 0.00 GiB; --dtype=bfloat16",
+    )
+    export = functools.partial(cli.run_main, convert.execute)
+    arguments = f"--mode=export --workdir={self.folder} --hf={self.root / 'hf'}"
+    code, _, err = testing.command_line(export, *arguments.split())
+    self.assertEqual(code, cli.BAD_INPUT)
+    self.assertIn(f"{self.folder}: the parameters in float32 need 0.00", err)
 
   def test_a_folder_that_is_no_run(self):
     self.assert_refused(

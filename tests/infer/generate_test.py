@@ -23,6 +23,7 @@ from dsv3_jax.infer import engine, generate, load, serving_mesh, serving_params
 from dsv3_jax.infer.engine_options import EngineOptions
 from dsv3_jax.infer.request import GenerationRequest
 from dsv3_jax.interop import load_sharded, open_run, tokenizer_files
+from dsv3_jax.plan import memory
 from experiments import cli, sample
 from scripts import convert
 
@@ -425,6 +426,13 @@ class LoadTest(FolderTest):
       generator(folder, **options)
     (params, cfg, options), _ = made.call_args
     return jax.device_get(params), cfg, options
+
+  def test_a_released_folder_larger_than_memory_is_refused(self):
+    released = load.open_model(self.released)
+    host = mock.patch.object(memory, "host_bytes", lambda: 1 << 10)
+    for read in (released.generator, lambda: released.read_params(None, True)):
+      with host, self.assertRaisesRegex(ValueError, "need 0.00 GiB of this"):
+        read()
 
   @parameterized.product(folder=("run_dir", "released"), n_drafts=(0, 2))
   def test_serves_mtp_modules_only_to_draft(self, folder, n_drafts):
