@@ -217,6 +217,9 @@ def run_main(
 
   A reader that closes the output early, such as `head`, ends it in silence.
   """
+  if hasattr(sys.stdout, "reconfigure"):
+    # A text may have letters that the encoding of the output has not.
+    sys.stdout.reconfigure(errors="backslashreplace")
   try:
     code = _execute(main, describe)
   except BrokenPipeError:  # while an error was printed

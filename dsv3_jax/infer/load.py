@@ -6,6 +6,7 @@ for text in model.generator().generate("It is a truth"):
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from dsv3_jax import config, param_spec
+from dsv3_jax import config, display, param_spec
 from dsv3_jax.data import tokenizer
 from dsv3_jax.errors import InputError, raise_problems
 from dsv3_jax.infer import (
@@ -33,13 +34,13 @@ from dsv3_jax.interop.tokenizer_files import GenerationDefaults
 from dsv3_jax.linear import recipe as recipe_lib
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import device_mesh
-from dsv3_jax.plan import memory
+from dsv3_jax.plan import flops, memory
 
 Params = tuple[param_spec.Params, jax.Array]  # and router bias, in float32
 
 
-@dataclasses.dataclass(frozen=True)
-class LoadedModel:
+@dataclasses.dataclass(frozen=True, repr=False)
+class LoadedModel(display.Table):
   """The model and tokenizer of a folder; parameters are read by `generator`."""
 
   model: config.Model
@@ -48,6 +49,19 @@ class LoadedModel:
   notes: tuple[str, ...]  # messages for the user
   # Reads parameters onto a mesh, or one device; MTP modules only if asked to.
   read_params: Callable[[serving_mesh.ServingMesh | None, bool], Params]
+  folder: pathlib.Path
+  variant: str  # of a run, or the type of a released model
+
+  def _rows(self) -> dict[str, object]:
+    longest = self.model.attention.max_len
+    return {
+      "folder": self.folder,
+      "variant": self.variant,
+      **flops.describe(self.model),
+      "tokenizer": f"{tokenizer.n_ids(self.tok):,} ids",
+      "context": "unlimited" if longest == math.inf else f"{longest:,.0f}",
+      "notes": "; ".join(self.notes) or "none",
+    }
 
   def validate(
     self, options: EngineOptions, *requests: GenerationRequest
@@ -153,6 +167,7 @@ def open_model(
     path, model = folder / tokenizer_files.TOKENIZER, source.model
     defaults = tokenizer_files.read_defaults(folder, source.config_json)
     notes = source.notes + defaults.notes
+    variant = str(source.config_json.get("model_type"))
 
     def read_params(mesh, drafting):
       served = source if drafting else source.without_mtp()
@@ -160,7 +175,8 @@ def open_model(
       return load_sharded.load(served, specs, _devices(mesh), np.float32)
 
   else:
-    run = open_run.run_from_config(open_run.read_config(folder))
+    metadata = open_run.read_config(folder)
+    run, variant = open_run.run_from_config(metadata), metadata["variant"]
     path, model = folder / "data" / tokenizer_files.TOKENIZER, run.model
     defaults = open_run.read_defaults(folder)
     notes = defaults.notes
@@ -176,7 +192,7 @@ def open_model(
   raise_problems(problems, f"{folder}: {tokenizer_files.GENERATION}: ")
   tok = tokenizer.load(path)
   tokenizer.check_fits(tok, model.vocab_size)
-  return LoadedModel(model, tok, defaults, notes, read_params)
+  return LoadedModel(model, tok, defaults, notes, read_params, folder, variant)
 
 
 def _devices(mesh: serving_mesh.ServingMesh | None) -> jax.sharding.Mesh:

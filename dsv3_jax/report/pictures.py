@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
-from dsv3_jax.report import plots, run_data
+from dsv3_jax.report import plots, render, run_data
 
 SNAPSHOTS = 4  # heat maps of expert load
 
@@ -20,6 +21,10 @@ class Picture:
   caption: str
   draw: Callable[[Figure], None]
   height_in: float = 3.4
+
+  def _repr_png_(self) -> bytes:
+    """Returns the picture as notebooks show it."""
+    return render.png(self.draw, self.height_in)
 
 
 # Each function returns a Picture, or a sentence on what the run lacks.
@@ -257,3 +262,9 @@ def pictures(run: run_data.Record) -> list[Picture | str]:
     _throughput(run),
     *_needles(run),
   ]
+
+
+def read(workdir: str | os.PathLike) -> dict[str, Picture]:
+  """Returns the pictures that a workdir has, by name; notebooks show them."""
+  found = pictures(run_data.read(workdir))
+  return {each.name: each for each in found if isinstance(each, Picture)}

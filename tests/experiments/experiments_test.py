@@ -247,6 +247,12 @@ class ClosedOutputTest(parameterized.TestCase):
     code = self.run_main(main, "stdout", "stderr")
     self.assertEqual(code, 128 + signal.SIGPIPE)
 
+  def test_letters_that_the_encoding_has_not_are_escaped(self):
+    written = io.BytesIO()
+    self.pipe = io.TextIOWrapper(written, "ascii")
+    self.assertEqual(self.run_main(lambda: print("né"), "stdout"), cli.OK)
+    self.assertEqual(written.getvalue(), b"n\\xe9\n")
+
   def test_another_pipe_is_a_bug_of_ours(self):
     err = self.enter_context(contextlib.redirect_stderr(io.StringIO()))
     code = self.run_main(mock.Mock(side_effect=BrokenPipeError("other")))

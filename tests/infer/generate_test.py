@@ -427,6 +427,12 @@ class LoadTest(FolderTest):
     (params, cfg, options), _ = made.call_args
     return jax.device_get(params), cfg, options
 
+  def test_shows_itself(self):
+    shown = repr(load.open_model(self.run_dir))
+    self.assertRegex(shown, f"folder +{self.run_dir}\n  variant +test\n")
+    self.assertRegex(shown, r"parameters +[\d,]+\n(.*\n)+  tokenizer +\d+ ids")
+    self.assertIn("deepseek_v3", repr(load.open_model(self.released)))
+
   def test_a_released_folder_larger_than_memory_is_refused(self):
     released = load.open_model(self.released)
     host = mock.patch.object(memory, "host_bytes", lambda: 1 << 10)
