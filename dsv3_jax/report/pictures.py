@@ -19,7 +19,7 @@ class Picture:
   name: str  # of its file
   title: str
   caption: str
-  draw: Callable[[Figure], None]
+  draw: Callable[[Figure], None] = dataclasses.field(repr=False)
   height_in: float = 3.4
 
   def _repr_png_(self) -> bytes:
