@@ -1,10 +1,12 @@
-"""Files: atomic writes, checksums, and readers of JSON."""
+"""Files and streams: atomic writes, checksums, JSON, closed outputs."""
 
 import contextlib
 import hashlib
 import json
 import os
 import pathlib
+import select
+import sys
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -102,3 +104,22 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     else:
       flat[f"{prefix}{key}"] = value
   return flat
+
+
+def discard_closed_output() -> bool:
+  """Discards what is printed where the reader has closed the pipe.
+
+  Returns whether the reader of standard output or error has. What is printed
+  afterwards, and what waits in a buffer, raises no error.
+  """
+  closed = False
+  for stream in filter(None, (sys.stdout, sys.stderr)):
+    with contextlib.suppress(OSError, ValueError):  # no stream of the system
+      poll = select.poll()
+      poll.register(stream.fileno(), 0)  # errors are always reported
+      if poll.poll(0):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+        closed = True
+  return closed

@@ -10,6 +10,10 @@ line asked for; and "text", "ended", "tokens" and "logprobs", or "error". They
 are in order when all are there. The same command again resumes where the last
 one stopped; lines that had an error are tried again. The user makes sure that
 the model is the same.
+
+With --json instead of --out, such lines are printed as texts end, with
+"n_tokens", "tokens_per_s" (null for two tokens or less) and, with drafts,
+"draft_acceptance" (of all texts so far).
 """
 
 import contextlib
@@ -78,11 +82,15 @@ _CHECKS = {
 _KNOWN = _FORMS | {name: _CHECKS[f.type] for name, f in SETTINGS.items()}
 
 
-def validate_files(prompts: pathlib.Path, out: pathlib.Path) -> list[str]:
+def validate_files(
+  prompts: pathlib.Path, out: pathlib.Path | None
+) -> list[str]:
   """Lists problems of the two paths; opens no file."""
   problems = []
   if not os.path.isfile(prompts):
     problems.append(f"--prompts={prompts}: there is no such file")
+  if out is None:
+    return problems
   if not os.path.isdir(out.parent):
     problems.append(f"--out={out}: there is no such folder")
   elif os.path.exists(out) and not os.path.isfile(out):
@@ -152,15 +160,18 @@ def _make_request(row: Row) -> GenerationRequest:
   return GenerationRequest(prompt, **settings)
 
 
+def _settings(request: GenerationRequest) -> Row:
+  settings = {name: getattr(request, name) for name in SETTINGS}
+  return settings | {"stop": list(request.stop)}
+
+
 def _read_prompts(
   path: pathlib.Path, generator: generate.Generator, defaults: GenerationRequest
 ) -> list[_Line]:
   """Returns all lines that are not empty."""
   with _input_errors(f"--prompts={path}"):
     content = path.read_bytes()
-  settings = {name: getattr(defaults, name) for name in SETTINGS}
-  settings["stop"] = list(defaults.stop)
-  lines = []
+  settings, lines = _settings(defaults), []
   # Other line breaks than this one may stand in a line of JSON.
   for index, line in enumerate(content.split(b"\n")):
     if not line.strip():
@@ -173,6 +184,8 @@ def _read_prompts(
       lines.append(_Line(index, row, request))
     except (ValueError, OverflowError, RecursionError) as error:
       lines.append(_Line(index, error=f"line {index + 1}: {error}"))
+  if not lines:
+    raise InputError(f"--prompts={path}: holds no line")
   return lines
 
 
@@ -234,19 +247,18 @@ def _save(path: pathlib.Path, rows: Mapping[int, Row]) -> None:
 
 def _generate_rows(
   generator: generate.Generator, lines: list[_Line]
-) -> Iterator[Row]:
-  """Yields the rows of lines as their texts end."""
-  unfinished = {}
+) -> Iterator[tuple[Row, generate.GeneratedText]]:
+  """Yields the rows of lines, and their texts, as these end."""
+  unfinished: dict[int, generate.GeneratedText] = {}
   for chunk in generator.stream(line.request for line in lines):
-    texts, tokens, logprobs = unfinished.setdefault(chunk.index, ([], [], []))
-    texts.append(chunk.text)
-    tokens.append(chunk.token)
-    logprobs.append(round(chunk.logprob, 6))
+    text = unfinished.setdefault(chunk.index, generate.GeneratedText())
+    text.add(chunk)
     if chunk.finish_reason:
       line = lines[chunk.index]
-      row = {"index": line.index, **line.fields, "text": "".join(texts)}
-      row |= {"ended": chunk.finish_reason}
-      yield row | {"tokens": tokens, "logprobs": logprobs}
+      row = {"index": line.index, **line.fields, "text": text.text}
+      row |= {"ended": text.finish_reason, "tokens": text.tokens}
+      row["logprobs"] = [round(logprob, 6) for logprob in text.logprobs]
+      yield row, text
       del unfinished[chunk.index]
 
 
@@ -264,19 +276,18 @@ def generate_all(
     InputError: a file cannot be read or written, or `out` is of other prompts.
   """
   lines = _read_prompts(prompts, generator, defaults)
-  if not lines:
-    raise InputError(f"--prompts={prompts}: holds no line")
   out = pathlib.Path(os.path.realpath(out))  # the target of a link
   rows = _finished(out, lines)
   todo = [x for x in lines if x.index not in rows and not x.error]
-  bad = [{"index": x.index, "error": x.error} for x in lines if x.error]
+  bad = _error_rows(lines)
   start, n_tokens = time.perf_counter(), 0
   with _input_errors(f"--out={out}"):
     _save(out, rows)  # drops an unfinished last row, and rows with errors
     with open(out, "a", encoding="utf-8") as file, _bar() as bar:
       task = bar.add_task("texts", total=len(lines), speed="")
       bar.update(task, completed=len(rows))
-      for row in itertools.chain(bad, _generate_rows(generator, todo)):
+      made = (row for row, _ in _generate_rows(generator, todo))
+      for row in itertools.chain(bad, made):
         rows[row["index"]] = row
         _append(file, row)
         n_tokens += len(row.get("tokens", ()))
@@ -289,6 +300,39 @@ def generate_all(
     _log(describe_drafts(generator.engine.stats))
   if bad:
     _log(f"{len(bad)} lines had an error, see their rows")
+
+
+def print_all(
+  generator: generate.Generator,
+  prompts: pathlib.Path | None,
+  defaults: GenerationRequest,
+) -> None:
+  """Prints the rows of all prompts, or that of `defaults` alone, as they end.
+
+  Raises:
+    InputError: the file of prompts cannot be read.
+  """
+  if prompts:
+    lines = _read_prompts(prompts, generator, defaults)
+  else:
+    row = {"prompt": defaults.prompt, **_settings(defaults)}
+    lines = [_Line(0, row, defaults)]
+  bad, stats = _error_rows(lines), generator.engine.stats
+  for row in bad:
+    print(json.dumps(row), flush=True)
+  for row, text in _generate_rows(generator, [x for x in lines if not x.error]):
+    speed = text.tokens_per_s
+    row["n_tokens"] = len(text.tokens)
+    row["tokens_per_s"] = None if speed is None else round(speed, 1)
+    if stats.drafts:
+      row["draft_acceptance"] = round(stats.acceptance, 4)
+    print(json.dumps(row, allow_nan=False), flush=True)
+  if bad:
+    _log(f"{len(bad)} lines had an error, see their rows")
+
+
+def _error_rows(lines: list[_Line]) -> list[Row]:
+  return [{"index": x.index, "error": x.error} for x in lines if x.error]
 
 
 def _bar() -> progress.Progress:

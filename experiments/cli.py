@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import jax
 from absl import flags
 
-from dsv3_jax import config
+from dsv3_jax import config, io
 from dsv3_jax.config import fields
 from dsv3_jax.errors import InputError, raise_problems
 from dsv3_jax.parallel import device_mesh
@@ -37,6 +37,7 @@ from experiments import flag_parser, help_page
 OK, BAD_INPUT = exit_codes.OK, exit_codes.BAD_INPUT
 NOT_FINITE, INTERNAL = exit_codes.NOT_FINITE, exit_codes.INTERNAL
 NO_CHECKPOINT = exit_codes.NO_CHECKPOINT
+CLOSED = 128 + signal.SIGPIPE  # as if the signal had not been ignored
 
 flags.DEFINE_string("workdir", None, "folder of the run")
 flags.DEFINE_string("variant", None, "one of those above; default: the first")
@@ -91,9 +92,7 @@ flags.DEFINE_list(
 )
 
 flags.DEFINE_string(
-  "compile_cache",
-  compilation.default_cache(),
-  "folder of compiled programs, which later starts read; empty: none",
+  "compile_cache", compilation.default_cache(), compilation.HELP
 )
 
 # Old name -> new name of flags; old names are read for one release.
@@ -198,19 +197,24 @@ def _help(
   return help_page.experiment(module, __name__, variants or {})
 
 
-def run_main(
-  main: Callable[[], int | None], describe: Callable[[], str] = _help
-) -> NoReturn:
-  """Calls main and exits with the code that the error it raises stands for."""
-  if {"--help", "-h"} & set(sys.argv[1:]):
-    print(describe())
-    sys.exit(OK)
+def _execute(
+  main: Callable[[], int | None], describe: Callable[[], str]
+) -> int:
+  """Calls main, or prints help; returns the exit code, of its error too."""
   try:
-    code = main() or OK
+    if {"--help", "-h"} & set(sys.argv[1:]):
+      print(describe())
+      code = OK
+    else:
+      code = main() or OK
+    if sys.stdout:  # None: was closed before
+      sys.stdout.flush()
   except KeyboardInterrupt:
     code = 128 + signal.SIGINT  # as if the signal had not been caught
     print("error: interrupted", file=sys.stderr)
   except Exception as error:
+    if isinstance(error, BrokenPipeError) and io.discard_closed_output():
+      return CLOSED
     code = exit_codes.code_of(error)
     if code is None:
       traceback.print_exc()
@@ -218,6 +222,24 @@ def run_main(
     lead = "" if code == exit_codes.PREEMPTED else "error: "
     for line in str(error).splitlines():
       print(f"{lead}{line}", file=sys.stderr)
+  return code
+
+
+def run_main(
+  main: Callable[[], int | None], describe: Callable[[], str] = _help
+) -> NoReturn:
+  """Calls main and exits with the code that the error it raises stands for.
+
+  A reader that closes the output early, such as `head`, ends it in silence.
+  """
+  if hasattr(sys.stdout, "reconfigure"):
+    # A text may have letters that the encoding of the output has not.
+    sys.stdout.reconfigure(errors="backslashreplace")
+  try:
+    code = _execute(main, describe)
+  except BrokenPipeError:  # while an error was printed
+    io.discard_closed_output()
+    code = CLOSED
   failed = code not in (OK, exit_codes.PREEMPTED)
   if compilation.is_running() or (failed and jax.distributed.is_initialized()):
     # The exit would wait for a compilation, or for other processes, which wait

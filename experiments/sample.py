@@ -3,28 +3,35 @@ r"""Generates text with a run's newest checkpoint, or with a released one.
   python -m experiments.sample --workdir=runs/demo --prompt="It is a truth"
   python -m experiments.sample --workdir=runs/demo \
       --prompts=prompts.jsonl --out=texts.jsonl
+  python -m experiments.sample --workdir=runs/demo --chat
 
-With --prompts, many texts at a time: see `experiments/batch_generate.py`.
+With --prompts, many texts at a time: see `experiments/batch_generate.py`; with
+--json, one JSON object a text on standard output and nothing else. With --chat,
+a conversation: see `experiments/chat.py`.
 """
 
 import dataclasses
 import math
 import pathlib
+import re
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from rich import console, status
 
 from dsv3_jax.errors import InputError, raise_problems
 from dsv3_jax.infer import engine, engine_options, generate, load, serving_mesh
 from dsv3_jax.infer.request import SETTINGS, GenerationRequest
 from dsv3_jax.parallel import device_mesh
-from dsv3_jax.trainer import distributed, exit_codes
-from experiments import batch_generate, cli, flag_parser
+from dsv3_jax.trainer import compilation, distributed, exit_codes
+from experiments import batch_generate, chat, cli, flag_parser
 from experiments.flag_parser import flag
 
 # Settings of a request that neither a flag nor the folder states.
 _DEFAULTS = {"max_tokens": 200, "temperature": 0.8, "top_p": 0.95}
+# All but tab and line break.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def _setting(name: str, default: object = None) -> object:
@@ -44,6 +51,8 @@ class Args:
   prompt: str = flag("", "beginning of the text")
   prompts: str = flag("", "JSON Lines file of prompts")
   out: str = flag("", "JSON Lines file for the texts of --prompts")
+  json: bool = flag(False, "print a JSON object for each text")
+  chat: bool = flag(False, "answer the lines of standard input, in turns")
   max_tokens: int | None = _setting("max_tokens")
   temperature: float | None = _setting("temperature")
   top_p: float | None = _setting("top_p")
@@ -83,6 +92,7 @@ class Args:
     False, "accept a config.json that names code, which is not run"
   )
   follow_links: bool = flag(False, "accept shards that are links")
+  compile_cache: str = flag(compilation.default_cache(), compilation.HELP)
 
   def validate(self) -> Iterator[str]:
     """Yields the problems of the flags, whatever the model."""
@@ -92,20 +102,30 @@ class Args:
         yield f"--{name}: needs --mesh"
     if not self.workdir:
       yield "--workdir is missing: the folder of a training run"
-    if bool(self.prompts) != bool(self.out):
-      yield "--prompts and --out: one needs the other"
-    elif self.out:
+    if bool(self.prompts) != bool(self.out) and not self.json:
+      yield "--prompts and --out: one needs the other; --json needs no --out"
+    elif self.prompts:
       yield from batch_generate.validate_files(*self.files)
-    if self.prompts and self.prompt:
-      yield "--prompt and --prompts: give one of them"
+    if self.json and self.out:
+      yield "--json and --out: give one of them; --out is JSON too"
+    given = [
+      f"--{name}"
+      for name in ("prompt", "prompts", "chat")
+      if getattr(self, name)
+    ]
+    if len(given) > 1:
+      yield f"{' and '.join(given)}: give one of them"
+    if self.chat and self.json:
+      yield "--chat and --json: give one of them"
     if self.drafts < 1:
       yield f"--drafts={self.drafts}: must be at least 1"
     yield from map(_of_flag, self.request({}).validate())
 
   @property
-  def files(self) -> tuple[pathlib.Path, pathlib.Path]:
+  def files(self) -> tuple[pathlib.Path, pathlib.Path | None]:
     """Files of prompts and of texts."""
-    return pathlib.Path(self.prompts), pathlib.Path(self.out)
+    out = pathlib.Path(self.out) if self.out else None
+    return pathlib.Path(self.prompts), out
 
   @property
   def mesh_shape(self) -> dict[str, int]:
@@ -113,7 +133,7 @@ class Args:
     return cli.parse_mesh(self.mesh)[0]
 
   def request(self, settings: Mapping[str, Any]) -> GenerationRequest:
-    """The request of --prompt, and the defaults of --prompts.
+    """The request of --prompt, and the defaults of --prompts and --chat.
 
     `settings` are those of the model's folder, which flags replace.
     """
@@ -144,7 +164,9 @@ class Args:
 
 def _of_flag(problem: str) -> str:
   """Renames a problem of a field, `name=value`, to that of its flag."""
-  return "--" + problem.replace("n_drafts=", "drafts=", 1)
+  for field, flag_name in (("n_drafts=", "drafts="), ("messages:", "chat:")):
+    problem = problem.replace(field, flag_name, 1)
+  return "--" + problem
 
 
 def _open(args: Args, problems: list[str]) -> load.LoadedModel:
@@ -164,6 +186,9 @@ def _open(args: Args, problems: list[str]) -> load.LoadedModel:
       )
       # Problems of the request itself are in the list already.
       request = args.request(loaded.defaults.settings)
+      if args.chat:
+        question = [{"role": "user", "content": "?"}]
+        request = dataclasses.replace(request, prompt=question)
       requests = [] if problems or args.prompts else [request]
       problems += map(_of_flag, loaded.validate(args.options, *requests))
     except InputError as error:
@@ -172,21 +197,38 @@ def _open(args: Args, problems: list[str]) -> load.LoadedModel:
   return loaded
 
 
-def _print_text(generator: generate.Generator, args: Args) -> None:
-  """Prints the prompt and the text that continues it, chunk by chunk."""
-  start, n = time.perf_counter(), 0
-  print(args.prompt, end="", flush=True)
-  request = args.request(generator.defaults.settings)
-  for chunk in generator.stream([request]):
-    print(chunk.text, end="", flush=True)
-    n += 1
-  print()
-  if args.speculative:
-    print(
-      f"{n} tokens in {time.perf_counter() - start:.1f} s, compiling"
-      f" included; {batch_generate.describe_drafts(generator.engine.stats)}",
-      file=sys.stderr,
-    )
+def _show(text: str) -> None:
+  """Prints a piece of a text; a terminal gets no control codes of a model."""
+  if sys.stdout.isatty():
+    text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+  print(text, end="", flush=True)
+
+
+def _print_text(
+  generator: generate.Generator, request: GenerationRequest
+) -> None:
+  """Prints the prompt and the text that continues it, as it is made."""
+  text = generator.generate(request)
+  with _status("reading the prompt"):
+    first = next(text, "")
+  _show(request.prompt)
+  _show(first)
+  try:
+    for piece in text:
+      _show(piece)
+  finally:
+    print(flush=True)
+  drafts = generator.engine.stats.drafts
+  if sys.stderr.isatty() or drafts:
+    lines = [text.describe_speed()]
+    if drafts:
+      lines.append(batch_generate.describe_drafts(generator.engine.stats))
+    print("; ".join(lines), file=sys.stderr)
+
+
+def _status(text: str) -> status.Status:
+  """Shows what is done meanwhile, on a terminal."""
+  return console.Console(stderr=True).status(text)
 
 
 def _print_balance(served: engine.Engine) -> None:
@@ -206,17 +248,24 @@ def _print_balance(served: engine.Engine) -> None:
 def _sample() -> None:
   args, problems = flag_parser.read(Args, sys.argv)
   mesh = args.mesh_shape
+  compilation.use_cache(args.compile_cache)
   if (n := math.prod(mesh.values())) > 1:
     distributed.use_virtual_devices(n, spare_threads=True)
   loaded = _open(args, problems)
   for note in loaded.notes:
     print(f"note: {note}", file=sys.stderr)
-  generator = loaded.generator(args.options)
-  if args.prompts:
-    request = args.request(loaded.defaults.settings)
+  with _status("reading parameters"):
+    generator = loaded.generator(args.options)
+  request = args.request(loaded.defaults.settings)
+  if args.chat:
+    chat.converse(generator, request, _show)
+  elif args.json:
+    prompts = args.files[0] if args.prompts else None
+    batch_generate.print_all(generator, prompts, request)
+  elif args.prompts:
     batch_generate.generate_all(generator, *args.files, request)
   else:
-    _print_text(generator, args)
+    _print_text(generator, request)
   if mesh:
     _print_balance(generator.engine)
 

@@ -47,7 +47,7 @@ from dsv3_jax.interop import (
 from dsv3_jax.interop.hf_read import ReleasedCheckpoint
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.plan import flops
-from dsv3_jax.trainer import distributed, exit_codes, workdir
+from dsv3_jax.trainer import compilation, distributed, exit_codes, workdir
 from experiments import allocator, cli, flag_parser
 from experiments.flag_parser import flag
 
@@ -100,6 +100,7 @@ class Args:
     False, "accept a config.json that names code, which is not run"
   )
   follow_links: bool = flag(False, "accept shards that are symbolic links")
+  compile_cache: str = flag(compilation.default_cache(), compilation.HELP)
 
   def validate(self) -> Iterator[str]:
     """Yields problems of flags that do not fit together."""
@@ -348,6 +349,7 @@ _COMMANDS = {
 def execute() -> None:
   """Runs the command that --mode names."""
   args = flag_parser.parse(Args, sys.argv)
+  compilation.use_cache(args.compile_cache)
   _COMMANDS[args.mode](args)
 
 

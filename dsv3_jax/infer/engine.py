@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax import config
+from dsv3_jax import config, param_spec
 from dsv3_jax.errors import NotFiniteError, raise_problems
 from dsv3_jax.infer import (
   compiled,
@@ -34,6 +34,7 @@ from dsv3_jax.infer.engine_options import (
 )
 from dsv3_jax.infer.inference_params import InferenceParams
 from dsv3_jax.infer.request import GenerationRequest
+from dsv3_jax.plan import memory
 
 STOP, LENGTH = "stop", "length"  # finish reasons
 _IDLE = GenerationRequest((), temperature=0)  # settings of an empty slot
@@ -154,17 +155,19 @@ class Engine:
     return bool(self._slots.waiting or self._slots.active)
 
   def step(self) -> list[Event]:
-    """Admits requests, launches a decode step, returns the last step's events.
+    """Admits requests; else launches a decode step, returns the last's events.
 
     The devices thus compute while the host reads what they generated before. A
     request that hits a stop token has run one extra step; its output is
-    discarded.
+    discarded. First tokens do not wait for a decode step, which compiles first.
     """
     events = []
     while self._slots.free and self._slots.waiting:
       events += self._admit()
+    if events:
+      return events
     last, self._running = self._running, self._launch()
-    return events + self._step_events(last) if last else events
+    return self._step_events(last) if last else []
 
   def run(self, requests: Iterable[GenerationRequest]) -> Iterator[Event]:
     """Serves requests in order, taking each when there is a slot for it.
@@ -194,17 +197,33 @@ class Engine:
     """Makes the cache long enough for texts of n tokens."""
     longest = self.options.n_positions(self.options.max_len)
     n = kvcache.bucket(self.options.n_positions(n), longest)
-    if self._state is None:
-      self._state = self._empty_state(n)
-    elif n > kvcache.length(cache := self._state.cache):
-      self._state = self._state.replace(cache=kvcache.grow(cache, n))
+    if self._state and n <= kvcache.length(self._state.cache):
+      return
+    specs = self._cache_specs(n)
+    held = param_spec.nbytes(specs) / self._n_shards
+    memory.check_fits(
+      f"parameters, and a cache of {self.options.max_batch} x {n} positions",
+      memory.bytes_per_device(self._params) + held,
+      list(jax.tree.leaves(self._params)[0].sharding.addressable_devices),
+      "shorter texts, or a smaller --max_batch, need less",
+    )
+    if self._state:
+      cache = kvcache.grow(self._state.cache, n)
+      self._state = self._state.replace(cache=cache)
+    else:
+      self._state = self._empty_state(specs)
 
-  def _empty_state(self, n: int) -> speculation.DecodeState:
+  def _cache_specs(self, n: int) -> param_spec.Specs:
+    dtype, drafting = self._params["embed"].dtype, self.options.n_drafts > 0
+    b = self.options.max_batch
+    return kvcache.specs(self.cfg, b, n, dtype, drafting=drafting)
+
+  def _empty_state(self, specs: param_spec.Specs) -> speculation.DecodeState:
     b, k = self.options.max_batch, self.options.n_drafts
     dtype = self._params["embed"].dtype
     idle = sampling.stack_params([_IDLE] * b)
     state = speculation.DecodeState(
-      cache=kvcache.empty(kvcache.specs(self.cfg, b, n, dtype, drafting=k > 0)),
+      cache=kvcache.empty(specs),
       tokens=jnp.zeros((b, k + 1), jnp.int32),
       n=jnp.ones(b, jnp.int32),
       start=jnp.zeros(b, jnp.int32),

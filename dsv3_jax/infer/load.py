@@ -6,14 +6,16 @@ for text in model.generator().generate("It is a truth"):
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from dsv3_jax import config, param_spec
+from dsv3_jax import config, display, param_spec
 from dsv3_jax.data import tokenizer
 from dsv3_jax.errors import InputError, raise_problems
 from dsv3_jax.infer import (
@@ -32,12 +34,13 @@ from dsv3_jax.interop.tokenizer_files import GenerationDefaults
 from dsv3_jax.linear import recipe as recipe_lib
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import device_mesh
+from dsv3_jax.plan import flops, memory
 
 Params = tuple[param_spec.Params, jax.Array]  # and router bias, in float32
 
 
-@dataclasses.dataclass(frozen=True)
-class LoadedModel:
+@dataclasses.dataclass(frozen=True, repr=False)
+class LoadedModel(display.Table):
   """The model and tokenizer of a folder; parameters are read by `generator`."""
 
   model: config.Model
@@ -46,6 +49,19 @@ class LoadedModel:
   notes: tuple[str, ...]  # messages for the user
   # Reads parameters onto a mesh, or one device; MTP modules only if asked to.
   read_params: Callable[[serving_mesh.ServingMesh | None, bool], Params]
+  folder: pathlib.Path
+  variant: str  # of a run, or the type of a released model
+
+  def _rows(self) -> dict[str, object]:
+    longest = self.model.attention.max_len
+    return {
+      "folder": self.folder,
+      "variant": self.variant,
+      **flops.describe(self.model),
+      "tokenizer": f"{tokenizer.n_ids(self.tok):,} ids",
+      "context": "unlimited" if longest == math.inf else f"{longest:,.0f}",
+      "notes": "; ".join(self.notes) or "none",
+    }
 
   def validate(
     self, options: EngineOptions, *requests: GenerationRequest
@@ -67,7 +83,8 @@ class LoadedModel:
     """Reads parameters, each device its part alone; returns a generator.
 
     Raises:
-      InputError: an option is out of range, or parameters cannot be read.
+      InputError: an option is out of range, parameters cannot be read, or the
+        devices have not the memory for them.
       manifest.MissingError: the run has no checkpoint.
     """
     options = options or EngineOptions()
@@ -75,6 +92,7 @@ class LoadedModel:
     cfg, mesh = self._served_config(options), None
     if options.serving:
       mesh = serving_mesh.make_serving_mesh(options.serving, cfg)
+    _check_memory(cfg, options.dtype, mesh)
     params, bias = self.read_params(mesh, cfg.mtp.depth > 0)
     if not cfg.mtp.depth:
       params.pop("mtp", None)
@@ -93,6 +111,23 @@ class LoadedModel:
     if options.n_drafts:
       return self.model
     return config.override(self.model, "mtp.depth=0")
+
+
+def _check_memory(
+  cfg: config.Model, dtype: str, mesh: serving_mesh.ServingMesh | None
+) -> None:
+  """Raises InputError if there is no room for parameters as read and served."""
+  specs = serving_params.load_specs(cfg, mesh)
+  read = load_sharded.sharded(transformer.specs(cfg), specs, _devices(mesh))
+  layers = {name: read[name] for name in ("dense", "moe") if name in read}
+  # Layers are served apart, in copies; what is not stacked may be as read.
+  copied = memory.bytes_per_device(layers) * jnp.dtype(dtype).itemsize / 4
+  memory.check_fits(
+    f"the parameters in float32 as they are read, and in {dtype}",
+    memory.bytes_per_device(read) + copied,
+    _devices(mesh).local_devices,
+    "--dtype=bfloat16 needs less, --mesh=expert=N divides them",
+  )
 
 
 @jax.jit(static_argnames=("cfg", "recipe"))
@@ -132,6 +167,7 @@ def open_model(
     path, model = folder / tokenizer_files.TOKENIZER, source.model
     defaults = tokenizer_files.read_defaults(folder, source.config_json)
     notes = source.notes + defaults.notes
+    variant = str(source.config_json.get("model_type"))
 
     def read_params(mesh, drafting):
       served = source if drafting else source.without_mtp()
@@ -139,7 +175,8 @@ def open_model(
       return load_sharded.load(served, specs, _devices(mesh), np.float32)
 
   else:
-    run = open_run.run_from_config(open_run.read_config(folder))
+    metadata = open_run.read_config(folder)
+    run, variant = open_run.run_from_config(metadata), metadata["variant"]
     path, model = folder / "data" / tokenizer_files.TOKENIZER, run.model
     defaults = open_run.read_defaults(folder)
     notes = defaults.notes
@@ -155,7 +192,7 @@ def open_model(
   raise_problems(problems, f"{folder}: {tokenizer_files.GENERATION}: ")
   tok = tokenizer.load(path)
   tokenizer.check_fits(tok, model.vocab_size)
-  return LoadedModel(model, tok, defaults, notes, read_params)
+  return LoadedModel(model, tok, defaults, notes, read_params, folder, variant)
 
 
 def _devices(mesh: serving_mesh.ServingMesh | None) -> jax.sharding.Mesh:

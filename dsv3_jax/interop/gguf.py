@@ -307,7 +307,7 @@ def _describe_tokens(
     if name in defaults.settings:
       add_setting(defaults.settings[name])
   writer.add_pad_token_id(tokenizer.PAD_ID)
-  writer.add_add_bos_token(True)
+  writer.add_add_bos_token(defaults.add_bos)
   writer.add_add_eos_token(False)
   if defaults.template:
     writer.add_chat_template(defaults.template.source)

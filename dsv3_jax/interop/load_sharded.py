@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import math
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from dsv3_jax.interop import hf_mapping, hf_read, resumable
 from dsv3_jax.interop.hf_mapping import Block, Slices
 from dsv3_jax.interop.hf_read import ReleasedCheckpoint
 from dsv3_jax.model import transformer
+from dsv3_jax.plan import memory
 
 CHUNK = 1 << 24  # numbers that are read and converted at a time
 
@@ -29,7 +31,8 @@ def load(
   `dtype` is their type; FP8 is dequantized, and the bias is float32.
 
   Raises:
-    InputError: a tensor cannot be read, or holds values that are not valid.
+    InputError: a tensor cannot be read, or holds values that are not valid; or
+      devices have not the memory.
   """
   if not source.checksums:  # else the import has asked
     problems = hf_read.group_by_kind(hf_read.validate_values(source))
@@ -39,6 +42,7 @@ def load(
   for block in hf_mapping.model_blocks(model):
     blocks.setdefault(block.path, {})[block.index] = block
   param_specs = param_spec.flatten_with_paths(transformer.specs(model))
+  check_memory(source.folder, sharded(transformer.specs(model), specs, mesh))
   with concurrent.futures.ThreadPoolExecutor(resumable.WORKERS) as pool:
 
     def load_param(
@@ -70,6 +74,27 @@ def load(
     else:
       bias = jax.device_put(bias, jax.NamedSharding(mesh, jax.P()))
   return params, bias
+
+
+def sharded(tree: Any, specs: Any, mesh: jax.sharding.Mesh) -> Any:
+  """Returns the shapes of arrays or specs, divided by partition specs."""
+
+  def leaf(a: Any, spec: jax.P) -> jax.ShapeDtypeStruct:
+    to = jax.NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=to)
+
+  return jax.tree.map(leaf, tree, specs)
+
+
+def check_memory(folder: pathlib.Path, params: Any) -> None:
+  """Raises InputError if devices have not the memory that shapes need."""
+  (sharding, *_) = (leaf.sharding for leaf in jax.tree.leaves(params))
+  memory.check_fits(
+    f"{folder}: the parameters in float32",
+    memory.bytes_per_device(params),
+    sharding.mesh.local_devices,
+    "a machine with more memory, or --mesh of more devices, can read them",
+  )
 
 
 def _split_slice(

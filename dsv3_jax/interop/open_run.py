@@ -118,7 +118,7 @@ def load_newest_params(
 
   Raises:
     InputError: the run has no average, or another architecture than the run
-      given.
+      given, or devices have not the memory.
     MissingError: the run has no checkpoint, or all of them are damaged.
   """
   if average and not run.optim.ema_decay:
@@ -134,13 +134,9 @@ def load_newest_params(
     )
   checkpoints = checkpointer.Checkpointer(saved, run.checkpoint)
   like = train.abstract_state(run, mesh)
-
-  def resharded(a: jax.ShapeDtypeStruct, spec: jax.P) -> jax.ShapeDtypeStruct:
-    to = jax.NamedSharding(mesh, spec)
-    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=to)
-
   if specs:
-    like = like.replace(params=jax.tree.map(resharded, like.params, specs))
+    like = like.replace(params=load_sharded.sharded(like.params, specs, mesh))
+  load_sharded.check_memory(folder, like.params)
 
   def load(step: int) -> Any:
     return checkpoints.restore_parameters(step, like, average=average)

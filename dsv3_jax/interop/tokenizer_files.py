@@ -68,6 +68,7 @@ class GenerationDefaults:
   # Settings of requests that do not state them.
   settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   notes: tuple[str, ...] = ()  # what is not obeyed
+  add_bos: bool = True  # to texts; a template says so itself
 
 
 DEFAULTS = GenerationDefaults()  # of a run
@@ -102,8 +103,18 @@ def read_defaults(
     for key, value in given.items()
     if key not in _NEUTRAL or _NEUTRAL[key] not in (None, value)
   )
-  template = read_template(folder)
-  return GenerationDefaults(template, tuple(stops), settings, notes)
+  return GenerationDefaults(
+    read_template(folder), tuple(stops), settings, notes, _read_add_bos(folder)
+  )
+
+
+def _read_add_bos(folder: pathlib.Path) -> bool:
+  """Reads whether texts begin with BOS; they do where nothing is said."""
+  path, key = folder / TOKENIZER_CONFIG, "add_bos_token"
+  given = io.read_json_object(path).get(key) if path.exists() else None
+  if given is not None and type(given) is not bool:
+    raise InputError(f"{path}: {key}={given!r}: must be true or false")
+  return given is not False
 
 
 def read_template(folder: pathlib.Path) -> chat.ChatTemplate | None:

@@ -55,6 +55,22 @@ def parameter_counts(cfg: config.Model) -> dict[str, int]:
   }
 
 
+def describe(cfg: config.Model) -> dict[str, str]:
+  """Returns the sizes of a model as texts, by name, for tables."""
+  counts, router = parameter_counts(cfg), cfg.router
+  sizes = {
+    "parameters": f"{counts['main'] + counts['mtp']:,}",
+    "active": f"{counts['active']:,} for a token",
+    "layers": f"{cfg.n_layers}, width {cfg.d_model}, {cfg.attention.type}",
+  }
+  if cfg.n_moe_layers:
+    sizes["experts"] = (
+      f"{router.n_experts} in each of {cfg.n_moe_layers} layers, {router.top_k}"
+      f" and {cfg.moe.n_shared} shared for a token"
+    )
+  return sizes | {"MTP modules": str(cfg.mtp.depth)}
+
+
 def active_weights(cfg: config.Model) -> int:
   """Number of matrix weights that one token is multiplied with, without MTP.
 

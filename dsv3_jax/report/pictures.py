@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from dsv3_jax.report import plots, run_data
+from dsv3_jax.report import plots, render, run_data
 
 SNAPSHOTS = 4  # heat maps of expert load
 TREND = (
@@ -24,9 +25,13 @@ class Picture:
   name: str  # of its file
   title: str
   caption: str
-  draw: Callable[[Figure], None]
+  draw: Callable[[Figure], None] = dataclasses.field(repr=False)
   height_in: float = 3.4
   narrow_height_in: float | None = None  # on a phone; None: the same
+
+  def _repr_png_(self) -> bytes:
+    """Returns the picture as notebooks show it."""
+    return render.png(self.draw, self.height_in)
 
 
 # Each function returns a Picture, or a sentence on what the run lacks.
@@ -304,3 +309,9 @@ def pictures(run: run_data.Record) -> list[Picture | str]:
     _throughput(run),
     *_needles(run),
   ]
+
+
+def read(workdir: str | os.PathLike) -> dict[str, Picture]:
+  """Returns the pictures that a workdir has, by name; notebooks show them."""
+  found = pictures(run_data.read(workdir))
+  return {each.name: each for each in found if isinstance(each, Picture)}

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 CACHE_BYTES = 2 << 30  # at most, on disk; the programs used last stay
+HELP = "folder of compiled programs, which later starts read; empty: none"
 _THREAD = "compilation"
 
 

@@ -2,11 +2,8 @@
 
 import itertools
 import math
-import os
-import pathlib
 import resource
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 
@@ -14,30 +11,9 @@ from dsv3_jax import config, train
 from dsv3_jax.config import presets
 from dsv3_jax.errors import InputError
 from dsv3_jax.parallel import device_mesh, layout_check
+from dsv3_jax.plan.memory import bytes_per_device, device_bytes, gib, host_bytes
 
-# Limits of a container, in the two versions of Linux' control groups.
-_LIMITS = (
-  "/sys/fs/cgroup/memory.max",
-  "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-)
 _MOST_DEVICES = 1 << 14  # of a mesh that is proposed
-
-
-def bytes_per_device(tree: Any) -> int:
-  """Sums the bytes that one device holds of arrays, or of their shapes."""
-  return sum(
-    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    for leaf in jax.tree.leaves(tree)
-  )
-
-
-def host_bytes() -> int:
-  """Returns the bytes of memory of this machine, or of its container."""
-  there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-  for path in map(pathlib.Path, _LIMITS):
-    if path.is_file() and (text := path.read_text().strip()).isdecimal():
-      there = min(there, int(text))
-  return there
 
 
 def peak_bytes() -> dict[str, int]:
@@ -69,22 +45,21 @@ def validate(run: config.Run, mesh: jax.sharding.Mesh) -> Iterator[str]:
   if devices[0].platform == "cpu":  # virtual devices share the host's memory
     if (needed := held * len(devices) + average) > host:
       yield (
-        f"the state needs {_gib(needed)} of this machine's memory, which has"
-        f" {_gib(host)}; {_what_fits(run, mesh, host, 1)}"
+        f"the state needs {gib(needed)} of this machine's memory, which has"
+        f" {gib(host)}; {_what_fits(run, mesh, host, 1)}"
       )
     return
-  stats = [device.memory_stats() or {} for device in devices]
-  there = min(each.get("bytes_limit", math.inf) for each in stats)
+  there = device_bytes(devices)
   if held > there:
     fits = _what_fits(run, mesh, there * len(devices), _MOST_DEVICES)
     yield (
-      f"the state needs {_gib(held)} on each of {mesh.size} devices, which have"
-      f" {_gib(there)}; {fits}"
+      f"the state needs {gib(held)} on each of {mesh.size} devices, which have"
+      f" {gib(there)}; {fits}"
     )
   if average > host:
     yield (
       f"optim.ema_decay={run.optim.ema_decay:g}: the average needs"
-      f" {_gib(average)} of this machine's memory, which has {_gib(host)};"
+      f" {gib(average)} of this machine's memory, which has {gib(host)};"
       " optim.ema_decay=0 keeps none"
     )
 
@@ -163,7 +138,3 @@ def _what_fits(
   if names:
     known.append(f"--variant={' or '.join(names)}")
   return f"what would fit: {'; '.join(known) or 'no preset'}"
-
-
-def _gib(n_bytes: float) -> str:
-  return f"{n_bytes / 2**30:,.2f} GiB"

@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
+from dsv3_jax import io
+
 LOG = "log.txt"
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S  "  # before each line of log.txt
 WAIT_S = 30.0  # time between two plain lines while something takes long
@@ -111,8 +113,13 @@ class Terminal:
     # A model may write letters that the terminal's encoding does not have.
     encoding = self._stream.encoding or "utf-8"
     text = text.encode(encoding, "backslashreplace").decode(encoding)
-    self._stream.write(text)
-    self._stream.flush()
+    try:
+      self._stream.write(text)
+      self._stream.flush()
+    except BrokenPipeError:
+      if not io.discard_closed_output():
+        raise
+      self.print("nobody reads the output: it goes to this file alone")
 
   def close(self) -> None:
     """Removes the live line and closes log.txt."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import jax
 
-from dsv3_jax import config, io, train
+from dsv3_jax import config, display, io, train
 from dsv3_jax.checkpoint import checkpointer
 from dsv3_jax.data import loader, prepare, tokenized_corpus
 from dsv3_jax.errors import NotFiniteError, raise_problems
@@ -40,16 +40,33 @@ from dsv3_jax.trainer import (
 MAX_SPIKES = 3  # times that other data is tried after one checkpoint
 
 
-@dataclasses.dataclass(frozen=True)
-class FitResult:
+@dataclasses.dataclass(frozen=True, repr=False)
+class FitResult(display.Table):
   """Outcome of a training run."""
 
   state: train.TrainState  # after the last step, also in the checkpoint
   metrics: metrics_writer.Row  # of the last step; empty if none was left to do
   heldout: dict[str, float]  # of the last evaluation, such as heldout_bpb
 
+  def _rows(self) -> dict[str, object]:
+    return {
+      "step": int(self.state.step),
+      **_figures([self.metrics | self.heldout]),
+    }
 
-class Trainer(run_args.RunArgs):
+
+_SHOWN = ("loss", "grad_norm", "lr", "max_vio", "tokens_per_s", "heldout_bpb")
+
+
+def _figures(rows: Sequence[metrics_writer.Row]) -> dict[str, str]:
+  """Returns the last values of the metrics that tables show."""
+  last = {key: row[key] for row in rows for key in _SHOWN if key in row}
+  return {
+    key: f"{last[key]:.5g}" for key in _SHOWN if last.get(key) is not None
+  }
+
+
+class Trainer(display.Table, run_args.RunArgs):
   """Trains a configuration in a folder; takes the arguments of `RunArgs`.
 
   For example `Trainer(presets.TINY, "runs/tiny", stop=100).fit()`.
@@ -58,6 +75,29 @@ class Trainer(run_args.RunArgs):
   def fit(self) -> FitResult:
     """Trains; see `fit`."""
     return fit(self)
+
+  def metrics(self) -> list[metrics_writer.Row]:
+    """Returns the rows of metrics.jsonl: of steps, and of evaluations."""
+    if self.workdir is None:
+      return []
+    return metrics_writer.read(self.workdir / metrics_writer.METRICS)
+
+  def _rows(self) -> dict[str, object]:
+    run, metrics = self.run, self.metrics()
+    mesh = ", ".join(f"{axis}={n}" for axis, n in (self.mesh or {}).items())
+    step = metrics[-1]["step"] if metrics else 0
+    return {
+      "variant": self.variant,
+      "workdir": self.workdir,
+      **flops.describe(run.model),
+      "tokens": f"{run.train.tokens:,.0f}",
+      "batch": f"{run.train.batch_size} x {run.data.seq_len} tokens",
+      "optimizer": f"{run.optim.name}, peak_lr={run.optim.peak_lr:g}",
+      "precision": run.precision.recipe,
+      "mesh": mesh or "all devices on data",
+      "step": f"{step:,} of {self.stop:,}",
+      **_figures(metrics),
+    }
 
 
 def fit(args: run_args.RunArgs) -> FitResult:

@@ -8,8 +8,9 @@ from absl.testing import absltest
 ROOT = pathlib.Path(__file__).parents[2]
 # A part imports only what stands left of it, and itself.
 ORDER = (
-  "errors io config param_spec checksum varying data linear model losses"
-  " parallel plan optim ema train checkpoint interop infer evals trainer report"
+  "errors display io config param_spec checksum varying data linear model"
+  " losses parallel plan optim ema train checkpoint interop infer evals trainer"
+  " report"
 ).split()
 # Where communication may be written by hand.
 MANUAL = ("parallel", "train", "evals", "infer")

@@ -1,10 +1,13 @@
 """Tests of the command lines, and of a run from start to report."""
 
+import contextlib
 import functools
+import io
 import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 from unittest import mock
@@ -24,9 +27,11 @@ from dsv3_jax.data.batch import Batch
 from dsv3_jax.errors import InputError, NotFiniteError
 from dsv3_jax.interop import open_run
 from dsv3_jax.parallel import device_mesh
+from dsv3_jax.plan import memory
 from dsv3_jax.trainer import distributed, metrics_writer, trainer
 from dsv3_jax.trainer import workdir as workdir_lib
 from experiments import cli, pretrain, sample
+from scripts import convert
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROSE = "It was a bright cold day, and {} clocks were striking thirteen.\n"
@@ -213,6 +218,59 @@ class CommandLineTest(parameterized.TestCase):
     self.assertEqual(err, "error: x\nerror: y\n")
 
 
+class ClosedOutputTest(parameterized.TestCase):
+  """Readers that close a pipe early, as `head` does."""
+
+  def setUp(self):
+    super().setUp()
+    reading, writing = os.pipe()
+    os.close(reading)
+    # Buffered by line: what remains is written when it is closed.
+    self.pipe = self.enter_context(os.fdopen(writing, "w", buffering=1))
+
+  def run_main(self, main, *streams):
+    with contextlib.ExitStack() as stack:
+      for stream in streams:
+        stack.enter_context(mock.patch.object(sys, stream, self.pipe))
+      with self.assertRaises(SystemExit) as end:
+        cli.run_main(main)
+    return end.exception.code
+
+  @parameterized.parameters(True, False)
+  def test_ends_a_command_in_silence(self, flush):
+    err = self.enter_context(contextlib.redirect_stderr(io.StringIO()))
+    code = self.run_main(lambda: print("a", end="", flush=flush), "stdout")
+    self.assertEqual((code, err.getvalue()), (128 + signal.SIGPIPE, ""))
+
+  def test_an_error_has_no_reader_either(self):
+    main = mock.Mock(side_effect=InputError("no"))
+    code = self.run_main(main, "stdout", "stderr")
+    self.assertEqual(code, 128 + signal.SIGPIPE)
+
+  def test_letters_that_the_encoding_has_not_are_escaped(self):
+    written = io.BytesIO()
+    self.pipe = io.TextIOWrapper(written, "ascii")
+    self.assertEqual(self.run_main(lambda: print("né"), "stdout"), cli.OK)
+    self.assertEqual(written.getvalue(), b"n\\xe9\n")
+
+  def test_another_pipe_is_a_bug_of_ours(self):
+    err = self.enter_context(contextlib.redirect_stderr(io.StringIO()))
+    code = self.run_main(mock.Mock(side_effect=BrokenPipeError("other")))
+    self.assertEqual(code, cli.INTERNAL)
+    self.assertIn("Traceback", err.getvalue())
+
+  def test_a_training_goes_on(self):
+    folder = testing.folder(self)
+    with mock.patch.object(sys, "stdout", self.pipe):
+      terminal = metrics_writer.Terminal(folder)
+      self.addCleanup(terminal.close)
+      for text in ("one", "two"):
+        terminal.print(text)
+    log = (folder / metrics_writer.LOG).read_text()
+    self.assertRegex(log, "one\n.*nobody reads the output.*\n.*two\n")
+    self.assertEqual(log.count("nobody"), 1)
+
+
 class SampleTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
@@ -250,6 +308,21 @@ class SampleTest(parameterized.TestCase):
     drafted, err = self.text(*flags, "--speculative", "--drafts=2")
     self.assertEqual(drafted, plain)
     self.assertRegex(err, r"^20 tokens in .* of \d+ drafts \d+% accepted: ")
+    with self.subTest("as JSON, and nothing else"):
+      out, err = self.text(*flags, "--json", "--stop=no such")
+      row = json.loads(out, parse_constant=refuse)  # NaN is none
+      self.assertEqual((out.count("\n"), err), (1, ""))
+      self.assertEqual("It was" + row["text"] + "\n", plain)
+      self.assertEqual((row["prompt"], row["ended"]), ("It was", "length"))
+      self.assertEqual((row["n_tokens"], len(row["tokens"])), (20, 20))
+      self.assertGreater(row["tokens_per_s"], 0)
+      self.assertEqual((row["seed"], row["stop"]), (0, ["no such"]))
+    with self.subTest("a conversation"):
+      stdin = io.StringIO("It was\n")
+      with mock.patch.object(sys, "stdin", stdin):
+        out, err = self.text("--chat", "--temperature=0", "--max_tokens=20")
+      self.assertIn("the answer ends at --max_tokens=20", err)
+      self.assertNotEmpty(out)
     with self.subTest("a string ends it"):
       end = plain[9:11]
       out, _ = self.text(*flags, f"--stop={end}", "--stop=no such")
@@ -313,6 +386,9 @@ class SampleTest(parameterized.TestCase):
     (("--dtype=float16",), "--dtype=float16: must be one of float32, b"),
     (("--prompts=x",), "--prompts and --out: one needs the other"),
     (("--out=x",), "--prompts and --out: one needs the other"),
+    (("--out=x", "--json"), "--json and --out: give one of them"),
+    (("--json", "--prompts=/no"), "--prompts=/no: there is no such file"),
+    (("--chat", "--max_tokens=5000"), "max_tokens=5000: needs 5004 pos"),
     (("--prompt_=x",), "unknown flag '--prompt_=x'; did you mean --prompt?"),
     (("cold",), "stray argument 'cold'"),
     (("--set=d_model=3",), "unknown flag '--set=d_model=3'"),
@@ -367,6 +443,22 @@ class SampleTest(parameterized.TestCase):
     self.assertEqual((code, out), (cli.BAD_INPUT, ""))
     self.assertIn("--workdir is missing", err)
     self.assertIn("--top_k=-1", err)
+
+  def test_memory_is_compared_before_anything_is_read(self):
+    self.enter_context(mock.patch.object(memory, "host_bytes", lambda: 1 << 10))
+    self.enter_context(
+      mock.patch.object(checkpointer.Checkpointer, "newest", refuse)
+    )
+    self.assert_refused(
+      ["--dtype=bfloat16"],
+      "the parameters in float32 as they are read, and in bfloat16 need 0.00"
+      " GiB of this machine's memory, which has 0.00 GiB; --dtype=bfloat16",
+    )
+    export = functools.partial(cli.run_main, convert.execute)
+    arguments = f"--mode=export --workdir={self.folder} --hf={self.root / 'hf'}"
+    code, _, err = testing.command_line(export, *arguments.split())
+    self.assertEqual(code, cli.BAD_INPUT)
+    self.assertIn(f"{self.folder}: the parameters in float32 need 0.00", err)
 
   def test_a_folder_that_is_no_run(self):
     self.assert_refused(

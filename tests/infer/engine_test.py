@@ -15,10 +15,12 @@ from absl.testing import absltest, parameterized
 from sampling_test import distribution, joint, p_value
 
 from dsv3_jax import config
+from dsv3_jax.errors import InputError
 from dsv3_jax.infer import engine, expert_balance, inference_params
 from dsv3_jax.infer.engine_options import EngineOptions
 from dsv3_jax.infer.request import GenerationRequest
 from dsv3_jax.model import transformer
+from dsv3_jax.plan import memory
 
 VOCAB, MAX_LEN, CHUNK, SLOTS = 8, 64, 16, 3
 MORE = 3  # the most drafts
@@ -318,6 +320,18 @@ class QueueTest(absltest.TestCase):
     self.assertLen(taken, len(LENGTHS))
     self.assertEqual(ended, len(LENGTHS))
     self.assertFalse(made.busy)
+
+  def test_first_tokens_do_not_wait_for_a_decode_step(self):
+    made = make()
+    self.assertLen(list(itertools.islice(made.run(requests()), SLOTS)), SLOTS)
+    self.assertEqual(made.stats.cycles, 0)
+
+  def test_a_cache_that_memory_has_no_room_for_is_not_made(self):
+    made = make()
+    held = memory.bytes_per_device(made._params)
+    host = mock.patch.object(memory, "host_bytes", lambda: held)
+    with host, self.assertRaisesRegex(InputError, "a cache of 3 x 64 pos.*GiB"):
+      list(made.run(requests()))
 
   def test_takes_no_more_than_it_has_slots_for(self):
     made, source = make(), iter(requests())

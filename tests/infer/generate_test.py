@@ -22,7 +22,8 @@ from dsv3_jax.data import chat, tokenizer
 from dsv3_jax.infer import engine, generate, load, serving_mesh, serving_params
 from dsv3_jax.infer.engine_options import EngineOptions
 from dsv3_jax.infer.request import GenerationRequest
-from dsv3_jax.interop import load_sharded, open_run
+from dsv3_jax.interop import load_sharded, open_run, tokenizer_files
+from dsv3_jax.plan import memory
 from experiments import cli, sample
 from scripts import convert
 
@@ -282,6 +283,23 @@ class StreamTest(parameterized.TestCase):
     )
 
 
+class GeneratedTextTest(absltest.TestCase):
+  def test_shows_itself_and_generates_no_more_than_asked(self):
+    ids = [*ids_of(BYTES, "a<é"), tokenizer.EOS_ID]
+    writer = generate.Generator(Scripted((ids, engine.STOP)), BYTES)
+    text = writer.generate("p")
+    self.assertEqual((next(text), text.text, text.tokens), ("a", "a", ids[:1]))
+    self.assertRegex(repr(text), r"GeneratedText\n  text   a\n.*1 tokens in")
+    self.assertIn("not yet", repr(text))
+    self.assertEqual(str(text), "a<é")
+    self.assertEqual((text.tokens, text.finish_reason), (ids, engine.STOP))
+    self.assertEqual(text.logprobs, [-i / 8 for i in ids])
+    self.assertIn("<td>a&lt;é</td>", text._repr_html_())
+    self.assertGreater(text.tokens_per_s, 0)
+    self.assertIsNone(generate.GeneratedText().tokens_per_s)
+    self.assertIn("0 tokens", repr(generate.GeneratedText()))
+
+
 class EncodeTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
@@ -293,6 +311,13 @@ class EncodeTest(parameterized.TestCase):
     first, *rest = generate.encode(self.tok, CHINESE)
     self.assertEqual(first, tokenizer.BOS_ID)
     self.assertEqual(self.tok.decode(rest), CHINESE)
+
+  def test_a_folder_may_want_no_bos(self):
+    defaults = dataclasses.replace(tokenizer_files.DEFAULTS, add_bos=False)
+    ids = generate.encode(self.tok, CHINESE, defaults)
+    self.assertEqual(self.tok.decode(ids), CHINESE)
+    self.assertNotIn(tokenizer.BOS_ID, ids)
+    self.assertEmpty(generate.encode(self.tok, "", defaults))
 
   def test_ids_are_taken_as_they_are(self):
     self.assertEqual(generate.encode(self.tok, [5, 6]), [5, 6])
@@ -401,6 +426,19 @@ class LoadTest(FolderTest):
       generator(folder, **options)
     (params, cfg, options), _ = made.call_args
     return jax.device_get(params), cfg, options
+
+  def test_shows_itself(self):
+    shown = repr(load.open_model(self.run_dir))
+    self.assertRegex(shown, f"folder +{self.run_dir}\n  variant +test\n")
+    self.assertRegex(shown, r"parameters +[\d,]+\n(.*\n)+  tokenizer +\d+ ids")
+    self.assertIn("deepseek_v3", repr(load.open_model(self.released)))
+
+  def test_a_released_folder_larger_than_memory_is_refused(self):
+    released = load.open_model(self.released)
+    host = mock.patch.object(memory, "host_bytes", lambda: 1 << 10)
+    for read in (released.generator, lambda: released.read_params(None, True)):
+      with host, self.assertRaisesRegex(ValueError, "need 0.00 GiB of this"):
+        read()
 
   @parameterized.product(folder=("run_dir", "released"), n_drafts=(0, 2))
   def test_serves_mtp_modules_only_to_draft(self, folder, n_drafts):

@@ -275,6 +275,28 @@ class DefaultsTest(parameterized.TestCase):
       self.assertEqual((found.settings, found.stop_token_ids), ({}, (1,)))
 
   @parameterized.parameters(
+    (None, True),
+    ({}, True),
+    ({"add_bos_token": None}, True),
+    ({"add_bos_token": True}, True),
+    ({"add_bos_token": False}, False),
+  )
+  def test_whether_texts_begin_with_bos(self, given, expected):
+    folder = testing.folder(self)
+    if given is not None:
+      path = folder / tokenizer_files.TOKENIZER_CONFIG
+      path.write_text(json.dumps(given))
+    found = tokenizer_files.read_defaults(folder, {})
+    self.assertEqual(found.add_bos, expected)
+
+  def test_add_bos_token_is_true_or_false(self):
+    folder = testing.folder(self)
+    path = folder / tokenizer_files.TOKENIZER_CONFIG
+    path.write_text('{"add_bos_token": 1}')
+    with self.assertRaisesRegex(errors.InputError, "add_bos_token=1: must be"):
+      tokenizer_files.read_defaults(folder, {})
+
+  @parameterized.parameters(
     ({"eos_token_id": "x"}, "eos_token_id=\\['x'\\]: must be token ids"),
     ({"temperature": "warm"}, "temperature='warm': must be a number"),
     ({"top_k": 1.5}, "top_k=1.5: must be a number"),

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,13 +10,21 @@ import threading
 import time
 from unittest import mock
 
+import numpy as np
 import programs
+import pytest
 import testing
 from absl.testing import absltest
 
 from dsv3_jax import config, train
 from dsv3_jax.config import presets
-from dsv3_jax.trainer import Trainer, event_log, terminal, trainer
+from dsv3_jax.trainer import (
+  Trainer,
+  event_log,
+  metrics_writer,
+  terminal,
+  trainer,
+)
 
 PROGRAM = """
 import sys
@@ -28,6 +37,66 @@ result = Trainer(run, "run", stop=2).fit()
 assert int(result.state.step) == result.metrics["step"] == 2
 print(sorted(result.heldout))
 """
+
+
+# Runs the code cells of a notebook as IPython does; shows what each ends in.
+CELLS = """
+import ast, json, sys
+
+names = {"__name__": "__main__"}
+for cell in json.load(open(sys.argv[1], encoding="utf-8"))["cells"]:
+  if cell["cell_type"] == "code":
+    body, last = ast.parse("".join(cell["source"])).body, None
+    if isinstance(body[-1], ast.Expr):
+      last = ast.Expression(body.pop().value)
+    exec(compile(ast.Module(body, []), "cell", "exec"), names)
+    shown = last and eval(compile(last, "cell", "eval"), names)
+    for name in ("_repr_html_", "_repr_png_", "__repr__"):
+      if hasattr(shown, name):
+        assert getattr(shown, name)(), name
+"""
+
+
+class QuickstartTest(absltest.TestCase):
+  @pytest.mark.slow
+  @pytest.mark.timeout(1200)  # it trains twice
+  def test_every_cell_runs_as_written(self):
+    folder = testing.folder(self)
+    name = programs.ROOT / "examples" / "quickstart.ipynb"
+    # In a folder of its own, as `runs/` beside the notebook may be a user's.
+    notebook = shutil.copy(name, folder)
+    done = subprocess.run(
+      [sys.executable, "-c", CELLS, notebook],
+      cwd=folder,
+      env=programs.environment() | {"XLA_FLAGS": "", "MPLBACKEND": "agg"},
+      capture_output=True,
+      text=True,
+      timeout=1100,
+    )
+    self.assertEqual(done.returncode, 0, done.stderr)
+    self.assertRegex(done.stdout, r"softplus +\d\.\d{3} +\d\.\d\d\n$")
+
+
+class ShowTest(absltest.TestCase):
+  """Things that a notebook shows."""
+
+  def test_a_trainer_is_a_table(self):
+    folder = testing.folder(self)
+    run = Trainer(presets.TINY, folder, stop=7, variant="<mine>")
+    self.assertEmpty(run.metrics())
+    self.assertRegex(repr(run), r"^Trainer\n  variant +<mine>\n")
+    self.assertRegex(repr(run), r"step +0 of 7")
+    lines = '{"step": 3, "loss": 1.25, "max_vio": null}\n{"step": 4, "torn'
+    (folder / metrics_writer.METRICS).write_text(lines)
+    self.assertRegex(repr(run), r"step +3 of 7\n  loss +1.25$")
+    self.assertIn("<th>variant</th><td>&lt;mine&gt;</td>", run._repr_html_())
+
+  def test_a_result_is_a_table(self):
+    state = mock.Mock(step=np.int32(4))
+    result = trainer.FitResult(state, {"loss": 2.0}, {"heldout_bpb": 1.5})
+    self.assertRegex(
+      repr(result), r"^FitResult\n  step +4\n  loss +2\n  heldout_bpb +1.5$"
+    )
 
 
 class NotebookTest(absltest.TestCase):
