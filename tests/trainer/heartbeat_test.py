@@ -14,7 +14,7 @@ import jax
 import testing
 from absl.testing import absltest, parameterized
 
-from dsv3_jax.trainer import exit_codes, heartbeat, peers, preemption
+from dsv3_jax.trainer import exit_codes, heartbeat, peers, preemption, workdir
 
 ROOT = pathlib.Path(__file__).parents[2]
 
