@@ -58,8 +58,8 @@ def use_cache(folder: str) -> None:
     return
   jax.config.update("jax_compilation_cache_dir", folder)
   jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
-  # Dozens of programs take less than JAX's limit of a second each.
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+  # Dozens of programs take less than a second each, by default the limit.
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def start(step: Any, *args: Any) -> threading.Thread:
