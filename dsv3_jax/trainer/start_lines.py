@@ -17,8 +17,8 @@ def first_line(args: run_args.RunArgs) -> str:
     n_tokens = run.train.tokens
   return (
     f"{args.variant}: {counts['main'] + counts['mtp']:,} parameters,"
-    f" {counts['active']:,} active a token; {args.stop:,} steps,"
-    f" {n_tokens:,} tokens"
+    f" {counts['mtp']:,} of them of MTP, {counts['active']:,} active a token;"
+    f" {args.stop:,} steps, {n_tokens:,} tokens"
   )
 
 
