@@ -240,10 +240,11 @@ def run_main(
   except BrokenPipeError:  # while an error was printed
     io.discard_closed_output()
     code = CLOSED
-  failed = code not in (OK, exit_codes.PREEMPTED)
-  if compilation.is_running() or (failed and jax.distributed.is_initialized()):
-    # The exit would wait for a compilation, or for other processes, which wait
-    # for this one.
+  compilation.exit_at_once(code)
+  if (
+    code not in (OK, exit_codes.PREEMPTED) and jax.distributed.is_initialized()
+  ):
+    # JAX would wait here for the others, which wait for this process.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

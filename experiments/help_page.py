@@ -35,7 +35,9 @@ def _size(n: int) -> str:
 
 def variants(runs: Mapping[str, config.Run]) -> str:
   """Describes variants, a line each: parameters, active ones, purpose."""
-  lines = ["variants, with parameters without MTP, in all and active for a token:"]
+  lines = [
+    "variants, with parameters without MTP, in all and active for a token:"
+  ]
   for name, run in runs.items():
     counts = flops.parameter_counts(run.model)
     sizes = f"{_size(counts['main']):>5} {_size(counts['active']):>5}"

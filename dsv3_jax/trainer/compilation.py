@@ -4,6 +4,7 @@ Most of the first minute of a run is compilation, on a processor one program
 after another.
 """
 
+import atexit
 import contextlib
 import hashlib
 import os
@@ -78,8 +79,25 @@ def start(step: Any, *args: Any) -> threading.Thread:
 
 
 def is_running() -> bool:
-  """Returns whether a thread of `start` still compiles.
-
-  A process that exits then must not wait for it, nor stop it half-way.
-  """
+  """Returns whether a thread of `start` still compiles."""
   return any(thread.name == _THREAD for thread in threading.enumerate())
+
+
+@atexit.register
+def _wait() -> None:
+  """Waits for the thread: XLA does not survive the end of the interpreter."""
+  for thread in threading.enumerate():
+    if thread.name == _THREAD:
+      thread.join()
+
+
+def exit_at_once(code: int) -> None:
+  """Makes a process that exits with this code not wait for a compilation."""
+
+  def leave():
+    if is_running():
+      for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
+      os._exit(code)
+
+  atexit.register(leave)

@@ -44,7 +44,7 @@ def more_lines(
   kinds = {device.device_kind for device in mesh.devices.flat}
   axes = ",".join(f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1)
   yield (
-    f"devices: {mesh.size} of {', '.join(sorted(kinds))}"
+    f"devices: {mesh.size} x {', '.join(sorted(kinds))}"
     + (f", mesh {axes}" if axes else "")
   )
   yield f"text: {args.run.data.path or 'two novels of the package'}"

@@ -1,4 +1,4 @@
-"""A program compiled in a thread is found by calls; the cache may be missing."""
+"""A program compiled in a thread is found by calls; a cache may be missing."""
 
 import contextlib
 import io
