@@ -91,18 +91,17 @@ def abstract_state(
 
 
 def make_state(
-  run: config.Run, mesh: jax.sharding.Mesh, seed: int
+  run: config.Run,
+  mesh: jax.sharding.Mesh,
+  seed: int,
+  compiler_options: dict[str, str] | None = None,
 ) -> TrainState:
   """The state before the first step, every array born where it belongs."""
-  options = None
-  if mesh.devices.flat[0].platform == "cpu":
-    # Runs once: compiled in a third of the time, to the same numbers.
-    options = {"xla_backend_optimization_level": "1"}
   init = jax.jit(
     init_state,
     static_argnums=0,
     out_shardings=shardings(run, mesh),
-    compiler_options=options,
+    compiler_options=compiler_options,
   )
   return init(run, jax.random.key(seed))
 

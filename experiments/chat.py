@@ -6,7 +6,6 @@ prompt it ends the conversation, as Ctrl-D does.
 
 import contextlib
 import dataclasses
-import importlib
 import re
 import signal
 import sys
@@ -43,7 +42,9 @@ def converse(
   terminal, messages = sys.stdin.isatty(), []
   if terminal:
     with contextlib.suppress(ImportError):
-      importlib.import_module("readline")  # edits lines, and remembers them
+      import readline
+
+      readline.set_auto_history(True)  # lines can be edited and come back
     if generator.defaults == tokenizer_files.DEFAULTS:
       _log("note: a run that saw no conversations in training continues text")
     _log(_HELP)

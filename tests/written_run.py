@@ -1,5 +1,6 @@
 """Workdir of a run that was never trained, with the course of a real one."""
 
+import contextlib
 import io
 import json
 import pathlib
@@ -8,7 +9,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from dsv3_jax.trainer import event_log, metrics_writer
+from dsv3_jax.trainer import event_log, metrics_writer, terminal
 
 E, ROUTERS, STEPS, TOKENS = 16, 5, 488, 4096
 
@@ -82,9 +83,12 @@ def write(
     domains: of the held-out text.
   """
   rng = np.random.default_rng(0)
-  with metrics_writer.MetricsWriter(
-    workdir, steps, stream=io.StringIO()
-  ) as log:
+  workdir.mkdir(parents=True, exist_ok=True)
+  lines = terminal.Terminal(workdir, io.StringIO())
+  with (
+    contextlib.closing(lines),
+    metrics_writer.MetricsWriter(workdir, steps, lines=lines) as log,
+  ):
     for step in range(1, steps + 1):
       row = step_row(rng, step, steps)
       row["grad_norm"] = spikes.get(step, row["grad_norm"])

@@ -8,7 +8,7 @@ from dsv3_jax.data import loader
 from dsv3_jax.errors import InputError, NotFiniteError
 from dsv3_jax.interop import open_run
 from dsv3_jax.model import transformer
-from dsv3_jax.trainer import hooks, metrics_writer, run_args
+from dsv3_jax.trainer import compilation, hooks, metrics_writer, run_args
 
 
 def restore_or_create(
@@ -50,7 +50,8 @@ def restore_or_create(
       f"{args.workdir} holds metrics of a run but no checkpoint under"
       f" {checkpoints.directory}; restore it, or start in a new --workdir"
     )
-  state = train.make_state(run, mesh, args.seed)
+  options = compilation.options_to_run_once()
+  state = train.make_state(run, mesh, args.seed, options)
   if args.init_from:
     state = _with_parameters(state, args, mesh)
   try:

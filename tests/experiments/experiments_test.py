@@ -28,7 +28,7 @@ from dsv3_jax.errors import InputError, NotFiniteError
 from dsv3_jax.interop import open_run
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.plan import memory
-from dsv3_jax.trainer import distributed, metrics_writer, trainer
+from dsv3_jax.trainer import distributed, metrics_writer, terminal, trainer
 from dsv3_jax.trainer import workdir as workdir_lib
 from experiments import cli, pretrain, sample
 from scripts import convert
@@ -262,11 +262,11 @@ class ClosedOutputTest(parameterized.TestCase):
   def test_a_training_goes_on(self):
     folder = testing.folder(self)
     with mock.patch.object(sys, "stdout", self.pipe):
-      terminal = metrics_writer.Terminal(folder)
-      self.addCleanup(terminal.close)
+      lines = terminal.Terminal(folder)
+      self.addCleanup(lines.close)
       for text in ("one", "two"):
-        terminal.print(text)
-    log = (folder / metrics_writer.LOG).read_text()
+        lines.print(text)
+    log = (folder / terminal.LOG).read_text()
     self.assertRegex(log, "one\n.*nobody reads the output.*\n.*two\n")
     self.assertEqual(log.count("nobody"), 1)
 
