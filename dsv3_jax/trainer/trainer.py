@@ -122,7 +122,7 @@ def fit(args: run_args.RunArgs) -> FitResult:
     args.timeouts,
     host,
     own_process,
-    lambda: workdir.what_is_saved(args.workdir),
+    lambda: workdir.what_is_saved(args.workdir, own_process=own_process),
   ) as watchdog:
     while True:
       try:
@@ -191,9 +191,8 @@ def _train(
   watchdog.should_continue(done, last=True)
   train_hooks.finish(done)
   if done < stop:
-    raise exit_codes.PreemptedError(
-      f"preempted; step {done} is saved; rerun the command to resume"
-    )
+    again = workdir.rerun("resume", own_process=args.own_process)
+    raise exit_codes.PreemptedError(f"preempted; step {done} is saved; {again}")
   if first < stop and jax.process_index() == 0:
     _write_summary(args, data, train_hooks.heldout, began)
   return FitResult(state, monitor.row, train_hooks.heldout)

@@ -89,12 +89,27 @@ def newest_step(workdir: pathlib.Path) -> int:
   return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
-def what_is_saved(workdir: pathlib.Path) -> str:
-  """Says which checkpoint there is; from any thread, at any time."""
+def rerun(purpose: str, *, own_process: bool) -> str:
+  """Says how to go on: with which command, in a process of the run's own."""
+  command = f": {command_line()}" if own_process else ""
+  return f"rerun the command to {purpose}{command}"
+
+
+def what_is_saved(workdir: pathlib.Path, *, own_process: bool = False) -> str:
+  """Says which checkpoint there is, and how to go on.
+
+  It may be called from any thread, at any time.
+  """
   if not any((workdir / CHECKPOINTS).glob("[0-9]*")):
-    return "nothing is saved yet; rerun the command to start again"
-  step = newest_step(workdir)
-  return f"step {step} is saved; rerun the command to resume"
+    again = rerun("start again", own_process=own_process)
+    return f"nothing is saved yet; {again}"
+  again = rerun("resume", own_process=own_process)
+  return f"step {newest_step(workdir)} is saved; {again}"
+
+
+def command_line() -> str:
+  """Returns the command that started this process."""
+  return shlex.join(["python", *sys.orig_argv[1:]])
 
 
 def write_config(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
@@ -143,8 +158,7 @@ def write_environment(workdir: pathlib.Path, *, own_process: bool) -> None:
 
   The command line is that of a process of the run's own, not of a notebook.
   """
-  command = shlex.join(["python", *sys.orig_argv[1:]])
-  environment = {"command": command} if own_process else {}
+  environment = {"command": command_line()} if own_process else {}
   environment |= {
     "host": socket.gethostname(),
     "python": platform.python_version(),
