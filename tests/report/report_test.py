@@ -6,6 +6,7 @@ import pathlib
 import tempfile
 
 import numpy as np
+import pytest
 import testing
 import written_run
 from absl.testing import absltest, parameterized
@@ -139,6 +140,7 @@ class ReportTest(parameterized.TestCase):
     rows.append({"step": 2, "heldout_loss": None, "heldout_bpb": None})
     self.page_of(self.workdir(rows[: 1 if row["loss"] is None else None]))
 
+  @pytest.mark.slow
   def test_many_layers_and_experts(self):
     load = np.random.default_rng(0).integers(50, 150, (4, 59, 256))
     vio = load.max(-1) / load.mean(-1) - 1

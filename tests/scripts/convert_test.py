@@ -128,6 +128,7 @@ class RoundTripTest(ConvertTest):
     self.assertEqual(released.raw(again / "hf"), released.raw(self.hf))
     self.assertIn("all accounted for", self.convert("verify", hf=self.out))
 
+  @pytest.mark.slow
   def test_queries_that_are_not_compressed_and_v2(self):
     released.save(released.model({"q_lora_rank": None}, kind="V2"), self.hf)
     self.convert("import", hf=self.hf, workdir=self.workdir)

@@ -103,6 +103,7 @@ class CheckedRunTest(absltest.TestCase):
       [row["step"] for row in rows if "loss" in row],
     )
 
+  @pytest.mark.slow
   def test_devices_that_agree_go_on(self):
     self.assertEqual(self.train(), (cli.OK, ""))
     self.assertEqual(self.checks.call_count, 2)
