@@ -266,9 +266,10 @@ def _compile_step(
   Several processes compile one program after another, in the same order.
   """
   run, step_fn = args.run, train.make_step(args.run, mesh)
-  if jax.process_count() > 1:
+  done = workdir.newest_step(args.workdir)
+  if jax.process_count() > 1 or done >= args.stop:
     return step_fn, None
-  size = run.batch_phase(workdir.newest_step(args.workdir)).batch_size
+  size = run.batch_phase(done).batch_size
   batch = train.abstract_batch(run, mesh, size // run.train.micro_batch_size)
   state = train.abstract_state(run, mesh)
   return step_fn, compilation.start(step_fn, state, batch)
