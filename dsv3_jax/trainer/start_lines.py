@@ -52,8 +52,9 @@ def more_lines(
   yield f"workdir: {args.workdir}, " + (
     f"step {done} is saved" if done else "new"
   )
-  cache = jax.config.jax_compilation_cache_dir
-  kept = cache if cache and jax.config.jax_enable_compilation_cache else ""
-  yield "compiling, about a minute the first time" + (
-    f"; later starts find the programs in {kept}" if kept else ""
-  )
+  if done < args.stop:
+    cache = jax.config.jax_compilation_cache_dir
+    kept = cache if cache and jax.config.jax_enable_compilation_cache else ""
+    yield "compiling, about a minute the first time" + (
+      f"; later starts find the programs in {kept}" if kept else ""
+    )
