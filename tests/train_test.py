@@ -156,6 +156,23 @@ def skewed_gradients(settings, sizes):
   }
 
 
+class AbstractBatchTest(parameterized.TestCase):
+  @parameterized.parameters(False, True)
+  def test_is_that_of_a_batch(self, segment_mask):
+    # A step compiled for another batch would be compiled again, unseen.
+    run = testing.run(f"data.segment_mask={segment_mask}")
+    shape = 2, run.train.micro_batch_size, run.data.seq_len + 1
+    ones = np.ones(shape, np.int32)
+    batch = device_mesh.make_global_batch(
+      make_batch(ones, ones, segment_mask=segment_mask), shape[1], MESH, dim=1
+    )
+    expected = train.abstract_batch(run, MESH, 2)
+    self.assertEqual(jax.tree.structure(batch), jax.tree.structure(expected))
+    for a, like in zip(*map(jax.tree.leaves, (batch, expected)), strict=True):
+      self.assertEqual((a.shape, a.dtype), (like.shape, like.dtype))
+      self.assertEqual(a.sharding, like.sharding)
+
+
 class InitTest(absltest.TestCase):
   def test_mtp_modules_change_no_other_parameter(self):
     key = jax.random.key(7)

@@ -386,7 +386,7 @@ class Run:
 
   @property
   def extends_context(self) -> bool:
-    """Whether rows are longer than those of pre-training, before YaRN."""
+    """Returns whether rows are longer than in pre-training, before YaRN."""
     yarn = getattr(self.model.attention, "yarn", None)
     if yarn is None or yarn.factor <= 1:
       return False

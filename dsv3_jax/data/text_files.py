@@ -193,7 +193,7 @@ class _Reader:
 
 
 def _has_records(text: str) -> bool:
-  """Whether a JSON object with a "text" begins a text, or an array in it."""
+  """Returns whether a text begins with an object, or array, that has "text"."""
   text = text.lstrip().removeprefix("[").lstrip()
   if text[:1] != "{":
     return False

@@ -129,7 +129,7 @@ def _halves(tok: tokenizers.Tokenizer) -> dict[int, np.ndarray]:
 
 
 def _is_punctuation(text: str) -> bool:
-  """Whether a text is of punctuation and symbols, and not empty."""
+  """Returns whether a text is of punctuation and symbols, and not empty."""
   categories = {unicodedata.category(character)[0] for character in text}
   return bool(categories) and categories <= {"P", "S"}
 

@@ -128,7 +128,7 @@ def prompt(
 
 
 def _answered(params, out, start, answer):
-  """Whether each row's answer [b, A] is the most likely; PAD matches any."""
+  """Returns whether each answer [b, A] is the most likely; PAD matches any."""
   positions = start[:, None] + jnp.arange(answer.shape[1])[None]
   states = jnp.take_along_axis(out.hidden, positions[..., None], axis=1)
   guess = jnp.argmax(transformer.logits(params, states), axis=-1)
@@ -143,7 +143,7 @@ def answers_right(
   length: int,
   batch_size: int,
 ) -> np.ndarray:
-  """Whether greedy decoding answers each prompt correctly, [R] bool.
+  """Returns whether greedy decoding answers each prompt correctly, [R] bool.
 
   All prompts are padded to `length` tokens, BOS and answer included.
 

@@ -151,7 +151,7 @@ class Engine:
 
   @property
   def busy(self) -> bool:
-    """Whether any request is unfinished."""
+    """Returns whether any request is unfinished."""
     return bool(self._slots.waiting or self._slots.active)
 
   def step(self) -> list[Event]:

@@ -128,7 +128,7 @@ def validate(model: config.Model) -> Iterator[str]:
 
 
 def _has_plain_queries(model: config.Model) -> bool:
-  """Whether llama.cpp expects queries that are not compressed.
+  """Returns whether llama.cpp expects queries that are not compressed.
 
   It goes by the sizes of V2-Lite, Moonlight, and a model of 48 layers.
   """
@@ -138,7 +138,7 @@ def _has_plain_queries(model: config.Model) -> bool:
 
 
 def _limits_groups(router: config.Router) -> bool:
-  """Whether groups matter: llama.cpp refuses to choose all of them."""
+  """Returns whether groups matter: llama.cpp refuses to choose all of them."""
   return router.top_groups < router.n_groups
 
 

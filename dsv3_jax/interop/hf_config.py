@@ -340,7 +340,7 @@ def _model_type(score: str) -> tuple[str, _ModelType]:
 
 
 def has_router_bias(score: str) -> bool:
-  """Whether released checkpoints have a router bias, for a router's score."""
+  """Returns whether released checkpoints of a router score have a bias."""
   return _model_type(score)[1].has_bias
 
 

@@ -75,7 +75,7 @@ class Block:
 
   @property
   def transposed(self) -> bool:
-    """Whether files have the transpose of the parameter's matrix."""
+    """Returns whether files have the transpose of the parameter's matrix."""
     return len(self.matrix_shape) > 1 and self.path != "embed"
 
   @property

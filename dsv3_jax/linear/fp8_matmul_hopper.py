@@ -43,7 +43,7 @@ class Tuning:
 
 
 def supported() -> bool:
-  """Whether the first device is a GPU of compute capability 9."""
+  """Returns whether the first device is a GPU of compute capability 9."""
   device = jax.devices()[0]
   capability = getattr(device, "compute_capability", "")
   return device.platform == "gpu" and str(capability).startswith("9.")

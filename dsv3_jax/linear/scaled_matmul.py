@@ -38,7 +38,7 @@ def matmul(
 
 
 def dequantizes(backend: str) -> bool:
-  """Whether operands are dequantized before the product."""
+  """Returns whether operands are dequantized before the product."""
   return _function(backend) is dequantized
 
 
