@@ -1,6 +1,7 @@
 """Forward pass with a KV cache, of a prompt's chunk or of the next few tokens.
 
 The functions are pure; `compiled.py` jits them and donates the cache.
+`forward_form.py` chooses between them and faster ones.
 """
 
 import dataclasses
@@ -126,8 +127,14 @@ def final_norm(
   return layers.rms_norm(params["norm"], x, cfg.norm_eps)
 
 
-def logits(params: InferenceParams, hidden: jax.Array) -> jax.Array:
-  """Returns next-token logits [..., C] in float32 of normed states [..., D]."""
+def logits(
+  params: InferenceParams, hidden: jax.Array, valid: jax.Array | None = None
+) -> jax.Array:
+  """Returns next-token logits [..., C] in float32 of normed states [..., D].
+
+  Those of rows that are not valid, [...] bool, may be anything.
+  """
+  del valid  # all rows are one product
   rows = hidden.reshape(-1, hidden.shape[-1])
   # The transpose is materialized: the product is much faster so on CPU.
   columns = jax.lax.optimization_barrier(rows.T)

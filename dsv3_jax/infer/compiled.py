@@ -1,5 +1,6 @@
 """Compiled programs of an engine: a decode step, and a chunk of prompts."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +12,13 @@ import jax.numpy as jnp
 from dsv3_jax import config
 from dsv3_jax.infer import (
   cached_forward,
+  forward_form,
   sampling,
   serving_ffn,
   serving_mesh,
   speculation,
 )
 from dsv3_jax.infer.inference_params import InferenceParams
-from dsv3_jax.model import moe
 
 
 @flax.struct.dataclass
@@ -34,6 +35,7 @@ class PromptChunk:
   n: jax.Array  # [R] int32
   slot: jax.Array  # [R] int32, counted in the shard
   sampling_params: sampling.SamplingParams
+  limits: speculation.Limits
 
 
 Program = Callable[..., tuple[speculation.DecodeState, Any, jax.Array]]
@@ -44,17 +46,20 @@ def program(
   step: Program,
   cfg: config.Model,
   mesh: serving_mesh.ServingMesh | None,
+  form: forward_form.ForwardForm,
   mode: str,
 ) -> Program:
-  """Compiles `speculation.decode_step` of all slots, or `read_chunk`.
+  """Compiles `speculation.decode_steps` of all slots, or `read_chunk`.
 
-  The program is a function of parameters, state (donated), and the slots in use
-  or a `PromptChunk`.
+  The program is a function of parameters, state (donated), and the last
+  argument of the step: the slots in use, or a `PromptChunk`.
   """
-  experts = serving_ffn.make_experts(mesh, cfg) if mesh else None
+  if mesh:
+    experts = serving_ffn.make_experts(mesh, cfg)
+    form = dataclasses.replace(form, experts=experts)
 
   def local(params, state, rows):
-    return step(params, state, rows, cfg, mode, experts)
+    return step(params, state, rows, cfg, mode, form)
 
   return jax.jit(serving_mesh.shard_mapped(local, mesh), donate_argnums=1)
 
@@ -65,7 +70,7 @@ def read_chunk(
   chunk: PromptChunk,
   cfg: config.Model,
   mode: str,
-  experts: moe.Experts | None,
+  form: forward_form.ForwardForm,
 ) -> tuple[speculation.DecodeState, tuple[jax.Array, jax.Array], jax.Array]:
   """Reads a chunk of one prompt into a slot, and draws the token after it.
 
@@ -74,19 +79,19 @@ def read_chunk(
     int32, and its log-probability; the load of the main model's experts.
   """
   start, (n,), (slot,) = chunk.start, chunk.n, chunk.slot
+  if chunk.tokens.shape[1] > form.max_tokens:
+    form = forward_form.XLA
 
   def of_slot(a):
     return jax.lax.dynamic_slice_in_dim(a, slot, 1)
 
   row = jax.tree.map(of_slot, state.cache)
   valid = jnp.arange(chunk.tokens.shape[1])[None] < n
-  options = cached_forward.ForwardOptions(True, valid, experts)
-  x, row, load = cached_forward.forward(
-    params, row, chunk.tokens, start, cfg, options
-  )
+  options = cached_forward.ForwardOptions(True, valid, form.experts)
+  x, row, load = form.forward(params, row, chunk.tokens, start, cfg, options)
   last = jax.lax.dynamic_slice_in_dim(x, jnp.maximum(n - 1, 0), 1, axis=1)
   normed = cached_forward.final_norm(params, last, cfg)
-  logits = cached_forward.logits(params, normed)
+  logits = form.logits(params, normed)
   p = sampling.probabilities(logits, chunk.sampling_params, mode)
   seed, position = chunk.sampling_params.seed, start[:, None] + n
   token = sampling.draw(p, seed, position, sampling.FINAL, mode)
@@ -101,12 +106,13 @@ def read_chunk(
     # not known here, is read again with it in the first decode step.
     normed_states = cached_forward.final_norm(params, x, cfg)
     states = speculation.mtp_input(x, normed_states, cfg)
-    _, _, row, _ = cached_forward.forward_mtp(
+    _, _, row, _ = form.forward_mtp(
       params, row, states, chunk.ahead, start, cfg, options
     )
     last_state = speculation.mtp_input(last, normed, cfg)
     hidden = put(hidden, jnp.pad(last_state, (*padding, (0, 0))))
   settings = jax.tree.map(put, state.sampling_params, chunk.sampling_params)
+  limits = chunk.limits.after(token, jnp.ones_like(start))
   state = state.replace(
     cache=jax.tree.map(put, state.cache, row),
     tokens=put(state.tokens, jnp.pad(token, padding)),
@@ -114,5 +120,6 @@ def read_chunk(
     start=put(state.start, start + n - 1),
     hidden=hidden,
     sampling_params=settings,
+    limits=jax.tree.map(put, state.limits, limits),
   )
   return state, (token, speculation.token_logprobs(logits, token)), load

@@ -7,6 +7,8 @@ depends on its prompt, settings and seed alone.
 
 import dataclasses
 import functools
+import math
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -20,6 +22,7 @@ from dsv3_jax.infer import (
   compiled,
   eplb,
   expert_balance,
+  forward_form,
   kvcache,
   sampling,
   scheduler,
@@ -39,8 +42,18 @@ from dsv3_jax.plan import memory
 STOP, LENGTH = "stop", "length"  # finish reasons
 _IDLE = GenerationRequest((), temperature=0)  # settings of an empty slot
 
-# The requests of a decode step, by slot, and what it generates.
-Step = tuple[dict[int, scheduler.Active], speculation.StepOutput]
+# Decode steps that are run at a time take about this long, so that tokens come
+# steadily; more of them cost less of the host's time.
+_DISPATCH_S = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Dispatch:
+  """Decode steps that the devices run."""
+
+  active: dict[int, scheduler.Active]  # by slot
+  n_steps: int
+  output: speculation.StepOutput
 
 
 @dataclasses.dataclass
@@ -51,7 +64,7 @@ class EngineStats:
   tokens: int = 0  # of decode steps, including those after the end of a text
   cycles: int = 0  # decode steps: passes of the main model over the slots
   rows: int = 0  # requests that the steps generated tokens of, summed
-  wasted_rows: int = 0  # the same of requests that had ended before
+  wasted_rows: int = 0  # the same of requests that the host ended meanwhile
   drafts: int = 0
   accepted: int = 0  # of the drafts
   # Before each rebalancing, the largest over mean load of the devices, mean
@@ -118,15 +131,24 @@ class Engine:
     self.stats, self.submitted = EngineStats(), 0
     self.balancer = expert_balance.ExpertBalancer(cfg, mesh, placement)
     self._params = params
+    self.form = forward_form.choose(
+      options.form, params, cfg, divided=mesh is not None
+    )
     self._n_shards = mesh.n_shards if mesh else 1
     self._slots = scheduler.Scheduler(options.max_batch, self._n_shards)
+    # Over a mesh a step at a time, since experts may move between two.
+    decode = speculation.decode_step if mesh else speculation.decode_steps
     # Cached by sampling mode: hashing the configuration at each call is slow.
     self._decode, self._prefill = (
-      functools.cache(functools.partial(compiled.program, step, cfg, mesh))
-      for step in (speculation.decode_step, compiled.read_chunk)
+      functools.cache(
+        functools.partial(compiled.program, step, cfg, mesh, self.form)
+      )
+      for step in (decode, compiled.read_chunk)
     )
     self._state: speculation.DecodeState | None = None
-    self._running: Step | None = None
+    self._running: Dispatch | None = None
+    # Of the last dispatch: seconds a step, and when its tokens were read.
+    self._step_s, self._read_at = math.inf, 0.0
 
   # --- requests ---
 
@@ -155,11 +177,11 @@ class Engine:
     return bool(self._slots.waiting or self._slots.active)
 
   def step(self) -> list[Event]:
-    """Admits requests; else launches a decode step, returns the last's events.
+    """Admits requests; else launches decode steps, returns the last's events.
 
-    The devices thus compute while the host reads what they generated before. A
-    request that hits a stop token has run one extra step; its output is
-    discarded. First tokens do not wait for a decode step, which compiles first.
+    The devices thus compute while the host reads what they generated before.
+    They are few steps, or one while a request waits for a slot. First tokens do
+    not wait for a decode step, which compiles first.
     """
     events = []
     while self._slots.free and self._slots.waiting:
@@ -167,7 +189,7 @@ class Engine:
     if events:
       return events
     last, self._running = self._running, self._launch()
-    return self._step_events(last) if last else []
+    return self._dispatch_events(last) if last else []
 
   def run(self, requests: Iterable[GenerationRequest]) -> Iterator[Event]:
     """Serves requests in order, taking each when there is a slot for it.
@@ -193,42 +215,57 @@ class Engine:
 
   # --- the cache ---
 
+  @property
+  def _size(self) -> tuple[int, int]:
+    """Rows of the state, and positions of each in the cache."""
+    if not self._state:
+      return 0, 0
+    return len(self._state.n), kvcache.length(self._state.cache)
+
   def _reserve(self, n: int) -> None:
-    """Makes the cache long enough for texts of n tokens."""
+    """Makes the state large enough for a further text of n tokens.
+
+    It has one row as long as there is one text, and rows that are idle cost
+    time; max_batch then.
+    """
     longest = self.options.n_positions(self.options.max_len)
     n = kvcache.bucket(self.options.n_positions(n), longest)
-    if self._state and n <= kvcache.length(self._state.cache):
+    alone = len(self._slots.active) == 1 and not self._slots.waiting
+    few = alone and not self.mesh and not self.form.skips_idle_rows
+    old = self._size
+    new = max(1 if few else self.options.max_batch, old[0]), max(n, old[1])
+    if new == old:
       return
-    specs = self._cache_specs(n)
+    specs = self._cache_specs(*new)
     held = param_spec.nbytes(specs) / self._n_shards
     memory.check_fits(
-      f"parameters, and a cache of {self.options.max_batch} x {n} positions",
+      f"parameters, and a cache of {new[0]} x {new[1]} positions",
       memory.bytes_per_device(self._params) + held,
       list(jax.tree.leaves(self._params)[0].sharding.addressable_devices),
       "shorter texts, or a smaller --max_batch, need less",
     )
-    if self._state:
-      cache = kvcache.grow(self._state.cache, n)
-      self._state = self._state.replace(cache=cache)
-    else:
-      self._state = self._empty_state(specs)
+    state = self._empty_state(specs, new[0])
+    self._state = kvcache.grow(self._state, state) if self._state else state
 
-  def _cache_specs(self, n: int) -> param_spec.Specs:
+  def _cache_specs(self, n_rows: int, n: int) -> param_spec.Specs:
     dtype, drafting = self._params["embed"].dtype, self.options.n_drafts > 0
-    b = self.options.max_batch
-    return kvcache.specs(self.cfg, b, n, dtype, drafting=drafting)
+    return kvcache.specs(self.cfg, n_rows, n, dtype, drafting=drafting)
 
-  def _empty_state(self, specs: param_spec.Specs) -> speculation.DecodeState:
-    b, k = self.options.max_batch, self.options.n_drafts
-    dtype = self._params["embed"].dtype
-    idle = sampling.stack_params([_IDLE] * b)
+  def _empty_state(
+    self, specs: param_spec.Specs, b: int
+  ) -> speculation.DecodeState:
+    k, dtype = self.options.n_drafts, self._params["embed"].dtype
+    idle = [_IDLE] * b
+    settings = sampling.stack_params(idle), speculation.stack_limits(idle)
+    sampling_params, limits = jax.tree.map(jnp.asarray, settings)
     state = speculation.DecodeState(
       cache=kvcache.empty(specs),
       tokens=jnp.zeros((b, k + 1), jnp.int32),
       n=jnp.ones(b, jnp.int32),
       start=jnp.zeros(b, jnp.int32),
       hidden=jnp.zeros((b, k + 1, self.cfg.d_model), dtype) if k else None,
-      sampling_params=jax.tree.map(jnp.asarray, idle),
+      sampling_params=sampling_params,
+      limits=limits,
     )
     return self._shard(state)
 
@@ -285,52 +322,72 @@ class Engine:
       n=n,
       slot=slot,
       sampling_params=sampling.stack_params(requests),
+      limits=speculation.stack_limits(requests),
     )
 
   # --- decode ---
 
-  def _launch(self) -> Step | None:
-    """Starts a decode step of the requests that the running one cannot finish.
+  def _launch(self) -> Dispatch | None:
+    """Starts decode steps of the requests that running ones cannot finish.
 
     A step generates at least one token of each of its requests.
     """
-    running = self._running[0] if self._running else {}
+    left, running = {}, self._running
+    for slot, a in self._slots.active.items():
+      left[slot] = a.request.max_tokens - a.n_generated
+      if running and running.active.get(slot) is a:
+        left[slot] -= running.n_steps
     active = {
-      slot: a
-      for slot, a in self._slots.active.items()
-      if a.n_generated + (running.get(slot) is a) < a.request.max_tokens
+      slot: self._slots.active[slot] for slot, n in left.items() if n > 0
     }
     if not active:
       return None
+    n_steps = min(self._most_steps(), max(left.values()))
     program = self._decode(sampling.mode(a.request for a in active.values()))
-    in_use = np.isin(np.arange(self.options.max_batch), list(active))
-    self._state, output, load = program(
-      self._params, self._state, self._shard(in_use)
-    )
+    in_use = np.zeros(self._size[0], bool)
+    in_use[list(active)] = True
+    rows = self._shard(in_use) if self.mesh else (in_use, np.int32(n_steps))
+    self._state, output, load = program(self._params, self._state, rows)
     self.balancer.add(load)
-    self.stats.cycles += 1
+    self.stats.cycles += n_steps
     every = self.options.rebalance_every
     if every and not self.stats.cycles % every:
       self.rebalance()
-    return active, output
+    return Dispatch(active, n_steps, output)
 
-  def _step_events(self, step: Step) -> list[Event]:
-    """Returns the tokens of a decode step, of requests that still want them."""
-    active, output = step[0], jax.device_get(step[1])
+  def _most_steps(self) -> int:
+    """Returns the largest number of decode steps for the next dispatch."""
+    if self.mesh or self._slots.waiting:
+      return 1
+    if self._step_s * speculation.MAX_STEPS <= _DISPATCH_S:
+      return speculation.MAX_STEPS
+    return max(1, int(_DISPATCH_S / self._step_s))
+
+  def _dispatch_events(self, dispatch: Dispatch) -> list[Event]:
+    """Returns the tokens of a dispatch, of requests that still want them."""
+    output = jax.device_get(dispatch.output)
     self.balancer.flush()
+    now = time.perf_counter()
+    self._step_s, self._read_at = (now - self._read_at) / dispatch.n_steps, now
+    if self.mesh:  # of one step
+      output = jax.tree.map(lambda a: a[:, None], output)
     events = []
-    for slot, a in sorted(active.items()):
-      if self._slots.active.get(slot) is not a:
-        self.stats.wasted_rows += 1
-        continue
-      n = output.n[slot]
-      self.stats.rows += 1
-      self.stats.tokens += int(n)
-      self.stats.drafts += self.options.n_drafts
-      self.stats.accepted += int(n) - 1
-      events += self._slot_events(
-        slot, output.tokens[slot, :n], output.logprobs[slot, :n]
-      )
+    for step in range(dispatch.n_steps):
+      for slot, a in sorted(dispatch.active.items()):
+        n = int(output.n[slot, step])
+        if not n:  # it ended in a step before
+          continue
+        if self._slots.active.get(slot) is not a:
+          self.stats.wasted_rows += 1
+          continue
+        self.stats.rows += 1
+        self.stats.tokens += n
+        self.stats.drafts += self.options.n_drafts
+        self.stats.accepted += n - 1
+        at = slot, step, slice(n)
+        events += self._slot_events(
+          slot, output.tokens[at], output.logprobs[at]
+        )
     return events
 
   def _slot_events(

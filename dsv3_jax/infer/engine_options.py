@@ -6,7 +6,7 @@ import numpy as np
 
 from dsv3_jax import config
 from dsv3_jax.errors import InputError
-from dsv3_jax.infer import kvcache, serving_mesh
+from dsv3_jax.infer import forward_form, kvcache, serving_mesh
 from dsv3_jax.infer.request import GenerationRequest
 
 DEFAULT_MAX_LEN = 4096
@@ -26,6 +26,7 @@ class EngineOptions:
   n_drafts: int = 0  # tokens that the MTP module drafts in a step
   serving: serving_mesh.ServingConfig | None = None  # None: one device
   rebalance_every: int = 0  # steps between moves of experts; 0: never
+  form: str = forward_form.AUTO  # of the forward pass, of `forward_form.NAMES`
 
   def resolve(self, cfg: config.Model) -> "EngineOptions":
     """Fills in the default of `max_len` for a model."""
@@ -52,6 +53,8 @@ def validate_options(
   options, problems = options.resolve(cfg), []
   if (dtype := options.dtype) not in DTYPES:
     problems.append(f"dtype={dtype}: must be one of {', '.join(DTYPES)}")
+  if (form := options.form) not in (names := forward_form.NAMES):
+    problems.append(f"form={form}: must be one of {', '.join(names)}")
   for name in ("max_batch", "max_len"):
     if (value := getattr(options, name)) < 1:
       problems.append(f"{name}={value}: must be at least 1")

@@ -4,6 +4,7 @@ Its dims beyond texts and positions are those of the model's attention.
 """
 
 import functools
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from dsv3_jax.model import attentions
 MIN_LENGTH = 16  # positions
 
 Cache = dict[str, tuple[jax.Array, ...]]  # of `specs`
+Tree = TypeVar("Tree")
 
 
 def specs(
@@ -51,12 +53,9 @@ def bucket(n: int, most: int) -> int:
   return min(max(MIN_LENGTH, 1 << (n - 1).bit_length()), most)
 
 
-@functools.partial(jax.jit, static_argnames="n")
-def grow(cache: Cache, n: int) -> Cache:
-  """Returns the cache with room for n positions."""
-
-  def leaf(a):
-    more = n - a.shape[1]
-    return jnp.pad(a, [(0, more if dim == 1 else 0) for dim in range(a.ndim)])
-
-  return jax.tree.map(leaf, cache)
+@functools.partial(jax.jit, donate_argnums=1)
+def grow(old: Tree, new: Tree) -> Tree:
+  """Returns larger arrays, `new`, that begin with the values of old ones."""
+  return jax.tree.map(
+    lambda a, b: jax.lax.dynamic_update_slice(b, a, (0,) * a.ndim), old, new
+  )

@@ -17,15 +17,48 @@ begins with reading these positions again.
 """
 
 import functools
+from collections.abc import Sequence
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dsv3_jax import config
 from dsv3_jax.infer import cached_forward, kvcache, sampling
+from dsv3_jax.infer.forward_form import ForwardForm
 from dsv3_jax.infer.inference_params import InferenceParams
-from dsv3_jax.model import moe
+from dsv3_jax.infer.request import GenerationRequest
+
+MAX_STEPS = 8  # decode steps of a dispatch
+# Stop tokens of a text that end it on the device. If there are more, the host
+# ends it when it reads the token, and a few steps are wasted.
+N_STOPS = 4
+
+
+@flax.struct.dataclass
+class Limits:
+  """What ends the texts of the slots."""
+
+  remaining: jax.Array  # [B] int32, tokens a text may still have; 0: it ended
+  stop_ids: jax.Array  # [B, N_STOPS] int32, padded with -1
+
+  def after(self, tokens: jax.Array, n: jax.Array) -> "Limits":
+    """Returns the limits after n [B] tokens of [B, T]; 0 after a stop token."""
+    new = jnp.arange(tokens.shape[1])[None] < n[:, None]
+    stops = (tokens[..., None] == self.stop_ids[:, None]).any(-1)
+    left = jnp.maximum(self.remaining - n, 0)
+    return self.replace(remaining=jnp.where((stops & new).any(-1), 0, left))
+
+
+def stack_limits(requests: Sequence[GenerationRequest]) -> Limits:
+  """Stacks the limits of requests, on the host."""
+  stop_ids = np.full((len(requests), N_STOPS), -1, np.int32)
+  for row, r in zip(stop_ids, requests, strict=True):
+    some = sorted(set(r.stop_token_ids))[:N_STOPS]
+    row[: len(some)] = some
+  remaining = np.array([r.max_tokens for r in requests], np.int32)
+  return Limits(remaining, stop_ids)
 
 
 @flax.struct.dataclass
@@ -38,14 +71,15 @@ class DecodeState:
   start: jax.Array  # [B] int32, position of the state before the first of them
   hidden: jax.Array | None  # [B, k + 1, D], states before each, for MTP
   sampling_params: sampling.SamplingParams
+  limits: Limits
 
 
 @flax.struct.dataclass
 class StepOutput:
-  """Tokens of a decode step."""
+  """Tokens of a decode step; those of several have steps as second dim."""
 
   tokens: jax.Array  # [B, k + 1] int32
-  n: jax.Array  # [B] int32, number of them, at least 1
+  n: jax.Array  # [B] int32, number of them; 0: the row was not active
   logprobs: jax.Array  # [B, k + 1] f32, see `token_logprobs`
 
 
@@ -79,7 +113,7 @@ def _draft(
   active: jax.Array,
   cfg: config.Model,
   mode: str,
-  experts: moe.Experts | None,
+  form: ForwardForm,
 ) -> tuple[jax.Array, jax.Array, kvcache.Cache, jax.Array]:
   """Returns drafts [B, k] of the MTP module, and what comes with them.
 
@@ -87,10 +121,10 @@ def _draft(
   and the load of experts [1, E].
   """
   n_drafts = state.tokens.shape[1] - 1
-  forward = functools.partial(cached_forward.forward_mtp, params, cfg=cfg)
+  forward = functools.partial(form.forward_mtp, params, cfg=cfg)
   valid = jnp.arange(n_drafts + 1)[None] < state.n[:, None]
   options = cached_forward.ForwardOptions(
-    valid=valid & active[:, None], experts=experts
+    valid=valid & active[:, None], experts=form.experts
   )
   out, onward, cache, load = forward(
     state.cache, state.hidden, state.tokens, state.start, options=options
@@ -98,7 +132,7 @@ def _draft(
   out, onward = _at(out, state.n - 1), _at(onward, state.n - 1)
   position = state.start + state.n  # of the last known token
   options = cached_forward.ForwardOptions(
-    valid=active[:, None], experts=experts
+    valid=active[:, None], experts=form.experts
   )
   seed, tokens, distributions = state.sampling_params.seed, [], []
   for i in range(n_drafts):
@@ -107,7 +141,7 @@ def _draft(
         cache, onward, tokens[-1], position + i - 1, options=options
       )
       load = load + more
-    logits = cached_forward.logits(params, out)
+    logits = form.logits(params, out, active[:, None])
     q = sampling.probabilities(logits, state.sampling_params, mode)
     ahead = position[:, None] + i + 1
     tokens.append(sampling.draw(q, seed, ahead, sampling.DRAFT, mode))
@@ -180,34 +214,33 @@ def verify_drafts(
 def decode_step(
   params: InferenceParams,
   state: DecodeState,
-  active: jax.Array,
+  in_use: jax.Array,
   cfg: config.Model,
   mode: str,
-  experts: moe.Experts | None = None,
+  form: ForwardForm,
 ) -> tuple[DecodeState, StepOutput, jax.Array]:
-  """Generates 1 .. k + 1 tokens of every slot.
+  """Generates 1 .. k + 1 tokens of every slot whose text has not ended.
 
-  Tokens of slots that are not active, [B] bool, go to no expert. All experts
-  are on this device if `experts` is None.
+  Tokens of the others, and of slots that are not in use, [B] bool, go to no
+  expert.
 
   Returns:
     The new state; the tokens; the number of tokens that each routed expert got,
     [n, E] int32, that of the MTP module last if it drafts.
   """
   n_drafts, sampling_params = state.tokens.shape[1] - 1, state.sampling_params
+  active = in_use & (state.limits.remaining > 0)
   last, position = _at(state.tokens, state.n - 1), state.start + state.n
   cache, drafts, loads = state.cache, last[:, :0], []
   if n_drafts:
-    drafts, q, cache, load = _draft(params, state, active, cfg, mode, experts)
+    drafts, q, cache, load = _draft(params, state, active, cfg, mode, form)
     loads.append(load)
   tokens = jnp.concatenate([last, drafts], axis=1)
   valid = jnp.broadcast_to(active[:, None], tokens.shape)
-  options = cached_forward.ForwardOptions(valid=valid, experts=experts)
-  x, cache, load = cached_forward.forward(
-    params, cache, tokens, position, cfg, options
-  )
+  options = cached_forward.ForwardOptions(valid=valid, experts=form.experts)
+  x, cache, load = form.forward(params, cache, tokens, position, cfg, options)
   hidden = cached_forward.final_norm(params, x, cfg)
-  logits = cached_forward.logits(params, hidden)
+  logits = form.logits(params, hidden, valid)
   p = sampling.probabilities(logits, sampling_params, mode)
   seed, ahead = sampling_params.seed, position + 1
   if n_drafts:
@@ -216,8 +249,52 @@ def decode_step(
     tokens = sampling.draw(p, seed, ahead[:, None], sampling.FINAL, mode)
     n = jnp.ones_like(position)
   mtp_states = mtp_input(x, hidden, cfg) if n_drafts else None
+  told = jnp.where(active, n, 0)
   state = state.replace(
-    cache=cache, tokens=tokens, n=n, start=position, hidden=mtp_states
+    cache=cache,
+    tokens=tokens,
+    n=n,
+    start=position,
+    hidden=mtp_states,
+    limits=state.limits.after(tokens, told),
   )
-  output = StepOutput(tokens, n, token_logprobs(logits, tokens))
+  output = StepOutput(tokens, told, token_logprobs(logits, tokens))
   return state, output, jnp.concatenate([load, *loads])
+
+
+def decode_steps(
+  params: InferenceParams,
+  state: DecodeState,
+  rows: tuple[jax.Array, jax.Array],
+  cfg: config.Model,
+  mode: str,
+  form: ForwardForm,
+) -> tuple[DecodeState, StepOutput, jax.Array]:
+  """Runs several decode steps, up to MAX_STEPS.
+
+  `rows` are the slots in use and the number of steps, int32; otherwise the
+  arguments are those of `decode_step`.
+
+  Returns:
+    The new state; the tokens, [B, MAX_STEPS, ...], none of steps that were not
+    run; the number of tokens that each expert got in all steps.
+  """
+  in_use, n_steps = rows
+  shape = len(in_use), MAX_STEPS, state.tokens.shape[1]
+  output = StepOutput(
+    jnp.zeros(shape, jnp.int32),
+    jnp.zeros(shape[:2], jnp.int32),
+    jnp.zeros(shape, jnp.float32),
+  )
+  n_routers = cfg.n_moe_layers + (shape[2] > 1)
+  load = jnp.zeros((n_routers, cfg.router.n_experts), jnp.int32)
+
+  def step(i, carry):
+    state, output, load = carry
+    state, new, more = decode_step(params, state, in_use, cfg, mode, form)
+    output = jax.tree.map(
+      lambda a, x: jax.lax.dynamic_update_index_in_dim(a, x, i, 1), output, new
+    )
+    return state, output, load + more
+
+  return jax.lax.fori_loop(0, n_steps, step, (state, output, load))

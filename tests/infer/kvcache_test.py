@@ -1,5 +1,6 @@
 """Tests of the latent cache: what it holds, its size, its growth."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import testing
@@ -68,17 +69,17 @@ class CacheTest(parameterized.TestCase):
     self.assertEqual(kvcache.bucket(n, 100), expected)
     self.assertEqual(kvcache.bucket(min(n, 7), 7), 7)
 
-  def test_growing_keeps_what_was_there(self):
+  @parameterized.parameters((3, 9), (5, 4), (5, 9), (3, 4))
+  def test_growing_keeps_what_was_there(self, n_rows, length):
     kept = testing.normal(3, 4, 6), testing.normal(3, 4, 6, seed=1)
     cache = {"main": kept[:1], "mtp": kept[1:]}
-    grown = kvcache.grow(cache, 9)
-    self.assertEqual(kvcache.length(grown), 9)
+    empty = jax.tree.map(lambda _: jnp.full((n_rows, length, 6), 7.0), cache)
+    grown = kvcache.grow(cache, empty)
+    self.assertEqual(kvcache.length(grown), length)
     for name, before in zip(("main", "mtp"), kept, strict=True):
-      (after,) = grown[name]
-      np.testing.assert_array_equal(after[:, :4], before)
-      np.testing.assert_array_equal(after[:, 4:], np.zeros((3, 5, 6)))
-    same = kvcache.grow(cache, 4)
-    np.testing.assert_array_equal(same["main"][0], kept[0])
+      after = np.full((n_rows, length, 6), 7.0)
+      after[:3, :4] = before
+      np.testing.assert_array_equal(grown[name][0], after)
 
 
 if __name__ == "__main__":
