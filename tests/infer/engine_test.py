@@ -275,14 +275,17 @@ class GreedyTest(parameterized.TestCase):
 
   @parameterized.parameters(0, 2)
   def test_a_stop_token_that_the_device_does_not_know(self, n_drafts):
-    n = max(map(due()[0].index, due()[0]))  # the last new token
-    self.assertGreater(n, 1)
-    stops = *range(-9, -1), due()[0][n]  # more than the device has room for
-    asked = dataclasses.replace(requests()[0], stop_token_ids=stops)
+    expected, asked = [], []
+    for r, text in zip(requests(), due(), strict=True):
+      n = max(map(text.index, text))  # of the last new token
+      expected.append(text[: n + 1])
+      stops = *range(-9, -1), text[n]  # more than the device has room for
+      asked.append(dataclasses.replace(r, stop_token_ids=stops))
+    self.assertGreater(max(map(len, expected)), 2)
     made = make(n_drafts)
     with mock.patch.object(made, "_most_steps", lambda: 8):
-      (text,) = run(made, [asked])
-    self.assertEqual(text, due()[0][: n + 1])
+      self.assertEqual(run(made, asked), expected)
+    self.assertGreater(made.stats.wasted_rows, 0)
 
   def test_a_lone_text_has_one_row(self):
     made, asked = make(), requests()
