@@ -38,18 +38,28 @@ def init_state(run: config.Run, key: jax.Array) -> TrainState:
   """The state before the first step, drawn from key."""
   init_key, run_key = jax.random.split(key)
   params = param_spec.init(transformer.specs(run.model), init_key)
+  return _first_state(run, params, run_key)
+
+
+def _first_state(
+  run: config.Run, params: param_spec.Params, key: jax.Array
+) -> TrainState:
   return TrainState(
     params=params,
     opt_state=optim.make(run).init(params),
     router_bias=transformer.router_bias(run.model),
     step=jnp.zeros((), jnp.int32),
     skipped=jnp.zeros((), jnp.int32),
-    key=run_key,
+    key=key,
   )
 
 
 def _shapes(run: config.Run) -> TrainState:
-  return jax.eval_shape(lambda: init_state(run, jax.random.key(0)))
+  # Tracing the draws of `init_state` would take most of a second.
+  params = param_spec.abstract(transformer.specs(run.model))
+  return jax.eval_shape(
+    functools.partial(_first_state, run), params, jax.random.key(0)
+  )
 
 
 def shardings(run: config.Run, mesh: jax.sharding.Mesh) -> TrainState:

@@ -1,5 +1,7 @@
 """Tests of checksums of arrays."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,10 +44,33 @@ class DigestTest(parameterized.TestCase):
       checksum.to_hex(result), "".join(f"{part:08x}" for part in expected(a))
     )
 
+  @parameterized.product(
+    dtype=("float32", "bfloat16", "float8_e4m3fn", "int32", "uint8"),
+    bad=(None, "nan", "inf"),
+  )
+  def test_of_an_array_on_the_host(self, dtype, bad):
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(3, 4, 5), scale=50).astype("float32")
+    if bad:
+      a[1, 2, 3] = bad
+    with np.errstate(invalid="ignore"):
+      a = np.asarray(a.astype(jnp.dtype(dtype)).swapaxes(0, 2))
+    with mock.patch.object(checksum, "_CHUNK", 7):
+      sums, finite = checksum.of_host(a)
+    self.assertEqual((sums.tolist(), sums.dtype), (expected(a), np.uint32))
+    self.assertEqual(finite, checksum.with_finite(jnp.asarray(a))[1])
+    is_float = dtype.startswith(("float", "bfloat"))
+    self.assertEqual(finite, not (bad and is_float))
+
+  def test_elements_are_not_too_large_on_the_host(self):
+    with self.assertRaisesRegex(ValueError, "int64 have no checksum"):
+      checksum.of_host(np.arange(3))
+
   @parameterized.parameters((), (0,), (1,), (2, 0, 3))
   def test_of_scalars_and_of_nothing(self, *shape):
     a = np.full(shape, 7, np.int32)
     self.assertEqual(checksum.compute(jnp.asarray(a)).tolist(), expected(a))
+    self.assertEqual(checksum.of_host(a)[0].tolist(), expected(a))
 
   def test_does_not_depend_on_where_the_parts_are(self):
     mesh = device_mesh.make_mesh({"data": 2, "expert": 4})

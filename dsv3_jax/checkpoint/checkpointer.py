@@ -394,18 +394,26 @@ def _false(checks: dict[str, Any]) -> str:
 
 def _start_digests(
   leaves: dict[str, jax.Array],
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
   """Computes checksums [2] of all leaves, and whether each is finite, []."""
   digests, finite = {}, {}
-  for name, leaf in leaves.items():  # which may be in the host's memory
-    on_device = leaf.sharding.with_memory_kind("device")
-    digests[name], finite[name] = _digest(jax.device_put(leaf, on_device))
+  for name, leaf in leaves.items():
+    digests[name], finite[name] = _digest(leaf)
   return digests, finite
+
+
+def _digest(leaf: jax.Array) -> tuple[Any, Any]:
+  """Returns the checksum of a leaf; on a CPU it is there at once."""
+  if leaf.is_fully_addressable and jax.default_backend() == "cpu":
+    # A program for each shape would take seconds to compile.
+    return checksum.of_host(np.asarray(leaf))
+  on_device = leaf.sharding.with_memory_kind("device")
+  return _compiled_digest(jax.device_put(leaf, on_device))  # may be on the host
 
 
 # By leaf: a program for each shape, where one for all would take twice as long
 # to compile.
-_digest = jax.jit(checksum.with_finite)
+_compiled_digest = jax.jit(checksum.with_finite)
 
 
 def _raw(state: train.TrainState) -> train.TrainState:
