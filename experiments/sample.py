@@ -21,7 +21,14 @@ from typing import Any
 from rich import console, status
 
 from dsv3_jax.errors import InputError, raise_problems
-from dsv3_jax.infer import engine, engine_options, generate, load, serving_mesh
+from dsv3_jax.infer import (
+  engine,
+  engine_options,
+  forward_form,
+  generate,
+  load,
+  serving_mesh,
+)
 from dsv3_jax.infer.request import SETTINGS, GenerationRequest
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.trainer import compilation, distributed, exit_codes
@@ -69,6 +76,10 @@ class Args:
   chunk: int = flag(512, "tokens of a prompt that are read at a time")
   dtype: str = flag(
     "float32", "parameters and cache: float32 or bfloat16", old_name="compute"
+  )
+  form: str = flag(
+    forward_form.AUTO,
+    "forward pass: xla, native (a C++ kernel for CPUs), or auto, the fastest",
   )
   ema: bool = flag(False, "use the averaged parameters of a run")
   mesh: str = flag("", "devices by axis, such as expert=4,model=2")
@@ -159,6 +170,7 @@ class Args:
       n_drafts=max(self.drafts, 0) if self.speculative else 0,
       serving=serving,
       rebalance_every=self.rebalance_every,
+      form=self.form,
     )
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from dsv3_jax import config, param_spec
 from dsv3_jax.model import attentions, transformer
@@ -22,13 +21,15 @@ def from_params(
 ) -> InferenceParams:
   """Converts training parameters to {"embed", "norm", "head", "layers", "mtp"}.
 
+  Those of NumPy become views of it, and nothing is compiled.
+
   The head is transposed, [C, D]: products of a few rows with it are several
   times faster on CPU. Layers and MTP modules are tuples; those with a router
   have "bias", their row of [n_routers, E].
   """
   convert = attentions.functions(cfg.attention).inference_params
   tree = _unstack(params, bias, cfg, lambda a, i: a[i], convert)
-  return tree | {"head": jnp.swapaxes(params["head"], 0, 1)}
+  return tree | {"head": params["head"].T}
 
 
 def specs(cfg: config.Model) -> param_spec.Specs:

@@ -101,8 +101,11 @@ class LoadedModel(display.Table):
       params, bias = jax.tree.map(
         lambda a: a.addressable_data(0), (params, bias)
       )
-    recipe = engine_options.DTYPES[options.dtype]
-    params = _convert(params, bias, cfg=cfg, recipe=recipe)
+    if not mesh and options.dtype == "float32":
+      params = _convert_on_host(params, bias, cfg)
+    else:
+      recipe = engine_options.DTYPES[options.dtype]
+      params = _convert(params, bias, cfg=cfg, recipe=recipe)
     served = engine.Engine(params, cfg, options, mesh=mesh)
     return generate.Generator(served, self.tok, self.defaults)
 
@@ -128,6 +131,14 @@ def _check_memory(
     _devices(mesh).local_devices,
     "--dtype=bfloat16 needs less, --mesh=expert=N divides them",
   )
+
+
+def _convert_on_host(
+  params: param_spec.Params, bias: jax.Array, cfg: config.Model
+) -> InferenceParams:
+  """Converts without a program to compile; on a CPU most arrays are views."""
+  arrays = jax.tree.map(np.asarray, (params, bias))
+  return jax.device_put(inference_params.from_params(*arrays, cfg))
 
 
 @jax.jit(static_argnames=("cfg", "recipe"))

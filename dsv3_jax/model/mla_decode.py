@@ -33,10 +33,12 @@ def inference_params(
   The up-projections of keys [N, P, R] and of values [N, R, V] are separate, one
   matrix per head: their products with queries and weighted sums need no copy.
   """
-  up_k, up_v = jnp.split(p["kv_up"], [cfg.nope_dim], axis=-1)
   others = {name: w for name, w in p.items() if name != "kv_up"}
-  up_k, up_v = jnp.einsum("RNP->NPR", up_k), jnp.einsum("RNV->NRV", up_v)
-  return others | {"up_k": up_k, "up_v": up_v}
+  up_k, up_v = p["kv_up"][..., : cfg.nope_dim], p["kv_up"][..., cfg.nope_dim :]
+  return others | {
+    "up_k": up_k.transpose(1, 2, 0),
+    "up_v": up_v.transpose(1, 0, 2),
+  }
 
 
 def inference_specs(
