@@ -16,6 +16,9 @@ from dsv3_jax.infer.request import GenerationRequest
 # Sampling modes of a batch: only TRUNCATED sorts the vocabulary, for top_p and
 # top_k; GREEDY draws no random numbers.
 GREEDY, UNTRUNCATED, TRUNCATED = "greedy", "untruncated", "truncated"
+# Tokens that are sorted to truncate a distribution; all, where these are not
+# enough. On a CPU sorting a vocabulary takes longer than a small model.
+_BEST = 1024
 # Purposes of a draw at a position.
 DRAFT, ACCEPT, FINAL = range(3)
 
@@ -76,20 +79,49 @@ def probabilities(
   )
   logits = logits / jnp.where(temperature > 0, temperature, 1)
   if mode == TRUNCATED:
-    order = jnp.argsort(-logits, axis=-1, stable=True)
-    falling = jnp.take_along_axis(logits, order, axis=-1)
-    rank = jnp.arange(logits.shape[-1])[None, None]
-    among = (rank < top_k) | (top_k == 0)
-    share = jax.nn.softmax(jnp.where(among, falling, -jnp.inf), axis=-1)
-    before = jnp.cumsum(share, axis=-1) - share
-    # The most likely token has nothing before it and always stays. With top_p
-    # of 1 rounding must cut nothing.
-    selected = among & ((before < top_p) | (top_p >= 1))
-    selected = jnp.take_along_axis(
-      selected, jnp.argsort(order, axis=-1), axis=-1
-    )
+    # With top_p of 1 rounding must cut nothing.
+    whole = (temperature == 0) | ((top_k == 0) & (top_p >= 1))
+    selected = _truncate(logits, top_p, top_k, whole) | whole
     logits = jnp.where(selected, logits, -jnp.inf)
   return jnp.where(temperature > 0, jax.nn.softmax(logits, axis=-1), one_hot)
+
+
+def _truncate(
+  logits: jax.Array, top_p: jax.Array, top_k: jax.Array, whole: jax.Array
+) -> jax.Array:
+  """Returns which tokens top_k and then top_p keep, [B, T, C] bool.
+
+  The settings are [B, 1, 1]. Rows that are `whole` may be anything.
+  """
+  n_tokens = logits.shape[-1]
+  index = jnp.indices((*logits.shape[:-1], 1))[:-1]
+
+  def of_best(n):
+    """Looks at the n best tokens; also returns where those are enough."""
+    # Ties are in order. A slice of what `top_k` returns, which XLA would move
+    # through it, makes it a sort of everything on a CPU.
+    best = jax.lax.top_k(logits, n)
+    falling, order = jax.lax.optimization_barrier(best)
+    rank = jnp.arange(n)[None, None]
+    among = (rank < top_k) | (top_k == 0)
+    weight = jnp.where(among, jnp.exp(falling - falling[..., :1]), 0)
+    every = jnp.exp(logits - falling[..., :1]).sum(-1, keepdims=True)
+    total = jnp.where(top_k == 0, every, weight.sum(-1, keepdims=True))
+    before = (jnp.cumsum(weight, axis=-1) - weight) / total
+    # The most likely token has nothing before it and always stays.
+    kept = among & ((before < top_p) | (top_p >= 1))
+    selected = jnp.zeros(logits.shape, bool).at[*index, order].set(kept)
+    return selected, whole | jnp.where(top_k == 0, ~kept[..., -1:], top_k <= n)
+
+  if n_tokens <= _BEST:
+    return of_best(n_tokens)[0]
+  selected, enough = of_best(_BEST)
+
+  def of_all():
+    # A row depends on itself alone.
+    return jnp.where(enough, selected, of_best(n_tokens)[0])
+
+  return jax.lax.cond(enough.all(), lambda: selected, of_all)
 
 
 def _keys(seed: jax.Array, position: jax.Array, purpose: int) -> jax.Array:

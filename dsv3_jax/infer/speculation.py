@@ -211,6 +211,15 @@ def verify_drafts(
   return jnp.where(index < n[:, None], tokens, final), n + 1
 
 
+def _verify_greedily(
+  logits: jax.Array, drafts: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Does what `verify_drafts` does, where all distributions are one-hot."""
+  tokens = sampling.most_likely(logits)
+  right = (drafts == tokens[:, :-1]).astype(jnp.int32)
+  return tokens, jnp.cumprod(right, axis=1).sum(1) + 1
+
+
 def decode_step(
   params: InferenceParams,
   state: DecodeState,
@@ -232,6 +241,7 @@ def decode_step(
   active = in_use & (state.limits.remaining > 0)
   last, position = _at(state.tokens, state.n - 1), state.start + state.n
   cache, drafts, loads = state.cache, last[:, :0], []
+  q = jnp.zeros((*drafts.shape, cfg.vocab_size))
   if n_drafts:
     drafts, q, cache, load = _draft(params, state, active, cfg, mode, form)
     loads.append(load)
@@ -241,13 +251,12 @@ def decode_step(
   x, cache, load = form.forward(params, cache, tokens, position, cfg, options)
   hidden = cached_forward.final_norm(params, x, cfg)
   logits = form.logits(params, hidden, valid)
-  p = sampling.probabilities(logits, sampling_params, mode)
-  seed, ahead = sampling_params.seed, position + 1
-  if n_drafts:
-    tokens, n = verify_drafts(p, q, drafts, seed, ahead, mode)
+  if mode == sampling.GREEDY:
+    tokens, n = _verify_greedily(logits, drafts)
   else:
-    tokens = sampling.draw(p, seed, ahead[:, None], sampling.FINAL, mode)
-    n = jnp.ones_like(position)
+    p = sampling.probabilities(logits, sampling_params, mode)
+    seed = sampling_params.seed
+    tokens, n = verify_drafts(p, q, drafts, seed, position + 1, mode)
   mtp_states = mtp_input(x, hidden, cfg) if n_drafts else None
   told = jnp.where(active, n, 0)
   state = state.replace(

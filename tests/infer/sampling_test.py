@@ -14,9 +14,14 @@ from dsv3_jax.infer import sampling
 from dsv3_jax.infer.request import GenerationRequest
 
 
-@functools.partial(jax.jit, static_argnames="mode")
-def probabilities(logits, how, mode):
-  return sampling.probabilities(logits, how, mode)
+def jitted():
+  return jax.jit(
+    lambda logits, how, mode: sampling.probabilities(logits, how, mode),
+    static_argnums=2,
+  )
+
+
+probabilities = jitted()
 
 
 @functools.partial(jax.jit, static_argnames=("purpose", "mode"))
@@ -227,6 +232,38 @@ class ProbabilitiesTest(parameterized.TestCase):
     logits = testing.normal(1, 4, 9)
     p = probabilities(logits, rows_of([(1e-6, 1, 0)]), sampling.UNTRUNCATED)
     np.testing.assert_array_equal(p, np.eye(9)[np.argmax(logits, -1)])
+
+
+class FewSortedTest(ProbabilitiesTest):
+  """The same, where the best three are sorted first, and mostly suffice."""
+
+  def setUp(self):
+    super().setUp()
+    self.enter_context(mock.patch.object(sampling, "_BEST", 3))
+    self.enter_context(mock.patch.dict(globals(), probabilities=jitted()))
+
+  def test_sorts_no_more_where_few_are_enough(self):
+    logits = np.float32([[np.linspace(0, -30, 11)]])
+    n_sorted, top_k = [], jax.lax.top_k
+
+    def counted(x, n):
+      jax.debug.callback(lambda: n_sorted.append(n))
+      return top_k(x, n)
+
+    for settings, expected in (
+      ((1, 0.9, 0), [3]),
+      ((1, 1, 2), [3]),
+      ((1, 1, 0), [3]),
+      ((0, 0.9, 5), [3]),
+      ((1, 1, 3), [3]),
+      ((1, 0.1, 4), [3, 11]),
+      ((30, 0.9, 0), [3, 11]),
+    ):
+      with mock.patch.object(jax.lax, "top_k", counted):
+        jitted()(logits, rows_of([settings]), sampling.TRUNCATED)
+      jax.effects_barrier()
+      self.assertEqual(n_sorted, expected, settings)
+      n_sorted.clear()
 
 
 class DrawTest(parameterized.TestCase):
