@@ -99,9 +99,9 @@ def _truncate(
   def of_best(n):
     """Looks at the n best tokens; also returns where those are enough."""
     # Ties are in order. A slice of what `top_k` returns, which XLA would move
-    # through it, makes it a sort of everything on a CPU.
-    best = jax.lax.top_k(logits, n)
-    falling, order = jax.lax.optimization_barrier(best)
+    # to it, makes it a sort of everything on a CPU. (Of both at once, XLA's
+    # compiler fails on a mesh.)
+    falling, order = map(jax.lax.optimization_barrier, jax.lax.top_k(logits, n))
     rank = jnp.arange(n)[None, None]
     among = (rank < top_k) | (top_k == 0)
     weight = jnp.where(among, jnp.exp(falling - falling[..., :1]), 0)
