@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 PEAK_SIZE = 2048  # square matrices, large enough that a matmul is at its peak
 PEAK_REPEATS = 4
+Worker = subprocess.Popen
 
 
 class Task(NamedTuple):
@@ -88,9 +89,7 @@ def serve(prepare: Callable[[dict[str, Any]], Task]) -> None:
     clock, cpu = answer(_round(task, json.loads(line)["steps"]) | idle)
 
 
-def start(
-  command: Sequence[str], env: Mapping[str, str], cwd: str
-) -> subprocess.Popen:
+def start(command: Sequence[str], env: Mapping[str, str], cwd: str) -> Worker:
   """Starts a worker; as a context manager it ends the worker on leaving."""
   return subprocess.Popen(
     command,
@@ -102,7 +101,7 @@ def start(
   )
 
 
-def ask(worker: subprocess.Popen, message: dict[str, Any]) -> dict[str, Any]:
+def ask(worker: Worker, message: dict[str, Any]) -> dict[str, Any]:
   """Sends one message and waits for its answer.
 
   Raises:
