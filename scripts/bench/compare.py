@@ -2,8 +2,9 @@
 
 Noise is the larger spread of the two runs, and a spread is the distance of the
 slowest from the fastest round, relative to the median. Medians of five normal
-rounds differ by more than that in one of 300 comparisons. What one run has and
-the other has not, such as a busy machine, is no part of it: see `warnings`.
+rounds differ by more than that in one of 270 comparisons, of three in one of
+16. What one run has and the other has not, such as a busy machine, is no part
+of it: see `warnings`.
 """
 
 import contextlib

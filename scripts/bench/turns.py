@@ -14,12 +14,15 @@ def take_turns(
   jobs: dict[str, dict[str, Any]],
   n_rounds: int,
   lines: Terminal,
+  round_s: float | None = None,
 ) -> Results:
   """Sends each worker its job, one after the other, then lets them take turns.
 
   Returns each worker's answer to the job, with "rounds": its answers to
-  the rounds, each with the "steps" that the round had.
+  the rounds, each with the "steps" that the round had, in about `round_s` or
+  `ROUND_S` seconds.
   """
+  round_s = round_s or ROUND_S
   results = {}
   for name, worker in workers.items():
     with lines.waiting(f"{name}: starting and compiling"):
@@ -31,7 +34,7 @@ def take_turns(
     )
   for i in range(n_rounds):
     for name, worker in workers.items():
-      steps = max(1, round(ROUND_S / results[name]["step_s"]))
+      steps = max(1, round(round_s / results[name]["step_s"]))
       with lines.waiting(f"{name}: round {i + 1}/{n_rounds}, {steps} steps"):
         answer = worker_lib.ask(worker, {"steps": steps})
       results[name]["rounds"].append(answer | {"steps": steps})
