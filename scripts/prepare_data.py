@@ -93,7 +93,8 @@ def _fetch(source: data_sources.Source, folder: pathlib.Path) -> pathlib.Path:
 
 def _unpack(source: data_sources.Source, file: pathlib.Path, to: pathlib.Path):
   if source.client == "apt":
-    _run(["dpkg-deb", "-x", str(file), str(to)], to)
+    # The client runs in the folder; --out may be relative to this program's.
+    _run(["dpkg-deb", "-x", str(file.absolute()), str(to.absolute())], to)
   else:
     with tarfile.open(file) as archive:
       archive.extractall(to, filter="data")

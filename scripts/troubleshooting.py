@@ -118,6 +118,11 @@ _START = (
     " `df -h DIR` and `ls -ld DIR` show which",
   ),
   Row(
+    "--workdir=DIR: holds no run but other things",
+    "a run writes a dozen files into its folder, and reads only its own; take a"
+    " new or an empty one",
+  ),
+  Row(
     "DIR: holds no run, config.json is missing",
     "the folder is not one that `experiments.pretrain` wrote, or no step was"
     " begun there; the line says where there is one",

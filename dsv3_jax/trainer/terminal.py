@@ -46,9 +46,12 @@ def duration(seconds: float) -> str:
 class Terminal:
   """Prints lines, which log.txt gets too, and one live line on a terminal."""
 
-  def __init__(self, workdir: pathlib.Path, stream: TextIO | None = None):
-    """Opens log.txt; `stream` is standard output by default."""
-    self._log = open(workdir / LOG, "a", encoding="utf-8")
+  def __init__(
+    self, workdir: pathlib.Path | None, stream: TextIO | None = None
+  ):
+    """Opens log.txt, if there is a workdir; by default on standard output."""
+    log = workdir / LOG if workdir else os.devnull
+    self._log = open(log, "a", encoding="utf-8")
     self._stream = stream or sys.stdout
     self._lock = threading.RLock()
     self._shown = False

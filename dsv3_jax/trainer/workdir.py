@@ -29,6 +29,10 @@ CHECKPOINTS = "checkpoints"
 _CHANGEABLE = "settings.checkpoint.", "settings.evaluate.", "settings.parallel."
 
 
+# Redirected output of a first start, or of a batch system.
+_LOGS = {".err", ".log", ".out", ".txt"}
+
+
 def run_identity(variant: str, seed: int, run: config.Run) -> dict[str, Any]:
   """Returns the content of config.json, which identifies the run."""
   return {"variant": variant, "seed": seed, "settings": config.flatten(run)}
@@ -43,8 +47,8 @@ def check_or_create(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
   """Creates the workdir of a run, or checks that it belongs to this run.
 
   `write_config` makes it the run's, later: settings that prove wrong before
-  that do not claim the folder. Raises InputError if it cannot be written, or
-  belongs to another configuration.
+  that do not claim the folder. Raises InputError if it cannot be written,
+  belongs to another configuration, or holds something else than a run.
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -52,12 +56,31 @@ def check_or_create(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
     probe.write_text("")
     probe.unlink()
     if not (workdir / open_run.CONFIG).exists():
-      return
+      return _check_own(workdir)
   except OSError as error:
     raise InputError(
       f"--workdir={workdir}: cannot be written: {error}"
     ) from error
-  check_same(workdir, identity)
+  return check_same(workdir, identity)
+
+
+def _check_own(workdir: pathlib.Path) -> None:
+  """Raises InputError if a folder without config.json holds foreign files.
+
+  A start that ended early has left its lock. Checkpoints without config.json
+  are those of a run that lost it.
+  """
+  if (workdir / LOCK).exists():
+    return
+  for path in sorted(workdir.iterdir()):
+    hidden = path.name.startswith(".")
+    if not hidden and path.name != CHECKPOINTS and path.suffix not in _LOGS:
+      kind = "folder" if path.is_dir() else "file"
+      raise InputError(
+        f"--workdir={workdir}: holds no run but other things, such as the"
+        f" {kind} {path.name}; take a new or an empty folder, such as"
+        f" --workdir={workdir / 'run'}"
+      )
 
 
 def check_same(workdir: pathlib.Path, identity: dict[str, Any]) -> None:

@@ -48,5 +48,6 @@ def prepare(job: dict[str, Any]) -> worker.Task:
 
 
 if __name__ == "__main__":
-  jax.config.update("jax_num_cpu_devices", os.cpu_count())
+  if jax.config.jax_num_cpu_devices < 1:  # JAX_NUM_CPU_DEVICES is not set
+    jax.config.update("jax_num_cpu_devices", os.cpu_count())
   worker.serve(prepare)

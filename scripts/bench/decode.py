@@ -16,7 +16,7 @@ import numpy as np
 
 from dsv3_jax import config
 from dsv3_jax.config import presets
-from dsv3_jax.infer import engine, inference_params, kvcache, serving_mesh
+from dsv3_jax.infer import engine, inference_params, kvcache, load, serving_mesh
 from dsv3_jax.infer.engine_options import EngineOptions
 from dsv3_jax.infer.request import GenerationRequest
 from dsv3_jax.trainer import distributed
@@ -60,21 +60,26 @@ def _params(cfg: config.Model) -> inference_params.InferenceParams:
 
 
 def _engine(job: dict[str, Any], cfg: config.Model) -> engine.Engine:
-  """Makes an engine with random parameters and a slot for each prompt."""
+  """Makes an engine with a slot for each prompt.
+
+  Parameters are those of `job["workdir"]`, or random without one.
+  """
   n, longest = len(job["prompts"]), len(job["prompts"][0])
   if serving := _serving(job, cfg):
     n_devices = math.prod(serving.mesh.values())
     distributed.use_virtual_devices(n_devices, spare_threads=False)
-    params = _params(cfg)
-  else:
-    params = jax.device_put(_params(cfg))
   options = EngineOptions(
     max_batch=n,
     max_len=longest + max(1, job["new"]),
     chunk=kvcache.bucket(longest, LONGEST_CHUNK),
     serving=serving,
   )
-  return engine.Engine(params, cfg, options)
+  if workdir := job.get("workdir"):
+    return load.open_model(workdir).generator(options).engine
+  params = _params(cfg)
+  return engine.Engine(
+    params if serving else jax.device_put(params), cfg, options
+  )
 
 
 def prepare(job: dict[str, Any]) -> worker.Task:

@@ -7,8 +7,10 @@ turns on one machine without disturbing each other. Only the standard library is
 imported here: a worker may live in an interpreter without JAX.
 """
 
+import contextlib
 import json
 import os
+import pathlib
 import resource
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from typing import Any, NamedTuple
 
 PEAK_SIZE = 2048  # square matrices, large enough that a matmul is at its peak
 PEAK_REPEATS = 4
+Worker = subprocess.Popen
 
 
 class Task(NamedTuple):
@@ -39,6 +42,12 @@ def _seconds(work: Callable[[], object]) -> float:
 def _peak_rss_mib() -> float:
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _reset_peak_rss() -> None:
+  """Forgets the peak so far, where the system can."""
+  with contextlib.suppress(OSError):
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak_gflops(matmul: Callable[[], object]) -> float:
@@ -63,6 +72,8 @@ def serve(prepare: Callable[[dict[str, Any]], Task]) -> None:
 
   A round's answer says what the worker did while it waited for it: `idle_s`
   seconds by the clock, `idle_cpu_s` seconds of processor time of all threads.
+  Its peak of memory is that of the process, or with `reset_peak` in the job
+  that since everything is compiled.
   """
   if "--help" in sys.argv[1:]:
     print(sys.modules["__main__"].__doc__)
@@ -75,10 +86,17 @@ def serve(prepare: Callable[[dict[str, Any]], Task]) -> None:
     print(json.dumps(fields), file=answers, flush=True)
     return time.perf_counter(), time.process_time()
 
-  task = prepare(json.loads(sys.stdin.readline()))
+  job, import_rss_mib = json.loads(sys.stdin.readline()), _peak_rss_mib()
+  task = prepare(job)
   first_s, _, step_s = (_seconds(task.step) for _ in range(3))
-  compile_s = max(0.0, first_s - step_s)
-  fields = {"version": task.version, "compile_s": compile_s, "step_s": step_s}
+  if job.get("reset_peak"):
+    _reset_peak_rss()
+  fields = {
+    "version": task.version,
+    "compile_s": max(0.0, first_s - step_s),
+    "step_s": step_s,
+    "import_rss_mib": import_rss_mib,
+  }
   clock, cpu = answer(fields)
   for line in sys.stdin:
     idle = {
@@ -88,9 +106,7 @@ def serve(prepare: Callable[[dict[str, Any]], Task]) -> None:
     clock, cpu = answer(_round(task, json.loads(line)["steps"]) | idle)
 
 
-def start(
-  command: Sequence[str], env: Mapping[str, str], cwd: str
-) -> subprocess.Popen:
+def start(command: Sequence[str], env: Mapping[str, str], cwd: str) -> Worker:
   """Starts a worker; as a context manager it ends the worker on leaving."""
   return subprocess.Popen(
     command,
@@ -102,7 +118,7 @@ def start(
   )
 
 
-def ask(worker: subprocess.Popen, message: dict[str, Any]) -> dict[str, Any]:
+def ask(worker: Worker, message: dict[str, Any]) -> dict[str, Any]:
   """Sends one message and waits for its answer.
 
   Raises:

@@ -1,11 +1,17 @@
 """Tests of the benchmark: its arithmetic, its flags and its workers."""
 
+import contextlib
+import dataclasses
+import io
+import json
 import math
+import pathlib
 import subprocess
 import sys
 from unittest import mock
 
 import jax
+import micro
 import numpy as np
 import pytest
 import testing
@@ -13,8 +19,10 @@ from absl.testing import absltest, parameterized
 
 from dsv3_jax import config
 from dsv3_jax.config import presets
+from dsv3_jax.errors import InputError
 from dsv3_jax.plan import flops
-from scripts.bench import against_jax, main
+from dsv3_jax.trainer.terminal import Terminal
+from scripts.bench import against_jax, compare, gguf_file, main, turns
 from scripts.bench import worker as worker_lib
 
 # A worker whose step sleeps and prints, and whose waiting can be watched.
@@ -138,6 +146,9 @@ class FlagsTest(parameterized.TestCase):
     ("--baseline_python=python3", "--against"),
     ("--roundz=3", "roundz"),
     ("train", "stray"),
+    ("--batch=4", "--what=decode only"),
+    ("--workdir=DIR", "take --what=prefill,decode"),
+    ("--against=llama.cpp", "does not train"),
   )
   def test_bad_flags_exit_2_and_are_named(self, argument, named):
     self.assert_refused([argument], named)
@@ -156,9 +167,34 @@ class FlagsTest(parameterized.TestCase):
     arguments = ["--what=decode", "--against=fp8"]
     self.assert_refused(arguments, "--against=fp8: decode: in float32")
 
+  def test_batches_of_decode_are_whole_numbers(self):
+    arguments = ["--what=decode", "--batch=4,0,x"]
+    self.assert_refused(arguments, "--batch=0: must", "--batch=x: must")
+
+  def test_a_workdir_is_instead_of_a_shape(self):
+    arguments = ["--what=decode", "--workdir=DIR", "--shape=S"]
+    self.assert_refused(arguments, "give one of them")
+
+  def test_noise_needs_rounds(self):
+    arguments = ["--compare=FILE", "--rounds=2"]
+    self.assert_refused(arguments, "--rounds=2: at least 3")
+
+  def test_what_an_earlier_run_has_not_is_told_before_anything_starts(self):
+    path = testing.folder(self) / "rows.jsonl"
+    row = {"what": "train", "shape": "S", "batch": 8, "rounds": [1, 2, 3]}
+    path.write_text(json.dumps(row))
+    arguments = ["--what=train,decode", "--batch=1", f"--compare={path}"]
+    self.assert_refused(
+      arguments,
+      "has no decode of S, batch 1, fp32",
+      "has train of S, batch 8, fp32;",
+    )
+
   def test_rival_without_its_libraries_is_refused(self):
     arguments = ["--against=transformers", "--baseline_python=false"]
     self.assert_refused(arguments, "cannot import torch and transformers")
+    arguments[0] = "--against=llama.cpp"
+    self.assert_refused(arguments, "cannot import xllamacpp and numpy")
 
   def test_the_program_exits_2(self):
     command = [sys.executable, "-m", "scripts.bench", "--roundz=3"]
@@ -178,12 +214,19 @@ class WorkerTest(parameterized.TestCase):
     worker = worker_lib.start([sys.executable, *code], {}, ".")
     return self.enter_context(worker)
 
+  def lines(self, stream=None):
+    return self.enter_context(
+      contextlib.closing(Terminal(None, stream or io.StringIO()))
+    )
+
   def test_workers_take_turns_and_sleep_in_between(self):
     round_s, step_s = 0.5, 0.1
-    self.enter_context(mock.patch.object(main, "ROUND_S", round_s))
+    self.enter_context(mock.patch.object(turns, "ROUND_S", round_s))
     workers = {name: self.start("-c", FAKE_WORKER) for name in "ab"}
     jobs = {name: {"step_s": step_s} for name in workers}
-    results = main.take_turns(workers, jobs, n_rounds=2)
+    lines = self.lines(stream := io.StringIO())
+    results = turns.take_turns(workers, jobs, 2, lines)
+    self.assertRegex(stream.getvalue(), "a: compiled in .* s, a step takes 0.1")
     for result in results.values():
       self.assertLen(result["rounds"], 2)
       for answer in result["rounds"]:
@@ -200,6 +243,17 @@ class WorkerTest(parameterized.TestCase):
     with self.assertRaisesRegex(RuntimeError, "exit code 3"):
       worker_lib.ask(worker, {})
 
+  def test_a_person_sees_what_is_waited_for(self):
+    self.enter_context(mock.patch.object(turns, "ROUND_S", 0.1))
+    jobs = {"a": {"step_s": 0.6}}
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    with mock.patch.dict("os.environ", {"TERM": "xterm"}):
+      lines = self.lines(stream)
+    turns.take_turns({"a": self.start("-c", FAKE_WORKER)}, jobs, 1, lines)
+    self.assertIn("a: starting and compiling  0:0", stream.getvalue())
+    self.assertIn("a: round 1/1, 1 steps  0:0", stream.getvalue())
+
   def test_our_worker_trains_the_shape_that_it_is_given(self):
     small = ("n_layers=2", "d_model=32", "vocab_size=64", "train.batch_size=2")
     job = {"shape": "S", "set": [*main.OVERRIDES, *small, "data.seq_len=16"]}
@@ -215,6 +269,34 @@ class WorkerTest(parameterized.TestCase):
   @pytest.mark.slow
   def test_our_worker_reads_prompts_alone(self):
     self.check_decode(new=0)
+
+  @pytest.mark.slow
+  def test_llama_writes_as_many_tokens_of_random_parameters(self):
+    path = testing.folder(self) / "model.gguf"
+    settings = [*main.OVERRIDES, "n_layers=2", "d_model=32"]
+    model = config.override(presets.S, *settings).model
+    gguf_file.write(path, None, model)
+    for n_texts, new in ((1, 0), (3, 5)):
+      load = main.Load("decode", n_texts, prompt=4, new=new)
+      job = main.job("S", load, settings) | {"gguf": str(path)}
+      worker = self.start("-m", "scripts.bench.against_llama")
+      self.assertIn("llama.cpp", worker_lib.ask(worker, job)["version"])
+      answer = worker_lib.ask(worker, {"steps": 1})
+      self.assertEqual(answer["value"], n_texts * max(1, new))
+
+  @pytest.mark.slow
+  def test_our_worker_and_llama_have_the_model_of_a_run(self):
+    workdir = testing.folder(self) / "run"
+    micro.make(workdir, "router.top_groups=1")
+    args = main.Args(what=("decode",), workdir=str(workdir), rounds=1)
+    model = config.override(presets.S, *args.settings()).model
+    self.assertEqual(model.d_model, testing.run().model.d_model)
+    self.enter_context(mock.patch.object(turns, "ROUND_S", 0.1))
+    args = dataclasses.replace(args, against="llama.cpp")
+    sides = main._sides(args, model, workdir)
+    load = main.Load("decode", 1, prompt=4, new=5)
+    results = main.measure(args, load, sides, self.lines())
+    self.assertEqual(list(results), ["dsv3_jax", "llama.cpp"])
 
   def check_decode(self, new):
     small = ("n_layers=2", "d_model=32", "vocab_size=64")
@@ -255,6 +337,8 @@ class ReportTest(absltest.TestCase):
     self.assertEqual(ours["what"], "train")
     self.assertEqual(ours["tokens_per_s"], cfg.tokens_per_step)
     self.assertEqual(ours["peak_gflops"], theirs["peak_gflops"])
+    # Rounds of 1, 2 and 4 s: 2, 1 and 0.5 of the median speed.
+    self.assertEqual(ours["spread"], 1.5)
     # Printed to four places.
     self.assertAlmostEqual(ours["mfu"], flops / 200e9, delta=1e-4)
     self.assertEqual(ratio["rounds"], [2.0, 1.5, 0.5])
@@ -296,6 +380,92 @@ class ReportTest(absltest.TestCase):
         ("transformers", (2.0, 3.0, 2.0), 200.0),
       )
     }
+
+
+def rows(*rounds, what="decode", **others):
+  return {"what": what, "shape": "S", "batch": 1, "rounds": rounds} | others
+
+
+class CompareTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ((98, 100, 102), (99, 103, 102), 0.02, 0.04, "within noise"),
+    ((98, 100, 102), (105, 104, 106), 0.05, 0.04, "faster"),
+    ((98, 100, 102), (95, 94.5, 96), -0.05, 0.04, "slower"),
+    # The noise of a busy run, or of a busy earlier one.
+    ((98, 100, 102), (95, 94.5, 110), -0.05, 15.5 / 95, "within noise"),
+    ((90, 100, 110), (95, 94.5, 96), -0.05, 0.2, "within noise"),
+    ((2.0, 2.0, 2.0), (1.0, 1.0, 1.0), -0.5, 0, "slower"),
+  )
+  def test_a_change_is_told_from_noise(self, old, new, change, noise, verdict):
+    result = compare.compare(rows(*old), rows(*new))
+    self.assertAlmostEqual(result["change"], change, places=4)
+    self.assertAlmostEqual(result["noise"], noise, places=3)
+    self.assertEqual(result["verdict"], verdict)
+
+  @parameterized.parameters(
+    ("decode", True),
+    ("decode_ratio_to_transformers", True),
+    ("decode_transformers", False),
+  )
+  def test_a_rival_that_is_slower_is_no_regression(self, what, expected):
+    verdict = compare.compare(
+      rows(2, 2, 2, what=what), rows(1, 1, 1, what=what)
+    )
+    self.assertEqual(compare.is_regression(verdict, main.WHAT), expected)
+
+  def test_reads_the_lines_of_a_run_and_of_a_comparison(self):
+    path = testing.folder(self) / "rows.jsonl"
+    verdict = compare.compare(rows(2, 2, 2), rows(1, 1, 1))
+    lines = (
+      rows(1, 1, 1),
+      rows(2, 3, 4),
+      verdict,
+      rows(1, 1, 1, precision="fp8"),
+    )
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    earlier = compare.read(path)
+    self.assertEqual([key[-1] for key in earlier], ["fp32", "fp8"])
+    self.assertEqual(earlier["decode", "S", 1, "fp32"]["rounds"], [2, 3, 4])
+
+  @parameterized.parameters(
+    ("{", "line 1: is not a metric"),
+    ("[1]", "line 1: is not a metric"),
+    ("{}", "line 1: is not a metric"),
+    ('{"rounds": ["a", "b", "c"]}', "line 1: is not a metric"),
+    ('{"rounds": [1, 2]}', "line 1: has 2 rounds, and at least 3"),
+  )
+  def test_another_file_is_refused(self, text, named):
+    path = testing.folder(self) / "rows.jsonl"
+    path.write_text(text)
+    with self.assertRaisesRegex(InputError, named):
+      compare.read(path)
+    with self.assertRaisesRegex(InputError, "cannot be read"):
+      compare.read(pathlib.Path(f"{path}.none"))
+
+  def test_another_or_a_busy_machine_is_named(self):
+    here = {"cpu": "2 x A", "peak_gflops": 100.0}
+    new = rows(1, 1, 1, **here)
+
+    def warn(**old):
+      return list(compare.warnings("F", rows(1, 1, 1, **old), new))
+
+    self.assertEmpty(warn(**here))
+    self.assertEqual(warn(cpu="4 x B"), ["F was measured on 4 x B, not 2 x A"])
+    (busy,) = warn(cpu="2 x A", peak_gflops=150.0)
+    self.assertIn("100 GFLOP/s, was 150: the machine itself is slower", busy)
+
+  @parameterized.parameters(((1.0, 1.1, 0.9), 0), ((4.0, 4.1, 3.9), 1))
+  def test_the_exit_code_says_if_something_is_slower(self, old, code):
+    path = testing.folder(self) / "rows.jsonl"
+    path.write_text(json.dumps(rows(*old, shape="tiny", cpu=compare.cpu())))
+    args = ["--what=decode", "--shape=tiny", "--batch=1", f"--compare={path}"]
+    measured = [rows(1.0, 1.0, 1.0, shape="tiny", precision="fp32")]
+    patch = mock.patch.object(main, "_measurements", lambda *_: measured)
+    with patch:
+      found, out, err = testing.command_line(main.run, *args)
+    self.assertEqual(found, code, err)
+    self.assertIn("verdict=slower" if code else "within noise", out)
+    self.assertEqual("decode of tiny, batch 1" in err, bool(code))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import contextlib
 import gzip
 import json
 import pathlib
+import shutil
+import subprocess
 from unittest import mock
 
 import testing
@@ -103,6 +105,24 @@ class DocumentsTest(absltest.TestCase):
     }
     self.assertLen(digests, 1)
     self.assertLen(list((root / "one").iterdir()), 1)
+
+
+class UnpackTest(absltest.TestCase):
+  def test_a_folder_may_be_relative(self):
+    self.enter_context(contextlib.chdir(testing.folder(self)))
+    folder, file = pathlib.Path("unpacked"), pathlib.Path("a_1_all.deb")
+    folder.mkdir()
+    file.touch()
+    (source, *_) = (s for s in data_sources.SOURCES if s.client == "apt")
+    done = subprocess.CompletedProcess([], 0)
+    with (
+      mock.patch.object(shutil, "which", return_value="/usr/bin/dpkg-deb"),
+      mock.patch.object(subprocess, "run", return_value=done) as run,
+    ):
+      prepare_data._unpack(source, file, folder)
+    ((_, _, *paths),) = run.call_args.args
+    seen = [run.call_args.kwargs["cwd"] / path for path in paths]
+    self.assertEqual(seen, [file.absolute(), folder.absolute()])
 
 
 class PrepareTest(parameterized.TestCase):

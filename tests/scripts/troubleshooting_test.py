@@ -136,6 +136,12 @@ def _(folder):
   workdir.check_or_create(text(folder / "file"), {})
 
 
+@row("--workdir=DIR: holds no run but other things")
+def _(folder):
+  text(folder / "setup.py")
+  workdir.check_or_create(folder, {})
+
+
 @row("DIR: holds no run, config.json is missing")
 def _(folder):
   return command(sample.main, f"--workdir={folder}")

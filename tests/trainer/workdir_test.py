@@ -8,10 +8,11 @@ import tempfile
 from unittest import mock
 
 import testing
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 
 from dsv3_jax import config, io
 from dsv3_jax.config import overrides, presets
+from dsv3_jax.errors import InputError
 from dsv3_jax.interop import open_run
 from dsv3_jax.trainer import workdir
 
@@ -81,6 +82,41 @@ class EnvironmentTest(absltest.TestCase):
         written = io.read_json_object(folder / workdir.ENV)
         self.assertEqual(written.get("command"), expected)
         self.assertEqual(written["host"], socket.gethostname())
+
+
+class ForeignTest(parameterized.TestCase):
+  """Folders without config.json, in which a run may begin or not."""
+
+  @parameterized.parameters("notes.md", "src/", "model.safetensors", "train.py")
+  def test_a_folder_of_something_else_is_refused(self, name):
+    folder = testing.folder(self) / "mine"
+    (folder / name).parent.mkdir(parents=True)
+    if name.endswith("/"):
+      (folder / name).mkdir()
+    else:
+      (folder / name).touch()
+    kind = "folder" if name.endswith("/") else "file"
+    with self.assertRaisesRegex(
+      InputError,
+      f"mine: holds no run .* the {kind} {name.strip('/')}; .*=.*mine/run$",
+    ):
+      workdir.check_or_create(folder, {})
+    self.assertLen(list(folder.iterdir()), 1)
+
+  @parameterized.parameters(
+    (),
+    ("train.log", "slurm-7.out", "stderr.txt"),
+    (".probe", ".nfs000"),
+    # Left by a start that was killed before it wrote config.json.
+    ("lock", "log.txt", "data", "env.json", "fatal.txt"),
+    ("checkpoints",),
+  )
+  def test_a_new_folder_or_a_started_one_is_taken(self, *names):
+    folder = testing.folder(self) / "mine"
+    folder.mkdir()
+    for name in names:
+      (folder / name).touch()
+    workdir.check_or_create(folder, {})
 
 
 if __name__ == "__main__":
