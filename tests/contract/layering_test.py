@@ -28,6 +28,8 @@ FIRST_WORDS = (
 ).split()
 DOCUMENTED = ast.Module, ast.ClassDef, ast.FunctionDef
 FORBIDDEN_NAMES = "os.environ os.getenv".split()
+# $CXX and the user's cache, as any build reads them.
+ENVIRONMENT = ("dsv3_jax/infer/native/build.py",)
 
 
 def sources(folder):
@@ -82,7 +84,7 @@ class PackageTest(absltest.TestCase):
     for part, path, tree in package_trees():
       used = set(names(tree))
       wrong = [n for n in imports(tree) if within(n, FORBIDDEN_IMPORTS)]
-      if part != "trainer":
+      if part != "trainer" and str(path) not in ENVIRONMENT:
         wrong += used & set(FORBIDDEN_NAMES)
       if part not in MANUAL:
         wrong += [n for n in used if n.endswith("shard_map")]

@@ -16,11 +16,13 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PROGRAM = """
 import dsv3_jax
 from dsv3_jax.data import text_files
+from dsv3_jax.infer.native import build
 from dsv3_jax.report import page
 from dsv3_jax.trainer import Trainer
 
 novels = sorted(text_files.NOVELS.glob("*.txt.gz"))
 print(dsv3_jax.__file__, len(novels), page.TEMPLATE.is_file(), Trainer.__name__)
+print(*sorted(path.name for path in build.SOURCES.iterdir()))
 """
 # Prints exit code and output of `--help` of each console script, as JSON.
 HELP = """
@@ -90,9 +92,15 @@ class WheelTest(absltest.TestCase):
   def test_is_used_from_another_folder(self):
     done = python(self.folder, "-c", PROGRAM)
     self.assertEqual(done.returncode, 0, done.stderr)
-    file, n_novels, has_page, name = done.stdout.split()
+    first, sources = done.stdout.splitlines()
+    file, n_novels, has_page, name = first.split()
     self.assertStartsWith(file, str(self.folder / "site"))
     self.assertEqual((n_novels, has_page, name), ("2", "True", "Trainer"))
+    kernel = ROOT / "dsv3_jax" / "infer" / "native"
+    self.assertContainsSubset(
+      [path.name for path in kernel.iterdir() if path.is_file()],
+      sources.split(),
+    )
 
   def test_console_scripts_print_help(self):
     scripts = PROJECT["scripts"]

@@ -37,6 +37,9 @@ ALLOWED = {
   "dsv3_jax/trainer/workdir.py": {"socket", "subprocess"},
   # The page of a run, to this machine alone; no path leads to a file.
   "dsv3_jax/report/watch.py": {"http", "socketserver"},
+  # The system's compiler and its library, from sources of the package, under
+  # a name with a hash of the library itself; the version of jaxlib.
+  "dsv3_jax/infer/native/build.py": {"ctypes", "importlib", "subprocess"},
   # Other programs that the user asks for, with fixed arguments.
   "scripts/bench/main.py": {"subprocess"},
   "scripts/bench/convert.py": {"subprocess"},

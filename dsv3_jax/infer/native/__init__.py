@@ -1,0 +1,56 @@
+"""The decode kernel: layers of a few tokens in one C++ function, on CPU.
+
+Optional: nothing else needs it, and this folder can be deleted.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax import config
+from dsv3_jax.infer.inference_params import InferenceParams
+from dsv3_jax.infer.native import build, kernel
+from dsv3_jax.infer.native.build import Unavailable
+from dsv3_jax.linear import linear
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+  """Functions in place of those of `cached_forward` with the same names."""
+
+  forward: Callable[..., tuple] = kernel.forward
+  forward_mtp: Callable[..., tuple] = kernel.forward_mtp
+  logits: Callable[..., jax.Array] = kernel.logits
+
+
+def load(params: InferenceParams, cfg: config.Model) -> Kernel:
+  """Returns the kernel for parameters of a model; builds it where it is new.
+
+  Raises:
+    Unavailable: with the reason.
+  """
+  if jax.default_backend() != "cpu":
+    raise Unavailable(f"it is for CPUs, this is a {jax.default_backend()}")
+  if cfg.attention.type != "mla":
+    raise Unavailable(f"it is for MLA, the attention is {cfg.attention.type}")
+  leaves = jax.tree.leaves(
+    params, is_leaf=lambda leaf: isinstance(leaf, linear.Fp8Weight)
+  )
+  if any(isinstance(leaf, linear.Fp8Weight) for leaf in leaves):
+    raise Unavailable("it is for float32, the weights are in FP8")
+  others = {str(leaf.dtype) for leaf in leaves if leaf.dtype != jnp.float32}
+  if others:
+    raise Unavailable(f"it is for float32, parameters are {min(others)}")
+  _register()
+  return Kernel()
+
+
+@functools.cache
+def _register() -> None:
+  library = build.library()
+  for name in ("dsv3_forward", "dsv3_logits"):
+    target = jax.ffi.pycapsule(getattr(library, name))
+    jax.ffi.register_ffi_target(name, target, platform="cpu")
