@@ -32,18 +32,18 @@ def load(params: InferenceParams, cfg: config.Model) -> Kernel:
   Raises:
     Unavailable: with the reason.
   """
-  if jax.default_backend() != "cpu":
-    raise Unavailable(f"it is for CPUs, this is a {jax.default_backend()}")
-  if cfg.attention.type != "mla":
-    raise Unavailable(f"it is for MLA, the attention is {cfg.attention.type}")
+  if (backend := jax.default_backend()) != "cpu":
+    raise Unavailable(f"the backend is {backend}, not cpu")
+  if (attention := cfg.attention.type) != "mla":
+    raise Unavailable(f"the attention is {attention}, not mla")
   leaves = jax.tree.leaves(
     params, is_leaf=lambda leaf: isinstance(leaf, linear.Fp8Weight)
   )
   if any(isinstance(leaf, linear.Fp8Weight) for leaf in leaves):
-    raise Unavailable("it is for float32, the weights are in FP8")
+    raise Unavailable("the weights are in FP8, not float32")
   others = {str(leaf.dtype) for leaf in leaves if leaf.dtype != jnp.float32}
   if others:
-    raise Unavailable(f"it is for float32, parameters are {min(others)}")
+    raise Unavailable(f"the parameters are {min(others)}, not float32")
   _register()
   return Kernel()
 
