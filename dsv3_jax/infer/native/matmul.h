@@ -117,7 +117,8 @@ static inline void dots(Rows x, const float* w, long stride, OutRows y, long c, 
   if (whole < k) {
     UNROLL for (int i = 0; i < M; i++) {
       const Vec a = load_first(x[i] + whole, k - whole);
-      UNROLL for (int v = 0; v < N; v++) acc[i * N + v] += a * load_first(row[v] + whole, k - whole);
+      UNROLL for (int v = 0; v < N; v++)
+        acc[i * N + v] += a * load_first(row[v] + whole, k - whole);
     }
   }
   float all[LANES];
