@@ -16,6 +16,8 @@ from dsv3_jax.infer.native import build, kernel
 from dsv3_jax.infer.native.build import Unavailable
 from dsv3_jax.linear import linear
 
+MAX_TOKENS = kernel.MAX_TOKENS
+
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
@@ -44,13 +46,19 @@ def load(params: InferenceParams, cfg: config.Model) -> Kernel:
   others = {str(leaf.dtype) for leaf in leaves if leaf.dtype != jnp.float32}
   if others:
     raise Unavailable(f"the parameters are {min(others)}, not float32")
-  _register()
+  if reason := _register():
+    raise Unavailable(reason)
   return Kernel()
 
 
 @functools.cache
-def _register() -> None:
-  library = build.library()
+def _register() -> str:
+  """Builds the library, once in a process; returns why there is none, or ""."""
+  try:
+    library = build.library()
+  except Unavailable as reason:
+    return str(reason)
   for name in ("dsv3_forward", "dsv3_logits"):
     target = jax.ffi.pycapsule(getattr(library, name))
     jax.ffi.register_ffi_target(name, target, platform="cpu")
+  return ""
