@@ -375,14 +375,17 @@ class ProcessTest(absltest.TestCase):
 
 # The package without the folder of the kernel.
 WITHOUT = """
-import dsv3_jax.infer.engine, dsv3_jax.infer.load, dsv3_jax.trainer, os
-print(os.path.dirname(dsv3_jax.__file__))
+import os
+import dsv3_jax.infer.load, dsv3_jax.trainer
+from dsv3_jax.infer import forward_form
+form = forward_form.choose("auto", None, None, divided=False)
+print(os.path.dirname(dsv3_jax.__file__), form.name)
 """
 
 
 @pytest.mark.slow
 class DeletedTest(absltest.TestCase):
-  def test_nothing_else_needs_the_folder(self):
+  def test_nothing_else_needs_the_folder_and_xla_is_chosen(self):
     folder = testing.folder(self)
     shutil.copytree(
       ROOT / "dsv3_jax",
@@ -397,7 +400,9 @@ class DeletedTest(absltest.TestCase):
       text=True,
       timeout=300,
     )
-    self.assertEqual(done.stdout, f"{folder / 'dsv3_jax'}\n", done.stderr)
+    self.assertEqual(
+      done.stdout.split(), [str(folder / "dsv3_jax"), "xla"], done.stderr
+    )
 
 
 if __name__ == "__main__":
