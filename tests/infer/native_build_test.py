@@ -65,6 +65,14 @@ class CompilerTest(parameterized.TestCase):
     with self.assertRaisesRegex(build.Unavailable, "No such file"):
       build_with("/nowhere/g++")
 
+  def test_no_room_for_temporary_files_is_a_reason(self):
+    full = OSError("No space left on device")
+    with (
+      mock.patch.object(build.tempfile, "TemporaryFile", side_effect=full),
+      self.assertRaisesRegex(build.Unavailable, "No space left on device"),
+    ):
+      build_with("g++")
+
   def test_none_is_a_reason(self):
     with (
       mock.patch.object(build, "COMPILERS", ()),
@@ -123,14 +131,20 @@ class CacheTest(parameterized.TestCase):
     (kept,) = self.cache.iterdir()
     kept.write_bytes(b"libr")
     self.loaded.clear()
-    self.assertEqual(self.build(), b"library")
+    with self.assertLogs(level="WARNING") as logs:
+      self.assertEqual(self.build(), b"library")
+    self.assertIn("the library is damaged", logs.output[0])
     self.assertNotIn(kept, self.loaded[:1])
     self.assertEqual(kept.read_bytes(), b"library")
 
   def test_one_of_another_user_is_never_loaded(self):
     self.build()
-    with mock.patch.object(os, "getuid", lambda: 12345):
+    with (
+      mock.patch.object(os, "getuid", lambda: 12345),
+      self.assertLogs(level="WARNING") as logs,
+    ):
       self.build()
+    self.assertIn("another user's", logs.output[0])
     self.assertLen(self.compiled, 2)
 
   def test_one_that_cannot_be_loaded_is_built_again(self):

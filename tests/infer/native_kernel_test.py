@@ -5,8 +5,11 @@ import itertools
 import operator
 import os
 import pathlib
+import shutil
+import signal
 import subprocess
 import sys
+import time
 import types
 
 import jax
@@ -169,7 +172,11 @@ class KernelTest(parameterized.TestCase):
     sharded = jax.shard_map(
       read, mesh=mesh, in_specs=(jax.P(), row, row, row), out_specs=row
     )
-    x, filled, load = jax.jit(sharded)(params, cache, tokens, start)
+    put = jax.NamedSharding(mesh, jax.P()), jax.NamedSharding(mesh, row)
+    arguments = jax.device_put(
+      (params, cache, tokens, start), (put[0], *[put[1]] * 3)
+    )
+    x, filled, load = jax.jit(sharded)(*arguments)
     alone = jax.jit(read)(params, cache, tokens, start)
     jax.tree.map(np.testing.assert_array_equal, (x, filled), alone[:2])
     np.testing.assert_array_equal(load.sum(0), alone[2][0])
@@ -179,7 +186,7 @@ class UnavailableTest(parameterized.TestCase):
   def test_is_for_float32_alone(self):
     cfg, params, _ = served()
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
-    with self.assertRaisesRegex(native.Unavailable, "parameters are bfloat16"):
+    with self.assertRaisesRegex(native.Unavailable, "are bfloat16, not"):
       native.load(half, cfg)
 
   def test_is_not_for_fp8(self):
@@ -282,7 +289,6 @@ class TableTest(parameterized.TestCase):
       np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * most)
 
 
-# Prints a hash of what a step of 5 rows computes.
 PROGRAM = """
 import hashlib, sys
 sys.path.insert(0, "tests/infer")
@@ -290,30 +296,113 @@ import jax, numpy as np, native_kernel_test as test
 cfg, params, kernel = test.served()
 cache, start = test.caches(cfg, 5, 12), np.arange(5, dtype=np.int32)
 tokens = np.arange(10).reshape(5, 2)
+"""
+# Prints a hash of what a step of 5 rows computes.
+HASH = """
 x, cache, _ = kernel.forward(params, cache, tokens, start, cfg)
 digest = hashlib.sha256(np.asarray(kernel.logits(params, x)))
 for leaf in jax.tree.leaves((x, cache)):
   digest.update(np.asarray(leaf))
 print(digest.hexdigest())
 """
+STEPS = """
+step = jax.jit(lambda *args: kernel.forward(*args, cfg)[:2], donate_argnums=1)
+
+def run(n):
+  global cache
+  for _ in range(n):
+    x, cache = step(params, cache, tokens, start)
+  x.block_until_ready()
+
+run(1)
+print("begin", flush=True)
+"""
+# Prints whether memory stays as it was.
+LEAK = """
+import resource
+memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(100)
+before = memory()
+run(1000)
+print(memory() - before < 4096)
+"""
+
+
+def stop(process):
+  process.kill()
+  process.wait()
+  if process.stdout:
+    process.stdout.close()
 
 
 @pytest.mark.slow
-class ThreadsTest(absltest.TestCase):
+class ProcessTest(absltest.TestCase):
+  def start(self, program, **env):
+    process = subprocess.Popen(
+      [sys.executable, "-c", PROGRAM + program],
+      cwd=ROOT,
+      env=os.environ | {"PYTHONPATH": ".:tests"} | env,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    self.addCleanup(stop, process)
+    return process
+
   def test_bits_do_not_depend_on_the_number_of_threads(self):
     digests = set()
     for n in (1, 2, 8):
-      done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        cwd=ROOT,
-        env=os.environ | {"NPROC": str(n), "PYTHONPATH": ".:tests"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-      )
-      digests.add(done.stdout.strip())
+      digests.add(self.start(HASH, NPROC=str(n)).communicate(timeout=300)[0])
     self.assertLen(digests, 1)
+    self.assertNotIn("", digests)
+
+  def test_ends_beside_busy_processes_without_a_leak(self):
+    busy = [
+      subprocess.Popen([sys.executable, "-c", "while True: pass"])
+      for _ in range(2)
+    ]
+    for process in busy:
+      self.addCleanup(stop, process)
+    printed, _ = self.start(STEPS + LEAK).communicate(timeout=300)
+    self.assertEqual(printed.split(), ["begin", "True"])
+
+  def test_is_ended_by_a_signal_in_the_middle(self):
+    process = self.start(STEPS + "run(10**9)")
+    self.assertEqual(process.stdout.readline(), "begin\n")
+    time.sleep(1)
+    process.terminate()
+    self.assertEqual(process.wait(30), -signal.SIGTERM)
+
+
+# The package without the folder of the kernel.
+WITHOUT = """
+import os
+import dsv3_jax.infer.load, dsv3_jax.trainer
+from dsv3_jax.infer import forward_form
+form = forward_form.choose("auto", None, None, divided=False)
+print(os.path.dirname(dsv3_jax.__file__), form.name)
+"""
+
+
+@pytest.mark.slow
+class DeletedTest(absltest.TestCase):
+  def test_nothing_else_needs_the_folder_and_xla_is_chosen(self):
+    folder = testing.folder(self)
+    shutil.copytree(
+      ROOT / "dsv3_jax",
+      folder / "dsv3_jax",
+      ignore=shutil.ignore_patterns("native", "__pycache__"),
+    )
+    done = subprocess.run(
+      [sys.executable, "-c", WITHOUT],
+      cwd=folder,
+      env=os.environ | {"PYTHONPATH": str(folder)},
+      capture_output=True,
+      text=True,
+      timeout=300,
+    )
+    self.assertEqual(
+      done.stdout.split(), [str(folder / "dsv3_jax"), "xla"], done.stderr
+    )
 
 
 if __name__ == "__main__":

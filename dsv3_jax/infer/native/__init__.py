@@ -16,6 +16,8 @@ from dsv3_jax.infer.native import build, kernel
 from dsv3_jax.infer.native.build import Unavailable
 from dsv3_jax.linear import linear
 
+MAX_TOKENS = kernel.MAX_TOKENS
+
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
@@ -32,25 +34,31 @@ def load(params: InferenceParams, cfg: config.Model) -> Kernel:
   Raises:
     Unavailable: with the reason.
   """
-  if jax.default_backend() != "cpu":
-    raise Unavailable(f"it is for CPUs, this is a {jax.default_backend()}")
-  if cfg.attention.type != "mla":
-    raise Unavailable(f"it is for MLA, the attention is {cfg.attention.type}")
+  if (backend := jax.default_backend()) != "cpu":
+    raise Unavailable(f"the backend is {backend}, not cpu")
+  if (attention := cfg.attention.type) != "mla":
+    raise Unavailable(f"the attention is {attention}, not mla")
   leaves = jax.tree.leaves(
     params, is_leaf=lambda leaf: isinstance(leaf, linear.Fp8Weight)
   )
   if any(isinstance(leaf, linear.Fp8Weight) for leaf in leaves):
-    raise Unavailable("it is for float32, the weights are in FP8")
+    raise Unavailable("the weights are in FP8, not float32")
   others = {str(leaf.dtype) for leaf in leaves if leaf.dtype != jnp.float32}
   if others:
-    raise Unavailable(f"it is for float32, parameters are {min(others)}")
-  _register()
+    raise Unavailable(f"the parameters are {min(others)}, not float32")
+  if reason := _register():
+    raise Unavailable(reason)
   return Kernel()
 
 
 @functools.cache
-def _register() -> None:
-  library = build.library()
+def _register() -> str:
+  """Builds the library, once in a process; returns why there is none, or ""."""
+  try:
+    library = build.library()
+  except Unavailable as reason:
+    return str(reason)
   for name in ("dsv3_forward", "dsv3_logits"):
     target = jax.ffi.pycapsule(getattr(library, name))
     jax.ffi.register_ffi_target(name, target, platform="cpu")
+  return ""

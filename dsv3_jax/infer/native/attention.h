@@ -16,8 +16,10 @@ static void attend(Rows query, const float* cache, long width, long rank, long s
   multiply_transposed(query, cache, width, weight, heads, seen, width);
   for (long h = 0; h < heads; h++) {
     float* w = weight[h];
-    const float top = *std::max_element(w, w + seen);
     std::fill(w + seen, w + padded, -INFINITY);
+    Vec tops = load(w);
+    for (long s = LANES; s < padded; s += LANES) tops = tops > load(w + s) ? tops : load(w + s);
+    const float top = largest(tops);
     Vec sums{};
     for (long s = 0; s < padded; s += LANES) {
       const Vec e = exp(load(w + s) - top);

@@ -12,7 +12,6 @@ import importlib.metadata
 import os
 import pathlib
 import platform
-import shlex
 import shutil
 import signal
 import subprocess
@@ -44,15 +43,15 @@ def library() -> ctypes.CDLL:
   for compiler in _compilers():
     try:
       return _load_or_build(compiler)
-    except Unavailable as reason:
+    except (Unavailable, OSError) as reason:
       reasons.append(str(reason))
   raise Unavailable("; ".join(reasons) or "there is no C++ compiler")
 
 
 def _compilers() -> list[list[str]]:
   """Returns the commands of compilers: $CXX alone, or those that are there."""
-  if given := os.environ.get("CXX"):
-    return [shlex.split(given)]
+  if given := os.environ.get("CXX", "").split():
+    return [given]
   return [[path] for name in COMPILERS if (path := shutil.which(name))]
 
 
@@ -61,16 +60,17 @@ def cache_folder() -> pathlib.Path:
   programs = jax.config.jax_compilation_cache_dir
   if programs and "://" not in programs:
     return pathlib.Path(programs) / "native"
-  caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  return pathlib.Path(caches).expanduser() / "dsv3_jax" / "native"
+  caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  return pathlib.Path(caches, "dsv3_jax", "native")
 
 
 def _load_or_build(compiler: list[str]) -> ctypes.CDLL:
   folder, key = cache_folder(), _key(compiler)
-  for path in _kept(folder, key):
+  for path in sorted(folder.glob(f"decode-{key}-*.so")):
     try:
+      _validate(path)
       return _load(path)
-    except Unavailable as reason:
+    except (Unavailable, OSError) as reason:
       logging.warning("%s: %s; it is built again", path, reason)
   with tempfile.TemporaryDirectory(prefix="dsv3_jax_") as temporary:
     built = pathlib.Path(temporary) / "decode.so"
@@ -153,15 +153,12 @@ def _digest(path: pathlib.Path) -> str:
   return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def _kept(folder: pathlib.Path, key: str) -> list[pathlib.Path]:
-  """Returns libraries with a key that are whole, and this user's own."""
-  whole = []
-  with contextlib.suppress(OSError):
-    for path in sorted(folder.glob(f"decode-{key}-*.so")):
-      own = path.stat().st_uid == os.getuid()
-      if own and path.stem.endswith(_digest(path)):
-        whole.append(path)
-  return whole
+def _validate(path: pathlib.Path) -> None:
+  """Raises Unavailable if a library is not whole, or not this user's own."""
+  if path.stat().st_uid != os.getuid():
+    raise Unavailable("the library is another user's")
+  if not path.stem.endswith(_digest(path)):
+    raise Unavailable("the library is damaged")
 
 
 def _keep(built: pathlib.Path, folder: pathlib.Path, key: str) -> None:

@@ -168,7 +168,8 @@ class Forward {
     });
     const long n = c.n_heads;
     const Product kv = product(normed, p.kv_down, m, c.d, c.width());
-    Product q = product(normed, c.q_rank ? p.q_down : p.q_up, m, c.d, c.q_rank ? c.q_rank : n * c.qk());
+    Product q = c.q_rank ? product(normed, p.q_down, m, c.d, c.q_rank)
+                         : product(normed, p.q_up, m, c.d, n * c.qk());
     run_slices("down", {q, kv});
     threads_->each("latents", m, [&](long i) {
       if (c.q_rank) {  // eq. 6
@@ -185,7 +186,8 @@ class Forward {
     // Heads of a token read the same latents; they are apart only for one token.
     const long parts = m < threads_->count ? std::min(n, threads_->count) : 1;
     threads_->each("attend", m * parts, [&](long item) {
-      const long i = item / parts, from = item % parts * n / parts, to = (item % parts + 1) * n / parts;
+      const long i = item / parts, part = item % parts;
+      const long from = part * n / parts, to = (part + 1) * n / parts;
       const float* of_text = p.cache + token[i] / t * length * c.width();
       attend(query + i * n + from, of_text, c.width(), c.rank, std::min(position[i] + 1, length),
              mixed + i * n + from, to - from);
@@ -254,8 +256,9 @@ class Forward {
     }
     own_out_ = own.out, routed_out_ = {};
     const long own_up = p.f ? n_slices(c.d) : 0, own_down = p.f ? n_slices(p.f) : 0;
-    const Product affinity = p.router ? product(normed, p.router, m, c.d, c.router.n_experts) : Product{};
-    const long router_slices = p.router ? affinity.slices() : 0;
+    Product affinity{};
+    if (p.router) affinity = product(normed, p.router, m, c.d, c.router.n_experts);
+    const long router_slices = affinity.slices();
     threads_->each("own up", router_slices + own_up, [&](long i) {
       if (i < router_slices) return affinity.slice(i);
       own.up_slice(i - router_slices);
@@ -286,8 +289,9 @@ class Forward {
       if (!count) continue;
       const float** x = arena().make<const float*>(count);
       for (long i = 0; i < count; i++) x[i] = normed[by.token[first + i]];
-      used[n_used++] = {p.expert_gate_up + e * c.d * 2 * f, p.expert_down + e * f * c.d, c.d, f, count, x,
-                        by.slot + first, by.gate + first, hidden, routed_out_};
+      const float *gate_up = p.expert_gate_up + e * c.d * 2 * f, *down = p.expert_down + e * f * c.d;
+      used[n_used++] = {gate_up, down, c.d, f, count, x, by.slot + first, by.gate + first,
+                        hidden, routed_out_};
     }
     if (whole)
       return threads_->each("experts", own_down + n_used, [&](long i) {

@@ -49,7 +49,7 @@ static inline void tile(Rows x, long at, const float* w, long stride, OutRows y,
     Vec b[N];
     UNROLL for (int v = 0; v < N; v++) {
       if (prefetch) __builtin_prefetch(p + STEP * stride + v * LANES);
-      b[v] = load(p + v * LANES);
+      b[v] = in_register(load(p + v * LANES));
     }
     UNROLL for (int i = 0; i < M; i++)
       UNROLL for (int v = 0; v < N; v++) acc[i][v] += x[i][at + r] * b[v];
@@ -61,8 +61,9 @@ static inline void tile(Rows x, long at, const float* w, long stride, OutRows y,
 template <int M>
 static void tiles(Rows x, long at, const float* w, long stride, OutRows y, long n, long k,
                   bool prefetch) {
+  constexpr int N = M > 4 || (M == 4 && LANES < 16) ? 2 : 4;
   long j = 0;
-  for (; j + 2 * LANES <= n; j += 2 * LANES) tile<M, 2>(x, at, w, stride, y, j, k, prefetch);
+  for (; j + N * LANES <= n; j += N * LANES) tile<M, N>(x, at, w, stride, y, j, k, prefetch);
   for (; j + LANES <= n; j += LANES) tile<M, 1>(x, at, w, stride, y, j, k, prefetch);
   for (; j < n; j++)
     for (int i = 0; i < M; i++)
@@ -106,18 +107,20 @@ static inline void dots(Rows x, const float* w, long stride, OutRows y, long c, 
     UNROLL for (int a = 0; a < M * N; a++) acc[a] = Vec{};
     for (long j = 0; j < whole; j += LANES) {
       Vec b[N];
-      UNROLL for (int v = 0; v < N; v++) b[v] = load(row[v] + j);
+      UNROLL for (int v = 0; v < N; v++) b[v] = in_register(load(row[v] + j));
       UNROLL for (int i = 0; i < M; i++) {
-        const Vec a = load(x[i] + j);
+        const Vec a = in_register(load(x[i] + j));
         UNROLL for (int v = 0; v < N; v++) acc[i * N + v] += a * b[v];
       }
     }
   }
-  if (whole < k)
-    for (int i = 0; i < M; i++)
-      for (int v = 0; v < N; v++)
-        acc[i * N + v] +=
-            load_first(x[i] + whole, k - whole) * load_first(row[v] + whole, k - whole);
+  if (whole < k) {
+    UNROLL for (int i = 0; i < M; i++) {
+      const Vec a = load_first(x[i] + whole, k - whole);
+      UNROLL for (int v = 0; v < N; v++)
+        acc[i * N + v] += a * load_first(row[v] + whole, k - whole);
+    }
+  }
   float all[LANES];
   store(all, sums(acc));
   const long here = std::min<long>(N, n - c);

@@ -1,5 +1,5 @@
 // Time of each phase of the calls of a process, printed when it ends; only in a
-// build with -DPROFILE.
+// library that CXX="g++ -DPROFILE" has built.
 #pragma once
 
 #include <chrono>
@@ -25,7 +25,8 @@ class Timer {
     std::map<std::string, std::pair<long, double>> phases;
     ~Table() {
       for (auto& [phase, found] : phases)
-        std::fprintf(stderr, "%-12s %8ld x %9.2f us\n", phase.c_str(), found.first, found.second / found.first);
+        std::fprintf(stderr, "%-12s %8ld x %9.2f us\n", phase.c_str(), found.first,
+                     found.second / found.first);
     }
   };
   const char* phase_;

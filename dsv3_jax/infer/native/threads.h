@@ -23,8 +23,8 @@ struct Timer {
 };
 #endif
 
-#ifndef MAX_THREADS  // more would wait for each other
-#define MAX_THREADS (long)std::thread::hardware_concurrency()
+#ifndef MAX_THREADS  // more than processors, or than a phase has work for, would wait
+#define MAX_THREADS std::min<long>(std::thread::hardware_concurrency(), 16)
 #endif
 
 static inline void wait_a_little(int spins) {

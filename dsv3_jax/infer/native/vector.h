@@ -25,6 +25,14 @@ typedef int32_t IntVec __attribute__((vector_size(4 * LANES), aligned(4)));
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 
+// GCC would rather load a vector anew for each of its uses.
+static inline Vec in_register(Vec v) {
+#ifdef __AVX__
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
 static inline Vec load(const float* p) { return *(const Vec*)p; }
 static inline void store(float* p, Vec v) { *(Vec*)p = v; }
 
@@ -59,6 +67,12 @@ static inline float sum(Vec v) {
   float total = 0;
   for (int i = 0; i < LANES; i++) total += v[i];
   return total;
+}
+
+static inline float largest(Vec v) {
+  float top = v[0];
+  for (int i = 1; i < LANES; i++) top = top > v[i] ? top : v[i];
+  return top;
 }
 
 // e^x to about 1e-7: x = n log 2 + r with |r| <= log(2) / 2, and a polynomial of
