@@ -38,7 +38,7 @@ N_STOPS = 4
 
 @flax.struct.dataclass
 class Limits:
-  """What ends the texts of the slots."""
+  """Limits of the texts of the slots."""
 
   remaining: jax.Array  # [B] int32, tokens a text may still have; 0: it ended
   stop_ids: jax.Array  # [B, N_STOPS] int32, padded with -1
