@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, by named scope.
+"""Profile of a training step by named scope.
 
   python -m scripts.bench.profile_step [--shape=S] [--png=FILE] [--json]
 
