@@ -253,6 +253,18 @@ def _all_finite(tree: Any) -> jax.Array:
   return jnp.stack(alls).all()
 
 
+def _is_there(tree: Any) -> jax.Array:
+  """Returns whether no array of a tree begins with NaN, [] bool.
+
+  It is known when all are computed; those divided over devices are left out.
+  """
+  there = jnp.array(True)
+  for a in jax.tree.leaves(tree):
+    if not any(jax.typeof(a).sharding.spec):
+      there &= ~jnp.isnan(a[(0,) * a.ndim])
+  return there
+
+
 def update(
   state: TrainState, sums: BatchGradients, run: config.Run
 ) -> tuple[TrainState, Metrics]:
@@ -279,8 +291,12 @@ def update(
   bias = router.update_bias(state.router_bias, stats.load, speed)
   finite = _all_finite((terms.total, norm, checked, bias))
   keep = functools.partial(jnp.where, finite)
+  params = jax.tree.map(keep, params, state.params)
+  # Parameters are computed from the moments of before, which XLA would copy
+  # if it were free to overwrite them first.
+  keep = functools.partial(jnp.where, finite & _is_there(params))
   new_state = TrainState(
-    params=jax.tree.map(keep, params, state.params),
+    params=params,
     opt_state=jax.tree.map(keep, opt_state, state.opt_state),
     router_bias=keep(bias, state.router_bias),
     step=state.step + 1,
@@ -313,7 +329,8 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
   """One optimizer step, a pure function; arguments as in `gradients`."""
   sums = gradients(state, batch, run, mesh)
-  state, metrics = update(state, sums, run)
+  with jax.named_scope("optimizer"):
+    state, metrics = update(state, sums, run)
   return state, metrics | ({"fp8": sums.fp8_counts} if sums.fp8_counts else {})
 
 

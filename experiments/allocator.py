@@ -17,9 +17,10 @@ def mimalloc(*, keep_freed: bool) -> dict[str, str]:
   set already.
 
   Args:
-    keep_freed: whether freed memory is never given back to the system. If not,
-      it is after a millisecond: a program that allocates little once it is
-      compiled then does not hold what compiling took.
+    keep_freed: whether freed memory is kept for a second, which the next
+      training step begins in, before the system gets it back. If not, for a
+      millisecond: for a program that allocates little once it is compiled.
+      Neither holds what compiling took.
   """
   if not sys.platform.startswith("linux") or "LD_PRELOAD" in os.environ:
     return {}
@@ -28,7 +29,7 @@ def mimalloc(*, keep_freed: bool) -> dict[str, str]:
   except importlib.metadata.PackageNotFoundError:
     return {}
   library = str(package.locate_file("cmeel.prefix/lib/libmimalloc.so"))
-  delay = "-1" if keep_freed else "1"  # in ms
+  delay = "1000" if keep_freed else "1"  # in ms
   return {"LD_PRELOAD": library, "MIMALLOC_PURGE_DELAY": delay}
 
 

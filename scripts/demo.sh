@@ -5,7 +5,7 @@
 . "$(dirname "$0")/venv.sh" requirements.txt
 # On CPU, a fifth faster with mimalloc than with the system's allocator.
 mimalloc="$(find .venv/ -name libmimalloc.so -print -quit)"
-LD_PRELOAD="${LD_PRELOAD-$mimalloc}" MIMALLOC_PURGE_DELAY=-1 \
+LD_PRELOAD="${LD_PRELOAD-$mimalloc}" MIMALLOC_PURGE_DELAY=1000 \
   .venv/bin/python -m experiments.pretrain --variant=tiny --workdir=runs/demo \
   --mesh=data=2 "$@"
 .venv/bin/python -m experiments.sample --workdir=runs/demo \

@@ -53,7 +53,31 @@ class Fp8Weight:
     return (self.codes if self.dequantized is None else self.dequantized).shape
 
 
-Weight = jax.Array | Fp8Weight
+@flax.struct.dataclass
+class StackedWeight:
+  """The weight of a layer, read from the stack of all layers.
+
+  What reads a part of it, as a loop over experts does, then needs no copy of
+  the layer. No gradient reaches the stack; the handle carries it.
+  """
+
+  handle: jax.Array | None  # [...] differentiable, its values are never read
+  stack: jax.Array  # [L, ...]
+  layer: jax.Array  # [] int32
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.stack.shape[1:]
+
+  @property
+  def dtype(self) -> jnp.dtype:
+    return self.stack.dtype
+
+  def __getitem__(self, index: jax.Array) -> jax.Array:
+    return self.stack[self.layer, index]
+
+
+Weight = jax.Array | Fp8Weight | StackedWeight
 Rows = jax.Array | quantize.BlockScaled  # [M, K]
 Counts = Float[Array, "6"] | None  # of a quantization; None: there was none
 
@@ -65,7 +89,7 @@ def differentiable(w: Weight) -> jax.Array | MasterHandle:
 
 def without_handle(w: Weight) -> Weight:
   """The part of a weight that a backward pass reads."""
-  return w.replace(handle=None) if isinstance(w, Fp8Weight) else w
+  return w if isinstance(w, jax.Array) else w.replace(handle=None)
 
 
 def block_size(w: Weight) -> int:
@@ -175,6 +199,8 @@ def weight_cotangent(
   Counts are one of each of `CLASSES`; without FP8 they are not read.
   """
   dw = dw.reshape(w.shape)
+  if isinstance(w, StackedWeight):
+    return w.replace(handle=dw.astype(w.dtype), stack=None, layer=None)
   if not isinstance(w, Fp8Weight):
     return dw.astype(w.dtype)
   handle = MasterHandle(dw, jnp.stack(counts))

@@ -193,6 +193,8 @@ _slice = jax.lax.dynamic_slice_in_dim
 
 def _expert(w: linear.Weight, e: jax.Array) -> linear.Weight:
   """The weight of one expert of a stack."""
+  if isinstance(w, linear.StackedWeight):
+    return w[e]
   return jax.tree.map(lambda a: a[e], w)
 
 
@@ -230,9 +232,13 @@ def _zero_counts(like: jax.Array, w: linear.Weight) -> linear.Counts:
 
 
 def _empty_wgrad(like: jax.Array, w: linear.Weight) -> jax.Array:
-  """Zeros [E, K, N] f32."""
+  """Zeros [E, K, N] f32, not made before `like` is there.
+
+  Of a constant, XLA would make a copy for each layer when a step begins.
+  """
   shape = *w.shape[:2], math.prod(w.shape[2:])
-  return jnp.zeros_like(like, jnp.float32, shape=shape)
+  missing = jnp.isnan(like[0, 0]).astype(jnp.float32)
+  return jnp.broadcast_to(jnp.minimum(missing, 0), shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

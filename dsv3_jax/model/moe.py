@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dsv3_jax import config, param_spec, varying
+from dsv3_jax.linear import linear
 from dsv3_jax.model import experts as experts_lib
 from dsv3_jax.model import layers, router
 from dsv3_jax.model.layers import Hidden, Valid
@@ -52,6 +53,23 @@ def specs(cfg: config.Model) -> param_spec.Specs:
   if cfg.moe.n_shared:
     tree["shared"] = layers.swiglu_specs(d, cfg.moe.n_shared * f, std)
   return tree
+
+
+def read_from_stack(
+  p: param_spec.Params, stack: param_spec.Params, layer: jax.Array
+) -> param_spec.Params:
+  """The parameters of a layer, with routed experts that are read in its stack.
+
+  Experts in FP8 stay as they are.
+  """
+
+  def read(name: str, w: linear.Weight) -> linear.Weight:
+    if not isinstance(w, jax.Array):
+      return w
+    values = jax.lax.stop_gradient(stack["experts"][name])
+    return linear.StackedWeight(w, values, layer)
+
+  return p | {"experts": {k: read(k, w) for k, w in p["experts"].items()}}
 
 
 def moe(

@@ -67,8 +67,9 @@ def dense_block(
 ) -> Hidden:
   """h += attention(norm(h)); h += SwiGLU(norm(h))."""
   x = _attention(p, x, cfg, segments)
-  h = layers.rms_norm(p["ffn_norm"], x, cfg.norm_eps)
-  return x + layers.swiglu(p["ffn"], h)
+  with jax.named_scope("dense"):
+    h = layers.rms_norm(p["ffn_norm"], x, cfg.norm_eps)
+    return x + layers.swiglu(p["ffn"], h)
 
 
 def moe_block(
@@ -158,8 +159,11 @@ def forward(
 
   @rematerialize
   def mixture(h, layer):
-    p, layer_bias = layer
-    p = ctx.gather("moe", p)
+    sliced, layer_bias, i = layer
+    p = ctx.gather("moe", sliced)
+    if i is not None and p is sliced:
+      ffn = moe.read_from_stack(p["ffn"], params["moe"]["ffn"], i)
+      p = p | {"ffn": ffn}
     return moe_block(p, h, layer_bias, cfg, ctx.experts, segments, valid)
 
   x = embed(params, tokens)
@@ -169,7 +173,13 @@ def forward(
     x, _ = over_layers(dense, x, params["dense"])
   moe_bias, mtp_bias = jnp.split(bias, [cfg.n_moe_layers])
   if cfg.n_moe_layers:
-    x, moe_stats = over_layers(mixture, x, (params["moe"], moe_bias))
+    # Unrolled, all experts would be copied out of their stack, and the copies
+    # kept for the backward pass. A loop over layers slices them anyway, and of
+    # what a recomputed layer reads XLA would copy the whole stack.
+    index, local = None, ctx.experts.ffn is moe.LOCAL.ffn
+    if local and not ctx.scan and ctx.saved_activations is None:
+      index = jnp.arange(cfg.n_moe_layers)
+    x, moe_stats = over_layers(mixture, x, (params["moe"], moe_bias, index))
     stats.append(moe_stats)
   out = predict(params, mtp_bias, x, tokens, cfg, ctx, segments, valid)
   stats.append(out.stats)

@@ -1,6 +1,9 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import reference
 import testing
 from absl.testing import absltest, parameterized
@@ -34,6 +37,26 @@ class MoeTest(parameterized.TestCase):
     )
     np.testing.assert_array_equal(load, want_load)
     testing.assert_close((y, balance), (want_y, want_balance), TERMS)
+
+  @pytest.mark.slow
+  def test_experts_read_in_their_stack_have_the_same_bits(self):
+    cfg, p, x, bias, _ = _setup()
+    stack = jax.tree.map(lambda a: jnp.stack([-a, a, 2 * a]), p)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def run(stack, in_place):
+      def total(stack):
+        layer = jax.tree.map(lambda a: a[1], stack)
+        if in_place:
+          layer = moe.read_from_stack(layer, stack, jnp.int32(1))
+        y, _ = moe.moe(layer, x, bias, cfg)
+        return (y**2).sum(), y
+
+      return jax.value_and_grad(total, has_aux=True)(stack)
+
+    jax.tree.map(
+      np.testing.assert_array_equal, run(stack, True), run(stack, False)
+    )
 
   def test_shared_expert_is_not_scaled(self):
     cfg, p, x, bias, run = _setup()
