@@ -30,17 +30,13 @@ def _serving(
 ) -> serving_mesh.ServingConfig | None:
   """Returns the fastest serving settings on a CPU's cores; None: one device.
 
-  To write divides texts, to read divides heads. A single text leaves too
-  little to divide where it is written.
+  To read divides heads. To write does not: the native kernel uses all cores.
   """
-  writes = job["new"] > 0
-  divided = len(job["prompts"]) if writes else cfg.attention.n_heads
   cores = 1 << (os.cpu_count() or 1).bit_length() - 1
-  n = math.gcd(cores, divided, cfg.router.n_experts)
-  if n == 1:
+  n = math.gcd(cores, cfg.attention.n_heads, cfg.router.n_experts)
+  if n == 1 or job["new"] > 0:
     return None
-  axis, role = ("expert", "decode") if writes else ("model", "prefill")
-  return serving_mesh.ServingConfig(mesh={axis: n}, role=role)
+  return serving_mesh.ServingConfig(mesh={"model": n}, role="prefill")
 
 
 def _params(cfg: config.Model) -> inference_params.InferenceParams:
