@@ -89,9 +89,15 @@ def parameters(*assignments):
   )
 
 
-def make(n_drafts=0, n_slots=SLOTS, assignments=(), params=None):
+def make(
+  n_drafts=0, n_slots=SLOTS, assignments=(), params=None, form=forward_form.AUTO
+):
   options = EngineOptions(
-    max_batch=n_slots, max_len=MAX_LEN, chunk=CHUNK, n_drafts=n_drafts
+    max_batch=n_slots,
+    max_len=MAX_LEN,
+    chunk=CHUNK,
+    n_drafts=n_drafts,
+    form=form,
   )
   return engine.Engine(
     params or parameters(*assignments), model(*assignments)[0], options
@@ -550,6 +556,22 @@ def check_drafts(test, made):
   test.assertEqual(ahead, new + (k - 1) * stats.rows)
   # It happens that none, some and all of a cycle's are kept.
   test.assertEqual({*range(k + 1)}, {n for text in cycles for n in text})
+
+
+@pytest.mark.slow
+class FormsTest(parameterized.TestCase):
+  @parameterized.parameters(0, 1, 2)
+  def test_have_the_same_texts(self, n_drafts):
+    asked = requests() + [
+      request(seed, 5 * seed + 1, 12, seed=seed, **SETTINGS[seed % 3])
+      for seed in range(10)
+    ]
+    xla = run(make(n_drafts, form="xla"), asked)
+    self.assertEqual(xla[: len(LENGTHS)], due())
+    made = make(n_drafts)
+    if made.form.name == "xla":
+      self.skipTest("there is no compiler for the native kernel")
+    self.assertEqual(run(made, asked), xla)
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ from dsv3_jax.infer import (
   native,
   speculation,
 )
+from dsv3_jax.infer.native import build
 from dsv3_jax.linear import linear
 from dsv3_jax.model import transformer
 from dsv3_jax.parallel import device_mesh
@@ -47,11 +48,17 @@ def model(*settings):
   return cfg, params, testing.normal(cfg.n_routers, 16, seed=1, scale=0.1)
 
 
+def load(params, cfg):
+  if not build._compilers():
+    raise absltest.SkipTest("there is no C++ compiler")
+  return native.load(params, cfg)
+
+
 @functools.cache
 def served():
   cfg, params, bias = model()
   params = inference_params.from_params(params, bias, cfg)
-  return cfg, params, native.load(params, cfg)
+  return cfg, params, load(params, cfg)
 
 
 def caches(cfg, b, length, drafting=False):
@@ -250,7 +257,7 @@ class TableTest(parameterized.TestCase):
     b, t, in_use, length = call
     cfg = config.override(presets.PRESETS[preset].model, *settings)
     params = testing.draw(inference_params.specs(cfg))
-    kernel, cache = native.load(params, cfg), caches(cfg, b, length, True)
+    kernel, cache = load(params, cfg), caches(cfg, b, length, True)
     rng = np.random.default_rng(3)
     start = rng.integers(0, length - t + 1, b).astype(np.int32)
     tokens = testing.tokens(b, t, vocab_size=cfg.vocab_size)
