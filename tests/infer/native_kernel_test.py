@@ -392,6 +392,26 @@ print(os.path.dirname(dsv3_jax.__file__), form.name)
 
 @pytest.mark.slow
 class DeletedTest(absltest.TestCase):
+  def test_other_tests_pass_without_the_folder(self):
+    folder = testing.folder(self) / "copy"
+    unwanted = "native", "native_*", "__pycache__", ".*", "runs", "corpus"
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*unwanted))
+    command = "-m pytest -n 0 -x -q -m".split() + ["not slow", "--"]
+    command += [
+      "tests/contract/package_test.py",
+      "tests/contract/safety_test.py",
+    ]
+    command += ["tests/infer", "tests/experiments/experiments_test.py"]
+    done = subprocess.run(
+      [sys.executable, *command],
+      cwd=folder,
+      env=os.environ | {"PYTHONPATH": str(folder)},
+      capture_output=True,
+      text=True,
+      timeout=3000,
+    )
+    self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+
   def test_nothing_else_needs_the_folder_and_xla_is_chosen(self):
     folder = testing.folder(self)
     shutil.copytree(
