@@ -363,6 +363,27 @@ class GreedyTest(parameterized.TestCase):
     )
 
 
+class FormTest(absltest.TestCase):
+  def choose(self, name, divided=False):
+    return forward_form.choose(name, {}, model()[0], divided=divided)
+
+  def test_without_a_native_kernel_it_is_xlas_and_says_so(self):
+    unavailable = mock.patch.object(
+      forward_form, "_load_native", lambda *_: "there is no compiler"
+    )
+    with unavailable, self.assertLogs(level="INFO") as logs:
+      self.assertIs(self.choose("auto"), forward_form.XLA)
+      with self.assertRaisesRegex(InputError, "native: there is no compiler"):
+        self.choose("native")
+    self.assertRegex("".join(logs.output), "XLA's.*: there is no compiler")
+
+  def test_a_divided_model_has_no_native_kernel(self):
+    with self.assertRaisesRegex(InputError, "divide|no native kernel"):
+      self.choose("native", divided=True)
+    self.assertIs(self.choose("auto", divided=True), forward_form.XLA)
+    self.assertIs(self.choose("xla"), forward_form.XLA)
+
+
 class QueueTest(absltest.TestCase):
   def test_texts_are_taken_when_there_is_room(self):
     taken, ended = [], 0
@@ -623,6 +644,7 @@ class RefusalTest(parameterized.TestCase):
 
   @parameterized.parameters(
     (dict(max_batch=0), "max_batch=0: must be at least 1"),
+    (dict(form="fast"), "form=fast: must be one of auto, xla, native"),
     (dict(max_len=0), "max_len=0: must be at least 1"),
     (dict(chunk=0), "chunk=0: must be a power of two, at least 16"),
     (dict(chunk=8), "chunk=8: must be a power of two, at least 16"),

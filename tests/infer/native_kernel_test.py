@@ -392,6 +392,7 @@ print(os.path.dirname(dsv3_jax.__file__), form.name)
 
 @pytest.mark.slow
 class DeletedTest(absltest.TestCase):
+  @pytest.mark.timeout(3000)
   def test_other_tests_pass_without_the_folder(self):
     folder = testing.folder(self) / "copy"
     unwanted = "native", "native_*", "__pycache__", ".*", "runs", "corpus"
