@@ -371,7 +371,7 @@ class FormTest(absltest.TestCase):
     unavailable = mock.patch.object(
       forward_form, "_load_native", lambda *_: "there is no compiler"
     )
-    with unavailable, self.assertLogs(level="INFO") as logs:
+    with unavailable, self.assertLogs("absl", level="INFO") as logs:
       self.assertIs(self.choose("auto"), forward_form.XLA)
       with self.assertRaisesRegex(InputError, "native: there is no compiler"):
         self.choose("native")
