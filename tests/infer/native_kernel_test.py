@@ -398,11 +398,7 @@ class DeletedTest(absltest.TestCase):
     unwanted = "native", "native_*", "__pycache__", ".*", "runs", "corpus"
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*unwanted))
     command = "-m pytest -n 0 -x -q -m".split() + ["not slow", "--"]
-    command += [
-      "tests/contract/package_test.py",
-      "tests/contract/safety_test.py",
-    ]
-    command += ["tests/infer", "tests/experiments/experiments_test.py"]
+    command += ["tests/infer"]
     done = subprocess.run(
       [sys.executable, *command],
       cwd=folder,
