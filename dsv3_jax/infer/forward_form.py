@@ -22,9 +22,6 @@ except ImportError:
   native = None
 
 AUTO = "auto"
-# A text's tokens that the native kernel reads at a time: it starts at once,
-# where XLA compiles a program first; with more tokens XLA's products win.
-_NATIVE_TOKENS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +90,6 @@ def _load_native(
     kernel.forward,
     kernel.forward_mtp,
     kernel.logits,
-    max_tokens=_NATIVE_TOKENS,
+    max_tokens=native.MAX_TOKENS,
     skips_idle_rows=True,
   )

@@ -42,12 +42,12 @@ def compiler(folder, body):
 
 
 def build_with(command):
-  build.library.cache_clear()
+  build.shared_library.cache_clear()
   with mock.patch.dict(os.environ, {"CXX": command}):
     try:
-      return build.library.__wrapped__()
+      return build.shared_library.__wrapped__()
     finally:
-      build.library.cache_clear()
+      build.shared_library.cache_clear()
 
 
 class CompilerTest(parameterized.TestCase):
@@ -79,7 +79,7 @@ class CompilerTest(parameterized.TestCase):
       mock.patch.dict(os.environ, {"CXX": ""}),
       self.assertRaisesRegex(build.Unavailable, "there is no C\\+\\+ compiler"),
     ):
-      build.library.__wrapped__()
+      build.shared_library.__wrapped__()
 
 
 class CacheTest(parameterized.TestCase):
@@ -188,7 +188,7 @@ class FolderTest(absltest.TestCase):
 
 
 # Loads the library and says where from.
-PROGRAM = "from dsv3_jax.infer.native import build; build.library()"
+PROGRAM = "from dsv3_jax.infer.native import build; build.shared_library()"
 
 
 @pytest.mark.slow

@@ -55,7 +55,7 @@ def load(params: InferenceParams, cfg: config.Model) -> Kernel:
 def _register() -> str:
   """Builds the library, once in a process; returns why there is none, or ""."""
   try:
-    library = build.library()
+    library = build.shared_library()
   except Unavailable as reason:
     return str(reason)
   for name in ("dsv3_forward", "dsv3_logits"):

@@ -33,7 +33,7 @@ class Unavailable(Exception):
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
+def shared_library() -> ctypes.CDLL:
   """Returns the library, from the cache or newly built.
 
   Raises:
