@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 ORDER = (
   "errors display io config param_spec checksum varying data linear model"
   " losses parallel plan optim ema train checkpoint interop infer evals trainer"
-  " report"
+  " posttrain report"
 ).split()
 # Where communication may be written by hand.
 MANUAL = ("parallel", "train", "evals", "infer")

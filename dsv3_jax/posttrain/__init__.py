@@ -1,0 +1,1 @@
+"""Post-training: fine-tuning on conversations, rewards, tasks (section 5)."""
