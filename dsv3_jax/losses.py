@@ -31,17 +31,18 @@ TokenWeights = tuple[Float[Array, "*B _"], ...]
 def token_weights(data: Batch, depth: int) -> TokenWeights:
   """1 / (number of labels that count) for those, 0 for the others.
 
-  Those of depth k count all labels, as eq. 24 divides by T though only T - k
-  have a prediction. Segments are texts of their own: there, only labels count
-  that a token of their own segment predicts at that depth.
+  A label of depth k counts if the k labels before it do: what depth k predicts
+  lies, with all that it has read past its position, inside one text, or inside
+  one answer of a conversation. Those of depth k are divided by all labels, as
+  eq. 24 divides by T though only T - k have a prediction. Segments are texts of
+  their own: there, by the labels that count at that depth.
   """
   counted, weights = data.labels != IGNORE, []
+  predicted, n = counted, counted.sum()
   for k in range(depth + 1):
-    predicted, n = counted[..., k:], counted.sum()
-    if k and data.segments is not None:
-      same = data.segments[..., k:] == data.segments[..., :-k]
-      predicted = predicted & same
-      n = predicted.sum()
+    if k:
+      predicted = predicted[..., 1:] & counted[..., :-k]
+      n = n if data.segments is None else predicted.sum()
     weights.append(predicted / jnp.maximum(n, 1).astype(jnp.float32))
   return tuple(weights)
 

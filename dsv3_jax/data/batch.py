@@ -22,6 +22,7 @@ class Batch:
 def make_batch(
   rows: np.ndarray,
   segments: np.ndarray | None = None,
+  supervised: np.ndarray | None = None,
   *,
   segment_mask: bool = False,
 ) -> Batch:
@@ -30,6 +31,8 @@ def make_batch(
   `segments`, of the same shape, are those of the rows of `packing.PackedRows`:
   labels that are padding become IGNORE. With `segment_mask` attention stays
   inside a segment, and so do labels: one in another segment becomes IGNORE.
+  `supervised`, of the same shape, is False for tokens that are no label, such
+  as those of prompts.
   """
   rows = np.asarray(rows, np.int32)
   tokens, labels = rows[..., :-1], rows[..., 1:]
@@ -40,5 +43,7 @@ def make_batch(
   ignored = there == 0
   if segment_mask:
     ignored |= there != here
+  if supervised is not None:
+    ignored |= ~supervised[..., 1:]
   labels = np.where(ignored, IGNORE, labels)
   return Batch(tokens, labels, here if segment_mask else None, here != 0)

@@ -10,7 +10,7 @@ import grain
 import numpy as np
 
 from dsv3_jax import config
-from dsv3_jax.data import tokenized_corpus
+from dsv3_jax.data import packing, tokenized_corpus
 from dsv3_jax.data.batch import Batch, make_batch
 
 T = TypeVar("T")
@@ -51,11 +51,12 @@ class BatchSource:
       for column in columns
     ]
     shape = -1, len(columns), data.seq_len + 1
-    tokens, segments = (
+    ids, *masks = (
       np.reshape([row[name] for row in rows], shape)
-      for name in ("tokens", "segments")
+      for name in packing.ARRAYS
+      if name in rows[0]
     )
-    return make_batch(tokens, segments, segment_mask=data.segment_mask)
+    return make_batch(ids, *masks, segment_mask=data.segment_mask)
 
 
 def prefetch(read: Callable[[int], T], steps: Iterable[int]) -> Iterator[T]:

@@ -16,6 +16,8 @@ import numpy as np
 from dsv3_jax.data import token_file, tokenizer
 from dsv3_jax.errors import InputError
 
+ARRAYS = "tokens", "segments", "supervised"  # of a row, [seq_len + 1] each
+
 
 def cut_documents(
   starts: np.ndarray, lengths: np.ndarray, size: int
@@ -67,7 +69,7 @@ class PackedRows:
   """
 
   def __init__(self, file: token_file.TokenFile, seq_len: int):
-    if file.n_tokens <= seq_len:
+    if file.n_tokens <= seq_len and not file.supervised:
       raise InputError(
         f"data.seq_len={seq_len}: must be at most {file.n_tokens - 1}, as"
         f" {file.path} has {file.n_tokens} tokens and a row is seq_len + 1;"
@@ -98,12 +100,17 @@ class PackedRows:
     pieces = slice(self._first[row], self._first[row + 1])
     spans = zip(self._starts[pieces], self._lengths[pieces], strict=True)
     packed = np.concatenate([self._tokens[i : i + n] for i, n in spans])
+    packed, supervised = token_file.split_flags(packed, self._file)
     tokens = np.full(self._seq_len + 1, tokenizer.PAD_ID, np.int32)
     tokens[: len(packed)] = packed
     segments = np.zeros_like(tokens)
     lengths = self._lengths[pieces]
     segments[: len(packed)] = np.arange(1, len(lengths) + 1).repeat(lengths)
-    return {"tokens": tokens, "segments": segments, "row": np.int64(row)}
+    item = {"tokens": tokens, "segments": segments, "row": np.int64(row)}
+    if supervised is not None:
+      padding = len(tokens) - len(packed)
+      item["supervised"] = np.pad(supervised, (0, padding))
+    return item
 
   def __getstate__(self) -> dict[str, Any]:
     return self.__dict__ | {"_tokens": None}

@@ -1,6 +1,7 @@
 """Flat files of token ids, and the manifests that say what they were made of.
 
-Documents follow each other, each from BOS to EOS.
+Documents follow each other, each from BOS to EOS. So do samples of
+conversations, whose answers are flagged: the highest bit of their ids is set.
 """
 
 import dataclasses
@@ -8,6 +9,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -16,6 +18,8 @@ from absl import logging
 from dsv3_jax import io
 from dsv3_jax.data import corpus, tokenize, tokenizer
 from dsv3_jax.errors import InputError
+
+FLAG = np.uint32(1 << 31)  # of a token with loss, in files with supervision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +37,23 @@ class TokenFile:
   n_documents: int
   text_bytes: int
   tokens_digest: str
+  supervised: bool = False  # only the flagged tokens are trained on
 
   def open(self) -> np.memmap:
-    """Maps the token ids [n_tokens] into memory."""
+    """Maps the token ids [n_tokens], with their flags, into memory."""
     return np.memmap(self.path, self.dtype, "r", shape=(self.n_tokens,))
+
+
+def split_flags(
+  values: np.ndarray, file: TokenFile
+) -> tuple[np.ndarray, np.ndarray | None]:
+  """Returns the ids of values read from a file, and which are supervised.
+
+  The latter is None where the file has no flags: every token is trained on.
+  """
+  if not file.supervised:
+    return values, None
+  return values & ~FLAG, values >= FLAG
 
 
 def write(
@@ -67,6 +84,62 @@ def write(
     "n_documents": len(documents),
     "text_bytes": sum(len(d.text.encode()) for d in documents),
   }
+  if known := _verified(path, inputs):
+    return known
+  n_tokens, digest = 0, hashlib.sha256()
+  lengths, covered = tokenizer.byte_lengths(tok, vocab_size), 0
+  with io.atomic_write(path, "wb") as file:
+    for name, ids in tokenize.encode(documents, tok, **rates):
+      check_ids(ids, vocab_size, name)
+      raw = ids.astype(inputs["dtype"]).tobytes()
+      n_tokens += len(ids)
+      covered += int(lengths[ids].sum())
+      digest.update(raw)
+      file.write(raw)
+    tokenizer.check_covers(covered, inputs["text_bytes"], str(path))
+  inputs |= {"n_tokens": n_tokens, "tokens_digest": digest.hexdigest()}
+  return _write_manifest(TokenFile(path=path, **inputs))
+
+
+def write_samples(
+  samples: Sequence[chat_samples.Sample],
+  path: pathlib.Path,
+  tok: tokenizers.Tokenizer,
+  vocab_size: int,
+) -> TokenFile:
+  """Writes the tokens of samples, answers flagged, or verifies what is there.
+
+  Raises InputError as `write` does.
+  """
+  ids = np.concatenate([sample.ids for sample in samples])
+  flags = np.concatenate([sample.supervised for sample in samples])
+  check_ids(ids, vocab_size, str(path))
+  raw = (ids.astype(np.uint32) | flags * FLAG).tobytes()
+  digest = hashlib.sha256(raw).hexdigest()
+  inputs = {
+    "corpus_digest": digest,
+    "tokenizer_digest": tokenizer.digest(tok),
+    "vocab_size": vocab_size,
+    "fim_rate": 0.0,
+    "split_rate": 0.0,
+    "dtype": "uint32",
+    "n_documents": len(samples),
+    "text_bytes": int(tokenizer.byte_lengths(tok, vocab_size)[ids].sum()),
+    "supervised": True,
+  }
+  if known := _verified(path, inputs):
+    return known
+  with io.atomic_write(path, "wb") as file:
+    file.write(raw)
+  inputs |= {"n_tokens": len(ids), "tokens_digest": digest}
+  return _write_manifest(TokenFile(path=path, **inputs))
+
+
+def _verified(path: pathlib.Path, inputs: dict[str, Any]) -> TokenFile | None:
+  """Returns the file at `path` if these inputs made it; None to write it.
+
+  Raises InputError if other inputs made it.
+  """
   known = _manifest(path)
   if known is not None:
     changes = [
@@ -83,23 +156,14 @@ def write(
       _refuse_size(path, known)
       return known
     logging.warning("%s: missing or damaged, tokenizing again", path)
-  n_tokens, digest = 0, hashlib.sha256()
-  lengths, covered = tokenizer.byte_lengths(tok, vocab_size), 0
-  with io.atomic_write(path, "wb") as file:
-    for name, ids in tokenize.encode(documents, tok, **rates):
-      check_ids(ids, vocab_size, name)
-      raw = ids.astype(inputs["dtype"]).tobytes()
-      n_tokens += len(ids)
-      covered += int(lengths[ids].sum())
-      digest.update(raw)
-      file.write(raw)
-    tokenizer.check_covers(covered, inputs["text_bytes"], str(path))
-  inputs |= {"n_tokens": n_tokens, "tokens_digest": digest.hexdigest()}
-  result = TokenFile(path=path, **inputs)
-  manifest = dataclasses.asdict(result)
+  return None
+
+
+def _write_manifest(file: TokenFile) -> TokenFile:
+  manifest = dataclasses.asdict(file)
   del manifest["path"]
-  io.write_json(manifest_path(path), manifest)
-  return result
+  io.write_json(manifest_path(file.path), manifest)
+  return file
 
 
 def open_file(path: pathlib.Path) -> TokenFile:

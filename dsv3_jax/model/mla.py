@@ -77,11 +77,13 @@ def frequencies(cfg: config.MLA) -> np.ndarray:
 def mla(
   p: param_spec.Params, x: Hidden, cfg: config.MLA, segments: Segments = None
 ) -> Hidden:
-  """Attention of a whole sequence from position 0, as in training (eq. 1-11).
+  """Attention of whole sequences from position 0, as in training (eq. 1-11).
 
-  Keys and values are expanded from the latent.
+  Keys and values are expanded from the latent. A segment is a sequence of its
+  own: attention stays inside it, and its positions begin at 0.
   """
-  angle = rope.angles(jnp.arange(x.shape[1]), frequencies(cfg))
+  positions = rope.positions(x.shape[1], segments)
+  angle = rope.angles(positions, frequencies(cfg))
   q_nope, q_rope = queries(p, x, angle, cfg)
   latent, k_rope = latents(p, x, angle, cfg)
   kv = linear.linear(latent, p["kv_up"])

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.model.layers import Segments
+
 
 def frequencies(dim: int, theta: float) -> np.ndarray:
   """theta^(-2i/dim) for each of the dim/2 pairs, radians a position."""
@@ -39,6 +41,25 @@ def yarn_frequencies(
   ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 1e-3), 0, 1)
   base = theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
   return (base / factor * ramp + base * (1 - ramp)).astype(np.float32)
+
+
+def positions(length: int, segments: Segments = None) -> Int[Array, "*B T"]:
+  """Positions of tokens, which begin anew with each segment.
+
+  Args:
+    length: T.
+    segments: [B, T], runs of equal numbers; None: a row is one segment.
+
+  Returns:
+    [T], or [B, T] with segments.
+  """
+  index = jnp.arange(length)
+  if segments is None:
+    return index
+  begins = segments[:, 1:] != segments[:, :-1]
+  starts = jnp.where(begins, index[1:], 0)
+  starts = jnp.pad(jax.lax.cummax(starts, axis=1), ((0, 0), (1, 0)))
+  return index - starts
 
 
 def angles(
