@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from dsv3_jax import config, losses, optim, param_spec
-from dsv3_jax.data.batch import Batch
+from dsv3_jax.data.batch import IGNORE, Batch
 from dsv3_jax.linear import recipe
 from dsv3_jax.model import moe, router, transformer
 from dsv3_jax.parallel import device_mesh, layouts, sharded_forward
@@ -331,7 +331,12 @@ def train_step(
   sums = gradients(state, batch, run, mesh)
   with jax.named_scope("optimizer"):
     state, metrics = update(state, sums, run)
-  return state, metrics | ({"fp8": sums.fp8_counts} if sums.fp8_counts else {})
+  if sums.fp8_counts:
+    metrics["fp8"] = sums.fp8_counts
+  if run.data.supervised:
+    n = (batch.labels != IGNORE).sum()
+    metrics["supervised_share"] = n / batch.valid.sum()
+  return state, metrics
 
 
 def make_step(run: config.Run, mesh: jax.sharding.Mesh | None = None) -> StepFn:

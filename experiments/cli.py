@@ -147,8 +147,32 @@ def end_values(run: config.Run) -> list[str]:
   ]
 
 
+def override(run: config.Run, settings: Sequence[str]) -> config.Run:
+  """Applies the settings of --set; raises InputError with a line for each."""
+  try:
+    return config.override(run, *settings)
+  except InputError as error:
+    lines = (f"--set: {line}" for line in str(error).splitlines())
+    raise InputError("\n".join(lines)) from error
+
+
+# (variant, its run, settings of --set) -> the run of a command; InputError.
+Configure = Callable[[str, config.Run, Sequence[str]], config.Run]
+
+
+def configure(
+  variant: str, run: config.Run, settings: Sequence[str]
+) -> config.Run:
+  """Returns a variant's run with other settings."""
+  del variant
+  given = override(run, settings)
+  if flags.FLAGS.init_from and given.extends_context:  # as in section 4.3
+    return config.override(run, *end_values(given), *settings)
+  return given
+
+
 def _command(
-  variants: Mapping[str, config.Run],
+  variants: Mapping[str, config.Run], configure: Configure
 ) -> tuple[run_args.RunArgs, list[str]]:
   """Returns the arguments that the flags give, and their problems."""
   args = flags.FLAGS
@@ -158,11 +182,9 @@ def _command(
   if name in variants:
     run = variants[name]
     try:
-      given, run = run, config.override(run, *args.set)
-      if args.init_from and run.extends_context:  # as section 4.3 goes on
-        run = config.override(given, *end_values(given), *args.set)
+      run = configure(name, run, args.set)
     except InputError as error:
-      problems += [f"--set: {line}" for line in str(error).splitlines()]
+      problems += str(error).splitlines()
   else:
     hint = fields.nearest(name, variants)
     problems.append(f"--variant={name}: one of {', '.join(variants)}{hint}")
@@ -283,14 +305,18 @@ def start_jax(command: run_args.RunArgs) -> None:
 def main(
   variants: Mapping[str, config.Run],
   execute: Callable[[run_args.RunArgs], int | None],
+  configure: Configure = configure,
 ) -> None:
-  """Runs an experiment from the command line; the first variant is default."""
+  """Runs an experiment from the command line; the first variant is default.
+
+  `configure` makes the run of variant and settings.
+  """
 
   def checked():
     problems = parse_flags(sys.argv)
     if not flags.FLAGS.is_parsed():  # a value of the wrong type
       raise InputError("\n".join(problems))
-    command, more = _command(variants)
+    command, more = _command(variants, configure)
     raise_problems(problems + more)
     if flags.FLAGS.list_settings:
       name = command.variant

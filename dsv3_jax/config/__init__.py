@@ -26,6 +26,7 @@ from dsv3_jax.config.overrides import (
 )
 from dsv3_jax.config.run import (
   ACTIVATIONS,
+  TASKS,
   BatchPhase,
   Checkpoint,
   Data,

@@ -147,6 +147,35 @@ prose=1,python=2,go=2,docs=2,maths-docs=1,maths-formal=1,chinese=2,languages=1
   """,
 )
 
+# Settings of fine-tuning (section 5.1), on top of those of the run that it
+# begins with. What acts over long times is off: the bias of the router stays,
+# lambda is the last of pre-training, and no loss balances single rows, since
+# these hold several samples. Batch size and row length are not in the report.
+_SFT = """
+  data.segment_mask=true data.fim_rate=0 data.split_rate=0 data.domains=
+  data.heldout_fraction=0.05
+  optim.peak_lr=5e-6 optim.min_lr=1e-6 optim.final_lr=1e-6 optim.ema_decay=0
+  schedule.name=constant_cosine schedule.warmup_until=0
+  schedule.constant_until=0 schedule.decay_until=1 schedule.tail_from=1
+  schedule.bias_update_until=0 schedule.mtp_until=0 schedule.ramp_until=0
+  router.balance_weight=0 train.first_batch_size=0 train.batch_size=64
+  train.micro_batches=1 train.tokens=1e12 evaluate.ema=false
+""".split()
+SFT = {
+  "sft": _SFT,
+  "sft_tiny": [
+    *_SFT,
+    *"optim.peak_lr=1e-3 optim.min_lr=5e-5 optim.final_lr=5e-5".split(),
+    *"train.batch_size=16 data.seq_len=256".split(),
+  ],
+  "sft_small": [
+    *_SFT,
+    *"optim.peak_lr=3e-4 optim.min_lr=3e-5 optim.final_lr=3e-5".split(),
+    "train.batch_size=32",
+  ],
+}
+SFT_EPOCHS = {"sft": 2, "sft_tiny": 2, "sft_small": 2}
+
 PURPOSES = {  # by name, for `--help`
   "tiny": "trains in minutes on two cores",
   "small": "a night on a laptop, or minutes on an accelerator",

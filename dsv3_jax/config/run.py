@@ -17,12 +17,18 @@ def _is_weight(entry: str) -> bool:
     return False
 
 
+# Sources of conversations, of which only answers are trained on.
+SUPERVISED = CONVERSATIONS, TASKS = "conversations", "tasks"
+
+
 @fields.checked
 class Data:
   """Text, and its conversion to rows of tokens."""
 
-  # A key of data.sources.SOURCES.
-  source: str = plain("files", "reader of `path`")
+  # A key of data.sources.SOURCES, or one of SUPERVISED.
+  source: str = plain(
+    "files", "reader of `path`; conversations or tasks to fine-tune"
+  )
   path: str = plain(
     "", "text file, .gz, .jsonl, or a folder of them; empty: two novels"
   )
@@ -47,8 +53,23 @@ class Data:
   split_rate: float = number(
     0.0, low=0, high=1, doc="share of tokens with a line break that are split"
   )
+  # A key of data.chat.TEMPLATES.
+  template: str = plain("plain", "chat template of conversations")
+  problems: int = number(
+    20_000, low=1, doc="problems of each task, besides those held out"
+  )
+
+  @property
+  def supervised(self) -> bool:
+    """Returns whether only the answers of conversations are trained on."""
+    return self.source in SUPERVISED
 
   def validate(self) -> Iterator[str]:
+    if self.supervised and (self.domains or self.fim_rate or self.split_rate):
+      yield (
+        f"Data.source={self.source}: conversations have no domains, fim_rate or"
+        " split_rate"
+      )
     entries, setting = self._domain_entries, f"Data.domains={self.domains!r}"
     names = [entry.partition("=")[0].strip() for entry in entries]
     if entries and not self.path:
@@ -322,6 +343,9 @@ class Evaluate:
   )
   sample_tokens: int = number(
     120, low=0, doc="length of the sample text; 0: none"
+  )
+  answers: int = number(
+    128, low=0, doc="held-out answers generated, of conversations; 0: none"
   )
 
 

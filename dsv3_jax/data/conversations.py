@@ -259,21 +259,33 @@ def all_samples(
   tok: tokenizers.Tokenizer,
   conversations: Iterable[Conversation],
   template: chat.ChatTemplate,
+  longest: int | None = None,
 ) -> list[Sample]:
   """Encodes conversations, in order.
 
   Raises:
-    InputError: as of `samples`; lists the first problems with their lines.
+    InputError: as of `samples`, or a sample has more than `longest` tokens;
+      lists the first problems with their lines.
   """
   _end_token(tok, template)
   result, problems = [], []
   for conversation in conversations:
     try:
-      result += samples(tok, conversation, template)
+      new = samples(tok, conversation, template)
+      _check_length(max(len(sample.ids) for sample in new), longest)
+      result += new
     except InputError as error:
       problems.append(f"{conversation.where}: {error}".removeprefix(": "))
   _raise_first(problems)
   return result
+
+
+def _check_length(n: int, longest: int | None) -> None:
+  if longest and n > longest:
+    raise InputError(
+      f"has {n} tokens, a row at most {longest}; set data.seq_len={n - 1} or"
+      " more, or remove it"
+    )
 
 
 def _end_token(tok: tokenizers.Tokenizer, template: chat.ChatTemplate) -> int:

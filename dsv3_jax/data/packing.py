@@ -9,6 +9,7 @@ on; that of padding is 0.
 """
 
 import bisect
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,11 @@ def best_fit(lengths: np.ndarray, size: int) -> np.ndarray:
   return rows
 
 
+def n_rows(lengths: Sequence[int], size: int) -> int:
+  """Returns the number of rows of `size` tokens that pieces are packed into."""
+  return int(best_fit(np.asarray(lengths), size).max()) + 1
+
+
 class PackedRows:
   """The rows of T + 1 tokens of a token file, as a source of grain.
 
@@ -75,7 +81,7 @@ class PackedRows:
         f" {file.path} has {file.n_tokens} tokens and a row is seq_len + 1;"
         " lower it or add text"
       )
-    self._file, self._seq_len, self._tokens = file, seq_len, None
+    self._file, self.seq_len, self._tokens = file, seq_len, None
     # No text can spell BOS: it begins a document and is nowhere else.
     begins = np.flatnonzero(file.open() == tokenizer.BOS_ID)
     lengths = np.diff(begins, append=file.n_tokens)
@@ -92,7 +98,7 @@ class PackedRows:
   @property
   def padding(self) -> float:
     """Fraction of padding in all rows."""
-    return 1 - self._lengths.sum() / (len(self) * (self._seq_len + 1))
+    return 1 - self._lengths.sum() / (len(self) * (self.seq_len + 1))
 
   def __getitem__(self, row: int) -> dict[str, Any]:
     if self._tokens is None:
@@ -101,7 +107,7 @@ class PackedRows:
     spans = zip(self._starts[pieces], self._lengths[pieces], strict=True)
     packed = np.concatenate([self._tokens[i : i + n] for i, n in spans])
     packed, supervised = token_file.split_flags(packed, self._file)
-    tokens = np.full(self._seq_len + 1, tokenizer.PAD_ID, np.int32)
+    tokens = np.full(self.seq_len + 1, tokenizer.PAD_ID, np.int32)
     tokens[: len(packed)] = packed
     segments = np.zeros_like(tokens)
     lengths = self._lengths[pieces]
@@ -116,7 +122,7 @@ class PackedRows:
     return self.__dict__ | {"_tokens": None}
 
   def __repr__(self) -> str:
-    return f"PackedRows({str(self._file.path)!r}, seq_len={self._seq_len})"
+    return f"PackedRows({str(self._file.path)!r}, seq_len={self.seq_len})"
 
 
 def heldout_windows(

@@ -10,12 +10,14 @@ import tokenizers
 
 from dsv3_jax import config
 from dsv3_jax.data import (
+  conversation_corpus,
   corpus,
   sources,
   token_file,
   tokenized_corpus,
   tokenizer,
 )
+from dsv3_jax.errors import InputError
 
 # A context that shows a person what its block does, and for how long.
 Waiting = Callable[[str], contextlib.AbstractContextManager]
@@ -47,9 +49,13 @@ def prepare(
     InputError: the corpus is empty, undecodable, or changed since `directory`
       was written; or the vocabulary does not fit the model.
   """
+  directory.mkdir(parents=True, exist_ok=True)
+  if data.supervised:
+    with waiting("reading the conversations"):
+      _prepare_conversations(data, vocab_size, directory, tokenizer_file)
+    return tokenized_corpus.open_corpus(data, directory)
   with waiting("reading the text"):
     documents = sources.load_documents(data)
-  directory.mkdir(parents=True, exist_ok=True)
   with waiting("learning a vocabulary"):
     tok = _tokenizer(data, documents, vocab_size, directory, tokenizer_file)
   rates = {"fim_rate": data.fim_rate, "split_rate": data.split_rate}
@@ -60,6 +66,26 @@ def prepare(
       token_file.write(train, folder / "train.bin", tok, vocab_size, **rates)
       token_file.write(heldout, folder / "heldout.bin", tok, vocab_size)
   return tokenized_corpus.open_corpus(data, directory)
+
+
+def _prepare_conversations(
+  data: config.Data,
+  vocab_size: int,
+  directory: pathlib.Path,
+  tokenizer_file: pathlib.Path | None,
+) -> None:
+  """Writes or verifies tokenizer and token files of conversations."""
+  path = directory / tokenized_corpus.TOKENIZER
+  if tokenizer_file is None and not path.exists():
+    raise InputError(
+      f"data.source={data.source}: needs --init_from, a run whose vocabulary"
+      " and parameters to begin with"
+    )
+  if not path.exists():
+    tokenizer.save(tokenizer.load(tokenizer_file), path)
+  tokenizer.check_fits(tokenizer.load(path), vocab_size)
+  source = tokenizer_file or path  # as the samples were encoded before
+  conversation_corpus.prepare(data, vocab_size, directory, source)
 
 
 def _tokenizer(
@@ -95,6 +121,8 @@ def compression(data: config.Data) -> dict[str, float]:
 
   There are none for a corpus that would take more than some seconds.
   """
+  if data.supervised:
+    return {}
   documents = sources.load_documents(data)
   train, heldout = (
     [corpus.text_bytes(part) for part in parts]

@@ -16,7 +16,7 @@ import tokenizers
 from absl import logging
 
 from dsv3_jax import io
-from dsv3_jax.data import corpus, tokenize, tokenizer
+from dsv3_jax.data import conversations, corpus, tokenize, tokenizer
 from dsv3_jax.errors import InputError
 
 FLAG = np.uint32(1 << 31)  # of a token with loss, in files with supervision
@@ -102,7 +102,7 @@ def write(
 
 
 def write_samples(
-  samples: Sequence[chat_samples.Sample],
+  samples: Sequence[conversations.Sample],
   path: pathlib.Path,
   tok: tokenizers.Tokenizer,
   vocab_size: int,

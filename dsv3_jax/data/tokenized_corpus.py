@@ -1,6 +1,7 @@
 """The tokenized corpus of a run, as processes open it from the workdir."""
 
 import dataclasses
+import functools
 import pathlib
 
 import grain
@@ -23,6 +24,11 @@ class Domain:
   rows: packing.PackedRows  # of `train`
   heldout: token_file.TokenFile
   heldout_tokens: np.ndarray  # [n] int32
+
+  @functools.cached_property
+  def heldout_rows(self) -> packing.PackedRows:
+    """Packed rows of the held-out samples of conversations."""
+    return packing.PackedRows(self.heldout, self.rows.seq_len)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,7 +91,8 @@ def open_corpus(data: config.Data, directory: pathlib.Path) -> TokenizedCorpus:
     train = token_file.open_file(directory / name / "train.bin")
     heldout = token_file.open_file(directory / name / "heldout.bin")
     rows = packing.PackedRows(train, data.seq_len)
-    tokens = np.asarray(heldout.open(), np.int32)
+    tokens, _ = token_file.split_flags(heldout.open(), heldout)
+    tokens = np.asarray(tokens, np.int32)
     lengths = tokenizer.byte_lengths(tok, heldout.vocab_size)
     covered, path = int(lengths[tokens].sum()), str(heldout.path)
     tokenizer.check_covers(covered, heldout.text_bytes, path)

@@ -1,5 +1,6 @@
 """Reads the configuration and the parameters of a run from its workdir."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ import numpy as np
 from dsv3_jax import config, io, param_spec, train
 from dsv3_jax.checkpoint import checkpointer, manifest
 from dsv3_jax.config import fields, presets
+from dsv3_jax.data import chat
 from dsv3_jax.errors import InputError
 from dsv3_jax.interop import (
   hf_config,
@@ -95,10 +97,15 @@ def flags_of(metadata: dict[str, Any]) -> str:
 
 
 def read_defaults(workdir: pathlib.Path) -> tokenizer_files.GenerationDefaults:
-  """Returns what an import says about generation; V3's format for a run."""
+  """Returns what an import says about generation.
+
+  A run has the chat template that it was fine-tuned with, or V3's.
+  """
   folder = workdir / hf_import.FOLDER
   if not folder.is_dir():
-    return tokenizer_files.DEFAULTS
+    data = run_from_config(read_config(workdir)).data
+    template = chat.find(data.template) if data.supervised else chat.V3
+    return dataclasses.replace(tokenizer_files.DEFAULTS, template=template)
   config_json = io.read_json_object(folder / CONFIG)
   return tokenizer_files.read_defaults(folder, config_json)
 

@@ -64,6 +64,10 @@ def _losses(run: run_data.Record) -> Picture | str:
     at = run_data.tokens_at(run, [row["step"] for row in run.evals])
     points["held-out text, next token"] = at, heldout
     caption += " Held-out text is never trained on."
+    prompts = run_data.column(run.evals, "heldout_prompt_loss")
+    if prompts is not None:
+      points["held-out prompts, next token"] = at, prompts
+      caption += " Only answers are trained on; prompts are shown beside them."
   return Picture(
     name="loss",
     title="Loss",
@@ -103,6 +107,32 @@ def _bits_per_byte(run: run_data.Record) -> Picture | str:
   )
 
 
+def _exact_match(run: run_data.Record) -> list[Picture]:
+  """Returns the picture of right answers, of a run on conversations."""
+  prefix = run_data.EXACT_MATCH
+  names = {key for row in run.evals for key in row if key.startswith(prefix)}
+  curves = {
+    key.removeprefix(prefix).removeprefix("/") or "all": 100 * right
+    for key in sorted(names)
+    if (right := run_data.column(run.evals, key)) is not None
+  }
+  if not curves:
+    return []
+  x = run_data.tokens_at(run, [row["step"] for row in run.evals])
+  label = "answers that match, %"
+  return [
+    Picture(
+      name="exact_match",
+      title="Exact match",
+      caption=(
+        "Held-out questions that the model answers, greedily, with exactly the"
+        " text expected, but for space around it."
+      ),
+      draw=functools.partial(plots.by_name, x=x, curves=curves, label=label),
+    )
+  ]
+
+
 def _by_domain(run: run_data.Record) -> list[Picture]:
   """Returns the picture of bits per byte by domain, if there are several."""
   curves = {
@@ -121,9 +151,10 @@ def _by_domain(run: run_data.Record) -> list[Picture]:
         " how well any program can compress them: compare each with itself."
       ),
       draw=functools.partial(
-        plots.by_domain,
+        plots.by_name,
         x=run_data.tokens_at(run, [row["step"] for row in run.evals]),
         curves=curves,
+        label="bits per byte",
       ),
     )
   ]
@@ -299,7 +330,7 @@ def pictures(run: run_data.Record) -> list[Picture | str]:
   """Returns the pictures of a run in order; a sentence for each it lacks."""
   return [
     _losses(run),
-    _bits_per_byte(run),
+    *(_exact_match(run) or [_bits_per_byte(run)]),
     *_by_domain(run),
     _max_violation(run),
     _load_maps(run),

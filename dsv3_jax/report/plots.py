@@ -105,16 +105,16 @@ def bits_per_byte(
   axes.margins(y=0.12)
 
 
-def by_domain(
-  figure: Figure, x: np.ndarray, curves: Mapping[str, np.ndarray]
+def by_name(
+  figure: Figure, x: np.ndarray, curves: Mapping[str, np.ndarray], label: str
 ) -> None:
-  """Draws held-out bits per byte of each domain, by name."""
+  """Draws a held-out metric of each domain or task, by name."""
   axes = figure.subplots()
   for (name, y), marker in zip(
     curves.items(), itertools.cycle("osD^v"), strict=False
   ):
     axes.plot(x, y, marker=marker, markersize=4, label=name)
-  axes.set_ylabel("bits per byte")
+  axes.set_ylabel(label)
   axes_lib.scales(axes)
   axes_lib.legend(figure)
 

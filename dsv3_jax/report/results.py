@@ -55,6 +55,7 @@ class Results:
   loss: float | None  # of the main model, mean of the last tenth
   heldout_loss: float | None
   heldout_bpb: float | None
+  exact_match: float | None  # share of held-out answers, of conversations
   worst: tuple[str, float] | None  # layer with the highest mean MaxVio
 
 
@@ -76,6 +77,7 @@ def results(run: run_data.Record) -> Results:
     loss=None if loss is None else float(np.nanmean(loss)),
     heldout_loss=final.get("heldout_loss"),
     heldout_bpb=final.get("heldout_bpb"),
+    exact_match=final.get(run_data.EXACT_MATCH),
     worst=None if worst is None else (worst, violation[worst][0]),
   )
 
@@ -101,6 +103,9 @@ def summary(run: run_data.Record, r: Results) -> str:
     for name, bits in run_data.baselines(run).items():
       text += f"; {name} needs {bits:.2f}"
     text += "."
+  elif r.exact_match is not None:
+    text += f" It answers {r.exact_match:.1%} of the held-out questions with"
+    text += " exactly the text expected."
   else:
     text += " It has not been evaluated on held-out text."
   if r.worst:
@@ -115,6 +120,8 @@ def tiles(run: run_data.Record, r: Results) -> Iterator[tuple[str, str]]:
   """Yields (figure, caption) of the most important results."""
   if r.heldout_bpb is not None:
     yield f"{r.heldout_bpb:.3f}", "bits per byte of held-out text"
+  if r.exact_match is not None:
+    yield f"{r.exact_match:.1%}", "of held-out questions answered exactly"
   if r.loss is not None:
     yield f"{r.loss:.3f}", "training loss in nats per token, last tenth"
   if r.worst:
@@ -158,6 +165,7 @@ def table(run: run_data.Record, r: Results) -> dict[str, dict[str, Any]]:
       "Held-out loss (nats per token)": _digits(r.heldout_loss, 4),
       "Held-out bits per byte": _digits(r.heldout_bpb, 3),
       **_by_domain(run),
+      **_answers(run),
       **{f"{name}, same bytes": _digits(b, 3) for name, b in baselines},
       "MaxVio of the least even layer, last tenth": (
         r.worst and f"{r.worst[1]:.3f} ({r.worst[0]})"
@@ -185,6 +193,27 @@ def _by_domain(run: run_data.Record) -> dict[str, str | None]:
     )
     for name in run_data.domains(run)
   }
+
+
+def _answers(run: run_data.Record) -> dict[str, str | None]:
+  """Returns the final scores of held-out answers, and what was trained on."""
+  final = run.evals[-1] if run.evals else {}
+  names = {
+    "heldout_prompt_loss": "Held-out loss of prompts (nats per token)",
+    run_data.EXACT_MATCH: "Held-out answers that match exactly",
+    "heldout_lenient": "Held-out answers, lenient score",
+  }
+  rows = {
+    f"{name}{key.removeprefix(start).replace('/', ', ')}": _digits(value, 4)
+    for start, name in names.items()
+    for key, value in final.items()
+    if key == start or key.startswith(f"{start}/")
+  }
+  share = run_data.column(run.steps, "supervised_share")
+  if share is not None:
+    mean = float(np.nanmean(share))
+    rows["Supervised share of tokens"] = _digits(mean, 3)
+  return rows
 
 
 def _changes(run: run_data.Record) -> dict[str, str]:

@@ -27,6 +27,7 @@ FILES = (
   NEEDLES,
 )
 LAST = 0.1  # "at the end" is this share of the steps
+EXACT_MATCH = "heldout_exact_match"  # followed by / and the name of a task
 DOMAIN = "heldout_bpb/"  # before the name of a domain, in evaluation rows
 LAST_LOADS = 0.25  # experts are placed for the loads of this share of them
 

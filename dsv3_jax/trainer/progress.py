@@ -26,7 +26,7 @@ class Progress:
     self._left = _TimeLeft(total_steps)
     self._line_at = self._live_at = -math.inf
     self._unprinted = None  # text of the newest step, if not printed yet
-    self._bpb = ""
+    self._score = ""  # of the newest evaluation
 
   def write(self, step: int, row: dict[str, Any]) -> None:
     """Shows a row."""
@@ -50,13 +50,20 @@ class Progress:
 
   def _evaluation(self, step: int, row: dict[str, Any]) -> None:
     self._catch_up()
-    bpb = row.get("heldout_bpb")
-    self._bpb = f"bpb {_number(bpb, '.3f')} at {step}"
-    self._terminal.print(
+    line = (
       f"step {step}/{self._total_steps}"
       f"  held-out loss {_number(row.get('heldout_loss'), '.4f')}"
-      f"  {_number(bpb, '.3f')} bits per byte"
     )
+    if "heldout_prompt_loss" in row:
+      line += f"  of prompts {_number(row['heldout_prompt_loss'], '.4f')}"
+      if (right := row.get("heldout_exact_match")) is not None:
+        line += f"  {right:.1%} of answers right"
+        self._score = f"right {right:.1%} at {step}"
+    else:
+      bpb = _number(row.get("heldout_bpb"), ".3f")
+      line += f"  {bpb} bits per byte"
+      self._score = f"bpb {bpb} at {step}"
+    self._terminal.print(line)
     if sample := row.get("sample"):
       self._terminal.print("  > " + terminal.excerpt(sample, 96))
     self._left.add_evaluation(step, time.monotonic())
@@ -80,8 +87,8 @@ class Progress:
       columns.append((9, f"{used / 2**30:.1f} GiB"))
     if skipped := row.get("skipped_steps"):
       columns.append((3, f"skipped {skipped}"))
-    if self._bpb:
-      columns.append((5, self._bpb))
+    if self._score:
+      columns.append((5, self._score))
     return columns
 
   def close(self) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from dsv3_jax.data import tokenizer
-from dsv3_jax.trainer import hooks
+from dsv3_jax.trainer import evaluation
 
 BOS, EOS = tokenizer.BOS_ID, tokenizer.EOS_ID
 
@@ -19,7 +19,7 @@ class SamplePromptTest(parameterized.TestCase):
   )
   def test_starts_the_first_document(self, heldout, most, expected):
     ids = np.array(heldout, np.int32)
-    self.assertEqual(hooks.sample_prompt(ids, most), expected)
+    self.assertEqual(evaluation.sample_prompt(ids, most), expected)
 
 
 if __name__ == "__main__":
