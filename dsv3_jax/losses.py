@@ -1,5 +1,7 @@
 """Training losses: chunked cross-entropy, and its sum with MTP and balance."""
 
+import functools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -163,8 +165,67 @@ def loss_from_last_layer(
   return _losses(params, out, data, weights, mtp_weight, cfg), out.stats
 
 
+def scores(
+  params: param_spec.Params, hidden: Float[Array, "*B D"]
+) -> Float[Array, "*B"]:
+  """Scores of a reward model at each position, in float32."""
+  return dot.einsum(
+    "...D,DS->...S",
+    hidden,
+    params["reward"],
+    preferred_element_type=jnp.float32,
+  )[..., 0]
+
+
+def segment_scores(
+  params: param_spec.Params,
+  hidden: Float[Array, "B T D"],
+  labels: Int[Array, "B T"],
+  segments: Int[Array, "B T"],
+) -> Float[Array, "B T"]:
+  """Scores of the samples of each row: that of segment n at [:, n - 1].
+
+  It is read at the end token, which is the only label of its segment; 0 where a
+  row has no such segment.
+  """
+  # A label is the next token; the score is read from that token's own state.
+  ends = jnp.pad(labels[:, :-1] != IGNORE, ((0, 0), (1, 0)))
+  return _by_segment(jnp.where(ends, scores(params, hidden), 0), segments)
+
+
+def _by_segment(
+  values: Float[Array, "B T"], segments: Int[Array, "B T"]
+) -> Float[Array, "B T"]:
+  """Sums values by segment; segment 0, padding, is dropped."""
+  n = values.shape[1] + 1
+  add = functools.partial(jax.ops.segment_sum, num_segments=n)
+  return jax.vmap(add)(values, segments)[:, 1:]
+
+
+def pairwise(
+  params: param_spec.Params,
+  hidden: Float[Array, "B T D"],
+  data: Batch,
+  weights: Float[Array, "B T"],
+) -> Float[Array, ""]:
+  """Mean over pairs of -log sigmoid(chosen - rejected) (section 5.2.1).
+
+  Segments 2n + 1 and 2n + 2 of a row are the chosen and the rejected answer of
+  a pair. `weights` are those of the labels, two for a pair.
+  """
+  values = segment_scores(params, hidden, data.labels, data.segments)
+  pairs = _by_segment(weights, data.segments)
+  n = values.shape[1] // 2 * 2
+  margin = values[:, 0:n:2] - values[:, 1:n:2]
+  return (jax.nn.softplus(-margin) * 2 * pairs[:, 1:n:2]).sum()
+
+
 def _losses(params, out, data, weights, mtp_weight, cfg) -> Losses:
   """The losses of the hidden states of a forward pass."""
+  balance = out.stats.balance.sum()
+  if cfg.reward_head:
+    main = pairwise(params, out.hidden, data, weights[0])
+    return Losses(main + balance, main, jnp.zeros_like(main), balance)
 
   def term(hidden, depth):
     rows, labels = hidden.reshape(-1, cfg.d_model), data.labels[:, depth:]
@@ -176,5 +237,4 @@ def _losses(params, out, data, weights, mtp_weight, cfg) -> Losses:
     mtp = jnp.zeros((), jnp.float32)
     for depth, hidden in enumerate(out.mtp_hidden, start=1):
       mtp += term(hidden, depth) / cfg.mtp.depth
-  balance = out.stats.balance.sum()
   return Losses(main + mtp_weight * mtp + balance, main, mtp, balance)

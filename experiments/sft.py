@@ -14,6 +14,11 @@ or a folder with train.jsonl and heldout.jsonl, or names of tasks of the package
 reasoning-gym. Only answers and their end tokens are trained on. A row holds
 several samples, which do not see each other.
 
+With --reward_model, the model gets a scalar head and learns which of two
+answers is better (section 5.2.1), from lines of
+
+  {"prompt": ..., "chosen": ..., "rejected": ...}
+
 The variant sets optimizer and schedule, not the model: sft is the report's, 2
 epochs with the learning rate on a cosine from 5e-6 to 1e-6.
 """
@@ -42,6 +47,11 @@ _EPOCHS = flags.DEFINE_float(
 )
 
 
+_REWARD_MODEL = flags.DEFINE_bool(
+  "reward_model", False, "learn to score answers, from pairs of them"
+)
+
+
 def configure(
   variant: str, run: config.Run, settings: Sequence[str]
 ) -> config.Run:
@@ -64,11 +74,16 @@ def configure(
   if problems:
     raise InputError("\n".join(problems))
   base = open_run.run_from_config(open_run.read_config(pathlib.Path(source)))
-  kind = "conversations" if pathlib.Path(_DATA.value).exists() else "tasks"
+  source_name = config.TASKS
+  if _REWARD_MODEL.value:
+    source_name = config.PREFERENCES
+  elif pathlib.Path(_DATA.value).exists():
+    source_name = config.CONVERSATIONS
   run = config.override(
     base,
     *presets.SFT[variant],
-    f"data.source={kind}",
+    f"model.reward_head={_REWARD_MODEL.value}",
+    f"data.source={source_name}",
     f"data.path={_DATA.value}",
     f"data.template={_TEMPLATE.value}",
   )

@@ -26,6 +26,8 @@ from dsv3_jax.config.overrides import (
 )
 from dsv3_jax.config.run import (
   ACTIVATIONS,
+  CONVERSATIONS,
+  PREFERENCES,
   TASKS,
   BatchPhase,
   Checkpoint,

@@ -197,6 +197,9 @@ class Model:
   init_std: float = number(
     0.006, above=0, doc="standard deviation of initial weights"
   )
+  reward_head: bool = plain(
+    False, "scalar head: a reward model, trained on pairs of answers"
+  )
 
   def validate(self) -> Iterator[str]:
     dense, layers = self.n_dense_layers, self.n_layers

@@ -18,7 +18,8 @@ def _is_weight(entry: str) -> bool:
 
 
 # Sources of conversations, of which only answers are trained on.
-SUPERVISED = CONVERSATIONS, TASKS = "conversations", "tasks"
+CONVERSATIONS, TASKS, PREFERENCES = "conversations", "tasks", "preferences"
+SUPERVISED = CONVERSATIONS, TASKS, PREFERENCES
 
 
 @fields.checked
@@ -27,7 +28,8 @@ class Data:
 
   # A key of data.sources.SOURCES, or one of SUPERVISED.
   source: str = plain(
-    "files", "reader of `path`; conversations or tasks to fine-tune"
+    "files",
+    "reader of `path`; to fine-tune conversations, tasks or preferences",
   )
   path: str = plain(
     "", "text file, .gz, .jsonl, or a folder of them; empty: two novels"
@@ -63,6 +65,20 @@ class Data:
   def supervised(self) -> bool:
     """Returns whether only the answers of conversations are trained on."""
     return self.source in SUPERVISED
+
+  @property
+  def group(self) -> int:
+    """Samples that share a row: a pair, of preferences."""
+    return 2 if self.source == PREFERENCES else 1
+
+  @property
+  def room(self) -> int:
+    """Tokens of a row that samples may take.
+
+    Those of preferences leave one free: the score is read at their last token,
+    which must not be a label alone.
+    """
+    return self.seq_len + 2 - self.group
 
   def validate(self) -> Iterator[str]:
     if self.supervised and (self.domains or self.fim_rate or self.split_rate):
@@ -376,6 +392,12 @@ class Run:
   evaluate: Evaluate = Evaluate()
 
   def validate(self) -> Iterator[str]:
+    if self.model.reward_head != (self.data.source == PREFERENCES):
+      yield (
+        f"Model.reward_head={self.model.reward_head} with"
+        f" Data.source={self.data.source}: a reward model needs"
+        f" data.source={PREFERENCES}, which needs model.reward_head=true"
+      )
     seq_len, depth = f"Data.seq_len={self.data.seq_len}", self.model.mtp.depth
     if depth >= self.data.seq_len:
       yield (

@@ -5,7 +5,10 @@ import hashlib
 import json
 import math
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 from absl import logging
 
 from dsv3_jax import config
@@ -13,6 +16,7 @@ from dsv3_jax.data import (
   chat,
   conversations,
   packing,
+  preferences,
   tasks,
   token_file,
   tokenizer,
@@ -41,88 +45,95 @@ def split_tasks(data: config.Data) -> tasks.Split:
   return result
 
 
-def read(data: config.Data) -> list[list[Conversation]]:
-  """Returns the conversations to train on, and the held-out ones.
+def read(data: config.Data) -> list[list[Any]]:
+  """Returns what to train on and what is held out: conversations, or pairs.
 
-  Raises InputError as `split_tasks` and `read_files` do.
-  """
-  if not data.path:
-    raise InputError("data.path: the file of conversations is missing")
-  if data.source == config.TASKS:
-    drawn = split_tasks(data)
-    return [
-      [
-        Conversation(row["messages"], f"{row['task']}[{row['index']}]")
-        for row in tasks.rows(part)
-      ]
-      for part in (drawn.train, drawn.heldout)
-    ]
-  path = pathlib.Path(data.path).expanduser()
-  return read_files(path, data.heldout_fraction)
-
-
-def read_files(
-  path: pathlib.Path, heldout_fraction: float
-) -> list[list[Conversation]]:
-  """Reads conversations, split into those to train on and the held-out ones.
-
-  A folder has train.jsonl and heldout.jsonl. A file is split by a hash of what
-  comes before the last answer, so that a question is never in both parts.
+  A file is split by a hash of what comes before the last answer, so that a
+  question is never in both parts. A folder has train.jsonl and heldout.jsonl.
 
   Raises:
     InputError: a file is missing or wrong, a part would be empty, or a held-out
-      question is trained on.
+      question is trained on; or as `split_tasks`.
   """
+  if not data.path:
+    raise InputError(f"data.path: the {data.source} are missing")
+  if data.source == config.TASKS:
+    drawn = split_tasks(data)
+    return [_as_conversations(part) for part in (drawn.train, drawn.heldout)]
+  path = pathlib.Path(data.path).expanduser()
+  read_file = READERS[data.source]
   if path.is_dir():
-    parts = [conversations.read(path / f"{name}.jsonl") for name in PARTS]
+    parts = [read_file(path / f"{name}.jsonl") for name in PARTS]
   else:
     parts = [[], []]
-    for conversation in conversations.read(path):
-      digest = hashlib.sha256(_question(conversation).encode()).digest()
+    for item in read_file(path):
+      digest = hashlib.sha256(_question(item).encode()).digest()
       share = int.from_bytes(digest[:8], "big") / 2**64
-      parts[share < heldout_fraction].append(conversation)
+      parts[share < data.heldout_fraction].append(item)
   if not all(parts):
     n, empty = sum(map(len, parts)), PARTS[not parts[1]]
     raise InputError(
-      f"{path}: data.heldout_fraction={heldout_fraction:g} of its {n}"
-      f" conversations leaves no {empty} ones; set another fraction, or give a"
-      " folder with train.jsonl and heldout.jsonl"
+      f"{path}: data.heldout_fraction={data.heldout_fraction:g} of its"
+      f" {n} {data.source} leaves none for {empty}; set another fraction, or"
+      " give a folder with train.jsonl and heldout.jsonl"
     )
   trained = set(map(_question, parts[0]))
-  both = [c.where for c in parts[1] if _question(c) in trained]
-  if both:
+  if both := [item for item in parts[1] if _question(item) in trained]:
     raise InputError(
-      f"{both[0]}: a held-out question that is trained on too, as are"
-      f" {len(both) - 1} others; remove them from one of the files"
+      f"{_first(both[0]).where}: a held-out question that is trained on too, as"
+      f" are {len(both) - 1} others; remove them from one of the files"
     )
   return parts
 
 
-def _question(conversation: Conversation) -> str:
-  return json.dumps(conversation.messages[:-1], sort_keys=True)
+READERS = {
+  config.CONVERSATIONS: conversations.read,
+  config.PREFERENCES: preferences.read,
+}
+
+
+def _as_conversations(problems: Sequence[tasks.Problem]) -> list[Conversation]:
+  return [
+    Conversation(row["messages"], f"{row['task']}[{row['index']}]")
+    for row in tasks.rows(problems)
+  ]
+
+
+def _first(item: Any) -> Conversation:
+  """Returns a conversation, or the first one of a pair."""
+  return item if isinstance(item, Conversation) else item[0]
+
+
+def _question(item: Any) -> str:
+  return json.dumps(_first(item).messages[:-1], sort_keys=True)
 
 
 @functools.lru_cache(maxsize=1)
 def encode(
   data: config.Data, tokenizer_file: pathlib.Path
 ) -> list[list[Sample]]:
-  """Returns the samples of both parts, no longer than a row.
+  """Returns the samples of both parts; pairs of preferences one after another.
 
   Raises:
     InputError: as `read`, or a conversation cannot be encoded or is longer than
       a row; lists the first of them with their lines.
   """
   tok, template = tokenizer.load(tokenizer_file), chat.find(data.template)
+  parts = read(data)
+  if data.source == config.PREFERENCES:
+    return [
+      preferences.all_samples(tok, part, template, data.room) for part in parts
+    ]
   return [
-    conversations.all_samples(tok, part, template, data.seq_len + 1)
-    for part in read(data)
+    conversations.all_samples(tok, part, template, data.room) for part in parts
   ]
 
 
 def n_rows(data: config.Data, tokenizer_file: pathlib.Path) -> int:
   """Returns the number of rows that the training samples are packed into."""
   train, _ = encode(data, tokenizer_file)
-  return packing.n_rows([len(s.ids) for s in train], data.seq_len + 1)
+  lengths = np.reshape([len(sample.ids) for sample in train], (-1, data.group))
+  return packing.n_rows(lengths.sum(1), data.room)
 
 
 def prepare(

@@ -66,10 +66,10 @@ def read(path: pathlib.Path) -> list[Conversation]:
           continue
         problems += [f"{path}:{n}: {problem}" for problem in validate(row)]
         if not problems:
-          conversations.append(_parse(row, f"{path}:{n}"))
+          conversations.append(parse(row, f"{path}:{n}"))
   except OSError as error:
     raise InputError(f"{path}: cannot be read: {error}") from error
-  _raise_first(problems)
+  raise_first(problems)
   if not conversations:
     raise InputError(
       f'{path}: has no conversation; a line is {{"messages": …}}'
@@ -84,7 +84,7 @@ def write(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
     InputError: a row is no conversation; nothing is written.
   """
   rows = list(rows)
-  _raise_first(
+  raise_first(
     f"{path}:{n}: {problem}"
     for n, row in enumerate(rows, 1)
     for problem in validate(row)
@@ -175,7 +175,7 @@ def _validate_roles(roles: Sequence[str]) -> list[str]:
   return problems
 
 
-def _parse(row: Mapping[str, Any], where: str) -> Conversation:
+def parse(row: Mapping[str, Any], where: str = "") -> Conversation:
   """Returns the conversation of a valid line, without fields that are null."""
   return Conversation(
     tuple(
@@ -272,18 +272,19 @@ def all_samples(
   for conversation in conversations:
     try:
       new = samples(tok, conversation, template)
-      _check_length(max(len(sample.ids) for sample in new), longest)
+      check_length(max(len(sample.ids) for sample in new), longest)
       result += new
     except InputError as error:
       problems.append(f"{conversation.where}: {error}".removeprefix(": "))
-  _raise_first(problems)
+  raise_first(problems)
   return result
 
 
-def _check_length(n: int, longest: int | None) -> None:
+def check_length(n: int, longest: int | None) -> None:
+  """Raises InputError if n tokens are more than a row has room for."""
   if longest and n > longest:
     raise InputError(
-      f"has {n} tokens, a row at most {longest}; set data.seq_len={n - 1} or"
+      f"has {n} tokens, a row at most {longest}; set data.seq_len={n} or"
       " more, or remove it"
     )
 
@@ -302,7 +303,7 @@ def _end_token(tok: tokenizers.Tokenizer, template: chat.ChatTemplate) -> int:
   return end
 
 
-def _raise_first(problems: Iterable[str]) -> None:
+def raise_first(problems: Iterable[str]) -> None:
   """Raises InputError with the first problems, and the number of the others."""
   problems = list(problems)
   others = len(problems) - _MOST_PROBLEMS

@@ -74,19 +74,27 @@ class PackedRows:
   The first read opens the tokens; pickling leaves them out.
   """
 
-  def __init__(self, file: token_file.TokenFile, seq_len: int):
+  def __init__(self, file: token_file.TokenFile, seq_len: int, group: int = 1):
+    """Packs the documents of a file.
+
+    With supervision they are samples, which are never cut; `group` of them
+    stay together, and then a token of the row stays free (`config.Data.room`).
+    Raises InputError if the file has no more tokens than a row.
+    """
     if file.n_tokens <= seq_len and not file.supervised:
       raise InputError(
         f"data.seq_len={seq_len}: must be at most {file.n_tokens - 1}, as"
         f" {file.path} has {file.n_tokens} tokens and a row is seq_len + 1;"
         " lower it or add text"
       )
-    self._file, self.seq_len, self._tokens = file, seq_len, None
+    self._file, self._tokens = file, None
+    self.seq_len, self.group = seq_len, group
+    size = seq_len + 2 - group
     # No text can spell BOS: it begins a document and is nowhere else.
-    begins = np.flatnonzero(file.open() == tokenizer.BOS_ID)
+    begins = np.flatnonzero(file.open() == tokenizer.BOS_ID)[::group]
     lengths = np.diff(begins, append=file.n_tokens)
-    starts, lengths = cut_documents(begins, lengths, seq_len + 1)
-    row = best_fit(lengths, seq_len + 1)
+    starts, lengths = cut_documents(begins, lengths, size)
+    row = best_fit(lengths, size)
     order = np.argsort(row, kind="stable")
     self._starts, self._lengths = starts[order], lengths[order]
     n = int(row.max()) + 1
@@ -110,8 +118,12 @@ class PackedRows:
     tokens = np.full(self.seq_len + 1, tokenizer.PAD_ID, np.int32)
     tokens[: len(packed)] = packed
     segments = np.zeros_like(tokens)
-    lengths = self._lengths[pieces]
-    segments[: len(packed)] = np.arange(1, len(lengths) + 1).repeat(lengths)
+    if supervised is None:
+      lengths = self._lengths[pieces]
+      numbers = np.arange(1, len(lengths) + 1).repeat(lengths)
+    else:
+      numbers = (packed == tokenizer.BOS_ID).cumsum()
+    segments[: len(packed)] = numbers
     item = {"tokens": tokens, "segments": segments, "row": np.int64(row)}
     if supervised is not None:
       padding = len(tokens) - len(packed)

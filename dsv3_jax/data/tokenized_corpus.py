@@ -28,7 +28,7 @@ class Domain:
   @functools.cached_property
   def heldout_rows(self) -> packing.PackedRows:
     """Packed rows of the held-out samples of conversations."""
-    return packing.PackedRows(self.heldout, self.rows.seq_len)
+    return packing.PackedRows(self.heldout, self.rows.seq_len, self.rows.group)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,7 +90,7 @@ def open_corpus(data: config.Data, directory: pathlib.Path) -> TokenizedCorpus:
   for name, weight in (data.domain_weights or {"": 1.0}).items():
     train = token_file.open_file(directory / name / "train.bin")
     heldout = token_file.open_file(directory / name / "heldout.bin")
-    rows = packing.PackedRows(train, data.seq_len)
+    rows = packing.PackedRows(train, data.seq_len, data.group)
     tokens, _ = token_file.split_flags(heldout.open(), heldout)
     tokens = np.asarray(tokens, np.int32)
     lengths = tokenizer.byte_lengths(tok, heldout.vocab_size)

@@ -57,9 +57,9 @@ def positions(length: int, segments: Segments = None) -> Int[Array, "*B T"]:
   if segments is None:
     return index
   begins = segments[:, 1:] != segments[:, :-1]
-  starts = jnp.where(begins, index[1:], 0)
+  starts = jnp.where(begins, index[None, 1:], 0)
   starts = jnp.pad(jax.lax.cummax(starts, axis=1), ((0, 0), (1, 0)))
-  return index - starts
+  return index[None] - starts
 
 
 def angles(

@@ -45,6 +45,8 @@ def specs(cfg: config.Model) -> param_spec.Specs:
     "norm": param_spec.norm_scale(d),
     "head": param_spec.weight(std, embed=d, vocab=c),
   }
+  if cfg.reward_head:
+    tree["reward"] = param_spec.weight(std, embed=d, scores=1)
   if cfg.n_dense_layers:
     block = block_specs(cfg, dense)
     tree["dense"] = param_spec.stack(block, cfg.n_dense_layers)

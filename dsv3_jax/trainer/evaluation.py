@@ -9,7 +9,7 @@ import numpy as np
 from dsv3_jax import config, train
 from dsv3_jax.data import conversation_corpus, loader, packing, tasks, tokenizer
 from dsv3_jax.data.batch import make_batch
-from dsv3_jax.evals import answers, hidden, likelihood
+from dsv3_jax.evals import answers, hidden, likelihood, preferences
 from dsv3_jax.infer import engine, inference_params
 from dsv3_jax.infer.engine_options import EngineOptions
 from dsv3_jax.infer.request import GenerationRequest
@@ -25,8 +25,10 @@ def scores(
   """Returns losses of held-out data, with bits per byte where it is text."""
   model = hidden.EvalModel(state.params, state.router_bias, source.run, mesh)
   if source.run.data.supervised:
-    (domain,) = source.corpus.domains
-    return answers.heldout_loss(model, domain.heldout_rows)
+    (domain,), heldout = source.corpus.domains, answers.heldout_loss
+    if source.run.model.reward_head:
+      heldout = preferences.heldout
+    return heldout(model, domain.heldout_rows)
   data, by_domain = source.run.data, {}
   for domain in source.corpus.domains:
     *rows, mask = packing.heldout_windows(domain.heldout_tokens, data.seq_len)
@@ -45,6 +47,8 @@ def samples(
   The prompts are the same at each evaluation of a run.
   """
   run = source.run
+  if run.model.reward_head:
+    return {}
   if run.data.supervised:
     asked = answers.questions(source.corpus.domains[0], run.evaluate.answers)
     longest = max(

@@ -10,6 +10,10 @@ from dsv3_jax.interop import open_run
 from dsv3_jax.model import transformer
 from dsv3_jax.trainer import compilation, hooks, metrics_writer, run_args
 
+# Parameters that a run may have and that of --init_from may lack: they begin
+# at random.
+NEW = {"reward"}
+
 
 def restore_or_create(
   args: run_args.RunArgs,
@@ -95,12 +99,16 @@ def _with_parameters(
   """Replaces parameters and router bias by those of `args.init_from`."""
   source = check_source(args)
   params, bias = open_run.load_newest_params(args.init_from, source, mesh)
+  names = state.params.keys()
+  params = {name: params.get(name, state.params[name]) for name in names}
   return state.replace(params=params, router_bias=bias)
 
 
 def _shapes(model: config.Model) -> dict[str, str]:
   specs = param_spec.flatten_with_paths(transformer.specs(model))
-  return {path: str(spec.shape) for path, spec in specs.items()}
+  return {
+    path: str(spec.shape) for path, spec in specs.items() if path not in NEW
+  }
 
 
 def _average(

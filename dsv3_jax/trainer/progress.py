@@ -56,10 +56,11 @@ class Progress:
     )
     if "heldout_prompt_loss" in row:
       line += f"  of prompts {_number(row['heldout_prompt_loss'], '.4f')}"
-      if (right := row.get("heldout_exact_match")) is not None:
-        line += f"  {right:.1%} of answers right"
-        self._score = f"right {right:.1%} at {step}"
-    else:
+    right = row.get("heldout_exact_match", row.get("heldout_accuracy"))
+    if right is not None:
+      line += f"  {right:.1%} right"
+      self._score = f"right {right:.1%} at {step}"
+    elif "heldout_prompt_loss" not in row:
       bpb = _number(row.get("heldout_bpb"), ".3f")
       line += f"  {bpb} bits per byte"
       self._score = f"bpb {bpb} at {step}"
