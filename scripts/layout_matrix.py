@@ -192,8 +192,12 @@ def _train(run: config.Run, mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
   if mesh is not None:
     state = jax.device_put(state, train.shardings(run, mesh))
   gradients = jax.jit(functools.partial(train.gradients, run=run, mesh=mesh))
-  update = jax.jit(functools.partial(train.update, run=run))
-  clipped = jax.jit(lambda *args: optim.make(run).update(*args)[0])
+
+  @jax.jit
+  def update(state, sums):
+    moved, _ = optim.make(run).update(sums.grads, state.opt_state, state.params)
+    return moved, *train.update(state, sums, run)
+
   seen = {"gradients": [], "update": [], "loss": [], "norm": [], "counts": []}
   for step in range(STEPS):
     batch = _batch(run, step)
@@ -202,14 +206,12 @@ def _train(run: config.Run, mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
         batch, run.train.micro_batch_size, mesh, dim=1
       )
     sums = gradients(state, batch)
-    grads, stats = sums.grads, sums.stats
-    moved = clipped(grads, state.opt_state, state.params)
-    state, metrics = update(state, sums)
-    seen["gradients"].append(jax.device_get(grads))
+    moved, state, metrics = update(state, sums)
+    seen["gradients"].append(jax.device_get(sums.grads))
     seen["update"].append(jax.device_get(moved))
     seen["loss"].append(jax.device_get(metrics["loss"]))
     seen["norm"].append(jax.device_get(metrics["grad_norm"]))
-    seen["counts"] += jax.device_get([stats.load, state.router_bias])
+    seen["counts"] += jax.device_get([sums.stats.load, state.router_bias])
   diverged = _diverged(state, mesh) if mesh is not None else ""
   params = jax.device_get(state.params)
   return seen | {"params": params, "diverged": diverged}

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+from unittest import mock
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the time is compilation. Less optimised code, with no MLIR for
@@ -39,6 +40,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.set_threshold(50_000, 20, 50)
 
 pytest_plugins = ["fault_table"]
+
+
+def pytest_collection_finish():
+  """Collections pass over what imports have made, which stays."""
+  gc.collect()
+  gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def programs_in_this_process():
+  """A program that a test calls does not decide how this process ends."""
+  with mock.patch("dsv3_jax.trainer.compilation.exit_at_once"):
+    yield
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,6 +1,7 @@
 """Tests that exported tokenizer files encode as the released ones."""
 
 import importlib.util
+import itertools
 import json
 import pathlib
 
@@ -155,7 +156,6 @@ class TemplateTest(parameterized.TestCase):
 
   def folder(self, config=None, template=None):
     folder = testing.folder(self)
-    tokenizer.save(tokenizer.deepseek(), folder / "tokenizer.json")
     about = {"tokenizer_class": "PreTrainedTokenizerFast"} | (config or {})
     tokens = {"content": tokenizer.BOS, "lstrip": False, "__type": "AddedToken"}
     about |= {"bos_token": tokens, "eos_token": tokenizer.EOS}
@@ -164,18 +164,19 @@ class TemplateTest(parameterized.TestCase):
       (folder / "chat_template.jinja").write_text(template)
     return folder
 
-  @parameterized.parameters(*range(1, 5))
-  def test_conversations_are_those_of_transformers(self, n):
+  def test_conversations_are_those_of_transformers(self):
     folder = self.folder(template=_THINKING)
+    tokenizer.save(tokenizer.deepseek(), folder / "tokenizer.json")
+    tok = tokenizer.load(folder / "tokenizer.json")
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     template = tokenizer_files.read_template(folder)
-    for answer_next in (False, True):
+    for n, answer_next in itertools.product(range(1, 5), (False, True)):
+      talk = list(_TALK[:n])
       want = theirs.apply_chat_template(
-        list(_TALK[:n]), add_generation_prompt=answer_next, return_dict=False
+        talk, add_generation_prompt=answer_next, return_dict=False
       )
-      tok = tokenizer.load(folder / "tokenizer.json")
-      got = chat.encode(tok, _TALK[:n], answer_next, template)
-      self.assertEqual(got, want)
+      got = chat.encode(tok, talk, answer_next, template)
+      self.assertEqual(got, want, (n, answer_next))
 
   def test_special_names_in_messages_are_plain_text(self):
     tok, name = tokenizer.deepseek(), tokenizer.EOS

@@ -71,6 +71,13 @@ def dualpipe():
   return compiled(traced(RUN))
 
 
+@functools.cache
+def plain():
+  """`RUN` without a pipeline, traced."""
+  run = config.override(RUN, "parallel.schedule=none")
+  return traced(run, {"data": 1})
+
+
 def side_by_side(run):
   """A mixture layer's pass forward, and its pass back for the input, traced."""
   specs = transformer.specs(run.model)["moe"]
@@ -140,15 +147,13 @@ class ProgramTest(parameterized.TestCase):
     # A loop over layers is there once, however often it runs. A forward and a
     # backward pass of mixture layers are there once more, to run side by side.
     run = config.override(RUN, f"parallel.schedule={name}")
-    plain = config.override(RUN, "parallel.schedule=none")
     found = products(traced(run, {"pipe": 2}).jaxpr)
-    expected = products(traced(plain, {"data": 1}).jaxpr)
+    expected = products(plain().jaxpr)
     pair = sum(products(one.jaxpr) for one in side_by_side(run))
     self.assertEqual(found, expected + pair)
 
   def test_nor_when_compiled(self):
-    plain = config.override(RUN, "parallel.schedule=none")
-    expected = dots(compiled(traced(plain, {"data": 1})))
+    expected = dots(compiled(plain()))
     expected += sum(dots(compiled(one)) for one in side_by_side(RUN))
     self.assertEqual(dots(dualpipe()), expected)
 

@@ -255,7 +255,8 @@ class WorkerTest(parameterized.TestCase):
     self.assertIn("a: round 1/1, 1 steps  0:0", stream.getvalue())
 
   def test_our_worker_trains_the_shape_that_it_is_given(self):
-    small = ("n_layers=2", "d_model=32", "vocab_size=64", "train.batch_size=2")
+    small = ("n_layers=1", "n_dense_layers=0", "d_model=32", "vocab_size=64")
+    small += ("train.batch_size=2",)
     job = {"shape": "S", "set": [*main.OVERRIDES, *small, "data.seq_len=16"]}
     task = against_jax.prepare(job)
     # Untrained, every one of the 64 tokens is about equally likely; the

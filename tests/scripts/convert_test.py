@@ -126,7 +126,9 @@ class RoundTripTest(ConvertTest):
     again = self.folder / "again"
     self.convert("import", hf=self.out, workdir=again)
     self.assertEqual(released.raw(again / "hf"), released.raw(self.hf))
-    self.assertIn("all accounted for", self.convert("verify", hf=self.out))
+    # `ExportTest` compares the logits with those of transformers.
+    with mock.patch.object(convert, "_compare_with_transformers"):
+      self.assertIn("all accounted for", self.convert("verify", hf=self.out))
 
   @pytest.mark.slow
   def test_queries_that_are_not_compressed_and_v2(self):

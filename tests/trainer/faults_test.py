@@ -35,6 +35,12 @@ def tearDownModule():
   KEPT.cleanup()
 
 
+def _bytes(folder):
+  """Returns the bytes of all files of checkpoints."""
+  files = (folder / "checkpoints").rglob("*")
+  return sum(p.stat().st_size for p in files if p.is_file())
+
+
 class Case(programs.Programs):
   SETTINGS = (
     *programs.SETTINGS,
@@ -134,18 +140,6 @@ class Case(programs.Programs):
     partial = [p for p in self.run_.rglob("*") if p.suffix == ".partial"]
     self.assertEmpty(partial)
 
-
-def _bytes(folder):
-  """Returns the bytes of all files of checkpoints."""
-  files = (folder / "checkpoints").rglob("*")
-  return sum(p.stat().st_size for p in files if p.is_file())
-
-
-class KillTest(Case):
-  """SIGKILL of the only process."""
-
-  CACHE = False  # it is killed while it compiles too
-
   def kill(self, started):
     started.processes[0].kill()
     started.ended()
@@ -169,6 +163,18 @@ class KillTest(Case):
         shutil.rmtree(self.run_)
     self.goes_on()
 
+  def check_signal(self, number, happened, said="saving, then exiting"):
+    with self.launch() as started:
+      started.until(happened)
+      started.processes[0].send_signal(number)
+      self.assert_one_goes_on(
+        started, exit_codes.PREEMPTED, said, "rerun the command to resume"
+      )
+
+
+class QuickTest(Case):
+  """One fault of each of two kinds; the programs are compiled once."""
+
   @pytest.mark.fault(
     "F01",
     "SIGKILL at a random moment, 100 times",
@@ -176,6 +182,28 @@ class KillTest(Case):
   )
   def test_at_random_moments(self):
     self.check_random_kills(seed=0, n=1)
+
+  @pytest.mark.fault(
+    "F04",
+    "SIGTERM, SIGINT; a second signal; a save longer than the grace period",
+    "saves and exits 75; exits at once after a second signal or the "
+    "grace period",
+  )
+  def test_sigterm_saves_and_leaves(self):
+    self.check_signal(signal.SIGTERM, self.after_step(33))
+    events = event_log.read(self.run_)
+    starts = [e["step"] for e in events if e["event"] == "start"]
+    self.assertGreaterEqual(starts[1], 33)
+    self.assertEqual(
+      [e["code"] for e in events if e["event"] == "end"],
+      [exit_codes.PREEMPTED, exit_codes.OK],
+    )
+
+
+class KillTest(Case):
+  """SIGKILL of the only process."""
+
+  CACHE = False  # it is killed while it compiles too
 
   @pytest.mark.slow
   @pytest.mark.timeout(3600)
@@ -233,30 +261,6 @@ class KillTest(Case):
 
 class SignalTest(Case):
   """SIGTERM and SIGINT to the only process, and two at one workdir."""
-
-  def check_signal(self, number, happened, said="saving, then exiting"):
-    with self.launch() as started:
-      started.until(happened)
-      started.processes[0].send_signal(number)
-      self.assert_one_goes_on(
-        started, exit_codes.PREEMPTED, said, "rerun the command to resume"
-      )
-
-  @pytest.mark.fault(
-    "F04",
-    "SIGTERM, SIGINT; a second signal; a save longer than the grace period",
-    "saves and exits 75; exits at once after a second signal or the "
-    "grace period",
-  )
-  def test_sigterm_saves_and_leaves(self):
-    self.check_signal(signal.SIGTERM, self.after_step(33))
-    events = event_log.read(self.run_)
-    starts = [e["step"] for e in events if e["event"] == "start"]
-    self.assertGreaterEqual(starts[1], 33)
-    self.assertEqual(
-      [e["code"] for e in events if e["event"] == "end"],
-      [exit_codes.PREEMPTED, exit_codes.OK],
-    )
 
   @pytest.mark.slow
   @pytest.mark.fault("F04")

@@ -111,6 +111,7 @@ class NotebookTest(absltest.TestCase):
     run = config.override(presets.TINY, *self.settings)
     return Trainer(run, str(self.folder / "run"), stop=stop, mesh={"data": 2})
 
+  @pytest.mark.slow  # package_test.py imports it there
   def test_runs_from_another_folder(self):
     done = subprocess.run(
       [sys.executable, "-c", PROGRAM, *self.settings],

@@ -80,13 +80,12 @@ class Programs(programs.Programs):
 
 @pytest.mark.fault("F24")
 class TwoProcessesTest(Programs):
-  def test_train_as_one_and_one_goes_on(self):
+  def test_train_as_one(self):
     self.train("one", "data=2,expert=2")
     ended = self.train("two", "data=2,expert=2", n=2)
     self.assert_same_steps("two", {1, 2, 3, 4})
     self.assert_written_once("two", ended)
     self.check_first_save("two")
-    self.check_one_goes_on()
 
   def check_first_save(self, name):
     """It holds, on one device, the state that one device begins with."""
@@ -120,7 +119,7 @@ class FourProcessesTest(Programs):
 class PipelineTest(Programs):
   SETTINGS = (*programs.SETTINGS, *MORE, "train.micro_batches=4")
 
-  def test_stages_in_two_processes_train_as_one_device_does(self):
+  def test_stages_train_as_one_device_does_which_goes_on(self):
     self.train("one", "data=1")
     schedule = "--set=parallel.schedule=dualpipe"
     ended = self.train("two", "pipe=2,expert=2", schedule, n=2)
@@ -158,7 +157,7 @@ class RowsTest(absltest.TestCase):
   "bounded wait; names the process; exits 2",
 )
 class MissingTest(absltest.TestCase):
-  def test_a_process_that_never_comes_is_named(self):
+  def test_processes_that_never_come_are_named(self):
     root = testing.folder(self)
     ended = programs.together(
       *(
@@ -172,7 +171,7 @@ class MissingTest(absltest.TestCase):
           *flags,
         ]
         for flags in programs.members(4)
-        if flags[-1] != "--process=2"
+        if flags[-1] in ("--process=0", "--process=3")
       ),
       timeout_s=60,
     )
@@ -180,7 +179,7 @@ class MissingTest(absltest.TestCase):
       self.assertEqual((each.code, each.out), (cli.BAD_INPUT, ""), each)
       self.assertEqual(
         each.err,
-        "error: --processes=4: 2 did not join within 5 s; start them, or"
+        "error: --processes=4: 1, 2 did not join within 5 s; start them, or"
         " raise --join_timeout\n",
       )
     self.assertFalse((root / "run").exists())
