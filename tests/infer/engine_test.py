@@ -90,11 +90,16 @@ def parameters(*assignments):
 
 
 def make(
-  n_drafts=0, n_slots=SLOTS, assignments=(), params=None, form=forward_form.AUTO
+  n_drafts=0,
+  n_slots=SLOTS,
+  assignments=(),
+  params=None,
+  form=forward_form.AUTO,
+  max_len=MAX_LEN,
 ):
   options = EngineOptions(
     max_batch=n_slots,
-    max_len=MAX_LEN,
+    max_len=max_len,
     chunk=CHUNK,
     n_drafts=n_drafts,
     form=form,
@@ -593,6 +598,20 @@ class FormsTest(parameterized.TestCase):
     if made.form.name == "xla":
       self.skipTest("there is no compiler for the native kernel")
     self.assertEqual(run(made, asked), xla)
+
+  @parameterized.parameters(0, 1)
+  def test_have_the_same_long_texts(self, n_drafts):
+    made = make(n_drafts, max_len=256)
+    if made.form.name == "xla":
+      self.skipTest("there is no compiler for the native kernel")
+    asked = [request(i, n, 200) for i, (n, _) in enumerate(LENGTHS)]
+    asked += [
+      dataclasses.replace(each, seed=seed, **SETTINGS[seed % 3])
+      for seed, each in enumerate(asked)
+    ]
+    found = run(made, asked)
+    self.assertEqual({len(text) for text in found}, {200})
+    self.assertEqual(run(make(n_drafts, form="xla", max_len=256), asked), found)
 
 
 @pytest.mark.slow
