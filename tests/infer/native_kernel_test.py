@@ -380,6 +380,8 @@ class ProcessTest(absltest.TestCase):
     self.assertEqual(process.wait(30), -signal.SIGTERM)
 
 
+# Tests of what writes texts.
+DEPENDENT = "infer", "evals", "experiments", "trainer/hooks_test.py"
 # The package without the folder of the kernel.
 WITHOUT = """
 import os
@@ -398,7 +400,7 @@ class DeletedTest(absltest.TestCase):
     unwanted = "native", "native_*", "__pycache__", ".*", "runs", "corpus"
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*unwanted))
     command = "-m pytest -n 0 -x -q -m".split() + ["not slow", "--"]
-    command += ["tests/infer"]
+    command += [f"tests/{path}" for path in DEPENDENT]
     done = subprocess.run(
       [sys.executable, *command],
       cwd=folder,
