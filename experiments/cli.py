@@ -172,7 +172,7 @@ def configure(
 
 
 def _command(
-  variants: Mapping[str, config.Run], configure: Configure
+  variants: Mapping[str, config.Run], configure: Configure = configure
 ) -> tuple[run_args.RunArgs, list[str]]:
   """Returns the arguments that the flags give, and their problems."""
   args = flags.FLAGS

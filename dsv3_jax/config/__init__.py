@@ -5,6 +5,7 @@ and therefore a static argument of `jit`. `override` applies `a.b=value`
 assignments and reports all their problems at once.
 """
 
+from dsv3_jax.config.data import CONVERSATIONS, PREFERENCES, TASKS, Data
 from dsv3_jax.config.model import (
   MLA,
   MTP,
@@ -26,12 +27,8 @@ from dsv3_jax.config.overrides import (
 )
 from dsv3_jax.config.run import (
   ACTIVATIONS,
-  CONVERSATIONS,
-  PREFERENCES,
-  TASKS,
   BatchPhase,
   Checkpoint,
-  Data,
   Evaluate,
   Optim,
   Parallel,

@@ -8,8 +8,7 @@ import testing
 from absl.testing import absltest, parameterized
 
 from dsv3_jax import errors
-from dsv3_jax.data import conversations
-from dsv3_jax.data import tasks
+from dsv3_jax.data import conversations, tasks
 
 needs_package = pytest.mark.skipif(
   importlib.util.find_spec("reasoning_gym") is None,
