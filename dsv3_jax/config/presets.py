@@ -159,7 +159,7 @@ _SFT = """
   schedule.constant_until=0 schedule.decay_until=1 schedule.tail_from=1
   schedule.bias_update_until=0 schedule.mtp_until=0 schedule.ramp_until=0
   router.balance_weight=0 train.first_batch_size=0 train.batch_size=64
-  train.micro_batches=1 train.tokens=1e12 evaluate.ema=false
+  train.micro_batches=1 train.tokens=1e9 evaluate.ema=false
 """.split()
 SFT = {
   "sft": _SFT,
