@@ -169,8 +169,8 @@ SFT = {
     *"optim.peak_lr=2e-3 optim.min_lr=4e-5 optim.final_lr=4e-5".split(),
     *"schedule.warmup_until=0.03 schedule.constant_until=0.1".split(),
     *"schedule.bias_update_until=1 router.bias_speed=0.001".split(),
-    *"train.batch_size=4 data.seq_len=128".split(),
-    *"checkpoint.every=500 evaluate.every=500".split(),
+    *"train.batch_size=4 data.seq_len=128 data.heldout_fraction=0.015".split(),
+    *"checkpoint.every=500 evaluate.every=500 evaluate.answers=600".split(),
   ],
   "sft_small": [
     *_SFT,
