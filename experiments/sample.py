@@ -7,7 +7,8 @@ r"""Generates text with a run's newest checkpoint, or with a released one.
 
 With --prompts, many texts at a time: see `experiments/batch_generate.py`; with
 --json, one JSON object a text on standard output and nothing else. With --chat,
-a conversation: see `experiments/chat.py`.
+a conversation: see `experiments/chat.py`. With --reject, answers that pass
+rewards, as a set to fine-tune on: see `experiments/reject.py`.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ from dsv3_jax.infer import (
 from dsv3_jax.infer.request import SETTINGS, GenerationRequest
 from dsv3_jax.parallel import device_mesh
 from dsv3_jax.trainer import compilation, distributed, exit_codes
-from experiments import batch_generate, chat, cli, flag_parser
+from experiments import batch_generate, chat, cli, flag_parser, reject
 from experiments.flag_parser import flag
 
 # Settings of a request that neither a flag nor the folder states.
@@ -66,6 +67,16 @@ class Args:
   top_k: int | None = _setting("top_k")
   seed: int = _setting("seed", 0)
   stop: tuple[str, ...] = _setting("stop", ())
+  reject: str = flag(
+    "", "questions with right answers, of which --out gets answers that pass"
+  )
+  answers: int = flag(8, "answers to a question, with --reject")
+  rewards: str = flag(
+    "correctness=1", "rewards with what an answer must reach, with --reject"
+  )
+  language: str = flag("en", "language of answers, for rewards=language")
+  keep: int = flag(1, "most answers to a question in --out, with --reject")
+  allow_code: bool = flag(False, "run programs of the model, for rewards=code")
   speculative: bool = flag(False, "draft tokens with the MTP module")
   drafts: int = flag(1, "tokens to draft at a time, with --speculative")
   max_batch: int = flag(8, "texts generated at a time", old_name="slots")
@@ -113,7 +124,9 @@ class Args:
         yield f"--{name}: needs --mesh"
     if not self.workdir:
       yield "--workdir is missing: the folder of a training run"
-    if bool(self.prompts) != bool(self.out) and not self.json:
+    if self.reject:
+      yield from reject.validate(self)
+    elif bool(self.prompts) != bool(self.out) and not self.json:
       yield "--prompts and --out: one needs the other; --json needs no --out"
     elif self.prompts:
       yield from batch_generate.validate_files(*self.files)
@@ -121,7 +134,7 @@ class Args:
       yield "--json and --out: give one of them; --out is JSON too"
     given = [
       f"--{name}"
-      for name in ("prompt", "prompts", "chat")
+      for name in ("prompt", "prompts", "chat", "reject")
       if getattr(self, name)
     ]
     if len(given) > 1:
@@ -160,7 +173,7 @@ class Args:
       serving = serving_mesh.ServingConfig(
         mesh, self.role or "decode", self.redundant_experts
       )
-    if not self.prompts and max_batch > 0:
+    if not (self.prompts or self.reject) and max_batch > 0:
       max_batch = device_mesh.axis_size(mesh, device_mesh.BATCH)
     return engine_options.EngineOptions(
       dtype=self.dtype,
@@ -201,7 +214,8 @@ def _open(args: Args, problems: list[str]) -> load.LoadedModel:
       if args.chat:
         question = [{"role": "user", "content": "?"}]
         request = dataclasses.replace(request, prompt=question)
-      requests = [] if problems or args.prompts else [request]
+      several = args.prompts or args.reject
+      requests = [] if problems or several else [request]
       problems += map(_of_flag, loaded.validate(args.options, *requests))
     except InputError as error:
       problems += str(error).splitlines()
@@ -271,6 +285,8 @@ def _sample() -> None:
   request = args.request(loaded.defaults.settings)
   if args.chat:
     chat.converse(generator, request, _show)
+  elif args.reject:
+    reject.write(generator, args, _settings(request))
   elif args.json:
     prompts = args.files[0] if args.prompts else None
     batch_generate.print_all(generator, prompts, request)
@@ -280,6 +296,10 @@ def _sample() -> None:
     _print_text(generator, request)
   if mesh:
     _print_balance(generator.engine)
+
+
+def _settings(request: GenerationRequest) -> dict[str, Any]:
+  return {name: getattr(request, name) for name in SETTINGS}
 
 
 def main() -> None:

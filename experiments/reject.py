@@ -1,0 +1,160 @@
+r"""Rejection sampling: writes answers that pass rewards, to fine-tune on.
+
+  python -m experiments.sample --workdir=runs/sft \\
+      --reject=chain_sum:max_terms=2:n=500 --rewards=task=1 --out=good.jsonl
+
+The questions are a file of conversations, whose last answers are taken to be
+right, or tasks of the package reasoning-gym. --rewards names rewards, each with
+what an answer must reach: task (the score of the task) and those of
+`posttrain.rewards`, such as correctness=1,language=0.9. --out is a file that
+`experiments.sft --data` reads; beside it, .counts.json says how many answers
+were refused, and by which rule.
+"""
+
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+from dsv3_jax.posttrain.rewards import REWARDS, reward
+
+from dsv3_jax import io
+from dsv3_jax.data import conversations, tasks
+from dsv3_jax.errors import InputError, raise_problems
+from dsv3_jax.infer import generate
+from dsv3_jax.posttrain import rejection
+
+TASK = "task"  # the reward of a task's own scorer
+_PROBLEMS, _SEED = 1000, 1  # of a task without n; other ones than those of SFT
+
+
+class Args(Protocol):
+  """Flags that rejection sampling reads."""
+
+  reject: str
+  answers: int
+  rewards: str
+  keep: int
+  out: str
+  seed: int
+  allow_code: bool
+  language: str
+
+
+def validate(args: Args) -> Iterator[str]:
+  """Yields the problems of the flags."""
+  if not args.out:
+    yield "--reject: needs --out, the file of the answers that pass"
+  elif not os.path.isdir(pathlib.Path(args.out).parent):
+    yield f"--out={args.out}: there is no such folder"
+  elif os.path.exists(args.out):
+    yield f"--out={args.out}: is there already; take another name"
+  for name in ("answers", "keep"):
+    if (value := getattr(args, name)) < 1:
+      yield f"--{name}={value}: must be at least 1"
+  _, problems = parse_rewards(args.rewards)
+  yield from problems
+
+
+def parse_rewards(text: str) -> tuple[dict[str, float], list[str]]:
+  """Returns minimums by name of reward, and what is wrong with them."""
+  minimums, problems = {}, []
+  for part in text.split(","):
+    name, equals, value = part.partition("=")
+    try:
+      minimums[name] = float(value) if equals else 1.0
+    except ValueError:
+      problems.append(f"--rewards={part}: must be NAME=NUMBER")
+    if name not in (TASK, *REWARDS):
+      names = ", ".join((TASK, *REWARDS))
+      problems.append(f"--rewards={part}: must be one of {names}")
+  return minimums, problems
+
+
+def _questions(
+  args: Args,
+) -> tuple[list[rejection.Question], dict[str, reward.RewardFunction]]:
+  """Returns the questions, and the reward of their tasks if they have one."""
+  if os.path.exists(args.reject):
+    read = conversations.read(pathlib.Path(args.reject))
+    return rejection.from_conversations(read), {}
+  named = tasks.parse(args.reject)
+  problems = tasks.split(named, _SEED, _PROBLEMS, 0).train
+  score = rejection.task_reward(named, problems)
+  return rejection.from_problems(problems), {TASK: score}
+
+
+def _functions(
+  args: Args,
+  generator: generate.Generator,
+  minimums: Mapping[str, float],
+  functions: Mapping[str, reward.RewardFunction],
+) -> dict[str, reward.RewardFunction]:
+  """Makes the rewards that --rewards names."""
+  result = {}
+  for name in minimums:
+    if name == TASK and TASK not in functions:
+      raise InputError(
+        f"--rewards={TASK}: --reject names no tasks but a file; use correctness"
+      )
+    if name == TASK:
+      result[name] = functions[name]
+    else:
+      result[name] = REWARDS[name](**_OPTIONS.get(name, _none)(args, generator))
+  return result
+
+
+def _none(args: Args, generator: generate.Generator) -> dict[str, Any]:
+  del args, generator
+  return {}
+
+
+def _format_options(
+  args: Args, generator: generate.Generator
+) -> dict[str, Any]:
+  """Returns how the model's template writes reasoning."""
+  del args
+  template = generator.defaults.template
+  thinking = bool(template and template.reasoning)
+  return {"thinking": thinking and bool(template.always_thinks)}
+
+
+# Arguments of rewards that are made with more than their defaults.
+_OPTIONS = {
+  "code": lambda args, generator: {"allow_code": args.allow_code},
+  "format": _format_options,
+  "language": lambda args, generator: {"target": args.language},
+  "judge": lambda args, generator: {"generator": generator},
+}
+
+
+def write(
+  generator: generate.Generator, args: Args, settings: Mapping[str, Any]
+) -> None:
+  """Samples answers to all questions, and writes those that pass.
+
+  Raises:
+    InputError: the questions cannot be read or served, a reward is wrong, or
+      no answer passed.
+  """
+  minimums, problems = parse_rewards(args.rewards)
+  raise_problems(problems)
+  questions, functions = _questions(args)
+  functions = _functions(args, generator, minimums, functions)
+  rules = rejection.Rules(minimums, args.keep)
+  rejection.validate(functions, rules)
+  texts = rejection.answer(generator, questions, args.answers, settings)
+  kept = rejection.select(questions, texts, functions, rules)
+  figures = {
+    "questions": len(questions),
+    "solved": kept.solved,
+    "answers": len(questions) * args.answers,
+    **dict(kept.counts.most_common()),
+  }
+  for name, count in figures.items():
+    print(f"{name:24} {count:,}")
+  out = pathlib.Path(args.out)
+  io.write_json(out.with_suffix(".counts.json"), figures)
+  if not kept.rows:
+    raise InputError(f"--out={out}: no answer passed; nothing is written")
+  conversations.write(out, kept.rows)
