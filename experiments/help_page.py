@@ -7,7 +7,7 @@ from absl import flags
 
 from dsv3_jax import config, optim
 from dsv3_jax.config import presets
-from dsv3_jax.data import sources
+from dsv3_jax.data import chat, sources
 from dsv3_jax.plan import flops
 from experiments import flag_parser
 
@@ -19,7 +19,8 @@ _PROCESSES = (
 ).split()
 # Settings that are keys of a table.
 _TABLES = {
-  "data.source": sources.SOURCES,
+  "data.source": (*sources.SOURCES, *config.SUPERVISED),
+  "data.template": chat.TEMPLATES,
   "optim.name": optim.OPTIMIZERS,
   "schedule.name": optim.SCHEDULES,
 }
@@ -35,6 +36,11 @@ def _size(n: int) -> str:
 
 def variants(runs: Mapping[str, config.Run]) -> str:
   """Describes variants, a line each: parameters, active ones, purpose."""
+  if recipes := [name for name in runs if name in presets.SFT]:
+    return "\n".join(
+      ["variants, of the training of the model given:"]
+      + [f"  {name:12}{presets.PURPOSES[name]}" for name in recipes]
+    )
   lines = [
     "variants, with parameters without MTP, in all and active for a token:"
   ]

@@ -16,13 +16,12 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from dsv3_jax.posttrain.rewards import REWARDS, reward
-
 from dsv3_jax import io
 from dsv3_jax.data import conversations, tasks
 from dsv3_jax.errors import InputError, raise_problems
 from dsv3_jax.infer import generate
 from dsv3_jax.posttrain import rejection
+from dsv3_jax.posttrain.rewards import REWARDS, reward
 
 TASK = "task"  # the reward of a task's own scorer
 _PROBLEMS, _SEED = 1000, 1  # of a task without n; other ones than those of SFT

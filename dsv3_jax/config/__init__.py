@@ -5,7 +5,13 @@ and therefore a static argument of `jit`. `override` applies `a.b=value`
 assignments and reports all their problems at once.
 """
 
-from dsv3_jax.config.data import CONVERSATIONS, PREFERENCES, TASKS, Data
+from dsv3_jax.config.data import (
+  CONVERSATIONS,
+  PREFERENCES,
+  SUPERVISED,
+  TASKS,
+  Data,
+)
 from dsv3_jax.config.model import (
   MLA,
   MTP,

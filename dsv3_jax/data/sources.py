@@ -23,9 +23,10 @@ def load_documents(data: config.Data) -> dict[str, Split]:
   of the domain "". Raises InputError if a source or text is missing.
   """
   if data.source not in SOURCES:
-    hint = fields.nearest(data.source, SOURCES)
+    names = *SOURCES, *config.SUPERVISED
+    hint = fields.nearest(data.source, names)
     raise InputError(
-      f"data.source={data.source!r}: must be one of {', '.join(SOURCES)}{hint}"
+      f"data.source={data.source!r}: must be one of {', '.join(names)}{hint}"
     )
   domains = {name: [] for name in data.domain_weights or [""]}
   for document in SOURCES[data.source](data):
