@@ -38,6 +38,7 @@ class Args(Protocol):
   seed: int
   allow_code: bool
   language: str
+  reward_model: str
 
 
 def validate(args: Args) -> Iterator[str]:
@@ -51,8 +52,10 @@ def validate(args: Args) -> Iterator[str]:
   for name in ("answers", "keep"):
     if (value := getattr(args, name)) < 1:
       yield f"--{name}={value}: must be at least 1"
-  _, problems = parse_rewards(args.rewards)
+  minimums, problems = parse_rewards(args.rewards)
   yield from problems
+  if ("model" in minimums) != bool(args.reward_model):
+    yield "--rewards=model and --reward_model: one needs the other"
 
 
 def parse_rewards(text: str) -> tuple[dict[str, float], list[str]]:
@@ -123,6 +126,7 @@ _OPTIONS = {
   "code": lambda args, generator: {"allow_code": args.allow_code},
   "format": _format_options,
   "language": lambda args, generator: {"target": args.language},
+  "model": lambda args, generator: {"folder": args.reward_model},
   "judge": lambda args, generator: {"generator": generator},
 }
 

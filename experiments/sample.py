@@ -75,6 +75,7 @@ class Args:
     "correctness=1", "rewards with what an answer must reach, with --reject"
   )
   language: str = flag("en", "language of answers, for rewards=language")
+  reward_model: str = flag("", "workdir of a reward model, for rewards=model")
   keep: int = flag(1, "most answers to a question in --out, with --reject")
   allow_code: bool = flag(False, "run programs of the model, for rewards=code")
   speculative: bool = flag(False, "draft tokens with the MTP module")

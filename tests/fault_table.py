@@ -16,8 +16,7 @@ HEAD = """# Faults
 Each fault is injected into the program or its files by the tests beside it:
 `python -m pytest -m fault` runs all of them, `-m "fault and not slow"` the
 quick ones. `python -m pytest -n 0 --collect-only --write_faults` writes this
-page from the marks of the tests. F48, rewards that run code, has no test: there
-are no such rewards yet.
+page from the marks of the tests.
 
 | | fault injected | expected outcome | tests |
 | --- | --- | --- | --- |

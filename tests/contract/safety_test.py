@@ -40,6 +40,14 @@ ALLOWED = {
   # The system's compiler and its library, from sources of the package, under
   # a name with a hash of the library itself; the version of jaxlib.
   "dsv3_jax/infer/native/build.py": {"ctypes", "importlib", "subprocess"},
+  # sympy in a worker, which reads expressions as data; a time limit ends it.
+  "dsv3_jax/posttrain/rewards/expressions.py": {"subprocess"},
+  # Programs of a model, where the user allows it: Python in namespaces, with
+  # the system calls that make them.
+  "dsv3_jax/posttrain/rewards/sandbox.py": {"subprocess"},
+  "dsv3_jax/posttrain/rewards/sandbox_init.py": {
+    *("ctypes", "os.execve", "os.fork")
+  },
   # Other programs that the user asks for, with fixed arguments.
   "scripts/bench/main.py": {"subprocess"},
   "scripts/bench/convert.py": {"subprocess"},

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tokenizers
-from dsv3_jax.posttrain.rewards.reward import Reward, RewardFunction, failed
 
 from dsv3_jax import config
 from dsv3_jax.data import chat, conversations, preferences, tokenizer
@@ -14,6 +13,7 @@ from dsv3_jax.evals import hidden
 from dsv3_jax.evals import preferences as scoring
 from dsv3_jax.interop import open_run
 from dsv3_jax.parallel import device_mesh
+from dsv3_jax.posttrain.rewards.reward import Reward, RewardFunction, failed
 
 
 def score(
