@@ -189,6 +189,11 @@ def open_model(
     metadata = open_run.read_config(folder)
     run, variant = open_run.run_from_config(metadata), metadata["variant"]
     path, model = folder / "data" / tokenizer_files.TOKENIZER, run.model
+    if model.reward_head:
+      raise InputError(
+        f"{folder}: is a reward model, which scores answers and writes none;"
+        " experiments.sample --rewards=model --reward_model=DIR uses it"
+      )
     defaults = open_run.read_defaults(folder)
     notes = defaults.notes
 

@@ -184,6 +184,11 @@ def open_source(
     MissingError: the run has no checkpoint.
   """
   run = run_from_config(read_config(workdir))
+  if run.model.reward_head:
+    raise InputError(
+      f"{workdir}: is a reward model, whose scalar head the released formats"
+      " have no place for"
+    )
   if (workdir / hf_import.FOLDER).is_dir():
     if average:
       raise InputError(f"--ema: {workdir} is imported and has no average")
