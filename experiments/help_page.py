@@ -39,7 +39,7 @@ def variants(runs: Mapping[str, config.Run]) -> str:
   if recipes := [name for name in runs if name in presets.SFT]:
     return "\n".join(
       ["variants, of the training of the model given:"]
-      + [f"  {name:12}{presets.PURPOSES[name]}" for name in recipes]
+      + [f"  {name:12}{presets.SFT_PURPOSES[name]}" for name in recipes]
     )
   lines = [
     "variants, with parameters without MTP, in all and active for a token:"

@@ -178,6 +178,11 @@ SFT = {
     "train.batch_size=32",
   ],
 }
+SFT_PURPOSES = {
+  "sft": "the report's recipe: 2 epochs, cosine from 5e-6 to 1e-6",
+  "sft_tiny": "for models like tiny: from 2e-3 to 4e-5, in short rows",
+  "sft_small": "for models like small: from 3e-4 to 3e-5",
+}
 SFT_EPOCHS = {"sft": 2, "sft_tiny": 2, "sft_small": 2}
 
 PURPOSES = {  # by name, for `--help`
@@ -188,9 +193,6 @@ PURPOSES = {  # by name, for `--help`
   "v3_671b": "DeepSeek-V3 as published; its plan: --dry_run",
   "S": "shape of benchmarks",
   "M": "shape of benchmarks, larger",
-  "sft": "the report's recipe: 2 epochs, cosine from 5e-6 to 1e-6",
-  "sft_tiny": "for models like tiny: from 2e-3 to 4e-5, in short rows",
-  "sft_small": "for models like small: from 3e-4 to 3e-5",
 }
 PRESETS = {
   "tiny": TINY,

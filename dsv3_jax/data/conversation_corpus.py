@@ -65,11 +65,7 @@ def read(data: config.Data) -> list[list[Any]]:
   if path.is_dir():
     parts = [read_file(path / f"{name}.jsonl") for name in PARTS]
   else:
-    parts = [[], []]
-    for item in read_file(path):
-      digest = hashlib.sha256(_question(item).encode()).digest()
-      share = int.from_bytes(digest[:8], "big") / 2**64
-      parts[share < data.heldout_fraction].append(item)
+    parts = _split(read_file(path), data.heldout_fraction)
   if not all(parts):
     n, empty = sum(map(len, parts)), PARTS[not parts[1]]
     raise InputError(
@@ -83,6 +79,19 @@ def read(data: config.Data) -> list[list[Any]]:
       f"{_first(both[0]).where}: a held-out question that is trained on too, as"
       f" are {len(both) - 1} others; remove them from one of the files"
     )
+  return parts
+
+
+def _split(items: Sequence[Any], fraction: float) -> list[list[Any]]:
+  """Splits by a hash of the question; at least one question is held out."""
+  shares = {}
+  for question in map(_question, items):
+    digest = hashlib.sha256(question.encode()).digest()
+    shares[question] = int.from_bytes(digest[:8], "big") / 2**64
+  most = max(fraction, min(shares.values()))
+  parts: list[list[Any]] = [[], []]
+  for item in items:
+    parts[shares[_question(item)] <= most].append(item)
   return parts
 
 

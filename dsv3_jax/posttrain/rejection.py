@@ -36,7 +36,7 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-  """What an answer must be to be kept."""
+  """Conditions of an answer that is kept."""
 
   minimums: Mapping[str, float]  # by name of a reward
   keep: int = 1  # most answers to a question

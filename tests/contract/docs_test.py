@@ -139,6 +139,9 @@ class CommandTest(parameterized.TestCase):
       self.enter_context(mock.patch.object(program, "execute"))
       program.execute.__module__ = module
       program.execute.return_value = None
+      if hasattr(program, "configure"):  # reads the model and the data
+        fake = mock.patch.object(program, "configure", cli.configure)
+        self.enter_context(fake)
       main = program.main
     code, _, err = testing.command_line(main, *arguments)
     return code, err

@@ -120,7 +120,7 @@ class FlagHintTest(parameterized.TestCase):
     ("--model=tiny", "write --variant=tiny"),
     ("--max_steps=5", "write --steps=5"),
     # A number of epochs or steps is no number of tokens, and no share.
-    ("--epochs=3", "write --set=train.tokens=VALUE (>= 1: token budget"),
+    ("--num_epochs=3", "write --set=train.tokens=VALUE (>= 1: token budget"),
     ("--warmup_steps=100", "write --set=schedule.warmup_until=VALUE (0 to 1"),
     ("--dry-run", "did you mean --dry_run?"),
     ("--qqqq", "--help lists all"),
