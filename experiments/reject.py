@@ -1,12 +1,13 @@
 r"""Rejection sampling: writes answers that pass rewards, to fine-tune on.
 
   python -m experiments.sample --workdir=runs/sft \\
-      --reject=chain_sum:max_terms=2:n=500 --rewards=task=1 --out=good.jsonl
+      --reject=chain_sum:max_terms=2:n=500 --rewards=exact=1 --out=good.jsonl
 
 The questions are a file of conversations, whose last answers are taken to be
 right, or tasks of the package reasoning-gym. --rewards names rewards, each with
-what an answer must reach: task (the score of the task) and those of
-`posttrain.rewards`, such as correctness=1,language=0.9. --out is a file that
+what an answer must reach: exact (1 for the text of the right answer), task (the
+score of the task, which can be too kind) and those of `posttrain.rewards`, such
+as correctness=1,language=0.9. --out is a file that
 `experiments.sft --data` reads; beside it, .counts.json says how many answers
 were refused, and by which rule.
 """
@@ -23,7 +24,8 @@ from dsv3_jax.infer import generate
 from dsv3_jax.posttrain import rejection
 from dsv3_jax.posttrain.rewards import REWARDS, reward
 
-TASK = "task"  # the reward of a task's own scorer
+EXACT, TASK = "exact", "task"  # the latter is a task's own scorer
+NAMES = (EXACT, TASK, *REWARDS)
 _PROBLEMS, _SEED = 1000, 1  # of a task without n; other ones than those of SFT
 
 
@@ -67,9 +69,8 @@ def parse_rewards(text: str) -> tuple[dict[str, float], list[str]]:
       minimums[name] = float(value) if equals else 1.0
     except ValueError:
       problems.append(f"--rewards={part}: must be NAME=NUMBER")
-    if name not in (TASK, *REWARDS):
-      names = ", ".join((TASK, *REWARDS))
-      problems.append(f"--rewards={part}: must be one of {names}")
+    if name not in NAMES:
+      problems.append(f"--rewards={part}: must be one of {', '.join(NAMES)}")
   return minimums, problems
 
 
@@ -79,11 +80,12 @@ def _questions(
   """Returns the questions, and the reward of their tasks if they have one."""
   if os.path.exists(args.reject):
     read = conversations.read(pathlib.Path(args.reject))
-    return rejection.from_conversations(read), {}
+    return rejection.from_conversations(read), {EXACT: rejection.exact}
   named = tasks.parse(args.reject)
   problems = tasks.split(named, _SEED, _PROBLEMS, 0).train
   score = rejection.task_reward(named, problems)
-  return rejection.from_problems(problems), {TASK: score}
+  functions = {EXACT: rejection.exact, TASK: score}
+  return rejection.from_problems(problems), functions
 
 
 def _functions(
@@ -99,7 +101,7 @@ def _functions(
       raise InputError(
         f"--rewards={TASK}: --reject names no tasks but a file; use correctness"
       )
-    if name == TASK:
+    if name in functions:
       result[name] = functions[name]
     else:
       result[name] = REWARDS[name](**_OPTIONS.get(name, _none)(args, generator))

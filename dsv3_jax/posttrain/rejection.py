@@ -83,6 +83,13 @@ def task_reward(
   return score
 
 
+def exact(prompt: str, answer: str, reference: str) -> reward.Reward:
+  """Returns 1 for the text of the reference but for space around it, else 0."""
+  del prompt
+  content = conversations.parse_answer(answer)["content"]
+  return reward.Reward(float(content.strip() == reference.strip()))
+
+
 def answer(
   generator: generate.Generator,
   questions: Sequence[Question],
