@@ -25,8 +25,6 @@ from dsv3_jax.data.conversations import Conversation, Sample
 from dsv3_jax.errors import InputError
 
 PARTS = "train", "heldout"  # and names of the files in a folder of both
-
-
 TASK_SEED = 0  # of problems: those held out are the same in all runs
 
 
