@@ -10,6 +10,7 @@ arrays were read back into it: damage anywhere in between is detected.
 import os
 import pathlib
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -175,7 +176,7 @@ class Checkpointer:
     step, self._saving = self._saving, None
     if jax.process_index() == 0:
       for left in self.directory.glob(f"{step}{_TEMPORARY}*"):
-        shutil.rmtree(left, ignore_errors=True)
+        _remove_unfinished(left)
     good = self.steps()
     raise SaveError(
       f"checkpoint {self.folder(step)} could not be saved: {problem}; the"
@@ -367,6 +368,19 @@ def _remove(folder: pathlib.Path) -> None:
   shutil.rmtree(going, ignore_errors=True)
   folder.rename(going)
   shutil.rmtree(going, ignore_errors=True)
+
+
+def _remove_unfinished(folder: pathlib.Path) -> None:
+  """Removes the folder of a save that failed.
+
+  Other writers of that save may still create files there for a moment; what is
+  left after a second, `repair` removes.
+  """
+  for _ in range(20):
+    shutil.rmtree(folder, ignore_errors=True)
+    if not folder.exists():
+      return
+    time.sleep(0.05)
 
 
 def _agree(problem: str) -> None:
