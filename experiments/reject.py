@@ -25,6 +25,8 @@ from dsv3_jax.posttrain import rejection
 from dsv3_jax.posttrain.rewards import REWARDS, reward
 
 EXACT, TASK = "exact", "task"  # the latter is a task's own scorer
+# Flags that mean nothing without --reject.
+FLAGS = "answers rewards keep language reward_model allow_code".split()
 NAMES = (EXACT, TASK, *REWARDS)
 _PROBLEMS, _SEED = 1000, 1  # of a task without n; other ones than those of SFT
 
@@ -113,20 +115,22 @@ def _none(args: Args, generator: generate.Generator) -> dict[str, Any]:
   return {}
 
 
-def _format_options(
-  args: Args, generator: generate.Generator
-) -> dict[str, Any]:
+def format_options(args: Args, generator: generate.Generator) -> dict[str, Any]:
   """Returns how the model's template writes reasoning."""
   del args
   template = generator.defaults.template
-  thinking = bool(template and template.reasoning)
-  return {"thinking": thinking and bool(template.always_thinks)}
+  if template is None or template.reasoning is None:
+    return {"thinking": False}
+  begin, _ = template.reasoning
+  thinking = bool(template.always_thinks or template.thinking)
+  # Without a beginning of its own, the template has written <think> before.
+  return {"thinking": thinking, "opened": thinking and not begin}
 
 
 # Arguments of rewards that are made with more than their defaults.
 _OPTIONS = {
   "code": lambda args, generator: {"allow_code": args.allow_code},
-  "format": _format_options,
+  "format": format_options,
   "language": lambda args, generator: {"target": args.language},
   "model": lambda args, generator: {"folder": args.reward_model},
   "judge": lambda args, generator: {"generator": generator},

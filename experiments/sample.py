@@ -125,6 +125,9 @@ class Args:
         yield f"--{name}: needs --mesh"
     if not self.workdir:
       yield "--workdir is missing: the folder of a training run"
+    for name in reject.FLAGS:
+      if not self.reject and getattr(self, name) != getattr(Args, name):
+        yield f"--{name}: needs --reject"
     if self.reject:
       yield from reject.validate(self)
     elif bool(self.prompts) != bool(self.out) and not self.json:

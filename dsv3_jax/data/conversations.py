@@ -13,7 +13,7 @@ Other fields of a line are kept, in `Conversation.extra`.
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,28 +53,41 @@ def read(path: pathlib.Path) -> list[Conversation]:
     InputError: it cannot be read, is empty, or has lines that are no
       conversation; lists the first problems with their lines.
   """
-  conversations, problems = [], []
-  try:
-    with path.open("rb") as file:
-      for n, line in enumerate(file, 1):
-        if not line.strip():
-          continue
-        try:
-          row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-          problems.append(f"{path}:{n}: is not JSON: {error}")
-          continue
-        problems += [f"{path}:{n}: {problem}" for problem in validate(row)]
-        if not problems:
-          conversations.append(parse(row, f"{path}:{n}"))
-  except OSError as error:
-    raise InputError(f"{path}: cannot be read: {error}") from error
-  raise_first(problems)
+  conversations = [parse(row, at) for at, row in read_rows(path, validate)]
   if not conversations:
     raise InputError(
       f'{path}: has no conversation; a line is {{"messages": …}}'
     )
   return conversations
+
+
+def read_rows(
+  path: pathlib.Path, validate: Callable[[Any], list[str]]
+) -> list[tuple[str, Any]]:
+  """Returns `file:line` and JSON of each line; skips blank lines.
+
+  Raises:
+    InputError: the file cannot be read, or a line is no JSON or has problems by
+      `validate`; lists the first problems with their lines.
+  """
+  rows, problems = [], []
+  try:
+    with path.open("rb") as file:
+      for n, line in enumerate(file, 1):
+        if not line.strip():
+          continue
+        at = f"{path}:{n}"
+        try:
+          row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+          problems.append(f"{at}: is not JSON: {error}")
+          continue
+        problems += [f"{at}: {problem}" for problem in validate(row)]
+        rows.append((at, row))
+  except OSError as error:
+    raise InputError(f"{path}: cannot be read: {error}") from error
+  raise_first(problems)
+  return rows
 
 
 def write(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:

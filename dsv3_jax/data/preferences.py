@@ -8,7 +8,6 @@ A file has one pair a line, either
 where the messages are the conversation up to the two answers.
 """
 
-import json
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -30,29 +29,11 @@ def read(path: pathlib.Path) -> list[tuple[Conversation, Conversation]]:
     InputError: it cannot be read, is empty, or has lines that are no pair;
       lists the first problems with their lines.
   """
-  try:
-    lines = path.read_bytes().splitlines()
-  except OSError as error:
-    raise InputError(f"{path}: cannot be read: {error}") from error
-  pairs, problems = [], []
-  for n, line in enumerate(lines, 1):
-    if not line.strip():
-      continue
-    try:
-      row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-      problems.append(f"{path}:{n}: is not JSON: {error}")
-      continue
-    problems += [f"{path}:{n}: {problem}" for problem in validate(row)]
-    if not problems:
-      first, second = map(conversations.parse, _conversations(row))
-      pairs.append(
-        (
-          Conversation(first.messages, f"{path}:{n}"),
-          Conversation(second.messages, f"{path}:{n}"),
-        )
-      )
-  conversations.raise_first(problems)
+  pairs = []
+  for at, row in conversations.read_rows(path, validate):
+    chosen, rejected = _conversations(row)
+    pair = conversations.parse(chosen, at), conversations.parse(rejected, at)
+    pairs.append(pair)
   if not pairs:
     raise InputError(f"{path}: has no pair; a line has {', '.join(ANSWERS)}")
   return pairs

@@ -161,7 +161,7 @@ def _number(text: str) -> Fraction | None:
 
 
 def _is_numeral(text: str, value: Fraction) -> bool:
-  """Whether a text writes a number and leaves no arithmetic to do."""
+  """Returns whether a text writes a number and leaves no arithmetic to do."""
   divides = "/" in text or "frac" in text
   text = SCIENTIFIC.sub("", COMMANDS.sub("", text))
   return bool(NUMERAL.fullmatch(text)) and not (
@@ -191,7 +191,7 @@ def _items(text: str) -> tuple[str, list[str]]:
 
 
 def _occurs(text: str, prompt: str) -> bool:
-  """Whether an expression stands in the prompt, whatever the spaces."""
+  """Returns whether an expression stands in the prompt, spaces aside."""
   characters = map(re.escape, "".join(text.split()))
   pattern = r"(?<!\w)" + r"\s*".join(characters) + r"(?!\w)"
   return re.search(pattern, prompt, re.IGNORECASE) is not None

@@ -1,0 +1,121 @@
+"""Answers that are kept, and the rules that refuse the others."""
+
+import types
+
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from dsv3_jax.data import chat, conversations, token_file
+from dsv3_jax.errors import InputError
+from dsv3_jax.evals import answers
+from dsv3_jax.infer import engine, generate
+from dsv3_jax.posttrain import rejection
+from dsv3_jax.posttrain.rewards import reward
+from experiments import reject
+
+
+def text(content, finish_reason=engine.STOP):
+  result = generate.GeneratedText()
+  result.add(generate.Chunk(0, content, 9, 0.0, finish_reason))
+  return result
+
+
+QUESTION = rejection.Question([{"role": "user", "content": "3+4="}], "7")
+
+
+def broken(prompt, answer, reference):
+  raise RuntimeError("is broken")
+
+
+class SelectTest(parameterized.TestCase):
+  def select(self, texts, keep=1, **functions):
+    functions = functions or {"exact": rejection.exact}
+    rules = rejection.Rules(dict.fromkeys(functions, 1.0), keep)
+    return rejection.select([QUESTION], [texts], functions, rules)
+
+  def test_each_rule_is_counted(self):
+    texts = [
+      text("7"),
+      text(" 7"),
+      text("7"),
+      text("8"),
+      text("  "),
+      text("7", engine.LENGTH),
+    ]
+    kept = self.select(texts)
+    expected = {"kept": 1, "enough": 1, "duplicate": 1, "below exact": 1}
+    self.assertEqual(kept.counts, expected | {"empty": 1, "unended": 1})
+    self.assertEqual(kept.solved, 1)
+    (row,) = kept.rows
+    self.assertEmpty(conversations.validate(row))
+    self.assertEqual(row["messages"][-1]["content"], "7")
+    self.assertEqual(row["rewards"], {"exact": 1.0})
+
+  def test_a_reward_that_fails_is_no_bad_answer(self):
+    kept = self.select([text("7")], broken=broken)
+    self.assertEqual(kept.counts, {"broken: error": 1})
+    self.assertEmpty(kept.rows)
+
+  def test_most_answers_to_a_question(self):
+    self.assertEqual(self.select([text("7"), text("7 ")], 2).counts["kept"], 2)
+
+  def test_wrong_rules(self):
+    functions = {"exact": rejection.exact}
+    with self.assertRaisesRegex(InputError, "x: must be of exact"):
+      rejection.validate(functions, rejection.Rules({"x": 1.0}))
+    with self.assertRaisesRegex(InputError, "keep=0"):
+      rejection.validate(functions, rejection.Rules({}, 0))
+
+  @parameterized.parameters(("7", 1), (" 7\n", 1), ("7.", 0), ("17", 0))
+  def test_exact(self, answer, value):
+    self.assertEqual(rejection.exact("3+4=", answer, "7"), reward.Reward(value))
+
+
+class FlagTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ("exact=1", {"exact": 1.0}, 0),
+    ("correctness,language=0.9", {"correctness": 1.0, "language": 0.9}, 0),
+    ("exact=x", {}, 1),
+    ("exct=1", {"exct": 1.0}, 1),
+  )
+  def test_rewards(self, given, minimums, n_problems):
+    found, problems = reject.parse_rewards(given)
+    self.assertEqual(found, minimums)
+    self.assertLen(problems, n_problems)
+
+  @parameterized.parameters(
+    ("plain", False, False),
+    ("v3", False, False),
+    ("v3.1", False, False),
+    ("v3.1-thinking", True, True),
+    ("r1", True, True),
+  )
+  def test_format_is_that_of_the_template(self, name, thinking, opened):
+    """R1's template writes <think>, which a reply therefore has not."""
+    defaults = types.SimpleNamespace(template=chat.TEMPLATES[name])
+    generator = types.SimpleNamespace(defaults=defaults)
+    options = {"thinking": False, "opened": False}
+    options |= reject.format_options(None, generator)
+    self.assertEqual(options, {"thinking": thinking, "opened": opened})
+
+
+class QuestionsTest(absltest.TestCase):
+  def test_contexts_and_answers_of_samples(self):
+    ids = np.array([0, 9, 6, 7, 1, 9, 8, 1, 0, 5, 4, 1], np.uint32)
+    flags = np.array([0, 0, 0, 1, 1, 0, 1, 1, 0, 0, 1, 1], np.uint32)
+    file = types.SimpleNamespace(
+      supervised=True, open=lambda: ids | flags * token_file.FLAG
+    )
+    domain = types.SimpleNamespace(heldout=file)
+    found = answers.questions(domain, 9)
+    expected = [([0, 9, 6], [7]), ([0, 9, 6, 7, 1, 9], [8]), ([0, 5], [4])]
+    self.assertEqual([(q.prompt, q.answer) for q in found], expected)
+    self.assertLen(answers.questions(domain, 2), 2)
+
+  def test_exact_match(self):
+    row = answers.exact_match(["7", "8", "9"], [" 7", "88", None])
+    self.assertEqual(row, {"heldout_exact_match": 1 / 3})
+
+
+if __name__ == "__main__":
+  absltest.main()
