@@ -23,6 +23,8 @@ class Losses:
   main: jax.Array
   mtp: jax.Array  # mean over depths, before lambda
   balance: jax.Array  # alpha included, summed over routers
+  # Of the batch's objective, sums as the losses
+  metrics: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
 
 
 # [*B, T - k] of the labels from k on, which depth k predicts, for k = 0 (the
@@ -227,14 +229,21 @@ def _losses(params, out, data, weights, mtp_weight, cfg) -> Losses:
     main = pairwise(params, out.hidden, data, weights[0])
     return Losses(main + balance, main, jnp.zeros_like(main), balance)
 
-  def term(hidden, depth):
+  def term(hidden, depth, head):
     rows, labels = hidden.reshape(-1, cfg.d_model), data.labels[:, depth:]
     labels, weight = labels.reshape(-1), weights[depth].reshape(-1)
-    return cross_entropy(rows, params["head"], labels, weight)
+    return cross_entropy(rows, head, labels, weight)
 
   with jax.named_scope("loss"):
-    main = term(out.hidden, 0)
+    head, metrics = params["head"], {}
+    if data.objective:
+      main, metrics = data.objective(out.hidden, head, data)
+    else:
+      main = term(out.hidden, 0, head)
+    if not cfg.mtp.trains_trunk:
+      head = jax.lax.stop_gradient(head)
     mtp = jnp.zeros((), jnp.float32)
     for depth, hidden in enumerate(out.mtp_hidden, start=1):
-      mtp += term(hidden, depth) / cfg.mtp.depth
-  return Losses(main + mtp_weight * mtp + balance, main, mtp, balance)
+      mtp += term(hidden, depth, head) / cfg.mtp.depth
+  total = main + mtp_weight * mtp + balance
+  return Losses(total, main, mtp, balance, metrics)

@@ -308,6 +308,7 @@ def update(
     "main_loss": terms.main,
     "mtp_loss": terms.mtp,
     "balance_loss": terms.balance,
+    **terms.metrics,
     "lr": rate,
     "bias_speed": speed,
     "mtp_weight": optim.mtp_weight(state.step, run),

@@ -178,6 +178,9 @@ class MTP:
     "pre_norm",
     doc="depth 1 reads the state after, or before, the model's last norm",
   )
+  trains_trunk: bool = plain(
+    True, "the MTP loss has a gradient for the main model too"
+  )
 
 
 @fields.checked

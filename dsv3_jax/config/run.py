@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dsv3_jax.config import fields
 from dsv3_jax.config.data import PREFERENCES, Data
 from dsv3_jax.config.fields import choice, number, plain
+from dsv3_jax.config.grpo import Grpo
 from dsv3_jax.config.model import Model
 
 
@@ -292,6 +293,7 @@ class Run:
   parallel: Parallel = Parallel()
   checkpoint: Checkpoint = Checkpoint()
   evaluate: Evaluate = Evaluate()
+  grpo: Grpo = Grpo()
 
   def validate(self) -> Iterator[str]:
     if self.model.reward_head != (self.data.source == PREFERENCES):

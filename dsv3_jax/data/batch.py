@@ -1,10 +1,27 @@
 """A training batch: token ids, their next-token labels, and IGNORE."""
 
+from typing import Any, Protocol
+
 import flax.struct
 import jax
 import numpy as np
 
 IGNORE = -100  # a label without loss
+
+
+class Objective(Protocol):
+  """A main loss of a batch; hashable, since programs are compiled for it."""
+
+  metrics: tuple[str, ...]  # names of what it returns besides the loss
+
+  def __call__(
+    self, hidden: jax.Array, head: jax.Array, data: "Batch"
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns loss and metrics of final states [B, T, D] and the head [D, C].
+
+    They are sums over the tokens of `data`, which has dims [B, T]: those of all
+    micro-batches and devices are added.
+    """
 
 
 @flax.struct.dataclass
@@ -17,6 +34,16 @@ class Batch:
   segments: jax.Array | None = None
   # [..., T] bool, False for padding, at the end of rows; None: there is none
   valid: jax.Array | None = None
+  # [..., T, n_routers, K] int32, experts that the routers take, those of MoE
+  # layers, then of MTP modules; a token whose first one is -1, or all tokens
+  # with None, have those that the routers choose
+  routes: jax.Array | None = None
+  # Inputs of `objective`, arrays [..., T, *]
+  targets: Any = None
+  # The main loss; None: cross-entropy of the labels, or of a reward model
+  objective: Objective | None = flax.struct.field(
+    pytree_node=False, default=None
+  )
 
 
 def make_batch(

@@ -72,24 +72,32 @@ def read_from_stack(
   return p | {"experts": {k: read(k, w) for k, w in p["experts"].items()}}
 
 
-def moe(
+def route(
   p: param_spec.Params,
   x: Hidden,
   bias: Float[Array, " E"],
   cfg: config.Model,
-  experts: Experts = LOCAL,
   valid: Valid = None,
-) -> tuple[Hidden, MoEStats]:
-  """Applies an MoE layer; no token is ever dropped.
-
-  Padding goes to no expert and counts in no statistic.
-  """
+) -> tuple[router.Routing, Float[Array, ""]]:
+  """Chooses the experts of x [B, T, D]; also returns the balance loss."""
   with jax.named_scope("router"):
     routing = router.route(p["router"], x, bias, cfg.router)
     balance = router.balance_loss(
       routing.scores, routing.experts, cfg.router, valid
     )
-    routing = router.mask_invalid(routing, valid)
+    return router.mask_invalid(routing, valid), balance
+
+
+def combine(
+  p: param_spec.Params,
+  x: Hidden,
+  routing: router.Routing,
+  experts: Experts = LOCAL,
+) -> Hidden:
+  """Returns the outputs of the experts chosen and of the shared ones, summed.
+
+  No token is ever dropped.
+  """
   with jax.named_scope("experts"):
     rows, chosen, gates = (
       a.reshape(-1, a.shape[-1]) for a in (x, routing.experts, routing.gates)
@@ -99,4 +107,19 @@ def moe(
   if "shared" in p:
     with jax.named_scope("shared"):
       y = y + layers.swiglu(p["shared"], x)
+  return y
+
+
+def moe(
+  p: param_spec.Params,
+  x: Hidden,
+  bias: Float[Array, " E"],
+  cfg: config.Model,
+  experts: Experts = LOCAL,
+  valid: Valid = None,
+) -> tuple[Hidden, MoEStats]:
+  """Applies an MoE layer; padding goes to no expert and is not counted."""
+  routing, balance = route(p, x, bias, cfg, valid)
+  y = combine(p, x, routing, experts)
+  chosen = routing.experts.reshape(-1, routing.experts.shape[-1])
   return y, MoEStats(routing.load, balance, experts.sent(chosen))

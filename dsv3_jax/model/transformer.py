@@ -220,6 +220,9 @@ def predict(
 
   hidden = layers.rms_norm(params["norm"], x, cfg.norm_eps)
   start = hidden if cfg.mtp.input_state == "post_norm" else x
+  if not cfg.mtp.trains_trunk:
+    start = jax.lax.stop_gradient(start)
+    params = params | {"embed": jax.lax.stop_gradient(params["embed"])}
   module = remat.remat(ctx.saved_activations, module)
   states, stats = mtp.predict(params, bias, start, tokens, cfg, module)
   return Output(hidden, states, _concatenated([_no_stats(bias), *stats]))

@@ -1,6 +1,6 @@
 """Buffers of a pipeline rank between the ticks of a step, and their rows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -25,6 +25,7 @@ class Buffers:
   sums: param_spec.Params  # of gradients, f32
   main: jax.Array  # sums of losses
   mtp: jax.Array
+  metrics: dict[str, jax.Array]  # sums, of the batch's objective
   stats: moe.MoEStats  # sums
 
 
@@ -36,6 +37,7 @@ def zeros(
   x: Any,
   sums: param_spec.Params,
   load: Any,
+  metrics: Sequence[str],
 ) -> Buffers:
   """Returns empty buffers.
 
@@ -46,6 +48,7 @@ def zeros(
     x: array or type of the hidden states [B, T, D].
     sums: arrays or types of the gradients.
     load: array or type of the experts' counts [n_routers, E].
+    metrics: names of those of the batch's objective.
   """
 
   def of_layers(n_slots: int, types: Types, size: int) -> list[jax.Array]:
@@ -68,6 +71,7 @@ def zeros(
     sums=jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), sums),
     main=jnp.float32(0),
     mtp=jnp.float32(0),
+    metrics={name: jnp.float32(0) for name in metrics},
     stats=moe.MoEStats(
       load=jnp.zeros(load.shape, jnp.int32),
       balance=jnp.zeros(n_routers),

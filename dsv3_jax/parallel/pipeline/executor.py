@@ -68,13 +68,16 @@ def gradient_sums(
       x=jax.eval_shape(transformer.embed, params, batch.tokens[0]),
       sums=recipe.differentiable(params),
       load=bias,
+      metrics=batch.objective.metrics if batch.objective else (),
     ),
   )
   ops = jax.tree.map(jnp.asarray, table.ops)
   buffers, _ = jax.lax.scan(tick, buffers, ops)
   balance = executor.share * buffers.stats.balance.sum()
   total = buffers.main + mtp_weight * buffers.mtp + balance
-  terms = losses.Losses(total, buffers.main, buffers.mtp, balance)
+  terms = losses.Losses(
+    total, buffers.main, buffers.mtp, balance, buffers.metrics
+  )
   return buffers.sums, terms, buffers.stats
 
 
@@ -408,6 +411,7 @@ class _Executor:
         sums=buffers.sums | sums,
         main=buffers.main + terms.main,
         mtp=buffers.mtp + terms.mtp,
+        metrics=jax.tree.map(jnp.add, buffers.metrics, terms.metrics),
         stats=stats,
       )
 
