@@ -141,9 +141,8 @@ def loss(
   of the labels (`token_weights`), `mtp_weight` is lambda. Also returns the
   statistics of the routers.
   """
-  out = transformer.forward(
-    params, bias, data.tokens, cfg, ctx, data.segments, data.valid
-  )
+  masks = data.segments, data.valid, data.routes
+  out = transformer.forward(params, bias, data.tokens, cfg, ctx, *masks)
   return _losses(params, out, data, weights, mtp_weight, cfg), out.stats
 
 
@@ -161,9 +160,8 @@ def loss_from_last_layer(
 
   `bias`, balance losses and statistics are those of the MTP modules alone.
   """
-  out = transformer.predict(
-    params, bias, x, data.tokens, cfg, ctx, data.segments, data.valid
-  )
+  masks = data.segments, data.valid, data.routes
+  out = transformer.predict(params, bias, x, data.tokens, cfg, ctx, *masks)
   return _losses(params, out, data, weights, mtp_weight, cfg), out.stats
 
 

@@ -303,7 +303,11 @@ def update(
     skipped=state.skipped + ~finite,
     key=state.key,
   )
-  return new_state, {
+  replayed = {}
+  if stats.replayed is not None:
+    given, other = stats.replayed.astype(jnp.float32).sum(0)
+    replayed["routes_replaced"] = other / jnp.maximum(given, 1)
+  return new_state, replayed | {
     "loss": terms.total,
     "main_loss": terms.main,
     "mtp_loss": terms.mtp,

@@ -138,10 +138,14 @@ def select(scores, bias, cfg):
   kept = top(ranks, cfg.top_groups)
   allowed = [e for e in range(cfg.n_experts) if e // size in kept]
   experts = [allowed[i] for i in top(biased[allowed], cfg.top_k)]
+  return experts, gates_of(scores, experts, cfg)
+
+
+def gates_of(scores, experts, cfg):
   gates = scores[experts]
   if cfg.renormalize:
     gates = gates / (gates.sum() + 1e-20)
-  return experts, cfg.scale * gates
+  return cfg.scale * gates
 
 
 def scores_of(w, x, cfg):
@@ -198,15 +202,21 @@ def expert_ffn_gradients(p, x, chosen, gates, dy):
   return dp, dx, dgates
 
 
-def moe(p, x, bias, cfg):
-  """x [B, T, D] -> y [B, T, D], load [E], balance loss; cfg: the model's."""
+def moe(p, x, bias, cfg, routes=None):
+  """x [B, T, D] -> y [B, T, D], load [E], balance loss; cfg: the model's.
+
+  Experts are those of routes [B, T, K], but where the first is -1.
+  """
   y = np.zeros_like(x)
   load, losses = np.zeros(cfg.router.n_experts, int), []
   for b, sequence in enumerate(x):
     scores = scores_of(p["router"], sequence, cfg.router)
-    chosen, gates = zip(
-      *(select(row, bias, cfg.router) for row in scores), strict=True
+    chosen, gates = map(
+      list, zip(*(select(row, bias, cfg.router) for row in scores), strict=True)
     )
+    for t, given in enumerate(() if routes is None else routes[b]):
+      if given[0] >= 0:
+        chosen[t], gates[t] = given, gates_of(scores[t], given, cfg.router)
     y[b] = expert_ffn(p["experts"], sequence, chosen, gates)
     if cfg.moe.n_shared:
       y[b] += swiglu(p["shared"], sequence)
@@ -219,17 +229,17 @@ def moe(p, x, bias, cfg):
 # --- the whole network ---
 
 
-def block(p, x, bias, cfg):
+def block(p, x, bias, cfg, routes=None):
   """Pre-norm block: y, and load and balance loss of a mixture, else None."""
   x = x + mla(p["mla"], rms_norm(p["mla_norm"], x, cfg.norm_eps), cfg.attention)
   h = rms_norm(p["ffn_norm"], x, cfg.norm_eps)
   if "router" not in p["ffn"]:
     return x + swiglu(p["ffn"], h), None, None
-  y, load, balance = moe(p["ffn"], h, bias, cfg)
+  y, load, balance = moe(p["ffn"], h, bias, cfg, routes)
   return x + y, load, balance
 
 
-def mtp(params, bias, h, tokens, cfg):
+def mtp(params, bias, h, tokens, cfg, routes=None):
   """States of every depth after its norm, loads, balance losses (2.2).
 
   Args:
@@ -238,6 +248,7 @@ def mtp(params, bias, h, tokens, cfg):
     h: [B, T, D] state that depth 1 reads.
     tokens: [B, T].
     cfg: the model's.
+    routes: [B, T, depth, K]; position i of depth k has those at i.
   """
   states, loads, losses = [], [], []
   for k in range(1, cfg.mtp.depth + 1):
@@ -257,7 +268,9 @@ def mtp(params, bias, h, tokens, cfg):
       ]
       for b, row in enumerate(tokens)
     ]
-    x, load, balance = block(p["block"], np.array(joined), bias[k - 1], cfg)
+    joined = np.array(joined)
+    given = None if routes is None else routes[:, : joined.shape[1], k - 1]
+    x, load, balance = block(p["block"], joined, bias[k - 1], cfg, given)
     states.append(rms_norm(p["norm"], x, cfg.norm_eps))
     h = states[-1] if cfg.mtp.input_state == "post_norm" else x
     loads.append(load)
@@ -265,20 +278,25 @@ def mtp(params, bias, h, tokens, cfg):
   return states, loads, losses
 
 
-def forward(params, bias, tokens, cfg):
-  """hidden [B, T, D], MTP states, load [n_routers, E], summed balance loss."""
+def forward(params, bias, tokens, cfg, routes=None):
+  """hidden [B, T, D], MTP states, load [n_routers, E], summed balance loss.
+
+  Routers take the experts of routes [B, T, n_routers, K].
+  """
   x = params["embed"][tokens]
   loads, losses = [], []
   for i in range(cfg.n_dense_layers):
     x, _, _ = block(layer(params["dense"], i), x, None, cfg)
   for i in range(cfg.n_layers - cfg.n_dense_layers):
-    x, load, balance = block(layer(params["moe"], i), x, bias[i], cfg)
+    given = None if routes is None else routes[:, :, i]
+    x, load, balance = block(layer(params["moe"], i), x, bias[i], cfg, given)
     loads.append(load)
     losses.append(balance)
   hidden = rms_norm(params["norm"], x, cfg.norm_eps)
   start = hidden if cfg.mtp.input_state == "post_norm" else x
+  given = None if routes is None else routes[:, :, len(loads) :]
   states, mtp_loads, mtp_losses = mtp(
-    params, bias[len(loads) :], start, tokens, cfg
+    params, bias[len(loads) :], start, tokens, cfg, given
   )
   load = np.reshape(loads + mtp_loads, (-1, cfg.router.n_experts))
   return hidden, states, load, sum(losses + mtp_losses)
@@ -315,10 +333,10 @@ def mtp_targets(row, k):
   return [(row[i + k], row[i + k + 1]) for i in range(n_inputs - k)]
 
 
-def losses(params, bias, rows, cfg):
+def losses(params, bias, rows, cfg, routes=None):
   """(main, [L^1 .. L^D], balance) of rows [B, T + 1] (eq. 24-25)."""
   tokens = rows[:, :-1]
-  hidden, states, _, balance = forward(params, bias, tokens, cfg)
+  hidden, states, _, balance = forward(params, bias, tokens, cfg, routes)
   terms = []
   for k, state in enumerate([hidden, *states]):
     total = 0.0
@@ -331,7 +349,7 @@ def losses(params, bias, rows, cfg):
   return terms[0], terms[1:], balance
 
 
-def total_loss(params, bias, rows, cfg):
-  main, ahead, balance = losses(params, bias, rows, cfg)
+def total_loss(params, bias, rows, cfg, routes=None):
+  main, ahead, balance = losses(params, bias, rows, cfg, routes)
   share = cfg.mtp.weight / cfg.mtp.depth if cfg.mtp.depth else 0.0
   return main + share * sum(ahead) + balance

@@ -40,6 +40,7 @@ class MoEStats:
   load: jax.Array  # [E] int32, (token, slot) pairs an expert received
   balance: jax.Array  # [] f32, balance loss
   sent: jax.Array  # [2] int32, see `Experts`
+  replayed: jax.Array | None = None  # [2] int32, see `router.Routing`
 
 
 def specs(cfg: config.Model) -> param_spec.Specs:
@@ -78,10 +79,16 @@ def route(
   bias: Float[Array, " E"],
   cfg: config.Model,
   valid: Valid = None,
+  routes: router.Routes = None,
 ) -> tuple[router.Routing, Float[Array, ""]]:
-  """Chooses the experts of x [B, T, D]; also returns the balance loss."""
+  """Chooses the experts of x [B, T, D]; also returns the balance loss.
+
+  `routes` are taken instead, but for padding, which goes to no expert.
+  """
   with jax.named_scope("router"):
-    routing = router.route(p["router"], x, bias, cfg.router)
+    if routes is not None and valid is not None:
+      routes = jnp.where(valid[..., None], routes, -1)
+    routing = router.route(p["router"], x, bias, cfg.router, routes)
     balance = router.balance_loss(
       routing.scores, routing.experts, cfg.router, valid
     )
@@ -117,9 +124,11 @@ def moe(
   cfg: config.Model,
   experts: Experts = LOCAL,
   valid: Valid = None,
+  routes: router.Routes = None,
 ) -> tuple[Hidden, MoEStats]:
   """Applies an MoE layer; padding goes to no expert and is not counted."""
-  routing, balance = route(p, x, bias, cfg, valid)
+  routing, balance = route(p, x, bias, cfg, valid, routes)
   y = combine(p, x, routing, experts)
   chosen = routing.experts.reshape(-1, routing.experts.shape[-1])
-  return y, MoEStats(routing.load, balance, experts.sent(chosen))
+  sent = experts.sent(chosen)
+  return y, MoEStats(routing.load, balance, sent, routing.replayed)

@@ -14,6 +14,8 @@ from dsv3_jax.model import remat
 from dsv3_jax.model.layers import Hidden, Valid
 
 Bias = Float[Array, " E"]
+# Experts that the tokens take; one whose first is -1 has those chosen for it.
+Routes = Int[Array, "B T K"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,9 @@ class Routing:
   gates: jax.Array  # [B, T, K] f32
   scores: jax.Array  # [B, T, E] f32, affinities without bias
   load: jax.Array  # [E] int32, (token, slot) pairs an expert received
+  # [2] int32, (token, slot) pairs whose experts were given, and those of them
+  # that the router would not have chosen; None: `routes` was
+  replayed: jax.Array | None = None
 
 
 def select(
@@ -68,22 +73,50 @@ def select(
     biased = groups.reshape(scores.shape)
   experts = jax.lax.top_k(biased, cfg.top_k)[1]
   experts = remat.named(experts, "routing")
+  return experts, _gates(scores, experts, cfg)
+
+
+def _gates(
+  scores: jax.Array, experts: jax.Array, cfg: config.Router
+) -> jax.Array:
   gates = jnp.take_along_axis(scores, experts, axis=-1)
   if cfg.renormalize:
     gates = gates / (gates.sum(-1, keepdims=True) + FLOOR)
-  return experts, cfg.scale * gates
+  return cfg.scale * gates
 
 
 def route(
-  w: Float[Array, "D E"], x: Hidden, bias: Bias, cfg: config.Router
+  w: Float[Array, "D E"],
+  x: Hidden,
+  bias: Bias,
+  cfg: config.Router,
+  routes: Routes = None,
 ) -> Routing:
-  """Routes x [B, T, D] with centroids w [D, E]; all in float32."""
+  """Routes x [B, T, D] with centroids w [D, E]; all in float32.
+
+  Experts given by `routes` have gates from the scores as if they were chosen,
+  so the centroids keep their gradient.
+  """
   affinity = linear.linear(x.astype(jnp.float32), w.astype(jnp.float32))
   affinity = remat.named(affinity, "routing")
   scores = SCORES[cfg.score].function(affinity)
   experts, gates = select(scores, bias, cfg)
+  replayed = None
+  if routes is not None:
+    experts, replayed = _replay(experts, routes)
+    gates = _gates(scores, experts, cfg)
   load = _multi_hot(experts, cfg.n_experts).sum((0, 1), dtype=jnp.int32)
-  return Routing(experts, gates, scores, load)
+  return Routing(experts, gates, scores, load, replayed)
+
+
+def _replay(
+  chosen: jax.Array, routes: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Experts given, or else chosen [B, T, K], and the counts of `Routing`."""
+  given = jnp.broadcast_to(routes[..., :1] >= 0, routes.shape)
+  experts = jnp.where(given, routes, chosen)
+  other = (experts[..., None] != chosen[..., None, :]).all(-1)
+  return experts, jnp.stack([given.sum(), other.sum()]).astype(jnp.int32)
 
 
 def mask_invalid(routing: Routing, valid: Valid) -> Routing:

@@ -11,8 +11,10 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax import config, param_spec
 from dsv3_jax.linear import dot
-from dsv3_jax.model import attentions, layers, moe, mtp, remat
+from dsv3_jax.model import attentions, layers, moe, mtp, remat, router
 from dsv3_jax.model.layers import Hidden, Segments, Valid
+
+Routes = Int[Array, "B T routers K"] | None  # as `data.batch.Batch.routes`
 
 
 @flax.struct.dataclass
@@ -82,11 +84,12 @@ def moe_block(
   experts: moe.Experts,
   segments: Segments = None,
   valid: Valid = None,
+  routes: router.Routes = None,
 ) -> tuple[Hidden, moe.MoEStats]:
   """h += attention(norm(h)); h += MoE(norm(h)); also returns its stats."""
   x = _attention(p, x, cfg, segments)
   h = layers.rms_norm(p["ffn_norm"], x, cfg.norm_eps)
-  y, stats = moe.moe(p["ffn"], h, bias, cfg, experts, valid)
+  y, stats = moe.moe(p["ffn"], h, bias, cfg, experts, valid, routes)
   return x + y, stats
 
 
@@ -144,11 +147,13 @@ def forward(
   ctx: ForwardContext = LOCAL,
   segments: Segments = None,
   valid: Valid = None,
+  routes: Routes = None,
 ) -> Output:
   """Hidden states of the main model and of every MTP depth.
 
   There must be more tokens in a sequence than MTP modules. Attention stays
-  inside a segment; the routers leave padding out.
+  inside a segment; the routers leave padding out, and take the experts of
+  `routes`.
   """
   over_layers = jax.lax.scan if ctx.scan else _unrolled
   rematerialize = functools.partial(
@@ -161,16 +166,16 @@ def forward(
 
   @rematerialize
   def mixture(h, layer):
-    sliced, layer_bias, i = layer
+    sliced, layer_bias, i, given = layer
     p = ctx.gather("moe", sliced)
     if i is not None and p is sliced:
       ffn = moe.read_from_stack(p["ffn"], params["moe"]["ffn"], i)
       p = p | {"ffn": ffn}
-    return moe_block(p, h, layer_bias, cfg, ctx.experts, segments, valid)
+    return moe_block(p, h, layer_bias, cfg, ctx.experts, segments, valid, given)
 
   x = embed(params, tokens)
   x = x.astype(ctx.dtype or x.dtype)
-  stats = [_no_stats(bias)]
+  stats = [_no_stats(bias, routes)]
   if cfg.n_dense_layers:
     x, _ = over_layers(dense, x, params["dense"])
   moe_bias, mtp_bias = jnp.split(bias, [cfg.n_moe_layers])
@@ -181,9 +186,13 @@ def forward(
     index, local = None, ctx.experts.ffn is moe.LOCAL.ffn
     if local and not ctx.scan and ctx.saved_activations is None:
       index = jnp.arange(cfg.n_moe_layers)
-    x, moe_stats = over_layers(mixture, x, (params["moe"], moe_bias, index))
+    given = jax.tree.map(
+      lambda a: jnp.moveaxis(a[:, :, : cfg.n_moe_layers], 2, 0), routes
+    )
+    layers_in = params["moe"], moe_bias, index, given
+    x, moe_stats = over_layers(mixture, x, layers_in)
     stats.append(moe_stats)
-  out = predict(params, mtp_bias, x, tokens, cfg, ctx, segments, valid)
+  out = predict(params, mtp_bias, x, tokens, cfg, ctx, segments, valid, routes)
   stats.append(out.stats)
   return out.replace(stats=_concatenated(stats))
 
@@ -203,17 +212,25 @@ def predict(
   ctx: ForwardContext = LOCAL,
   segments: Segments = None,
   valid: Valid = None,
+  routes: Routes = None,
 ) -> Output:
   """Applies the final norm and the MTP modules to the last layer's output x.
 
   Reads all parameters but those of layers. The stats, like the bias, are those
-  of the routers of the MTP modules.
+  of the routers of the MTP modules; `routes` has those of all routers.
   """
 
   def module(p, layer_bias, hidden, ahead):
-    here, joined = _of_depth(segments, valid, x.shape[1] - hidden.shape[1])
+    depth = x.shape[1] - hidden.shape[1]
+    here, joined = _of_depth(segments, valid, depth)
+    router_index = cfg.n_moe_layers + depth - 1
     block = functools.partial(
-      moe_block, cfg=cfg, experts=ctx.experts, segments=here, valid=joined
+      moe_block,
+      cfg=cfg,
+      experts=ctx.experts,
+      segments=here,
+      valid=joined,
+      routes=jax.tree.map(lambda a: a[:, :-depth, router_index], routes),
     )
     p = ctx.gather("mtp", p)
     return mtp.module(p, layer_bias, hidden, ahead, cfg, block)
@@ -225,7 +242,9 @@ def predict(
     params = params | {"embed": jax.lax.stop_gradient(params["embed"])}
   module = remat.remat(ctx.saved_activations, module)
   states, stats = mtp.predict(params, bias, start, tokens, cfg, module)
-  return Output(hidden, states, _concatenated([_no_stats(bias), *stats]))
+  return Output(
+    hidden, states, _concatenated([_no_stats(bias, routes), *stats])
+  )
 
 
 def _of_depth(
@@ -244,11 +263,12 @@ def _of_depth(
   return here, same if valid is None else same & valid
 
 
-def _no_stats(bias: jax.Array) -> moe.MoEStats:
+def _no_stats(bias: jax.Array, routes: Routes) -> moe.MoEStats:
   """Stats of zero routers, to concatenate others to."""
   load = bias[:0].astype(jnp.int32)
   sent = jnp.repeat(load[:, :1], 2, axis=1)  # also of a single expert
-  return moe.MoEStats(load, load.sum(-1, dtype=bias.dtype), sent)
+  replayed = None if routes is None else sent
+  return moe.MoEStats(load, load.sum(-1, dtype=bias.dtype), sent, replayed)
 
 
 def _concatenated(stats: list[moe.MoEStats]) -> moe.MoEStats:

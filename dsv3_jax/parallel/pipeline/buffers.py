@@ -1,6 +1,6 @@
 """Buffers of a pipeline rank between the ticks of a step, and their rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax import param_spec
+from dsv3_jax.data.batch import Batch
 from dsv3_jax.model import moe
 from dsv3_jax.parallel.pipeline.split_backward import Passes, Types
 from dsv3_jax.parallel.pipeline.stages import LayerStacks
@@ -37,7 +38,7 @@ def zeros(
   x: Any,
   sums: param_spec.Params,
   load: Any,
-  metrics: Sequence[str],
+  batch: Batch,
 ) -> Buffers:
   """Returns empty buffers.
 
@@ -48,13 +49,15 @@ def zeros(
     x: array or type of the hidden states [B, T, D].
     sums: arrays or types of the gradients.
     load: array or type of the experts' counts [n_routers, E].
-    metrics: names of those of the batch's objective.
+    batch: whose objective may have metrics, and which may have routes.
   """
 
   def of_layers(n_slots: int, types: Types, size: int) -> list[jax.Array]:
     return [jnp.zeros((n_slots * size, *t.shape), t.dtype) for t in types]
 
   n_routers = load.shape[0]
+  metrics = batch.objective.metrics if batch.objective else ()
+  pairs = jnp.zeros((n_routers, 2), jnp.int32)
   return Buffers(
     inputs=jnp.zeros((table.n_input_slots + 1, *x.shape), x.dtype),
     gradients=jnp.zeros((table.n_gradient_slots + 1, *x.shape), x.dtype),
@@ -75,7 +78,8 @@ def zeros(
     stats=moe.MoEStats(
       load=jnp.zeros(load.shape, jnp.int32),
       balance=jnp.zeros(n_routers),
-      sent=jnp.zeros((n_routers, 2), jnp.int32),
+      sent=pairs,
+      replayed=None if batch.routes is None else pairs,
     ),
   )
 

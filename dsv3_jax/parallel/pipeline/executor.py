@@ -68,7 +68,7 @@ def gradient_sums(
       x=jax.eval_shape(transformer.embed, params, batch.tokens[0]),
       sums=recipe.differentiable(params),
       load=bias,
-      metrics=batch.objective.metrics if batch.objective else (),
+      batch=batch,
     ),
   )
   ops = jax.tree.map(jnp.asarray, table.ops)
@@ -98,9 +98,7 @@ def _executor(
   for name in layout.stages.stacks:
     p = jax.tree.map(lambda a: a[0], params[name])
     trained = recipe.differentiable(p)
-    masks = batch.segments, batch.valid
-    masks = jax.tree.map(lambda a: vary(a[0]), masks)
-    constants = p, ({"dense": (), "moe": bias[:1]}[name], *masks)
+    constants = p, jax.tree.map(vary, _constants(name, bias, batch, 0, 0))
     deferred = [leaf.ndim > 1 for leaf in jax.tree.leaves(trained)]
     layer = functools.partial(
       _layer, name, cfg=run.model, experts=layout.experts
@@ -115,7 +113,18 @@ def _executor(
 
 
 # Layers as functions of parameters, constants and x. The constants are router
-# bias [1, E] or (), segments [B, T] or None, and valid [B, T] or None.
+# bias [1, E] or (), segments [B, T] or None, valid [B, T] or None, and of an
+# MoE layer routes [B, T, K] or None.
+
+
+def _constants(
+  name: str, bias: jax.Array, batch: Batch, micro: Any, router: Any
+) -> Any:
+  masks = jax.tree.map(lambda a: a[micro], (batch.segments, batch.valid))
+  if name == "dense":
+    return (), *masks
+  routes = jax.tree.map(lambda a: a[micro][:, :, router], batch.routes)
+  return buffers_lib.get(bias, router)[None], *masks, routes
 
 
 def _dense(
@@ -224,13 +233,10 @@ class _Executor:
     stack = self.layout.stages.stacks[name]
     row = op.direction * stack.size + i
     p = jax.tree.map(lambda a: buffers_lib.get(a, row), self.params[name])
-    masks = self.batch.segments, self.batch.valid
-    masks = jax.tree.map(lambda a: a[op.micro_batch], masks)
-    if name == "dense":
-      return recipe.differentiable(p), (p, ((), *masks)), row, None
-    router = jnp.asarray(stack.first, jnp.int32)[op.stage] + i
-    bias = buffers_lib.get(self.bias, router)[None]
-    return recipe.differentiable(p), (p, (bias, *masks)), row, router
+    first = jnp.asarray(stack.first, jnp.int32)
+    router = first[op.stage] + i if name == "moe" else None
+    args = self.bias, self.batch, op.micro_batch, router
+    return recipe.differentiable(p), (p, _constants(name, *args)), row, router
 
   def _forward_layer(
     self, name: str, op: EncodedOp, i: jax.Array, x: jax.Array, buffers: Buffers
