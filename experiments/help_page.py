@@ -36,10 +36,10 @@ def _size(n: int) -> str:
 
 def variants(runs: Mapping[str, config.Run]) -> str:
   """Describes variants, a line each: parameters, active ones, purpose."""
-  if recipes := [name for name in runs if name in presets.SFT]:
+  if recipes := [name for name in runs if name in presets.RECIPE_PURPOSES]:
     return "\n".join(
       ["variants, of the training of the model given:"]
-      + [f"  {name:12}{presets.SFT_PURPOSES[name]}" for name in recipes]
+      + [f"  {name:12}{presets.RECIPE_PURPOSES[name]}" for name in recipes]
     )
   lines = [
     "variants, with parameters without MTP, in all and active for a token:"

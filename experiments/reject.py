@@ -19,15 +19,13 @@ from typing import Any, Protocol
 
 from dsv3_jax import io
 from dsv3_jax.data import conversations, tasks
-from dsv3_jax.errors import InputError, raise_problems
+from dsv3_jax.errors import InputError
 from dsv3_jax.infer import generate
 from dsv3_jax.posttrain import rejection
-from dsv3_jax.posttrain.rewards import REWARDS, reward
+from dsv3_jax.posttrain.rewards import REWARDS, by_name, reward
 
-EXACT, TASK = "exact", "task"  # the latter is a task's own scorer
 # Flags that mean nothing without --reject.
 FLAGS = "answers rewards keep language reward_model allow_code".split()
-NAMES = (EXACT, TASK, *REWARDS)
 _PROBLEMS, _SEED = 1000, 1  # of a task without n; other ones than those of SFT
 
 
@@ -56,24 +54,13 @@ def validate(args: Args) -> Iterator[str]:
   for name in ("answers", "keep"):
     if (value := getattr(args, name)) < 1:
       yield f"--{name}={value}: must be at least 1"
-  minimums, problems = parse_rewards(args.rewards)
-  yield from problems
+  minimums = {}
+  try:
+    minimums = by_name.parse(args.rewards)
+  except InputError as error:
+    yield from (f"--{line}" for line in str(error).splitlines())
   if ("model" in minimums) != bool(args.reward_model):
     yield "--rewards=model and --reward_model: one needs the other"
-
-
-def parse_rewards(text: str) -> tuple[dict[str, float], list[str]]:
-  """Returns minimums by name of reward, and what is wrong with them."""
-  minimums, problems = {}, []
-  for part in text.split(","):
-    name, equals, value = part.partition("=")
-    try:
-      minimums[name] = float(value) if equals else 1.0
-    except ValueError:
-      problems.append(f"--rewards={part}: must be NAME=NUMBER")
-    if name not in NAMES:
-      problems.append(f"--rewards={part}: must be one of {', '.join(NAMES)}")
-  return minimums, problems
 
 
 def _questions(
@@ -82,11 +69,11 @@ def _questions(
   """Returns the questions, and the reward of their tasks if they have one."""
   if os.path.exists(args.reject):
     read = conversations.read(pathlib.Path(args.reject))
-    return rejection.from_conversations(read), {EXACT: rejection.exact}
+    return rejection.from_conversations(read), dict(by_name.PLAIN)
   named = tasks.parse(args.reject)
   problems = tasks.split(named, _SEED, _PROBLEMS, 0).train
-  score = rejection.task_reward(named, problems)
-  functions = {EXACT: rejection.exact, TASK: score}
+  score = by_name.of_tasks(named, problems)
+  functions = {**by_name.PLAIN, by_name.TASK: score}
   return rejection.from_problems(problems), functions
 
 
@@ -99,9 +86,9 @@ def _functions(
   """Makes the rewards that --rewards names."""
   result = {}
   for name in minimums:
-    if name == TASK and TASK not in functions:
+    if name == by_name.TASK and name not in functions:
       raise InputError(
-        f"--rewards={TASK}: --reject names no tasks but a file; use correctness"
+        f"--rewards={name}: --reject names no tasks but a file; use correctness"
       )
     if name in functions:
       result[name] = functions[name]
@@ -146,8 +133,7 @@ def write(
     InputError: the questions cannot be read or served, a reward is wrong, or
       no answer passed.
   """
-  minimums, problems = parse_rewards(args.rewards)
-  raise_problems(problems)
+  minimums = by_name.parse(args.rewards)
   questions, functions = _questions(args)
   functions = _functions(args, generator, minimums, functions)
   rules = rejection.Rules(minimums, args.keep)

@@ -23,6 +23,7 @@ The variant sets optimizer and schedule, not the model: sft is the report's, 2
 epochs with the learning rate on a cosine from 5e-6 to 1e-6.
 """
 
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -77,7 +78,7 @@ def configure(
   source_name = config.TASKS
   if _REWARD_MODEL.value:
     source_name = config.PREFERENCES
-  elif pathlib.Path(_DATA.value).exists():
+  elif os.path.exists(_DATA.value):  # False for a text too long for a name
     source_name = config.CONVERSATIONS
   run = config.override(
     base,

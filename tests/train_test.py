@@ -333,7 +333,7 @@ class ResumeTest(absltest.TestCase):
           fed.append(batch.tokens)
           yield batch
 
-      state = loop.fit(state, run, batches(), stop, hooks=hooks)
+      state = loop.fit(state, run, loop.Batches(batches()), stop, hooks=hooks)
       return state, np.array(fed)
 
     whole, all_fed = fit(first_state(), 2 * n)
@@ -384,7 +384,8 @@ class FitTest(absltest.TestCase):
         calls.append("save")
 
     with mock.patch.object(train, "make_step", lambda *_: fake_step):
-      loop.fit(mock.Mock(step=0), run, itertools.count(1), 5, hooks=Hooks())
+      batches = loop.Batches(itertools.count(1))
+      loop.fit(mock.Mock(step=0), run, batches, 5, hooks=Hooks())
     reports = [call[1:] for call in calls if call[0] == "report"]
     self.assertEqual(reports, [(i, i) for i in range(1, 6)])
     # Step 2 starts before the host looks at step 1; what is saved or evaluated

@@ -12,7 +12,7 @@ from dsv3_jax.config.data import (
   TASKS,
   Data,
 )
-from dsv3_jax.config.grpo import Grpo
+from dsv3_jax.config.grpo import SAMPLER, TRAINER, Grpo
 from dsv3_jax.config.model import (
   MLA,
   MTP,

@@ -29,12 +29,15 @@ class Grpo:
   staleness: int = number(
     0, low=0, doc="iterations that answers are generated ahead of their use"
   )
-  max_tokens: int = number(64, low=1, doc="most tokens of an answer")
+  answer_tokens: int = number(64, low=1, doc="most tokens of an answer")
   temperature: float = number(1.0, above=0, doc="of the answers")
   top_p: float = number(1.0, above=0, high=1, doc="of the answers")
   top_k: int = number(0, low=0, doc="of the answers; 0: all tokens")
   n_drafts: int = number(0, low=0, doc="tokens that the MTP module drafts")
   slots: int = number(32, low=1, doc="answers generated at the same time")
+  rewards: str = plain(
+    "exact=1", "weights of rewards by name, such as exact=1,format=0.1"
+  )
   advantage: str = choice(
     *ADVANTAGES,
     doc="reward less the group's mean, over its standard deviation; without"
@@ -58,7 +61,7 @@ class Grpo:
   aggregation: str = choice(
     *AGGREGATIONS,
     doc="mean over tokens of an answer and over answers; over all tokens; sum"
-    " over tokens, over grpo.max_tokens and the number of answers",
+    " over tokens, over grpo.answer_tokens and the number of answers",
   )
   old_policy: str = choice(
     SAMPLER,
@@ -81,13 +84,16 @@ class Grpo:
   overlong_tokens: int = number(
     0,
     low=0,
-    doc="the reward falls by up to 1 over the last so many of max_tokens",
+    doc="the reward falls by up to 1 over the last so many of answer_tokens",
   )
   filter_groups: bool = plain(
     False, "leave out groups whose mean reward is out of the limits"
   )
   filter_low: float = number(0.0, doc="groups at or below it are left out")
   filter_high: float = number(1.0, doc="groups at or above it are left out")
+  reference: str = plain(
+    "", "run whose model is the reference; empty: the one that begins"
+  )
   replay_routes: bool = plain(
     True, "the trainer takes the experts that the sampler chose"
   )
@@ -101,20 +107,20 @@ class Grpo:
         f"Grpo.dual_clip={self.dual_clip:g}: must be above 1 + clip_high ="
         f" {1 + self.clip_high:g}, or 0"
       )
-    if self.overlong_tokens > self.max_tokens:
+    if self.overlong_tokens > self.answer_tokens:
       yield (
         f"Grpo.overlong_tokens={self.overlong_tokens}: must be at most"
-        f" max_tokens={self.max_tokens}"
+        f" answer_tokens={self.answer_tokens}"
       )
     if self.filter_low >= self.filter_high:
       yield (
         f"Grpo.filter_low={self.filter_low:g}: must be below"
         f" filter_high={self.filter_high:g}"
       )
-    if (n := self.prompts * self.group_size) % self.updates:
+    if self.prompts % self.updates:
       yield (
-        f"Grpo.updates={self.updates}: must divide the {n} answers of an"
-        " iteration, prompts * group_size"
+        f"Grpo.updates={self.updates}: must divide prompts={self.prompts}; a"
+        " group of answers stays together"
       )
     if self.importance_cap and self.old_policy == SAMPLER:
       yield (

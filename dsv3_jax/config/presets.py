@@ -178,13 +178,34 @@ SFT = {
     "train.batch_size=32",
   ],
 }
-SFT_PURPOSES = {
+SFT_EPOCHS = {"sft": 2, "sft_tiny": 2, "sft_small": 2}
+
+# Reinforcement learning (section 5.2.2). What the report leaves open is that of
+# DeepSeek-R1's: groups of 16, beta 0.001.
+_GRPO = [
+  *_SFT,
+  *"optim.peak_lr=1e-6 optim.min_lr=1e-6 optim.final_lr=1e-6".split(),
+  *"optim.weight_decay=0 mtp.trains_trunk=false grpo.prompts=32".split(),
+]
+GRPO = {
+  "grpo": _GRPO,
+  "grpo_tiny": [
+    *_GRPO,
+    *"optim.peak_lr=3e-4 optim.min_lr=3e-4 optim.final_lr=3e-4".split(),
+    *"train.batch_size=32 data.seq_len=128 data.heldout_fraction=0.015".split(),
+    *"grpo.answer_tokens=16 grpo.slots=64 grpo.group_size=8".split(),
+    *"checkpoint.every=25 evaluate.every=25 evaluate.answers=600".split(),
+  ],
+}
+GRPO_ITERATIONS = {"grpo": 1000, "grpo_tiny": 200}
+
+RECIPE_PURPOSES = {  # of training a model given, for `--help`
   "sft": "the report's recipe: 2 epochs, cosine from 5e-6 to 1e-6",
   "sft_tiny": "for models like tiny: from 2e-3 to 4e-5, in short rows",
   "sft_small": "for models like small: from 3e-4 to 3e-5",
+  "grpo": "the report's objective, with DeepSeek-R1's groups and beta",
+  "grpo_tiny": "for models like tiny: short answers and a rate of 3e-4",
 }
-SFT_EPOCHS = {"sft": 2, "sft_tiny": 2, "sft_small": 2}
-
 PURPOSES = {  # by name, for `--help`
   "tiny": "trains in minutes on two cores",
   "small": "a night on a laptop, or minutes on an accelerator",

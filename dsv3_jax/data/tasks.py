@@ -58,12 +58,25 @@ def _short_base_conversion(entry: Mapping[str, Any]) -> str:
   return f"{metadata['source_repr']}, {bases}"
 
 
+def _short_number_filtering(entry: Mapping[str, Any]) -> str:
+  metadata = entry["metadata"]
+  operation = metadata["operation"].replace("_", " ")
+  numbers = ", ".join(metadata["original_numbers"])
+  return f"{operation} {metadata['filter_value']}: {numbers}"
+
+
+def _short_gcd(entry: Mapping[str, Any]) -> str:
+  return f"gcd {', '.join(map(str, entry['metadata']['numbers']))}"
+
+
 # Prompts for small models, of the tasks that have one: what is asked, without
 # the sentences around it. Answers and scores stay those of the task.
 SHORT_PROMPTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
   "chain_sum": _short_chain_sum,
   "number_sorting": _short_number_sorting,
   "base_conversion": _short_base_conversion,
+  "number_filtering": _short_number_filtering,
+  "gcd": _short_gcd,
 }
 
 

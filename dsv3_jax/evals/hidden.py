@@ -37,9 +37,11 @@ def _scored(params, bias, rows, *, score, per_row, with_mtp, run, mesh):
   cfg = run.model if with_mtp else main
 
   def local(params, bias, rows):
-    tokens, segments, *data = rows
+    tokens, segments, routes, *data = rows
+    if routes is not None:
+      routes = routes[:, :, : cfg.n_routers]
     params, out = sharded_forward.forward(
-      params, bias[: cfg.n_routers], tokens, run, layout, cfg, segments
+      params, bias[: cfg.n_routers], tokens, run, layout, cfg, segments, routes
     )
     value = score(params, out, *data)
     return value if per_row else jax.lax.psum(value, layout.batch_axes)
@@ -67,6 +69,7 @@ def map_hidden(
   *data: np.ndarray,
   batch_size: int,
   segments: np.ndarray | None = None,
+  routes: np.ndarray | None = None,
   per_row: bool = False,
   with_mtp: bool = False,
 ) -> Iterator[Any]:
@@ -80,6 +83,7 @@ def map_hidden(
       that pad the last batch are zeros.
     batch_size: rows in a batch, rounded up to a multiple of the mesh's shards.
     segments: [R, T] int32, which attention stays inside of.
+    routes: [R, T, n_routers, K] int32, see `data.batch.Batch`.
     per_row: whether the score has values for each row, not one sum.
     with_mtp: whether the output has the states of the MTP modules too.
   """
@@ -89,7 +93,7 @@ def map_hidden(
   for i in range(0, len(tokens), size or 1):
     local = device_mesh.local_rows(size, mesh, device_mesh.ROWS)
     here = functools.partial(_rows_from, start=i, size=size, local=local)
-    rows = jax.tree.map(here, (tokens, segments, *data))
+    rows = jax.tree.map(here, (tokens, segments, routes, *data))
     rows = device_mesh.make_global_batch(
       rows, size, mesh, axes=device_mesh.ROWS
     )

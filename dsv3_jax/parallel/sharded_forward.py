@@ -35,6 +35,7 @@ def forward(
   layout: layouts.Layout,
   cfg: config.Model | None = None,
   segments: layers.Segments = None,
+  routes: jax.Array | None = None,
 ) -> tuple[param_spec.Params, transformer.Output]:
   """Evaluates the model on this device's rows.
 
@@ -46,6 +47,7 @@ def forward(
     layout: of the run on the mesh.
     cfg: the model, if not the run's.
     segments: [b, T] int32, which attention stays inside of.
+    routes: [b, T, n_routers, K] int32, experts to take, see `data.batch.Batch`.
 
   Returns:
     The gathered parameters, to apply the head with, and the hidden states.
@@ -53,4 +55,7 @@ def forward(
   cfg = cfg or run.model
   params = gather_params(params, run, layout)
   ctx = context(layout)
-  return params, transformer.forward(params, bias, tokens, cfg, ctx, segments)
+  out = transformer.forward(
+    params, bias, tokens, cfg, ctx, segments, routes=routes
+  )
+  return params, out

@@ -69,27 +69,6 @@ def from_problems(problems: Iterable[tasks.Problem]) -> list[Question]:
   ]
 
 
-def task_reward(
-  named: Iterable[tasks.Task], problems: Iterable[tasks.Problem]
-) -> reward.RewardFunction:
-  """Returns the reward of tasks: the score of the task's own scorer."""
-  by_name = {task.name: task for task in named}
-  by_text = {(p.prompt, p.answer): p for p in problems}
-
-  def score(prompt: str, answer: str, reference: str) -> reward.Reward:
-    problem = by_text[prompt, reference]
-    return reward.Reward(by_name[problem.task].lenient_score(problem, answer))
-
-  return score
-
-
-def exact(prompt: str, answer: str, reference: str) -> reward.Reward:
-  """Returns 1 for the text of the reference but for space around it, else 0."""
-  del prompt
-  content = conversations.parse_answer(answer)["content"]
-  return reward.Reward(float(content.strip() == reference.strip()))
-
-
 def answer(
   generator: generate.Generator,
   questions: Sequence[Question],

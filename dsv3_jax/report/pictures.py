@@ -109,7 +109,7 @@ def _bits_per_byte(run: run_data.Record) -> Picture | str:
 
 def _exact_match(run: run_data.Record) -> list[Picture]:
   """Returns the picture of right answers, of a run on conversations."""
-  prefix = run_data.EXACT_MATCH
+  prefix = run_data.match_key(run)
   names = {key for row in run.evals for key in row if key.startswith(prefix)}
   curves = {
     key.removeprefix(prefix).removeprefix("/") or "all": 100 * right
@@ -131,6 +131,69 @@ def _exact_match(run: run_data.Record) -> list[Picture]:
       draw=functools.partial(plots.by_name, x=x, curves=curves, label=label),
     )
   ]
+
+
+# Pictures of reinforcement learning: name, title, what the axis shows, curves
+# by the first word of their keys, and what they mean.
+_POLICY = (
+  (
+    "reward",
+    "Reward",
+    "mean reward",
+    ("reward",),
+    "Mean of the answers of an iteration, before penalties, of all and of each"
+    " task. Their questions are those trained on, and answers are drawn, not"
+    " greedy.",
+  ),
+  (
+    "length",
+    "Length",
+    "tokens",
+    ("length",),
+    "Mean length of the answers of an iteration, end tokens included.",
+  ),
+  (
+    "policy",
+    "Policy",
+    "nats per token",
+    ("entropy", "kl"),
+    "entropy is of the policy, under the sampling settings. kl estimates"
+    " KL(policy || reference) by k3 = r - log r - 1 with r = reference / policy"
+    " at the tokens that were sampled. Both are means over the tokens of"
+    " answers.",
+  ),
+  (
+    "ratio",
+    "Policy and sampler",
+    "share of tokens",
+    ("clip_share", "ratio_outside", "masked_share", "routes_replaced"),
+    "clip_share: tokens whose ratio was clipped. ratio_outside: tokens whose"
+    " probability under the policy over that under the sampler is outside 0.99"
+    " to 1.01. masked_share: tokens of answers that are too far from the"
+    " policy. routes_replaced: experts of the sampler that the trainer's router"
+    " would not have chosen.",
+  ),
+)
+
+
+def _policy(run: run_data.Record) -> list[Picture]:
+  """Returns the pictures of reinforcement learning."""
+  found = []
+  for name, title, label, begins, caption in _POLICY:
+    keys = sorted(
+      {k for row in run.steps for k in row if k.split("/")[0] in begins}
+    )
+    rows = [row for row in run.steps if any(key in row for key in keys)]
+    curves = {
+      key.partition("/")[2] or key: y
+      for key in keys
+      if (y := run_data.column(rows, key)) is not None
+    }
+    if curves and run.config.get("grpo.prompts"):
+      x = run_data.tokens_at(run, [row["step"] for row in rows])
+      draw = functools.partial(plots.by_name, x=x, curves=curves, label=label)
+      found.append(Picture(name, title, caption, draw))
+  return found
 
 
 def _by_domain(run: run_data.Record) -> list[Picture]:
@@ -331,6 +394,7 @@ def pictures(run: run_data.Record) -> list[Picture | str]:
   return [
     _losses(run),
     *(_exact_match(run) or [_bits_per_byte(run)]),
+    *_policy(run),
     *_by_domain(run),
     _max_violation(run),
     _load_maps(run),

@@ -108,12 +108,13 @@ def bits_per_byte(
 def by_name(
   figure: Figure, x: np.ndarray, curves: Mapping[str, np.ndarray], label: str
 ) -> None:
-  """Draws a held-out metric of each domain or task, by name."""
+  """Draws a metric of each domain or task, by name."""
   axes = figure.subplots()
   for (name, y), marker in zip(
     curves.items(), itertools.cycle("osD^v"), strict=False
   ):
-    axes.plot(x, y, marker=marker, markersize=4, label=name)
+    size = 4 if len(x) <= 50 else 0
+    axes.plot(x, y, marker=marker, markersize=size, label=name)
   axes.set_ylabel(label)
   axes_lib.scales(axes)
   axes_lib.legend(figure)

@@ -77,7 +77,7 @@ def results(run: run_data.Record) -> Results:
     loss=None if loss is None else float(np.nanmean(loss)),
     heldout_loss=final.get("heldout_loss"),
     heldout_bpb=final.get("heldout_bpb"),
-    exact_match=final.get(run_data.EXACT_MATCH),
+    exact_match=final.get(run_data.match_key(run)),
     worst=None if worst is None else (worst, violation[worst][0]),
   )
 

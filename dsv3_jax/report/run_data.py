@@ -27,7 +27,9 @@ FILES = (
   NEEDLES,
 )
 LAST = 0.1  # "at the end" is this share of the steps
-EXACT_MATCH = "heldout_exact_match"  # followed by / and the name of a task
+# Of conversations, and of tasks in reinforcement learning; followed by / and
+# the name of a task.
+EXACT_MATCH, ACCURACY = "heldout_exact_match", "heldout_accuracy"
 DOMAIN = "heldout_bpb/"  # before the name of a domain, in evaluation rows
 LAST_LOADS = 0.25  # experts are placed for the loads of this share of them
 
@@ -145,6 +147,11 @@ def column(rows: Sequence[dict], key: str) -> np.ndarray | None:
   if all(value is None for value in values):
     return None
   return np.array(values, float)  # None becomes NaN
+
+
+def match_key(run: Record) -> str:
+  """Returns the name of the share of held-out answers that match."""
+  return ACCURACY if run.config.get("grpo.prompts") else EXACT_MATCH
 
 
 def nested(rows: Sequence[dict], key: str) -> tuple[list[int], np.ndarray]:

@@ -58,7 +58,10 @@ def use_cache(folder: str) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     return
   jax.config.update("jax_compilation_cache_dir", folder)
-  jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+  # In JAX's own folder other programs may write without a limit, whose entries
+  # have no times of use; with a limit JAX would then write nothing more there.
+  if folder != os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
   # Dozens of programs take less than a second each, by default the limit.
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

@@ -138,6 +138,8 @@ def _answer(
   if data.source == config.TASKS:
     problems = conversation_corpus.split_tasks(data).heldout[: len(asked)]
     row |= answers.score_tasks(tasks.parse(data.path), problems, generated)
+  if source.run.grpo.prompts:
+    row = {k.replace("exact_match", "accuracy"): v for k, v in row.items()}
   return row | {
     "sample_prompt": decode(asked[0].prompt),
     "sample": generated[0] or "",

@@ -1,5 +1,7 @@
 """State that training starts from: checkpoint, another run's, or random."""
 
+import pathlib
+
 import jax
 
 from dsv3_jax import config, ema, param_spec, train
@@ -68,25 +70,27 @@ def restore_or_create(
   return state, _average(run.optim.ema_decay, checkpoints, state)
 
 
-def check_source(args: run_args.RunArgs) -> config.Run:
-  """Returns the run of `args.init_from`, in the layout of this run.
+def check_source(
+  folder: pathlib.Path, run: config.Run, name: str = "--init_from"
+) -> config.Run:
+  """Returns the run of a folder, in the layout of `run`.
 
-  Raises InputError if its parameters have other shapes.
+  Raises InputError, with the name of the flag, if its parameters have other
+  shapes than those of `run`.
   """
-  folder = args.init_from
   source = config.override(
     open_run.run_from_config(open_run.read_config(folder)),
-    f"parallel.layout={args.run.parallel.layout}",
+    f"parallel.layout={run.parallel.layout}",
   )
-  if changes := config.diff(_shapes(source.model), _shapes(args.run.model)):
-    there, here = (config.flatten(m) for m in (source.model, args.run.model))
+  if changes := config.diff(_shapes(source.model), _shapes(run.model)):
+    there, here = (config.flatten(m) for m in (source.model, run.model))
     sizes = [
       f"--set={path}={value}"
       for path, value in there.items()
       if path in here and here[path] != value
     ]
     raise InputError(
-      f"--init_from={folder} has another architecture (there -> here):\n"
+      f"{name}={folder} has another architecture (there -> here):\n"
       + "\n".join(f"  {line}" for line in changes)
       + f"\nto train that model: {' '.join(sizes)}"
     )
@@ -97,7 +101,7 @@ def _with_parameters(
   state: train.TrainState, args: run_args.RunArgs, mesh: jax.sharding.Mesh
 ) -> train.TrainState:
   """Replaces parameters and router bias by those of `args.init_from`."""
-  source = check_source(args)
+  source = check_source(args.init_from, args.run)
   params, bias = open_run.load_newest_params(args.init_from, source, mesh)
   names = state.params.keys()
   params = {name: params.get(name, state.params[name]) for name in names}

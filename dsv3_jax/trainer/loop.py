@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable
 
 import jax
 
@@ -32,6 +32,27 @@ class Hooks:
     """Runs every `run.checkpoint.every` steps and after the last."""
 
 
+class Batches:
+  """Batches of a run, in the order of its steps."""
+
+  def __init__(self, batches: Iterable[Batch]):
+    """Takes batches [A, B, T], those from the first step of a loop on."""
+    self._batches = iter(batches)
+
+  def next(self, state: train.TrainState) -> tuple[Batch, dict[str, float]]:
+    """Returns the batch of the next step, and what to add to its metrics.
+
+    The state is that before the step.
+    """
+    del state
+    return next(self._batches), {}
+
+  def close(self) -> None:
+    """Ends the threads that read ahead."""
+    if isinstance(self._batches, Generator):
+      self._batches.close()
+
+
 def global_batches(
   source: loader.BatchSource, first_step: int, mesh: jax.sharding.Mesh
 ) -> Generator[Batch, None, None]:
@@ -48,7 +69,7 @@ def global_batches(
 def fit(
   state: train.TrainState,
   run: config.Run,
-  batches: Iterator[Batch],
+  batches: Batches,
   stop: int,
   *,
   hooks: Hooks,
@@ -61,7 +82,7 @@ def fit(
   The host's work on a step overlaps the next step. The state after the last
   step is always saved, and evaluated if that step is `stop`.
 
-  The state is donated; the batches [A, B, T] are those from its step on; a mesh
+  The state is donated; the batches are those from its step on; a mesh
   of None is one device; the average is updated after every step; `step_fn` is
   that of `train.make_step`, if it was made before.
   """
@@ -70,12 +91,13 @@ def fit(
   done = saved = int(state.step)
   while done < stop and hooks.should_continue(done):
     done += 1
-    state, metrics = step_fn(state, next(batches))  # starts, does not wait
+    batch, more = batches.next(state)
+    state, metrics = step_fn(state, batch)  # starts, does not wait
     if average:
       average.update(done, state.params, metrics["finite"])
     if pending:
       hooks.report(*pending)
-    pending = (done, metrics)
+    pending = (done, metrics | more if more else metrics)
     evaluating = done % run.evaluate.every == 0 or done == stop
     saving = done % run.checkpoint.every == 0 or done == stop
     if evaluating or saving:  # a step is reported before its state is saved

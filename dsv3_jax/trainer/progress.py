@@ -76,6 +76,8 @@ class Progress:
     columns.append((1, f"loss {_number(loss, '.3f')}"))
     if "mtp_loss" in row and row["mtp_loss"] != 0:
       columns.append((6, f"mtp {_number(row['mtp_loss'], '.3f')}"))
+    if "reward" in row:
+      columns.append((2, f"reward {_number(row['reward'], '.3f')}"))
     if "grad_norm" in row:
       columns.append((7, f"norm {_number(row['grad_norm'], '.2f')}"))
     if rate := row.get("tokens_per_s"):

@@ -91,8 +91,8 @@ def _replay(args: run_args.RunArgs, step: int) -> None:
   monitor = step_monitor.StepMonitor(
     comparison, source, args.stop, record, timer
   )
-  batch_iterator = loop.global_batches(source, first, mesh)
-  loop.fit(state, run, batch_iterator, step, hooks=monitor, mesh=mesh)
+  batches = loop.Batches(loop.global_batches(source, first, mesh))
+  loop.fit(state, run, batches, step, hooks=monitor, mesh=mesh)
   if comparison.differences:
     raise exit_codes.MismatchError(
       "\n".join(comparison.differences)

@@ -4,7 +4,8 @@ import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from dsv3_jax import config, optim
 from dsv3_jax.interop import hf_import
@@ -32,6 +33,9 @@ class RunArgs:
   # The process does nothing else: SIGTERM and SIGINT save and end the run, and
   # a watchdog ends a process that hangs. Several processes always have one.
   own_process: bool = False
+  # Makes the batches of a run that does not read them: a function of these
+  # arguments, data source, state, mesh and watchdog.
+  open_batches: Callable[..., Any] | None = None
 
   def __post_init__(self):
     """Fills in defaults and turns strings into paths."""

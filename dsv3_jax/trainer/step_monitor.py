@@ -100,14 +100,14 @@ class StepMonitor(loop.Hooks):
     run = self._run
     length = run.data.seq_len
     row = {"step": done, "tokens": run.rows_before(done) * length}
-    separate = ("load", "finite", "sent", "fp8")
+    separate = ("load", "finite", "sent", "fp8", "n_tokens")
     row |= {k: v for k, v in metrics.items() if k not in separate}
     for axis, n_bytes in comm_volume.bytes_sent(metrics["sent"], run).items():
       if n_bytes:
         row[f"bytes_over_{axis}"] = n_bytes
     row |= fp8_shares(metrics.get("fp8", {}))
     n_tokens = run.batch_phase(done - 1).batch_size * length
-    row["tokens_per_s"] = n_tokens / seconds
+    row["tokens_per_s"] = metrics.get("n_tokens", n_tokens) / seconds
     peak = memory.peak_bytes()
     row["peak_bytes"] = peak.get("device", peak["host"])
     if metrics["load"].size:

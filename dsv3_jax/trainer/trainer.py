@@ -171,7 +171,10 @@ def _train(
   train_hooks = hooks.TrainHooks(
     source, mesh, checkpoints, watchdog, average, monitor
   )
-  batches = loop.global_batches(source, first, mesh)
+  if args.open_batches:
+    batches = args.open_batches(args, source, state, mesh, watchdog)
+  else:
+    batches = loop.Batches(loop.global_batches(source, first, mesh))
   # Closed here, since the traceback of an error would keep its thread.
   stack.callback(batches.close)
   if compiling and lines:
@@ -251,7 +254,7 @@ def _claim(
     workdir.check_or_create(folder, identity)
     # Before the folder is the run's, which other settings could not use then.
     if args.init_from and not (folder / open_run.CONFIG).exists():
-      initial_state.check_source(args)
+      initial_state.check_source(args.init_from, args.run)
     stack.enter_context(workdir.lock(folder))
     return stack.enter_context(contextlib.closing(terminal.Terminal(folder)))
 
@@ -267,7 +270,7 @@ def _compile_step(
   """
   run, step_fn = args.run, train.make_step(args.run, mesh)
   done = workdir.newest_step(args.workdir)
-  if jax.process_count() > 1 or done >= args.stop:
+  if jax.process_count() > 1 or done >= args.stop or args.open_batches:
     return step_fn, None
   size = run.batch_phase(done).batch_size
   batch = train.abstract_batch(run, mesh, size // run.train.micro_batch_size)

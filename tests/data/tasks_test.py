@@ -67,6 +67,8 @@ class ProblemsTest(parameterized.TestCase):
     ("chain_sum", r"^\d+([+-]\d+)+=$"),
     ("number_sorting", r"^(a|de)scending: -?[\d.]+(, -?[\d.]+)*$"),
     ("base_conversion", r"^[0-9a-f]+, \d+ to \d+$"),
+    ("number_filtering", r"^(keep|remove) (larg|small)er -?[\d.]+: -?\d"),
+    ("gcd", r"^gcd \d+(, \d+)+$"),
   )
   def test_short_prompts(self, name, pattern):
     (task,) = tasks.parse(f"{name}:prompt=short")

@@ -10,7 +10,7 @@ from dsv3_jax.errors import InputError
 from dsv3_jax.evals import answers
 from dsv3_jax.infer import engine, generate
 from dsv3_jax.posttrain import rejection
-from dsv3_jax.posttrain.rewards import reward
+from dsv3_jax.posttrain.rewards import by_name, reward
 from experiments import reject
 
 
@@ -29,7 +29,7 @@ def broken(prompt, answer, reference):
 
 class SelectTest(parameterized.TestCase):
   def select(self, texts, keep=1, **functions):
-    functions = functions or {"exact": rejection.exact}
+    functions = functions or {"exact": by_name.exact}
     rules = rejection.Rules(dict.fromkeys(functions, 1.0), keep)
     return rejection.select([QUESTION], [texts], functions, rules)
 
@@ -60,7 +60,7 @@ class SelectTest(parameterized.TestCase):
     self.assertEqual(self.select([text("7"), text("7 ")], 2).counts["kept"], 2)
 
   def test_wrong_rules(self):
-    functions = {"exact": rejection.exact}
+    functions = {"exact": by_name.exact}
     with self.assertRaisesRegex(InputError, "x: must be of exact"):
       rejection.validate(functions, rejection.Rules({"x": 1.0}))
     with self.assertRaisesRegex(InputError, "keep=0"):
@@ -68,20 +68,21 @@ class SelectTest(parameterized.TestCase):
 
   @parameterized.parameters(("7", 1), (" 7\n", 1), ("7.", 0), ("17", 0))
   def test_exact(self, answer, value):
-    self.assertEqual(rejection.exact("3+4=", answer, "7"), reward.Reward(value))
+    self.assertEqual(by_name.exact("3+4=", answer, "7"), reward.Reward(value))
 
 
 class FlagTest(parameterized.TestCase):
   @parameterized.parameters(
-    ("exact=1", {"exact": 1.0}, 0),
-    ("correctness,language=0.9", {"correctness": 1.0, "language": 0.9}, 0),
-    ("exact=x", {}, 1),
-    ("exct=1", {"exct": 1.0}, 1),
+    ("exact=1", {"exact": 1.0}),
+    ("correctness,language=0.9", {"correctness": 1.0, "language": 0.9}),
   )
-  def test_rewards(self, given, minimums, n_problems):
-    found, problems = reject.parse_rewards(given)
-    self.assertEqual(found, minimums)
-    self.assertLen(problems, n_problems)
+  def test_rewards(self, given, minimums):
+    self.assertEqual(by_name.parse(given), minimums)
+
+  def test_wrong_rewards_are_named(self):
+    with self.assertRaises(InputError) as caught:
+      by_name.parse("exact=x,exct=1")
+    self.assertLen(str(caught.exception).splitlines(), 2)
 
   @parameterized.parameters(
     ("plain", False, False),
