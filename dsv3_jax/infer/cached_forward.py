@@ -6,6 +6,7 @@ The functions are pure; `compiled.py` jits them and donates the cache.
 
 import dataclasses
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -25,6 +26,15 @@ def local_experts(n_slots: int) -> moe.Experts:
   return moe.Experts(ffn)
 
 
+@flax.struct.dataclass
+class Routed:
+  """Choices of the routers of n layers."""
+
+  load: jax.Array  # [n, E] int32, tokens of each expert
+  # [n, B, T, K] int32, experts of each token; E for a token that is not valid
+  experts: jax.Array
+
+
 def _block(
   p: param_spec.Params,
   x: jax.Array,
@@ -32,8 +42,8 @@ def _block(
   start: jax.Array,
   cfg: config.Model,
   options: "ForwardOptions",
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-  """Returns a layer's output, its cache, and the load [E] of its experts."""
+) -> tuple[jax.Array, jax.Array, Routed | None]:
+  """Returns a layer's output, its cache, and its router's choice, n = 1."""
   name = cfg.attention.type
   attention = attentions.functions(cfg.attention)
   attend = options.prefill and attention.prefill or attention.decode
@@ -45,8 +55,9 @@ def _block(
     return x + layers.swiglu(p["ffn"], h), cache, None
   n_slots = x.shape[0] * x.shape[1] * cfg.router.top_k
   experts = options.experts or local_experts(n_slots)
-  y, stats = moe.moe(p["ffn"], h, p["bias"], cfg, experts, options.valid)
-  return x + y, cache, stats.load
+  routing, _ = moe.route(p["ffn"], h, p["bias"], cfg, options.valid)
+  y = moe.combine(p["ffn"], h, routing, experts)
+  return x + y, cache, Routed(routing.load[None], routing.experts[None])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,24 +79,25 @@ def forward(
   start: jax.Array,
   cfg: config.Model,
   options: ForwardOptions = DECODE,
-) -> tuple[jax.Array, kvcache.Cache, jax.Array]:
+) -> tuple[jax.Array, kvcache.Cache, Routed]:
   """Runs the main model on the next tokens [B, T] int32 of B slots.
 
   Row b begins at position start[b].
 
   Returns:
     States after the last layer, [B, T, D], before the final norm; the cache
-    with those positions filled; load of the experts, [n_moe_layers, E] int32.
+    with those positions filled; the choices of the MoE layers' routers.
   """
-  x, filled, loads = params["embed"][tokens], [], []
+  x, filled, router = params["embed"][tokens], [], cfg.router
+  none = (0, router.n_experts), (0, *tokens.shape, router.top_k)
+  routed = [Routed(*(jnp.zeros(shape, jnp.int32) for shape in none))]
   for p, kept in zip(params["layers"], cache["main"], strict=True):
-    x, kept, load = _block(p, x, kept, start, cfg, options)
+    x, kept, chosen = _block(p, x, kept, start, cfg, options)
     filled.append(kept)
-    if load is not None:
-      loads.append(load)
-  none = jnp.zeros((0, cfg.router.n_experts), jnp.int32)
-  load = jnp.stack(loads) if loads else none
-  return x, cache | {"main": tuple(filled)}, load
+    if chosen is not None:
+      routed.append(chosen)
+  routed = jax.tree.map(lambda *a: jnp.concatenate(a), *routed)
+  return x, cache | {"main": tuple(filled)}, routed
 
 
 def forward_mtp(
@@ -96,7 +108,7 @@ def forward_mtp(
   start: jax.Array,
   cfg: config.Model,
   options: ForwardOptions = DECODE,
-) -> tuple[jax.Array, jax.Array, kvcache.Cache, jax.Array]:
+) -> tuple[jax.Array, jax.Array, kvcache.Cache, Routed]:
   """Runs the first MTP module on the next positions (section 2.2).
 
   Args:
@@ -105,7 +117,7 @@ def forward_mtp(
 
   Returns:
     States after the module's norm, which the head reads, [B, T, D]; the states
-    that a further module would read; the cache; load of its experts, [E] int32.
+    that a further module would read; the cache; its router's choice, n = 1.
   """
   (kept,) = cache["mtp"]
 
@@ -114,10 +126,10 @@ def forward_mtp(
     x, *told = _block(p, x, kept, start, cfg, options)
     return x, told
 
-  out, onward, (kept, load) = mtp.module(
+  out, onward, (kept, routed) = mtp.module(
     params["mtp"][0], None, hidden, params["embed"][ahead], cfg, block
   )
-  return out, onward, cache | {"mtp": (kept,)}, load
+  return out, onward, cache | {"mtp": (kept,)}, routed
 
 
 def final_norm(

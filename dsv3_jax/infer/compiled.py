@@ -17,6 +17,7 @@ from dsv3_jax.infer import (
   serving_ffn,
   serving_mesh,
   speculation,
+  trace,
 )
 from dsv3_jax.infer.inference_params import InferenceParams
 
@@ -47,6 +48,7 @@ def program(
   cfg: config.Model,
   mesh: serving_mesh.ServingMesh | None,
   form: forward_form.ForwardForm,
+  traced: bool,
   mode: str,
 ) -> Program:
   """Compiles `speculation.decode_steps` of all slots, or `read_chunk`.
@@ -59,7 +61,7 @@ def program(
     form = dataclasses.replace(form, experts=experts)
 
   def local(params, state, rows):
-    return step(params, state, rows, cfg, mode, form)
+    return step(params, state, rows, cfg, mode, form, traced)
 
   return jax.jit(serving_mesh.shard_mapped(local, mesh), donate_argnums=1)
 
@@ -71,12 +73,13 @@ def read_chunk(
   cfg: config.Model,
   mode: str,
   form: forward_form.ForwardForm,
-) -> tuple[speculation.DecodeState, tuple[jax.Array, jax.Array], jax.Array]:
+  traced: bool = False,
+) -> tuple[speculation.DecodeState, speculation.StepOutput, jax.Array]:
   """Reads a chunk of one prompt into a slot, and draws the token after it.
 
   Returns:
-    The state; the token, drawn with the request's sampling parameters, [1, 1]
-    int32, and its log-probability; the load of the main model's experts.
+    The state; the token, drawn with the request's sampling parameters, [1, 1];
+    the load of the main model's experts.
   """
   start, (n,), (slot,) = chunk.start, chunk.n, chunk.slot
   if chunk.tokens.shape[1] > form.max_tokens:
@@ -88,12 +91,13 @@ def read_chunk(
   row = jax.tree.map(of_slot, state.cache)
   valid = jnp.arange(chunk.tokens.shape[1])[None] < n
   options = cached_forward.ForwardOptions(True, valid, form.experts)
-  x, row, load = form.forward(params, row, chunk.tokens, start, cfg, options)
+  x, row, routed = form.forward(params, row, chunk.tokens, start, cfg, options)
   last = jax.lax.dynamic_slice_in_dim(x, jnp.maximum(n - 1, 0), 1, axis=1)
   normed = cached_forward.final_norm(params, last, cfg)
   logits = form.logits(params, normed)
-  p = sampling.probabilities(logits, chunk.sampling_params, mode)
+  adjusted = sampling.adjust(logits, chunk.sampling_params, mode)
   seed, position = chunk.sampling_params.seed, start[:, None] + n
+  p = jax.nn.softmax(adjusted)
   token = sampling.draw(p, seed, position, sampling.FINAL, mode)
 
   def put(a, new):
@@ -101,25 +105,33 @@ def read_chunk(
     return jax.lax.dynamic_update_slice_in_dim(a, new, slot, 0)
 
   padding, hidden = ((0, 0), (0, state.tokens.shape[1] - 1)), state.hidden
+  mtp_experts = None
   if hidden is not None:
     # Fills the cache of the MTP module. The last position, whose next token is
     # not known here, is read again with it in the first decode step.
     normed_states = cached_forward.final_norm(params, x, cfg)
     states = speculation.mtp_input(x, normed_states, cfg)
-    _, _, row, _ = form.forward_mtp(
+    _, _, row, mtp_routed = form.forward_mtp(
       params, row, states, chunk.ahead, start, cfg, options
     )
+    mtp_experts = mtp_routed.experts
     last_state = speculation.mtp_input(last, normed, cfg)
     hidden = put(hidden, jnp.pad(last_state, (*padding, (0, 0))))
   settings = jax.tree.map(put, state.sampling_params, chunk.sampling_params)
-  limits = chunk.limits.after(token, jnp.ones_like(start))
+  one = jnp.ones_like(start)
+  limits = chunk.limits.after(token, one)
   state = state.replace(
     cache=jax.tree.map(put, state.cache, row),
     tokens=put(state.tokens, jnp.pad(token, padding)),
-    n=put(state.n, jnp.ones_like(start)),
+    n=put(state.n, one),
     start=put(state.start, start + n - 1),
     hidden=hidden,
     sampling_params=settings,
     limits=jax.tree.map(put, state.limits, limits),
   )
-  return state, (token, speculation.token_logprobs(logits, token)), load
+  logprobs = speculation.token_logprobs(logits, token)
+  output = speculation.StepOutput(token, one, logprobs)
+  if traced:
+    step = trace.of_step(adjusted, token, routed.experts, mtp_experts, mode)
+    output = output.replace(trace=step)
+  return state, output, routed.load

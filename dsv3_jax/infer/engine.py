@@ -23,6 +23,7 @@ from dsv3_jax.infer import (
   eplb,
   expert_balance,
   forward_form,
+  inference_params,
   kvcache,
   sampling,
   scheduler,
@@ -30,6 +31,7 @@ from dsv3_jax.infer import (
   serving_params,
   speculation,
 )
+from dsv3_jax.infer import trace as trace_lib
 from dsv3_jax.infer.engine_options import (
   EngineOptions,
   validate_options,
@@ -92,6 +94,8 @@ class Event:
   # STOP if this token ended the text and is not part of it, LENGTH if it is the
   # last of max_tokens, "" before.
   finish_reason: str = ""
+  # Of the last event of a text, with `EngineOptions.trace`.
+  trace: trace_lib.Trace | None = None
 
 
 class Engine:
@@ -126,13 +130,12 @@ class Engine:
       raise ValueError("placement: needs a mesh that experts are divided over")
     if mesh:
       placement = placement or serving_params.uniform_placement(mesh, cfg)
-      params = serving_params.shard_params(params, placement, mesh, cfg)
     self.cfg, self.options, self.mesh = cfg, options, mesh
     self.stats, self.submitted = EngineStats(), 0
     self.balancer = expert_balance.ExpertBalancer(cfg, mesh, placement)
-    self._params = params
+    self._params = self._placed(params)
     self.form = forward_form.choose(
-      options.form, params, cfg, divided=mesh is not None
+      options.form, self._params, cfg, divided=mesh is not None
     )
     self._n_shards = mesh.n_shards if mesh else 1
     self._slots = scheduler.Scheduler(options.max_batch, self._n_shards)
@@ -141,7 +144,9 @@ class Engine:
     # Cached by sampling mode: hashing the configuration at each call is slow.
     self._decode, self._prefill = (
       functools.cache(
-        functools.partial(compiled.program, step, cfg, mesh, self.form)
+        functools.partial(
+          compiled.program, step, cfg, mesh, self.form, options.trace
+        )
       )
       for step in (decode, compiled.read_chunk)
     )
@@ -204,6 +209,24 @@ class Engine:
         if more := (request := next(requests, None)) is not None:
           self.submit(request)
       yield from self.step()
+
+  def update_params(self, params: InferenceParams) -> None:
+    """Replaces the parameters; nothing is compiled again.
+
+    Raises:
+      RuntimeError: a request is unfinished.
+      ValueError: the shape or dtype of a parameter is another one.
+    """
+    if self.busy:
+      raise RuntimeError("parameters may change between requests alone")
+    self._params = inference_params.replace(self._params, self._placed(params))
+
+  def _placed(self, params: InferenceParams) -> InferenceParams:
+    """Divides parameters over the mesh, where there is one."""
+    if not (mesh := self.mesh):
+      return params
+    placement = self.balancer.placement
+    return serving_params.shard_params(params, placement, mesh, self.cfg)
 
   def rebalance(self) -> None:
     """Moves experts to even their load since the last time.
@@ -280,24 +303,30 @@ class Engine:
   def _admit(self) -> list[Event]:
     """Reads prompts into free slots, and draws their first tokens."""
     admitted, events = self._slots.admit(), []
+    if self.options.trace:
+      for a in admitted.values():
+        a.recorder = trace_lib.Recorder(a.request, self.cfg)
     requests = {shard: a.request for shard, a in admitted.items()}
     self._reserve(max(len(r.prompt) + r.max_tokens for r in requests.values()))
     longest = max(len(r.prompt) for r in requests.values())
     program = self._prefill(sampling.mode(requests.values()))
     for start in range(0, longest, self.options.chunk):
       chunk = self._prompt_chunk(admitted, start)
-      self._state, first, load = program(
+      self._state, output, load = program(
         self._params, self._state, self._shard(chunk)
       )
       self.balancer.add(load)
       end = start + self.options.chunk
       done = [s for s, r in requests.items() if start < len(r.prompt) <= end]
-      if done:
-        tokens, logprobs = jax.device_get(first)
+      if done or self.options.trace:
+        output = jax.device_get(output)
+      for shard, active in admitted.items():
+        if active.recorder:
+          active.recorder.add_chunk(output, shard)
       for shard in done:
         self.stats.prompt_tokens += len(requests[shard].prompt)
-        slot = admitted[shard].slot
-        events += self._slot_events(slot, tokens[shard], logprobs[shard])
+        tokens, logprobs = output.tokens[shard], output.logprobs[shard]
+        events += self._slot_events(admitted[shard].slot, tokens, logprobs)
     return events
 
   def _prompt_chunk(
@@ -384,6 +413,8 @@ class Engine:
         self.stats.tokens += n
         self.stats.drafts += self.options.n_drafts
         self.stats.accepted += n - 1
+        if a.recorder:
+          a.recorder.add_step(output, (slot, step))
         at = slot, step, slice(n)
         events += self._slot_events(
           slot, output.tokens[at], output.logprobs[at]
@@ -405,7 +436,10 @@ class Engine:
       full = active.n_generated == active.request.max_tokens
       stopped = token in active.request.stop_token_ids
       reason = STOP if stopped else LENGTH if full else ""
-      events.append(Event(active.index, token, logprob, reason))
+      recorder, trace = active.recorder if reason else None, None
+      if recorder:
+        trace = recorder.trace(active.n_generated)
+      events.append(Event(active.index, token, logprob, reason, trace))
       if reason:
         self._slots.release(slot)
         break

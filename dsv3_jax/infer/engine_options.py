@@ -27,6 +27,7 @@ class EngineOptions:
   serving: serving_mesh.ServingConfig | None = None  # None: one device
   rebalance_every: int = 0  # steps between moves of experts; 0: never
   form: str = forward_form.AUTO  # of the forward pass, of `forward_form.NAMES`
+  trace: bool = False  # the last event of a text has its `Event.trace`
 
   def resolve(self, cfg: config.Model) -> "EngineOptions":
     """Fills in the default of `max_len` for a model."""
@@ -80,6 +81,11 @@ def validate_options(
     problems.append(
       f"rebalance_every={every}: must be at least 0, and 0 without a mesh"
       " that experts are divided over"
+    )
+  if options.trace and (mesh or options.serving):
+    problems.append(
+      "trace=True: must be False with a serving mesh; one device (serving=None)"
+      " records traces"
     )
   try:
     if options.serving and not mesh:

@@ -32,6 +32,35 @@ def from_params(
   return tree | {"head": params["head"].T}
 
 
+def replace(old: InferenceParams, new: InferenceParams) -> InferenceParams:
+  """Returns new parameters, placed so that programs of the old ones fit.
+
+  Raises:
+    ValueError: names, or the shape or dtype of a parameter, are others.
+  """
+  known, given = map(param_spec.flatten_with_paths, (old, new))
+  if known.keys() != given.keys():
+    names = ", ".join(sorted(known.keys() ^ given.keys()))
+    raise ValueError(f"{names}: only in the old or only in the new parameters")
+  for name, a in known.items():
+    b = given[name]
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+      raise ValueError(
+        f"{name}: is {b.dtype}{b.shape}, must be {a.dtype}{a.shape} as before"
+      )
+
+  def placed(a, b):
+    # An array that is bound to no device may be so again.
+    return jax.device_put(b, a.sharding) if _is_bound(a) else b
+
+  return jax.tree.map(placed, old, new)
+
+
+def _is_bound(a: Any) -> bool:
+  """Returns whether an array has been put on its devices explicitly."""
+  return isinstance(a, jax.Array) and a.committed
+
+
 def specs(cfg: config.Model) -> param_spec.Specs:
   """Returns the specs of the parameters that `from_params` returns."""
   stacked, dims = transformer.specs(cfg), (("scores", cfg.router.n_experts),)

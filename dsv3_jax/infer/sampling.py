@@ -64,16 +64,21 @@ def most_likely(scores: jax.Array) -> jax.Array:
 def probabilities(
   logits: jax.Array, params: SamplingParams, mode: str
 ) -> jax.Array:
-  """Returns the distributions that tokens are drawn from, [B, T, C].
+  """Returns the distributions that tokens are drawn from, [B, T, C]."""
+  return jax.nn.softmax(adjust(logits, params, mode), axis=-1)
+
+
+def adjust(logits: jax.Array, params: SamplingParams, mode: str) -> jax.Array:
+  """Returns logits [B, T, C] of `probabilities`, -inf for tokens not kept.
 
   Divides by the temperature, keeps the top_k most likely tokens, then the
   fewest of those whose share of the rest reaches top_p. A temperature of 0
-  gives a one-hot distribution.
+  keeps the most likely token, with a logit of 0.
   """
-  best = most_likely(logits)
-  one_hot = jax.nn.one_hot(best, logits.shape[-1], dtype=logits.dtype)
+  best = jax.nn.one_hot(most_likely(logits), logits.shape[-1], dtype=bool)
+  greedy = jnp.where(best, 0, -jnp.inf).astype(logits.dtype)
   if mode == GREEDY:
-    return one_hot
+    return greedy
   temperature, top_p, top_k = (
     a[:, None, None] for a in (params.temperature, params.top_p, params.top_k)
   )
@@ -83,7 +88,7 @@ def probabilities(
     whole = (temperature == 0) | ((top_k == 0) & (top_p >= 1))
     selected = _truncate(logits, top_p, top_k, whole) | whole
     logits = jnp.where(selected, logits, -jnp.inf)
-  return jnp.where(temperature > 0, jax.nn.softmax(logits, axis=-1), one_hot)
+  return jnp.where(temperature > 0, logits, greedy)
 
 
 def _truncate(

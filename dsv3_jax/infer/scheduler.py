@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 
+from dsv3_jax.infer import trace
 from dsv3_jax.infer.request import GenerationRequest
 
 
@@ -14,6 +15,7 @@ class Active:
   request: GenerationRequest
   slot: int
   n_generated: int = 0  # without tokens of a step that is still running
+  recorder: trace.Recorder | None = None  # None: no trace is asked for
 
 
 class Scheduler:

@@ -26,6 +26,7 @@ import numpy as np
 
 from dsv3_jax import config
 from dsv3_jax.infer import cached_forward, kvcache, sampling
+from dsv3_jax.infer import trace as trace_lib
 from dsv3_jax.infer.forward_form import ForwardForm
 from dsv3_jax.infer.inference_params import InferenceParams
 from dsv3_jax.infer.request import GenerationRequest
@@ -81,6 +82,7 @@ class StepOutput:
   tokens: jax.Array  # [B, k + 1] int32
   n: jax.Array  # [B] int32, number of them; 0: the row was not active
   logprobs: jax.Array  # [B, k + 1] f32, see `token_logprobs`
+  trace: trace_lib.StepTrace | None = None  # None: it is not asked for
 
 
 def token_logprobs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -114,11 +116,12 @@ def _draft(
   cfg: config.Model,
   mode: str,
   form: ForwardForm,
-) -> tuple[jax.Array, jax.Array, kvcache.Cache, jax.Array]:
+) -> tuple[jax.Array, jax.Array, kvcache.Cache, cached_forward.Routed]:
   """Returns drafts [B, k] of the MTP module, and what comes with them.
 
   These are the distributions that they were drawn from [B, k, C], the cache,
-  and the load of experts [1, E].
+  and the experts chosen: the load is of all passes, the experts are those of
+  the first one, which reads states of the main model.
   """
   n_drafts = state.tokens.shape[1] - 1
   forward = functools.partial(form.forward_mtp, params, cfg=cfg)
@@ -126,7 +129,7 @@ def _draft(
   options = cached_forward.ForwardOptions(
     valid=valid & active[:, None], experts=form.experts
   )
-  out, onward, cache, load = forward(
+  out, onward, cache, routed = forward(
     state.cache, state.hidden, state.tokens, state.start, options=options
   )
   out, onward = _at(out, state.n - 1), _at(onward, state.n - 1)
@@ -140,14 +143,14 @@ def _draft(
       out, onward, cache, more = forward(
         cache, onward, tokens[-1], position + i - 1, options=options
       )
-      load = load + more
+      routed = routed.replace(load=routed.load + more.load)
     logits = form.logits(params, out, active[:, None])
     q = sampling.probabilities(logits, state.sampling_params, mode)
     ahead = position[:, None] + i + 1
     tokens.append(sampling.draw(q, seed, ahead, sampling.DRAFT, mode))
     distributions.append(q)
   drafts, q = jnp.concatenate(tokens, 1), jnp.concatenate(distributions, 1)
-  return drafts, q, cache, load[None]
+  return drafts, q, cache, routed
 
 
 def _accept(
@@ -227,6 +230,7 @@ def decode_step(
   cfg: config.Model,
   mode: str,
   form: ForwardForm,
+  traced: bool = False,
 ) -> tuple[DecodeState, StepOutput, jax.Array]:
   """Generates 1 .. k + 1 tokens of every slot whose text has not ended.
 
@@ -240,21 +244,23 @@ def decode_step(
   n_drafts, sampling_params = state.tokens.shape[1] - 1, state.sampling_params
   active = in_use & (state.limits.remaining > 0)
   last, position = _at(state.tokens, state.n - 1), state.start + state.n
-  cache, drafts, loads = state.cache, last[:, :0], []
+  cache, drafts, mtp_routed = state.cache, last[:, :0], None
   q = jnp.zeros((*drafts.shape, cfg.vocab_size))
   if n_drafts:
-    drafts, q, cache, load = _draft(params, state, active, cfg, mode, form)
-    loads.append(load)
+    drafts, q, cache, mtp_routed = _draft(
+      params, state, active, cfg, mode, form
+    )
   tokens = jnp.concatenate([last, drafts], axis=1)
   valid = jnp.broadcast_to(active[:, None], tokens.shape)
   options = cached_forward.ForwardOptions(valid=valid, experts=form.experts)
-  x, cache, load = form.forward(params, cache, tokens, position, cfg, options)
+  x, cache, routed = form.forward(params, cache, tokens, position, cfg, options)
   hidden = cached_forward.final_norm(params, x, cfg)
   logits = form.logits(params, hidden, valid)
+  adjusted = sampling.adjust(logits, sampling_params, mode)
   if mode == sampling.GREEDY:
     tokens, n = _verify_greedily(logits, drafts)
   else:
-    p = sampling.probabilities(logits, sampling_params, mode)
+    p = jax.nn.softmax(adjusted)
     seed = sampling_params.seed
     tokens, n = verify_drafts(p, q, drafts, seed, position + 1, mode)
   mtp_states = mtp_input(x, hidden, cfg) if n_drafts else None
@@ -268,7 +274,16 @@ def decode_step(
     limits=state.limits.after(tokens, told),
   )
   output = StepOutput(tokens, told, token_logprobs(logits, tokens))
-  return state, output, jnp.concatenate([load, *loads])
+  load, mtp_experts = routed.load, None
+  if mtp_routed:
+    load = jnp.concatenate([load, mtp_routed.load])
+    mtp_experts = mtp_routed.experts
+  if traced:
+    step = trace_lib.of_step(
+      adjusted, tokens, routed.experts, mtp_experts, mode
+    )
+    output = output.replace(trace=step)
+  return state, output, load
 
 
 def decode_steps(
@@ -278,6 +293,7 @@ def decode_steps(
   cfg: config.Model,
   mode: str,
   form: ForwardForm,
+  traced: bool = False,
 ) -> tuple[DecodeState, StepOutput, jax.Array]:
   """Runs several decode steps, up to MAX_STEPS.
 
@@ -294,13 +310,16 @@ def decode_steps(
     jnp.zeros(shape, jnp.int32),
     jnp.zeros(shape[:2], jnp.int32),
     jnp.zeros(shape, jnp.float32),
+    trace_lib.empty(shape, cfg, mode) if traced else None,
   )
   n_routers = cfg.n_moe_layers + (shape[2] > 1)
   load = jnp.zeros((n_routers, cfg.router.n_experts), jnp.int32)
 
   def step(i, carry):
     state, output, load = carry
-    state, new, more = decode_step(params, state, in_use, cfg, mode, form)
+    state, new, more = decode_step(
+      params, state, in_use, cfg, mode, form, traced
+    )
     output = jax.tree.map(
       lambda a, x: jax.lax.dynamic_update_index_in_dim(a, x, i, 1), output, new
     )

@@ -117,8 +117,12 @@ class ReadTest(parameterized.TestCase):
     served_params = inference_params.from_params(params, bias, cfg)
     hidden, load, more = read(served_params, unread(cfg, True), valid)
     main = [of_text[2][: cfg.n_moe_layers] for of_text in alone]
-    np.testing.assert_array_equal(load, sum(main))
-    self.assertEqual(int(more.sum()), sum(lengths) * cfg.router.top_k)
+    np.testing.assert_array_equal(load.load, sum(main))
+    self.assertEqual(int(more.load.sum()), sum(lengths) * cfg.router.top_k)
+    for routed in (load, more):
+      none = np.asarray(routed.experts == cfg.router.n_experts)
+      np.testing.assert_array_equal(none.all(-1), ~valid[None])
+      np.testing.assert_array_equal(none.any(-1), ~valid[None])
     for got, n, (expected, *_) in zip(hidden, lengths, alone, strict=True):
       testing.assert_close(got[:n], expected[0], LAYER_TERMS)
 

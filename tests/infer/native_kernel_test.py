@@ -116,9 +116,16 @@ class KernelTest(parameterized.TestCase):
     ):
       written = np.asarray(before != after).any(-1)
       np.testing.assert_array_equal(written, [[0, 0, 1, 1], [0, 1, 0, 0]])
-    self.assertEqual(load.shape, (cfg.n_moe_layers, 16))
-    np.testing.assert_array_equal(load.sum(-1), 4 * cfg.router.top_k)
-    self.assertEqual(more.sum(), 4 * cfg.router.top_k)
+    self.assertEqual(load.load.shape, (cfg.n_moe_layers, 16))
+    np.testing.assert_array_equal(load.load.sum(-1), 4 * cfg.router.top_k)
+    self.assertEqual(more.load.sum(), 4 * cfg.router.top_k)
+    for routed in (load, more):
+      counts = [np.bincount(e.ravel(), minlength=17) for e in routed.experts]
+      n_left = 2 * cfg.router.top_k
+      np.testing.assert_array_equal(
+        counts, np.insert(routed.load, 16, n_left, axis=1)
+      )
+      np.testing.assert_array_equal(routed.experts[:, 1, 1:], 16)
     np.testing.assert_array_equal(np.asarray(logits).any(-1), valid)
 
   def test_bits_of_a_row_do_not_depend_on_others(self):
@@ -173,7 +180,7 @@ class KernelTest(parameterized.TestCase):
 
     def read(params, cache, tokens, start):
       x, cache, load = kernel.forward(params, cache, tokens, start, cfg)
-      return x, cache, load[None]
+      return x, cache, load.load[None]
 
     row = jax.P("data")
     sharded = jax.shard_map(

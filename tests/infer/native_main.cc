@@ -167,7 +167,7 @@ static std::unique_ptr<Call> forward_call(int64_t b, int64_t t, int64_t q_rank) 
     call->normal({d, 2, f}, .1f), call->normal({f, d}, .1f);
     call->result({b, s, rank + rope});
   }
-  call->result({2, e}, XLA_FFI_DataType_S32);
+  call->result({2, e}, XLA_FFI_DataType_S32), call->result({2, b, t, 3}, XLA_FFI_DataType_S32);
   return call;
 }
 

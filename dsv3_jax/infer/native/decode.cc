@@ -31,7 +31,7 @@ struct Layer {
   const float *router = nullptr, *bias, *expert_gate_up, *expert_down;
   long f = 0, expert_f = 0;
   float* cache;
-  int32_t* load;
+  int32_t *load, *experts;
 };
 
 // One call: the tokens that are valid, and what the phases of a layer hand on.
@@ -101,7 +101,8 @@ class Forward {
       }
   }
 
-  // Results 1 .. n_layers are the caches, the one behind them loads of experts.
+  // Results 1 .. n_layers are the caches; loads of experts, and the experts of
+  // each token, n_experts of one that is not valid, are behind them.
   Layer read_layer(long l) {
     Layer p;
     const long n = c.n_heads;
@@ -128,7 +129,9 @@ class Forward {
       p.expert_gate_up = frame_.next(e * c.d * 2 * p.expert_f);
       p.expert_down = frame_.next(e * p.expert_f * c.d);
       p.load = frame_.result<int32_t>(1 + c.n_layers) + (l - c.n_dense_layers) * e;
-      if (!frame_.failed()) std::fill_n(p.load, e, 0);
+      const long n_choices = b * t * c.router.top_k;
+      p.experts = frame_.result<int32_t>(2 + c.n_layers) + (l - c.n_dense_layers) * n_choices;
+      if (!frame_.failed()) std::fill_n(p.load, e, 0), std::fill_n(p.experts, n_choices, e);
     }
     if (!routed || c.shared_experts) {
       p.f = frame_.dim(2);
@@ -270,6 +273,7 @@ class Forward {
       float* scores = arena().make<float>(c.router.n_experts);
       affinity.out.copy_to(scores, i, 0, c.router.n_experts);
       c.router.choose(scores, p.bias, chosen + i * k, gates + i * k);
+      std::copy_n(chosen + i * k, k, p.experts + token[i] * k);
     });
     experts(p, own, own_down);
   }

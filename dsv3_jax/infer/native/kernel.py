@@ -12,7 +12,7 @@ import numpy as np
 
 from dsv3_jax import config, param_spec
 from dsv3_jax.infer import cached_forward, kvcache
-from dsv3_jax.infer.cached_forward import ForwardOptions
+from dsv3_jax.infer.cached_forward import ForwardOptions, Routed
 from dsv3_jax.infer.inference_params import InferenceParams
 from dsv3_jax.model import cached_attention, mla, mtp, rope
 
@@ -62,7 +62,7 @@ def _attributes(cfg: config.Model) -> dict[str, np.generic]:
 
 
 def _blocks(layers, x, caches, start, cfg, options):
-  """Runs layers on states x [B, T, D]; returns states, caches, loads [n, E]."""
+  """Runs layers on states x [B, T, D]; returns states, caches, choices."""
   if options.experts is not None:
     raise ValueError("the decode kernel has all experts on its device")
   positions = cached_attention.new_positions(start, x)
@@ -76,20 +76,21 @@ def _blocks(layers, x, caches, start, cfg, options):
     aliases[len(arguments)] = 1 + i
     arguments += [cache, *_layer(p, cfg)]
   n_dense = sum("bias" not in p for p in layers)
-  loads = len(layers) - n_dense, cfg.router.n_experts
+  n_moe, router = len(layers) - n_dense, cfg.router
+  routed = (n_moe, router.n_experts), (n_moe, *positions.shape, router.top_k)
   results = (
     jax.ShapeDtypeStruct(x.shape, _F32),
     *(jax.ShapeDtypeStruct(cache.shape, _F32) for cache in caches),
   )
   call = jax.ffi.ffi_call(
     "dsv3_forward",
-    (*results, jax.ShapeDtypeStruct(loads, jnp.int32)),
+    (*results, *(jax.ShapeDtypeStruct(a, jnp.int32) for a in routed)),
     input_output_aliases=aliases,
   )
   sizes = {"n_layers": len(layers), "n_dense_layers": n_dense}
   sizes = {name: np.int64(size) for name, size in sizes.items()}
-  x, *filled, load = call(*arguments, **sizes, **_attributes(cfg))
-  return x, tuple(filled), load
+  x, *filled, load, experts = call(*arguments, **sizes, **_attributes(cfg))
+  return x, tuple(filled), Routed(load, experts)
 
 
 def forward(
@@ -99,13 +100,13 @@ def forward(
   start: jax.Array,
   cfg: config.Model,
   options: ForwardOptions = cached_forward.DECODE,
-) -> tuple[jax.Array, kvcache.Cache, jax.Array]:
+) -> tuple[jax.Array, kvcache.Cache, Routed]:
   """Runs the main model, as `cached_forward.forward` does."""
   x = params["embed"][tokens]
-  x, filled, load = _blocks(
+  x, filled, routed = _blocks(
     params["layers"], x, cache["main"], start, cfg, options
   )
-  return x, cache | {"main": filled}, load
+  return x, cache | {"main": filled}, routed
 
 
 def forward_mtp(
@@ -116,18 +117,18 @@ def forward_mtp(
   start: jax.Array,
   cfg: config.Model,
   options: ForwardOptions = cached_forward.DECODE,
-) -> tuple[jax.Array, jax.Array, kvcache.Cache, jax.Array]:
+) -> tuple[jax.Array, jax.Array, kvcache.Cache, Routed]:
   """Runs the first MTP module, as `cached_forward.forward_mtp` does."""
 
   def block(p, x, bias):
     del bias  # with the others
-    x, filled, (load,) = _blocks([p], x, cache["mtp"], start, cfg, options)
-    return x, (filled, load)
+    x, *told = _blocks([p], x, cache["mtp"], start, cfg, options)
+    return x, told
 
-  out, onward, (filled, load) = mtp.module(
+  out, onward, (filled, routed) = mtp.module(
     params["mtp"][0], None, hidden, params["embed"][ahead], cfg, block
   )
-  return out, onward, cache | {"mtp": filled}, load
+  return out, onward, cache | {"mtp": filled}, routed
 
 
 def logits(
