@@ -7,6 +7,7 @@ depends on its prompt, settings and seed alone.
 
 import dataclasses
 import functools
+import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -38,11 +39,10 @@ from dsv3_jax.infer.engine_options import (
   validate_request,
 )
 from dsv3_jax.infer.inference_params import InferenceParams
-from dsv3_jax.infer.request import GenerationRequest
+from dsv3_jax.infer.request import IDLE, GenerationRequest
 from dsv3_jax.plan import memory
 
 STOP, LENGTH = "stop", "length"  # finish reasons
-_IDLE = GenerationRequest((), temperature=0)  # settings of an empty slot
 
 # Decode steps that are run at a time take about this long, so that tokens come
 # steadily; more of them cost less of the host's time.
@@ -278,7 +278,7 @@ class Engine:
     self, specs: param_spec.Specs, b: int
   ) -> speculation.DecodeState:
     k, dtype = self.options.n_drafts, self._params["embed"].dtype
-    idle = [_IDLE] * b
+    idle = [IDLE] * b
     settings = sampling.stack_params(idle), speculation.stack_limits(idle)
     sampling_params, limits = jax.tree.map(jnp.asarray, settings)
     state = speculation.DecodeState(
@@ -302,16 +302,21 @@ class Engine:
 
   def _admit(self) -> list[Event]:
     """Reads prompts into free slots, and draws their first tokens."""
-    admitted, events = self._slots.admit(), []
+    n_rows, events = self._n_prompts(), []
+    admitted = self._slots.admit(n_rows)
     if self.options.trace:
       for a in admitted.values():
         a.recorder = trace_lib.Recorder(a.request, self.cfg)
-    requests = {shard: a.request for shard, a in admitted.items()}
+    requests = {row: a.request for row, a in admitted.items()}
     self._reserve(max(len(r.prompt) + r.max_tokens for r in requests.values()))
     longest = max(len(r.prompt) for r in requests.values())
+    per_shard = self._slots.slots_per_shard
+    prompts = {r: (a.slot % per_shard, a.request) for r, a in admitted.items()}
     program = self._prefill(sampling.mode(requests.values()))
     for start in range(0, longest, self.options.chunk):
-      chunk = self._prompt_chunk(admitted, start)
+      chunk = compiled.prompt_chunk(
+        prompts, n_rows * self._n_shards, start, self.options.chunk
+      )
       self._state, output, load = program(
         self._params, self._state, self._shard(chunk)
       )
@@ -320,39 +325,29 @@ class Engine:
       done = [s for s, r in requests.items() if start < len(r.prompt) <= end]
       if done or self.options.trace:
         output = jax.device_get(output)
-      for shard, active in admitted.items():
+      for row, active in admitted.items():
         if active.recorder:
-          active.recorder.add_chunk(output, shard)
-      for shard in done:
-        self.stats.prompt_tokens += len(requests[shard].prompt)
-        tokens, logprobs = output.tokens[shard], output.logprobs[shard]
-        events += self._slot_events(admitted[shard].slot, tokens, logprobs)
+          active.recorder.add_chunk(output, row)
+      for row in done:
+        self.stats.prompt_tokens += len(requests[row].prompt)
+        tokens, logprobs = output.tokens[row], output.logprobs[row]
+        events += self._slot_events(admitted[row].slot, tokens, logprobs)
     return events
 
-  def _prompt_chunk(
-    self, admitted: dict[int, scheduler.Active], start: int
-  ) -> compiled.PromptChunk:
-    """Returns the tokens of prompts from a position on, a row a shard."""
-    n_rows, size = self._n_shards, self.options.chunk
-    n, slot = np.zeros((2, n_rows), np.int32)
-    # One more than the chunk: the MTP module reads the token ahead.
-    tokens = np.zeros((n_rows, size + 1), np.int32)
-    requests = [_IDLE] * n_rows
-    for shard, active in admitted.items():
-      ids = active.request.prompt[start : start + size + 1]
-      tokens[shard, : len(ids)], n[shard] = ids, min(len(ids), size)
-      slot[shard] = active.slot % self._slots.slots_per_shard
-      requests[shard] = active.request
-    tokens = tokens[:, : kvcache.bucket(int(n.max()), size) + 1]
-    return compiled.PromptChunk(
-      tokens=tokens[:, :-1],
-      ahead=tokens[:, 1:],
-      start=np.full(n_rows, start, np.int32),
-      n=n,
-      slot=slot,
-      sampling_params=sampling.stack_params(requests),
-      limits=speculation.stack_limits(requests),
+  def _n_prompts(self) -> int:
+    """Returns how many prompts to read in a call, for each shard: 1 or many.
+
+    Many have together as many tokens as a chunk, so that there are few
+    programs.
+    """
+    n = min(len(self._slots.free), len(self._slots.waiting))
+    some = itertools.islice(self._slots.waiting, n)
+    size = kvcache.bucket(
+      max(len(request.prompt) for _, request in some), self.options.chunk
     )
+    many = min(self.options.max_batch, self.options.chunk // size)
+    worth = n > 1 if self.form.skips_idle_rows else 2 * n > many
+    return many if worth and not self.mesh else 1
 
   # --- decode ---
 

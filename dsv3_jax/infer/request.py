@@ -52,6 +52,7 @@ class GenerationRequest:
     return problems
 
 
+IDLE = GenerationRequest((), temperature=0)  # settings of an empty slot
 SETTINGS = {
   field.name: field
   for field in dataclasses.fields(GenerationRequest)

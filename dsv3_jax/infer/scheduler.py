@@ -28,15 +28,20 @@ class Scheduler:
     self.waiting = collections.deque[tuple[int, GenerationRequest]]()
     self.free = list(range(n_slots))[::-1]  # slots that no request has
 
-  def admit(self) -> dict[int, Active]:
-    """Gives slots to waiting requests, at most one a shard; by shard."""
-    admitted = {}
+  def admit(self, n: int) -> dict[int, Active]:
+    """Gives slots to waiting requests, at most n a shard.
+
+    The keys are rows of a batch with n rows for each shard.
+    """
+    admitted, rows = {}, {}
     for slot in self.free[::-1]:
       shard = slot // self.slots_per_shard
-      if self.waiting and shard not in admitted:
+      row = rows.setdefault(shard, shard * n)
+      if self.waiting and row < (shard + 1) * n:
         self.free.remove(slot)
         active = Active(*self.waiting.popleft(), slot=slot)
-        self.active[slot] = admitted[shard] = active
+        self.active[slot] = admitted[row] = active
+        rows[shard] += 1
     return admitted
 
   def release(self, slot: int) -> None:

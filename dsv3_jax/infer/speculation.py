@@ -103,7 +103,7 @@ def _of_tokens(values: jax.Array, tokens: jax.Array) -> jax.Array:
   return jnp.take_along_axis(values, tokens[..., None], axis=-1)[..., 0]
 
 
-def _at(a: jax.Array, index: jax.Array) -> jax.Array:
+def at(a: jax.Array, index: jax.Array) -> jax.Array:
   """Returns [B, T, ...] at index [B] as [B, 1, ...]."""
   index = index.reshape(-1, *[1] * (a.ndim - 1))
   return jnp.take_along_axis(a, index, axis=1)
@@ -132,7 +132,7 @@ def _draft(
   out, onward, cache, routed = forward(
     state.cache, state.hidden, state.tokens, state.start, options=options
   )
-  out, onward = _at(out, state.n - 1), _at(onward, state.n - 1)
+  out, onward = at(out, state.n - 1), at(onward, state.n - 1)
   position = state.start + state.n  # of the last known token
   options = cached_forward.ForwardOptions(
     valid=active[:, None], experts=form.experts
@@ -199,15 +199,15 @@ def verify_drafts(
     Tokens [B, k + 1], and the number of them [B], 1 .. k + 1.
   """
   k = drafts.shape[1]
-  at = position[:, None] + jnp.arange(k + 1)[None]
-  u = sampling.uniform(seed, at[:, :k], sampling.ACCEPT)
+  ahead = position[:, None] + jnp.arange(k + 1)[None]
+  u = sampling.uniform(seed, ahead[:, :k], sampling.ACCEPT)
   accepted = _accept(p[:, :k], q, drafts, u)
   n = jnp.cumprod(accepted.astype(jnp.int32), axis=1).sum(1)
   residual = jnp.maximum(p - jnp.pad(q, ((0, 0), (0, 1), (0, 0))), 0)
   # If p and q differ by rounding alone, nothing may be left.
   residual = jnp.where(residual.any(-1, keepdims=True), residual, p)
   final = sampling.draw(
-    _at(residual, n), seed, _at(at, n), sampling.FINAL, mode
+    at(residual, n), seed, at(ahead, n), sampling.FINAL, mode
   )
   tokens = jnp.pad(drafts, ((0, 0), (0, 1)))
   index = jnp.arange(k + 1)[None]
@@ -243,7 +243,7 @@ def decode_step(
   """
   n_drafts, sampling_params = state.tokens.shape[1] - 1, state.sampling_params
   active = in_use & (state.limits.remaining > 0)
-  last, position = _at(state.tokens, state.n - 1), state.start + state.n
+  last, position = at(state.tokens, state.n - 1), state.start + state.n
   cache, drafts, mtp_routed = state.cache, last[:, :0], None
   q = jnp.zeros((*drafts.shape, cfg.vocab_size))
   if n_drafts:
