@@ -66,11 +66,11 @@ def cross_entropy(
   weights. Where one is 0 the label may be anything.
   """
   head = head.astype(hidden.dtype)
-  chunks = _chunks(hidden, labels, weights)
-  return jax.lax.map(lambda c: _chunk_nll(c, head)[0], chunks).sum()
+  parts = chunks(hidden, labels, weights)
+  return jax.lax.map(lambda c: _chunk_nll(c, head)[0], parts).sum()
 
 
-def _chunks(hidden: jax.Array, *per_token: jax.Array) -> tuple[jax.Array, ...]:
+def chunks(hidden: jax.Array, *per_token: jax.Array) -> tuple[jax.Array, ...]:
   """Arrays [M, ...] -> [M / chunk, chunk, ...], padded with zeros."""
   m = hidden.shape[0]
   n = -(-m // CHUNK)
@@ -110,8 +110,8 @@ def _cross_entropy_fwd(hidden, head, labels, weights):
     return (total + nll, dhead), dx
 
   zero = jnp.zeros_like(weights, shape=()), jnp.zeros_like(head, jnp.float32)
-  chunks = _chunks(hidden, labels, weights)
-  (total, dhead), dhidden = jax.lax.scan(step, zero, chunks)
+  parts = chunks(hidden, labels, weights)
+  (total, dhead), dhidden = jax.lax.scan(step, zero, parts)
   dhidden = dhidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
   return total, (types, (dhidden, dhead))
 
