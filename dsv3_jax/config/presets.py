@@ -193,7 +193,7 @@ GRPO = {
     *_GRPO,
     *"optim.peak_lr=3e-4 optim.min_lr=3e-4 optim.final_lr=3e-4".split(),
     *"train.batch_size=32 data.seq_len=128 data.heldout_fraction=0.015".split(),
-    *"grpo.answer_tokens=16 grpo.slots=64 grpo.group_size=8".split(),
+    *"grpo.answer_tokens=32 grpo.slots=64 grpo.group_size=8".split(),
     *"checkpoint.every=25 evaluate.every=25 evaluate.answers=600".split(),
   ],
 }
