@@ -284,16 +284,13 @@ class Policy:
   """
 
   settings: config.Grpo
-  metrics = (
-    "policy_loss",
-    "kl_loss",
-    "kl",
-    "entropy",
-    "clip_share",
-    "ratio_mean",
-    "ratio_outside",
-    "masked_share",
-  )
+
+  @property
+  def metrics(self) -> tuple[str, ...]:
+    """Names of the metrics; `kl` needs the reference, which may be absent."""
+    names = "policy_loss kl_loss entropy clip_share ratio_mean ratio_outside"
+    own = ("kl",) if self.settings.kl_weight else ()
+    return (*names.split(), "masked_share", *own)
 
   def __call__(
     self, hidden: jax.Array, head: jax.Array, data: Batch
@@ -341,6 +338,7 @@ class Policy:
     }
     metrics = {name: (share * a).sum() for name, a in means.items()}
     metrics |= {"policy_loss": policy_loss, "kl_loss": kl_loss}
+    metrics = {name: metrics[name] for name in self.metrics}
     return policy_loss + kl_loss, jax.lax.stop_gradient(metrics)
 
 
