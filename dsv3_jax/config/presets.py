@@ -130,6 +130,17 @@ TINY = _override(
   """,
 )
 
+# Smaller, for experiments of minutes that answer thousands of questions.
+NANO = _override(
+  TINY,
+  """
+  vocab_size=512 d_model=128 n_layers=3 dense_ffn_dim=256 init_std=0.045
+  attention.n_heads=4 attention.q_rank=64 attention.kv_rank=32 moe.ffn_dim=64
+  router.n_experts=8 router.top_k=2 router.n_groups=1 router.top_groups=1
+  data.seq_len=128
+  """,
+)
+
 # Overnight on a laptop, or minutes on an accelerator; reads the output of
 # `scripts/prepare_data.py`. init_std is scaled to the width as in TINY.
 SMALL = _override(
@@ -208,6 +219,7 @@ RECIPE_PURPOSES = {  # of training a model given, for `--help`
 }
 PURPOSES = {  # by name, for `--help`
   "tiny": "trains in minutes on two cores",
+  "nano": "trains in a minute; for reinforcement learning",
   "small": "a night on a laptop, or minutes on an accelerator",
   "v2_lite_16b": "DeepSeek-V2-Lite as published",
   "v2_236b": "DeepSeek-V2 as published",
@@ -217,6 +229,7 @@ PURPOSES = {  # by name, for `--help`
 }
 PRESETS = {
   "tiny": TINY,
+  "nano": NANO,
   "small": SMALL,
   "v2_lite_16b": V2_LITE_16B,
   "v2_236b": V2_236B,
