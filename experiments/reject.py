@@ -9,7 +9,12 @@ what an answer must reach: exact (1 for the text of the right answer), task (the
 score of the task, which can be too kind) and those of `posttrain.rewards`, such
 as correctness=1,language=0.9. --out is a file that
 `experiments.sft --data` reads; beside it, .counts.json says how many answers
-were refused, and by which rule.
+were refused, and by which rule. Questions of --exclude, a file of
+conversations, are not asked, so that what is held out elsewhere stays so.
+
+With --system_prompt, --out has the two types of samples of section 5.1: each
+question with its right answer, and the system prompt, the question and the
+answer that passed. The model is asked without the system prompt.
 """
 
 import os
@@ -21,11 +26,13 @@ from dsv3_jax import io
 from dsv3_jax.data import conversations, tasks
 from dsv3_jax.errors import InputError
 from dsv3_jax.infer import generate
-from dsv3_jax.posttrain import rejection
+from dsv3_jax.posttrain import rejection, sample_types
 from dsv3_jax.posttrain.rewards import REWARDS, by_name, reward
 
 # Flags that mean nothing without --reject.
-FLAGS = "answers rewards keep language reward_model allow_code".split()
+FLAGS = (
+  "answers rewards keep language reward_model allow_code exclude system_prompt"
+).split()
 _PROBLEMS, _SEED = 1000, 1  # of a task without n; other ones than those of SFT
 
 
@@ -33,6 +40,8 @@ class Args(Protocol):
   """Flags that rejection sampling reads."""
 
   reject: str
+  exclude: str
+  system_prompt: str
   answers: int
   rewards: str
   keep: int
@@ -51,6 +60,8 @@ def validate(args: Args) -> Iterator[str]:
     yield f"--out={args.out}: there is no such folder"
   elif os.path.exists(args.out):
     yield f"--out={args.out}: is there already; take another name"
+  if args.exclude and not os.path.isfile(args.exclude):
+    yield f"--exclude={args.exclude}: there is no such file"
   for name in ("answers", "keep"):
     if (value := getattr(args, name)) < 1:
       yield f"--{name}={value}: must be at least 1"
@@ -75,6 +86,26 @@ def _questions(
   score = by_name.of_tasks(named, problems)
   functions = {**by_name.PLAIN, by_name.TASK: score}
   return rejection.from_problems(problems), functions
+
+
+def exclude(
+  questions: list[rejection.Question], path: str
+) -> list[rejection.Question]:
+  """Leaves out questions that a file of conversations has; "" is no file.
+
+  Raises InputError if the file cannot be read, or no question is left.
+  """
+  if not path:
+    return questions
+  read = conversations.read(pathlib.Path(path))
+  held_out = {one.prompt for one in rejection.from_conversations(read)}
+  left = [one for one in questions if one.prompt not in held_out]
+  if not left:
+    raise InputError(
+      f"--exclude={path}: has all of the {len(questions)} questions; ask more,"
+      " or exclude fewer"
+    )
+  return left
 
 
 def _functions(
@@ -134,13 +165,21 @@ def write(
       no answer passed.
   """
   minimums = by_name.parse(args.rewards)
-  questions, functions = _questions(args)
+  drawn, functions = _questions(args)
+  questions = exclude(drawn, args.exclude)
+  for one in questions if args.system_prompt else ():
+    if one.messages[0]["role"] == "system":
+      raise InputError(
+        "--system_prompt: a question has a system prompt already,"
+        f" {one.messages[0]['content']!r:.60}; remove it from --reject"
+      )
   functions = _functions(args, generator, minimums, functions)
   rules = rejection.Rules(minimums, args.keep)
   rejection.validate(functions, rules)
   texts = rejection.answer(generator, questions, args.answers, settings)
   kept = rejection.select(questions, texts, functions, rules)
   figures = {
+    "excluded": len(drawn) - len(questions),
     "questions": len(questions),
     "solved": kept.solved,
     "answers": len(questions) * args.answers,
@@ -152,4 +191,7 @@ def write(
   io.write_json(out.with_suffix(".counts.json"), figures)
   if not kept.rows:
     raise InputError(f"--out={out}: no answer passed; nothing is written")
-  conversations.write(out, kept.rows)
+  rows = kept.rows
+  if args.system_prompt:
+    rows = sample_types.of_answers(rows, args.system_prompt)
+  conversations.write(out, rows)

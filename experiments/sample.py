@@ -70,6 +70,12 @@ class Args:
   reject: str = flag(
     "", "questions with right answers, of which --out gets answers that pass"
   )
+  exclude: str = flag(
+    "", "conversations whose questions are not asked, with --reject"
+  )
+  system_prompt: str = flag(
+    "", "system prompt of the second type of samples, with --reject"
+  )
   answers: int = flag(8, "answers to a question, with --reject")
   rewards: str = flag(
     "correctness=1", "rewards with what an answer must reach, with --reject"

@@ -18,7 +18,34 @@ SYSTEM = (
   "Think about the problem step by step. Reflect on each step, verify the"
   " result before you give it, and correct what you find wrong."
 )
+ORIGINAL, REFLECTIVE = "original", "reflective"  # field `type` of rows
 _MAX_SEED = 2**32
+
+
+def of_answers(
+  rows: Iterable[Mapping[str, Any]], system: str = SYSTEM
+) -> list[dict[str, Any]]:
+  """Makes rows of both types of answers that are known to be good.
+
+  Args:
+    rows: those of `rejection.select`, with messages and a reference.
+    system: the system prompt of the second type; no question has one.
+
+  Returns:
+    rows for `conversations.write`, with a field `type`. Answers to one question
+    that follow each other have one row of its original answer.
+  """
+  made, last = [], None
+  for row in rows:
+    *question, _ = row["messages"]
+    if question != last:
+      answer = {"role": "assistant", "content": row["reference"]}
+      made.append({"type": ORIGINAL, "messages": [*question, answer]})
+    first = {"role": "system", "content": system}
+    messages = [first, *row["messages"]]
+    made.append({**row, "type": REFLECTIVE, "messages": messages})
+    last = question
+  return made
 
 
 def build(
@@ -58,14 +85,14 @@ def build(
     problems, contexts, texts, strict=True
   ):
     answer = {"role": "assistant", "content": original}
-    rows.append({"type": "original", "messages": [context[1], answer]})
-    counts["original"] += 1
+    rows.append({"type": ORIGINAL, "messages": [context[1], answer]})
+    counts[ORIGINAL] += 1
     if problem := _problem(generator.defaults.template, text):
       counts[problem] += 1
       continue
     answer = conversations.parse_answer(str(text))
-    rows.append({"type": "reflective", "messages": [*context, answer]})
-    counts["reflective"] += 1
+    rows.append({"type": REFLECTIVE, "messages": [*context, answer]})
+    counts[REFLECTIVE] += 1
   return rows, counts
 
 

@@ -3,6 +3,7 @@
 import types
 
 import numpy as np
+import testing
 from absl.testing import absltest, parameterized
 
 from dsv3_jax.data import chat, conversations, token_file
@@ -69,6 +70,39 @@ class SelectTest(parameterized.TestCase):
   @parameterized.parameters(("7", 1), (" 7\n", 1), ("7.", 0), ("17", 0))
   def test_exact(self, answer, value):
     self.assertEqual(by_name.exact("3+4=", answer, "7"), reward.Reward(value))
+
+
+class ExcludeTest(absltest.TestCase):
+  QUESTIONS = (
+    QUESTION,
+    rejection.Question([{"role": "user", "content": "1+1="}], "2"),
+  )
+
+  def excluded(self, *rows):
+    path = testing.folder(self) / "heldout.jsonl"
+    conversations.write(path, rows)
+    return reject.exclude(list(self.QUESTIONS), str(path))
+
+  def test_questions_of_the_file_are_not_asked(self):
+    left = self.excluded({"prompt": "3+4=", "response": "7"})
+    self.assertEqual([one.prompt for one in left], ["1+1="])
+    same = reject.exclude(list(self.QUESTIONS), "")
+    self.assertEqual(same, list(self.QUESTIONS))
+
+  def test_none_left(self):
+    rows = [{"prompt": one.prompt, "response": "?"} for one in self.QUESTIONS]
+    with self.assertRaisesRegex(InputError, "all of the 2 questions"):
+      self.excluded(*rows)
+
+  def test_question_with_a_system_prompt_of_its_own(self):
+    path = testing.folder(self) / "asked.jsonl"
+    row = {"system": "Be brief.", "prompt": "3+4=", "response": "7"}
+    conversations.write(path, [row])
+    args = types.SimpleNamespace(
+      reject=str(path), rewards="exact=1", exclude="", system_prompt="Reflect."
+    )
+    with self.assertRaisesRegex(InputError, "already, 'Be brief.'"):
+      reject.write(None, args, {})
 
 
 class FlagTest(parameterized.TestCase):

@@ -63,6 +63,35 @@ class BuildTest(absltest.TestCase):
     _, counts = sample_types.build(generator, PROBLEMS[:1], {})
     self.assertEqual(counts, {"original": 1, "unended": 1})
 
+  def test_good_answers_make_rows_of_both_types(self):
+    user = {"role": "user", "content": "3+3?"}
+    other = {"role": "user", "content": "4+4?"}
+    kept = [
+      {"messages": [asked, answer(text)], "reference": right, "rewards": {}}
+      for asked, text, right in (
+        (user, "six", "6"),
+        (user, "it is 6", "6"),
+        (other, "8", "8"),
+      )
+    ]
+    rows = sample_types.of_answers(kept, "Reflect.")
+    system = {"role": "system", "content": "Reflect."}
+    self.assertEqual(
+      [(row["type"][0], row["messages"]) for row in rows],
+      [
+        ("o", [user, answer("6")]),
+        ("r", [system, user, answer("six")]),
+        ("r", [system, user, answer("it is 6")]),
+        ("o", [other, answer("8")]),
+        ("r", [system, other, answer("8")]),
+      ],
+    )
+    conversations.write(testing.folder(self) / "rows.jsonl", rows)
+
+
+def answer(text):
+  return {"role": "assistant", "content": text}
+
 
 if __name__ == "__main__":
   absltest.main()
