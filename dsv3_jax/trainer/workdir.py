@@ -30,7 +30,7 @@ _CHANGEABLE = "settings.checkpoint.", "settings.evaluate.", "settings.parallel."
 
 
 # Redirected output of a first start, or of a batch system.
-_LOGS = {".err", ".log", ".out", ".txt"}
+LOGS = {".err", ".log", ".out", ".txt"}
 
 
 def run_identity(variant: str, seed: int, run: config.Run) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def _check_own(workdir: pathlib.Path) -> None:
     return
   for path in sorted(workdir.iterdir()):
     hidden = path.name.startswith(".")
-    if not hidden and path.name != CHECKPOINTS and path.suffix not in _LOGS:
+    if not hidden and path.name != CHECKPOINTS and path.suffix not in LOGS:
       kind = "folder" if path.is_dir() else "file"
       raise InputError(
         f"--workdir={workdir}: holds no run but other things, such as the"
@@ -142,10 +142,11 @@ def write_config(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def lock(workdir: pathlib.Path) -> Iterator[None]:
+def lock(workdir: pathlib.Path) -> Iterator[int]:
   """Locks the workdir while the block runs; InputError names another holder.
 
-  The system releases the lock when the process ends, however it does.
+  The block gets the descriptor of the lock. The system releases the lock when
+  the process ends, however it does, and all that have inherited the descriptor.
   """
   with open(workdir / LOCK, "a+", encoding="utf-8") as file:
     try:
@@ -162,7 +163,7 @@ def lock(workdir: pathlib.Path) -> Iterator[None]:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
-    yield
+    yield file.fileno()
 
 
 def _revision() -> str:

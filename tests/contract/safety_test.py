@@ -50,6 +50,8 @@ ALLOWED = {
   },
   # The error of a damaged archive of NumPy, which holds arrays alone.
   "dsv3_jax/posttrain/rollout.py": {"zipfile"},
+  # Stages of post-training: experiments of this package, as a user types them.
+  "experiments/posttrain.py": {"subprocess"},
   # Other programs that the user asks for, with fixed arguments.
   "scripts/bench/main.py": {"subprocess"},
   "scripts/bench/convert.py": {"subprocess"},
