@@ -197,6 +197,12 @@ class DivergenceTest(absltest.TestCase):
         inert = np.abs(found).max() < 1e-12
         self.assertEqual(inert, tag == objectives.INERT, kind)
 
+  def test_k3_pulls_back_from_far_away(self):
+    policy = np.array([-9.0, -0.5, 0.0])
+    terms = functools.partial(objectives.kl_terms, "k3")
+    found = slopes(terms, policy, np.zeros(3), np.zeros(3))
+    np.testing.assert_allclose(found, 1 - np.exp(-policy), rtol=1e-6)
+
   def test_gradient_over_answers_is_that_of_the_stated_expectation(self):
     """Sums over prefixes that the sampler visits, a divergence each."""
     x = at_tokens(POLICY) - at_tokens(REFERENCE)

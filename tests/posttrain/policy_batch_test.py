@@ -80,7 +80,9 @@ class BatchTest(parameterized.TestCase):
     logprobs = self.by_rollout(batch, "sampler_logprobs", given)
     kept = self.by_rollout(batch, "kept", given)
     routes = self.by_rollout(batch, "routes", given)
+    advantages = self.by_rollout(batch, "advantages", given)
     for i, one in enumerate(given):
+      np.testing.assert_array_equal(advantages[i], i - 3)
       np.testing.assert_array_equal(logprobs[i], one.logprobs)
       np.testing.assert_array_equal(kept[i], one.kept)
       np.testing.assert_array_equal(
@@ -89,6 +91,13 @@ class BatchTest(parameterized.TestCase):
     n_labels = (batch.labels != IGNORE).sum()
     self.assertEqual(n_labels, sum(len(one.answer) for one in given))
     self.assertEqual((batch.targets["weights"] != 0).sum(), n_labels)
+
+  def test_what_is_kept_reaches_the_batch(self):
+    given = rollouts(2)
+    self.assertIn("kept", self.make(given).targets)
+    without = self.make(given, "grpo.replay_mask=false")
+    self.assertNotIn("kept", without.targets)
+    self.assertNotIn("kept", self.make(rollouts(2, kept=False)).targets)
 
   @parameterized.parameters("sequence", "token", "fixed")
   def test_order_and_rows_change_no_weight(self, aggregation):
@@ -101,6 +110,20 @@ class BatchTest(parameterized.TestCase):
       strict=True,
     ):
       np.testing.assert_array_equal(a, b)
+
+  def test_weights_are_those_of_the_setting(self):
+    given = rollouts(5)
+    lengths = [len(one.answer) for one in given]
+    for aggregation, expected in (
+      ("sequence", [1 / 5 / n for n in lengths]),
+      ("token", [1 / sum(lengths)] * 5),
+      ("fixed", [1 / 5 / 7] * 5),
+    ):
+      setting = f"grpo.aggregation={aggregation}"
+      batch = self.make(given, setting, "grpo.answer_tokens=7")
+      found = self.by_rollout(batch, "weights", given)
+      for weights, value in zip(found, expected, strict=True):
+        np.testing.assert_allclose(weights, value, rtol=1e-6)
 
   def test_what_is_not_counted_is_in_no_denominator(self):
     given = rollouts()
