@@ -147,6 +147,12 @@ class SelectTest(parameterized.TestCase):
     np.testing.assert_array_equal(single, [0, 1])
     np.testing.assert_array_equal(gates, 2.5 * scores[:2])
 
+  def test_a_thousandth_of_a_large_bias_decides(self):
+    bias = jnp.float32([5, 5.001, 4.999, 5])
+    cfg = config.Router(n_experts=4, top_k=2)
+    experts, _ = SELECT(jnp.full(4, 0.5), bias, cfg)
+    np.testing.assert_array_equal(experts, [1, 0])
+
   def test_all_equal_chooses_the_lowest_indices(self):
     experts, gates = SELECT(jnp.full((3, 16), 0.5), jnp.zeros(16), V3)
     np.testing.assert_array_equal(experts, [[0, 1, 2, 3]] * 3)
