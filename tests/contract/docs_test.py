@@ -122,7 +122,9 @@ class CommandTest(parameterized.TestCase):
     super().setUp()
     # What pages before this one in a reading have made.
     folder = self.enter_context(tempfile.TemporaryDirectory())
-    (pathlib.Path(folder) / "runs" / "demo" / "checkpoints").mkdir(parents=True)
+    for name in ("demo", "sft"):
+      path = pathlib.Path(folder, "runs", name, "checkpoints")
+      path.mkdir(parents=True)
     (pathlib.Path(folder) / "DIR").mkdir()
     for name in ("prompts.jsonl", "DIR/model.safetensors"):
       (pathlib.Path(folder) / name).touch()
