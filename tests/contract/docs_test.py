@@ -122,7 +122,7 @@ class CommandTest(parameterized.TestCase):
     super().setUp()
     # What pages before this one in a reading have made.
     folder = self.enter_context(tempfile.TemporaryDirectory())
-    for name in ("demo", "sft"):
+    for name in ("demo", "nano", "sft"):
       path = pathlib.Path(folder, "runs", name, "checkpoints")
       path.mkdir(parents=True)
     (pathlib.Path(folder) / "DIR").mkdir()
