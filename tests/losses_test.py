@@ -126,7 +126,7 @@ class LossTest(parameterized.TestCase):
     hidden = testing.normal(1, 4, 6, seed=2)
     seen = {}
 
-    def forward(params, bias, tokens, cfg, ctx, segments, valid):
+    def forward(params, bias, tokens, cfg, ctx, *masks):
       seen["tokens"] = tokens
       stats = moe.MoEStats(jnp.zeros((2, 16), jnp.int32), jnp.zeros(2), None)
       return transformer.Output(hidden, (state,), stats)

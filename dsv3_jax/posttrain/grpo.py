@@ -9,12 +9,14 @@ so that a run that is killed goes on with the same ones.
 import collections
 import functools
 import pathlib
+import shutil
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
-from dsv3_jax import config, train
+from dsv3_jax import config, io, train
 from dsv3_jax.data import chat, conversation_corpus, loader, tasks
 from dsv3_jax.data.batch import Batch
 from dsv3_jax.evals import hidden
@@ -126,7 +128,8 @@ class PolicyBatches(loop.Batches):
     for path in self._folder.glob("*.npz"):
       # A checkpoint may lie before: at most as many as are kept, and two more.
       if int(path.stem) < iteration - self._n_files():
-        path.unlink()
+        path.unlink(missing_ok=True)  # several processes do it
+        shutil.rmtree(path.with_suffix(".old"), ignore_errors=True)
     self._parts = self._batches(state)
 
   def _n_files(self) -> int:
@@ -253,20 +256,39 @@ class PolicyBatches(loop.Batches):
         counted[groups].reshape(-1),
         self._run,
       )
-      batches.append(self._score(batch, state))
+      batches.append(self._score(batch, state, len(batches)))
     return batches
 
-  def _score(self, batch: Batch, state: train.TrainState) -> Batch:
+  def _score(self, batch: Batch, state: train.TrainState, part: int) -> Batch:
     """Adds the log-probabilities of the old policy and of the reference."""
     targets = dict(batch.targets)
     if self._settings.old_policy == config.TRAINER:
-      bias = state.router_bias
-      targets["old_logprobs"] = self._forward(
-        state.params, bias, batch, batch.routes
-      )
+      targets["old_logprobs"] = self._old_logprobs(batch, state, part)
     if self._reference:
       targets["ref_logprobs"] = self._forward(*self._reference, batch, None)
     return batch.replace(targets=targets)
+
+  def _old_logprobs(
+    self, batch: Batch, state: train.TrainState, part: int
+  ) -> np.ndarray:
+    """Returns those of the policy that an iteration begins with.
+
+    A run that goes on inside of an iteration has a later one: it reads them.
+    """
+    iteration, step = divmod(int(state.step), self._settings.updates)
+    path = self._folder / f"{iteration:06d}.old" / f"{part}.npy"
+    if step:
+      return np.load(path)
+    values = self._forward(state.params, state.router_bias, batch, batch.routes)
+
+    def save():
+      path.parent.mkdir(exist_ok=True)
+      with io.atomic_write(path, "wb") as file:
+        np.save(file, values)
+
+    if self._settings.updates > 1:
+      distributed.run_on_process_zero(save)
+    return values
 
   def _forward(
     self, params: Any, bias: jax.Array, batch: Batch, routes: Any
@@ -288,6 +310,9 @@ class PolicyBatches(loop.Batches):
       routes=routes,
       per_row=True,
     )
+    if jax.process_count() > 1:
+      gather = functools.partial(multihost_utils.process_allgather, tiled=True)
+      values = map(gather, values)
     values = np.concatenate([np.asarray(v) for v in values])
     return values[: len(batch.tokens)]
 

@@ -287,7 +287,7 @@ class ChoicesTest(parameterized.TestCase):
     training = {
       *("model.router.bias_speed", "model.router.balance_weight"),
       *("model.router.balance_map", "model.mtp.weight"),
-      "model.mtp.late_weight",
+      *("model.mtp.late_weight", "model.mtp.trains_trunk"),
     }
     paths = {p for p in config.flatten(run) if p.startswith("model.")}
     told = 0

@@ -157,7 +157,7 @@ def _(folder):
 def _(folder):
   run = config.override(presets.TINY, "n_layers=3")
   args = run_args.RunArgs(presets.TINY, "w", init_from=workdir_of(folder, run))
-  initial_state.check_source(args)
+  initial_state.check_source(args.init_from, args.run)
 
 
 @row("--coordinator=X: cannot listen there: port N is in use")
