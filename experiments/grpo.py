@@ -85,7 +85,7 @@ def execute(command: run_args.RunArgs) -> None:
   for note in objectives.notes(command.run.grpo):
     logging.warning("%s", note)
   cli.start_jax(command)
-  trainer.fit(dataclasses.replace(command, open_batches=grpo.open_batches))
+  trainer.fit(dataclasses.replace(command, open_batches=grpo.PolicyBatches))
 
 
 def main() -> None:

@@ -221,6 +221,7 @@ class PolicyBatches(loop.Batches):
     weights = _convert(params, bias, cfg=model)
     if self._served:
       self._served.update_params(weights)
+      self._served.stats = engine.EngineStats()  # those of an iteration
       return self._served
     self._served = engine.Engine(weights, model, engine_options(self._run))
     return self._served
@@ -321,31 +322,27 @@ class PolicyBatches(loop.Batches):
     one = self._iteration
     raw = one.rewards
     lengths = [len(r.answer) for r in one.rollouts]
+    spread = np.array([len({*group[np.isfinite(group)]}) > 1 for group in raw])
     row = {
-      "reward": float(np.nanmean(raw)) if np.isfinite(raw).any() else 0.0,
+      "reward": _mean(raw),
       "length": float(np.mean(lengths)),
       "cut_share": 1 - float(np.mean([r.ended for r in one.rollouts])),
-      "no_spread_share": float(np.mean(np.nanstd(raw, axis=1) == 0)),
+      "no_spread_share": float(1 - np.mean(spread)),
       "reward_failed": float(np.mean(~np.isfinite(raw))),
       "staleness": float(step - one.policy_step),
     }
     for name in sorted(set(one.tasks)):
       of_task = [task == name for task in one.tasks]
-      row[f"reward/{name}"] = float(np.nanmean(raw[of_task]))
+      row[f"reward/{name}"] = _mean(raw[of_task])
     return row | one.figures
+
+
+def _mean(rewards: np.ndarray) -> float:
+  """Returns the mean of rewards that did not fail; NaN if all did."""
+  valid = rewards[np.isfinite(rewards)]
+  return float(valid.mean()) if valid.size else float("nan")
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _convert(params: Any, bias: jax.Array, *, cfg: config.Model) -> Any:
   return inference_params.from_params(params, bias, cfg)
-
-
-def open_batches(
-  args: run_args.RunArgs,
-  source: loader.BatchSource,
-  state: train.TrainState,
-  mesh: jax.sharding.Mesh,
-  watchdog: heartbeat.Heartbeat,
-) -> PolicyBatches:
-  """Opens the batches of a run; see `RunArgs.open_batches`."""
-  return PolicyBatches(args, source, state, mesh, watchdog)

@@ -47,7 +47,7 @@ def make(
   counted: np.ndarray,
   run: config.Run,
 ) -> Batch:
-  """Makes the batch [A, B, T] of an update; what is scored comes later.
+  """Makes the batch [R, T] of an update; what is scored comes later.
 
   Args:
     rollouts: N of them.
